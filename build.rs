@@ -1,0 +1,35 @@
+//! Compiles `proto/` without protoc: messages, clients and servers, and the
+//! descriptor set that reflection serves.
+
+use std::{env, error::Error, fs, path::PathBuf};
+
+use prost::Message as _;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    println!("cargo:rerun-if-changed=proto");
+    println!("cargo:rerun-if-changed=migrations");
+
+    let mut compiler = protox::Compiler::new(["proto"])?;
+    compiler.include_imports(true).include_source_info(true).open_files([
+        "milepost/v1/auth.proto",
+        "milepost/v1/configurations.proto",
+        "milepost/v1/errors.proto",
+        "milepost/v1/events.proto",
+        "milepost/v1/jobs.proto",
+    ])?;
+    let descriptors = PathBuf::from(env::var("OUT_DIR")?).join("descriptors.bin");
+    fs::write(descriptors, compiler.encode_file_descriptor_set())?;
+
+    let mut files = compiler.file_descriptor_set();
+    // The comments of the standard types are not rustdoc's.
+    for file in &mut files.file {
+        if file.package().starts_with("google.") {
+            file.source_code_info = None;
+        }
+    }
+    debug_assert!(files.encoded_len() > 0);
+    tonic_prost_build::configure()
+        .extern_path(".google.rpc.Status", "::tonic_types::Status")
+        .compile_fds(files)?;
+    Ok(())
+}

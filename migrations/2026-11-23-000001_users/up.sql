@@ -1,0 +1,102 @@
+-- Who may call, and with what: users, sessions, API keys. And which servers
+-- may serve this schema.
+
+-- One row: the newest migration that a server must know to serve this schema.
+-- A migration that older servers cannot live with (the contracting half of a
+-- change) raises it; one that only expands leaves it.
+CREATE TABLE schema_compatibility (
+    id smallint NOT NULL DEFAULT 1,
+    oldest_server text NOT NULL,
+    CONSTRAINT schema_compatibility_pkey PRIMARY KEY (id),
+    CONSTRAINT schema_compatibility_id_check CHECK (id = 1)
+);
+
+INSERT INTO schema_compatibility (oldest_server) VALUES ('20261123000004');
+
+CREATE FUNCTION set_updated_at() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    NEW.updated_at := clock_timestamp();
+    RETURN NEW;
+END;
+$$;
+
+-- For tables whose rows never change.
+CREATE FUNCTION refuse_update() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    RAISE EXCEPTION 'rows of % are never updated', TG_TABLE_NAME
+        USING ERRCODE = 'restrict_violation';
+END;
+$$;
+
+CREATE TYPE user_role AS ENUM ('customer', 'provider');
+
+CREATE TABLE users (
+    id uuid NOT NULL,
+    role user_role NOT NULL,
+    email text NOT NULL,
+    password_hash text NOT NULL,
+    first_name text NOT NULL,
+    last_name text NOT NULL,
+    disabled_at timestamptz,
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    updated_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    CONSTRAINT users_pkey PRIMARY KEY (id),
+    -- What other tables' role-bound foreign keys point at.
+    CONSTRAINT users_id_role_key UNIQUE (id, role),
+    CONSTRAINT users_email_check CHECK (char_length(email) BETWEEN 3 AND 256 AND email ~ '^[^[:space:]]+@[^[:space:]]+$'),
+    CONSTRAINT users_first_name_check CHECK (char_length(first_name) <= 256),
+    CONSTRAINT users_last_name_check CHECK (char_length(last_name) <= 256)
+);
+
+CREATE UNIQUE INDEX users_email_key ON users (lower(email));
+
+CREATE TRIGGER users_set_updated_at BEFORE UPDATE ON users
+    FOR EACH ROW EXECUTE FUNCTION set_updated_at();
+
+-- A session that was logged out is one that has expired: `expires_at` is the
+-- one truth about whether a credential is still good.
+CREATE TABLE sessions (
+    id uuid NOT NULL,
+    user_id uuid NOT NULL,
+    secret_hash bytea NOT NULL,
+    expires_at timestamptz NOT NULL,
+    last_used_at timestamptz,
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    updated_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    CONSTRAINT sessions_pkey PRIMARY KEY (id),
+    CONSTRAINT sessions_user_id_fkey FOREIGN KEY (user_id) REFERENCES users (id),
+    CONSTRAINT sessions_secret_hash_key UNIQUE (secret_hash),
+    CONSTRAINT sessions_secret_hash_check CHECK (octet_length(secret_hash) = 32)
+);
+
+CREATE INDEX sessions_user_id_idx ON sessions (user_id, expires_at);
+
+CREATE TRIGGER sessions_set_updated_at BEFORE UPDATE ON sessions
+    FOR EACH ROW EXECUTE FUNCTION set_updated_at();
+
+CREATE TYPE api_key_scope AS ENUM ('read', 'append', 'manage');
+
+CREATE TABLE api_keys (
+    id uuid NOT NULL,
+    user_id uuid NOT NULL,
+    key_hash bytea NOT NULL,
+    key_prefix text NOT NULL,
+    note text NOT NULL,
+    scopes api_key_scope[] NOT NULL,
+    expires_at timestamptz,
+    last_used_at timestamptz,
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    updated_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    CONSTRAINT api_keys_pkey PRIMARY KEY (id),
+    CONSTRAINT api_keys_user_id_fkey FOREIGN KEY (user_id) REFERENCES users (id),
+    CONSTRAINT api_keys_key_hash_key UNIQUE (key_hash),
+    CONSTRAINT api_keys_key_hash_check CHECK (octet_length(key_hash) = 32),
+    CONSTRAINT api_keys_key_prefix_check CHECK (char_length(key_prefix) BETWEEN 1 AND 16),
+    CONSTRAINT api_keys_note_check CHECK (char_length(note) <= 256),
+    CONSTRAINT api_keys_scopes_check CHECK (cardinality(scopes) BETWEEN 1 AND 3 AND array_position(scopes, NULL) IS NULL)
+);
+
+CREATE INDEX api_keys_user_id_idx ON api_keys (user_id, created_at, id);
+
+CREATE TRIGGER api_keys_set_updated_at BEFORE UPDATE ON api_keys
+    FOR EACH ROW EXECUTE FUNCTION set_updated_at();

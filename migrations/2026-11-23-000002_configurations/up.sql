@@ -1,0 +1,87 @@
+-- What jobs look like: versions of a configuration, their steps, the metadata
+-- that each step reports. Registered once, never changed.
+
+CREATE TABLE job_configurations (
+    id uuid NOT NULL,
+    provider_id uuid NOT NULL,
+    -- Constant, so that the foreign key admits providers only.
+    provider_role user_role NOT NULL GENERATED ALWAYS AS ('provider'::user_role) STORED,
+    tag text NOT NULL,
+    name text NOT NULL,
+    version text NOT NULL,
+    -- Whether the version is no pre-release.
+    release boolean NOT NULL,
+    -- Bytes whose order is the version's SemVer precedence.
+    precedence bytea NOT NULL,
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    updated_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    CONSTRAINT job_configurations_pkey PRIMARY KEY (id),
+    CONSTRAINT job_configurations_provider_fkey FOREIGN KEY (provider_id, provider_role) REFERENCES users (id, role),
+    CONSTRAINT job_configurations_provider_id_tag_version_key UNIQUE (provider_id, tag, version),
+    -- What jobs' foreign key points at.
+    CONSTRAINT job_configurations_id_provider_id_key UNIQUE (id, provider_id),
+    CONSTRAINT job_configurations_tag_check CHECK (char_length(tag) BETWEEN 1 AND 256 AND tag = btrim(tag)),
+    CONSTRAINT job_configurations_name_check CHECK (char_length(name) BETWEEN 1 AND 256 AND name = btrim(name)),
+    CONSTRAINT job_configurations_version_check CHECK (
+        char_length(version) <= 256
+        -- The regular expression that semver.org gives.
+        AND version ~ '^(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-((0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*)(\.(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*))*))?(\+([0-9a-zA-Z-]+(\.[0-9a-zA-Z-]+)*))?$')
+);
+
+-- Latest first within a tag.
+CREATE INDEX job_configurations_latest_idx ON job_configurations
+    (provider_id, tag, release DESC, precedence DESC, created_at DESC, id DESC);
+
+-- All versions of a tag, by precedence alone.
+CREATE INDEX job_configurations_precedence_idx ON job_configurations
+    (provider_id, tag, precedence DESC, created_at DESC, id DESC);
+
+CREATE TRIGGER job_configurations_refuse_update BEFORE UPDATE ON job_configurations
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_update();
+
+CREATE TABLE step_configurations (
+    id uuid NOT NULL,
+    job_configuration_id uuid NOT NULL,
+    -- 0, 1, 2 ... within the configuration.
+    position smallint NOT NULL,
+    tag text NOT NULL,
+    name text NOT NULL,
+    points integer NOT NULL,
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    updated_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    CONSTRAINT step_configurations_pkey PRIMARY KEY (id),
+    CONSTRAINT step_configurations_job_configuration_id_fkey FOREIGN KEY (job_configuration_id) REFERENCES job_configurations (id),
+    CONSTRAINT step_configurations_job_configuration_id_tag_key UNIQUE (job_configuration_id, tag),
+    CONSTRAINT step_configurations_job_configuration_id_position_key UNIQUE (job_configuration_id, position),
+    CONSTRAINT step_configurations_position_check CHECK (position BETWEEN 0 AND 199),
+    CONSTRAINT step_configurations_tag_check CHECK (char_length(tag) BETWEEN 1 AND 256 AND tag = btrim(tag)),
+    CONSTRAINT step_configurations_name_check CHECK (char_length(name) BETWEEN 1 AND 256 AND name = btrim(name)),
+    CONSTRAINT step_configurations_points_check CHECK (points BETWEEN 0 AND 1000000)
+);
+
+CREATE TRIGGER step_configurations_refuse_update BEFORE UPDATE ON step_configurations
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_update();
+
+CREATE TYPE metadata_kind AS ENUM ('text', 'number', 'link');
+
+CREATE TABLE metadata_configurations (
+    id uuid NOT NULL,
+    step_configuration_id uuid NOT NULL,
+    -- 0, 1, 2 ... within the step.
+    position smallint NOT NULL,
+    name text NOT NULL,
+    kind metadata_kind NOT NULL DEFAULT 'text',
+    units text NOT NULL,
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    updated_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    CONSTRAINT metadata_configurations_pkey PRIMARY KEY (id),
+    CONSTRAINT metadata_configurations_step_configuration_id_fkey FOREIGN KEY (step_configuration_id) REFERENCES step_configurations (id),
+    CONSTRAINT metadata_configurations_step_configuration_id_name_key UNIQUE (step_configuration_id, name),
+    CONSTRAINT metadata_configurations_step_configuration_id_position_key UNIQUE (step_configuration_id, position),
+    CONSTRAINT metadata_configurations_position_check CHECK (position BETWEEN 0 AND 63),
+    CONSTRAINT metadata_configurations_name_check CHECK (char_length(name) BETWEEN 1 AND 256 AND name = btrim(name)),
+    CONSTRAINT metadata_configurations_units_check CHECK (char_length(units) <= 256)
+);
+
+CREATE TRIGGER metadata_configurations_refuse_update BEFORE UPDATE ON metadata_configurations
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_update();

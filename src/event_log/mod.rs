@@ -1,0 +1,38 @@
+//! The ordered log and those who watch it.
+
+use uuid::Uuid;
+
+use crate::{db::Database, error::Result, models::caller::Provider};
+
+/// What the operator decides about the log.
+#[derive(Clone, Debug)]
+pub struct EventLogSettings {
+    /// Most unanswered batches of one publish stream.
+    pub publish_window: usize,
+}
+
+/// The log: appends to it, and watches of it.
+#[derive(Clone, Debug)]
+pub struct EventLog {}
+
+/// How a job is named by its provider.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum JobKey {
+    /// By its id.
+    Id(Uuid),
+    /// By its provider's id for it.
+    ProviderJobId(String),
+}
+
+impl EventLog {
+    /// Starts the appender and the tail.
+    pub fn start(_database: Database, _settings: EventLogSettings) -> Self {
+        unimplemented!()
+    }
+
+    /// Seals a job of this provider's. The job's id, and whether it had been
+    /// sealed so before.
+    pub async fn close(&self, _provider: Provider, _job: JobKey, _reason: String) -> Result<(Uuid, bool)> {
+        unimplemented!()
+    }
+}

@@ -1,0 +1,42 @@
+//! The limits that are constants. Those that are settings are in
+//! [`crate::config`].
+
+use std::time::Duration;
+
+/// Largest message that is read, and largest page or watch message that is
+/// sent unless a single item is larger; bytes.
+pub const MESSAGE_BYTES: usize = 1024 * 1024;
+/// Longest text, in Unicode scalar values.
+pub const TEXT_CHARS: usize = 256;
+/// Most metadata names of one event.
+pub const METADATA_NAMES: usize = 64;
+/// Largest metadata of one event, as an encoded `google.protobuf.Struct`.
+pub const METADATA_BYTES: usize = 16 * 1024;
+/// Most steps of a configuration.
+pub const CONFIGURATION_STEPS: usize = 200;
+/// Most metadata configurations of a step.
+pub const STEP_METADATA: usize = 64;
+/// Largest weight of a step.
+pub const STEP_POINTS: i64 = 1_000_000;
+/// Most events of a batch.
+pub const BATCH_EVENTS: usize = 500;
+/// Shortest password, in bytes.
+pub const PASSWORD_MIN_BYTES: usize = 8;
+/// Longest password, in bytes: bcrypt reads 72 and counts a closing NUL.
+pub const PASSWORD_MAX_BYTES: usize = 71;
+/// Page size where none is asked for.
+pub const PAGE_DEFAULT: i64 = 50;
+/// Largest page; more is cut to it.
+pub const PAGE_MAX: i64 = 500;
+/// Longest page or resume token that is looked at, in bytes.
+pub const TOKEN_BYTES: usize = 1024;
+/// Encoded size of all details of an error together.
+pub const ERROR_DETAILS_BYTES: usize = 4 * 1024;
+/// Longest value that an error quotes, in Unicode scalar values.
+pub const ERROR_QUOTE_CHARS: usize = 64;
+/// Heartbeat interval of a watch: shortest, default, longest.
+pub const HEARTBEAT: (Duration, Duration, Duration) =
+    (Duration::from_secs(5), Duration::from_secs(15), Duration::from_secs(60));
+/// How long a credential may go unconfirmed by the database before nothing is
+/// sent or accepted under it.
+pub const CREDENTIAL_CONFIRMED_WITHIN: Duration = Duration::from_secs(5);

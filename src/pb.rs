@@ -1,0 +1,18 @@
+//! What `proto/` generates: messages, clients and servers of `milepost.v1`.
+//! Their comments are those of the proto files.
+
+#![allow(
+    missing_docs,
+    unreachable_pub,
+    rustdoc::all,
+    clippy::all,
+    clippy::wildcard_enum_match_arm,
+    clippy::needless_pass_by_value,
+    clippy::too_many_lines,
+    reason = "generated code"
+)]
+
+tonic::include_proto!("milepost.v1");
+
+/// The encoded descriptor set of everything above, for reflection.
+pub const FILE_DESCRIPTOR_SET: &[u8] = tonic::include_file_descriptor_set!("descriptors");

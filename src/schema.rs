@@ -1,0 +1,201 @@
+// @generated automatically by Diesel CLI.
+
+pub mod sql_types {
+    #[derive(diesel::query_builder::QueryId, Clone, diesel::sql_types::SqlType)]
+    #[diesel(postgres_type(name = "api_key_scope"))]
+    pub struct ApiKeyScope;
+
+    #[derive(diesel::query_builder::QueryId, Clone, diesel::sql_types::SqlType)]
+    #[diesel(postgres_type(name = "event_kind"))]
+    pub struct EventKind;
+
+    #[derive(diesel::query_builder::QueryId, Clone, diesel::sql_types::SqlType)]
+    #[diesel(postgres_type(name = "job_status"))]
+    pub struct JobStatus;
+
+    #[derive(diesel::query_builder::QueryId, Clone, diesel::sql_types::SqlType)]
+    #[diesel(postgres_type(name = "metadata_kind"))]
+    pub struct MetadataKind;
+
+    #[derive(diesel::query_builder::QueryId, Clone, diesel::sql_types::SqlType)]
+    #[diesel(postgres_type(name = "user_role"))]
+    pub struct UserRole;
+}
+
+diesel::table! {
+    use diesel::sql_types::*;
+    use super::sql_types::ApiKeyScope;
+
+    api_keys (id) {
+        id -> Uuid,
+        user_id -> Uuid,
+        key_hash -> Bytea,
+        key_prefix -> Text,
+        note -> Text,
+        scopes -> Array<Nullable<ApiKeyScope>>,
+        expires_at -> Nullable<Timestamptz>,
+        last_used_at -> Nullable<Timestamptz>,
+        created_at -> Timestamptz,
+        updated_at -> Timestamptz,
+    }
+}
+
+diesel::table! {
+    event_log (id) {
+        id -> Int2,
+        position -> Int8,
+    }
+}
+
+diesel::table! {
+    use diesel::sql_types::*;
+    use super::sql_types::EventKind;
+    use super::sql_types::JobStatus;
+
+    events (job_id, sequence) {
+        job_id -> Uuid,
+        sequence -> Int8,
+        position -> Int8,
+        id -> Uuid,
+        kind -> EventKind,
+        name -> Text,
+        step_configuration_id -> Nullable<Uuid>,
+        event_metadata -> Bytea,
+        occurred_at -> Nullable<Timestamptz>,
+        status -> JobStatus,
+        points_done -> Int8,
+        percent -> Int2,
+        created_at -> Timestamptz,
+        updated_at -> Timestamptz,
+    }
+}
+
+diesel::table! {
+    use diesel::sql_types::*;
+    use super::sql_types::UserRole;
+
+    job_configurations (id) {
+        id -> Uuid,
+        provider_id -> Uuid,
+        provider_role -> UserRole,
+        tag -> Text,
+        name -> Text,
+        version -> Text,
+        release -> Bool,
+        precedence -> Bytea,
+        created_at -> Timestamptz,
+        updated_at -> Timestamptz,
+    }
+}
+
+diesel::table! {
+    use diesel::sql_types::*;
+    use super::sql_types::UserRole;
+    use super::sql_types::JobStatus;
+
+    jobs (id) {
+        id -> Uuid,
+        provider_id -> Uuid,
+        customer_id -> Uuid,
+        provider_role -> UserRole,
+        customer_role -> UserRole,
+        job_configuration_id -> Uuid,
+        configuration_tag -> Text,
+        provider_job_id -> Text,
+        provider_job_name -> Text,
+        status -> JobStatus,
+        points_done -> Int8,
+        points_total -> Int8,
+        percent -> Int2,
+        steps_done -> Bytea,
+        last_sequence -> Int8,
+        closed_at -> Nullable<Timestamptz>,
+        created_at -> Timestamptz,
+        updated_at -> Timestamptz,
+    }
+}
+
+diesel::table! {
+    use diesel::sql_types::*;
+    use super::sql_types::MetadataKind;
+
+    metadata_configurations (id) {
+        id -> Uuid,
+        step_configuration_id -> Uuid,
+        position -> Int2,
+        name -> Text,
+        kind -> MetadataKind,
+        units -> Text,
+        created_at -> Timestamptz,
+        updated_at -> Timestamptz,
+    }
+}
+
+diesel::table! {
+    schema_compatibility (id) {
+        id -> Int2,
+        oldest_server -> Text,
+    }
+}
+
+diesel::table! {
+    sessions (id) {
+        id -> Uuid,
+        user_id -> Uuid,
+        secret_hash -> Bytea,
+        expires_at -> Timestamptz,
+        last_used_at -> Nullable<Timestamptz>,
+        created_at -> Timestamptz,
+        updated_at -> Timestamptz,
+    }
+}
+
+diesel::table! {
+    step_configurations (id) {
+        id -> Uuid,
+        job_configuration_id -> Uuid,
+        position -> Int2,
+        tag -> Text,
+        name -> Text,
+        points -> Int4,
+        created_at -> Timestamptz,
+        updated_at -> Timestamptz,
+    }
+}
+
+diesel::table! {
+    use diesel::sql_types::*;
+    use super::sql_types::UserRole;
+
+    users (id) {
+        id -> Uuid,
+        role -> UserRole,
+        email -> Text,
+        password_hash -> Text,
+        first_name -> Text,
+        last_name -> Text,
+        disabled_at -> Nullable<Timestamptz>,
+        created_at -> Timestamptz,
+        updated_at -> Timestamptz,
+    }
+}
+
+diesel::joinable!(api_keys -> users (user_id));
+diesel::joinable!(events -> jobs (job_id));
+diesel::joinable!(events -> step_configurations (step_configuration_id));
+diesel::joinable!(metadata_configurations -> step_configurations (step_configuration_id));
+diesel::joinable!(sessions -> users (user_id));
+diesel::joinable!(step_configurations -> job_configurations (job_configuration_id));
+
+diesel::allow_tables_to_appear_in_same_query!(
+    api_keys,
+    event_log,
+    events,
+    job_configurations,
+    jobs,
+    metadata_configurations,
+    schema_compatibility,
+    sessions,
+    step_configurations,
+    users,
+);
