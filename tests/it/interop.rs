@@ -13,6 +13,7 @@ use tokio::{process::Command, sync::OnceCell};
 use crate::support::{TestServer, User, info};
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
+const GRPCURL: &str = "github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.3";
 
 /// Longest that a foreign process may take.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -40,23 +41,34 @@ fn shell_of_readme(heading: &str) -> String {
     blocks.map(|block| block.split("```").next().unwrap()).collect()
 }
 
-/// PATH, and where `go install` puts what it makes.
-fn path_with_go() -> String {
-    let home = env::var("HOME").unwrap_or_default();
-    format!("{}:{home}/go/bin", env::var("PATH").unwrap_or_default())
+/// PATH with grpcurl in it: where `go install` puts it by default or, made here
+/// if need be, below `target`.
+async fn path_with_grpcurl() -> String {
+    let ours = Path::new(env!("CARGO_TARGET_TMPDIR")).join("go");
+    let path = format!(
+        "{}:{}/go/bin:{}",
+        env::var("PATH").unwrap_or_default(),
+        env::var("HOME").unwrap_or_default(),
+        ours.display()
+    );
+    let found = async || Command::new("grpcurl").env("PATH", &path).arg("-version").output().await.is_ok();
+    if !found().await {
+        let mut go = Command::new("go");
+        // Whether there is a Go at all is told by what follows.
+        let _made = go.args(["install", GRPCURL]).env("GOBIN", &ours).output().await;
+        assert!(found().await, "grpcurl is missing: install Go, then go install {GRPCURL}");
+    }
+    path
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_tour_of_the_readme_goes_from_sign_up_to_a_watched_completion() {
-    let installed =
-        Command::new("grpcurl").env("PATH", path_with_go()).arg("-version").output().await.is_ok();
-    assert!(installed, "grpcurl is missing: go install github.com/fullstorydev/grpcurl/cmd/grpcurl@latest");
     let server = TestServer::start().await;
     let script = shell_of_readme("A five-minute tour");
     assert!(script.contains("WatchEvents"), "{script}");
     let mut bash = Command::new("bash");
     bash.args(["-euo", "pipefail", "-c", &script])
-        .env("PATH", path_with_go())
+        .env("PATH", path_with_grpcurl().await)
         .env("SERVER", server.address.to_string());
     let said = succeeded(output(&mut bash).await);
 

@@ -1,6 +1,7 @@
 //! The real binary, in a process of its own with a durable database of its own.
 
 use std::{
+    fs::{self, File},
     net::{SocketAddr, TcpListener},
     ops::Deref,
     process::{ExitStatus, Stdio},
@@ -56,7 +57,7 @@ impl ServerProcess {
     /// SIGKILL to its Postgres.
     pub async fn kill_postgres(&self) {
         let file = self.folder.path().join("cluster/data/postmaster.pid");
-        let text = std::fs::read_to_string(file).unwrap();
+        let text = fs::read_to_string(file).unwrap();
         signal("KILL", text.lines().next().unwrap()).await;
     }
 
@@ -76,8 +77,9 @@ async fn signal(name: &str, pid: &str) {
     assert!(status.success(), "kill -s {name} {pid}");
 }
 
-/// Starts the binary and waits until it says where it serves.
+/// Starts the binary and waits until it says where it listens.
 async fn serve(address: SocketAddr, folder: &mut TemporaryFolder) -> Child {
+    let log = folder.path().join("server.log");
     let mut child = Command::new(env!("CARGO_BIN_EXE_milepost"))
         .arg("serve")
         .env_remove("DATABASE_URL")
@@ -85,28 +87,15 @@ async fn serve(address: SocketAddr, folder: &mut TemporaryFolder) -> Child {
         .env("MILEPOST_DATA_DIR", folder.path())
         .env("MILEPOST_BCRYPT_COST", "4")
         .stdin(Stdio::null())
-        .stderr(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(File::options().create(true).append(true).open(&log).unwrap())
         .kill_on_drop(true)
         .spawn()
         .unwrap();
     folder.guard(child.id().expect("it runs"));
-    let mut log = BufReader::new(child.stderr.take().unwrap()).lines();
-    let address = address.to_string();
-    within_patience("the server to serve", async {
-        loop {
-            let line = log.next_line().await.unwrap().expect("the server ended before it served");
-            eprintln!("{line}");
-            if line.contains(&address) {
-                break;
-            }
-        }
-    })
-    .await;
-    // A full pipe would stop the server.
-    tokio::spawn(async move {
-        while let Ok(Some(line)) = log.next_line().await {
-            eprintln!("{line}");
-        }
-    });
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let line = within_patience("the server to listen", lines.next_line()).await.unwrap();
+    let log = || fs::read_to_string(&log).unwrap();
+    assert!(line.is_some_and(|line| line.contains(&address.to_string())), "it did not listen:\n{}", log());
     child
 }
