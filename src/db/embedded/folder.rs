@@ -144,11 +144,12 @@ pub(super) struct Lock {
 
 impl Lock {
     /// Tells others where.
-    pub(super) fn announce(&mut self, address: SocketAddr) -> Result<(), EmbeddedError> {
+    pub(super) fn announce(&self, address: SocketAddr) -> Result<(), EmbeddedError> {
+        let mut file = &self.file;
         let mut write = || {
-            self.file.set_len(0)?;
-            self.file.rewind()?;
-            writeln!(self.file, "{address}")
+            file.set_len(0)?;
+            file.rewind()?;
+            writeln!(file, "{address}")
         };
         write().map_err(|source| io_error(format!("cannot write {}", self.path.display()), source))
     }

@@ -188,7 +188,7 @@ impl Embedded {
     }
 
     /// Tells those who look at the folder where its server listens.
-    pub fn announce(&mut self, address: SocketAddr) -> Result<(), EmbeddedError> {
+    pub fn announce(&self, address: SocketAddr) -> Result<(), EmbeddedError> {
         self.lock.announce(address)
     }
 
@@ -210,7 +210,7 @@ impl Embedded {
 
     /// Stops Postgres: what is under way is rolled back, what is committed is
     /// on disk.
-    pub async fn stop(self) -> Result<(), EmbeddedError> {
+    pub async fn stop(&self) -> Result<(), EmbeddedError> {
         let data = self.folder.data();
         let timeout = STOP_TIMEOUT_S.to_string();
         let arguments = [
