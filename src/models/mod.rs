@@ -2,4 +2,5 @@
 //! protobuf; a tenant's data is opened only by what [`caller`] hands out.
 
 pub mod caller;
+pub mod job_configuration;
 mod pg_enum;
