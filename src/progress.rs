@@ -1,7 +1,12 @@
 //! Status and progress of a job: a pure function of its log.
 
+use diesel::{deserialize::FromSqlRow, expression::AsExpression};
+
+use crate::schema::sql_types;
+
 /// Where a job stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, AsExpression, FromSqlRow)]
+#[diesel(sql_type = sql_types::JobStatus)]
 pub enum JobStatus {
     /// No event yet.
     Pending,

@@ -2,6 +2,7 @@
 
 use uuid::Uuid;
 
+pub use crate::models::job::JobKey;
 use crate::{db::Database, error::Result, models::caller::Provider};
 
 /// What the operator decides about the log.
@@ -14,15 +15,6 @@ pub struct EventLogSettings {
 /// The log: appends to it, and watches of it.
 #[derive(Clone, Debug)]
 pub struct EventLog {}
-
-/// How a job is named by its provider.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum JobKey {
-    /// By its id.
-    Id(Uuid),
-    /// By its provider's id for it.
-    ProviderJobId(String),
-}
 
 impl EventLog {
     /// Starts the appender and the tail.

@@ -2,5 +2,7 @@
 //! protobuf; a tenant's data is opened only by what [`caller`] hands out.
 
 pub mod caller;
+pub mod job;
 pub mod job_configuration;
 mod pg_enum;
+pub mod version;
