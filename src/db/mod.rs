@@ -1,6 +1,8 @@
 //! The database: pool, connections, migrations, the embedded server and the
 //! doorbell between replicas.
 
+pub mod doorbell;
+
 use std::time::Duration;
 
 use deadpool::{Runtime, managed::Timeouts};
