@@ -114,10 +114,9 @@ impl Request {
     /// Whoever lines up behind it in its lane fails as well.
     fn fail(&mut self, source: &Arc<Error>) {
         self.lane.0.store(true, Ordering::Relaxed);
-        self.answer(Err(match &**source {
-            Error::Internal(_) => Error::internal(Arc::clone(source)),
-            _ => Error::unavailable(Arc::clone(source)),
-        }));
+        let source = Arc::clone(source);
+        let ours = matches!(*source, Error::Internal(_));
+        self.answer(Err(if ours { Error::internal(source) } else { Error::unavailable(source) }));
     }
 
     /// Answers and drops out if nobody waits for it any more or a batch before
@@ -309,7 +308,7 @@ fn plan(groups: &mut HashMap<Uuid, Group>, requests: &mut [Request]) -> Vec<Uuid
     for (index, request) in requests.iter_mut().enumerate() {
         let id = request.batch.job.id;
         let Some(group) = groups.get_mut(&id) else {
-            request.answer(Err(Error::not_found(Resource::Job, id)));
+            request.answer(Err(Error::not_found(Resource::Job, &id)));
             continue;
         };
         if group.blocked {

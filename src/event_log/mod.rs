@@ -161,7 +161,7 @@ impl EventLog {
     ) -> Result<(Vec<Arc<LogEvent>>, Option<i64>)> {
         let mut connection = self.0.database.get().await?;
         let head = JobHead::load(&mut connection, &[job.id]).await?.pop();
-        let end = head.ok_or_else(|| Error::not_found(Resource::Job, job.id))?.state().last_sequence;
+        let end = head.ok_or_else(|| Error::not_found(Resource::Job, &job.id))?.state().last_sequence;
         if after > end {
             return Err(Error::PositionBeyondLog);
         }

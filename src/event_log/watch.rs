@@ -413,7 +413,7 @@ async fn log_end(log: &EventLog, scope: &Scope) -> Result<(i64, Option<JobState>
     match scope {
         Scope::Job(job) => {
             let head = JobHead::load(&mut connection, &[job.id]).await?.pop();
-            let state = head.ok_or_else(|| Error::not_found(Resource::Job, job.id))?.state();
+            let state = head.ok_or_else(|| Error::not_found(Resource::Job, &job.id))?.state();
             Ok((state.last_sequence, Some(state)))
         }
         Scope::All { .. } => Ok((log_position(&mut connection).await?, None)),

@@ -1,11 +1,7 @@
 //! Events, the log's position, and the one way to append.
 
 use chrono::{DateTime, Utc};
-use diesel::{
-    pg::sql_types::{Array, Bytea, Timestamptz, Uuid as SqlUuid},
-    prelude::*,
-    sql_types::{BigInt, Bool, Integer, Nullable, SmallInt, Text},
-};
+use diesel::prelude::*;
 use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use uuid::Uuid;
 
@@ -13,7 +9,7 @@ use crate::{
     error::Result,
     models::caller::Sight,
     progress::{EventKind, JobState, JobStatus, Progress, StepSet},
-    schema::{event_log, events, jobs, sql_types},
+    schema::{event_log, events, jobs},
 };
 
 /// An event of the log.
@@ -198,30 +194,41 @@ impl JobHead {
     }
 }
 
-diesel::define_sql_function! {
-    /// See migrations/2026-11-23-000004_events/up.sql.
-    fn append_events(
-        job_id: Array<SqlUuid>,
-        job_last_sequence: Array<BigInt>,
-        job_event_count: Array<Integer>,
-        job_status: Array<sql_types::JobStatus>,
-        job_points_done: Array<BigInt>,
-        job_percent: Array<SmallInt>,
-        job_steps_done: Array<Bytea>,
-        job_closed: Array<Bool>,
-        event_job: Array<Integer>,
-        event_id: Array<SqlUuid>,
-        event_id_is_clients: Array<Bool>,
-        event_sequence: Array<BigInt>,
-        event_kind: Array<sql_types::EventKind>,
-        event_name: Array<Text>,
-        event_step: Array<Nullable<SqlUuid>>,
-        event_metadata: Array<Bytea>,
-        event_occurred_at: Array<Nullable<Timestamptz>>,
-        event_status: Array<sql_types::JobStatus>,
-        event_points_done: Array<BigInt>,
-        event_percent: Array<SmallInt>,
-    ) -> Record<(Nullable<BigInt>, Nullable<Timestamptz>, Array<SmallInt>)>;
+mod sql {
+    #![allow(clippy::too_many_arguments, reason = "an array for each column of the rows")]
+
+    use diesel::{
+        pg::sql_types::{Array, Bytea, Timestamptz, Uuid as SqlUuid},
+        sql_types::{BigInt, Bool, Integer, Nullable, SmallInt, Text},
+    };
+
+    use crate::schema::sql_types;
+
+    diesel::define_sql_function! {
+        /// See migrations/2026-11-23-000004_events/up.sql.
+        fn append_events(
+            job_id: Array<SqlUuid>,
+            job_last_sequence: Array<BigInt>,
+            job_event_count: Array<Integer>,
+            job_status: Array<sql_types::JobStatus>,
+            job_points_done: Array<BigInt>,
+            job_percent: Array<SmallInt>,
+            job_steps_done: Array<Bytea>,
+            job_closed: Array<Bool>,
+            event_job: Array<Integer>,
+            event_id: Array<SqlUuid>,
+            event_id_is_clients: Array<Bool>,
+            event_sequence: Array<BigInt>,
+            event_kind: Array<sql_types::EventKind>,
+            event_name: Array<Text>,
+            event_step: Array<Nullable<SqlUuid>>,
+            event_metadata: Array<Bytea>,
+            event_occurred_at: Array<Nullable<Timestamptz>>,
+            event_status: Array<sql_types::JobStatus>,
+            event_points_done: Array<BigInt>,
+            event_percent: Array<SmallInt>,
+        ) -> Record<(Nullable<BigInt>, Nullable<Timestamptz>, Array<SmallInt>)>;
+    }
 }
 
 /// Events for many jobs, to be appended in one transaction: column by column,
@@ -320,7 +327,7 @@ impl Append {
         let counts = self.jobs.event_counts.clone();
         let (jobs, events) = (self.jobs, self.events);
         let (position, at, outcomes): (Option<i64>, Option<DateTime<Utc>>, Vec<i16>) =
-            diesel::select(append_events(
+            diesel::select(sql::append_events(
                 jobs.ids,
                 jobs.last_sequences,
                 jobs.event_counts,
