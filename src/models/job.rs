@@ -4,8 +4,6 @@ use std::fmt;
 
 use uuid::Uuid;
 
-use crate::error::quoted;
-
 /// How a job is named by its caller.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum JobKey {
@@ -20,7 +18,7 @@ impl fmt::Display for JobKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Id(id) => id.fmt(f),
-            Self::ProviderJobId(id) => f.write_str(&quoted(id)),
+            Self::ProviderJobId(id) => f.write_str(id),
         }
     }
 }
