@@ -210,7 +210,7 @@ impl NewJob {
             .await
             .optional()?;
         if customer.is_none() {
-            return Err(Error::not_found(Resource::Customer, self.customer_id));
+            return Err(Error::not_found(Resource::Customer, &self.customer_id));
         }
 
         let tag = self.configuration_tag.clone();
