@@ -101,12 +101,9 @@ impl Server {
         }
         let database = Database::new(open.settings.clone())?;
         migrations::check(&database, config.server.unsafe_database).await?;
-        let app = App {
-            auth: Auth::start(database.clone(), auth_settings(&config.auth, address)),
-            log: EventLog::start(database.clone(), log_settings(&config.server)),
-            database,
-            draining: CancellationToken::new(),
-        };
+        let auth = Auth::start(database.clone(), auth_settings(&config.auth, address));
+        let log = EventLog::start(database.clone(), log_settings(&config.server), || {}).await?;
+        let app = App { database, auth, log, draining: CancellationToken::new() };
         if let Some(embedded) = &open.embedded {
             embedded.announce(address)?;
         }

@@ -1,6 +1,7 @@
 //! The database: pool, connections, migrations, the embedded server and the
 //! doorbell between replicas.
 
+pub mod doorbell;
 pub mod embedded;
 pub mod migrations;
 
