@@ -117,7 +117,7 @@ impl Error {
     }
 
     /// Something that does not exist for this caller.
-    pub fn not_found(resource: Resource, name: impl ToString) -> Self {
+    pub fn not_found(resource: Resource, name: &(impl ToString + ?Sized)) -> Self {
         Self::NotFound { resource, name: name.to_string() }
     }
 
@@ -163,6 +163,7 @@ impl Error {
 /// [`violated`]; what arrives here is a database in trouble, or a fault of
 /// ours.
 impl From<DieselError> for Error {
+    #[expect(clippy::wildcard_enum_match_arm, reason = "theirs, and not exhaustive")]
     fn from(error: DieselError) -> Self {
         match error {
             // A server that shuts down, starts, has no memory, disk or
@@ -177,13 +178,14 @@ impl From<DieselError> for Error {
             )
             | DieselError::BrokenTransactionManager
             | DieselError::RollbackErrorOnCommit { .. } => Self::Unavailable(Box::new(error)),
-            other => Self::Internal(Box::new(other)),
+            fault => Self::Internal(Box::new(fault)),
         }
     }
 }
 
 /// The name of the constraint that a statement violated, if that is what went
 /// wrong.
+#[expect(clippy::wildcard_enum_match_arm, reason = "theirs, and not exhaustive")]
 pub fn violated(error: &DieselError) -> Option<&str> {
     match error {
         DieselError::DatabaseError(

@@ -6,6 +6,7 @@
     unreachable_pub,
     rustdoc::all,
     clippy::all,
+    clippy::allow_attributes_without_reason,
     clippy::wildcard_enum_match_arm,
     clippy::needless_pass_by_value,
     clippy::too_many_lines,

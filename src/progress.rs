@@ -1,7 +1,12 @@
 //! Status and progress of a job: a pure function of its log.
 
+use diesel::{deserialize::FromSqlRow, expression::AsExpression};
+
+use crate::{limits::CONFIGURATION_STEPS, schema::sql_types};
+
 /// Where a job stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, AsExpression, FromSqlRow)]
+#[diesel(sql_type = sql_types::JobStatus)]
 pub enum JobStatus {
     /// No event yet.
     Pending,
@@ -29,7 +34,8 @@ impl JobStatus {
 }
 
 /// What an event says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, AsExpression, FromSqlRow)]
+#[diesel(sql_type = sql_types::EventKind)]
 pub enum EventKind {
     /// A step is done.
     Step,
@@ -79,8 +85,38 @@ impl Weights {
     }
 }
 
+/// Which steps of a configuration are done, by position.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StepSet([u8; CONFIGURATION_STEPS / 8]);
+
+impl StepSet {
+    /// From its stored form; bits beyond the last possible step are dropped.
+    pub fn from_bytes(bytes: &[u8]) -> Self {
+        let mut set = Self::default();
+        for (to, from) in set.0.iter_mut().zip(bytes) {
+            *to = *from;
+        }
+        set
+    }
+
+    /// One bit a step, lowest bit of each byte first, without empty bytes at
+    /// the end.
+    pub fn as_bytes(&self) -> &[u8] {
+        let end = self.0.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1);
+        &self.0[..end]
+    }
+
+    /// Whether the step was not in it before.
+    fn insert(&mut self, step: usize) -> bool {
+        let (byte, bit) = (step / 8, 1 << (step % 8));
+        let fresh = self.0[byte] & bit == 0;
+        self.0[byte] |= bit;
+        fresh
+    }
+}
+
 /// A job after some prefix of its log.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct JobState {
     /// Sequence of the last event; 0 for none.
     pub last_sequence: i64,
@@ -90,9 +126,8 @@ pub struct JobState {
     pub closed: bool,
     /// After that event.
     pub progress: Progress,
-    /// One bit a step, by position, lowest bit of each byte first; as long as
-    /// the highest step that is done needs.
-    pub steps_done: Vec<u8>,
+    /// The steps that have a step event.
+    pub steps_done: StepSet,
 }
 
 impl JobState {
@@ -103,7 +138,7 @@ impl JobState {
             status: JobStatus::Pending,
             closed: false,
             progress: Progress { points_done: 0, points_total: weights.total, percent: 0 },
-            steps_done: Vec::new(),
+            steps_done: StepSet::default(),
         }
     }
 
@@ -114,7 +149,7 @@ impl JobState {
             return Err(Closed(self.status));
         }
         if let (EventKind::Step, Some(step)) = (kind, step)
-            && self.mark_done(step)
+            && self.steps_done.insert(step)
         {
             self.progress.points_done += weights.steps[step];
         }
@@ -147,17 +182,6 @@ impl JobState {
         self.last_sequence += 1;
         Ok(())
     }
-
-    /// Whether the step was not done before.
-    fn mark_done(&mut self, step: usize) -> bool {
-        let (byte, bit) = (step / 8, 1 << (step % 8));
-        if self.steps_done.len() <= byte {
-            self.steps_done.resize(byte + 1, 0);
-        }
-        let fresh = self.steps_done[byte] & bit == 0;
-        self.steps_done[byte] |= bit;
-        fresh
-    }
 }
 
 /// The job's log never changes again; it ended with this status.
@@ -171,4 +195,117 @@ fn percent(progress: &Progress) -> i16 {
     }
     let percent = progress.points_done.saturating_mul(100) / progress.points_total;
     i16::try_from(percent.min(99)).unwrap_or(99)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn weights(points: &[i64]) -> Weights {
+        Weights::new(points.iter().copied())
+    }
+
+    /// A job in the given state, reached by events.
+    fn job(events: &[(EventKind, Option<usize>)], weights: &Weights) -> JobState {
+        let mut state = JobState::pending(weights);
+        for &(kind, step) in events {
+            state.apply(kind, step, weights).expect("open");
+        }
+        state
+    }
+
+    #[test]
+    fn every_cell_of_the_table() {
+        use EventKind::{Close, Complete, Error, Info, Step};
+        use JobStatus::{Cancelled, Failed, Pending, Running};
+        let weights = weights(&[1, 1]);
+        let open: [(&[_], _, [_; 5]); 3] = [
+            (&[], Pending, [Running, Running, Failed, JobStatus::Complete, Cancelled]),
+            (&[(Info, None)], Running, [Running, Running, Failed, JobStatus::Complete, Cancelled]),
+            (&[(Error, None)], Failed, [Running, Failed, Failed, JobStatus::Complete, Failed]),
+        ];
+        for (events, status, then) in open {
+            let before = job(events, &weights);
+            assert_eq!((before.status, before.closed), (status, false));
+            for (kind, expected) in [Step, Info, Error, Complete, Close].into_iter().zip(then) {
+                let mut after = before;
+                assert_eq!(after.apply(kind, Some(0), &weights), Ok(()), "{kind:?} on {status:?}");
+                assert_eq!(after.status, expected, "{kind:?} on {status:?}");
+                assert_eq!(after.closed, matches!(kind, Complete | Close), "{kind:?} on {status:?}");
+                assert_eq!(after.last_sequence, before.last_sequence + 1);
+            }
+        }
+        for (end, before) in [(Complete, Running), (Close, Running), (Close, Failed)] {
+            let first = if before == Failed { Error } else { Info };
+            let closed = job(&[(first, None), (end, None)], &weights);
+            for kind in [Step, Info, Error, Complete, Close] {
+                let mut after = closed;
+                assert_eq!(after.apply(kind, Some(0), &weights), Err(Closed(closed.status)));
+                assert_eq!(after, closed, "a refused event changes nothing");
+            }
+        }
+    }
+
+    #[test]
+    fn a_repeated_step_counts_once_and_the_bar_never_falls() {
+        let weights = weights(&[10, 30, 60]);
+        let mut state = JobState::pending(&weights);
+        let mut film = Vec::new();
+        for (kind, step) in [
+            (EventKind::Step, Some(1)),
+            (EventKind::Step, Some(1)),
+            (EventKind::Error, Some(2)),
+            (EventKind::Step, Some(0)),
+            (EventKind::Step, Some(2)),
+            (EventKind::Complete, None),
+        ] {
+            state.apply(kind, step, &weights).expect("open");
+            film.push((state.progress.points_done, state.progress.percent));
+        }
+        assert_eq!(film, [(30, 30), (30, 30), (30, 30), (40, 40), (100, 99), (100, 100)]);
+    }
+
+    #[test]
+    fn percent_is_rounded_down() {
+        let weights = weights(&[1, 1, 1]);
+        assert_eq!(job(&[(EventKind::Step, Some(0))], &weights).progress.percent, 33);
+        let most = job(&[(EventKind::Step, Some(0)), (EventKind::Step, Some(2))], &weights);
+        assert_eq!(most.progress.percent, 66);
+    }
+
+    #[test]
+    fn steps_without_points_weigh_one_each() {
+        let weights = weights(&[0, 0, 0, 0]);
+        assert_eq!(weights.total(), 4);
+        let state = job(&[(EventKind::Step, Some(3))], &weights);
+        assert_eq!(state.progress, Progress { points_done: 1, points_total: 4, percent: 25 });
+    }
+
+    #[test]
+    fn a_job_without_steps_stands_at_zero_until_complete() {
+        let weights = weights(&[]);
+        let state = job(&[(EventKind::Info, None)], &weights);
+        assert_eq!(state.progress, Progress { points_done: 0, points_total: 0, percent: 0 });
+        let state = job(&[(EventKind::Info, None), (EventKind::Complete, None)], &weights);
+        assert_eq!(state.progress, Progress { points_done: 0, points_total: 0, percent: 100 });
+    }
+
+    #[test]
+    fn close_does_not_move_the_bar() {
+        let weights = weights(&[1, 3]);
+        let state = job(&[(EventKind::Step, Some(0)), (EventKind::Close, None)], &weights);
+        assert_eq!((state.status, state.progress.percent), (JobStatus::Cancelled, 25));
+    }
+
+    #[test]
+    fn the_set_of_steps_survives_its_stored_form() {
+        let mut set = StepSet::default();
+        assert_eq!(set.as_bytes(), b"");
+        for step in [0, 8, CONFIGURATION_STEPS - 1] {
+            assert!(set.insert(step));
+            assert!(!set.insert(step));
+            assert_eq!(StepSet::from_bytes(set.as_bytes()), set);
+        }
+        assert_eq!(set.as_bytes().len(), 25);
+    }
 }

@@ -14,8 +14,9 @@ CREATE TABLE jobs (
     job_configuration_id uuid NOT NULL,
     -- The configuration's, kept here for ListJobs to filter by.
     configuration_tag text NOT NULL,
-    provider_job_id text NOT NULL,
-    provider_job_name text NOT NULL,
+    -- By their bytes, so that what starts with a prefix is a range of an index.
+    provider_job_id text COLLATE "C" NOT NULL,
+    provider_job_name text COLLATE "C" NOT NULL,
     status job_status NOT NULL DEFAULT 'pending',
     points_done bigint NOT NULL DEFAULT 0,
     points_total bigint NOT NULL,
@@ -57,7 +58,14 @@ CREATE INDEX jobs_provider_id_status_idx ON jobs (provider_id, status, created_a
 CREATE INDEX jobs_customer_id_status_idx ON jobs (customer_id, status, created_at DESC, id DESC);
 CREATE INDEX jobs_provider_id_open_idx ON jobs (provider_id, created_at DESC, id DESC) WHERE closed_at IS NULL;
 CREATE INDEX jobs_customer_id_open_idx ON jobs (customer_id, created_at DESC, id DESC) WHERE closed_at IS NULL;
+CREATE INDEX jobs_provider_id_closed_idx ON jobs (provider_id, created_at DESC, id DESC) WHERE closed_at IS NOT NULL;
+CREATE INDEX jobs_customer_id_closed_idx ON jobs (customer_id, created_at DESC, id DESC) WHERE closed_at IS NOT NULL;
 CREATE INDEX jobs_provider_id_configuration_tag_idx ON jobs (provider_id, configuration_tag, created_at DESC, id DESC);
 CREATE INDEX jobs_customer_id_configuration_tag_idx ON jobs (customer_id, configuration_tag, created_at DESC, id DESC);
 CREATE INDEX jobs_provider_id_customer_id_idx ON jobs (provider_id, customer_id, created_at DESC, id DESC);
-CREATE INDEX jobs_job_configuration_id_idx ON jobs (job_configuration_id);
+CREATE INDEX jobs_customer_id_provider_job_id_idx ON jobs (customer_id, provider_job_id);
+CREATE INDEX jobs_provider_id_provider_job_name_idx ON jobs (provider_id, provider_job_name);
+CREATE INDEX jobs_customer_id_provider_job_name_idx ON jobs (customer_id, provider_job_name);
+
+-- Whether a customer has a job of a configuration.
+CREATE INDEX jobs_job_configuration_id_customer_id_idx ON jobs (job_configuration_id, customer_id);

@@ -1,8 +1,54 @@
-//! The ordered log and those who watch it.
+//! The heart: the ordered log of every job, and those who watch it.
+//!
+//! `append` is the only way in: many callers, few transactions. `tail` follows
+//! what was committed, by this replica or another, in order, once per process.
+//! `watch` is the one loop behind every watch: the past, then the tail. `wire`
+//! makes of a row what is sent, once for all watchers.
 
+mod append;
+mod directory;
+pub(crate) mod plan;
+mod tail;
+mod token;
+pub(crate) mod watch;
+pub(crate) mod wire;
+
+use std::sync::Arc;
+
+use chrono::{DateTime, Utc};
+use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::{db::Database, error::Result, models::caller::Provider};
+use self::{
+    append::Appender,
+    directory::Directory,
+    plan::{Appended, Batch, NewEvent, Step},
+    tail::{Tail, log_events},
+    watch::{Watch, WatchQuery},
+    wire::LogEvent,
+};
+pub(crate) use self::{
+    append::Lane,
+    directory::{Configuration, JobIdentity},
+};
+use crate::{
+    auth::Credential,
+    db::{
+        Database,
+        doorbell::{Bell, Doorbell},
+    },
+    error::{Error, Resource, Result, Violations},
+    models::{
+        caller::{Provider, Viewer},
+        event::{Event, JobHead},
+        job::JobKey,
+    },
+    progress::{EventKind, JobStatus},
+};
+
+/// Sequences that one page of a filtered list looks through.
+const LIST_WINDOW: i64 = 5_000;
 
 /// What the operator decides about the log.
 #[derive(Clone, Debug)]
@@ -11,28 +57,135 @@ pub struct EventLogSettings {
     pub publish_window: usize,
 }
 
-/// The log: appends to it, and watches of it.
+/// The log: appends to it, pages and watches of it.
 #[derive(Clone, Debug)]
-pub struct EventLog {}
+pub struct EventLog(Arc<Inner>);
 
-/// How a job is named by its provider.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum JobKey {
-    /// By its id.
-    Id(Uuid),
-    /// By its provider's id for it.
-    ProviderJobId(String),
+#[derive(Debug)]
+struct Inner {
+    database: Database,
+    directory: Directory,
+    tail: Arc<Tail>,
+    appender: Appender,
+    doorbell: Doorbell,
+    settings: EventLogSettings,
 }
 
 impl EventLog {
-    /// Starts the appender and the tail.
-    pub fn start(_database: Database, _settings: EventLogSettings) -> Self {
-        unimplemented!()
+    /// Looks where the log ends, and starts to append, to follow and to listen
+    /// to other replicas; `credentials_ended` is called when one of them ended
+    /// a credential.
+    pub async fn start(
+        database: Database,
+        settings: EventLogSettings,
+        credentials_ended: impl Fn() + Send + Sync + 'static,
+    ) -> Result<Self> {
+        let directory = Directory::new(database.clone());
+        let tail = Tail::start(database.clone(), directory.clone()).await?;
+        let heard = Arc::downgrade(&tail);
+        let doorbell = Doorbell::start(database.clone(), move |bell| match bell {
+            Bell::Log => {
+                if let Some(tail) = heard.upgrade() {
+                    tail.ring();
+                }
+            }
+            Bell::Credentials => credentials_ended(),
+        });
+        let appender = Appender::start(database.clone(), Arc::clone(&tail), doorbell.clone());
+        Ok(Self(Arc::new(Inner { database, directory, tail, appender, doorbell, settings })))
     }
 
-    /// Seals a job of this provider's. The job's id, and whether it had been
-    /// sealed so before.
-    pub async fn close(&self, _provider: Provider, _job: JobKey, _reason: String) -> Result<(Uuid, bool)> {
-        unimplemented!()
+    /// Tells the other replicas that a credential was ended.
+    pub fn ring_credentials(&self) {
+        self.0.doorbell.ring(Bell::Credentials);
     }
+
+    /// Most unanswered batches of one publish stream.
+    pub(crate) fn publish_window(&self) -> usize {
+        self.0.settings.publish_window
+    }
+
+    /// A job that the viewer sees.
+    pub(crate) async fn find_job(&self, viewer: Viewer, key: &JobKey) -> Result<Arc<JobIdentity>> {
+        self.0.directory.find(viewer, key).await
+    }
+
+    /// A job that the provider may append to.
+    pub(crate) async fn find_own_job(&self, provider: Provider, key: &JobKey) -> Result<Arc<JobIdentity>> {
+        self.0.directory.find(provider.into(), key).await
+    }
+
+    /// Hands a batch in; the answer comes once it is durable. Batches of one
+    /// job are appended in the order in which they are handed in.
+    pub(crate) async fn submit(
+        &self,
+        batch: Batch,
+        lane: Lane,
+    ) -> Result<oneshot::Receiver<Result<Vec<Appended>>>> {
+        self.0.appender.submit(batch, lane).await
+    }
+
+    /// Seals a job of this provider's by an event of kind `close`, named by the
+    /// reason. The job's id, and whether it had been sealed so before;
+    /// [`Error::JobClosed`] where it is complete.
+    pub async fn close(&self, provider: Provider, job: JobKey, reason: String) -> Result<(Uuid, bool)> {
+        let job = self.find_own_job(provider, &job).await?;
+        let id = job.id;
+        let close = NewEvent {
+            id: None,
+            kind: EventKind::Close,
+            name: reason,
+            step: Step::None,
+            metadata: Vec::new(),
+            occurred_at: None::<DateTime<Utc>>,
+        };
+        let batch =
+            Batch { job, expected_sequence: None, events: vec![close], at_fault: Violations::default() };
+        match answered(self.submit(batch, Lane::default()).await?).await {
+            Ok(_) => Ok((id, false)),
+            // Only `close` closes a job that is not complete.
+            Err(Error::JobClosed { status, .. }) if status != JobStatus::Complete => Ok((id, true)),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// A page of a job's events after a sequence, ascending, of some kinds
+    /// (empty: all); and the sequence through which was looked, where there is
+    /// more behind it.
+    pub(crate) async fn list(
+        &self,
+        job: &JobIdentity,
+        after: i64,
+        kinds: &[EventKind],
+        limit: i64,
+    ) -> Result<(Vec<Arc<LogEvent>>, Option<i64>)> {
+        let mut connection = self.0.database.get().await?;
+        let head = JobHead::load(&mut connection, &[job.id]).await?.pop();
+        let end = head.ok_or_else(|| Error::not_found(Resource::Job, &job.id))?.state().last_sequence;
+        if after > end {
+            return Err(Error::PositionBeyondLog);
+        }
+        let through = end.min(after + LIST_WINDOW);
+        let rows = Event::list_of_job(&mut connection, job.id, after, through, kinds, limit).await?;
+        drop(connection);
+        let full = i64::try_from(rows.len()).is_ok_and(|read| read >= limit);
+        let looked = if full { rows.last().map_or(through, |row| row.sequence) } else { through };
+        let events = log_events(&self.0.directory, rows).await?;
+        Ok((events, (looked < end).then_some(looked)))
+    }
+
+    /// Opens a watch; it ends with the credential and when the server drains.
+    pub(crate) async fn watch(
+        &self,
+        query: WatchQuery,
+        credential: Arc<Credential>,
+        draining: CancellationToken,
+    ) -> Result<Watch> {
+        Watch::open(self.clone(), query, credential, draining).await
+    }
+}
+
+/// The answer to a batch that was handed in.
+pub(crate) async fn answered(answer: oneshot::Receiver<Result<Vec<Appended>>>) -> Result<Vec<Appended>> {
+    answer.await.map_err(Error::unavailable)?
 }

@@ -2,4 +2,8 @@
 //! protobuf; a tenant's data is opened only by what [`caller`] hands out.
 
 pub mod caller;
+pub mod event;
+pub mod job;
+pub mod job_configuration;
 mod pg_enum;
+pub mod version;

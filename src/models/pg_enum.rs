@@ -9,7 +9,10 @@ use diesel::{
 };
 
 use crate::{
-    models::caller::{Scope, UserRole},
+    models::{
+        caller::{Scope, UserRole},
+        job_configuration::MetadataKind,
+    },
     progress::{EventKind, JobStatus},
     schema::sql_types,
 };
@@ -50,3 +53,4 @@ pg_enum!(EventKind, sql_types::EventKind {
     Complete = b"complete",
     Close = b"close",
 });
+pg_enum!(MetadataKind, sql_types::MetadataKind { Text = b"text", Number = b"number", Link = b"link" });

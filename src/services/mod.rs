@@ -1,6 +1,11 @@
 //! The gRPC services. A request is authenticated, parsed once into a valid
 //! value and handed to a model or to the event log.
 
+pub mod events;
+mod page;
+mod parse;
+pub mod status;
+
 use std::sync::Arc;
 
 use tokio_util::sync::CancellationToken;

@@ -1,0 +1,115 @@
+//! The bell between replicas: NOTIFY after a commit, never within one, since a
+//! notifying transaction holds a lock of the whole cluster while it flushes.
+//!
+//! A bell may be lost; whoever listens also looks by itself, now and then.
+
+use std::{sync::Arc, time::Duration};
+
+use diesel_async::{AsyncPgConnection, RunQueryDsl, SimpleAsyncConnection as _};
+use futures_util::StreamExt as _;
+use tokio::sync::Notify;
+use uuid::Uuid;
+
+use super::Database;
+use crate::error::{Error, Result};
+
+/// Pause before the connection that listens is made anew.
+const RECONNECT: Duration = Duration::from_millis(250);
+
+/// What rings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bell {
+    /// Events were committed.
+    Log,
+    /// A credential was ended.
+    Credentials,
+}
+
+impl Bell {
+    fn label(self) -> &'static str {
+        match self {
+            Self::Log => "log",
+            Self::Credentials => "credentials",
+        }
+    }
+}
+
+/// Rings the other replicas.
+#[derive(Clone, Debug)]
+pub struct Doorbell {
+    log: Arc<Notify>,
+    credentials: Arc<Notify>,
+}
+
+impl Doorbell {
+    /// Starts to ring for this process and to listen to the others; `heard` is
+    /// called for each bell of theirs, and for all of them once listening has
+    /// begun anew, since some may have been missed.
+    pub fn start(database: Database, heard: impl Fn(Bell) + Send + Sync + 'static) -> Self {
+        let replica = Uuid::now_v7().simple().to_string();
+        let doorbell = Self { log: Arc::default(), credentials: Arc::default() };
+        for (bell, due) in [(Bell::Log, &doorbell.log), (Bell::Credentials, &doorbell.credentials)] {
+            tokio::spawn(ring(database.clone(), Arc::downgrade(due), format!("{} {replica}", bell.label())));
+        }
+        let alive = Arc::downgrade(&doorbell.log);
+        tokio::spawn(async move {
+            while alive.strong_count() > 0 {
+                if let Err(error) = listen(&database, &replica, &heard).await {
+                    tracing::warn!(error = &error as &dyn std::error::Error, "cannot hear other replicas");
+                }
+                tokio::time::sleep(RECONNECT).await;
+            }
+        });
+        doorbell
+    }
+
+    /// Rings soon. Bells that fall due while one is on its way become one.
+    pub fn ring(&self, bell: Bell) {
+        match bell {
+            Bell::Log => self.log.notify_one(),
+            Bell::Credentials => self.credentials.notify_one(),
+        }
+    }
+}
+
+/// One notification at a time, the next carrying what has fallen due meanwhile.
+async fn ring(database: Database, due: std::sync::Weak<Notify>, payload: String) {
+    diesel::define_sql_function! {
+        fn pg_notify(channel: diesel::sql_types::Text, payload: diesel::sql_types::Text);
+    }
+    while let Some(bell) = due.upgrade() {
+        // Looks up now and then whether anybody is left who may ring.
+        if tokio::time::timeout(Duration::from_secs(1), bell.notified()).await.is_err() {
+            continue;
+        }
+        let notify = async {
+            let mut connection = database.get().await?;
+            diesel::select(pg_notify("milepost", &payload)).execute(&mut connection).await?;
+            Ok::<_, Error>(())
+        };
+        if let Err(error) = notify.await {
+            // Whoever listens looks by itself within a second.
+            tracing::debug!(error = &error as &dyn std::error::Error, "cannot ring other replicas");
+        }
+    }
+}
+
+/// Returns when the connection breaks.
+async fn listen(database: &Database, replica: &str, heard: &impl Fn(Bell)) -> Result<()> {
+    let mut connection: AsyncPgConnection = database.connect().await?;
+    connection.batch_execute("LISTEN milepost").await?;
+    heard(Bell::Log);
+    heard(Bell::Credentials);
+    let mut notifications = std::pin::pin!(connection.notifications_stream());
+    while let Some(notification) = notifications.next().await {
+        let payload = notification?.payload;
+        match payload.split_once(' ') {
+            Some((_, from)) if from == replica => {}
+            Some(("log", _)) => heard(Bell::Log),
+            Some(("credentials", _)) => heard(Bell::Credentials),
+            // A newer replica's bell.
+            _ => {}
+        }
+    }
+    Ok(())
+}

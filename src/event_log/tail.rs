@@ -1,0 +1,254 @@
+//! What was committed, in order, once per process.
+//!
+//! The tail's head is the position through which it has handed everything to
+//! the mailboxes of those who watch. What this process committed itself is
+//! handed on directly if it is the next in line, which positions without gaps
+//! tell; anything else is read from the database: when the doorbell rings, and
+//! by a sweep, since a bell may be lost.
+
+use std::{
+    collections::{BTreeMap, HashMap, VecDeque},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use tokio::sync::Notify;
+use uuid::Uuid;
+
+use super::{directory::Directory, wire::LogEvent};
+use crate::{
+    db::Database,
+    error::{Error, Result},
+    models::event::{Event, log_position},
+};
+
+/// How often the log is looked at without a bell. Half of the second within
+/// which an event whose bell was lost must be found.
+const SWEEP: Duration = Duration::from_millis(500);
+/// How old a look at the log's end may be to say that all is well.
+const CURRENT: Duration = Duration::from_secs(1);
+/// Events read at once.
+const PAGE: i64 = 1_000;
+/// Most that waits in one mailbox: past either, its watcher reads the log.
+const MAILBOX_EVENTS: usize = 256;
+const MAILBOX_BYTES: usize = 256 * 1024;
+
+/// Hands committed events to mailboxes.
+#[derive(Debug)]
+pub(crate) struct Tail {
+    inner: Mutex<Inner>,
+    bell: Notify,
+    database: Database,
+    directory: Directory,
+}
+
+#[derive(Debug)]
+struct Inner {
+    head: i64,
+    /// When a look at the log's end began that found it delivered.
+    read_through: Instant,
+    /// By topic (a job, a provider or a customer), then by number.
+    mailboxes: BTreeMap<(Uuid, u64), Arc<Mailbox>>,
+    next_number: u64,
+}
+
+impl Tail {
+    /// Looks where the log ends, and follows it from there as long as the tail
+    /// is used.
+    pub(crate) async fn start(database: Database, directory: Directory) -> Result<Arc<Self>> {
+        let read_through = Instant::now();
+        let head = log_position(&mut *database.get().await?).await?;
+        let inner = Inner { head, read_through, mailboxes: BTreeMap::new(), next_number: 0 };
+        let tail = Arc::new(Self { inner: Mutex::new(inner), bell: Notify::new(), database, directory });
+        let reader = Arc::downgrade(&tail);
+        tokio::spawn(async move {
+            while let Some(tail) = reader.upgrade() {
+                if let Err(error) = tail.catch_up().await {
+                    tracing::warn!(error = &error as &dyn std::error::Error, "cannot read the log");
+                }
+                // A bell that rang meanwhile is kept.
+                let _ = tokio::time::timeout(SWEEP, tail.bell.notified()).await;
+            }
+        });
+        Ok(tail)
+    }
+
+    /// Something may have been committed elsewhere.
+    pub(crate) fn ring(&self) {
+        self.bell.notify_one();
+    }
+
+    /// Hands on what this process committed, in the order of the log, as far as
+    /// it is the next in line. Where others come first, the reader finds it all.
+    pub(crate) fn offer(&self, events: &[Arc<LogEvent>]) {
+        let mut inner = self.lock();
+        for event in events {
+            if event.position > inner.head + 1 {
+                return self.ring();
+            }
+            inner.deliver(event);
+        }
+    }
+
+    /// A mailbox into which everything is delivered that is committed on this
+    /// topic from now on.
+    pub(crate) fn subscribe(self: &Arc<Self>, topic: Uuid) -> Subscription {
+        let mailbox = Arc::new(Mailbox::default());
+        let mut inner = self.lock();
+        let key = (topic, inner.next_number);
+        inner.next_number += 1;
+        inner.mailboxes.insert(key, Arc::clone(&mailbox));
+        Subscription { tail: Arc::clone(self), key, mailbox }
+    }
+
+    /// The position through which everything has been delivered, if the log was
+    /// read to its end less than a second ago.
+    pub(crate) fn current(&self) -> Option<i64> {
+        let inner = self.lock();
+        (inner.read_through.elapsed() < CURRENT).then_some(inner.head)
+    }
+
+    /// Reads from the head to the log's end.
+    async fn catch_up(&self) -> Result<()> {
+        let at = Instant::now();
+        let mut connection = self.database.get().await?;
+        let end = log_position(&mut connection).await?;
+        loop {
+            let head = {
+                let mut inner = self.lock();
+                if inner.head >= end {
+                    inner.read_through = at;
+                    return Ok(());
+                }
+                inner.head
+            };
+            let rows = Event::list_of_log(&mut connection, head, end, PAGE).await?;
+            let whole = i64::try_from(rows.len()).is_ok_and(|read| read < PAGE);
+            let events = log_events(&self.directory, rows).await?;
+            let mut inner = self.lock();
+            events.iter().for_each(|event| inner.deliver(event));
+            if whole {
+                // What retention removed is not waited for.
+                inner.head = inner.head.max(end);
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // Nothing in here can panic half-way.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    /// To each mailbox, unless it has been already, and the head moves to it.
+    fn deliver(&mut self, event: &Arc<LogEvent>) {
+        if event.position <= self.head {
+            return;
+        }
+        for topic in [event.job.id, event.job.provider_id, event.job.customer_id] {
+            for (_, mailbox) in self.mailboxes.range((topic, 0)..=(topic, u64::MAX)) {
+                mailbox.put(event);
+            }
+        }
+        self.head = event.position;
+    }
+}
+
+/// Rows of the log with what never changes about their jobs.
+pub(crate) async fn log_events(directory: &Directory, rows: Vec<Event>) -> Result<Vec<Arc<LogEvent>>> {
+    let mut ids: Vec<Uuid> = rows.iter().map(|row| row.job_id).collect();
+    ids.sort_unstable();
+    ids.dedup();
+    let jobs: HashMap<_, _> = directory.list(&ids).await?;
+    rows.into_iter()
+        .map(|row| {
+            let job = jobs.get(&row.job_id).ok_or_else(|| Error::internal("an event without its job"))?;
+            Ok(Arc::new(LogEvent::new(row, Arc::clone(job))?))
+        })
+        .collect()
+}
+
+/// What waits for one watcher. Bounded: one that does not keep up forgets it
+/// all and is told to read the log.
+#[derive(Debug, Default)]
+pub(crate) struct Mailbox {
+    inner: Mutex<Waiting>,
+    filled: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Waiting {
+    events: VecDeque<Arc<LogEvent>>,
+    bytes: usize,
+    overflowed: bool,
+}
+
+impl Mailbox {
+    fn put(&self, event: &Arc<LogEvent>) {
+        let mut waiting = self.lock();
+        if waiting.overflowed {
+            return;
+        }
+        if waiting.events.len() >= MAILBOX_EVENTS || waiting.bytes + event.bytes > MAILBOX_BYTES {
+            *waiting = Waiting { overflowed: true, ..Waiting::default() };
+        } else {
+            waiting.bytes += event.bytes;
+            waiting.events.push_back(Arc::clone(event));
+        }
+        drop(waiting);
+        self.filled.notify_one();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A mailbox that is delivered to as long as this lives.
+#[derive(Debug)]
+pub(crate) struct Subscription {
+    tail: Arc<Tail>,
+    key: (Uuid, u64),
+    mailbox: Arc<Mailbox>,
+}
+
+/// What a look into the mailbox brings.
+#[derive(Debug)]
+pub(crate) enum Delivery {
+    /// In the order of the log; never empty.
+    Events(VecDeque<Arc<LogEvent>>),
+    /// More came than the mailbox holds, from now on it is delivered again:
+    /// what was missed is in the log.
+    Overflowed,
+}
+
+impl Subscription {
+    /// What waits now.
+    pub(crate) fn take(&self) -> Option<Delivery> {
+        let waiting = std::mem::take(&mut *self.mailbox.lock());
+        if waiting.overflowed {
+            Some(Delivery::Overflowed)
+        } else if waiting.events.is_empty() {
+            None
+        } else {
+            Some(Delivery::Events(waiting.events))
+        }
+    }
+
+    /// What comes next. Cancel-safe: nothing is taken before it is returned.
+    pub(crate) async fn next(&self) -> Delivery {
+        loop {
+            if let Some(delivery) = self.take() {
+                return delivery;
+            }
+            self.mailbox.filled.notified().await;
+        }
+    }
+}
+
+impl Drop for Subscription {
+    fn drop(&mut self) {
+        self.tail.lock().mailboxes.remove(&self.key);
+    }
+}

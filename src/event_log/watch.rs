@@ -1,0 +1,421 @@
+//! The one loop behind every watch: subscribe first, then read the past, then
+//! follow the tail. A watcher whose mailbox overflowed reads the log again from
+//! where it is; nothing is held for it, and nothing is lost.
+
+use std::{
+    collections::VecDeque,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use super::{
+    EventLog,
+    directory::JobIdentity,
+    tail::{Delivery, Subscription, log_events},
+    token::Binding,
+    wire::LogEvent,
+};
+use crate::{
+    auth::Credential,
+    error::{Error, Resource, Result},
+    limits::MESSAGE_BYTES,
+    models::{
+        caller::{Sight, Viewer},
+        event::{Event, JobHead, log_position},
+    },
+    progress::{EventKind, JobState},
+};
+
+/// Events of the past read at once.
+const PAGE: i64 = 200;
+/// Positions of the log that one query looks through for those in sight.
+const WINDOW: i64 = 10_000;
+/// Pause before the database is asked again after it did not answer.
+const RETRY: Duration = Duration::from_millis(250);
+/// Room in a message for all but its events.
+const MESSAGE_MARGIN: usize = 1024;
+
+/// What is watched.
+#[derive(Debug)]
+pub(crate) enum Scope {
+    /// One job.
+    Job(Arc<JobIdentity>),
+    /// All jobs in sight.
+    All {
+        viewer: Viewer,
+        /// Only of this configuration tag; empty: all.
+        configuration_tag: String,
+        /// Only with this user on the other side.
+        counterpart_id: Option<Uuid>,
+    },
+}
+
+impl Scope {
+    fn topic(&self) -> Uuid {
+        match self {
+            Self::Job(job) => job.id,
+            Self::All { viewer, .. } => match viewer.sight() {
+                Sight::Provider(id) | Sight::Customer(id) | Sight::Job(id) => id,
+            },
+        }
+    }
+
+    /// What is compared with the cursor.
+    fn place(&self, event: &LogEvent) -> i64 {
+        match self {
+            Self::Job(_) => event.sequence,
+            Self::All { .. } => event.position,
+        }
+    }
+
+    fn contains(&self, event: &LogEvent) -> bool {
+        let job = &event.job;
+        match self {
+            Self::Job(own) => own.id == job.id,
+            Self::All { viewer, configuration_tag, counterpart_id } => {
+                viewer.sees(job.id, job.provider_id, job.customer_id)
+                    && (configuration_tag.is_empty() || *configuration_tag == job.configuration.tree.tag)
+                    && counterpart_id.is_none_or(|id| match viewer.sight() {
+                        Sight::Provider(_) => id == job.customer_id,
+                        Sight::Customer(_) | Sight::Job(_) => id == job.provider_id,
+                    })
+            }
+        }
+    }
+}
+
+/// Where a watch starts.
+#[derive(Debug)]
+pub(crate) enum Start {
+    Beginning,
+    /// Of one job.
+    AfterSequence(i64),
+    Resume(String),
+    Now,
+}
+
+/// What to watch, and how.
+#[derive(Debug)]
+pub(crate) struct WatchQuery {
+    pub(crate) scope: Scope,
+    /// Empty: all.
+    pub(crate) kinds: Vec<EventKind>,
+    pub(crate) start: Start,
+    pub(crate) heartbeat: Duration,
+}
+
+/// A message of a watch.
+#[derive(Debug)]
+pub(crate) struct Message {
+    pub(crate) resume_token: String,
+    pub(crate) body: Body,
+}
+
+/// What a message says. The job's state is that of a watch of one job.
+#[derive(Debug)]
+pub(crate) enum Body {
+    Events(Vec<Arc<LogEvent>>),
+    CaughtUp(Option<JobState>),
+    Heartbeat,
+    End(EndReason, Option<JobState>),
+}
+
+/// Why a watch ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum EndReason {
+    JobClosed,
+    Draining,
+    CredentialEnded,
+}
+
+/// An open watch.
+#[derive(Debug)]
+pub(crate) struct Watch {
+    log: EventLog,
+    credential: Arc<Credential>,
+    draining: CancellationToken,
+    scope: Scope,
+    kinds: Vec<EventKind>,
+    heartbeat: Duration,
+    binding: Binding,
+    subscription: Subscription,
+    /// Everything in scope up to here was sent or filtered.
+    cursor: i64,
+    /// Read, beyond the cursor, in scope; not sent yet.
+    pending: VecDeque<Arc<LogEvent>>,
+    /// Where the cursor moves once nothing is pending.
+    read_to: i64,
+    /// The past ends here; beyond, the subscription delivers.
+    past_end: i64,
+    caught_up: bool,
+    /// Something was missed: the log has it.
+    missed: bool,
+    /// The latest known of the one job.
+    job: Option<JobState>,
+    /// When a heartbeat is due.
+    beat_at: Instant,
+    /// Made, and not sent while the credential is not confirmed.
+    held: Option<Message>,
+    ended: bool,
+}
+
+impl Watch {
+    /// Opens a watch: subscribes, and looks where the log ends.
+    pub(crate) async fn open(
+        log: EventLog,
+        query: WatchQuery,
+        credential: Arc<Credential>,
+        draining: CancellationToken,
+    ) -> Result<Self> {
+        let WatchQuery { scope, kinds, start, heartbeat } = query;
+        let binding = Binding::new(&scope, &kinds);
+        let start = match start {
+            Start::Beginning => Some(0),
+            Start::AfterSequence(sequence) => Some(sequence),
+            Start::Resume(token) => Some(binding.position(&token)?),
+            Start::Now => None,
+        };
+        // Before the log's end is looked up: whatever is committed after that
+        // look is delivered.
+        let subscription = log.0.tail.subscribe(scope.topic());
+        let (past_end, job) = log_end(&log, &scope).await?;
+        let cursor = start.unwrap_or(past_end);
+        if cursor > past_end {
+            return Err(Error::PositionBeyondLog);
+        }
+        Ok(Self {
+            log,
+            credential,
+            draining,
+            scope,
+            kinds,
+            heartbeat,
+            binding,
+            subscription,
+            cursor,
+            pending: VecDeque::new(),
+            read_to: cursor,
+            past_end,
+            caught_up: false,
+            missed: false,
+            job,
+            beat_at: Instant::now() + heartbeat,
+            held: None,
+            ended: false,
+        })
+    }
+
+    /// The next message; `None` after the end. Cancel-safe.
+    pub(crate) async fn next(&mut self) -> Option<Result<Message>> {
+        let (credential, draining) = (Arc::clone(&self.credential), self.draining.clone());
+        while !self.ended {
+            let advanced = tokio::select! {
+                biased;
+                () = credential.ended() => Ok(Some(self.end(EndReason::CredentialEnded))),
+                () = draining.cancelled() => Ok(Some(self.end(EndReason::Draining))),
+                advanced = self.advance() => advanced,
+            };
+            match advanced {
+                Ok(None) => {}
+                Ok(Some(message)) => {
+                    self.beat_at = Instant::now() + self.heartbeat;
+                    return Some(Ok(message));
+                }
+                // The stream stays; it goes on when the database is back.
+                Err(Error::Unavailable(_)) => tokio::time::sleep(RETRY).await,
+                Err(error) => {
+                    self.ended = true;
+                    return Some(Err(error));
+                }
+            }
+        }
+        None
+    }
+
+    /// One step further: a message, or something was read. A message is handed
+    /// out only while the credential is confirmed.
+    async fn advance(&mut self) -> Result<Option<Message>> {
+        if self.held.is_none() {
+            self.held = if !self.pending.is_empty() || self.cursor < self.read_to {
+                self.take_pending()
+            } else if self.missed {
+                self.look_again().await?;
+                None
+            } else if self.cursor < self.past_end {
+                self.read_past().await?;
+                None
+            } else if !self.caught_up {
+                self.caught_up = true;
+                Some(self.message(Body::CaughtUp(self.job)))
+            } else if self.job.is_some_and(|job| job.closed && job.last_sequence <= self.cursor) {
+                Some(self.end(EndReason::JobClosed))
+            } else {
+                self.follow().await
+            };
+        }
+        if self.held.is_some() && self.credential.confirmed().await.is_err() {
+            return Ok(Some(self.end(EndReason::CredentialEnded)));
+        }
+        Ok(self.held.take())
+    }
+
+    /// Reads a page of the log from the cursor towards the end of the past.
+    async fn read_past(&mut self) -> Result<()> {
+        let mut connection = self.log.0.database.get().await?;
+        let (rows, through) = match &self.scope {
+            Scope::Job(job) => {
+                let through = self.past_end;
+                (Event::list_of_job(&mut connection, job.id, self.cursor, through, &[], PAGE).await?, through)
+            }
+            Scope::All { viewer, .. } => {
+                let through = self.past_end.min(self.cursor + WINDOW);
+                let sight = viewer.sight();
+                (Event::list_in_sight(&mut connection, sight, self.cursor, through, PAGE).await?, through)
+            }
+        };
+        drop(connection);
+        let whole = i64::try_from(rows.len()).is_ok_and(|read| read < PAGE);
+        let events = log_events(&self.log.0.directory, rows).await?;
+        let last = events.last().map_or(through, |event| self.scope.place(event));
+        self.read_to = if whole { through } else { last };
+        self.pending = events.into_iter().filter(|event| self.scope.contains(event)).collect();
+        Ok(())
+    }
+
+    /// The past now ends where the log does.
+    async fn look_again(&mut self) -> Result<()> {
+        let (past_end, job) = log_end(&self.log, &self.scope).await?;
+        self.past_end = past_end.max(self.cursor);
+        self.job = job;
+        self.missed = false;
+        Ok(())
+    }
+
+    /// Waits for what is committed next, or for the heartbeat.
+    async fn follow(&mut self) -> Option<Message> {
+        let due = tokio::time::Instant::from_std(self.beat_at);
+        let delivery = tokio::select! {
+            biased;
+            delivery = self.subscription.next() => delivery,
+            () = tokio::time::sleep_until(due) => match self.beat() {
+                Beat::Message(message) => return Some(message),
+                Beat::Delivery(delivery) => delivery,
+                Beat::Unknown => {
+                    self.beat_at = Instant::now() + RETRY;
+                    return None;
+                }
+            },
+        };
+        match delivery {
+            Delivery::Events(events) => self.accept(events),
+            Delivery::Overflowed => self.missed = true,
+        }
+        None
+    }
+
+    /// What to do when nothing was sent for the interval.
+    fn beat(&mut self) -> Beat {
+        // First how far everything has been delivered, then whether any of it
+        // waits here.
+        let Some(head) = self.log.0.tail.current() else { return Beat::Unknown };
+        if let Some(delivery) = self.subscription.take() {
+            return Beat::Delivery(delivery);
+        }
+        if let Scope::All { .. } = self.scope {
+            self.cursor = self.cursor.max(head);
+            self.read_to = self.cursor;
+        }
+        Beat::Message(self.message(Body::Heartbeat))
+    }
+
+    /// Takes in what was delivered; what was read from the log already is
+    /// dropped.
+    fn accept(&mut self, events: VecDeque<Arc<LogEvent>>) {
+        for event in events {
+            let place = self.scope.place(&event);
+            if place <= self.read_to {
+                continue;
+            }
+            if let Scope::Job(_) = self.scope
+                && place > self.read_to + 1
+            {
+                self.missed = true;
+                return;
+            }
+            self.read_to = place;
+            if self.scope.contains(&event) {
+                self.pending.push_back(event);
+            }
+        }
+        self.past_end = self.past_end.max(self.read_to);
+    }
+
+    /// The next message's worth of what is pending, without what is filtered.
+    fn take_pending(&mut self) -> Option<Message> {
+        let mut events = Vec::new();
+        let mut room = MESSAGE_BYTES - MESSAGE_MARGIN;
+        while let Some(event) = self.pending.front() {
+            let wanted = self.kinds.is_empty() || self.kinds.contains(&event.kind);
+            // A tag and two lengths go with each event.
+            let bytes = event.bytes + 16;
+            if wanted && bytes > room && !events.is_empty() {
+                break;
+            }
+            let Some(event) = self.pending.pop_front() else { break };
+            self.cursor = self.scope.place(&event);
+            self.note(&event);
+            if wanted {
+                room = room.saturating_sub(bytes);
+                events.push(event);
+            }
+        }
+        if self.pending.is_empty() {
+            self.cursor = self.read_to;
+        }
+        (!events.is_empty()).then(|| self.message(Body::Events(events)))
+    }
+
+    /// The one job's latest known state.
+    fn note(&mut self, event: &LogEvent) {
+        if let Some(job) = &mut self.job
+            && event.sequence > job.last_sequence
+        {
+            job.last_sequence = event.sequence;
+            job.status = event.status;
+            job.progress = event.progress;
+            job.closed = event.closes();
+        }
+    }
+
+    fn end(&mut self, reason: EndReason) -> Message {
+        self.ended = true;
+        self.message(Body::End(reason, self.job))
+    }
+
+    fn message(&self, body: Body) -> Message {
+        Message { resume_token: self.binding.token(self.cursor), body }
+    }
+}
+
+enum Beat {
+    Message(Message),
+    Delivery(Delivery),
+    /// The log's end has not been seen lately: no word about it.
+    Unknown,
+}
+
+/// Where the scope's log ends now, and the state of the one job there.
+async fn log_end(log: &EventLog, scope: &Scope) -> Result<(i64, Option<JobState>)> {
+    let mut connection = log.0.database.get().await?;
+    match scope {
+        Scope::Job(job) => {
+            let head = JobHead::load(&mut connection, &[job.id]).await?.pop();
+            let state = head.ok_or_else(|| Error::not_found(Resource::Job, &job.id))?.state();
+            Ok((state.last_sequence, Some(state)))
+        }
+        Scope::All { .. } => Ok((log_position(&mut connection).await?, None)),
+    }
+}

@@ -1,0 +1,267 @@
+//! Jobs: something that a provider runs for a customer.
+
+mod list;
+
+use std::fmt;
+
+use chrono::{DateTime, Utc};
+use diesel::{
+    BoolExpressionMethods as _, ExpressionMethods as _, JoinOnDsl as _, OptionalExtension as _,
+    QueryDsl as _, Queryable,
+};
+use diesel_async::{AsyncPgConnection, RunQueryDsl as _};
+use uuid::Uuid;
+
+pub use self::list::{JobCursor, JobFilters, JobPage};
+use super::{
+    caller::{Provider, Sight, UserRole, Viewer},
+    job_configuration::{ConfigurationKey, JobConfiguration},
+};
+use crate::{
+    error::{Error, Resource, Result, Violations, quoted},
+    progress::{JobStatus, Progress, Weights},
+    schema::{job_configurations, jobs, step_configurations, users},
+};
+
+/// How a job is named by its caller.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum JobKey {
+    /// By its id.
+    Id(Uuid),
+    /// By its provider's id for it; for that provider only.
+    ProviderJobId(String),
+}
+
+/// As an error names it.
+impl fmt::Display for JobKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Id(id) => id.fmt(f),
+            Self::ProviderJobId(id) => f.write_str(id),
+        }
+    }
+}
+
+/// A job, with what its log derives.
+#[derive(Clone, Debug, PartialEq, Eq, Queryable)]
+pub struct Job {
+    /// Made here.
+    pub id: Uuid,
+    /// Who runs it.
+    pub provider: Party,
+    /// Whom it is run for.
+    pub customer: Party,
+    /// Unique within its provider.
+    pub provider_job_id: String,
+    /// For people; may be empty.
+    pub provider_job_name: String,
+    /// The exact configuration that it was created with.
+    pub job_configuration_id: Uuid,
+    /// That configuration's.
+    pub configuration_tag: String,
+    /// That configuration's.
+    pub configuration_version: String,
+    /// After its last event.
+    pub status: JobStatus,
+    /// After its last event.
+    #[diesel(deserialize_as = ProgressColumns)]
+    pub progress: Progress,
+    /// Of its last event; 0 for none.
+    pub last_sequence: i64,
+    /// When its log was sealed.
+    pub closed_at: Option<DateTime<Utc>>,
+    /// When it was created.
+    pub created_at: DateTime<Utc>,
+    /// When it last changed.
+    pub updated_at: DateTime<Utc>,
+}
+
+/// One of the two sides of a job, as the other one sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Queryable)]
+pub struct Party {
+    /// The user's.
+    pub id: Uuid,
+    /// May be empty.
+    pub first_name: String,
+    /// May be empty.
+    pub last_name: String,
+}
+
+/// Points done, points in total, percent.
+type ProgressColumns = (i64, i64, i16);
+
+impl From<ProgressColumns> for Progress {
+    fn from((points_done, points_total, percent): ProgressColumns) -> Self {
+        Self { points_done, points_total, percent }
+    }
+}
+
+/// A job to create.
+#[derive(Clone, Debug)]
+pub struct NewJob {
+    /// See [`Job::provider_job_id`].
+    pub provider_job_id: String,
+    /// See [`Job::provider_job_name`].
+    pub provider_job_name: String,
+    /// See [`Job::customer`].
+    pub customer_id: Uuid,
+    /// See [`Job::configuration_tag`].
+    pub configuration_tag: String,
+    /// None: the latest one.
+    pub configuration_version: Option<String>,
+}
+
+diesel::alias!(users as providers: Providers, users as customers: Customers);
+
+impl Job {
+    /// Those with these ids, in any order; unknown ids are left out. Whose they
+    /// are is not looked at.
+    async fn load(conn: &mut AsyncPgConnection, ids: &[Uuid]) -> Result<Vec<Self>> {
+        let (provider_id, customer_id) = (providers.field(users::id), customers.field(users::id));
+        Ok(jobs::table
+            .inner_join(providers.on(provider_id.eq(jobs::provider_id)))
+            .inner_join(customers.on(customer_id.eq(jobs::customer_id)))
+            .inner_join(job_configurations::table.on(job_configurations::id.eq(jobs::job_configuration_id)))
+            .filter(jobs::id.eq_any(ids))
+            .select((
+                jobs::id,
+                providers.fields((users::id, users::first_name, users::last_name)),
+                customers.fields((users::id, users::first_name, users::last_name)),
+                jobs::provider_job_id,
+                jobs::provider_job_name,
+                jobs::job_configuration_id,
+                job_configurations::tag,
+                job_configurations::version,
+                jobs::status,
+                (jobs::points_done, jobs::points_total, jobs::percent),
+                jobs::last_sequence,
+                jobs::closed_at,
+                jobs::created_at,
+                jobs::updated_at,
+            ))
+            .load(conn)
+            .await?)
+    }
+
+    /// One that the viewer may see; [`Error::NotFound`] otherwise, and for a
+    /// key that only a provider may use.
+    pub async fn find(conn: &mut AsyncPgConnection, viewer: Viewer, key: &JobKey) -> Result<Self> {
+        let job = match (key, viewer.sight()) {
+            (JobKey::Id(id), _) => Self::load(conn, &[*id]).await?.pop(),
+            (JobKey::ProviderJobId(name), Sight::Provider(provider_id)) => {
+                Self::find_by_provider_job_id(conn, provider_id, name).await?
+            }
+            (JobKey::ProviderJobId(_), Sight::Customer(_) | Sight::Job(_)) => None,
+        };
+        job.filter(|job| viewer.sees(job.id, job.provider.id, job.customer.id))
+            .ok_or_else(|| Error::not_found(Resource::Job, key))
+    }
+
+    async fn find_by_provider_job_id(
+        conn: &mut AsyncPgConnection,
+        provider_id: Uuid,
+        provider_job_id: &str,
+    ) -> Result<Option<Self>> {
+        let id = jobs::table
+            .filter(jobs::provider_id.eq(provider_id).and(jobs::provider_job_id.eq(provider_job_id)))
+            .select(jobs::id)
+            .first(conn)
+            .await
+            .optional()?;
+        let Some(id) = id else { return Ok(None) };
+        Ok(Self::load(conn, &[id]).await?.pop())
+    }
+
+    /// Creates a job, and tells whether it had been created before. With other
+    /// content: [`Error::Differs`]. Without such a customer or configuration:
+    /// [`Error::NotFound`].
+    pub async fn create(
+        conn: &mut AsyncPgConnection,
+        provider: Provider,
+        new: &NewJob,
+    ) -> Result<(Self, bool)> {
+        let before = Self::find_by_provider_job_id(conn, provider.id(), &new.provider_job_id).await?;
+        // The same again stays the same, also when its customer has been
+        // disabled since.
+        if let Some(job) = before.filter(|job| new.differences(job).is_empty()) {
+            return Ok((job, true));
+        }
+        let inserted = new.insert(conn, provider).await?;
+        let job = Self::find_by_provider_job_id(conn, provider.id(), &new.provider_job_id)
+            .await?
+            .ok_or_else(|| Error::internal("a created job is not there"))?;
+        let differences = new.differences(&job);
+        if inserted || differences.is_empty() {
+            return Ok((job, !inserted));
+        }
+        Err(Error::Differs { resource: Resource::Job, name: new.provider_job_id.clone(), differences })
+    }
+}
+
+impl NewJob {
+    /// Whether it was stored: not if its key is taken, or is being taken by
+    /// somebody else, whose end this waits for.
+    async fn insert(&self, conn: &mut AsyncPgConnection, provider: Provider) -> Result<bool> {
+        let customer = users::table
+            .filter(users::id.eq(self.customer_id))
+            .filter(users::role.eq(UserRole::Customer).and(users::disabled_at.is_null()))
+            .select(users::id)
+            .first::<Uuid>(conn)
+            .await
+            .optional()?;
+        if customer.is_none() {
+            return Err(Error::not_found(Resource::Customer, &self.customer_id));
+        }
+
+        let tag = self.configuration_tag.clone();
+        let key = match self.configuration_version.clone() {
+            Some(version) => ConfigurationKey::Version { tag, version },
+            None => ConfigurationKey::Latest { tag },
+        };
+        let job_configuration_id = JobConfiguration::find_id(conn, provider.into(), &key)
+            .await?
+            .ok_or_else(|| Error::not_found(Resource::JobConfiguration, &key))?;
+        let points = step_configurations::table
+            .filter(step_configurations::job_configuration_id.eq(job_configuration_id))
+            .select(step_configurations::points)
+            .load::<i32>(conn)
+            .await?;
+
+        let inserted = diesel::insert_into(jobs::table)
+            .values((
+                jobs::id.eq(Uuid::now_v7()),
+                jobs::provider_id.eq(provider.id()),
+                jobs::customer_id.eq(self.customer_id),
+                jobs::job_configuration_id.eq(job_configuration_id),
+                jobs::configuration_tag.eq(&self.configuration_tag),
+                jobs::provider_job_id.eq(&self.provider_job_id),
+                jobs::provider_job_name.eq(&self.provider_job_name),
+                jobs::points_total.eq(Weights::new(points.into_iter().map(i64::from)).total()),
+            ))
+            .on_conflict((jobs::provider_id, jobs::provider_job_id))
+            .do_nothing()
+            .execute(conn)
+            .await?;
+        Ok(inserted == 1)
+    }
+
+    /// What would have to change in this one for it to be the stored one, which
+    /// has the same key.
+    fn differences(&self, stored: &Job) -> Violations {
+        let mut differences = Violations::default();
+        if self.customer_id != stored.customer.id {
+            differences.add("customer_id", format!("is {}", quoted(&stored.customer.id.to_string())));
+        }
+        if self.configuration_tag != stored.configuration_tag {
+            differences.add("configuration_tag", format!("is {}", quoted(&stored.configuration_tag)));
+        }
+        if self.configuration_version.as_ref().is_some_and(|version| *version != stored.configuration_version)
+        {
+            differences.add("configuration_version", format!("is {}", quoted(&stored.configuration_version)));
+        }
+        if self.provider_job_name != stored.provider_job_name {
+            differences.add("provider_job_name", format!("is {}", quoted(&stored.provider_job_name)));
+        }
+        differences
+    }
+}

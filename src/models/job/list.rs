@@ -1,0 +1,338 @@
+//! Pages of jobs, newest first, by filters that combine.
+//!
+//! Each filter alone is a range of an index that has jobs in that order, or,
+//! where texts are looked for by prefix, in the order of the texts. Filters
+//! together are one such range of which some jobs are left out: at most
+//! [`LOOKED_AT`] jobs of it are looked at for one page, which then may be short.
+
+use std::cmp::Reverse;
+
+use chrono::{DateTime, Utc};
+use diesel::{
+    BoolExpressionMethods as _, ExpressionMethods as _, OptionalExtension as _, QueryDsl as _, Queryable,
+    pg::Pg, sql_types,
+};
+use diesel_async::{AsyncPgConnection, RunQueryDsl as _};
+use uuid::Uuid;
+
+use super::Job;
+use crate::{
+    error::Result,
+    models::caller::{Sight, Viewer},
+    progress::JobStatus,
+    schema::jobs,
+};
+
+/// Most jobs of one range of an index that are looked at for a page.
+const LOOKED_AT: i64 = 10_000;
+
+/// Which jobs. What is none or empty leaves none out; the others must all hold.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct JobFilters {
+    /// Any of these; none twice.
+    pub statuses: Vec<JobStatus>,
+    /// Open ones, or closed ones.
+    pub open: Option<bool>,
+    /// Of this tag.
+    pub configuration_tag: Option<String>,
+    /// With this user on the other side.
+    pub counterpart_id: Option<Uuid>,
+    /// Created then or later.
+    pub created_from: Option<DateTime<Utc>>,
+    /// Created before.
+    pub created_before: Option<DateTime<Utc>>,
+    /// What `provider_job_id` starts with.
+    pub provider_job_id_prefix: String,
+    /// What `provider_job_name` starts with.
+    pub provider_job_name_prefix: String,
+}
+
+/// Where a job stands among all jobs: a later one is greater.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Queryable)]
+pub struct JobCursor {
+    /// When it was created.
+    pub created_at: DateTime<Utc>,
+    /// Which of those created then.
+    pub id: Uuid,
+}
+
+/// A page of jobs.
+#[derive(Clone, Debug)]
+pub struct JobPage {
+    /// Newest first.
+    pub jobs: Vec<Job>,
+    /// The next page is what is older than this. None: there is no next page.
+    pub next: Option<JobCursor>,
+}
+
+impl Job {
+    /// Where it stands among all jobs.
+    pub fn cursor(&self) -> JobCursor {
+        JobCursor { created_at: self.created_at, id: self.id }
+    }
+
+    /// Jobs that the viewer may see, newest first, those older than `after`
+    /// only. At most `limit`, and perhaps fewer, even none, before the end.
+    pub async fn list(
+        conn: &mut AsyncPgConnection,
+        viewer: Viewer,
+        filters: &JobFilters,
+        after: Option<JobCursor>,
+        limit: i64,
+    ) -> Result<JobPage> {
+        let conditions = filters.conditions();
+        let query = ListQuery { sight: viewer.sight(), filters, after, limit };
+        let Found { mut keys, rest } = match query.by_prefix(conn, &conditions).await? {
+            Some(found) => found,
+            None => query.by_creation(conn, &conditions).await?,
+        };
+        let mut next = rest;
+        if let Ok(limit) = usize::try_from(limit)
+            && keys.len() > limit
+        {
+            keys.truncate(limit);
+            next = keys.last().copied();
+        }
+        let ids: Vec<Uuid> = keys.iter().map(|key| key.id).collect();
+        let mut jobs = Self::load(conn, &ids).await?;
+        // One may have moved on since its key was found.
+        jobs.retain(|job| filters.still_hold(job));
+        jobs.sort_unstable_by_key(|job| Reverse(job.cursor()));
+        Ok(JobPage { jobs, next })
+    }
+}
+
+/// One filter.
+#[derive(Clone, Copy)]
+enum Condition<'a> {
+    Counterpart(Uuid),
+    Open(bool),
+    Statuses(&'a [JobStatus]),
+    ConfigurationTag(&'a str),
+    ProviderJobIdPrefix(&'a str),
+    ProviderJobNamePrefix(&'a str),
+}
+
+impl JobFilters {
+    /// Those that are given, but for the time of creation: first the one that
+    /// probably leaves out most, prefixes last.
+    fn conditions(&self) -> Vec<Condition<'_>> {
+        let statuses = Some(&self.statuses[..]).filter(|statuses| !statuses.is_empty());
+        let id_prefix = Some(&self.provider_job_id_prefix[..]).filter(|prefix| !prefix.is_empty());
+        let name_prefix = Some(&self.provider_job_name_prefix[..]).filter(|prefix| !prefix.is_empty());
+        [
+            self.counterpart_id.map(Condition::Counterpart),
+            self.open.filter(|open| *open).map(Condition::Open),
+            statuses.map(Condition::Statuses),
+            self.configuration_tag.as_deref().map(Condition::ConfigurationTag),
+            self.open.filter(|open| !open).map(Condition::Open),
+            id_prefix.map(Condition::ProviderJobIdPrefix),
+            name_prefix.map(Condition::ProviderJobNamePrefix),
+        ]
+        .into_iter()
+        .flatten()
+        .collect()
+    }
+
+    /// Whether those hold that an event may have changed.
+    fn still_hold(&self, job: &Job) -> bool {
+        (self.statuses.is_empty() || self.statuses.contains(&job.status))
+            && self.open.is_none_or(|open| open == job.closed_at.is_none())
+    }
+}
+
+/// A query for the keys of jobs.
+type Keys<'a> = jobs::BoxedQuery<'a, Pg, (sql_types::Timestamptz, sql_types::Uuid)>;
+
+/// Keys of jobs that are looked for, newest first; one more than the limit, if
+/// there are as many.
+struct Found {
+    keys: Vec<JobCursor>,
+    /// What is older than this was not looked at.
+    rest: Option<JobCursor>,
+}
+
+#[derive(Clone, Copy)]
+struct ListQuery<'a> {
+    sight: Sight,
+    filters: &'a JobFilters,
+    after: Option<JobCursor>,
+    limit: i64,
+}
+
+impl<'a> ListQuery<'a> {
+    /// All jobs that the viewer may see.
+    fn visible(self) -> Keys<'a> {
+        let query = jobs::table.select((jobs::created_at, jobs::id)).into_boxed();
+        match self.sight {
+            Sight::Provider(id) => query.filter(jobs::provider_id.eq(id)),
+            Sight::Customer(id) => query.filter(jobs::customer_id.eq(id)),
+            Sight::Job(id) => query.filter(jobs::id.eq(id)),
+        }
+    }
+
+    /// Those of them whose time of creation is right, and that no page before
+    /// has had.
+    fn ahead(self) -> Keys<'a> {
+        let mut query = self.visible();
+        if let Some(from) = self.filters.created_from {
+            query = query.filter(jobs::created_at.ge(from));
+        }
+        if let Some(before) = self.filters.created_before {
+            query = query.filter(jobs::created_at.lt(before));
+        }
+        if let Some(JobCursor { created_at, id }) = self.after {
+            let older = jobs::created_at.lt(created_at).or(jobs::id.lt(id));
+            query = query.filter(jobs::created_at.le(created_at).and(older));
+        }
+        query
+    }
+
+    fn narrow(self, query: Keys<'a>, condition: Condition<'a>) -> Keys<'a> {
+        match (condition, self.sight) {
+            (Condition::Counterpart(id), Sight::Provider(_)) => query.filter(jobs::customer_id.eq(id)),
+            (Condition::Counterpart(id), Sight::Customer(_)) => query.filter(jobs::provider_id.eq(id)),
+            (Condition::Counterpart(id), Sight::Job(_)) => {
+                query.filter(jobs::provider_id.eq(id).or(jobs::customer_id.eq(id)))
+            }
+            (Condition::Open(true), _) => query.filter(jobs::closed_at.is_null()),
+            (Condition::Open(false), _) => query.filter(jobs::closed_at.is_not_null()),
+            (Condition::Statuses(&[status]), _) => query.filter(jobs::status.eq(status)),
+            (Condition::Statuses(statuses), _) => query.filter(jobs::status.eq_any(statuses)),
+            (Condition::ConfigurationTag(tag), _) => query.filter(jobs::configuration_tag.eq(tag)),
+            (Condition::ProviderJobIdPrefix(prefix), _) => {
+                let query = query.filter(jobs::provider_job_id.ge(prefix));
+                match after_prefix(prefix) {
+                    Some(end) => query.filter(jobs::provider_job_id.lt(end)),
+                    None => query,
+                }
+            }
+            (Condition::ProviderJobNamePrefix(prefix), _) => {
+                let query = query.filter(jobs::provider_job_name.ge(prefix));
+                match after_prefix(prefix) {
+                    Some(end) => query.filter(jobs::provider_job_name.lt(end)),
+                    None => query,
+                }
+            }
+        }
+    }
+
+    /// By looking at all jobs that a prefix is that of, unless there are more
+    /// than may be looked at.
+    async fn by_prefix(
+        self,
+        conn: &mut AsyncPgConnection,
+        conditions: &[Condition<'a>],
+    ) -> Result<Option<Found>> {
+        for &condition in conditions {
+            let query = self.narrow(self.visible(), condition).limit(LOOKED_AT + 1);
+            let query = match condition {
+                Condition::ProviderJobIdPrefix(_) => query.order(jobs::provider_job_id),
+                Condition::ProviderJobNamePrefix(_) => query.order(jobs::provider_job_name),
+                Condition::Counterpart(_)
+                | Condition::Open(_)
+                | Condition::Statuses(_)
+                | Condition::ConfigurationTag(_) => continue,
+            };
+            let candidates: Vec<JobCursor> = query.load(conn).await?;
+            if i64::try_from(candidates.len()).is_ok_and(|count| count <= LOOKED_AT) {
+                let ids = candidates.into_iter().map(|candidate| candidate.id);
+                let query = conditions.iter().fold(self.ahead(), |query, other| self.narrow(query, *other));
+                let keys = query.filter(jobs::id.eq_any(ids)).load(conn).await?;
+                return Ok(Some(self.newest(keys, None)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// By looking at jobs in the order of their creation: at those for which
+    /// the first of the conditions holds, or at all of them.
+    async fn by_creation(self, conn: &mut AsyncPgConnection, conditions: &[Condition<'a>]) -> Result<Found> {
+        let (ranges, others): (Vec<Option<Condition<'a>>>, _) = match conditions.split_first() {
+            Some((Condition::Statuses(statuses), others)) => {
+                (statuses.chunks(1).map(|status| Some(Condition::Statuses(status))).collect(), others)
+            }
+            Some((
+                first @ (Condition::Counterpart(_) | Condition::Open(_) | Condition::ConfigurationTag(_)),
+                others,
+            )) => (vec![Some(*first)], others),
+            Some((Condition::ProviderJobIdPrefix(_) | Condition::ProviderJobNamePrefix(_), _)) | None => {
+                (vec![None], conditions)
+            }
+        };
+        let newest_first = (jobs::created_at.desc(), jobs::id.desc());
+        let mut keys = Vec::new();
+        let mut rest = None;
+        for range in ranges {
+            let range = || range.into_iter().fold(self.ahead(), |query, only| self.narrow(query, only));
+            let last_looked_at: Option<JobCursor> = if others.is_empty() {
+                None
+            } else {
+                range().order(newest_first).offset(LOOKED_AT - 1).first(conn).await.optional()?
+            };
+            let mut query = others.iter().fold(range(), |query, other| self.narrow(query, *other));
+            if let Some(JobCursor { created_at, id }) = last_looked_at {
+                let not_older = jobs::created_at.gt(created_at).or(jobs::id.ge(id));
+                query = query.filter(jobs::created_at.ge(created_at).and(not_older));
+            }
+            keys.extend(query.order(newest_first).limit(self.limit + 1).load::<JobCursor>(conn).await?);
+            rest = rest.max(last_looked_at);
+        }
+        Ok(self.newest(keys, rest))
+    }
+
+    /// Of keys in any order, those that come first; none of the rest.
+    fn newest(self, mut keys: Vec<JobCursor>, rest: Option<JobCursor>) -> Found {
+        keys.retain(|key| rest.is_none_or(|rest| *key >= rest));
+        keys.sort_unstable_by_key(|key| Reverse(*key));
+        keys.truncate(usize::try_from(self.limit + 1).unwrap_or(usize::MAX));
+        Found { keys, rest }
+    }
+}
+
+/// The first text, in the order of bytes, after all those that start with the
+/// prefix; none if there is no such text.
+fn after_prefix(prefix: &str) -> Option<String> {
+    let mut chars: Vec<char> = prefix.chars().collect();
+    while let Some(last) = chars.pop() {
+        // Inclusive of `last`; surrogates are skipped.
+        if let Some(next) = (last..=char::MAX).nth(1) {
+            chars.push(next);
+            return Some(chars.into_iter().collect());
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_of_a_prefix_comes_right_after_it() {
+        for (prefix, end) in [
+            ("a", Some("b")),
+            ("scan-9", Some("scan-:")),
+            ("100%", Some("100&")),
+            ("\u{7f}", Some("\u{80}")),
+            ("\u{d7ff}", Some("\u{e000}")),
+            ("a\u{10ffff}", Some("b")),
+            ("a\u{10ffff}\u{10ffff}", Some("b")),
+            ("\u{10ffff}", None),
+            ("", None),
+        ] {
+            let found = after_prefix(prefix);
+            assert_eq!(found.as_deref(), end, "{prefix:?}");
+            assert!(found.is_none_or(|end| *end > *format!("{prefix}\u{10ffff}")), "{prefix:?}");
+        }
+    }
+
+    #[test]
+    fn a_later_job_is_a_greater_cursor() {
+        let at = |micros, id| JobCursor {
+            created_at: DateTime::from_timestamp_micros(micros).expect("a time"),
+            id: Uuid::from_u128(id),
+        };
+        assert!(at(2, 1) > at(1, 2) && at(1, 2) > at(1, 1));
+    }
+}

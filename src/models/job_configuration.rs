@@ -1,0 +1,303 @@
+//! What jobs look like: versions of a configuration, registered once and never
+//! changed.
+
+mod register;
+
+use std::{collections::HashMap, fmt};
+
+use chrono::{DateTime, Utc};
+use diesel::{
+    BoolExpressionMethods as _, ExpressionMethods as _, OptionalExtension as _, QueryDsl as _,
+    deserialize::FromSqlRow, dsl, expression::AsExpression,
+};
+use diesel_async::{AsyncPgConnection, RunQueryDsl as _};
+use uuid::Uuid;
+
+pub use self::register::{NewJobConfiguration, NewStepConfiguration};
+use super::caller::{Provider, Sight, Viewer};
+use crate::{
+    error::Result,
+    progress::Weights,
+    schema::{job_configurations, jobs, metadata_configurations, sql_types, step_configurations},
+};
+
+/// What kind of value a metadata name has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, AsExpression, FromSqlRow)]
+#[diesel(sql_type = sql_types::MetadataKind)]
+pub enum MetadataKind {
+    /// A string.
+    Text,
+    /// A finite number.
+    Number,
+    /// A string that is an absolute http or https URL.
+    Link,
+}
+
+impl MetadataKind {
+    /// As the API spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Text => "TEXT",
+            Self::Number => "NUMBER",
+            Self::Link => "LINK",
+        }
+    }
+}
+
+/// A version of a configuration, with all that belongs to it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JobConfiguration {
+    /// Made here.
+    pub id: Uuid,
+    /// Whose it is.
+    pub provider_id: Uuid,
+    /// What kind of job this is, within its provider.
+    pub tag: String,
+    /// For people.
+    pub name: String,
+    /// Strict SemVer 2.0; unique within provider and tag.
+    pub version: String,
+    /// When it was registered.
+    pub created_at: DateTime<Utc>,
+    /// In order; at most [`crate::limits::CONFIGURATION_STEPS`].
+    pub steps: Vec<StepConfiguration>,
+}
+
+/// A step of a configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StepConfiguration {
+    /// Made here.
+    pub id: Uuid,
+    /// What events name it by; unique within its configuration.
+    pub tag: String,
+    /// For people.
+    pub name: String,
+    /// How much of the whole it is: 0 to [`crate::limits::STEP_POINTS`].
+    pub points: i64,
+    /// In order; at most [`crate::limits::STEP_METADATA`].
+    pub metadata: Vec<MetadataConfiguration>,
+}
+
+/// A metadata name that a step's events are expected to carry.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MetadataConfiguration {
+    /// Unique within its step.
+    pub name: String,
+    /// What its value must be.
+    pub kind: MetadataKind,
+    /// The unit of a number, for people; may be empty.
+    pub units: String,
+}
+
+/// How a configuration is named by its caller.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ConfigurationKey {
+    /// By its id.
+    Id(Uuid),
+    /// By tag and version; for its provider only.
+    Version {
+        /// Its tag.
+        tag: String,
+        /// Its version, spelled exactly so.
+        version: String,
+    },
+    /// The latest version of a tag, which is its highest release, or where
+    /// there is none its highest pre-release; for its provider only.
+    Latest {
+        /// Its tag.
+        tag: String,
+    },
+}
+
+/// As an error names it.
+impl fmt::Display for ConfigurationKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Id(id) => id.fmt(f),
+            Self::Version { tag, version } => write!(f, "{tag} {version}"),
+            Self::Latest { tag } => f.write_str(tag),
+        }
+    }
+}
+
+impl JobConfiguration {
+    /// How much each step weighs.
+    pub fn weights(&self) -> Weights {
+        Weights::new(self.steps.iter().map(|step| step.points))
+    }
+
+    /// One that the viewer may see: a provider their own, a customer that of a
+    /// job of theirs.
+    pub async fn find(
+        conn: &mut AsyncPgConnection,
+        viewer: Viewer,
+        key: &ConfigurationKey,
+    ) -> Result<Option<Self>> {
+        let Some(id) = Self::find_id(conn, viewer, key).await? else { return Ok(None) };
+        Ok(Self::load(conn, &[id]).await?.pop())
+    }
+
+    /// The same, without its content.
+    pub(super) async fn find_id(
+        conn: &mut AsyncPgConnection,
+        viewer: Viewer,
+        key: &ConfigurationKey,
+    ) -> Result<Option<Uuid>> {
+        use job_configurations::{
+            created_at, id, precedence, provider_id, release, table, tag as tag_, version as version_,
+        };
+        let query = table.select(id).into_boxed();
+        let query = match (viewer.sight(), key) {
+            (Sight::Provider(provider), ConfigurationKey::Id(wanted)) => {
+                query.filter(provider_id.eq(provider).and(id.eq(wanted)))
+            }
+            (Sight::Provider(provider), ConfigurationKey::Version { tag, version }) => {
+                query.filter(provider_id.eq(provider).and(tag_.eq(tag)).and(version_.eq(version)))
+            }
+            (Sight::Provider(provider), ConfigurationKey::Latest { tag }) => query
+                .filter(provider_id.eq(provider).and(tag_.eq(tag)))
+                .order((release.desc(), precedence.desc(), created_at.desc(), id.desc()))
+                .limit(1),
+            (Sight::Customer(customer), ConfigurationKey::Id(wanted)) => {
+                let theirs = jobs::table
+                    .filter(jobs::job_configuration_id.eq(wanted).and(jobs::customer_id.eq(customer)));
+                query.filter(id.eq(wanted).and(dsl::exists(theirs)))
+            }
+            (Sight::Job(job), ConfigurationKey::Id(wanted)) => {
+                let theirs = jobs::table.filter(jobs::job_configuration_id.eq(wanted).and(jobs::id.eq(job)));
+                query.filter(id.eq(wanted).and(dsl::exists(theirs)))
+            }
+            (
+                Sight::Customer(_) | Sight::Job(_),
+                ConfigurationKey::Version { .. } | ConfigurationKey::Latest { .. },
+            ) => return Ok(None),
+        };
+        Ok(query.first(conn).await.optional()?)
+    }
+
+    /// Ids of the versions of a tag, by precedence, highest first, that follow
+    /// the one with the id `after`; at most `limit`.
+    pub async fn list_versions(
+        conn: &mut AsyncPgConnection,
+        provider: Provider,
+        tag: &str,
+        after: Option<Uuid>,
+        limit: i64,
+    ) -> Result<Vec<Uuid>> {
+        use job_configurations::{created_at, id, precedence, provider_id, table, tag as tag_};
+        let mut query = table
+            .filter(provider_id.eq(provider.id()).and(tag_.eq(tag)))
+            .order((precedence.desc(), created_at.desc(), id.desc()))
+            .limit(limit)
+            .select(id)
+            .into_boxed();
+        if let Some(last) = after {
+            let Some((last_precedence, last_created_at)) = table
+                .filter(provider_id.eq(provider.id()).and(tag_.eq(tag)).and(id.eq(last)))
+                .select((precedence, created_at))
+                .first::<(Vec<u8>, DateTime<Utc>)>(conn)
+                .await
+                .optional()?
+            else {
+                return Ok(Vec::new());
+            };
+            let later_of_equal = created_at.eq(last_created_at).and(id.lt(last));
+            query =
+                query.filter(precedence.le(last_precedence.clone()).and(
+                    precedence.lt(last_precedence).or(created_at.lt(last_created_at)).or(later_of_equal),
+                ));
+        }
+        Ok(query.load(conn).await?)
+    }
+
+    /// Ids of the latest version of every tag, by tag, that follow the one with
+    /// the id `after`; at most `limit`.
+    pub async fn list_latest(
+        conn: &mut AsyncPgConnection,
+        provider: Provider,
+        after: Option<Uuid>,
+        limit: i64,
+    ) -> Result<Vec<Uuid>> {
+        use job_configurations::{created_at, id, precedence, provider_id, release, table, tag};
+        let mut query = table
+            .filter(provider_id.eq(provider.id()))
+            .distinct_on(tag)
+            .order((tag, release.desc(), precedence.desc(), created_at.desc(), id.desc()))
+            .limit(limit)
+            .select(id)
+            .into_boxed();
+        if let Some(last) = after {
+            let Some(last_tag) = table
+                .filter(provider_id.eq(provider.id()).and(id.eq(last)))
+                .select(tag)
+                .first::<String>(conn)
+                .await
+                .optional()?
+            else {
+                return Ok(Vec::new());
+            };
+            query = query.filter(tag.gt(last_tag));
+        }
+        Ok(query.load(conn).await?)
+    }
+
+    /// Those with these ids, in their order; unknown ids are left out. Whose
+    /// they are is not looked at: for ids out of rows that the caller may see.
+    pub async fn load(conn: &mut AsyncPgConnection, ids: &[Uuid]) -> Result<Vec<Self>> {
+        let mut metadata: HashMap<Uuid, Vec<MetadataConfiguration>> = HashMap::new();
+        let rows = metadata_configurations::table
+            .inner_join(step_configurations::table)
+            .filter(step_configurations::job_configuration_id.eq_any(ids))
+            .order((metadata_configurations::step_configuration_id, metadata_configurations::position))
+            .select((
+                metadata_configurations::step_configuration_id,
+                metadata_configurations::name,
+                metadata_configurations::kind,
+                metadata_configurations::units,
+            ))
+            .load::<(Uuid, String, MetadataKind, String)>(conn)
+            .await?;
+        for (step_id, name, kind, units) in rows {
+            metadata.entry(step_id).or_default().push(MetadataConfiguration { name, kind, units });
+        }
+
+        let mut steps: HashMap<Uuid, Vec<StepConfiguration>> = HashMap::new();
+        let rows = step_configurations::table
+            .filter(step_configurations::job_configuration_id.eq_any(ids))
+            .order((step_configurations::job_configuration_id, step_configurations::position))
+            .select((
+                step_configurations::job_configuration_id,
+                step_configurations::id,
+                step_configurations::tag,
+                step_configurations::name,
+                step_configurations::points,
+            ))
+            .load::<(Uuid, Uuid, String, String, i32)>(conn)
+            .await?;
+        for (configuration_id, id, tag, name, points) in rows {
+            let metadata = metadata.remove(&id).unwrap_or_default();
+            let step = StepConfiguration { id, tag, name, points: points.into(), metadata };
+            steps.entry(configuration_id).or_default().push(step);
+        }
+
+        let mut found: HashMap<Uuid, Self> = job_configurations::table
+            .filter(job_configurations::id.eq_any(ids))
+            .select((
+                job_configurations::id,
+                job_configurations::provider_id,
+                job_configurations::tag,
+                job_configurations::name,
+                job_configurations::version,
+                job_configurations::created_at,
+            ))
+            .load::<(Uuid, Uuid, String, String, String, DateTime<Utc>)>(conn)
+            .await?
+            .into_iter()
+            .map(|(id, provider_id, tag, name, version, created_at)| {
+                let steps = steps.remove(&id).unwrap_or_default();
+                (id, Self { id, provider_id, tag, name, version, created_at, steps })
+            })
+            .collect();
+        Ok(ids.iter().filter_map(|id| found.remove(id)).collect())
+    }
+}

@@ -1,0 +1,174 @@
+//! The registration of a version.
+
+use diesel::{ExpressionMethods as _, Insertable};
+use diesel_async::{AsyncConnection as _, AsyncPgConnection, RunQueryDsl as _};
+use semver::Version;
+use uuid::Uuid;
+
+use super::{ConfigurationKey, JobConfiguration, MetadataConfiguration, MetadataKind};
+use crate::{
+    error::{Error, Resource, Result, Violations, quoted},
+    models::{caller::Provider, version},
+    schema::{job_configurations, metadata_configurations, step_configurations},
+};
+
+/// A version to register: what it says is within the limits, no tag and no name
+/// occurs twice where it must not.
+#[derive(Clone, Debug)]
+pub struct NewJobConfiguration {
+    /// See [`JobConfiguration::tag`].
+    pub tag: String,
+    /// See [`JobConfiguration::name`].
+    pub name: String,
+    /// See [`JobConfiguration::version`].
+    pub version: Version,
+    /// See [`JobConfiguration::steps`].
+    pub steps: Vec<NewStepConfiguration>,
+}
+
+/// A step of a version to register.
+#[derive(Clone, Debug)]
+pub struct NewStepConfiguration {
+    /// See [`StepConfiguration::tag`].
+    pub tag: String,
+    /// See [`StepConfiguration::name`].
+    pub name: String,
+    /// See [`StepConfiguration::points`].
+    pub points: i32,
+    /// See [`StepConfiguration::metadata`].
+    pub metadata: Vec<MetadataConfiguration>,
+}
+
+impl JobConfiguration {
+    /// Registers a version, and tells whether it had been registered before.
+    /// With other content: [`Error::Differs`]. Whoever calls this must let it
+    /// run to its end, see [`crate::db::Database::detached`].
+    pub async fn register(
+        conn: &mut AsyncPgConnection,
+        provider: Provider,
+        new: &NewJobConfiguration,
+    ) -> Result<(Self, bool)> {
+        let inserted = conn.transaction(async |conn| new.insert(conn, provider).await).await?;
+        let key = ConfigurationKey::Version { tag: new.tag.clone(), version: new.version.to_string() };
+        let stored = Self::find(conn, provider.into(), &key)
+            .await?
+            .ok_or_else(|| Error::internal("a registered configuration is not there"))?;
+        let differences = new.differences(&stored);
+        if differences.is_empty() {
+            return Ok((stored, !inserted));
+        }
+        Err(Error::Differs { resource: Resource::JobConfiguration, name: key.to_string(), differences })
+    }
+}
+
+/// Rows of one INSERT: Postgres takes 65,535 values in one statement.
+const INSERT_ROWS: usize = 5_000;
+
+#[derive(Insertable)]
+#[diesel(table_name = step_configurations)]
+struct StepRow<'a> {
+    id: Uuid,
+    job_configuration_id: Uuid,
+    position: i16,
+    tag: &'a str,
+    name: &'a str,
+    points: i32,
+}
+
+#[derive(Insertable)]
+#[diesel(table_name = metadata_configurations)]
+struct MetadataRow<'a> {
+    id: Uuid,
+    step_configuration_id: Uuid,
+    position: i16,
+    name: &'a str,
+    kind: MetadataKind,
+    units: &'a str,
+}
+
+impl NewJobConfiguration {
+    /// Whether it was stored: not if its tag and version is registered, or is
+    /// being registered by somebody else, whose end this waits for.
+    async fn insert(&self, conn: &mut AsyncPgConnection, provider: Provider) -> Result<bool> {
+        let job_configuration_id = Uuid::now_v7();
+        let inserted = diesel::insert_into(job_configurations::table)
+            .values((
+                job_configurations::id.eq(job_configuration_id),
+                job_configurations::provider_id.eq(provider.id()),
+                job_configurations::tag.eq(&self.tag),
+                job_configurations::name.eq(&self.name),
+                job_configurations::version.eq(self.version.to_string()),
+                job_configurations::release.eq(self.version.pre.is_empty()),
+                job_configurations::precedence.eq(version::precedence(&self.version)),
+            ))
+            .on_conflict((
+                job_configurations::provider_id,
+                job_configurations::tag,
+                job_configurations::version,
+            ))
+            .do_nothing()
+            .execute(conn)
+            .await?;
+        if inserted == 0 {
+            return Ok(false);
+        }
+        let mut steps = Vec::with_capacity(self.steps.len());
+        let mut metadata = Vec::new();
+        for (position, step) in (0..).zip(&self.steps) {
+            let id = Uuid::now_v7();
+            let NewStepConfiguration { tag, name, points, .. } = step;
+            steps.push(StepRow { id, job_configuration_id, position, tag, name, points: *points });
+            metadata.extend((0..).zip(&step.metadata).map(|(position, metadata)| MetadataRow {
+                id: Uuid::now_v7(),
+                step_configuration_id: id,
+                position,
+                name: &metadata.name,
+                kind: metadata.kind,
+                units: &metadata.units,
+            }));
+        }
+        for rows in steps.chunks(INSERT_ROWS) {
+            diesel::insert_into(step_configurations::table).values(rows).execute(conn).await?;
+        }
+        for rows in metadata.chunks(INSERT_ROWS) {
+            diesel::insert_into(metadata_configurations::table).values(rows).execute(conn).await?;
+        }
+        Ok(true)
+    }
+
+    /// What would have to change in this one for it to be the stored one, which
+    /// has the same tag and version.
+    fn differences(&self, stored: &JobConfiguration) -> Violations {
+        let mut differences = Violations::default();
+        note(&mut differences, "name", &self.name, &stored.name);
+        if self.steps.len() != stored.steps.len() {
+            differences.add("steps", format!("there are {}", stored.steps.len()));
+        }
+        for (i, (step, stored)) in self.steps.iter().zip(&stored.steps).enumerate() {
+            note(&mut differences, &format!("steps[{i}].tag"), &step.tag, &stored.tag);
+            note(&mut differences, &format!("steps[{i}].name"), &step.name, &stored.name);
+            if i64::from(step.points) != stored.points {
+                differences.add(format!("steps[{i}].points"), format!("is {}", stored.points));
+            }
+            if step.metadata.len() != stored.metadata.len() {
+                differences
+                    .add(format!("steps[{i}].metadata"), format!("there are {}", stored.metadata.len()));
+            }
+            for (j, (metadata, stored)) in step.metadata.iter().zip(&stored.metadata).enumerate() {
+                let path = format!("steps[{i}].metadata[{j}]");
+                note(&mut differences, &format!("{path}.name"), &metadata.name, &stored.name);
+                if metadata.kind != stored.kind {
+                    differences.add(format!("{path}.kind"), format!("is {}", stored.kind.name()));
+                }
+                note(&mut differences, &format!("{path}.units"), &metadata.units, &stored.units);
+            }
+        }
+        differences
+    }
+}
+
+fn note(differences: &mut Violations, field: &str, given: &str, stored: &str) {
+    if given != stored {
+        differences.add(field, format!("is {}", quoted(stored)));
+    }
+}

@@ -1,0 +1,170 @@
+//! Versions of a configuration: strict SemVer 2.0, and its precedence as bytes
+//! that a database can sort by.
+
+use semver::Version;
+
+/// The version that the text is, or why it is none: a sentence without its full
+/// stop. Numbers beyond 64 bits, which SemVer does not forbid, are refused.
+pub fn parse(text: &str) -> Result<Version, String> {
+    Version::parse(text).map_err(|error| format!("must be a SemVer 2.0 version such as 1.10.0: {error}"))
+}
+
+/// Bytes whose lexicographic order is the versions' precedence (SemVer 2.0,
+/// section 11); equal for versions that differ only in build metadata.
+///
+/// The three numbers, then 0xFF for a release, which so comes after each of
+/// its pre-releases, or the identifiers of the pre-release:
+///
+/// - numeric: 1, the count of its digits, its digits. Without leading zeros the
+///   longer number is the larger one, and SemVer bounds none.
+/// - otherwise: 2, its ASCII characters, 0. The end is less than any character.
+///
+/// A pre-release that another one starts with is the shorter string of bytes,
+/// and so comes first.
+pub fn precedence(version: &Version) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(32 + version.pre.len() * 2);
+    for number in [version.major, version.minor, version.patch] {
+        bytes.extend(number.to_be_bytes());
+    }
+    if version.pre.is_empty() {
+        bytes.push(0xFF);
+        return bytes;
+    }
+    for identifier in version.pre.split('.') {
+        if identifier.bytes().all(|byte| byte.is_ascii_digit()) {
+            bytes.push(1);
+            bytes.extend((identifier.len() as u64).to_be_bytes());
+            bytes.extend(identifier.as_bytes());
+        } else {
+            bytes.push(2);
+            bytes.extend(identifier.as_bytes());
+            bytes.push(0);
+        }
+    }
+    bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn version(text: &str) -> Version {
+        parse(text).expect(text)
+    }
+
+    /// The latest one, as the database finds it: the highest release, otherwise
+    /// the highest pre-release.
+    fn latest<'a>(versions: &[&'a str]) -> &'a str {
+        let rank = |text: &&str| {
+            let version = version(text);
+            (version.pre.is_empty(), precedence(&version))
+        };
+        versions.iter().copied().max_by_key(|text| rank(text)).expect("some version")
+    }
+
+    #[test]
+    fn the_latest_version_is_the_highest_release() {
+        assert_eq!(latest(&["1.0.0", "1.10.0", "1.9.0"]), "1.10.0");
+        assert_eq!(latest(&["1.0.0", "1.10.0", "1.9.0", "2.0.0-rc.1"]), "1.10.0");
+        assert_eq!(latest(&["2.0.0-rc.1", "2.0.0-rc.11", "2.0.0-rc.2", "2.0.0-beta"]), "2.0.0-rc.11");
+        assert_eq!(latest(&["1.0.0", "2.0.0-rc.1"]), "1.0.0");
+    }
+
+    #[test]
+    fn precedence_is_that_of_semver() {
+        let numbers = ["0.0.0", "0.0.1", "0.1.0", "1.0.0", "1.0.255", "1.0.256", "1.9.0", "1.10.0"];
+        let largest = "18446744073709551615.0.0";
+        let identifiers = [
+            "0",
+            "1",
+            "2",
+            "9",
+            "10",
+            "255",
+            "256",
+            "18446744073709551615",
+            "18446744073709551616",
+            "99999999999999999999999999999999999999999999",
+            "-",
+            "--",
+            "-1",
+            "0a",
+            "00a",
+            "1-",
+            "10a",
+            "A",
+            "Z",
+            "a",
+            "a-",
+            "a0",
+            "aa",
+            "alpha",
+            "beta",
+            "rc",
+            "rc1",
+            "z",
+        ];
+        let mut pre_releases = vec![String::new()];
+        for first in identifiers {
+            pre_releases.push(format!("-{first}"));
+            for second in identifiers {
+                pre_releases.push(format!("-{first}.{second}"));
+            }
+            pre_releases.push(format!("-{first}.0.a"));
+            pre_releases.push(format!("-{first}.0.0.0"));
+        }
+        let mut versions: Vec<Version> = Vec::new();
+        for number in numbers.into_iter().chain([largest]) {
+            for build in ["", "+b", "+001.-"] {
+                versions.push(version(&format!("{number}{build}")));
+                versions.push(version(&format!("{number}-rc.1{build}")));
+            }
+        }
+        for pre_release in &pre_releases {
+            versions.push(version(&format!("1.0.0{pre_release}")));
+        }
+        let versions: Vec<_> = versions.iter().map(|version| (version, precedence(version))).collect();
+        for (a, a_bytes) in &versions {
+            for (b, b_bytes) in &versions {
+                assert_eq!(a_bytes.cmp(b_bytes), a.cmp_precedence(b), "{a} and {b}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_no_strict_semver_is_refused() {
+        let refused = [
+            "",
+            "1",
+            "1.0",
+            "1.0.0.0",
+            "v1.0.0",
+            "01.0.0",
+            "1.00.0",
+            "1.0.0-01",
+            "1.0.0-",
+            "1.0.0-a..b",
+            "1.0.0+",
+            "1.0.0-ä",
+            " 1.0.0",
+            "1.0.0 ",
+            "1.x.0",
+            "*",
+            "-1.0.0",
+            "1.0.0-a_b",
+            "18446744073709551616.0.0",
+            "١.٠.٠",
+        ];
+        for text in refused {
+            let reason = parse(text).expect_err(text);
+            assert!(reason.starts_with("must be a SemVer 2.0 version"), "{text}: {reason}");
+        }
+        assert_eq!(
+            parse("18446744073709551616.0.0").expect_err("too large"),
+            "must be a SemVer 2.0 version such as 1.10.0: value of major version number exceeds u64::MAX"
+        );
+        for text in ["0.0.0", "1.0.0-0a", "1.0.0--", "1.0.0+001", "1.0.0-x.7.z.92+exp.sha.5114f85"] {
+            parse(text).expect(text);
+        }
+    }
+}

@@ -1,0 +1,83 @@
+//! Page tokens: where the next page starts, bound to the query of the first
+//! one. They grant nothing: whoever sends one is authorized as with any call.
+
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+use sha2::{Digest as _, Sha256};
+
+use crate::{error::Violations, limits::TOKEN_BYTES};
+
+/// First byte of a token: how the rest is to be read.
+const VERSION: u8 = 1;
+/// How much of the query's hash a token carries. It tells queries apart, and
+/// protects nothing.
+const QUERY_BYTES: usize = 8;
+
+/// The token of the page that starts after `cursor`. `query` says all that
+/// chooses and orders the items, method and caller included, but for the page's
+/// size.
+pub(super) fn encode(query: &[u8], cursor: &[u8]) -> String {
+    let mut token = Vec::with_capacity(1 + QUERY_BYTES + cursor.len());
+    token.push(VERSION);
+    token.extend_from_slice(&binding(query));
+    token.extend_from_slice(cursor);
+    URL_SAFE_NO_PAD.encode(token)
+}
+
+/// The cursor of a token that was made for the same query; none for the first
+/// page, whose token is empty, and for what is no such token, which is noted.
+pub(super) fn decode(violations: &mut Violations, field: &str, query: &[u8], token: &str) -> Option<Vec<u8>> {
+    if token.is_empty() {
+        return None;
+    }
+    let cursor = (token.len() <= TOKEN_BYTES)
+        .then(|| URL_SAFE_NO_PAD.decode(token).ok())
+        .flatten()
+        .and_then(|bytes| bytes.strip_prefix(&[VERSION]).map(<[u8]>::to_vec));
+    let Some(cursor) = cursor else {
+        violations.add(field, "must be a next_page_token of this method");
+        return None;
+    };
+    let Some(cursor) = cursor.strip_prefix(&binding(query)) else {
+        violations.add(field, "must be of the same query: only page_size may change between pages");
+        return None;
+    };
+    Some(cursor.to_vec())
+}
+
+fn binding(query: &[u8]) -> [u8; QUERY_BYTES] {
+    let mut binding = [0; QUERY_BYTES];
+    binding.copy_from_slice(&Sha256::digest(query)[..QUERY_BYTES]);
+    binding
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn decoded(query: &[u8], token: &str) -> (Option<Vec<u8>>, usize) {
+        let mut violations = Violations::default();
+        let cursor = decode(&mut violations, "page_token", query, token);
+        (cursor, violations.iter().len())
+    }
+
+    #[test]
+    fn a_token_comes_back_for_its_query_only() {
+        let token = encode(b"query", b"cursor");
+        assert_eq!(decoded(b"query", &token), (Some(b"cursor".to_vec()), 0));
+        assert_eq!(decoded(b"other", &token), (None, 1));
+        assert_eq!(decoded(b"query", &encode(b"query", b"")), (Some(vec![]), 0));
+        assert_eq!(decoded(b"query", ""), (None, 0));
+    }
+
+    #[test]
+    fn what_is_no_token_is_refused() {
+        let token = encode(b"query", b"cursor");
+        let mut other_version = URL_SAFE_NO_PAD.decode(&token).expect("base64");
+        other_version[0] = 2;
+        let other_version = URL_SAFE_NO_PAD.encode(other_version);
+        for bad in ["x", "é", "AQ", &token[..6], &other_version, &format!("{token}="), &"A".repeat(100_000)]
+        {
+            assert_eq!(decoded(b"query", bad), (None, 1), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,172 @@
+//! Fields of requests become values. Each parser notes what is wrong and goes
+//! on, so that a caller learns of everything at once: call them in field order
+//! and end with [`Violations::or`].
+
+use chrono::{DateTime, Utc};
+use prost_types::Timestamp;
+use uuid::Uuid;
+
+use crate::{
+    error::{Violations, quoted},
+    limits::{PAGE_DEFAULT, PAGE_MAX, TEXT_CHARS},
+};
+
+/// First and last second of the years 1 to 9999, which is what
+/// `google.protobuf.Timestamp` may hold.
+const TIMESTAMP_SECONDS: std::ops::RangeInclusive<i64> = -62_135_596_800..=253_402_300_799;
+
+/// At most [`TEXT_CHARS`] Unicode scalar values, no NUL, which Postgres cannot
+/// store. May be empty.
+pub(super) fn text(violations: &mut Violations, field: &str, value: String) -> String {
+    // Bytes first: they bound the work that counting is.
+    if value.len() > 4 * TEXT_CHARS || value.chars().count() > TEXT_CHARS {
+        violations.add(field, format!("{} must have at most {TEXT_CHARS} characters", quoted(&value)));
+    } else if value.contains('\0') {
+        violations.add(field, format!("{} must not contain NUL", quoted(&value)));
+    }
+    value
+}
+
+/// A text that things are found by: also neither empty nor with white space
+/// around it.
+pub(super) fn key_text(violations: &mut Violations, field: &str, value: String) -> String {
+    if value.is_empty() {
+        violations.add(field, "must not be empty");
+    } else if value.trim().len() != value.len() {
+        violations.add(field, format!("{} must not begin or end with white space", quoted(&value)));
+    } else {
+        return text(violations, field, value);
+    }
+    value
+}
+
+/// A UUID of any version in its hyphenated form, in any case; nil where that is
+/// violated.
+pub(super) fn uuid(violations: &mut Violations, field: &str, value: &str) -> Uuid {
+    // `parse_str` alone would take braces and the like.
+    match Uuid::parse_str(value) {
+        Ok(uuid) if value.len() == uuid::fmt::Hyphenated::LENGTH => uuid,
+        _ => {
+            violations.add(field, format!("{} must be a UUID", quoted(value)));
+            Uuid::nil()
+        }
+    }
+}
+
+/// The same, where empty means none.
+pub(super) fn optional_uuid(violations: &mut Violations, field: &str, value: &str) -> Option<Uuid> {
+    if value.is_empty() { None } else { Some(uuid(violations, field, value)) }
+}
+
+/// Cut to microseconds, which is what Postgres keeps; none where absent or
+/// violated.
+pub(super) fn timestamp(
+    violations: &mut Violations,
+    field: &str,
+    value: Option<Timestamp>,
+) -> Option<DateTime<Utc>> {
+    let Timestamp { seconds, nanos } = value?;
+    let time = u32::try_from(nanos)
+        .ok()
+        .filter(|nanos| *nanos < 1_000_000_000 && TIMESTAMP_SECONDS.contains(&seconds))
+        .and_then(|nanos| DateTime::from_timestamp(seconds, nanos / 1_000 * 1_000));
+    if time.is_none() {
+        violations.add(field, "must be a time of the years 1 to 9999, with 0 to 999,999,999 nanoseconds");
+    }
+    time
+}
+
+/// The reverse of [`timestamp`].
+pub(super) fn to_timestamp(time: DateTime<Utc>) -> Timestamp {
+    // Below 1,000,000,000, but in a leap second, which Postgres has none of.
+    let nanos = i32::try_from(time.timestamp_subsec_nanos()).unwrap_or(0);
+    Timestamp { seconds: time.timestamp(), nanos }
+}
+
+/// The field `page_size`: [`PAGE_DEFAULT`] where absent, cut to [`PAGE_MAX`].
+pub(super) fn page_size(violations: &mut Violations, value: i32) -> i64 {
+    match i64::from(value) {
+        0 => PAGE_DEFAULT,
+        size if size < 0 => {
+            violations.add("page_size", format!("{size} must not be negative"));
+            PAGE_DEFAULT
+        }
+        size => size.min(PAGE_MAX),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What `parse` yields, and the descriptions of what it notes.
+    fn noted<T>(parse: impl FnOnce(&mut Violations) -> T) -> (T, Vec<String>) {
+        let mut violations = Violations::default();
+        let value = parse(&mut violations);
+        let descriptions = violations.iter().map(|v| format!("{}: {}", v.field, v.description)).collect();
+        (value, descriptions)
+    }
+
+    #[test]
+    fn texts_are_counted_in_scalar_values() {
+        for fine in ["", " ", "x", &"\u{1F9E0}".repeat(256), "tab\tand\nline"] {
+            assert_eq!(noted(|v| text(v, "f", fine.to_owned())), (fine.to_owned(), vec![]));
+        }
+        for long in ["x".repeat(257), "\u{1F9E0}".repeat(257), "x".repeat(100_000)] {
+            let (_, notes) = noted(|v| text(v, "f", long));
+            assert!(notes[0].ends_with("must have at most 256 characters"), "{notes:?}");
+            assert!(notes[0].chars().count() < 120);
+        }
+        let (_, notes) = noted(|v| text(v, "f", "a\0b".to_owned()));
+        assert_eq!(notes, [r#"f: "a\0b" must not contain NUL"#]);
+    }
+
+    #[test]
+    fn keys_are_neither_empty_nor_padded() {
+        assert_eq!(noted(|v| key_text(v, "f", "a b".to_owned())), ("a b".to_owned(), vec![]));
+        for bad in ["", " ", " a", "a\n", "a\u{2003}", "a\0", &"a".repeat(257)] {
+            assert_eq!(noted(|v| key_text(v, "f", bad.to_owned())).1.len(), 1, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn uuids_are_hyphenated() {
+        let id = Uuid::now_v7();
+        assert_eq!(noted(|v| uuid(v, "f", &id.to_string())), (id, vec![]));
+        assert_eq!(noted(|v| uuid(v, "f", &id.to_string().to_uppercase())), (id, vec![]));
+        let simple = id.simple().to_string();
+        let braced = id.braced().to_string();
+        for bad in ["", "x", &simple, &braced, "0190-", &"é".repeat(18)] {
+            let (value, notes) = noted(|v| uuid(v, "f", bad));
+            assert!(value.is_nil() && notes.len() == 1, "{bad}");
+        }
+        assert_eq!(noted(|v| optional_uuid(v, "f", "")), (None, vec![]));
+        assert_eq!(noted(|v| optional_uuid(v, "f", "x")).1.len(), 1);
+    }
+
+    #[test]
+    fn times_are_cut_to_microseconds_and_bounded() {
+        let (time, notes) = noted(|v| timestamp(v, "f", Some(Timestamp { seconds: -1, nanos: 999_999_999 })));
+        assert!(notes.is_empty());
+        let time = time.expect("a time");
+        assert_eq!(to_timestamp(time), Timestamp { seconds: -1, nanos: 999_999_000 });
+        assert_eq!(noted(|v| timestamp(v, "f", None)), (None, vec![]));
+        for (seconds, nanos) in [(-62_135_596_800, 0), (253_402_300_799, 999_999_999)] {
+            assert!(noted(|v| timestamp(v, "f", Some(Timestamp { seconds, nanos }))).0.is_some());
+        }
+        for (seconds, nanos) in
+            [(0, -1), (0, 1_000_000_000), (-62_135_596_801, 0), (253_402_300_800, 0), (i64::MAX, i32::MAX)]
+        {
+            let (time, notes) = noted(|v| timestamp(v, "f", Some(Timestamp { seconds, nanos })));
+            assert!(time.is_none() && notes.len() == 1, "{seconds} {nanos}");
+        }
+    }
+
+    #[test]
+    fn page_sizes_have_a_default_and_a_limit() {
+        for (asked, given) in [(0, 50), (1, 1), (500, 500), (501, 500), (i32::MAX, 500)] {
+            assert_eq!(noted(|v| page_size(v, asked)), (given, vec![]));
+        }
+        assert_eq!(noted(|v| page_size(v, -1)).1, ["page_size: -1 must not be negative"]);
+    }
+}
