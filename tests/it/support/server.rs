@@ -3,9 +3,9 @@
 use std::{net::SocketAddr, ops::Deref, time::Duration};
 
 use milepost::{
-    auth::{Auth, AuthSettings},
+    auth::AuthSettings,
     db::{Database, DatabaseSettings},
-    event_log::{EventLog, EventLogSettings},
+    event_log::EventLogSettings,
     server::{self, ServerSettings},
     services::App,
 };
@@ -47,7 +47,7 @@ impl TestServer {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let stop = CancellationToken::new();
-        let app = app(&database.url);
+        let app = app(&database.url).await;
         let stopped = stop.clone().cancelled_owned();
         tokio::spawn(async move { server::serve(listener, app, &settings(), stopped).await.unwrap() });
         Self { address, database, clients: Clients::of(address), _stop: stop.drop_guard() }
@@ -83,7 +83,7 @@ fn settings() -> ServerSettings {
     }
 }
 
-fn app(url: &str) -> App {
+async fn app(url: &str) -> App {
     let database = Database::new(DatabaseSettings {
         url: url.to_owned(),
         connections: 8,
@@ -99,10 +99,5 @@ fn app(url: &str) -> App {
         bcrypt_parallel: 2,
         sign_up_open: true,
     };
-    App {
-        auth: Auth::start(database.clone(), auth),
-        log: EventLog::start(database.clone(), EventLogSettings { publish_window: 8 }),
-        database,
-        draining: CancellationToken::new(),
-    }
+    App::start(database, auth, EventLogSettings { publish_window: 8 }).await.unwrap()
 }
