@@ -1,7 +1,9 @@
 //! The gRPC services. A request is authenticated, parsed once into a valid
 //! value and handed to a model or to the event log.
 
+pub mod configurations;
 pub mod events;
+pub mod jobs;
 mod page;
 mod parse;
 pub mod status;
