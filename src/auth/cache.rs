@@ -161,3 +161,126 @@ impl Cache {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        models::session::tests::caller,
+        secret::{Secret, SecretKind},
+    };
+
+    fn hash() -> SecretHash {
+        Secret::generate(SecretKind::Session).expect("randomness").hash()
+    }
+
+    fn credential(user_id: Uuid, id: CredentialId) -> Credential {
+        Credential::new(caller(user_id, id), None, Moment::now())
+    }
+
+    /// A look-up that began at `mark`.
+    fn look_up(
+        cache: &mut Cache,
+        hash: SecretHash,
+        credential: Credential,
+        mark: u64,
+    ) -> Option<Arc<Credential>> {
+        match cache.insert(hash, credential, mark).expect("room") {
+            Looked::Good(credential) => Some(credential),
+            Looked::TooEarly => None,
+        }
+    }
+
+    #[test]
+    fn what_ended_during_its_look_up_is_not_remembered() {
+        let (mut cache, hash, user) = (Cache::default(), hash(), Uuid::now_v7());
+        let (session, other) = (CredentialId::Session(Uuid::now_v7()), CredentialId::Session(Uuid::now_v7()));
+        let mark = cache.mark();
+        cache.end(Ending::Credential(other));
+        assert!(look_up(&mut cache, hash, credential(user, session), mark).is_some(), "another one ended");
+        cache.forget(&hash);
+        for ending in
+            [Ending::Credential(session), Ending::OtherSessions { user_id: user, kept: Uuid::now_v7() }]
+        {
+            let mark = cache.mark();
+            cache.end(ending);
+            assert!(look_up(&mut cache, hash, credential(user, session), mark).is_none(), "{ending:?}");
+            let mark = cache.mark();
+            assert!(look_up(&mut cache, hash, credential(user, session), mark).is_some(), "asked again");
+            cache.forget(&hash);
+        }
+        let mark = cache.mark();
+        for _ in 0..=ENDINGS {
+            cache.end(Ending::Credential(other));
+        }
+        assert!(look_up(&mut cache, hash, credential(user, session), mark).is_none(), "who knows");
+    }
+
+    #[test]
+    fn a_new_password_ends_the_users_other_sessions_only() {
+        let (mut cache, user, kept) = (Cache::default(), Uuid::now_v7(), Uuid::now_v7());
+        let ids = [
+            (user, CredentialId::Session(kept)),
+            (user, CredentialId::Session(Uuid::now_v7())),
+            (user, CredentialId::ApiKey(Uuid::now_v7())),
+            (Uuid::now_v7(), CredentialId::Session(Uuid::now_v7())),
+        ];
+        let credentials =
+            ids.map(|(user, id)| look_up(&mut cache, hash(), credential(user, id), 0).expect("no endings"));
+        cache.end(Ending::OtherSessions { user_id: user, kept });
+        assert_eq!(credentials.map(|credential| credential.is_good()), [true, false, true, true]);
+        assert_eq!(cache.entries.len(), 3);
+    }
+
+    #[test]
+    fn a_second_look_up_gives_what_the_first_remembered() {
+        let (mut cache, hash, user) = (Cache::default(), hash(), Uuid::now_v7());
+        let id = CredentialId::ApiKey(Uuid::now_v7());
+        let first = look_up(&mut cache, hash, credential(user, id), 0).expect("a credential");
+        let second = look_up(&mut cache, hash, credential(user, id), 0).expect("a credential");
+        assert!(Arc::ptr_eq(&first, &second));
+        first.end();
+        let third = look_up(&mut cache, hash, credential(user, id), 0).expect("a credential");
+        assert!(third.is_good() && !Arc::ptr_eq(&first, &third));
+        cache.drop_ended(&hash, &first);
+        assert!(cache.get(&hash).is_some_and(|known| known.is_good()), "another's place");
+    }
+
+    #[test]
+    fn only_what_nobody_holds_makes_room() {
+        let mut cache = Cache::default();
+        let fill = |cache: &mut Cache| {
+            let id = CredentialId::ApiKey(Uuid::now_v7());
+            cache.insert(hash(), credential(Uuid::nil(), id), 0)
+        };
+        let held: Vec<_> = (0..4).map(|_| fill(&mut cache).expect("room")).collect();
+        for _ in 4..CREDENTIALS {
+            fill(&mut cache).expect("room");
+        }
+        let last = fill(&mut cache).expect("room");
+        assert!(cache.entries.len() < CREDENTIALS);
+        for looked in held.iter().chain([&last]) {
+            let Looked::Good(credential) = looked else { panic!("too early") };
+            assert!(cache.entries.values().any(|known| Arc::ptr_eq(known, credential)));
+        }
+        let all = cache.all();
+        while cache.entries.len() < CREDENTIALS {
+            cache.entries.insert(hash(), all[0].1.clone());
+        }
+        assert!(matches!(fill(&mut cache), Err(Error::Overloaded { .. })), "all are held");
+    }
+
+    #[test]
+    fn what_is_idle_or_expired_is_forgotten() {
+        let mut cache = Cache::default();
+        let id = CredentialId::ApiKey(Uuid::now_v7());
+        let expired = Credential::new(caller(Uuid::nil(), id), Some(Duration::ZERO), Moment::now());
+        let expired = look_up(&mut cache, hash(), expired, 0).expect("a credential");
+        assert!(!expired.is_good());
+        look_up(&mut cache, hash(), credential(Uuid::nil(), id), 0);
+        cache.drop_idle(Duration::from_secs(60));
+        assert_eq!(cache.entries.len(), 1);
+        cache.drop_idle(Duration::ZERO);
+        assert_eq!(cache.entries.len(), 0);
+    }
+}

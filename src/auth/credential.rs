@@ -20,6 +20,10 @@ use crate::{
 /// Longest single sleep; timers do not reach arbitrarily far.
 const LONGEST_SLEEP: Duration = Duration::from_secs(24 * 60 * 60);
 
+/// How long before the start of this process moments begin, in milliseconds: 0
+/// is long ago.
+const LONG_AGO: u64 = 60 * 60 * 1_000;
+
 /// A moment of this process, in milliseconds; small enough to be atomic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Moment(u64);
@@ -27,8 +31,7 @@ pub(super) struct Moment(u64);
 impl Moment {
     pub(super) fn now() -> Self {
         static START: LazyLock<Instant> = LazyLock::new(Instant::now);
-        // From 1, so that 0 is before everything.
-        Self(u64::try_from(START.elapsed().as_millis()).unwrap_or(u64::MAX).saturating_add(1))
+        Self(LONG_AGO).plus(START.elapsed())
     }
 
     fn elapsed(self) -> Duration {
@@ -157,10 +160,67 @@ impl Credential {
     /// now.
     pub(super) fn use_to_note(&self, every: Duration) -> bool {
         let noted_at = Moment(self.noted_at.load(Relaxed));
-        self.used_at() > noted_at && (noted_at.0 == 0 || noted_at.elapsed() >= every)
+        self.used_at() > noted_at && noted_at.elapsed() >= every
     }
 
     pub(super) fn noted(&self, at: Moment) {
         self.noted_at.store(at.0, Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt as _;
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::models::{caller::CredentialId, session::tests::caller};
+
+    fn credential(lifetime: Option<Duration>, asked_at: Moment) -> Credential {
+        Credential::new(caller(Uuid::nil(), CredentialId::Session(Uuid::nil())), lifetime, asked_at)
+    }
+
+    #[tokio::test]
+    async fn an_end_is_told_at_once_and_stays() {
+        let credential = credential(Some(Duration::from_secs(3_600)), Moment::now());
+        assert!(credential.ended().now_or_never().is_none());
+        assert!(matches!(credential.confirmed().now_or_never(), Some(Ok(()))));
+        credential.end();
+        credential.confirm(Moment::now());
+        credential.ended().await;
+        assert!(matches!(credential.confirmed().await, Err(Error::CredentialInvalid)));
+    }
+
+    #[tokio::test]
+    async fn expiry_needs_nobody_to_tell() {
+        let credential = credential(Some(Duration::from_millis(20)), Moment::now());
+        assert!(credential.is_good());
+        credential.ended().await;
+        assert!(!credential.is_good());
+        assert!(matches!(credential.confirmed().await, Err(Error::CredentialInvalid)));
+    }
+
+    #[tokio::test]
+    async fn what_is_long_unconfirmed_waits_for_confirmation() {
+        let credential = std::sync::Arc::new(credential(None, Moment(0)));
+        assert!(credential.confirmed().now_or_never().is_none());
+        let waiting = tokio::spawn({
+            let credential = credential.clone();
+            async move { credential.confirmed().await }
+        });
+        tokio::task::yield_now().await;
+        credential.confirm(Moment::now());
+        assert!(waiting.await.expect("no panic").is_ok());
+    }
+
+    #[test]
+    fn use_is_noted_once_in_a_while() {
+        let credential = credential(None, Moment::now());
+        let every = Duration::from_secs(60);
+        assert!(credential.use_to_note(every), "never noted");
+        credential.noted(Moment::now());
+        credential.used_at.store(Moment::now().0 + 1, Relaxed);
+        assert!(!credential.use_to_note(every), "just noted");
+        assert!(credential.use_to_note(Duration::ZERO));
     }
 }

@@ -175,3 +175,13 @@ impl Session {
             .await?)
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// Callers for tests of what remembers them.
+    pub(crate) fn caller(user_id: Uuid, credential: CredentialId) -> Caller {
+        Caller::new(Subject::User { id: user_id, role: UserRole::Customer }, credential, vec![Scope::Read])
+    }
+}

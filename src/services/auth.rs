@@ -176,7 +176,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
     ) -> Result<Response<pb::ListApiKeysResponse>, Status> {
         let credential = self.0.authenticate(request.metadata()).await?;
         let manager = credential.caller().key_manager()?;
-        let KeyPage { query, after, size } = KeyPage::parse(request.into_inner(), &manager)?;
+        let KeyPage { query, after, size } = KeyPage::parse(request.get_ref(), &manager)?;
         let mut conn = self.0.database.get().await?;
         let mut keys = ApiKey::list(&mut conn, &manager, after, size + 1).await?;
         let more = keys.len() > usize::try_from(size).unwrap_or(usize::MAX);
@@ -384,7 +384,7 @@ struct KeyPage {
 }
 
 impl KeyPage {
-    fn parse(request: pb::ListApiKeysRequest, manager: &KeyManager) -> Result<Self> {
+    fn parse(request: &pb::ListApiKeysRequest, manager: &KeyManager) -> Result<Self> {
         let mut violations = Violations::default();
         let size = parse::page_size(&mut violations, request.page_size);
         let query = [b"ListApiKeys".as_slice(), manager.user_id().as_bytes()].concat();
