@@ -196,4 +196,3 @@ impl From<Vec<Appended>> for pb::AppendEventsResponse {
         Self { events: events.collect() }
     }
 }
-

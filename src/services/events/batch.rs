@@ -205,4 +205,3 @@ fn is_link(text: &str) -> bool {
         matches!(uri.scheme_str(), Some("http" | "https")) && uri.host().is_some_and(|host| !host.is_empty())
     })
 }
-

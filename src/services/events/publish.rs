@@ -87,4 +87,3 @@ pub(super) async fn accept(
         }
     }
 }
-

@@ -77,7 +77,7 @@ pub(super) enum UncheckedScope {
     All { configuration_tag: String, counterpart_id: Option<Uuid> },
 }
 
-fn watch_request(
+pub(super) fn watch_request(
     request: pb::WatchEventsRequest,
 ) -> Result<(UncheckedScope, Vec<EventKind>, Start, Duration)> {
     use pb::watch_events_request::{Scope as RawScope, Start as RawStart};
