@@ -1,6 +1,7 @@
 //! The gRPC services. A request is authenticated, parsed once into a valid
 //! value and handed to a model or to the event log.
 
+pub mod auth;
 pub mod events;
 mod page;
 mod parse;
