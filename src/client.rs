@@ -1,1 +1,268 @@
-//! (in the making)
+//! A client in Rust: the generated clients over one connection with one
+//! credential, and a watch that resumes by itself.
+
+use std::{fmt, time::Duration};
+
+use tonic::{
+    Code, Request, Status, Streaming,
+    metadata::{Ascii, MetadataValue},
+    service::{Interceptor, interceptor::InterceptedService},
+    transport::{Channel, Endpoint},
+};
+
+use crate::pb::{
+    WatchEndReason, WatchEventsRequest, WatchEventsResponse, auth_service_client::AuthServiceClient,
+    configuration_service_client::ConfigurationServiceClient, event_service_client::EventServiceClient,
+    job_service_client::JobServiceClient, watch_events_request::Start, watch_events_response::Message,
+};
+
+/// How long connecting may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// After how long a silence the server is asked whether it lives, and how long
+/// it may take to answer.
+const KEEPALIVE: Duration = Duration::from_secs(20);
+/// The first pause before a broken watch is resumed; each further one is twice
+/// as long.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+/// The longest pause.
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+/// Why there is no client.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Not an address.
+    #[error("{0:?} is no server address: HOST:PORT or http://HOST:PORT")]
+    Address(String),
+    /// Nobody answers there.
+    #[error("no server answers at {0}")]
+    Connect(String, #[source] tonic::transport::Error),
+    /// A secret that cannot be one.
+    #[error("the credential has characters that no credential has")]
+    Credential,
+}
+
+/// A connection to a server, which is made anew when it breaks, and what its
+/// calls are made with. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Client {
+    channel: Channel,
+    bearer: Bearer,
+}
+
+/// Adds the credential to each call.
+#[derive(Clone, Default)]
+pub struct Bearer(Option<MetadataValue<Ascii>>);
+
+impl fmt::Debug for Bearer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.0.is_some() { "Bearer(…)" } else { "Bearer(none)" })
+    }
+}
+
+impl Interceptor for Bearer {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        if let Some(value) = &self.0 {
+            request.metadata_mut().insert("authorization", value.clone());
+        }
+        Ok(request)
+    }
+}
+
+type Service = InterceptedService<Channel, Bearer>;
+
+impl Client {
+    /// Connects, within 5 s, without a credential. `server` is `HOST:PORT` or
+    /// `http://HOST:PORT`.
+    pub async fn connect(server: &str) -> Result<Self, ClientError> {
+        let url = if server.contains("://") { server.to_owned() } else { format!("http://{server}") };
+        let endpoint = Endpoint::from_shared(url).map_err(|_| ClientError::Address(server.to_owned()))?;
+        let channel = endpoint
+            .connect_timeout(CONNECT_TIMEOUT)
+            .http2_keep_alive_interval(KEEPALIVE)
+            .keep_alive_timeout(KEEPALIVE)
+            .keep_alive_while_idle(true)
+            .connect()
+            .await
+            .map_err(|error| ClientError::Connect(server.to_owned(), error))?;
+        Ok(Self { channel, bearer: Bearer::default() })
+    }
+
+    /// The same connection with the secret of a session or an API key.
+    pub fn with_credential(&self, secret: &str) -> Result<Self, ClientError> {
+        let mut value: MetadataValue<Ascii> =
+            format!("Bearer {secret}").parse().map_err(|_| ClientError::Credential)?;
+        value.set_sensitive(true);
+        Ok(Self { channel: self.channel.clone(), bearer: Bearer(Some(value)) })
+    }
+
+    /// Users, sessions, API keys.
+    pub fn auth(&self) -> AuthServiceClient<Service> {
+        AuthServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone())
+    }
+
+    /// Job configurations.
+    pub fn configurations(&self) -> ConfigurationServiceClient<Service> {
+        ConfigurationServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone())
+    }
+
+    /// Jobs.
+    pub fn jobs(&self) -> JobServiceClient<Service> {
+        JobServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone())
+    }
+
+    /// Events.
+    pub fn events(&self) -> EventServiceClient<Service> {
+        EventServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone())
+    }
+
+    /// A watch that starts as the request says and goes on until its job is
+    /// closed, whatever happens to connections and servers meanwhile.
+    pub fn watch(&self, request: WatchEventsRequest) -> Watch {
+        Watch {
+            events: self.events(),
+            request,
+            stream: None,
+            failures: 0,
+            ended: false,
+            on_interruption: Box::new(|_, _| {}),
+        }
+    }
+}
+
+/// See [`Client::watch`].
+pub struct Watch {
+    events: EventServiceClient<Service>,
+    request: WatchEventsRequest,
+    stream: Option<Streaming<WatchEventsResponse>>,
+    /// In a row, without a message between them.
+    failures: u32,
+    ended: bool,
+    on_interruption: Box<dyn FnMut(&Status, Duration) + Send>,
+}
+
+impl fmt::Debug for Watch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Watch")
+            .field("request", &self.request)
+            .field("ended", &self.ended)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Watch {
+    /// Calls `tell` with the cause whenever the watch is interrupted, and with
+    /// the pause before it is resumed.
+    #[must_use]
+    pub fn on_interruption(mut self, tell: impl FnMut(&Status, Duration) + Send + 'static) -> Self {
+        self.on_interruption = Box::new(tell);
+        self
+    }
+
+    /// The next message; nothing after the `end` of a closed job. No event is
+    /// missing or twice, but `caught_up` comes again after each interruption.
+    ///
+    /// An error is one that waiting does not cure, such as UNAUTHENTICATED or
+    /// NOT_FOUND; the watch is over then. Dropping the future loses nothing.
+    pub async fn next(&mut self) -> Result<Option<WatchEventsResponse>, Status> {
+        while !self.ended {
+            let interruption = match self.receive().await {
+                Ok(Some(message)) => {
+                    self.failures = 0;
+                    self.request.start = Some(Start::ResumeToken(message.resume_token.clone()));
+                    match end_reason(&message) {
+                        Some(WatchEndReason::Draining) => Status::unavailable("the server shuts down"),
+                        reason => {
+                            self.ended = reason == Some(WatchEndReason::JobClosed);
+                            return Ok(Some(message));
+                        }
+                    }
+                }
+                Ok(None) => Status::unavailable("the stream broke off"),
+                Err(status) if is_transient(&status) => status,
+                Err(status) => {
+                    self.ended = true;
+                    return Err(status);
+                }
+            };
+            self.stream = None;
+            let pause = pause(self.failures);
+            self.failures = self.failures.saturating_add(1);
+            (self.on_interruption)(&interruption, pause);
+            tokio::time::sleep(pause).await;
+        }
+        Ok(None)
+    }
+
+    async fn receive(&mut self) -> Result<Option<WatchEventsResponse>, Status> {
+        let stream = match &mut self.stream {
+            Some(stream) => stream,
+            None => {
+                let stream = self.events.watch_events(self.request.clone()).await?.into_inner();
+                self.stream.insert(stream)
+            }
+        };
+        stream.message().await
+    }
+}
+
+fn end_reason(message: &WatchEventsResponse) -> Option<WatchEndReason> {
+    match &message.message {
+        Some(Message::End(end)) => Some(end.reason()),
+        Some(Message::Events(_) | Message::CaughtUp(_) | Message::Heartbeat(_)) | None => None,
+    }
+}
+
+/// Whether the same call may well succeed later: the server is away or too
+/// busy, or the connection broke, which has a source and no status of the
+/// server's.
+fn is_transient(status: &Status) -> bool {
+    match status.code() {
+        Code::Unavailable | Code::ResourceExhausted | Code::DeadlineExceeded => true,
+        Code::Unknown | Code::Internal | Code::Cancelled => std::error::Error::source(status).is_some(),
+        Code::Ok
+        | Code::InvalidArgument
+        | Code::NotFound
+        | Code::AlreadyExists
+        | Code::PermissionDenied
+        | Code::FailedPrecondition
+        | Code::Aborted
+        | Code::OutOfRange
+        | Code::Unimplemented
+        | Code::DataLoss
+        | Code::Unauthenticated => false,
+    }
+}
+
+/// Half of it certain and half by chance, so that all watchers of a server
+/// that restarts do not come back in one instant.
+fn pause(failures: u32) -> Duration {
+    let whole = FIRST_PAUSE.saturating_mul(2_u32.saturating_pow(failures)).min(LONGEST_PAUSE);
+    let chance = getrandom::u32().map_or(1.0, |random| f64::from(random) / f64::from(u32::MAX));
+    whole.mul_f64(0.5 + 0.5 * chance)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_to_their_limit() {
+        for (failures, shortest_ms, longest_ms) in
+            [(0, 50, 100), (3, 400, 800), (6, 2500, 5000), (99, 2500, 5000)]
+        {
+            let pause = pause(failures);
+            assert!(
+                pause >= Duration::from_millis(shortest_ms) && pause <= Duration::from_millis(longest_ms)
+            );
+        }
+    }
+
+    #[test]
+    fn a_servers_word_is_permanent_and_a_broken_connection_is_not() {
+        assert!(is_transient(&Status::unavailable("")));
+        assert!(!is_transient(&Status::internal("")));
+        assert!(!is_transient(&Status::unauthenticated("")));
+        let broken = Status::from_error(Box::new(std::io::Error::other("connection reset")));
+        assert!(is_transient(&broken));
+    }
+}

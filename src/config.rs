@@ -1,1 +1,246 @@
-//! (in the making)
+//! Every setting: by flag, by environment variable, with default and unit.
+//!
+//! Plain values; the commands in [`crate::cli`] hand them to the rooms that
+//! they are for. Durations are whole seconds and say so in their names.
+
+use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr};
+
+use clap::{Args, ValueEnum};
+
+/// Everything that `serve` can be told.
+#[derive(Args, Clone, Debug)]
+pub struct Config {
+    /// The database.
+    #[command(flatten)]
+    pub database: DatabaseConfig,
+    /// Listening and limits.
+    #[command(flatten)]
+    pub server: ServerConfig,
+    /// Users and credentials.
+    #[command(flatten)]
+    pub auth: AuthConfig,
+}
+
+/// Which database, and how it is used.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Database")]
+pub struct DatabaseConfig {
+    /// Postgres 15 or later, as postgresql://USER@HOST/DATABASE. Without it milepost runs a Postgres of its
+    /// own, from the binaries installed on this machine
+    #[arg(long, env = "DATABASE_URL", hide_env_values = true, value_name = "URL")]
+    pub database_url: Option<DatabaseUrl>,
+
+    /// Folder of the embedded Postgres [default: /var/lib/milepost for root, otherwise milepost in
+    /// $XDG_DATA_HOME or ~/.local/share]
+    #[arg(long, env = "MILEPOST_DATA_DIR", value_name = "FOLDER")]
+    pub data_dir: Option<PathBuf>,
+
+    /// Most connections to the database at once
+    #[arg(long, env = "MILEPOST_DATABASE_CONNECTIONS", default_value_t = 16, value_name = "COUNT",
+          value_parser = clap::value_parser!(u32).range(2..=1000))]
+    pub database_connections: u32,
+
+    /// Longest wait for a connection to the database, in seconds
+    #[arg(long, env = "MILEPOST_DATABASE_CONNECT_TIMEOUT_S", default_value_t = 5, value_name = "SECONDS",
+          value_parser = clap::value_parser!(u64).range(1..=600))]
+    pub database_connect_timeout_s: u64,
+
+    /// Longest that one statement, one lock or one idle transaction may take, in seconds
+    #[arg(long, env = "MILEPOST_STATEMENT_TIMEOUT_S", default_value_t = 5, value_name = "SECONDS",
+          value_parser = clap::value_parser!(u64).range(1..=600))]
+    pub statement_timeout_s: u64,
+
+    /// What an event has to survive before it is acknowledged
+    #[arg(long, env = "MILEPOST_SYNCHRONOUS_COMMIT", value_enum, default_value_t, value_name = "LEVEL")]
+    pub synchronous_commit: SynchronousCommit,
+}
+
+/// Where to listen, for how long to work, what to refuse.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Server")]
+pub struct ServerConfig {
+    /// Address to listen on; port 0 takes any free one
+    #[arg(long, env = "MILEPOST_LISTEN", default_value = "127.0.0.1:50051", value_name = "IP:PORT")]
+    pub listen: SocketAddr,
+
+    /// Listen beyond loopback although nothing is encrypted
+    #[arg(long, env = "MILEPOST_INSECURE_LISTEN")]
+    pub insecure_listen: bool,
+
+    /// Bring the schema of DATABASE_URL up to date first; the embedded database always is
+    #[arg(long, env = "MILEPOST_MIGRATE")]
+    pub migrate: bool,
+
+    /// Serve on a Postgres that loses acknowledged events when it crashes (fsync or full_page_writes off)
+    #[arg(long, env = "MILEPOST_UNSAFE_DATABASE")]
+    pub unsafe_database: bool,
+
+    /// Longest that a call may take, in seconds; streams until they start
+    #[arg(long, env = "MILEPOST_REQUEST_TIMEOUT_S", default_value_t = 10, value_name = "SECONDS",
+          value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub request_timeout_s: u64,
+
+    /// Longest that calls under way may take to finish on SIGTERM, in seconds
+    #[arg(long, env = "MILEPOST_DRAIN_DEADLINE_S", default_value_t = 10, value_name = "SECONDS",
+          value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub drain_deadline_s: u64,
+
+    /// Most calls and streams at once on one HTTP/2 connection
+    #[arg(long, env = "MILEPOST_STREAMS_PER_CONNECTION", default_value_t = 1000, value_name = "COUNT",
+          value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub streams_per_connection: u32,
+
+    /// A connection is asked whether it lives after so many silent seconds
+    #[arg(long, env = "MILEPOST_KEEPALIVE_INTERVAL_S", default_value_t = 20, value_name = "SECONDS",
+          value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub keepalive_interval_s: u64,
+
+    /// A connection that does not answer that is closed after so many seconds
+    #[arg(long, env = "MILEPOST_KEEPALIVE_TIMEOUT_S", default_value_t = 20, value_name = "SECONDS",
+          value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub keepalive_timeout_s: u64,
+
+    /// Most unanswered batches of one PublishEvents stream; then reading stops
+    #[arg(long, env = "MILEPOST_PUBLISH_WINDOW", default_value_t = 64, value_name = "COUNT",
+          value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub publish_window: u32,
+}
+
+/// Who may have an account, and what passwords cost.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Users")]
+pub struct AuthConfig {
+    /// Whether strangers may sign up; auto: only while the server listens on loopback
+    #[arg(long, env = "MILEPOST_SIGN_UP", value_enum, default_value_t, value_name = "WHO")]
+    pub sign_up: SignUp,
+
+    /// How long a session lives, in seconds; not extended by use
+    #[arg(long, env = "MILEPOST_SESSION_LIFETIME_S", default_value_t = 12 * 60 * 60, value_name = "SECONDS",
+          value_parser = clap::value_parser!(u64).range(1..=31_536_000))]
+    pub session_lifetime_s: u64,
+
+    /// What hashing a password costs.
+    #[command(flatten)]
+    pub bcrypt: BcryptConfig,
+}
+
+/// What hashing a password costs.
+#[derive(Args, Clone, Copy, Debug)]
+#[command(next_help_heading = "Users")]
+pub struct BcryptConfig {
+    /// bcrypt's cost: each step doubles the work of a log-in
+    #[arg(long, env = "MILEPOST_BCRYPT_COST", default_value_t = 12, value_name = "COST",
+          value_parser = clap::value_parser!(u32).range(4..=31))]
+    pub bcrypt_cost: u32,
+
+    /// Most passwords that are hashed at once [default: half of the processors]
+    #[arg(long, env = "MILEPOST_BCRYPT_PARALLEL", value_name = "COUNT",
+          value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub bcrypt_parallel: Option<u32>,
+}
+
+/// What the log on stderr looks like.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Log")]
+pub struct TelemetryConfig {
+    /// How log lines are written; auto: text on a terminal, otherwise JSON
+    #[arg(
+        long,
+        env = "MILEPOST_LOG_FORMAT",
+        value_enum,
+        default_value_t,
+        value_name = "FORMAT",
+        global = true
+    )]
+    pub log_format: LogFormat,
+
+    /// What is logged: error, warn, info, debug or trace, also by target, such as
+    /// info,milepost::server=warn [default: info; warn for watch and demo]
+    #[arg(long, env = "MILEPOST_LOG_LEVEL", value_name = "FILTER", global = true)]
+    pub log_level: Option<String>,
+}
+
+/// A database URL, which may hold a password and so is never shown.
+#[derive(Clone, PartialEq, Eq)]
+pub struct DatabaseUrl(String);
+
+impl DatabaseUrl {
+    /// The URL itself, for those who connect.
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for DatabaseUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("DatabaseUrl(…)")
+    }
+}
+
+impl FromStr for DatabaseUrl {
+    type Err = std::convert::Infallible;
+
+    fn from_str(url: &str) -> Result<Self, Self::Err> {
+        Ok(Self(url.to_owned()))
+    }
+}
+
+/// Levels of Postgres's `synchronous_commit` at which nothing acknowledged is
+/// lost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "snake_case")]
+pub enum SynchronousCommit {
+    /// On this server's disk, and on that of synchronous standbys if it has any
+    #[default]
+    On,
+    /// The same, but only written out, not flushed, by the standbys
+    RemoteWrite,
+    /// Also applied by the standbys
+    RemoteApply,
+}
+
+impl SynchronousCommit {
+    /// As Postgres spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::On => "on",
+            Self::RemoteWrite => "remote_write",
+            Self::RemoteApply => "remote_apply",
+        }
+    }
+}
+
+/// Whether strangers may sign up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum SignUp {
+    /// Anybody may
+    Open,
+    /// Only the operator makes users
+    Closed,
+    /// Open while the server listens on loopback
+    #[default]
+    Auto,
+}
+
+impl SignUp {
+    /// Whether sign-up is open on a server that listens there.
+    pub fn is_open(self, listen: SocketAddr) -> bool {
+        match self {
+            Self::Open => true,
+            Self::Closed => false,
+            Self::Auto => listen.ip().is_loopback(),
+        }
+    }
+}
+
+/// How log lines are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// Text on a terminal, otherwise JSON
+    #[default]
+    Auto,
+    /// For people
+    Text,
+    /// One object a line
+    Json,
+}

@@ -2,8 +2,10 @@
 //! doorbell between replicas.
 
 pub mod doorbell;
+pub mod embedded;
+pub mod migrations;
 
-use std::time::Duration;
+use std::{fmt, time::Duration};
 
 use deadpool::{Runtime, managed::Timeouts};
 use diesel::{ConnectionError, ConnectionResult};
@@ -21,7 +23,7 @@ use crate::error::{Error, Result};
 pub type Connection = Object<AsyncPgConnection>;
 
 /// How connections are made and how long anything may take on them.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct DatabaseSettings {
     /// `postgresql://…`; may hold a password, so it is never logged.
     pub url: String,
@@ -36,6 +38,12 @@ pub struct DatabaseSettings {
     pub synchronous_commit: String,
 }
 
+impl fmt::Debug for DatabaseSettings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DatabaseSettings").field("connections", &self.connections).finish_non_exhaustive()
+    }
+}
+
 /// The pool of connections.
 #[derive(Clone)]
 pub struct Database {
@@ -43,8 +51,8 @@ pub struct Database {
     settings: DatabaseSettings,
 }
 
-impl std::fmt::Debug for Database {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for Database {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Database").field("status", &self.pool.status()).finish_non_exhaustive()
     }
 }

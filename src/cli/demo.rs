@@ -1,0 +1,289 @@
+//! `milepost demo`: a provider's job from its registration to its end, as its
+//! customer sees it.
+
+use std::{collections::BTreeMap, io, process::ExitCode, time::Duration};
+
+use clap::Args;
+use console::style;
+use prost_types::{Struct, Timestamp, Value, value::Kind};
+use tokio::net::TcpListener;
+use uuid::Uuid;
+
+use super::{
+    database::data_dir,
+    refused,
+    serve::{Server, bind},
+    watch::{exit_code, follow},
+};
+use crate::{
+    client::Client,
+    config::Config,
+    db::embedded::Served,
+    error::BoxError,
+    pb::{
+        AppendEventsRequest, CreateJobRequest, EventKind, MetadataConfiguration, MetadataKind, NewEvent,
+        RegisterJobConfigurationRequest, SignUpRequest, StepConfiguration, UserRole, append_events_request,
+        get_job_request,
+    },
+};
+
+/// Where to play it, and how slowly.
+#[derive(Args, Clone, Debug)]
+pub(super) struct Demo {
+    /// Play against this server; without it against the one that serves the data folder, or one of its own
+    #[arg(long, env = "MILEPOST_SERVER", value_name = "HOST:PORT")]
+    server: Option<String>,
+
+    /// About how long the job takes, in seconds
+    #[arg(long, default_value_t = 10, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(0..=3600))]
+    seconds: u32,
+
+    #[command(flatten)]
+    config: Config,
+}
+
+impl Demo {
+    pub(super) async fn run(&self) -> Result<ExitCode, BoxError> {
+        let (address, own) = self.find_or_start().await?;
+        let played = tokio::select! {
+            played = self.play(&address, own.is_some()) => played,
+            interrupted = tokio::signal::ctrl_c() => interrupted.map_err(BoxError::from).map(|()| ExitCode::FAILURE),
+        };
+        if let Some(server) = own {
+            server.stop().await?;
+        }
+        played
+    }
+
+    /// A server's address, and the server if it is ours to stop.
+    async fn find_or_start(&self) -> Result<(String, Option<Server>), BoxError> {
+        if let Some(server) = &self.server {
+            return Ok((server.clone(), None));
+        }
+        if self.config.database.database_url.is_none() {
+            let folder = data_dir(&self.config.database).await?;
+            match Served::of(&folder) {
+                Served::At(address) => return Ok((address.to_string(), None)),
+                Served::Starting => return Err("a milepost is just starting here: try again".into()),
+                Served::No => {}
+            }
+        }
+        println!("  {}", style("starting a server of its own …").dim());
+        let server = Server::start(&self.config, self.listen().await?).await?;
+        Ok((server.address.to_string(), Some(server)))
+    }
+
+    /// The usual port, or any where that is taken.
+    async fn listen(&self) -> Result<TcpListener, BoxError> {
+        let listen = self.config.server.listen;
+        match TcpListener::bind(listen).await {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+                Ok(TcpListener::bind((listen.ip(), 0)).await?)
+            }
+            Ok(listener) => {
+                drop(listener);
+                bind(&self.config.server).await
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    async fn play(&self, address: &str, own: bool) -> Result<ExitCode, BoxError> {
+        let stranger = Client::connect(address).await?;
+        let provider = Person::sign_up(&stranger, UserRole::Provider, "Ada", "Radiology").await?;
+        let customer = Person::sign_up(&stranger, UserRole::Customer, "Grace", "Hospital").await?;
+        let job_id = create_job(&provider.client, &customer.id).await?;
+
+        let whose = if own { "its own, for as long as the demo lasts" } else { "found running" };
+        println!();
+        for (what, value, more) in [
+            ("server", address, whose),
+            ("provider", &provider.email, "registers a configuration, creates a job, appends events"),
+            ("customer", &customer.email, "watches; what follows is what they see"),
+        ] {
+            println!("  {}  {value}  {}", style(format!("{what:<8}")).cyan(), style(more).dim());
+        }
+
+        let watched = follow(&customer.client, get_job_request::Job::JobId(job_id.clone()));
+        let provided = provide(&provider.client, &job_id, Duration::from_secs(self.seconds.into()));
+        let (status, ()) = tokio::try_join!(watched, provided)?;
+        println!(
+            "\n  {}\n  {}\n",
+            style("Every event above was durable in Postgres before it was sent.").dim(),
+            style("Next: start `milepost`, and follow the tour in README.md.").dim(),
+        );
+        Ok(exit_code(status))
+    }
+}
+
+/// A user made for the demo.
+struct Person {
+    id: String,
+    email: String,
+    client: Client,
+}
+
+impl Person {
+    async fn sign_up(stranger: &Client, role: UserRole, first: &str, last: &str) -> Result<Self, BoxError> {
+        let tag = Uuid::now_v7().simple().to_string();
+        let short = tag.get(20..).unwrap_or_default();
+        let request = SignUpRequest {
+            role: role.into(),
+            email: format!("{}-{short}@{}.example", first.to_lowercase(), last.to_lowercase()),
+            password: format!("{:016x}{:016x}", getrandom::u64()?, getrandom::u64()?),
+            first_name: first.to_owned(),
+            last_name: last.to_owned(),
+        };
+        let email = request.email.clone();
+        let answer = stranger.auth().sign_up(request).await.map_err(|status| refused(&status))?.into_inner();
+        let secret = answer.session.unwrap_or_default().secret;
+        Ok(Self { id: answer.user.unwrap_or_default().id, email, client: stranger.with_credential(&secret)? })
+    }
+}
+
+/// Registers the configuration and creates the job; the job's id.
+async fn create_job(provider: &Client, customer_id: &str) -> Result<String, BoxError> {
+    let configuration = RegisterJobConfigurationRequest {
+        tag: "ct-analysis".to_owned(),
+        name: "CT analysis".to_owned(),
+        version: "1.0.0".to_owned(),
+        steps: steps(),
+    };
+    let registered = provider.configurations().register_job_configuration(configuration).await;
+    registered.map_err(|status| refused(&status))?;
+    let job = CreateJobRequest {
+        provider_job_id: format!("ct-{:08x}", getrandom::u32()?),
+        customer_id: customer_id.to_owned(),
+        configuration_tag: "ct-analysis".to_owned(),
+        configuration_version: String::new(),
+        provider_job_name: "Thorax, slice 42".to_owned(),
+    };
+    let created = provider.jobs().create_job(job).await.map_err(|status| refused(&status))?;
+    Ok(created.into_inner().job.unwrap_or_default().id)
+}
+
+/// Steps, weighed by their expected effort.
+fn steps() -> Vec<StepConfiguration> {
+    let step = |tag: &str, name: &str, points, metadata: &[(&str, MetadataKind, &str)]| StepConfiguration {
+        tag: tag.to_owned(),
+        name: name.to_owned(),
+        points,
+        metadata: metadata
+            .iter()
+            .map(|&(name, kind, units)| MetadataConfiguration {
+                name: name.to_owned(),
+                kind: kind.into(),
+                units: units.to_owned(),
+            })
+            .collect(),
+    };
+    vec![
+        step(
+            "load",
+            "Load the slice",
+            5,
+            &[
+                ("columns", MetadataKind::Number, "px"),
+                ("rows", MetadataKind::Number, "px"),
+                ("spacing", MetadataKind::Number, "mm"),
+            ],
+        ),
+        step(
+            "calibrate",
+            "Calibrate to Hounsfield units",
+            10,
+            &[("highest", MetadataKind::Number, "HU"), ("lowest", MetadataKind::Number, "HU")],
+        ),
+        step(
+            "segment",
+            "Segment the lungs",
+            45,
+            &[("area", MetadataKind::Number, "cm²"), ("threshold", MetadataKind::Number, "HU")],
+        ),
+        step(
+            "measure",
+            "Measure",
+            30,
+            &[("largest nodule", MetadataKind::Number, "mm"), ("mean density", MetadataKind::Number, "HU")],
+        ),
+        step(
+            "report",
+            "Write the report",
+            10,
+            &[("report", MetadataKind::Link, ""), ("signed by", MetadataKind::Text, "")],
+        ),
+    ]
+}
+
+/// What the provider tells while it works: after which share of the time, in
+/// percent, which kind of event, its step, its name, what was measured.
+type Line = (u32, EventKind, &'static str, &'static str, &'static [(&'static str, Measured)]);
+
+/// A metadata value.
+#[derive(Clone, Copy)]
+enum Measured {
+    Number(f64),
+    Text(&'static str),
+}
+
+const FILM: [Line; 9] = {
+    use EventKind::{Complete, Error, Info, Step};
+    use Measured::{Number, Text};
+    [
+        (
+            4,
+            Step,
+            "load",
+            "",
+            &[("rows", Number(512.0)), ("columns", Number(512.0)), ("spacing", Number(0.74))],
+        ),
+        (12, Step, "calibrate", "", &[("lowest", Number(-1024.0)), ("highest", Number(1371.0))]),
+        (18, Info, "segment", "Growing regions from 2 seeds", &[]),
+        (42, Step, "segment", "", &[("area", Number(412.6)), ("threshold", Number(-320.0))]),
+        (52, Info, "measure", "3 nodules found", &[]),
+        (60, Error, "measure", "Accelerator lost, going on without it", &[("attempt", Number(1.0))]),
+        (82, Step, "measure", "", &[("mean density", Number(-742.3)), ("largest nodule", Number(6.4))]),
+        (
+            94,
+            Step,
+            "report",
+            "",
+            &[("report", Text("https://radiology.example/reports/42")), ("signed by", Text("Dr. Ada"))],
+        ),
+        (100, Complete, "", "Analysis complete", &[]),
+    ]
+};
+
+/// Appends the film's events over `length`.
+async fn provide(provider: &Client, job_id: &str, length: Duration) -> Result<(), BoxError> {
+    let mut events = provider.events();
+    let start = tokio::time::Instant::now();
+    for (share, kind, step, name, metadata) in FILM {
+        tokio::time::sleep_until(start + length * share / 100).await;
+        let fields: BTreeMap<String, Value> = metadata
+            .iter()
+            .map(|&(name, value)| {
+                let kind = match value {
+                    Measured::Number(number) => Kind::NumberValue(number),
+                    Measured::Text(text) => Kind::StringValue(text.to_owned()),
+                };
+                (name.to_owned(), Value { kind: Some(kind) })
+            })
+            .collect();
+        let event = NewEvent {
+            id: Uuid::now_v7().to_string(),
+            kind: kind.into(),
+            name: name.to_owned(),
+            step_tag: step.to_owned(),
+            metadata: Some(Struct { fields }),
+            occurred_at: Some(Timestamp::from(std::time::SystemTime::now())),
+        };
+        let request = AppendEventsRequest {
+            job: Some(append_events_request::Job::JobId(job_id.to_owned())),
+            expected_sequence: None,
+            events: vec![event],
+        };
+        events.append_events(request).await.map_err(|status| refused(&status))?;
+    }
+    Ok(())
+}

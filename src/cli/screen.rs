@@ -1,0 +1,310 @@
+//! A job in the terminal: its events, and below them a bar that moves. Plain
+//! lines where there is no terminal.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    time::Duration,
+};
+
+use chrono::{DateTime, Local, SecondsFormat, Utc};
+use console::{Color, Style, Term};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use prost_types::{Timestamp, value::Kind};
+
+use crate::pb::{Event, EventKind, Job, JobConfiguration, JobState, JobStatus, Progress};
+
+/// Where a job is shown.
+#[derive(Debug)]
+pub(super) struct Screen {
+    /// Nothing where there is no terminal.
+    bar: Option<ProgressBar>,
+    /// By tag of the step and name.
+    units: HashMap<(String, String), String>,
+    steps: usize,
+    done: BTreeSet<String>,
+}
+
+impl Screen {
+    /// With a bar at where the job stands before its first event.
+    pub(super) fn new(configuration: &JobConfiguration) -> Self {
+        let bar = Term::stdout().is_term().then(|| {
+            let bar = ProgressBar::with_draw_target(Some(100), ProgressDrawTarget::stdout());
+            bar.set_style(bar_style(JobStatus::Pending));
+            bar.set_message("waiting for the first event");
+            bar.enable_steady_tick(Duration::from_millis(100));
+            bar
+        });
+        let units = configuration.steps.iter().flat_map(|step| {
+            step.metadata.iter().map(|name| ((step.tag.clone(), name.name.clone()), name.units.clone()))
+        });
+        Self { bar, units: units.collect(), steps: configuration.steps.len(), done: BTreeSet::new() }
+    }
+
+    /// What job it is, above everything.
+    pub(super) fn title(&self, job: &Job, configuration: &JobConfiguration) {
+        let name =
+            if job.provider_job_name.is_empty() { &job.provider_job_id } else { &job.provider_job_name };
+        let what = format!("{} {}", configuration.name, configuration.version);
+        if self.bar.is_some() {
+            self.print(&format!(
+                "\n  {}  {}\n",
+                Style::new().bold().apply_to(clean(name)),
+                dim(&clean(&what))
+            ));
+        } else {
+            self.print(&format!("{}: {} ({})", job.id, clean(name), clean(&what)));
+        }
+    }
+
+    /// One more event.
+    pub(super) fn event(&mut self, event: &Event) {
+        if event.kind() == EventKind::Step {
+            self.done.insert(event.step_tag.clone());
+        }
+        let progress = event.progress.unwrap_or_default();
+        match &self.bar {
+            Some(bar) => {
+                bar.println(self.colored_line(event));
+                bar.set_style(bar_style(event.status()));
+                bar.set_position(percent(progress));
+                bar.set_message(self.message(event.status(), progress));
+            }
+            None => println!("{}", self.plain_line(event, progress)),
+        }
+    }
+
+    /// Tells that the server is away.
+    pub(super) fn teller(&self) -> impl FnMut(Duration) + Send + 'static {
+        let bar = self.bar.clone();
+        let mut told = false;
+        move |_pause| match &bar {
+            Some(bar) => bar.set_message("connection lost, resuming …"),
+            None if told => {}
+            None => {
+                told = true;
+                eprintln!("connection lost, resuming");
+            }
+        }
+    }
+
+    /// The watch is back, or has nothing more from the past.
+    pub(super) fn caught_up(&self, state: &JobState) {
+        if let Some(bar) = &self.bar
+            && state.last_sequence > 0
+        {
+            bar.set_message(self.message(state.status(), state.progress.unwrap_or_default()));
+        }
+    }
+
+    /// How it ended.
+    pub(super) fn end(&self, state: &JobState) {
+        let progress = state.progress.unwrap_or_default();
+        let events = state.last_sequence;
+        let line = format!("{} at {} % after {events} events", status_name(state.status()), progress.percent);
+        match &self.bar {
+            Some(bar) => {
+                bar.set_style(bar_style(state.status()));
+                bar.set_position(percent(progress));
+                bar.finish_with_message(self.message(state.status(), progress));
+                println!();
+            }
+            None => println!("{line}"),
+        }
+    }
+
+    fn print(&self, line: &str) {
+        match &self.bar {
+            Some(bar) => bar.println(line),
+            None => println!("{line}"),
+        }
+    }
+
+    fn message(&self, status: JobStatus, progress: Progress) -> String {
+        let status = Style::new().fg(color(status)).bold().apply_to(status_name(status));
+        if self.steps == 0 {
+            return status.to_string();
+        }
+        let (done, of) = (self.done.len(), self.steps);
+        let points =
+            format!("{done} of {of} steps · {} of {} points", progress.points_done, progress.points_total);
+        format!("{status}  {}", dim(&points))
+    }
+
+    fn colored_line(&self, event: &Event) -> String {
+        let time =
+            local_time(event.created_at).map_or_else(String::new, |at| at.format("%H:%M:%S").to_string());
+        let (mark, color) = match event.kind() {
+            EventKind::Step => ("✔", Color::Green),
+            EventKind::Error => ("✘", Color::Red),
+            EventKind::Info => ("·", Color::Cyan),
+            EventKind::Complete => ("★", Color::Green),
+            EventKind::Close => ("■", Color::Yellow),
+            EventKind::Unspecified => ("?", Color::Magenta),
+        };
+        let style = Style::new().fg(color);
+        let title = clean(title(event));
+        let title = match event.kind() {
+            EventKind::Info => title,
+            EventKind::Error | EventKind::Close => style.apply_to(title).to_string(),
+            EventKind::Step | EventKind::Complete | EventKind::Unspecified => {
+                Style::new().bold().apply_to(title).to_string()
+            }
+        };
+        let mut line = format!("  {}  {}  {title}", dim(&time), style.clone().bold().apply_to(mark));
+        let metadata = self.metadata(event);
+        if !metadata.is_empty() {
+            let shown: Vec<String> = metadata
+                .into_iter()
+                .map(|(name, value)| format!("{} {}", dim(&name), Style::new().cyan().apply_to(value)))
+                .collect();
+            line.push_str("\n               ");
+            line.push_str(&shown.join(&dim("  ·  ")));
+        }
+        line
+    }
+
+    fn plain_line(&self, event: &Event, progress: Progress) -> String {
+        let time = local_time(event.created_at).map_or_else(String::new, |at| {
+            at.with_timezone(&Utc).to_rfc3339_opts(SecondsFormat::Millis, true)
+        });
+        let kind = event.kind().as_str_name().trim_start_matches("EVENT_KIND_").to_ascii_lowercase();
+        let status = status_name(event.status());
+        let mut line = format!(
+            "{time} #{} {:>3} % {status}: {kind} {}",
+            event.sequence,
+            progress.percent,
+            clean(title(event))
+        );
+        for (name, value) in self.metadata(event) {
+            line.push_str(&format!("; {name} = {value}"));
+        }
+        line
+    }
+
+    /// Names and values, with their units.
+    fn metadata(&self, event: &Event) -> Vec<(String, String)> {
+        let fields = event.metadata.iter().flat_map(|metadata| &metadata.fields);
+        fields
+            .map(|(name, value)| {
+                let units = self.units.get(&(event.step_tag.clone(), name.clone()));
+                let units = units.filter(|units| !units.is_empty());
+                let text = match &value.kind {
+                    Some(Kind::NumberValue(number)) => number.to_string(),
+                    Some(Kind::StringValue(text)) => clean(text),
+                    Some(Kind::BoolValue(yes)) => yes.to_string(),
+                    Some(Kind::NullValue(_) | Kind::StructValue(_) | Kind::ListValue(_)) | None => {
+                        "?".to_owned()
+                    }
+                };
+                (clean(name), units.map_or(text.clone(), |units| format!("{text} {}", clean(units))))
+            })
+            .collect()
+    }
+}
+
+/// As people read it.
+pub(super) fn status_name(status: JobStatus) -> &'static str {
+    match status {
+        JobStatus::Unspecified => "unknown",
+        JobStatus::Pending => "pending",
+        JobStatus::Running => "running",
+        JobStatus::Failed => "failed",
+        JobStatus::Complete => "complete",
+        JobStatus::Cancelled => "cancelled",
+    }
+}
+
+fn color(status: JobStatus) -> Color {
+    match status {
+        JobStatus::Unspecified | JobStatus::Pending | JobStatus::Running => Color::Cyan,
+        JobStatus::Failed => Color::Red,
+        JobStatus::Complete => Color::Green,
+        JobStatus::Cancelled => Color::Yellow,
+    }
+}
+
+fn bar_style(status: JobStatus) -> ProgressStyle {
+    let color = match color(status) {
+        Color::Red => "red",
+        Color::Green => "green",
+        Color::Yellow => "yellow",
+        _ => "cyan",
+    };
+    let (spinner, end) = match status {
+        JobStatus::Complete => ("{spinner:.green}", "★"),
+        JobStatus::Cancelled => ("{spinner:.yellow}", "■"),
+        JobStatus::Failed => ("{spinner:.red}", "✘"),
+        JobStatus::Unspecified | JobStatus::Pending | JobStatus::Running => ("{spinner:.cyan}", " "),
+    };
+    let template = format!("\n  {spinner} {{bar:40.{color}/238}} {{percent:>3.bold}} %  {{msg}}");
+    ProgressStyle::with_template(&template)
+        .unwrap_or_else(|_| ProgressStyle::default_bar())
+        .progress_chars("━╸─")
+        .tick_strings(&["⠋", "⠙", "⠹", "⠸", "⠼", "⠴", "⠦", "⠧", "⠇", "⠏", end])
+}
+
+fn percent(progress: Progress) -> u64 {
+    u64::try_from(progress.percent).unwrap_or(0)
+}
+
+/// What an event is called: its name, that of its step, its kind.
+fn title(event: &Event) -> &str {
+    match (event.name.as_str(), event.step_name.as_str()) {
+        ("", "") => match event.kind() {
+            EventKind::Complete => "complete",
+            EventKind::Close => "closed",
+            EventKind::Error => "error",
+            EventKind::Step | EventKind::Info | EventKind::Unspecified => "",
+        },
+        ("", step) => step,
+        (name, _) => name,
+    }
+}
+
+fn local_time(at: Option<Timestamp>) -> Option<DateTime<Local>> {
+    let at = at?;
+    let utc = DateTime::<Utc>::from_timestamp(at.seconds, u32::try_from(at.nanos).ok()?)?;
+    Some(utc.with_timezone(&Local))
+}
+
+fn dim(text: &str) -> String {
+    Style::new().dim().apply_to(text).to_string()
+}
+
+/// Others' text without what a terminal would obey.
+fn clean(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use prost_types::{Struct, Value};
+
+    use super::*;
+
+    #[test]
+    fn a_plain_line_says_all_and_commands_the_terminal_nothing() {
+        let event = Event {
+            sequence: 3,
+            kind: EventKind::Step.into(),
+            step_tag: "measure".to_owned(),
+            step_name: "Measure\u{1b}[2J".to_owned(),
+            status: JobStatus::Running.into(),
+            progress: Some(Progress { points_done: 4, points_total: 10, percent: 40 }),
+            metadata: Some(Struct {
+                fields: [("mean".to_owned(), Value { kind: Some(Kind::NumberValue(-412.5)) })].into(),
+            }),
+            ..Event::default()
+        };
+        let screen = Screen {
+            bar: None,
+            units: [(("measure".to_owned(), "mean".to_owned()), "HU".to_owned())].into(),
+            steps: 2,
+            done: BTreeSet::new(),
+        };
+        assert_eq!(
+            screen.plain_line(&event, event.progress.unwrap_or_default()),
+            " #3  40 % running: step Measure\u{fffd}[2J; mean = -412.5 HU"
+        );
+    }
+}

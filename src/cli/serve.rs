@@ -1,0 +1,154 @@
+//! `milepost serve`, and a server that other commands run beside themselves.
+
+use std::{io::Write as _, net::SocketAddr, process::ExitCode, time::Duration};
+
+use tokio::{
+    net::TcpListener,
+    signal::unix::{Signal, SignalKind, signal},
+    task::JoinHandle,
+};
+use tokio_util::sync::CancellationToken;
+
+use super::database::{OpenDatabase, data_dir};
+use crate::{
+    auth::{Auth, AuthSettings},
+    config::{AuthConfig, Config, ServerConfig},
+    db::{Database, migrations},
+    error::{BoxError, Result},
+    event_log::{EventLog, EventLogSettings},
+    server::{ServerSettings, serve},
+    services::App,
+};
+
+/// Serves until SIGTERM or SIGINT.
+pub(super) async fn run(config: &Config) -> Result<ExitCode, BoxError> {
+    // From here on a signal waits for its turn, so that whatever was started
+    // is also stopped.
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let listener = bind(&config.server).await?;
+    let server = Server::start(config, listener).await?;
+    let data = match &config.database.database_url {
+        Some(_) => "DATABASE_URL".to_owned(),
+        None => data_dir(&config.database).await?.display().to_string(),
+    };
+    // Whether anybody reads it is their affair.
+    let _unread = writeln!(std::io::stdout(), "milepost listens on {}, its data in {data}", server.address);
+    server.until(&mut terminate, &mut interrupt).await;
+    server.stop().await?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Listens where the settings say, beyond loopback only if they say so
+/// outright.
+pub(super) async fn bind(config: &ServerConfig) -> Result<TcpListener, BoxError> {
+    if !config.listen.ip().is_loopback() && !config.insecure_listen {
+        return Err(format!(
+            "{} is not loopback and nothing would be encrypted; listen there all the same with --insecure-listen",
+            config.listen
+        )
+        .into());
+    }
+    TcpListener::bind(config.listen)
+        .await
+        .map_err(|error| format!("cannot listen on {}: {error}", config.listen).into())
+}
+
+/// A server that runs in this process.
+#[derive(Debug)]
+pub(super) struct Server {
+    pub(super) address: SocketAddr,
+    database: OpenDatabase,
+    stop: CancellationToken,
+    serving: JoinHandle<Result<()>>,
+    /// Cancelled when `serving` is over.
+    over: CancellationToken,
+}
+
+impl Server {
+    /// Opens the database, migrates it if it is to be, and serves.
+    pub(super) async fn start(config: &Config, listener: TcpListener) -> Result<Self, BoxError> {
+        let database = OpenDatabase::to_serve(&config.database).await?;
+        match Self::prepare(config, &listener, &database).await {
+            Ok((address, app)) => {
+                let stop = CancellationToken::new();
+                let stopped = stop.clone().cancelled_owned();
+                let settings = server_settings(&config.server);
+                let over = CancellationToken::new();
+                let end = over.clone().drop_guard();
+                let serving = tokio::spawn(async move {
+                    let _end = end;
+                    serve(listener, app, &settings, stopped).await
+                });
+                Ok(Self { address, database, stop, serving, over })
+            }
+            Err(error) => {
+                database.close().await?;
+                Err(error)
+            }
+        }
+    }
+
+    async fn prepare(
+        config: &Config,
+        listener: &TcpListener,
+        open: &OpenDatabase,
+    ) -> Result<(SocketAddr, App), BoxError> {
+        let address = listener.local_addr()?;
+        if config.server.migrate || open.embedded.is_some() {
+            for version in migrations::migrate(&open.settings.url).await? {
+                tracing::info!(version, "migrated");
+            }
+        }
+        let database = Database::new(open.settings.clone())?;
+        migrations::check(&database, config.server.unsafe_database).await?;
+        let auth = Auth::start(database.clone(), auth_settings(&config.auth, address));
+        let log = EventLog::start(database.clone(), log_settings(&config.server), || {}).await?;
+        let app = App { database, auth, log, draining: CancellationToken::new() };
+        if let Some(embedded) = &open.embedded {
+            embedded.announce(address)?;
+        }
+        Ok((address, app))
+    }
+
+    /// Returns at either signal, or when serving has failed.
+    async fn until(&self, terminate: &mut Signal, interrupt: &mut Signal) {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+            () = self.over.cancelled() => {}
+        }
+    }
+
+    /// Drains, and stops what was started.
+    pub(super) async fn stop(self) -> Result<(), BoxError> {
+        self.stop.cancel();
+        let served = self.serving.await;
+        self.database.close().await?;
+        Ok(served??)
+    }
+}
+
+fn server_settings(config: &ServerConfig) -> ServerSettings {
+    ServerSettings {
+        request_timeout: Duration::from_secs(config.request_timeout_s),
+        drain_deadline: Duration::from_secs(config.drain_deadline_s),
+        streams_per_connection: config.streams_per_connection,
+        keepalive_interval: Duration::from_secs(config.keepalive_interval_s),
+        keepalive_timeout: Duration::from_secs(config.keepalive_timeout_s),
+    }
+}
+
+fn log_settings(config: &ServerConfig) -> EventLogSettings {
+    EventLogSettings { publish_window: usize::try_from(config.publish_window).unwrap_or(usize::MAX) }
+}
+
+fn auth_settings(config: &AuthConfig, listen: SocketAddr) -> AuthSettings {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let parallel = config.bcrypt.bcrypt_parallel.and_then(|count| usize::try_from(count).ok());
+    AuthSettings {
+        session_lifetime: Duration::from_secs(config.session_lifetime_s),
+        bcrypt_cost: config.bcrypt.bcrypt_cost,
+        bcrypt_parallel: parallel.unwrap_or_else(|| processors.div_ceil(2)),
+        sign_up_open: config.sign_up.is_open(listen),
+    }
+}

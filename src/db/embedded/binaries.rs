@@ -1,0 +1,152 @@
+//! The Postgres that is installed on this machine, and the user that it runs
+//! as.
+
+use std::{
+    ffi::OsStr,
+    fs, io,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+    process::{ExitStatus, Output, Stdio},
+};
+
+use tokio::process::Command;
+
+use super::{EmbeddedError, io_error};
+
+/// Oldest Postgres that will do.
+pub(in crate::db) const OLDEST_MAJOR: u32 = 15;
+
+/// A folder with `initdb`, `pg_ctl` and `postgres`.
+#[derive(Clone, Debug)]
+pub(super) struct Binaries {
+    folder: PathBuf,
+    major: u32,
+}
+
+/// An unprivileged user's ids.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Owner {
+    pub(super) uid: u32,
+    pub(super) gid: u32,
+}
+
+impl Binaries {
+    /// Those of this major version, or of the newest where none is asked for.
+    pub(super) async fn find(major: Option<u32>) -> Result<Self, EmbeddedError> {
+        let mut best: Option<Self> = None;
+        for folder in candidates() {
+            let Some(found) = Self::in_folder(folder).await else { continue };
+            let fits = major.map_or(found.major >= OLDEST_MAJOR, |major| found.major == major);
+            if fits && best.as_ref().is_none_or(|best| best.major < found.major) {
+                best = Some(found);
+            }
+        }
+        best.ok_or(major.map_or(EmbeddedError::NotInstalled, EmbeddedError::OtherVersion))
+    }
+
+    async fn in_folder(folder: PathBuf) -> Option<Self> {
+        if !["initdb", "pg_ctl", "postgres"].iter().all(|name| folder.join(name).is_file()) {
+            return None;
+        }
+        let output = Command::new(folder.join("postgres")).arg("--version").output().await.ok()?;
+        let major = major_version(&String::from_utf8_lossy(&output.stdout))?;
+        Some(Self { folder, major })
+    }
+
+    /// Runs one of them to its end, as `owner` and in `folder`, with nothing of
+    /// our own environment that could change what it does.
+    pub(super) async fn run<I, A>(
+        &self,
+        name: &'static str,
+        owner: Option<Owner>,
+        folder: &Path,
+        arguments: I,
+    ) -> Result<Output, EmbeddedError>
+    where
+        I: IntoIterator<Item = A>,
+        A: AsRef<OsStr>,
+    {
+        let mut command = Command::new(self.folder.join(name));
+        command.args(arguments).current_dir(folder).stdin(Stdio::null()).env_clear().env("LC_ALL", "C");
+        for kept in ["PATH", "TZ", "LD_LIBRARY_PATH"] {
+            if let Some(value) = std::env::var_os(kept) {
+                command.env(kept, value);
+            }
+        }
+        if let Some(Owner { uid, gid }) = owner {
+            command.uid(uid).gid(gid);
+        }
+        command.output().await.map_err(|source| io_error(format!("cannot run {name}"), source))
+    }
+}
+
+/// PATH's `pg_ctl` behind its symbolic links, then where Debian keeps its own.
+fn candidates() -> Vec<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut folders: Vec<PathBuf> = std::env::split_paths(&path)
+        .filter_map(|folder| fs::canonicalize(folder.join("pg_ctl")).ok())
+        .filter_map(|file| file.parent().map(Path::to_owned))
+        .collect();
+    if let Ok(versions) = fs::read_dir("/usr/lib/postgresql") {
+        folders.extend(versions.flatten().map(|version| version.path().join("bin")));
+    }
+    folders
+}
+
+/// The major version in `postgres (PostgreSQL) 15.13 (Debian 15.13-0)`.
+fn major_version(line: &str) -> Option<u32> {
+    let version = line.split_once(") ")?.1;
+    let digits = version.split(|c: char| !c.is_ascii_digit()).next()?;
+    digits.parse().ok()
+}
+
+/// What a command that failed said, as one line.
+pub(super) fn complaint(command: &'static str, output: &Output) -> EmbeddedError {
+    let text = String::from_utf8_lossy(&output.stderr);
+    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    let status: ExitStatus = output.status;
+    let said = if lines.is_empty() { status.to_string() } else { lines.join(" ") };
+    EmbeddedError::Command { command, said }
+}
+
+/// Whom Postgres, which refuses root, runs as: nobody else where we are not
+/// root; the owner of what is there already; `postgres` or `nobody`.
+pub(super) async fn owner(cluster: &Path) -> Result<Option<Owner>, EmbeddedError> {
+    if !is_root().await? {
+        return Ok(None);
+    }
+    match fs::metadata(cluster) {
+        Ok(metadata) => Ok(Some(Owner { uid: metadata.uid(), gid: metadata.gid() })),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            for name in ["postgres", "nobody"] {
+                if let (Ok(uid), Ok(gid)) = (id(&["-u", name]).await, id(&["-g", name]).await) {
+                    return Ok(Some(Owner { uid, gid }));
+                }
+            }
+            Err(EmbeddedError::NoUser)
+        }
+        Err(error) => Err(io_error(format!("cannot look at {}", cluster.display()), error)),
+    }
+}
+
+pub(super) async fn is_root() -> Result<bool, EmbeddedError> {
+    Ok(id(&["-u"]).await? == 0)
+}
+
+async fn id(arguments: &[&str]) -> Result<u32, EmbeddedError> {
+    let output = Command::new("id").args(arguments).output().await;
+    let output = output.map_err(|source| io_error("cannot run id".to_owned(), source))?;
+    String::from_utf8_lossy(&output.stdout).trim().parse().map_err(|_| complaint("id", &output))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_major_version_is_read_from_what_postgres_says() {
+        assert_eq!(major_version("postgres (PostgreSQL) 15.13 (Debian 15.13-0+deb12u1)\n"), Some(15));
+        assert_eq!(major_version("postgres (PostgreSQL) 19beta2\n"), Some(19));
+        assert_eq!(major_version("command not found"), None);
+    }
+}
