@@ -37,7 +37,7 @@ pub enum Error {
     #[error("{} of the request at fault: {}", .0.count(), .0.first())]
     Invalid(Violations),
     /// What does not exist for this caller.
-    #[error("no such {}: {name}", .resource.noun())]
+    #[error("no such {}: {}", .resource.noun(), quoted(.name))]
     NotFound {
         /// What kind of thing.
         resource: Resource,
@@ -48,7 +48,7 @@ pub enum Error {
     #[error("a user with this e-mail exists")]
     EmailTaken,
     /// A write repeated under its key with other content.
-    #[error("{} {name} exists with other content: {}", .resource.noun(), .differences.first())]
+    #[error("{} {} exists with other content: {}", .resource.noun(), quoted(.name), .differences.first())]
     Differs {
         /// What kind of thing.
         resource: Resource,

@@ -24,6 +24,8 @@ pub const BATCH_EVENTS: usize = 500;
 pub const PASSWORD_MIN_BYTES: usize = 8;
 /// Longest password, in bytes: bcrypt reads 72 and counts a closing NUL.
 pub const PASSWORD_MAX_BYTES: usize = 71;
+/// Longest wait for a turn to hash or verify a password.
+pub const PASSWORD_WAIT: Duration = Duration::from_secs(5);
 /// Page size where none is asked for.
 pub const PAGE_DEFAULT: i64 = 50;
 /// Largest page; more is cut to it.
@@ -40,3 +42,5 @@ pub const HEARTBEAT: (Duration, Duration, Duration) =
 /// How long a credential may go unconfirmed by the database before nothing is
 /// sent or accepted under it.
 pub const CREDENTIAL_CONFIRMED_WITHIN: Duration = Duration::from_secs(5);
+/// Most credentials that one process remembers.
+pub const CREDENTIALS: usize = 65_536;

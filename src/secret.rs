@@ -1,1 +1,258 @@
-//! (in the making)
+//! Secrets that callers send: what they look like, how they are stored, and
+//! that they are never printed.
+
+use std::fmt;
+
+use sha2::{Digest as _, Sha256};
+
+use crate::{
+    error::{Error, Result},
+    limits::{PASSWORD_MAX_BYTES, PASSWORD_MIN_BYTES},
+};
+
+const BASE62: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
+/// Random bytes of a secret, and how many base62 characters hold them.
+const RANDOM_BYTES: usize = 32;
+const RANDOM_CHARS: usize = 43;
+/// Base62 characters that hold a CRC-32.
+const CHECKSUM_CHARS: usize = 6;
+/// How much of a secret tells it apart by sight.
+const DISPLAY_CHARS: usize = 8;
+
+/// What a secret opens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SecretKind {
+    /// A session.
+    Session,
+    /// An API key.
+    ApiKey,
+}
+
+impl SecretKind {
+    const ALL: [Self; 2] = [Self::Session, Self::ApiKey];
+
+    fn prefix(self) -> &'static str {
+        match self {
+            Self::Session => "mps_",
+            Self::ApiKey => "mpk_",
+        }
+    }
+}
+
+/// A prefix, 43 base62 characters of 256 random bits, and 6 of their CRC-32:
+/// the shape by which secret scanners know what leaked and from where
+/// (github.blog, "Behind GitHub's new authentication token formats"), and by
+/// which a mistyped or foreign secret is refused without asking the database.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret {
+    kind: SecretKind,
+    text: String,
+}
+
+impl Secret {
+    /// A new one. Fails only if the operating system has no randomness.
+    pub fn generate(kind: SecretKind) -> Result<Self> {
+        let mut random = [0; RANDOM_BYTES];
+        getrandom::fill(&mut random).map_err(|error| Error::internal(error.to_string()))?;
+        Ok(Self::of_random(kind, random))
+    }
+
+    fn of_random(kind: SecretKind, random: [u8; RANDOM_BYTES]) -> Self {
+        let mut text = kind.prefix().to_owned();
+        text.push_str(&base62(random, RANDOM_CHARS));
+        text.push_str(&checksum(&text));
+        Self { kind, text }
+    }
+
+    /// What a caller sent, if it has the shape of a secret of ours.
+    pub fn parse(text: &str) -> Option<Self> {
+        let kind = SecretKind::ALL.into_iter().find(|kind| text.starts_with(kind.prefix()))?;
+        let body = &text[kind.prefix().len()..];
+        if body.len() != RANDOM_CHARS + CHECKSUM_CHARS || !body.bytes().all(|b| b.is_ascii_alphanumeric()) {
+            return None;
+        }
+        let (signed, sum) = text.split_at(text.len() - CHECKSUM_CHARS);
+        (checksum(signed) == sum).then(|| Self { kind, text: text.to_owned() })
+    }
+
+    /// What it opens.
+    pub fn kind(&self) -> SecretKind {
+        self.kind
+    }
+
+    /// What is stored of it. A fast hash will do: nobody guesses 256 random
+    /// bits.
+    pub fn hash(&self) -> SecretHash {
+        SecretHash(Sha256::digest(&self.text).into())
+    }
+
+    /// How it begins, to tell secrets apart by sight.
+    pub fn display_prefix(&self) -> &str {
+        &self.text[..DISPLAY_CHARS]
+    }
+
+    /// The secret itself, for the one answer that shows it to its owner.
+    pub fn reveal(self) -> String {
+        self.text
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Secret({}…)", self.kind.prefix())
+    }
+}
+
+/// SHA-256 of a secret.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SecretHash([u8; 32]);
+
+impl SecretHash {
+    /// As it is stored.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+/// A password of a permitted shape: [`PASSWORD_MIN_BYTES`] to
+/// [`PASSWORD_MAX_BYTES`] bytes of UTF-8 without NUL, since bcrypt reads no
+/// further than 72 bytes, its closing NUL included, and takes a NUL within for
+/// that end.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Password(String);
+
+impl Password {
+    /// Refuses other shapes, with a description that does not quote.
+    pub fn new(text: String) -> Result<Self, String> {
+        if !(PASSWORD_MIN_BYTES..=PASSWORD_MAX_BYTES).contains(&text.len()) {
+            return Err(format!("must have {PASSWORD_MIN_BYTES} to {PASSWORD_MAX_BYTES} bytes in UTF-8"));
+        }
+        if text.contains('\0') {
+            return Err("must not contain NUL".to_owned());
+        }
+        Ok(Self(text))
+    }
+
+    /// For hashing.
+    pub fn as_bytes(&self) -> &[u8] {
+        self.0.as_bytes()
+    }
+}
+
+impl fmt::Debug for Password {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Password(…)")
+    }
+}
+
+/// bcrypt's hash of a password, in its own text form. Guessing weak passwords
+/// from it is possible, so it is not printed either.
+#[derive(Clone, PartialEq, Eq)]
+pub struct PasswordHash(String);
+
+impl PasswordHash {
+    /// Of what bcrypt made.
+    pub fn new(text: String) -> Self {
+        Self(text)
+    }
+
+    /// For storing and comparing.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for PasswordHash {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("PasswordHash(…)")
+    }
+}
+
+fn checksum(text: &str) -> String {
+    base62(crc32fast::hash(text.as_bytes()).to_be_bytes(), CHECKSUM_CHARS)
+}
+
+/// A big-endian number in `chars` digits.
+fn base62<const N: usize>(mut number: [u8; N], chars: usize) -> String {
+    let mut digits = vec![b'0'; chars];
+    for digit in digits.iter_mut().rev() {
+        let mut remainder = 0;
+        for byte in &mut number {
+            let value = remainder << 8 | usize::from(*byte);
+            *byte = u8::try_from(value / 62).unwrap_or(u8::MAX);
+            remainder = value % 62;
+        }
+        *digit = BASE62[remainder];
+    }
+    digits.into_iter().map(char::from).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn secrets_have_their_shape_and_come_back() {
+        for (kind, prefix) in [(SecretKind::Session, "mps_"), (SecretKind::ApiKey, "mpk_")] {
+            let secret = Secret::generate(kind).expect("randomness");
+            assert_eq!(secret.text.len(), 4 + 49);
+            assert!(secret.text.starts_with(prefix));
+            assert_eq!(secret.display_prefix(), &secret.text[..8]);
+            let parsed = Secret::parse(&secret.text).expect("its own shape");
+            assert_eq!(parsed.kind(), kind);
+            assert_eq!(parsed.hash(), secret.hash());
+            assert_ne!(secret, Secret::generate(kind).expect("randomness"));
+        }
+    }
+
+    #[test]
+    fn the_shape_never_changes() {
+        // Secrets in the hands of users must stay valid with later versions.
+        let zero = Secret::of_random(SecretKind::ApiKey, [0; 32]);
+        assert_eq!(zero.text, format!("mpk_{}34O1xt", "0".repeat(43)));
+        let most = Secret::of_random(SecretKind::Session, [255; 32]);
+        assert_eq!(most.text, "mps_yhjskwdA6OZ1AL1YmHWZWm8LLG7HjnuCA2j5rOw8Xp10kbN2i");
+        assert_eq!(most.hash().as_bytes()[..4], [0x22, 0xaf, 0xcf, 0xbe]);
+        assert_eq!(base62([0xff; 4], 6), "4gfFC3");
+        assert_eq!(base62([61], 2), "0z");
+        assert_eq!(base62([62], 2), "10");
+    }
+
+    #[test]
+    fn what_is_mistyped_or_foreign_is_refused() {
+        let secret = Secret::generate(SecretKind::ApiKey).expect("randomness").reveal();
+        let cut = &secret[..secret.len() - 1];
+        let longer = format!("{secret}0");
+        let other_kind = secret.replacen("mpk_", "mps_", 1);
+        let foreign = format!("ghp_{}", &secret[4..]);
+        let wide = "mpk_é".to_owned() + &secret[6..];
+        for bad in ["", "mpk_", "mps_", cut, &longer, &other_kind, &foreign, &wide, &"é".repeat(30)] {
+            assert_eq!(Secret::parse(bad), None, "{bad}");
+        }
+        for at in 4..secret.len() {
+            let mut typo = secret.clone().into_bytes();
+            typo[at] = if typo[at] == b'x' { b'y' } else { b'x' };
+            assert_eq!(Secret::parse(std::str::from_utf8(&typo).expect("ASCII")), None, "at {at}");
+        }
+    }
+
+    #[test]
+    fn passwords_are_bounded_in_bytes_and_have_no_nul() {
+        for fine in ["12345678", &"é".repeat(35), &"x".repeat(71), "with space", "\u{1F9E0}\u{1F9E0}"] {
+            assert!(Password::new((*fine).to_owned()).is_ok(), "{fine}");
+        }
+        for bad in ["", "1234567", &"x".repeat(72), &"é".repeat(36), "1234\x005678"] {
+            let description = Password::new((*bad).to_owned()).expect_err(bad);
+            assert!(bad.is_empty() || !description.contains(bad));
+        }
+    }
+
+    #[test]
+    fn nothing_secret_is_printed() {
+        let secret = Secret::generate(SecretKind::Session).expect("randomness");
+        assert_eq!(format!("{secret:?}"), "Secret(mps_…)");
+        let password = Password::new("hunter2hunter2".to_owned()).expect("a password");
+        assert_eq!(format!("{password:?}"), "Password(…)");
+        assert_eq!(format!("{:?}", PasswordHash::new("$2b$".to_owned())), "PasswordHash(…)");
+    }
+}

@@ -1,8 +1,48 @@
 //! A secret becomes a caller, and a signal of its end.
+//!
+//! A credential is looked up once and then remembered; one task asks the
+//! database every [`CONFIRM_EVERY`] which of those in use are still good, so
+//! that a call costs no query and an end that another replica or an operator
+//! brought about is known everywhere within
+//! [`CREDENTIAL_CONFIRMED_WITHIN`](crate::limits::CREDENTIAL_CONFIRMED_WITHIN).
+//! What ends here ends at once, see [`Auth::end`].
 
-use std::{sync::Arc, time::Duration};
+mod cache;
+mod credential;
+pub mod password;
 
-use crate::{db::Database, error::Result, models::caller::Caller};
+use std::{
+    collections::HashSet,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    time::Duration,
+};
+
+use tokio::{
+    sync::Notify,
+    time::{sleep, timeout},
+};
+
+pub use self::{cache::Ending, credential::Credential};
+use self::{
+    cache::{Cache, Looked},
+    credential::Moment,
+    password::Passwords,
+};
+use crate::{
+    db::Database,
+    error::{Error, Result},
+    limits::CREDENTIAL_CONFIRMED_WITHIN,
+    models::{api_key::ApiKey, caller::CredentialId, session::Session},
+    secret::{Secret, SecretHash, SecretKind},
+};
+
+/// How often the database is asked which credentials are still good. Several
+/// rounds fit into the time that one may go unconfirmed.
+const CONFIRM_EVERY: Duration = Duration::from_millis(1_500);
+/// How soon it is asked again after it did not answer.
+const CONFIRM_AGAIN: Duration = Duration::from_millis(250);
+/// How often the use of one credential is written down.
+const NOTE_EVERY: Duration = Duration::from_secs(60);
 
 /// What the operator decides about credentials.
 #[derive(Clone, Debug)]
@@ -19,41 +59,181 @@ pub struct AuthSettings {
 
 /// Looks credentials up, and keeps those in use confirmed.
 #[derive(Clone, Debug)]
-pub struct Auth {}
+pub struct Auth {
+    inner: Arc<Inner>,
+}
 
-/// A credential that was good when it was last confirmed.
 #[derive(Debug)]
-pub struct Credential {
-    caller: Caller,
+struct Inner {
+    database: Database,
+    settings: AuthSettings,
+    passwords: Passwords,
+    cache: Mutex<Cache>,
+    /// Rings for a round of confirmation before its time.
+    bell: Arc<Notify>,
 }
 
 impl Auth {
-    /// Starts the task that keeps credentials confirmed.
-    pub fn start(_database: Database, _settings: AuthSettings) -> Self {
-        unimplemented!()
+    /// Starts the task that keeps credentials confirmed, on the runtime that
+    /// this is called on. It ends after the last clone of this has gone.
+    pub fn start(database: Database, settings: AuthSettings) -> Self {
+        let bell = Arc::new(Notify::new());
+        let inner = Arc::new(Inner {
+            database,
+            passwords: Passwords::new(settings.bcrypt_cost, settings.bcrypt_parallel),
+            settings,
+            cache: Mutex::default(),
+            bell: bell.clone(),
+        });
+        tokio::spawn(keep_confirmed(Arc::downgrade(&inner), bell));
+        Self { inner }
+    }
+
+    /// What it was started with.
+    pub fn settings(&self) -> &AuthSettings {
+        &self.inner.settings
+    }
+
+    /// Where passwords are hashed and verified.
+    pub fn passwords(&self) -> &Passwords {
+        &self.inner.passwords
     }
 
     /// The credential that this secret is, if it is good now.
-    pub async fn authenticate(&self, _secret: &str) -> Result<Arc<Credential>> {
-        unimplemented!()
+    ///
+    /// [`Error::CredentialInvalid`] if not, [`Error::Unavailable`] if it is not
+    /// known to be good and the database does not answer.
+    pub async fn authenticate(&self, secret: &str) -> Result<Arc<Credential>> {
+        let secret = Secret::parse(secret).ok_or(Error::CredentialInvalid)?;
+        let hash = secret.hash();
+        match self.inner.cache().get(&hash) {
+            Some(credential) if !credential.is_good() => return Err(Error::CredentialInvalid),
+            Some(credential) if credential.is_confirmed() => return Ok(credential),
+            _ => {}
+        }
+        self.inner.look_up(secret.kind(), hash).await
+    }
+
+    /// Ends credentials on this replica at once: new calls with them are
+    /// refused, streams are told. To be called after the database was told,
+    /// and by work that does not stop when its caller leaves.
+    pub fn end(&self, ending: Ending) {
+        self.inner.cache().end(ending);
+    }
+
+    /// Asks the database now which credentials are still good, rather than at
+    /// the next round: for whoever hears that one has ended elsewhere.
+    pub fn reconfirm_now(&self) {
+        self.inner.bell.notify_one();
     }
 }
 
-impl Credential {
-    /// Who.
-    pub fn caller(&self) -> &Caller {
-        &self.caller
+impl Inner {
+    fn cache(&self) -> MutexGuard<'_, Cache> {
+        // Nothing that holds it can leave it half changed.
+        self.cache.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns once the credential has expired or was revoked.
-    pub async fn ended(&self) {
-        unimplemented!()
+    async fn look_up(&self, kind: SecretKind, hash: SecretHash) -> Result<Arc<Credential>> {
+        loop {
+            let mark = self.cache().mark();
+            let mut conn = self.database.get().await?;
+            let asked_at = Moment::now();
+            let found = match kind {
+                SecretKind::Session => Session::authenticate(&mut conn, &hash).await?,
+                SecretKind::ApiKey => ApiKey::authenticate(&mut conn, &hash).await?,
+            };
+            drop(conn);
+            let Some((caller, lifetime)) = found else {
+                self.cache().forget(&hash);
+                return Err(Error::CredentialInvalid);
+            };
+            let credential = Credential::new(caller, lifetime, asked_at);
+            match self.cache().insert(hash, credential, mark)? {
+                Looked::Good(credential) => return Ok(credential),
+                Looked::TooEarly => {}
+            }
+        }
     }
 
-    /// Returns at once if the credential was confirmed within
-    /// [`crate::limits::CREDENTIAL_CONFIRMED_WITHIN`], otherwise as soon as it
-    /// is again; an error if it has ended.
-    pub async fn confirmed(&self) -> Result<()> {
-        unimplemented!()
+    /// One round: what the database says of all that is remembered.
+    async fn confirm(&self) -> Result<()> {
+        let asked_at = Moment::now();
+        let known = self.cache().all();
+        if !known.is_empty() {
+            let mut conn = self.database.get().await?;
+            let (sessions, keys) = ids(known.iter().map(|(_, credential)| &**credential));
+            let mut good = HashSet::new();
+            if !sessions.is_empty() {
+                let still = Session::still_good(&mut conn, &sessions).await?;
+                good.extend(still.into_iter().map(CredentialId::Session));
+            }
+            if !keys.is_empty() {
+                let still = ApiKey::still_good(&mut conn, &keys).await?;
+                good.extend(still.into_iter().map(CredentialId::ApiKey));
+            }
+            for (hash, credential) in &known {
+                if good.contains(&credential.caller().credential()) {
+                    credential.confirm(asked_at);
+                } else {
+                    self.cache().drop_ended(hash, credential);
+                }
+            }
+            let used: Vec<_> = known
+                .iter()
+                .map(|(_, credential)| credential)
+                .filter(|c| c.use_to_note(NOTE_EVERY))
+                .collect();
+            let (sessions, keys) = ids(used.iter().map(|credential| &***credential));
+            if !sessions.is_empty() {
+                Session::note_use(&mut conn, &sessions).await?;
+            }
+            if !keys.is_empty() {
+                ApiKey::note_use(&mut conn, &keys).await?;
+            }
+            used.into_iter().for_each(|credential| credential.noted(asked_at));
+        }
+        self.cache().drop_idle(NOTE_EVERY);
+        Ok(())
+    }
+}
+
+/// Ids of sessions, ids of API keys; sorted, so that replicas that write at
+/// once lock rows in one order.
+fn ids<'a>(credentials: impl Iterator<Item = &'a Credential>) -> (Vec<uuid::Uuid>, Vec<uuid::Uuid>) {
+    let (mut sessions, mut keys) = (Vec::new(), Vec::new());
+    for credential in credentials {
+        match credential.caller().credential() {
+            CredentialId::Session(id) => sessions.push(id),
+            CredentialId::ApiKey(id) => keys.push(id),
+        }
+    }
+    sessions.sort_unstable();
+    keys.sort_unstable();
+    (sessions, keys)
+}
+
+async fn keep_confirmed(inner: Weak<Inner>, bell: Arc<Notify>) {
+    let mut wait = CONFIRM_EVERY;
+    let mut failing = false;
+    loop {
+        tokio::select! {
+            () = sleep(wait) => {}
+            () = bell.notified() => {}
+        }
+        let Some(inner) = inner.upgrade() else { return };
+        // A connection whose peer is gone answers nothing, for minutes.
+        let round = timeout(CREDENTIAL_CONFIRMED_WITHIN, inner.confirm()).await;
+        match round.unwrap_or_else(|elapsed| Err(Error::unavailable(elapsed))) {
+            Ok(()) => (wait, failing) = (CONFIRM_EVERY, false),
+            Err(error) => {
+                wait = CONFIRM_AGAIN;
+                // Once an outage.
+                if !failing {
+                    tracing::warn!(cause = ?error, "credentials cannot be confirmed");
+                }
+                failing = true;
+            }
+        }
     }
 }

@@ -57,9 +57,7 @@ impl Scope {
     fn topic(&self) -> Uuid {
         match self {
             Self::Job(job) => job.id,
-            Self::All { viewer, .. } => match viewer.sight() {
-                Sight::Provider(id) | Sight::Customer(id) | Sight::Job(id) => id,
-            },
+            Self::All { viewer, .. } => viewer.id(),
         }
     }
 

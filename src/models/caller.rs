@@ -167,6 +167,13 @@ impl Viewer {
         self.0
     }
 
+    /// Of the user, or of the one job.
+    pub fn id(self) -> Uuid {
+        match self.0 {
+            Sight::Provider(id) | Sight::Customer(id) | Sight::Job(id) => id,
+        }
+    }
+
     /// Whether a job of this id, provider and customer is among them.
     pub fn sees(self, job_id: Uuid, provider_id: Uuid, customer_id: Uuid) -> bool {
         match self.0 {

@@ -111,12 +111,11 @@ pub struct NewJob {
     pub configuration_version: Option<String>,
 }
 
-diesel::alias!(users as providers: Providers, users as customers: Customers);
-
 impl Job {
     /// Those with these ids, in any order; unknown ids are left out. Whose they
     /// are is not looked at.
     async fn load(conn: &mut AsyncPgConnection, ids: &[Uuid]) -> Result<Vec<Self>> {
+        diesel::alias!(users as providers: Providers, users as customers: Customers);
         let (provider_id, customer_id) = (providers.field(users::id), customers.field(users::id));
         Ok(jobs::table
             .inner_join(providers.on(provider_id.eq(jobs::provider_id)))
@@ -250,17 +249,23 @@ impl NewJob {
     fn differences(&self, stored: &Job) -> Violations {
         let mut differences = Violations::default();
         if self.customer_id != stored.customer.id {
-            differences.add("customer_id", format!("is {}", quoted(&stored.customer.id.to_string())));
+            differences
+                .add("customer_id", format!("is stored as {}", quoted(&stored.customer.id.to_string())));
         }
         if self.configuration_tag != stored.configuration_tag {
-            differences.add("configuration_tag", format!("is {}", quoted(&stored.configuration_tag)));
+            differences
+                .add("configuration_tag", format!("is stored as {}", quoted(&stored.configuration_tag)));
         }
         if self.configuration_version.as_ref().is_some_and(|version| *version != stored.configuration_version)
         {
-            differences.add("configuration_version", format!("is {}", quoted(&stored.configuration_version)));
+            differences.add(
+                "configuration_version",
+                format!("is stored as {}", quoted(&stored.configuration_version)),
+            );
         }
         if self.provider_job_name != stored.provider_job_name {
-            differences.add("provider_job_name", format!("is {}", quoted(&stored.provider_job_name)));
+            differences
+                .add("provider_job_name", format!("is stored as {}", quoted(&stored.provider_job_name)));
         }
         differences
     }

@@ -1,7 +1,10 @@
 //! The gRPC services. A request is authenticated, parsed once into a valid
 //! value and handed to a model or to the event log.
 
+pub mod auth;
+pub mod configurations;
 pub mod events;
+pub mod jobs;
 mod page;
 mod parse;
 pub mod status;
@@ -12,10 +15,10 @@ use tokio_util::sync::CancellationToken;
 use tonic::metadata::MetadataMap;
 
 use crate::{
-    auth::{Auth, Credential},
+    auth::{Auth, AuthSettings, Credential},
     db::Database,
     error::{Error, Result},
-    event_log::EventLog,
+    event_log::{EventLog, EventLogSettings},
 };
 
 /// What every service works with.
@@ -32,6 +35,15 @@ pub struct App {
 }
 
 impl App {
+    /// Starts what works in the background, on a database that is migrated and
+    /// answers. Everything ends when the last clone is dropped.
+    pub async fn start(database: Database, auth: AuthSettings, log: EventLogSettings) -> Result<Self> {
+        let auth = Auth::start(database.clone(), auth);
+        let confirm = auth.clone();
+        let log = EventLog::start(database.clone(), log, move || confirm.reconfirm_now()).await?;
+        Ok(Self { database, auth, log, draining: CancellationToken::new() })
+    }
+
     /// Whose call this is, by `authorization: Bearer SECRET`.
     pub(crate) async fn authenticate(&self, metadata: &MetadataMap) -> Result<Arc<Credential>> {
         let secret = metadata

@@ -2,15 +2,56 @@
 //! one. They grant nothing: whoever sends one is authorized as with any call.
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+use prost::Message;
 use sha2::{Digest as _, Sha256};
+use uuid::Uuid;
 
-use crate::{error::Violations, limits::TOKEN_BYTES};
+use crate::{
+    error::Violations,
+    limits::{MESSAGE_BYTES, TOKEN_BYTES},
+};
 
 /// First byte of a token: how the rest is to be read.
 const VERSION: u8 = 1;
 /// How much of the query's hash a token carries. It tells queries apart, and
 /// protects nothing.
 const QUERY_BYTES: usize = 8;
+
+/// What a token is bound to: the method, the caller's id, and the request
+/// without its page's size and token.
+pub(super) fn query(method: &str, caller: Uuid, request: &impl Message) -> Vec<u8> {
+    let mut query = method.as_bytes().to_vec();
+    query.push(0);
+    query.extend_from_slice(caller.as_bytes());
+    query.extend(request.encode_to_vec());
+    query
+}
+
+/// The items of a page: as many as fit into [`MESSAGE_BYTES`] beside the token,
+/// but one at least.
+#[derive(Debug)]
+pub(super) struct Page<M> {
+    pub(super) items: Vec<M>,
+    bytes: usize,
+}
+
+impl<M: Message> Page<M> {
+    pub(super) fn new() -> Self {
+        Self { items: Vec::new(), bytes: TOKEN_BYTES }
+    }
+
+    /// Whether the item fits and is on the page; if not, the page is full.
+    pub(super) fn push(&mut self, item: M) -> bool {
+        let bytes = item.encoded_len();
+        // One more for the field's number.
+        self.bytes += 1 + prost::length_delimiter_len(bytes) + bytes;
+        let fits = self.bytes <= MESSAGE_BYTES || self.items.is_empty();
+        if fits {
+            self.items.push(item);
+        }
+        fits
+    }
+}
 
 /// The token of the page that starts after `cursor`. `query` says all that
 /// chooses and orders the items, method and caller included, but for the page's
@@ -67,6 +108,17 @@ mod tests {
         assert_eq!(decoded(b"other", &token), (None, 1));
         assert_eq!(decoded(b"query", &encode(b"query", b"")), (Some(vec![]), 0));
         assert_eq!(decoded(b"query", ""), (None, 0));
+    }
+
+    #[test]
+    fn a_page_takes_what_fits_and_one_item_at_least() {
+        let half = "x".repeat(MESSAGE_BYTES / 2 - TOKEN_BYTES);
+        let mut page = Page::new();
+        assert!(page.push(half.clone()) && page.push(half) && !page.push("x".repeat(TOKEN_BYTES)));
+        assert_eq!(page.items.len(), 2);
+        let mut page = Page::new();
+        assert!(page.push("x".repeat(2 * MESSAGE_BYTES)) && !page.push(String::new()));
+        assert_eq!(page.items.len(), 1);
     }
 
     #[test]

@@ -76,14 +76,14 @@ impl<'a> Answer<'a> {
         Self { code, reason, metadata: HashMap::new(), details: Vec::new(), violations: None }
     }
 
-    fn metadata(mut self, key: &'static str, value: impl ToString) -> Self {
+    fn metadata(mut self, key: &'static str, value: &impl ToString) -> Self {
         self.metadata.insert(key, value.to_string());
         self
     }
 
     fn violations(self, violations: Cow<'a, Violations>) -> Self {
         let total = violations.iter().len();
-        Self { violations: Some(violations), ..self }.metadata("violations", total)
+        Self { violations: Some(violations), ..self }.metadata("violations", &total)
     }
 
     fn resource(mut self, resource: Resource, name: &str, description: &str) -> Self {
@@ -99,7 +99,7 @@ impl<'a> Answer<'a> {
         self
     }
 
-    fn precondition(mut self, subject: impl ToString, description: &str) -> Self {
+    fn precondition(mut self, subject: &impl ToString, description: &str) -> Self {
         let violation = precondition_failure::Violation {
             r#type: reason_name(self.reason).to_owned(),
             subject: subject.to_string(),
@@ -129,7 +129,7 @@ fn answer(error: &Error) -> Answer<'_> {
         Error::CredentialInvalid => Answer::new(Code::Unauthenticated, Reason::CredentialInvalid),
         Error::LogInFailed => Answer::new(Code::Unauthenticated, Reason::LogInFailed),
         Error::RoleRequired(role) => {
-            Answer::new(Code::PermissionDenied, Reason::RoleRequired).metadata("role", role.to_uppercase())
+            Answer::new(Code::PermissionDenied, Reason::RoleRequired).metadata("role", &role.to_uppercase())
         }
         Error::ScopeRequired(scope) => {
             Answer::new(Code::PermissionDenied, Reason::ScopeRequired).metadata("scope", scope)
@@ -158,7 +158,7 @@ fn answer(error: &Error) -> Answer<'_> {
                 .violations(Cow::Borrowed(differences))
         }
         Error::JobClosed { job_id, status } => Answer::new(Code::FailedPrecondition, Reason::JobClosed)
-            .metadata("status", status.name())
+            .metadata("status", &status.name())
             .precondition(job_id, "the log of a closed job never changes again"),
         Error::ApiKeyAlreadyExpired(id) => {
             Answer::new(Code::FailedPrecondition, Reason::ApiKeyAlreadyExpired)
@@ -233,7 +233,8 @@ fn cut(text: &str, bytes: usize) -> String {
         return text.to_owned();
     }
     let mark = '…';
-    let end = text.floor_char_boundary(bytes - mark.len_utf8());
+    let room = bytes - mark.len_utf8();
+    let end = (0..=room).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
     format!("{}{mark}", &text[..end])
 }
 

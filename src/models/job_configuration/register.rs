@@ -142,23 +142,23 @@ impl NewJobConfiguration {
         let mut differences = Violations::default();
         note(&mut differences, "name", &self.name, &stored.name);
         if self.steps.len() != stored.steps.len() {
-            differences.add("steps", format!("there are {}", stored.steps.len()));
+            differences.add("steps", format!("{} are stored", stored.steps.len()));
         }
         for (i, (step, stored)) in self.steps.iter().zip(&stored.steps).enumerate() {
             note(&mut differences, &format!("steps[{i}].tag"), &step.tag, &stored.tag);
             note(&mut differences, &format!("steps[{i}].name"), &step.name, &stored.name);
             if i64::from(step.points) != stored.points {
-                differences.add(format!("steps[{i}].points"), format!("is {}", stored.points));
+                differences.add(format!("steps[{i}].points"), format!("is stored as {}", stored.points));
             }
             if step.metadata.len() != stored.metadata.len() {
                 differences
-                    .add(format!("steps[{i}].metadata"), format!("there are {}", stored.metadata.len()));
+                    .add(format!("steps[{i}].metadata"), format!("{} are stored", stored.metadata.len()));
             }
             for (j, (metadata, stored)) in step.metadata.iter().zip(&stored.metadata).enumerate() {
                 let path = format!("steps[{i}].metadata[{j}]");
                 note(&mut differences, &format!("{path}.name"), &metadata.name, &stored.name);
                 if metadata.kind != stored.kind {
-                    differences.add(format!("{path}.kind"), format!("is {}", stored.kind.name()));
+                    differences.add(format!("{path}.kind"), format!("is stored as {}", stored.kind.name()));
                 }
                 note(&mut differences, &format!("{path}.units"), &metadata.units, &stored.units);
             }
@@ -169,6 +169,71 @@ impl NewJobConfiguration {
 
 fn note(differences: &mut Violations, field: &str, given: &str, stored: &str) {
     if given != stored {
-        differences.add(field, format!("is {}", quoted(stored)));
+        differences.add(field, format!("is stored as {}", quoted(stored)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::models::job_configuration::StepConfiguration;
+
+    fn metadata(kind: MetadataKind) -> MetadataConfiguration {
+        MetadataConfiguration { name: "mean".to_owned(), kind, units: "HU".to_owned() }
+    }
+
+    fn new(points: i32, metadata: Vec<MetadataConfiguration>) -> NewJobConfiguration {
+        let (tag, name) = ("load".to_owned(), "Load".to_owned());
+        NewJobConfiguration {
+            tag: "ct".to_owned(),
+            name: "CT".to_owned(),
+            version: Version::new(1, 0, 0),
+            steps: vec![NewStepConfiguration { tag, name, points, metadata }],
+        }
+    }
+
+    /// As if it had been registered.
+    fn stored(new: NewJobConfiguration) -> JobConfiguration {
+        let steps = new.steps.into_iter().map(|step| StepConfiguration {
+            id: Uuid::now_v7(),
+            tag: step.tag,
+            name: step.name,
+            points: step.points.into(),
+            metadata: step.metadata,
+        });
+        JobConfiguration {
+            id: Uuid::now_v7(),
+            provider_id: Uuid::now_v7(),
+            tag: new.tag,
+            name: new.name,
+            version: new.version.to_string(),
+            created_at: chrono::Utc::now(),
+            steps: steps.collect(),
+        }
+    }
+
+    #[test]
+    fn every_difference_is_told_by_its_path() {
+        let before = stored(new(10, vec![metadata(MetadataKind::Number), metadata(MetadataKind::Link)]));
+        let same = new(10, vec![metadata(MetadataKind::Number), metadata(MetadataKind::Link)]);
+        assert!(same.differences(&before).is_empty());
+
+        let mut other = new(11, vec![metadata(MetadataKind::Text)]);
+        other.name = "CT scan".to_owned();
+        other.steps[0].metadata[0].units = String::new();
+        other.steps.push(other.steps[0].clone());
+        let told = other.differences(&before);
+        let told: Vec<String> = told.iter().map(|v| format!("{} {}", v.field, v.description)).collect();
+        assert_eq!(
+            told,
+            [
+                "name is stored as \"CT\"",
+                "steps 1 are stored",
+                "steps[0].points is stored as 10",
+                "steps[0].metadata 2 are stored",
+                "steps[0].metadata[0].kind is stored as NUMBER",
+                "steps[0].metadata[0].units is stored as \"HU\"",
+            ]
+        );
     }
 }

@@ -1,0 +1,226 @@
+//! One credential: who, how fresh, and whether it has ended.
+
+use std::{
+    sync::{
+        LazyLock,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
+
+use tokio::{sync::Notify, time::sleep};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    error::{Error, Result},
+    limits::CREDENTIAL_CONFIRMED_WITHIN,
+    models::caller::Caller,
+};
+
+/// Longest single sleep; timers do not reach arbitrarily far.
+const LONGEST_SLEEP: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// How long before the start of this process moments begin, in milliseconds: 0
+/// is long ago.
+const LONG_AGO: u64 = 60 * 60 * 1_000;
+
+/// A moment of this process, in milliseconds; small enough to be atomic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Moment(u64);
+
+impl Moment {
+    pub(super) fn now() -> Self {
+        static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+        Self(LONG_AGO).plus(START.elapsed())
+    }
+
+    fn elapsed(self) -> Duration {
+        Self::now().since(self)
+    }
+
+    fn since(self, earlier: Self) -> Duration {
+        Duration::from_millis(self.0.saturating_sub(earlier.0))
+    }
+
+    fn plus(self, duration: Duration) -> Self {
+        Self(self.0.saturating_add(u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)))
+    }
+}
+
+/// A credential that was good when it was last confirmed.
+#[derive(Debug)]
+pub struct Credential {
+    caller: Caller,
+    /// By the clock of this process, from what was left by the database's.
+    expires: Option<Moment>,
+    ended: CancellationToken,
+    /// When the database was asked that last said it is good.
+    confirmed_at: AtomicU64,
+    /// Wakes those that wait for the next confirmation.
+    confirmations: Notify,
+    used_at: AtomicU64,
+    /// When its use was last written to the database.
+    noted_at: AtomicU64,
+}
+
+impl Credential {
+    /// Of what the database answered when it was asked at `asked_at`.
+    pub(super) fn new(caller: Caller, lifetime: Option<Duration>, asked_at: Moment) -> Self {
+        Self {
+            caller,
+            expires: lifetime.map(|lifetime| asked_at.plus(lifetime)),
+            ended: CancellationToken::new(),
+            confirmed_at: AtomicU64::new(asked_at.0),
+            confirmations: Notify::new(),
+            used_at: AtomicU64::new(Moment::now().0),
+            noted_at: AtomicU64::new(0),
+        }
+    }
+
+    /// Who.
+    pub fn caller(&self) -> &Caller {
+        &self.caller
+    }
+
+    /// Returns once the credential has expired or was revoked.
+    pub async fn ended(&self) {
+        let expired = async {
+            while let Some(left) = self.expires.map(|at| at.since(Moment::now())) {
+                if left.is_zero() {
+                    return;
+                }
+                sleep(left.min(LONGEST_SLEEP)).await;
+            }
+            std::future::pending().await
+        };
+        tokio::select! {
+            () = self.ended.cancelled() => {}
+            () = expired => {}
+        }
+    }
+
+    /// Returns at once if the credential was confirmed within
+    /// [`CREDENTIAL_CONFIRMED_WITHIN`], otherwise as soon as it is again;
+    /// [`Error::CredentialInvalid`] if it has ended.
+    pub async fn confirmed(&self) -> Result<()> {
+        while self.is_good() {
+            if self.is_confirmed() {
+                return Ok(());
+            }
+            // Listens first, so that no confirmation falls between.
+            let confirmation = self.confirmations.notified();
+            if self.is_confirmed() {
+                return Ok(());
+            }
+            tokio::select! {
+                () = confirmation => {}
+                () = self.ended() => {}
+            }
+        }
+        Err(Error::CredentialInvalid)
+    }
+
+    /// Neither revoked nor expired, as far as this process knows.
+    pub(super) fn is_good(&self) -> bool {
+        !self.ended.is_cancelled() && self.expires.is_none_or(|at| Moment::now() < at)
+    }
+
+    /// Whether what this process knows is fresh enough to act on.
+    pub(super) fn is_confirmed(&self) -> bool {
+        self.confirmed_at().elapsed() < CREDENTIAL_CONFIRMED_WITHIN
+    }
+
+    pub(super) fn confirmed_at(&self) -> Moment {
+        Moment(self.confirmed_at.load(Relaxed))
+    }
+
+    pub(super) fn confirm(&self, asked_at: Moment) {
+        self.confirmed_at.fetch_max(asked_at.0, Relaxed);
+        self.confirmations.notify_waiters();
+    }
+
+    /// For good.
+    pub(super) fn end(&self) {
+        self.ended.cancel();
+    }
+
+    pub(super) fn touch(&self) {
+        self.used_at.store(Moment::now().0, Relaxed);
+    }
+
+    pub(super) fn used_at(&self) -> Moment {
+        Moment(self.used_at.load(Relaxed))
+    }
+
+    pub(super) fn is_idle(&self, for_at_least: Duration) -> bool {
+        self.used_at().elapsed() >= for_at_least
+    }
+
+    /// Whether it was used since its use was last noted, which was not just
+    /// now.
+    pub(super) fn use_to_note(&self, every: Duration) -> bool {
+        let noted_at = Moment(self.noted_at.load(Relaxed));
+        self.used_at() > noted_at && noted_at.elapsed() >= every
+    }
+
+    pub(super) fn noted(&self, at: Moment) {
+        self.noted_at.store(at.0, Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt as _;
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::models::{caller::CredentialId, session::tests::caller};
+
+    fn credential(lifetime: Option<Duration>, asked_at: Moment) -> Credential {
+        Credential::new(caller(Uuid::nil(), CredentialId::Session(Uuid::nil())), lifetime, asked_at)
+    }
+
+    #[tokio::test]
+    async fn an_end_is_told_at_once_and_stays() {
+        let credential = credential(Some(Duration::from_secs(3_600)), Moment::now());
+        assert!(credential.ended().now_or_never().is_none());
+        assert!(matches!(credential.confirmed().now_or_never(), Some(Ok(()))));
+        credential.end();
+        credential.confirm(Moment::now());
+        credential.ended().await;
+        assert!(matches!(credential.confirmed().await, Err(Error::CredentialInvalid)));
+    }
+
+    #[tokio::test]
+    async fn expiry_needs_nobody_to_tell() {
+        let credential = credential(Some(Duration::from_millis(20)), Moment::now());
+        assert!(credential.is_good());
+        credential.ended().await;
+        assert!(!credential.is_good());
+        assert!(matches!(credential.confirmed().await, Err(Error::CredentialInvalid)));
+    }
+
+    #[tokio::test]
+    async fn what_is_long_unconfirmed_waits_for_confirmation() {
+        let credential = std::sync::Arc::new(credential(None, Moment(0)));
+        assert!(credential.confirmed().now_or_never().is_none());
+        let waiting = tokio::spawn({
+            let credential = credential.clone();
+            async move { credential.confirmed().await }
+        });
+        tokio::task::yield_now().await;
+        credential.confirm(Moment::now());
+        assert!(waiting.await.expect("no panic").is_ok());
+    }
+
+    #[test]
+    fn use_is_noted_once_in_a_while() {
+        let credential = credential(None, Moment::now());
+        let every = Duration::from_secs(60);
+        assert!(credential.use_to_note(every), "never noted");
+        credential.noted(Moment::now());
+        credential.used_at.store(Moment::now().0 + 1, Relaxed);
+        assert!(!credential.use_to_note(every), "just noted");
+        assert!(credential.use_to_note(Duration::ZERO));
+    }
+}

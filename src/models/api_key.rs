@@ -1,0 +1,187 @@
+//! API keys: what a user's programs call with.
+
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use diesel::{
+    dsl::{IntervalDsl as _, now},
+    prelude::*,
+    sql_types::Timestamptz,
+};
+use diesel_async::{AsyncPgConnection, RunQueryDsl};
+use uuid::Uuid;
+
+use crate::{
+    error::{Error, Resource, Result},
+    models::caller::{Caller, CredentialId, KeyManager, Scope, Subject, UserRole},
+    schema::{api_keys, users},
+    secret::SecretHash,
+};
+
+/// A row, but for the hash of the secret.
+#[derive(Clone, Debug, Queryable, Selectable)]
+#[diesel(table_name = api_keys, check_for_backend(diesel::pg::Pg))]
+pub struct ApiKey {
+    /// Version 7.
+    pub id: Uuid,
+    /// How the secret begins.
+    pub key_prefix: String,
+    /// The owner's words about it; may be empty.
+    pub note: String,
+    /// Arrays of Postgres may hold NULL; a constraint says that this does not.
+    scopes: Vec<Option<Scope>>,
+    /// From then on it is refused; none: never.
+    pub expires_at: Option<DateTime<Utc>>,
+    /// To the minute.
+    pub last_used_at: Option<DateTime<Utc>>,
+    /// By the database's clock.
+    pub created_at: DateTime<Utc>,
+}
+
+/// A key to be.
+#[derive(Clone, Debug)]
+pub struct NewApiKey {
+    /// Of its secret.
+    pub key_hash: SecretHash,
+    /// How the secret begins.
+    pub key_prefix: String,
+    /// May be empty.
+    pub note: String,
+    /// At least one, each once.
+    pub scopes: Vec<Scope>,
+    /// None: never.
+    pub expires_at: Option<DateTime<Utc>>,
+}
+
+impl NewApiKey {
+    /// Stores it as the manager's.
+    pub async fn insert(self, conn: &mut AsyncPgConnection, manager: &KeyManager) -> Result<ApiKey> {
+        let scopes: Vec<Option<Scope>> = self.scopes.into_iter().map(Some).collect();
+        Ok(diesel::insert_into(api_keys::table)
+            .values((
+                api_keys::id.eq(Uuid::now_v7()),
+                api_keys::user_id.eq(manager.user_id()),
+                api_keys::key_hash.eq(self.key_hash.as_bytes()),
+                api_keys::key_prefix.eq(self.key_prefix),
+                api_keys::note.eq(self.note),
+                api_keys::scopes.eq(scopes),
+                api_keys::expires_at.eq(self.expires_at),
+            ))
+            .returning(ApiKey::as_returning())
+            .get_result(conn)
+            .await?)
+    }
+}
+
+impl ApiKey {
+    /// What it may be used for.
+    pub fn scopes(&self) -> impl Iterator<Item = Scope> {
+        self.scopes.iter().copied().flatten()
+    }
+
+    /// Who calls with this secret, and for how long it is good, where that
+    /// ends; none unless it is good now.
+    pub async fn authenticate(
+        conn: &mut AsyncPgConnection,
+        secret: &SecretHash,
+    ) -> Result<Option<(Caller, Option<Duration>)>> {
+        let row: Option<(Self, DateTime<Utc>, Uuid, UserRole)> = api_keys::table
+            .inner_join(users::table)
+            .filter(api_keys::key_hash.eq(secret.as_bytes()))
+            .filter(api_keys::expires_at.is_null().or(api_keys::expires_at.gt(now)))
+            .filter(users::disabled_at.is_null())
+            .select((Self::as_select(), now.into_sql::<Timestamptz>(), users::id, users::role))
+            .get_result(conn)
+            .await
+            .optional()?;
+        Ok(row.map(|(key, asked_at, user_id, role)| {
+            let subject = Subject::User { id: user_id, role };
+            let caller = Caller::new(subject, CredentialId::ApiKey(key.id), key.scopes().collect());
+            (caller, key.expires_at.map(|at| (at - asked_at).to_std().unwrap_or_default()))
+        }))
+    }
+
+    /// Those of these that are still good.
+    pub async fn still_good(conn: &mut AsyncPgConnection, ids: &[Uuid]) -> Result<Vec<Uuid>> {
+        Ok(api_keys::table
+            .inner_join(users::table)
+            .filter(api_keys::id.eq_any(ids))
+            .filter(api_keys::expires_at.is_null().or(api_keys::expires_at.gt(now)))
+            .filter(users::disabled_at.is_null())
+            .select(api_keys::id)
+            .load(conn)
+            .await?)
+    }
+
+    /// Notes that these were used, unless that was noted within a minute.
+    pub async fn note_use(conn: &mut AsyncPgConnection, ids: &[Uuid]) -> Result<()> {
+        let known = api_keys::last_used_at.gt((now.into_sql::<Timestamptz>() - 1_i32.minute()).nullable());
+        diesel::update(api_keys::table)
+            .filter(api_keys::id.eq_any(ids))
+            .filter(api_keys::last_used_at.is_null().or(diesel::dsl::not(known)))
+            .set(api_keys::last_used_at.eq(now))
+            .execute(conn)
+            .await?;
+        Ok(())
+    }
+
+    /// The key of this id, for the one who calls with it.
+    pub async fn of_caller(conn: &mut AsyncPgConnection, caller: &Caller) -> Result<Self> {
+        let CredentialId::ApiKey(id) = caller.credential() else { return Err(Error::CredentialInvalid) };
+        let key: Option<Self> =
+            api_keys::table.find(id).select(Self::as_select()).get_result(conn).await.optional()?;
+        key.ok_or(Error::CredentialInvalid)
+    }
+
+    /// The manager's keys, oldest first, those after `after` where given: a
+    /// page of at most `limit`.
+    pub async fn list(
+        conn: &mut AsyncPgConnection,
+        manager: &KeyManager,
+        after: Option<(DateTime<Utc>, Uuid)>,
+        limit: i64,
+    ) -> Result<Vec<Self>> {
+        let mut query = api_keys::table
+            .filter(api_keys::user_id.eq(manager.user_id()))
+            .order((api_keys::created_at, api_keys::id))
+            .limit(limit)
+            .select(Self::as_select())
+            .into_boxed();
+        if let Some((created_at, id)) = after {
+            query = query.filter(
+                api_keys::created_at
+                    .gt(created_at)
+                    .or(api_keys::created_at.eq(created_at).and(api_keys::id.gt(id))),
+            );
+        }
+        Ok(query.load(conn).await?)
+    }
+
+    /// Ends a key of the manager's; [`Error::ApiKeyAlreadyExpired`] if it had
+    /// ended before.
+    pub async fn expire(conn: &mut AsyncPgConnection, manager: &KeyManager, id: Uuid) -> Result<Self> {
+        let own = api_keys::table.find(id).filter(api_keys::user_id.eq(manager.user_id()));
+        let expired: Option<Self> = diesel::update(own)
+            .filter(api_keys::expires_at.is_null().or(api_keys::expires_at.gt(now)))
+            .set(api_keys::expires_at.eq(now))
+            .returning(Self::as_returning())
+            .get_result(conn)
+            .await
+            .optional()?;
+        if let Some(key) = expired {
+            return Ok(key);
+        }
+        let known: Option<Uuid> = own.select(api_keys::id).get_result(conn).await.optional()?;
+        Err(known.map_or_else(|| Error::not_found(Resource::ApiKey, &id), Error::ApiKeyAlreadyExpired))
+    }
+
+    /// How many keys of a user are good.
+    pub(super) async fn count_good(conn: &mut AsyncPgConnection, user_id: Uuid) -> Result<i64> {
+        Ok(api_keys::table
+            .filter(api_keys::user_id.eq(user_id))
+            .filter(api_keys::expires_at.is_null().or(api_keys::expires_at.gt(now)))
+            .count()
+            .get_result(conn)
+            .await?)
+    }
+}

@@ -1,0 +1,187 @@
+//! Sessions: what a log-in creates.
+
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use diesel::{
+    dsl::{IntervalDsl as _, now},
+    prelude::*,
+    sql_types::Timestamptz,
+};
+use diesel_async::{AsyncConnection as _, AsyncPgConnection, RunQueryDsl};
+use uuid::Uuid;
+
+use crate::{
+    error::{Error, Result},
+    models::caller::{Account, Caller, CredentialId, Scope, Subject, UserRole},
+    schema::{sessions, users},
+    secret::{PasswordHash, SecretHash},
+};
+
+/// A row, but for the hash of the secret.
+#[derive(Clone, Debug, Queryable, Selectable)]
+#[diesel(table_name = sessions, check_for_backend(diesel::pg::Pg))]
+pub struct Session {
+    /// Version 7.
+    pub id: Uuid,
+    /// Whose.
+    pub user_id: Uuid,
+    /// From then on it is refused.
+    pub expires_at: DateTime<Utc>,
+    /// To the minute.
+    pub last_used_at: Option<DateTime<Utc>>,
+    /// By the database's clock.
+    pub created_at: DateTime<Utc>,
+    /// By the database's clock.
+    pub updated_at: DateTime<Utc>,
+}
+
+/// A session to be.
+#[derive(Clone, Copy, Debug)]
+pub struct NewSession {
+    /// Whose.
+    pub user_id: Uuid,
+    /// Of its secret.
+    pub secret_hash: SecretHash,
+    /// How long it is good, from now.
+    pub lifetime: Duration,
+}
+
+impl NewSession {
+    /// Stores it.
+    pub async fn insert(self, conn: &mut AsyncPgConnection) -> Result<Session> {
+        let lifetime = i64::try_from(self.lifetime.as_micros()).unwrap_or(i64::MAX).microseconds();
+        Ok(diesel::insert_into(sessions::table)
+            .values((
+                sessions::id.eq(Uuid::now_v7()),
+                sessions::user_id.eq(self.user_id),
+                sessions::secret_hash.eq(self.secret_hash.as_bytes()),
+                sessions::expires_at.eq(now.into_sql::<Timestamptz>() + lifetime),
+            ))
+            .returning(Session::as_returning())
+            .get_result(conn)
+            .await?)
+    }
+
+    /// Stores it if the user's password is still the one that was verified, and
+    /// the user not disabled. The user's row stays locked meanwhile, so that
+    /// whoever changes it afterwards finds this session and ends it.
+    pub async fn insert_if_unchanged(
+        self,
+        conn: &mut AsyncPgConnection,
+        verified: &PasswordHash,
+    ) -> Result<Option<Session>> {
+        conn.transaction(async |conn| {
+            let user: Option<Uuid> = users::table
+                .find(self.user_id)
+                .filter(users::password_hash.eq(verified.as_str()))
+                .filter(users::disabled_at.is_null())
+                .select(users::id)
+                .for_share()
+                .get_result(conn)
+                .await
+                .optional()?;
+            match user {
+                Some(_) => self.insert(conn).await.map(Some),
+                None => Ok(None),
+            }
+        })
+        .await
+    }
+}
+
+impl Session {
+    /// Who calls with this secret, and for how long it is good; none unless it
+    /// is good now.
+    pub async fn authenticate(
+        conn: &mut AsyncPgConnection,
+        secret: &SecretHash,
+    ) -> Result<Option<(Caller, Option<Duration>)>> {
+        let row: Option<(Self, DateTime<Utc>, UserRole)> = sessions::table
+            .inner_join(users::table)
+            .filter(sessions::secret_hash.eq(secret.as_bytes()))
+            .filter(sessions::expires_at.gt(now))
+            .filter(users::disabled_at.is_null())
+            .select((Self::as_select(), now.into_sql::<Timestamptz>(), users::role))
+            .get_result(conn)
+            .await
+            .optional()?;
+        Ok(row.map(|(session, asked_at, role)| {
+            let subject = Subject::User { id: session.user_id, role };
+            let scopes = vec![Scope::Read, Scope::Append, Scope::Manage];
+            let caller = Caller::new(subject, CredentialId::Session(session.id), scopes);
+            (caller, Some((session.expires_at - asked_at).to_std().unwrap_or_default()))
+        }))
+    }
+
+    /// Those of these that are still good.
+    pub async fn still_good(conn: &mut AsyncPgConnection, ids: &[Uuid]) -> Result<Vec<Uuid>> {
+        Ok(sessions::table
+            .inner_join(users::table)
+            .filter(sessions::id.eq_any(ids))
+            .filter(sessions::expires_at.gt(now))
+            .filter(users::disabled_at.is_null())
+            .select(sessions::id)
+            .load(conn)
+            .await?)
+    }
+
+    /// Notes that these were used, unless that was noted within a minute.
+    pub async fn note_use(conn: &mut AsyncPgConnection, ids: &[Uuid]) -> Result<()> {
+        let known = sessions::last_used_at.gt((now.into_sql::<Timestamptz>() - 1_i32.minute()).nullable());
+        diesel::update(sessions::table)
+            .filter(sessions::id.eq_any(ids))
+            .filter(sessions::last_used_at.is_null().or(diesel::dsl::not(known)))
+            .set(sessions::last_used_at.eq(now))
+            .execute(conn)
+            .await?;
+        Ok(())
+    }
+
+    /// The session that the call was made with.
+    pub async fn of_account(conn: &mut AsyncPgConnection, account: Account) -> Result<Self> {
+        let session: Option<Self> = sessions::table
+            .find(account.session_id())
+            .select(Self::as_select())
+            .get_result(conn)
+            .await
+            .optional()?;
+        session.ok_or(Error::CredentialInvalid)
+    }
+
+    /// Ends the session that the call was made with.
+    pub async fn end(conn: &mut AsyncPgConnection, account: Account) -> Result<()> {
+        diesel::update(sessions::table.find(account.session_id()))
+            .filter(sessions::expires_at.gt(now))
+            .set(sessions::expires_at.eq(now))
+            .execute(conn)
+            .await?;
+        Ok(())
+    }
+
+    /// Ends all sessions of a user that are good, but for one that is kept:
+    /// how many.
+    pub(super) async fn end_all(
+        conn: &mut AsyncPgConnection,
+        user_id: Uuid,
+        kept: Option<Uuid>,
+    ) -> Result<usize> {
+        Ok(diesel::update(sessions::table)
+            .filter(sessions::user_id.eq(user_id))
+            .filter(sessions::id.ne_all(kept))
+            .filter(sessions::expires_at.gt(now))
+            .set(sessions::expires_at.eq(now))
+            .execute(conn)
+            .await?)
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// Callers for tests of what remembers them.
+    pub(crate) fn caller(user_id: Uuid, credential: CredentialId) -> Caller {
+        Caller::new(Subject::User { id: user_id, role: UserRole::Customer }, credential, vec![Scope::Read])
+    }
+}

@@ -1,0 +1,256 @@
+//! Users.
+
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use diesel::{dsl::now, prelude::*, sql_types::Text};
+use diesel_async::{AsyncConnection as _, AsyncPgConnection, RunQueryDsl};
+use uuid::Uuid;
+
+use crate::{
+    error::{Error, Resource, Result, quoted, violated},
+    limits::TEXT_CHARS,
+    models::{
+        api_key::ApiKey,
+        caller::{Account, Caller, Subject, UserRole},
+        session::{NewSession, Session},
+    },
+    schema::users,
+    secret::{PasswordHash, SecretHash},
+};
+
+define_sql_function! {
+    /// In lower case, by the database's locale.
+    fn lower(text: Text) -> Text;
+}
+
+/// An e-mail address of a permitted shape: something, `@`, something, without
+/// white space, at most [`TEXT_CHARS`] Unicode scalar values, no NUL. Whether
+/// anybody reads it is another matter.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Email(String);
+
+impl Email {
+    /// Refuses other shapes, with a description.
+    pub fn new(text: String) -> Result<Self, String> {
+        if text.len() > 4 * TEXT_CHARS || text.chars().count() > TEXT_CHARS {
+            return Err(format!("{} must have at most {TEXT_CHARS} characters", quoted(&text)));
+        }
+        let mut inner = text.chars();
+        inner.next();
+        inner.next_back();
+        if text.contains(char::is_whitespace) || text.contains('\0') || !inner.as_str().contains('@') {
+            return Err(format!("{} must be something, @, something, without white space", quoted(&text)));
+        }
+        Ok(Self(text))
+    }
+}
+
+/// A row, but for the hash of the password, which stays where passwords are
+/// compared.
+#[derive(Clone, Debug, Queryable, Selectable)]
+#[diesel(table_name = users, check_for_backend(diesel::pg::Pg))]
+pub struct User {
+    /// Version 7.
+    pub id: Uuid,
+    /// For good.
+    pub role: UserRole,
+    /// As given at sign-up; unique whatever its case.
+    pub email: String,
+    /// May be empty.
+    pub first_name: String,
+    /// May be empty.
+    pub last_name: String,
+    /// Since when nothing may be done as this user.
+    pub disabled_at: Option<DateTime<Utc>>,
+    /// By the database's clock.
+    pub created_at: DateTime<Utc>,
+    /// By the database's clock.
+    pub updated_at: DateTime<Utc>,
+}
+
+/// A user to be.
+#[derive(Clone, Debug)]
+pub struct NewUser {
+    /// For good.
+    pub role: UserRole,
+    /// Of nobody else.
+    pub email: Email,
+    /// Of their password.
+    pub password_hash: PasswordHash,
+    /// May be empty.
+    pub first_name: String,
+    /// May be empty.
+    pub last_name: String,
+}
+
+impl NewUser {
+    /// Stores it; [`Error::EmailTaken`] if somebody has the e-mail, in any
+    /// case.
+    pub async fn insert(self, conn: &mut AsyncPgConnection) -> Result<User> {
+        diesel::insert_into(users::table)
+            .values((
+                users::id.eq(Uuid::now_v7()),
+                users::role.eq(self.role),
+                users::email.eq(&self.email.0),
+                users::password_hash.eq(self.password_hash.as_str()),
+                users::first_name.eq(self.first_name),
+                users::last_name.eq(self.last_name),
+            ))
+            .returning(User::as_returning())
+            .get_result(conn)
+            .await
+            .map_err(|error| match violated(&error) {
+                Some("users_email_key") => Error::EmailTaken,
+                // The database's locale may know more white space than we do.
+                Some("users_email_check") => Error::invalid("email", "must be an e-mail address"),
+                _ => error.into(),
+            })
+    }
+
+    /// Stores it with its first session.
+    pub async fn sign_up(
+        self,
+        conn: &mut AsyncPgConnection,
+        secret_hash: SecretHash,
+        lifetime: Duration,
+    ) -> Result<(User, Session)> {
+        conn.transaction(async |conn| {
+            let user = self.insert(conn).await?;
+            let session = NewSession { user_id: user.id, secret_hash, lifetime }.insert(conn).await?;
+            Ok((user, session))
+        })
+        .await
+    }
+}
+
+/// New names; what is none stays.
+#[derive(Clone, Debug, AsChangeset)]
+#[diesel(table_name = users)]
+pub struct Names {
+    /// May be empty.
+    pub first_name: Option<String>,
+    /// May be empty.
+    pub last_name: Option<String>,
+}
+
+impl User {
+    /// The user on whose behalf a call is made.
+    pub async fn of_caller(conn: &mut AsyncPgConnection, caller: &Caller) -> Result<Self> {
+        let Subject::User { id, .. } = caller.subject() else { return Err(Error::SessionRequired) };
+        Ok(users::table.find(id).select(Self::as_select()).get_result(conn).await?)
+    }
+
+    /// Who claims this e-mail, disabled or not, and what their password must
+    /// hash to. For whoever checks that password next, and nobody else.
+    pub async fn find_by_email(
+        conn: &mut AsyncPgConnection,
+        email: &str,
+    ) -> Result<Option<(Self, PasswordHash)>> {
+        let row: Option<(Self, String)> = users::table
+            .filter(lower(users::email).eq(lower(email)))
+            .select((Self::as_select(), users::password_hash))
+            .get_result(conn)
+            .await
+            .optional()?;
+        Ok(row.map(|(user, hash)| (user, PasswordHash::new(hash))))
+    }
+
+    /// What the caller's password hashes to.
+    pub async fn password_hash(conn: &mut AsyncPgConnection, account: Account) -> Result<PasswordHash> {
+        let hash = users::table.find(account.user_id()).select(users::password_hash).get_result(conn).await?;
+        Ok(PasswordHash::new(hash))
+    }
+
+    /// Sets the caller's names.
+    pub async fn rename(conn: &mut AsyncPgConnection, account: Account, names: &Names) -> Result<Self> {
+        Ok(diesel::update(users::table.find(account.user_id()))
+            .set(names)
+            .returning(Self::as_returning())
+            .get_result(conn)
+            .await?)
+    }
+
+    /// Sets the caller's password and ends their other sessions: how many of
+    /// them, and how many API keys are still good. None if the password is no
+    /// longer the one that hashes to `old`: somebody was faster.
+    pub async fn change_password(
+        conn: &mut AsyncPgConnection,
+        account: Account,
+        old: &PasswordHash,
+        new: &PasswordHash,
+    ) -> Result<Option<(usize, i64)>> {
+        conn.transaction(async |conn| {
+            let user = users::table
+                .find(account.user_id())
+                .filter(users::password_hash.eq(old.as_str()))
+                .filter(users::disabled_at.is_null());
+            let changed =
+                diesel::update(user).set(users::password_hash.eq(new.as_str())).execute(conn).await?;
+            if changed == 0 {
+                return Ok(None);
+            }
+            let ended = Session::end_all(conn, account.user_id(), Some(account.session_id())).await?;
+            let keys = ApiKey::count_good(conn, account.user_id()).await?;
+            Ok(Some((ended, keys)))
+        })
+        .await
+    }
+
+    /// For operators: sets a password and ends all sessions of that user.
+    pub async fn set_password(conn: &mut AsyncPgConnection, email: &str, new: &PasswordHash) -> Result<Self> {
+        conn.transaction(async |conn| {
+            let user = diesel::update(users::table)
+                .filter(lower(users::email).eq(lower(email)))
+                .set(users::password_hash.eq(new.as_str()))
+                .returning(Self::as_returning())
+                .get_result(conn)
+                .await
+                .optional()?
+                .ok_or_else(|| Error::not_found(Resource::User, email))?;
+            Session::end_all(conn, user.id, None).await?;
+            Ok(user)
+        })
+        .await
+    }
+
+    /// For operators: ends all sessions of a user, and lets nobody log in or
+    /// use their keys again. Repeated, it leaves the time of the first.
+    pub async fn disable(conn: &mut AsyncPgConnection, email: &str) -> Result<Self> {
+        conn.transaction(async |conn| {
+            let user = diesel::update(users::table)
+                .filter(lower(users::email).eq(lower(email)))
+                .set(
+                    users::disabled_at.eq(diesel::dsl::case_when(
+                        users::disabled_at.is_null(),
+                        now.into_sql::<diesel::sql_types::Timestamptz>().nullable(),
+                    )
+                    .otherwise(users::disabled_at)),
+                )
+                .returning(Self::as_returning())
+                .get_result(conn)
+                .await
+                .optional()?
+                .ok_or_else(|| Error::not_found(Resource::User, email))?;
+            Session::end_all(conn, user.id, None).await?;
+            Ok(user)
+        })
+        .await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn e_mails_are_something_at_something() {
+        for fine in ["a@b", "@@@", "é@\u{1F9E0}", &format!("{}@b", "a".repeat(254))] {
+            assert!(Email::new(fine.to_owned()).is_ok(), "{fine}");
+        }
+        let long = format!("{}@b", "a".repeat(255));
+        for bad in ["", "@", "a@", "@b", "ab", "a b@c", "a@b\n", "a\u{a0}@b", "a\0@b", &long] {
+            assert!(Email::new(bad.to_owned()).is_err(), "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,405 @@
+//! `ConfigurationService`: what jobs look like.
+
+use std::collections::HashMap;
+
+use semver::Version;
+use tonic::{Request, Response, Status};
+use uuid::Uuid;
+
+use super::{
+    App,
+    page::{self, Page},
+    parse,
+};
+use crate::{
+    error::{Error, Resource, Result, Violations, quoted},
+    limits::{CONFIGURATION_STEPS, STEP_METADATA, STEP_POINTS},
+    models::{
+        caller::{Provider, Scope},
+        job_configuration::{
+            ConfigurationKey, JobConfiguration, MetadataConfiguration, MetadataKind, NewJobConfiguration,
+            NewStepConfiguration, StepConfiguration,
+        },
+        version,
+    },
+    pb::{self, configuration_service_server::ConfigurationService, get_job_configuration_request::Key},
+};
+
+/// Configurations that are read at once for a page: they may be as large as a
+/// message each, and the page has room for one of those.
+const READ_AT_ONCE: usize = 25;
+
+/// The service.
+#[derive(Clone, Debug)]
+pub struct ConfigurationApi(pub App);
+
+#[tonic::async_trait]
+impl ConfigurationService for ConfigurationApi {
+    async fn register_job_configuration(
+        &self,
+        request: Request<pb::RegisterJobConfigurationRequest>,
+    ) -> Result<Response<pb::RegisterJobConfigurationResponse>, Status> {
+        let credential = self.0.authenticate(request.metadata()).await?;
+        let provider = credential.caller().provider(Scope::Append)?;
+        let new = NewJobConfiguration::try_from(request.into_inner())?;
+        let (configuration, existed) = self
+            .0
+            .database
+            .detached(
+                move |mut conn| async move { JobConfiguration::register(&mut conn, provider, &new).await },
+            )
+            .await?;
+        let job_configuration = Some(configuration.into());
+        Ok(Response::new(pb::RegisterJobConfigurationResponse { job_configuration, existed }))
+    }
+
+    async fn get_job_configuration(
+        &self,
+        request: Request<pb::GetJobConfigurationRequest>,
+    ) -> Result<Response<pb::GetJobConfigurationResponse>, Status> {
+        let credential = self.0.authenticate(request.metadata()).await?;
+        let viewer = credential.caller().viewer()?;
+        let key = ConfigurationKey::try_from(request.into_inner())?;
+        let mut conn = self.0.database.get().await?;
+        let configuration = JobConfiguration::find(&mut conn, viewer, &key)
+            .await?
+            .ok_or_else(|| Error::not_found(Resource::JobConfiguration, &key))?;
+        let job_configuration = Some(configuration.into());
+        Ok(Response::new(pb::GetJobConfigurationResponse { job_configuration }))
+    }
+
+    async fn list_job_configurations(
+        &self,
+        request: Request<pb::ListJobConfigurationsRequest>,
+    ) -> Result<Response<pb::ListJobConfigurationsResponse>, Status> {
+        let credential = self.0.authenticate(request.metadata()).await?;
+        let provider = credential.caller().provider(Scope::Read)?;
+        let list = List::parse(provider, request.into_inner())?;
+        let mut conn = self.0.database.get().await?;
+        // One more tells whether there is a next page.
+        let limit = list.page_size + 1;
+        let ids = match &list.tag {
+            Some(tag) => JobConfiguration::list_versions(&mut conn, provider, tag, list.after, limit).await?,
+            None => JobConfiguration::list_latest(&mut conn, provider, list.after, limit).await?,
+        };
+        let on_page = ids.len().min(usize::try_from(list.page_size).unwrap_or(usize::MAX));
+        let mut page = Page::new();
+        'page: for ids in ids[..on_page].chunks(READ_AT_ONCE) {
+            for configuration in JobConfiguration::load(&mut conn, ids).await? {
+                if !page.push(configuration.into()) {
+                    break 'page;
+                }
+            }
+        }
+        let last = page.items.len().checked_sub(1).filter(|last| last + 1 < ids.len());
+        Ok(Response::new(pb::ListJobConfigurationsResponse {
+            job_configurations: page.items,
+            next_page_token: last
+                .map(|last| page::encode(&list.query, ids[last].as_bytes()))
+                .unwrap_or_default(),
+        }))
+    }
+}
+
+/// Which configurations to list.
+struct List {
+    /// None: the latest of every tag.
+    tag: Option<String>,
+    page_size: i64,
+    after: Option<Uuid>,
+    query: Vec<u8>,
+}
+
+impl List {
+    fn parse(provider: Provider, request: pb::ListJobConfigurationsRequest) -> Result<Self> {
+        let pb::ListJobConfigurationsRequest { tag, page_size, page_token } = request;
+        let mut violations = Violations::default();
+        let bound = pb::ListJobConfigurationsRequest { tag: tag.clone(), ..Default::default() };
+        let query = page::query("ListJobConfigurations", provider.id(), &bound);
+        let tag = (!tag.is_empty()).then(|| parse::key_text(&mut violations, "tag", tag));
+        let page_size = parse::page_size(&mut violations, page_size);
+        let after = page::decode(&mut violations, "page_token", &query, &page_token).and_then(|bytes| {
+            let cursor = Uuid::from_slice(&bytes).ok();
+            if cursor.is_none() {
+                violations.add("page_token", "must be a next_page_token of this method");
+            }
+            cursor
+        });
+        violations.or(Self { tag, page_size, after, query })
+    }
+}
+
+impl TryFrom<pb::GetJobConfigurationRequest> for ConfigurationKey {
+    type Error = Error;
+
+    fn try_from(request: pb::GetJobConfigurationRequest) -> Result<Self> {
+        let mut violations = Violations::default();
+        let version_given = !request.version.is_empty();
+        let key = match request.key {
+            Some(Key::Tag(tag)) => {
+                let tag = parse::key_text(&mut violations, "tag", tag);
+                match optional_version(&mut violations, "version", request.version) {
+                    Some(version) => Self::Version { tag, version: version.to_string() },
+                    None => Self::Latest { tag },
+                }
+            }
+            Some(Key::Id(id)) => {
+                let key = Self::Id(parse::uuid(&mut violations, "id", &id));
+                if version_given {
+                    violations.add("version", "must be empty beside an id");
+                }
+                key
+            }
+            None => {
+                violations.add("key", "must be given: id or tag");
+                Self::Id(Uuid::nil())
+            }
+        };
+        violations.or(key)
+    }
+}
+
+impl TryFrom<pb::RegisterJobConfigurationRequest> for NewJobConfiguration {
+    type Error = Error;
+
+    fn try_from(request: pb::RegisterJobConfigurationRequest) -> Result<Self> {
+        let mut violations = Violations::default();
+        let tag = parse::key_text(&mut violations, "tag", request.tag);
+        let name = parse::key_text(&mut violations, "name", request.name);
+        let version = required_version(&mut violations, "version", request.version);
+        let steps = new_steps(&mut violations, request.steps);
+        violations.or(Self { tag, name, version, steps })
+    }
+}
+
+fn new_steps(violations: &mut Violations, steps: Vec<pb::StepConfiguration>) -> Vec<NewStepConfiguration> {
+    if steps.len() > CONFIGURATION_STEPS {
+        violations.add("steps", format!("{} must be at most {CONFIGURATION_STEPS}", steps.len()));
+        return Vec::new();
+    }
+    let mut tags = Once::default();
+    let mut parsed = Vec::with_capacity(steps.len());
+    for (i, step) in steps.into_iter().enumerate() {
+        let field = format!("steps[{i}]");
+        let tag = parse::key_text(violations, &format!("{field}.tag"), step.tag);
+        tags.note(violations, &field, "tag", &tag);
+        let name = parse::key_text(violations, &format!("{field}.name"), step.name);
+        if !(0..=STEP_POINTS).contains(&step.points) {
+            let description = format!("{} must be 0 to {STEP_POINTS}", step.points);
+            violations.add(format!("{field}.points"), description);
+        }
+        let points = i32::try_from(step.points).unwrap_or_default();
+        let metadata = new_metadata(violations, &field, step.metadata);
+        parsed.push(NewStepConfiguration { tag, name, points, metadata });
+    }
+    parsed
+}
+
+fn new_metadata(
+    violations: &mut Violations,
+    step: &str,
+    metadata: Vec<pb::MetadataConfiguration>,
+) -> Vec<MetadataConfiguration> {
+    if metadata.len() > STEP_METADATA {
+        let description = format!("{} must be at most {STEP_METADATA}", metadata.len());
+        violations.add(format!("{step}.metadata"), description);
+        return Vec::new();
+    }
+    let mut names = Once::default();
+    let mut parsed = Vec::with_capacity(metadata.len());
+    for (i, metadata) in metadata.into_iter().enumerate() {
+        let field = format!("{step}.metadata[{i}]");
+        let name = parse::key_text(violations, &format!("{field}.name"), metadata.name);
+        names.note(violations, &field, "name", &name);
+        let kind = match pb::MetadataKind::try_from(metadata.kind) {
+            Ok(pb::MetadataKind::Unspecified | pb::MetadataKind::Text) => MetadataKind::Text,
+            Ok(pb::MetadataKind::Number) => MetadataKind::Number,
+            Ok(pb::MetadataKind::Link) => MetadataKind::Link,
+            Err(_) => {
+                violations.add(format!("{field}.kind"), format!("{} is no kind of metadata", metadata.kind));
+                MetadataKind::Text
+            }
+        };
+        let units = parse::text(violations, &format!("{field}.units"), metadata.units);
+        parsed.push(MetadataConfiguration { name, kind, units });
+    }
+    parsed
+}
+
+/// Texts of which each may occur once, and where each first did.
+#[derive(Default)]
+struct Once(HashMap<String, String>);
+
+impl Once {
+    fn note(&mut self, violations: &mut Violations, item: &str, field: &str, text: &str) {
+        // What is empty is at fault already.
+        if text.is_empty() {
+            return;
+        }
+        if let Some(first) = self.0.get(text) {
+            violations.add(format!("{item}.{field}"), format!("{} is that of {first}", quoted(text)));
+        } else {
+            self.0.insert(text.to_owned(), item.to_owned());
+        }
+    }
+}
+
+/// A version, 0.0.0 where that is violated.
+fn required_version(violations: &mut Violations, field: &str, text: String) -> Version {
+    let noted = violations.iter().len();
+    let text = parse::key_text(violations, field, text);
+    if violations.iter().len() == noted {
+        match version::parse(&text) {
+            Ok(version) => return version,
+            Err(description) => violations.add(field, format!("{} {description}", quoted(&text))),
+        }
+    }
+    Version::new(0, 0, 0)
+}
+
+/// The same, where empty means none.
+pub(super) fn optional_version(violations: &mut Violations, field: &str, text: String) -> Option<Version> {
+    (!text.is_empty()).then(|| required_version(violations, field, text))
+}
+
+impl From<JobConfiguration> for pb::JobConfiguration {
+    fn from(configuration: JobConfiguration) -> Self {
+        let JobConfiguration { id, provider_id, tag, name, version, created_at, steps } = configuration;
+        Self {
+            id: id.to_string(),
+            tag,
+            name,
+            version,
+            steps: steps.into_iter().map(Into::into).collect(),
+            created_at: Some(parse::to_timestamp(created_at)),
+            provider_id: provider_id.to_string(),
+        }
+    }
+}
+
+impl From<StepConfiguration> for pb::StepConfiguration {
+    fn from(step: StepConfiguration) -> Self {
+        let StepConfiguration { id: _, tag, name, points, metadata } = step;
+        Self { tag, name, points, metadata: metadata.into_iter().map(Into::into).collect() }
+    }
+}
+
+impl From<MetadataConfiguration> for pb::MetadataConfiguration {
+    fn from(metadata: MetadataConfiguration) -> Self {
+        let MetadataConfiguration { name, kind, units } = metadata;
+        let kind = match kind {
+            MetadataKind::Text => pb::MetadataKind::Text,
+            MetadataKind::Number => pb::MetadataKind::Number,
+            MetadataKind::Link => pb::MetadataKind::Link,
+        };
+        Self { name, kind: kind.into(), units }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn violations<T>(result: Result<T>) -> Vec<String> {
+        match result {
+            Err(Error::Invalid(violations)) => {
+                violations.iter().map(|v| format!("{}: {}", v.field, v.description)).collect()
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    fn step(tag: &str, points: i64, metadata: &[&str]) -> pb::StepConfiguration {
+        let metadata = metadata
+            .iter()
+            .map(|name| pb::MetadataConfiguration { name: (*name).to_owned(), ..Default::default() });
+        pb::StepConfiguration {
+            tag: tag.to_owned(),
+            name: "A step".to_owned(),
+            points,
+            metadata: metadata.collect(),
+        }
+    }
+
+    fn request(version: &str, steps: Vec<pb::StepConfiguration>) -> pb::RegisterJobConfigurationRequest {
+        pb::RegisterJobConfigurationRequest {
+            tag: "ct".to_owned(),
+            name: "CT".to_owned(),
+            version: version.to_owned(),
+            steps,
+        }
+    }
+
+    #[test]
+    fn a_configuration_within_the_limits_is_taken_as_it_is() {
+        let names: Vec<String> = (0..STEP_METADATA).map(|i| i.to_string()).collect();
+        let names: Vec<&str> = names.iter().map(|name| &name[..]).collect();
+        let steps = (0..CONFIGURATION_STEPS).map(|i| step(&i.to_string(), STEP_POINTS, &names)).collect();
+        let new = NewJobConfiguration::try_from(request("1.0.0-rc.1+b", steps)).expect("valid");
+        assert_eq!(new.version.to_string(), "1.0.0-rc.1+b");
+        assert_eq!((new.steps.len(), new.steps[199].metadata.len()), (200, 64));
+        assert_eq!(new.steps[0].metadata[0].kind, MetadataKind::Text);
+        assert!(NewJobConfiguration::try_from(request("0.0.0", vec![])).is_ok());
+    }
+
+    #[test]
+    fn all_that_is_wrong_is_told_at_once_in_field_order() {
+        let mut steps = vec![step("a", -1, &["m", "n", "m"]), step("b", 1_000_001, &[]), step("a", 0, &[""])];
+        steps[2].name = "x\0".to_owned();
+        steps[2].metadata[0].kind = 99;
+        steps[2].metadata[0].units = "u".repeat(257);
+        let mut request = request("1.0", steps);
+        request.tag = " ct".to_owned();
+        request.name = String::new();
+        let told = violations(NewJobConfiguration::try_from(request));
+        let fields: Vec<&str> = told.iter().map(|told| told.split(": ").next().unwrap_or_default()).collect();
+        assert_eq!(
+            fields,
+            [
+                "tag",
+                "name",
+                "version",
+                "steps[0].points",
+                "steps[0].metadata[2].name",
+                "steps[1].points",
+                "steps[2].tag",
+                "steps[2].name",
+                "steps[2].metadata[0].name",
+                "steps[2].metadata[0].kind",
+                "steps[2].metadata[0].units",
+            ]
+        );
+        assert_eq!(told[3], "steps[0].points: -1 must be 0 to 1000000");
+        assert_eq!(told[4], r#"steps[0].metadata[2].name: "m" is that of steps[0].metadata[0]"#);
+        assert_eq!(told[6], r#"steps[2].tag: "a" is that of steps[0]"#);
+    }
+
+    #[test]
+    fn too_many_are_told_once() {
+        let told = violations(NewJobConfiguration::try_from(request("1.0.0", vec![step("", 0, &[]); 201])));
+        assert_eq!(told, ["steps: 201 must be at most 200"]);
+        let told = violations(NewJobConfiguration::try_from(request("1.0.0", vec![step("a", 0, &[""; 65])])));
+        assert_eq!(told, ["steps[0].metadata: 65 must be at most 64"]);
+    }
+
+    #[test]
+    fn a_configuration_is_named_in_one_way() {
+        let key = |key, version: &str| {
+            ConfigurationKey::try_from(pb::GetJobConfigurationRequest { key, version: version.to_owned() })
+        };
+        let (tag, id) = (|| Some(Key::Tag("ct".to_owned())), Uuid::now_v7());
+        assert_eq!(key(tag(), "").expect("valid"), ConfigurationKey::Latest { tag: "ct".to_owned() });
+        let version = "1.0.0+b".to_owned();
+        assert_eq!(
+            key(tag(), "1.0.0+b").expect("valid"),
+            ConfigurationKey::Version { tag: "ct".to_owned(), version }
+        );
+        assert_eq!(key(Some(Key::Id(id.to_string())), "").expect("valid"), ConfigurationKey::Id(id));
+        assert_eq!(violations(key(None, "")), ["key: must be given: id or tag"]);
+        assert_eq!(
+            violations(key(Some(Key::Id(id.to_string())), "1.0.0")),
+            ["version: must be empty beside an id"]
+        );
+        assert_eq!(violations(key(Some(Key::Tag(String::new())), "x")).len(), 2);
+    }
+}

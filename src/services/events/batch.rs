@@ -1,0 +1,207 @@
+//! A batch as a request has it, to one that the log takes.
+
+use std::{collections::HashSet, sync::Arc};
+
+use prost::Message as _;
+
+use crate::{
+    error::{Error, Result, Violations, quoted},
+    event_log::{
+        Configuration, JobIdentity,
+        plan::{Batch, NewEvent, Step},
+    },
+    limits,
+    models::{job::JobKey, job_configuration::MetadataKind},
+    pb,
+    progress::EventKind,
+    services::{jobs::job_key, parse},
+};
+
+/// A batch of valid shape, not yet held against its job's configuration.
+pub(super) struct UncheckedBatch {
+    pub(super) job: JobKey,
+    expected_sequence: Option<i64>,
+    events: Vec<UncheckedEvent>,
+}
+
+struct UncheckedEvent {
+    event: NewEvent,
+    /// Empty: none.
+    step_tag: String,
+    metadata: prost_types::Struct,
+}
+
+impl TryFrom<pb::AppendEventsRequest> for UncheckedBatch {
+    type Error = Error;
+
+    fn try_from(request: pb::AppendEventsRequest) -> Result<Self> {
+        let mut violations = Violations::default();
+        let job = job_key!(&mut violations, request.job, append_events_request);
+        batch(violations, job, request.expected_sequence, request.events)
+    }
+}
+
+impl TryFrom<pb::PublishEventsRequest> for UncheckedBatch {
+    type Error = Error;
+
+    fn try_from(request: pb::PublishEventsRequest) -> Result<Self> {
+        let mut violations = Violations::default();
+        let job = job_key!(&mut violations, request.job, publish_events_request);
+        batch(violations, job, request.expected_sequence, request.events)
+    }
+}
+
+fn batch(
+    mut violations: Violations,
+    job: JobKey,
+    expected_sequence: Option<i64>,
+    events: Vec<pb::NewEvent>,
+) -> Result<UncheckedBatch> {
+    if expected_sequence.is_some_and(|expected| expected < 0) {
+        violations.add("expected_sequence", "must not be negative");
+    }
+    if events.is_empty() || events.len() > limits::BATCH_EVENTS {
+        violations.add("events", format!("must be 1 to {} events", limits::BATCH_EVENTS));
+        return Err(Error::Invalid(violations));
+    }
+    let mut ids = HashSet::new();
+    let mut unchecked = Vec::with_capacity(events.len());
+    for (index, event) in events.into_iter().enumerate() {
+        let event = unchecked_event(&mut violations, index, event);
+        if let Some(id) = event.event.id
+            && !ids.insert(id)
+        {
+            violations.add(format!("events[{index}].id"), "stands twice in this batch");
+        }
+        unchecked.push(event);
+    }
+    violations.or(UncheckedBatch { job, expected_sequence, events: unchecked })
+}
+
+fn unchecked_event(violations: &mut Violations, index: usize, event: pb::NewEvent) -> UncheckedEvent {
+    let at = |field: &str| format!("events[{index}].{field}");
+    let id = parse::optional_uuid(violations, &at("id"), &event.id);
+    let kind = match pb::EventKind::try_from(event.kind) {
+        Ok(pb::EventKind::Step) => EventKind::Step,
+        Ok(pb::EventKind::Error) => EventKind::Error,
+        Ok(pb::EventKind::Info) => EventKind::Info,
+        Ok(pb::EventKind::Complete) => EventKind::Complete,
+        Ok(pb::EventKind::Close) => {
+            violations.add(at("kind"), "CLOSE is written by CloseJob only");
+            EventKind::Close
+        }
+        Ok(pb::EventKind::Unspecified) | Err(_) => {
+            violations.add(at("kind"), "must be STEP, ERROR, INFO or COMPLETE");
+            EventKind::Info
+        }
+    };
+    let name = parse::text(violations, &at("name"), event.name);
+    let step_tag = parse::text(violations, &at("step_tag"), event.step_tag);
+    if kind == EventKind::Step && step_tag.is_empty() {
+        violations.add(at("step_tag"), "is required for STEP");
+    }
+    let metadata = event.metadata.unwrap_or_default();
+    check_metadata(violations, &at("metadata"), &metadata);
+    let occurred_at = parse::timestamp(violations, &at("occurred_at"), event.occurred_at);
+    let encoded = metadata.encode_to_vec();
+    let event = NewEvent { id, kind, name, step: Step::None, metadata: encoded, occurred_at };
+    UncheckedEvent { event, step_tag, metadata }
+}
+
+/// Flat, of texts, finite numbers and booleans, within its limits.
+fn check_metadata(violations: &mut Violations, field: &str, metadata: &prost_types::Struct) {
+    use prost_types::value::Kind;
+    if metadata.fields.len() > limits::METADATA_NAMES {
+        violations.add(field, format!("must have at most {} names", limits::METADATA_NAMES));
+        return;
+    }
+    if metadata.encoded_len() > limits::METADATA_BYTES {
+        violations.add(field, format!("must be at most {} bytes encoded", limits::METADATA_BYTES));
+        return;
+    }
+    for (name, value) in &metadata.fields {
+        if name.contains('\0') || name.chars().count() > limits::TEXT_CHARS {
+            violations
+                .add(field, format!("a name must be at most {} characters, without NUL", limits::TEXT_CHARS));
+        }
+        let wrong = match &value.kind {
+            Some(Kind::StringValue(text)) if text.contains('\0') => "must not contain NUL",
+            Some(Kind::NumberValue(number)) if !number.is_finite() => "must be finite",
+            Some(Kind::StringValue(_) | Kind::NumberValue(_) | Kind::BoolValue(_)) => continue,
+            Some(Kind::StructValue(_) | Kind::ListValue(_)) => "must not be nested",
+            Some(Kind::NullValue(_)) | None => "must not be null",
+        };
+        violations.add(format!("{field}.{name}"), wrong);
+    }
+}
+
+impl UncheckedBatch {
+    /// Held against the job's configuration; what is at fault is told by the
+    /// log, after what comes before it.
+    pub(super) fn for_job(self, job: Arc<JobIdentity>) -> Batch {
+        let mut at_fault = Violations::default();
+        let configuration = &job.configuration;
+        let events = self.events.into_iter().enumerate().map(|(index, unchecked)| {
+            let UncheckedEvent { mut event, step_tag, metadata } = unchecked;
+            if !step_tag.is_empty() {
+                event.step = match configuration.step(&step_tag) {
+                    None => {
+                        at_fault
+                            .add(format!("events[{index}].step_tag"), unknown_step(&step_tag, configuration));
+                        Step::Unknown
+                    }
+                    Some((position, step)) => {
+                        for declared in &step.metadata {
+                            let value =
+                                metadata.fields.get(&declared.name).and_then(|value| value.kind.as_ref());
+                            if let Some(wrong) = value.and_then(|value| mismatch(declared.kind, value)) {
+                                at_fault.add(format!("events[{index}].metadata.{}", declared.name), wrong);
+                            }
+                        }
+                        Step::Known(position)
+                    }
+                };
+            }
+            event
+        });
+        let events = events.collect();
+        Batch { expected_sequence: self.expected_sequence, events, at_fault, job }
+    }
+}
+
+/// Names the steps that there are, as far as an error has room for them.
+fn unknown_step(tag: &str, configuration: &Configuration) -> String {
+    let tree = &configuration.tree;
+    let mut known = String::new();
+    for step in &tree.steps {
+        let separator = if known.is_empty() { "" } else { ", " };
+        if known.len() + step.tag.len() > 4 * limits::ERROR_QUOTE_CHARS {
+            known.push_str(separator);
+            known.push('…');
+            break;
+        }
+        known.push_str(separator);
+        known.push_str(&quoted(&step.tag));
+    }
+    if known.is_empty() {
+        known.push_str("none");
+    }
+    format!("{} is no step of {} {}; known: {known}", quoted(tag), quoted(&tree.tag), tree.version)
+}
+
+fn mismatch(declared: MetadataKind, value: &prost_types::value::Kind) -> Option<&'static str> {
+    use prost_types::value::Kind;
+    match (declared, value) {
+        (MetadataKind::Number, Kind::NumberValue(_)) | (MetadataKind::Text, Kind::StringValue(_)) => None,
+        (MetadataKind::Link, Kind::StringValue(text)) if is_link(text) => None,
+        (MetadataKind::Number, _) => Some("must be a number"),
+        (MetadataKind::Text, _) => Some("must be a text"),
+        (MetadataKind::Link, _) => Some("must be an absolute http or https URL"),
+    }
+}
+
+fn is_link(text: &str) -> bool {
+    text.parse::<http::Uri>().is_ok_and(|uri| {
+        matches!(uri.scheme_str(), Some("http" | "https")) && uri.host().is_some_and(|host| !host.is_empty())
+    })
+}

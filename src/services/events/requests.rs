@@ -1,0 +1,127 @@
+//! What to list and what to watch, as requests have it.
+
+use std::time::Duration;
+
+use uuid::Uuid;
+
+use crate::{
+    error::{Result, Violations},
+    event_log::watch::Start,
+    limits,
+    models::job::JobKey,
+    pb,
+    progress::EventKind,
+    services::{
+        jobs::{job_id, job_key, no_job, provider_job_id},
+        page, parse,
+    },
+};
+
+fn event_kinds(violations: &mut Violations, kinds: &[i32]) -> Vec<EventKind> {
+    let mut parsed = Vec::new();
+    for (index, kind) in kinds.iter().enumerate() {
+        let kind = match pb::EventKind::try_from(*kind) {
+            Ok(pb::EventKind::Step) => EventKind::Step,
+            Ok(pb::EventKind::Error) => EventKind::Error,
+            Ok(pb::EventKind::Info) => EventKind::Info,
+            Ok(pb::EventKind::Complete) => EventKind::Complete,
+            Ok(pb::EventKind::Close) => EventKind::Close,
+            Ok(pb::EventKind::Unspecified) | Err(_) => {
+                violations.add(format!("kinds[{index}]"), "is no kind of event");
+                continue;
+            }
+        };
+        if !parsed.contains(&kind) {
+            parsed.push(kind);
+        }
+    }
+    parsed
+}
+
+/// Which events to list.
+pub(super) struct ListQuery {
+    pub(super) job: JobKey,
+    pub(super) after: i64,
+    pub(super) kinds: Vec<EventKind>,
+    pub(super) limit: i64,
+    /// What its page tokens are bound to.
+    pub(super) binding: Vec<u8>,
+}
+
+impl ListQuery {
+    /// `caller` is who asks, whom page tokens are bound to.
+    pub(super) fn parse(caller: Uuid, request: pb::ListEventsRequest) -> Result<Self> {
+        let mut violations = Violations::default();
+        let page = pb::ListEventsRequest { page_size: 0, page_token: String::new(), ..request.clone() };
+        let binding = page::query("ListEvents", caller, &page);
+        let job = job_key!(&mut violations, request.job, list_events_request);
+        if request.after_sequence < 0 {
+            violations.add("after_sequence", "must not be negative");
+        }
+        let kinds = event_kinds(&mut violations, &request.kinds);
+        let limit = parse::page_size(&mut violations, request.page_size);
+        let mut after = request.after_sequence;
+        if let Some(cursor) = page::decode(&mut violations, "page_token", &binding, &request.page_token) {
+            match <[u8; 8]>::try_from(cursor.as_slice()) {
+                Ok(bytes) => after = i64::from_be_bytes(bytes),
+                Err(_) => violations.add("page_token", "is no token of this service"),
+            }
+        }
+        violations.or(Self { job, after, kinds, limit, binding })
+    }
+}
+
+/// What to watch, not yet looked up.
+pub(super) enum UncheckedScope {
+    Job(JobKey),
+    All { configuration_tag: String, counterpart_id: Option<Uuid> },
+}
+
+pub(super) fn watch_request(
+    request: pb::WatchEventsRequest,
+) -> Result<(UncheckedScope, Vec<EventKind>, Start, Duration)> {
+    use pb::watch_events_request::{Scope as RawScope, Start as RawStart};
+    let mut violations = Violations::default();
+    let scope = match request.scope {
+        Some(RawScope::JobId(id)) => UncheckedScope::Job(job_id(&mut violations, &id)),
+        Some(RawScope::ProviderJobId(id)) => UncheckedScope::Job(provider_job_id(&mut violations, id)),
+        Some(RawScope::AllJobs(all)) => UncheckedScope::All {
+            configuration_tag: parse::text(
+                &mut violations,
+                "all_jobs.configuration_tag",
+                all.configuration_tag,
+            ),
+            counterpart_id: parse::optional_uuid(
+                &mut violations,
+                "all_jobs.counterpart_id",
+                &all.counterpart_id,
+            ),
+        },
+        None => UncheckedScope::Job(no_job(&mut violations, "scope")),
+    };
+    let kinds = event_kinds(&mut violations, &request.kinds);
+    let start = match request.start {
+        None => Start::Beginning,
+        Some(RawStart::AfterSequence(sequence)) => {
+            if sequence < 0 {
+                violations.add("after_sequence", "must not be negative");
+            }
+            if let UncheckedScope::All { .. } = scope {
+                violations.add("after_sequence", "is for a watch of one job");
+            }
+            Start::AfterSequence(sequence)
+        }
+        Some(RawStart::ResumeToken(token)) => Start::Resume(token),
+        Some(RawStart::FromNow(_)) => Start::Now,
+    };
+    let (shortest, default, longest) = limits::HEARTBEAT;
+    let heartbeat = match request.heartbeat_interval.map(Duration::try_from) {
+        None => default,
+        Some(Ok(interval)) => interval.clamp(shortest, longest),
+        Some(Err(_)) => {
+            violations.add("heartbeat_interval", "must not be negative");
+            default
+        }
+    };
+    violations.or((scope, kinds, start, heartbeat))
+}

@@ -1,0 +1,362 @@
+//! `JobService`: what a provider runs for a customer.
+
+use chrono::{DateTime, Datelike as _};
+use tonic::{Request, Response, Status};
+use uuid::Uuid;
+
+use super::{
+    App,
+    configurations::optional_version,
+    page::{self, Page},
+    parse,
+};
+use crate::{
+    error::{Error, Result, Violations},
+    models::{
+        caller::{Scope, Viewer},
+        job::{Job, JobCursor, JobFilters, JobKey, JobPage, NewJob, Party},
+        job_configuration::JobConfiguration,
+    },
+    pb::{self, job_service_server::JobService},
+    progress::JobStatus,
+};
+
+/// The service.
+#[derive(Clone, Debug)]
+pub struct JobApi(pub App);
+
+#[tonic::async_trait]
+impl JobService for JobApi {
+    async fn create_job(
+        &self,
+        request: Request<pb::CreateJobRequest>,
+    ) -> Result<Response<pb::CreateJobResponse>, Status> {
+        let credential = self.0.authenticate(request.metadata()).await?;
+        let provider = credential.caller().provider(Scope::Append)?;
+        let new = NewJob::try_from(request.into_inner())?;
+        let mut conn = self.0.database.get().await?;
+        let (job, existed) = Job::create(&mut conn, provider, &new).await?;
+        Ok(Response::new(pb::CreateJobResponse { job: Some(job.into()), existed }))
+    }
+
+    async fn get_job(
+        &self,
+        request: Request<pb::GetJobRequest>,
+    ) -> Result<Response<pb::GetJobResponse>, Status> {
+        let credential = self.0.authenticate(request.metadata()).await?;
+        let viewer = credential.caller().viewer()?;
+        let key = JobKey::try_from(request.into_inner())?;
+        let mut conn = self.0.database.get().await?;
+        let job = Job::find(&mut conn, viewer, &key).await?;
+        let configuration = JobConfiguration::load(&mut conn, &[job.job_configuration_id])
+            .await?
+            .pop()
+            .ok_or_else(|| Error::internal("a job without its configuration"))?;
+        let job_configuration = Some(configuration.into());
+        Ok(Response::new(pb::GetJobResponse { job: Some(job.into()), job_configuration }))
+    }
+
+    async fn list_jobs(
+        &self,
+        request: Request<pb::ListJobsRequest>,
+    ) -> Result<Response<pb::ListJobsResponse>, Status> {
+        let credential = self.0.authenticate(request.metadata()).await?;
+        let viewer = credential.caller().viewer()?;
+        let List { filters, page_size, after, query } = List::parse(viewer, request.into_inner())?;
+        let mut conn = self.0.database.get().await?;
+        let JobPage { jobs, next } = Job::list(&mut conn, viewer, &filters, after, page_size).await?;
+        let mut page = Page::new();
+        let mut next = next;
+        let mut last = None;
+        for job in jobs {
+            let cursor = job.cursor();
+            if !page.push(job.into()) {
+                next = last;
+                break;
+            }
+            last = Some(cursor);
+        }
+        Ok(Response::new(pb::ListJobsResponse {
+            jobs: page.items,
+            next_page_token: next.map(|next| page::encode(&query, &cursor_bytes(next))).unwrap_or_default(),
+        }))
+    }
+
+    async fn close_job(
+        &self,
+        request: Request<pb::CloseJobRequest>,
+    ) -> Result<Response<pb::CloseJobResponse>, Status> {
+        let credential = self.0.authenticate(request.metadata()).await?;
+        let provider = credential.caller().provider(Scope::Append)?;
+        let Close { key, reason } = Close::try_from(request.into_inner())?;
+        let (id, existed) = self.0.log.close(provider, key, reason).await?;
+        let mut conn = self.0.database.get().await?;
+        let job = Job::find(&mut conn, provider.into(), &JobKey::Id(id)).await?;
+        Ok(Response::new(pb::CloseJobResponse { job: Some(job.into()), existed }))
+    }
+}
+
+impl TryFrom<pb::CreateJobRequest> for NewJob {
+    type Error = Error;
+
+    fn try_from(request: pb::CreateJobRequest) -> Result<Self> {
+        let mut violations = Violations::default();
+        let v = &mut violations;
+        let new = Self {
+            provider_job_id: parse::key_text(v, "provider_job_id", request.provider_job_id),
+            customer_id: parse::uuid(v, "customer_id", &request.customer_id),
+            configuration_tag: parse::key_text(v, "configuration_tag", request.configuration_tag),
+            configuration_version: optional_version(
+                v,
+                "configuration_version",
+                request.configuration_version,
+            )
+            .map(|version| version.to_string()),
+            provider_job_name: parse::text(v, "provider_job_name", request.provider_job_name),
+        };
+        violations.or(new)
+    }
+}
+
+impl TryFrom<pb::GetJobRequest> for JobKey {
+    type Error = Error;
+
+    fn try_from(request: pb::GetJobRequest) -> Result<Self> {
+        let mut violations = Violations::default();
+        let key = job_key!(&mut violations, request.job, get_job_request);
+        violations.or(key)
+    }
+}
+
+/// Which job to close, and why.
+struct Close {
+    key: JobKey,
+    reason: String,
+}
+
+impl TryFrom<pb::CloseJobRequest> for Close {
+    type Error = Error;
+
+    fn try_from(request: pb::CloseJobRequest) -> Result<Self> {
+        let mut violations = Violations::default();
+        let key = job_key!(&mut violations, request.job, close_job_request);
+        let reason = parse::text(&mut violations, "reason", request.reason);
+        violations.or(Self { key, reason })
+    }
+}
+
+/// A request's oneof `job` to a key.
+macro_rules! job_key {
+    ($violations:expr, $job:expr, $request:ident) => {
+        match $job {
+            Some($crate::pb::$request::Job::JobId(id)) => $crate::services::jobs::job_id($violations, &id),
+            Some($crate::pb::$request::Job::ProviderJobId(id)) => {
+                $crate::services::jobs::provider_job_id($violations, id)
+            }
+            None => $crate::services::jobs::no_job($violations, "job"),
+        }
+    };
+}
+pub(super) use job_key;
+
+/// The field `job_id`.
+pub(super) fn job_id(violations: &mut Violations, id: &str) -> JobKey {
+    JobKey::Id(parse::uuid(violations, "job_id", id))
+}
+
+/// The field `provider_job_id`.
+pub(super) fn provider_job_id(violations: &mut Violations, id: String) -> JobKey {
+    JobKey::ProviderJobId(parse::key_text(violations, "provider_job_id", id))
+}
+
+/// None of those that the oneof `field` has.
+pub(super) fn no_job(violations: &mut Violations, field: &str) -> JobKey {
+    violations.add(field, "must be given");
+    JobKey::Id(Uuid::nil())
+}
+
+/// Which jobs to list.
+struct List {
+    filters: JobFilters,
+    page_size: i64,
+    after: Option<JobCursor>,
+    query: Vec<u8>,
+}
+
+impl List {
+    fn parse(viewer: Viewer, request: pb::ListJobsRequest) -> Result<Self> {
+        let (page_size, page_token) = (request.page_size, request.page_token);
+        let request = pb::ListJobsRequest { page_size: 0, page_token: String::new(), ..request };
+        let query = page::query("ListJobs", viewer.id(), &request);
+
+        let mut violations = Violations::default();
+        let v = &mut violations;
+        let filters = JobFilters {
+            statuses: statuses(v, &request.statuses),
+            open: open(v, request.openness),
+            configuration_tag: Some(parse::text(v, "configuration_tag", request.configuration_tag))
+                .filter(|tag| !tag.is_empty()),
+            counterpart_id: parse::optional_uuid(v, "counterpart_id", &request.counterpart_id),
+            created_from: parse::timestamp(v, "created_from", request.created_from),
+            created_before: parse::timestamp(v, "created_before", request.created_before),
+            provider_job_id_prefix: parse::text(v, "provider_job_id_prefix", request.provider_job_id_prefix),
+            provider_job_name_prefix: parse::text(
+                v,
+                "provider_job_name_prefix",
+                request.provider_job_name_prefix,
+            ),
+        };
+        let page_size = parse::page_size(v, page_size);
+        let after = page::decode(v, "page_token", &query, &page_token).and_then(|bytes| {
+            let cursor = cursor(&bytes);
+            if cursor.is_none() {
+                v.add("page_token", "must be a next_page_token of this method");
+            }
+            cursor
+        });
+        violations.or(Self { filters, page_size, after, query })
+    }
+}
+
+fn statuses(violations: &mut Violations, given: &[i32]) -> Vec<JobStatus> {
+    const KINDS: usize = 5;
+    if given.len() > KINDS {
+        violations.add("statuses", format!("{} must be at most {KINDS}", given.len()));
+        return Vec::new();
+    }
+    let mut statuses = Vec::new();
+    for (i, &given) in given.iter().enumerate() {
+        let status = match pb::JobStatus::try_from(given) {
+            Ok(pb::JobStatus::Pending) => JobStatus::Pending,
+            Ok(pb::JobStatus::Running) => JobStatus::Running,
+            Ok(pb::JobStatus::Failed) => JobStatus::Failed,
+            Ok(pb::JobStatus::Complete) => JobStatus::Complete,
+            Ok(pb::JobStatus::Cancelled) => JobStatus::Cancelled,
+            Ok(pb::JobStatus::Unspecified) | Err(_) => {
+                violations.add(format!("statuses[{i}]"), format!("{given} is no status to look for"));
+                continue;
+            }
+        };
+        if !statuses.contains(&status) {
+            statuses.push(status);
+        }
+    }
+    statuses
+}
+
+fn open(violations: &mut Violations, given: i32) -> Option<bool> {
+    match pb::JobOpenness::try_from(given) {
+        Ok(pb::JobOpenness::Unspecified) => None,
+        Ok(pb::JobOpenness::Open) => Some(true),
+        Ok(pb::JobOpenness::Closed) => Some(false),
+        Err(_) => {
+            violations.add("openness", format!("{given} is none of OPEN and CLOSED"));
+            None
+        }
+    }
+}
+
+/// Microseconds since 1970, then the id.
+fn cursor_bytes(cursor: JobCursor) -> Vec<u8> {
+    let mut bytes = cursor.created_at.timestamp_micros().to_be_bytes().to_vec();
+    bytes.extend_from_slice(cursor.id.as_bytes());
+    bytes
+}
+
+fn cursor(bytes: &[u8]) -> Option<JobCursor> {
+    let (micros, id) = bytes.split_first_chunk()?;
+    let created_at = DateTime::from_timestamp_micros(i64::from_be_bytes(*micros))?;
+    // What a database can compare with.
+    (1..=9999).contains(&created_at.year()).then_some(())?;
+    Some(JobCursor { created_at, id: Uuid::from_slice(id).ok()? })
+}
+
+impl From<Job> for pb::Job {
+    fn from(job: Job) -> Self {
+        Self {
+            id: job.id.to_string(),
+            provider: Some(job.provider.into()),
+            customer: Some(job.customer.into()),
+            provider_job_id: job.provider_job_id,
+            provider_job_name: job.provider_job_name,
+            job_configuration_id: job.job_configuration_id.to_string(),
+            configuration_tag: job.configuration_tag,
+            configuration_version: job.configuration_version,
+            status: pb::JobStatus::from(job.status).into(),
+            progress: Some(job.progress.into()),
+            last_sequence: job.last_sequence,
+            closed_at: job.closed_at.map(parse::to_timestamp),
+            created_at: Some(parse::to_timestamp(job.created_at)),
+            updated_at: Some(parse::to_timestamp(job.updated_at)),
+        }
+    }
+}
+
+impl From<Party> for pb::Party {
+    fn from(party: Party) -> Self {
+        let Party { id, first_name, last_name } = party;
+        Self { id: id.to_string(), first_name, last_name }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fields<T>(result: Result<T>) -> Vec<String> {
+        match result {
+            Err(Error::Invalid(violations)) => violations.iter().map(|v| v.field.clone()).collect(),
+            _ => Vec::new(),
+        }
+    }
+
+    #[test]
+    fn all_that_is_wrong_with_a_new_job_is_told_in_field_order() {
+        let request = pb::CreateJobRequest {
+            provider_job_id: String::new(),
+            customer_id: "x".to_owned(),
+            configuration_tag: "a\0".to_owned(),
+            configuration_version: "1".to_owned(),
+            provider_job_name: "x".repeat(100_000),
+        };
+        assert_eq!(
+            fields(NewJob::try_from(request)),
+            [
+                "provider_job_id",
+                "customer_id",
+                "configuration_tag",
+                "configuration_version",
+                "provider_job_name"
+            ]
+        );
+    }
+
+    #[test]
+    fn a_job_to_close_must_be_named() {
+        let request = pb::CloseJobRequest { job: None, reason: "x".repeat(257) };
+        assert_eq!(fields(Close::try_from(request)), ["job", "reason"]);
+    }
+
+    #[test]
+    fn statuses_to_look_for_are_known_and_counted_once() {
+        let parsed = |given: &[i32]| {
+            let mut violations = Violations::default();
+            let parsed = statuses(&mut violations, given);
+            violations.or(parsed)
+        };
+        assert_eq!(parsed(&[2, 1, 2]).expect("valid"), [JobStatus::Running, JobStatus::Pending]);
+        assert_eq!(fields(parsed(&[1, 0, 6])), ["statuses[1]", "statuses[2]"]);
+        assert_eq!(fields(parsed(&[1; 6])), ["statuses"]);
+    }
+
+    #[test]
+    fn a_cursor_comes_back_as_it_was() {
+        let created_at = DateTime::from_timestamp_micros(1_767_225_600_123_456).expect("a time");
+        let there = JobCursor { created_at, id: Uuid::now_v7() };
+        let bytes = cursor_bytes(there);
+        assert_eq!(cursor(&bytes), Some(there));
+        assert_eq!(cursor(&bytes[1..]), None);
+        let beyond = [&i64::MAX.to_be_bytes()[..], there.id.as_bytes()].concat();
+        assert_eq!(cursor(&beyond), None);
+    }
+}

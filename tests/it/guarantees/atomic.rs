@@ -1,0 +1,91 @@
+//! A batch is committed whole or not at all, with no stranger between, and
+//! whoever reads on from one of its events finds the rest.
+
+use milepost::pb::{ErrorReason, Event, watch_events_request::Start};
+use tonic::Code;
+
+use super::assert_gap_free;
+use crate::support::{TestServer, assert_refused, complete, info, step};
+
+/// Each batch names its events `batch/index/count`.
+fn assert_batches_whole(log: &[Event]) {
+    let mut rest: Vec<String> = Vec::new();
+    for event in log {
+        let parts: Vec<&str> = event.name.split('/').collect();
+        let (index, count): (usize, usize) = (parts[1].parse().unwrap(), parts[2].parse().unwrap());
+        if rest.is_empty() {
+            assert_eq!(index, 0, "{} begins in the middle", event.name);
+            rest = (1..count).rev().map(|index| format!("{}/{index}/{count}", parts[0])).collect();
+        } else {
+            assert_eq!(rest.pop().as_deref(), Some(event.name.as_str()), "a stranger in a batch");
+        }
+    }
+    assert_eq!(rest, Vec::<String>::new(), "half a batch");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn atomic_with_writers_on_two_replicas() {
+    let server = TestServer::start().await;
+    let replica = server.replica().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[("load", 1)]).await;
+    let job = provider.job(&customer).await;
+    let mut watch = customer.clone().watch(&job).await;
+    let writers: Vec<_> = (0..12)
+        .map(|writer: usize| {
+            let mut caller = if writer % 2 == 0 { provider.clone() } else { replica.same(&provider) };
+            let job = job.clone();
+            tokio::spawn(async move {
+                for batch in 0..6 {
+                    let count = 1 + (writer * 7 + batch * 13) % 40;
+                    let events =
+                        (0..count).map(|index| info(&format!("{writer}-{batch}/{index}/{count}")));
+                    caller.append(&job, events).await;
+                }
+            })
+        })
+        .collect();
+    for writer in writers {
+        writer.await.unwrap();
+    }
+    let log = provider.list(&job).await;
+    assert_gap_free(&log);
+    assert_batches_whole(&log);
+    let watched = watch.events(log.len()).await;
+    assert_eq!(watched, log);
+    // From the middle of any batch the rest is found.
+    for start in [1, log.len() / 3, log.len() - 1] {
+        let after = Some(Start::AfterSequence(i64::try_from(start).unwrap()));
+        let rest = customer.clone().watch_from(&job, after).await.caught_up().await.0;
+        assert_eq!(rest, log[start..]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_that_is_refused_leaves_nothing_and_takes_nobody_with_it() {
+    let server = TestServer::start().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[("load", 1)]).await;
+    let job = provider.job(&customer).await;
+    let other = provider.job(&customer).await;
+    for _ in 0..20 {
+        let (mut bad, mut good, mut stranger) = (provider.clone(), provider.clone(), provider.clone());
+        let (refused, same_job, other_job) = tokio::join!(
+            bad.try_append(&job, [info("wrong/0/2"), step("unknown")]),
+            good.try_append(&job, [info("right/0/2"), info("right/1/2")]),
+            stranger.try_append(&other, [info("other/0/1")]),
+        );
+        let refusal = assert_refused(refused, Code::InvalidArgument, ErrorReason::FieldInvalid);
+        assert_eq!(refusal.fields, ["events[1].step_tag"]);
+        same_job.unwrap();
+        other_job.unwrap();
+    }
+    let log = provider.list(&job).await;
+    assert_eq!(log.len(), 40);
+    assert_batches_whole(&log);
+    assert_eq!(provider.list(&other).await.len(), 20);
+
+    let refused = provider.try_append(&job, [complete(), info("late/0/1")]).await;
+    assert_refused(refused, Code::FailedPrecondition, ErrorReason::JobClosed);
+    assert_eq!(provider.list(&job).await, log, "not even its first half");
+}

@@ -1,0 +1,167 @@
+//! An acknowledged event survives `kill -9` of the server and of Postgres.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use milepost::pb::{self, AppendedEvent, Event, NewEvent, publish_events_response::Outcome};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+
+use super::assert_gap_free;
+use crate::support::{ServerProcess, User, info, within_patience};
+
+/// Batches acknowledged, over all writers, before the blow.
+const ENOUGH: usize = 150;
+
+/// What a writer sent, in order, and what it was told.
+#[derive(Default)]
+struct Sent {
+    batches: Vec<Vec<NewEvent>>,
+    answers: HashMap<usize, Vec<AppendedEvent>>,
+}
+
+impl Sent {
+    fn next(&mut self) -> Vec<NewEvent> {
+        let n = self.batches.len();
+        let batch: Vec<NewEvent> = (0..1 + n % 5).map(|index| info(&format!("{n}/{index}"))).collect();
+        self.batches.push(batch.clone());
+        batch
+    }
+}
+
+/// Appends until the server is gone.
+async fn append(mut provider: User, job: pb::Job, acknowledged: Arc<AtomicUsize>) -> Sent {
+    let mut sent = Sent::default();
+    loop {
+        let batch = sent.next();
+        let Ok(answer) = provider.try_append(&job, batch).await else { return sent };
+        sent.answers.insert(sent.batches.len() - 1, answer);
+        acknowledged.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// Publishes, several batches at once, until the server is gone.
+async fn publish(mut provider: User, job: pb::Job, acknowledged: Arc<AtomicUsize>) -> Sent {
+    let mut sent = Sent::default();
+    let (batches, stream) = mpsc::channel(4);
+    let Ok(answers) = provider.events.publish_events(ReceiverStream::new(stream)).await else { return sent };
+    let mut answers = answers.into_inner();
+    loop {
+        tokio::select! {
+            Ok(room) = batches.reserve() => {
+                let batch_id = sent.batches.len().to_string();
+                let job = Some(pb::publish_events_request::Job::JobId(job.id.clone()));
+                room.send(pb::PublishEventsRequest { batch_id, job, expected_sequence: None, events: sent.next() });
+            }
+            answer = answers.message() => {
+                let Ok(Some(answer)) = answer else { return sent };
+                let Some(Outcome::Appended(appended)) = answer.outcome else { panic!("refused: {answer:?}") };
+                sent.answers.insert(answer.batch_id.parse().unwrap(), appended.events);
+                acknowledged.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+}
+
+fn assert_nothing_acknowledged_is_lost(log: &[Event], sent: &Sent) {
+    assert_gap_free(log);
+    let stored: HashMap<&str, &Event> = log.iter().map(|event| (event.id.as_str(), event)).collect();
+    assert_eq!(stored.len(), log.len(), "an event is there twice");
+    let ids: HashSet<&str> = sent.batches.iter().flatten().map(|event| event.id.as_str()).collect();
+    assert!(log.iter().all(|event| ids.contains(event.id.as_str())), "an event that was not sent");
+    for (n, batch) in sent.batches.iter().enumerate() {
+        let there = batch.iter().filter(|event| stored.contains_key(event.id.as_str())).count();
+        assert!(there == 0 || there == batch.len(), "half of batch {n}");
+        for answer in sent.answers.get(&n).into_iter().flatten() {
+            let event = stored.get(answer.id.as_str()).unwrap_or_else(|| panic!("lost: {answer:?}"));
+            assert_eq!((event.sequence, event.status), (answer.sequence, answer.status));
+        }
+    }
+    // The batches of one writer are there in the order sent.
+    let mut last = 0;
+    for event in sent.batches.iter().flatten().filter_map(|event| stored.get(event.id.as_str())) {
+        assert!(event.sequence > last);
+        last = event.sequence;
+    }
+}
+
+/// What strikes in the middle.
+enum Blow {
+    Server,
+    Postgres,
+}
+
+async fn survives(blow: Blow) {
+    let mut server = ServerProcess::start().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[("load", 1)]).await;
+    let acknowledged = Arc::new(AtomicUsize::new(0));
+    let mut writers = Vec::new();
+    for n in 0..8 {
+        let job = provider.job(&customer).await;
+        let (user, count) = (server.other_clients().same(&provider), Arc::clone(&acknowledged));
+        let writer = job.clone();
+        let writer = if n % 2 == 0 {
+            tokio::spawn(append(user, writer, count))
+        } else {
+            tokio::spawn(publish(user, writer, count))
+        };
+        writers.push((job, writer));
+    }
+    within_patience("acknowledgements", async {
+        while acknowledged.load(Ordering::Relaxed) < ENOUGH {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    match blow {
+        Blow::Server => {
+            server.kill().await;
+            server.restart().await;
+        }
+        // The server brings its own database up again.
+        Blow::Postgres => server.kill_postgres().await,
+    }
+    let mut sent = Vec::new();
+    for (job, writer) in writers {
+        sent.push((job, within_patience("a writer to notice", writer).await.unwrap()));
+    }
+    server.ready().await;
+    let mut provider = server.other_clients().same(&provider);
+    for (job, sent) in &sent {
+        assert_nothing_acknowledged_is_lost(&provider.list(job).await, sent);
+    }
+    // What was not answered is sent again, and then is there once.
+    for (job, mut sent) in sent {
+        for n in 0..sent.batches.len() {
+            let answer = provider.append(&job, sent.batches[n].clone()).await;
+            sent.answers.entry(n).or_insert(answer);
+        }
+        let log = provider.list(&job).await;
+        assert_eq!(log.len(), sent.batches.iter().flatten().count());
+        assert_nothing_acknowledged_is_lost(&log, &sent);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn durable_over_kill_9_of_the_server() {
+    survives(Blow::Server).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn durable_over_kill_9_of_postgres() {
+    survives(Blow::Postgres).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_refuses_a_database_that_may_lose_what_it_acknowledged() {
+    let server = crate::support::TestServer::start().await;
+    // The tests' own database runs with fsync off.
+    let refusal = ServerProcess::refused_on(&server.database.url).await;
+    assert!(refusal.contains("fsync"), "{refusal}");
+}

@@ -1,0 +1,66 @@
+//! The watch of a job ends by itself, with a reason, once the job is closed.
+
+use milepost::pb::{self, EventKind, JobStatus, WatchEndReason, watch_events_request};
+
+use crate::support::{TestServer, complete, error, info, step};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn terminating_while_watched_on_either_replica() {
+    let server = TestServer::start().await;
+    let replica = server.replica().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[("load", 4), ("report", 1)]).await;
+    for (events, closing, status, percent) in [
+        (vec![step("load"), complete()], false, JobStatus::Complete, 100),
+        (vec![step("load")], true, JobStatus::Cancelled, 80),
+        (vec![step("load"), error("broken")], true, JobStatus::Failed, 80),
+        (vec![], true, JobStatus::Cancelled, 0),
+    ] {
+        let job = provider.job(&customer).await;
+        let (mut here, mut there) = (customer.clone(), replica.same(&customer));
+        let mut watches = [here.watch(&job).await, there.watch(&job).await];
+        for watch in &mut watches {
+            assert_eq!(watch.caught_up().await.0, []);
+        }
+        let count = events.len() + usize::from(closing);
+        if !events.is_empty() {
+            provider.append(&job, events).await;
+        }
+        if closing {
+            assert!(!provider.close(&job).await.unwrap().existed);
+        }
+        let late = [here.watch(&job).await, there.watch(&job).await];
+        for (watch, past) in watches.into_iter().map(|watch| (watch, None)).chain(late.map(|w| (w, Some(count))))
+        {
+            let film = watch.film().await;
+            assert_eq!(film.end.reason(), WatchEndReason::JobClosed);
+            assert_eq!(film.past, past);
+            assert_eq!(film.events.len(), count);
+            let state = film.end.job.unwrap();
+            assert_eq!(usize::try_from(state.last_sequence).unwrap(), count);
+            assert_eq!((state.status(), state.progress.unwrap().percent), (status, percent));
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_filter_hides_neither_the_end_nor_the_state() {
+    let server = TestServer::start().await;
+    let (mut provider, mut customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[("load", 1)]).await;
+    let job = provider.job(&customer).await;
+    let request = pb::WatchEventsRequest {
+        scope: Some(watch_events_request::Scope::JobId(job.id.clone())),
+        kinds: vec![EventKind::Error.into()],
+        ..Default::default()
+    };
+    let watch = customer.watch_by(request.clone()).await.unwrap();
+    provider.append(&job, [info("a"), error("b"), step("load")]).await;
+    provider.append(&job, [complete()]).await;
+    for watch in [watch, customer.watch_by(request).await.unwrap()] {
+        let film = watch.film().await;
+        assert_eq!(film.events.iter().map(|event| event.name.as_str()).collect::<Vec<_>>(), ["b"]);
+        let state = film.end.job.unwrap();
+        assert_eq!((state.last_sequence, state.status()), (4, JobStatus::Complete));
+    }
+}
