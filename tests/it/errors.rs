@@ -1,0 +1,94 @@
+//! What an error tells, and what it must not.
+
+use std::time::Duration;
+
+use milepost::pb::{self, ErrorReason};
+use tonic::{Code, Status};
+
+use crate::support::{PASSWORD, TestServer, assert_refused, info, within_patience};
+
+async fn failed_log_in(server: &TestServer, email: &str, password: &str) -> Status {
+    let request = pb::LogInRequest { email: email.to_owned(), password: password.to_owned() };
+    server.anonymous().auth.log_in(request).await.unwrap_err()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wrong_password_and_an_unknown_email_are_indistinguishable() {
+    let server = TestServer::start().await;
+    let user = server.customer().await;
+    let wrong_password = failed_log_in(&server, &user.email, "a wrong password").await;
+    let unknown_email = failed_log_in(&server, "nobody@example.com", PASSWORD).await;
+    let not_an_email = failed_log_in(&server, "nobody", "x").await;
+    for status in [&wrong_password, &unknown_email, &not_an_email] {
+        assert_eq!(status.code(), wrong_password.code());
+        assert_eq!(status.message(), wrong_password.message());
+        assert_eq!(status.details(), wrong_password.details());
+        let headers: Vec<_> = status.metadata().keys().map(|key| format!("{key:?}")).collect();
+        let expected: Vec<_> = wrong_password.metadata().keys().map(|key| format!("{key:?}")).collect();
+        assert_eq!(headers, expected);
+    }
+    assert_refused(Err::<(), _>(wrong_password), Code::Unauthenticated, ErrorReason::LogInFailed);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn quoted_values_are_cut() {
+    let server = TestServer::start().await;
+    let mut provider = server.provider().await;
+    let request = pb::GetJobRequest { job: Some(pb::get_job_request::Job::ProviderJobId("ü".repeat(256))) };
+    let status = provider.jobs.get_job(request).await.unwrap_err();
+    let refusal = assert_refused(Err::<(), _>(status.clone()), Code::NotFound, ErrorReason::ResourceNotFound);
+    let name = &refusal.details.resource_info().unwrap().resource_name;
+    for text in [status.message(), name] {
+        assert!(text.matches('ü').count() <= 64, "{text}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_is_away_is_told_at_once_and_comes_back_without_a_restart() {
+    let server = TestServer::start().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[]).await;
+    let job = provider.job(&customer).await;
+    let event = info("x");
+
+    server.database.take_away().await;
+    let answer = within_patience("a refusal", provider.try_append(&job, [event.clone()])).await;
+    let refusal = assert_refused(answer, Code::Unavailable, ErrorReason::DatabaseUnavailable);
+    let retry_after = refusal.details.retry_info().unwrap().retry_delay.unwrap();
+    assert!(retry_after > Duration::ZERO);
+
+    server.database.bring_back().await;
+    let appended = provider.append(&job, [event]).await;
+    assert_eq!(appended[0].sequence, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_decodable_message_makes_an_internal_error() {
+    let server = TestServer::start().await;
+    let mut user = server.provider().await;
+    // Every method, with nothing in the request at all.
+    let codes = [
+        user.session.auth.sign_up(pb::SignUpRequest::default()).await.map(|_| ()),
+        user.session.auth.log_in(pb::LogInRequest::default()).await.map(|_| ()),
+        user.session.auth.change_password(pb::ChangePasswordRequest::default()).await.map(|_| ()),
+        user.session.auth.expire_api_key(pb::ExpireApiKeyRequest::default()).await.map(|_| ()),
+        user.session
+            .configurations
+            .register_job_configuration(pb::RegisterJobConfigurationRequest::default())
+            .await
+            .map(|_| ()),
+        user.session
+            .configurations
+            .get_job_configuration(pb::GetJobConfigurationRequest::default())
+            .await
+            .map(|_| ()),
+        user.session.jobs.create_job(pb::CreateJobRequest::default()).await.map(|_| ()),
+        user.session.jobs.get_job(pb::GetJobRequest::default()).await.map(|_| ()),
+        user.session.jobs.close_job(pb::CloseJobRequest::default()).await.map(|_| ()),
+        user.session.events.append_events(pb::AppendEventsRequest::default()).await.map(|_| ()),
+        user.session.events.list_events(pb::ListEventsRequest::default()).await.map(|_| ()),
+    ]
+    .map(|answer| answer.unwrap_err().code());
+    let expected = |code| matches!(code, Code::InvalidArgument | Code::Unauthenticated);
+    assert!(codes.into_iter().all(expected), "{codes:?}");
+}

@@ -1,0 +1,201 @@
+//! Other people's clients: grpcurl as the README uses it, and the Python of
+//! `examples/python`.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::{Output, Stdio},
+    time::Duration,
+};
+
+use tokio::{process::Command, sync::OnceCell};
+
+use crate::support::{TestServer, User, info};
+
+const ROOT: &str = env!("CARGO_MANIFEST_DIR");
+const GRPCURL: &str = "github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.3";
+
+/// Longest that a foreign process may take.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// What a command says, and that it ended well.
+async fn output(command: &mut Command) -> Output {
+    command.kill_on_drop(true).stdin(Stdio::null());
+    let shown = format!("{command:?}");
+    let running = tokio::time::timeout(PATIENCE, command.output());
+    running.await.unwrap_or_else(|_| panic!("{shown} does not end")).unwrap()
+}
+
+#[track_caller]
+fn succeeded(output: Output) -> String {
+    let (out, err) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{}\n{err}\n{out}", output.status);
+    out
+}
+
+/// The fenced `sh` blocks of a section of the README, in order.
+fn shell_of_readme(heading: &str) -> String {
+    let readme = fs::read_to_string(Path::new(ROOT).join("README.md")).unwrap();
+    let section = readme.split("\n## ").find(|section| section.starts_with(heading)).expect("the section");
+    let blocks = section.split("```sh\n").skip(1);
+    blocks.map(|block| block.split("```").next().unwrap()).collect()
+}
+
+/// PATH with grpcurl in it: where `go install` puts it by default or, made here
+/// if need be, below `target`.
+async fn path_with_grpcurl() -> String {
+    let ours = Path::new(env!("CARGO_TARGET_TMPDIR")).join("go");
+    let path = format!(
+        "{}:{}/go/bin:{}",
+        env::var("PATH").unwrap_or_default(),
+        env::var("HOME").unwrap_or_default(),
+        ours.display()
+    );
+    let found = async || Command::new("grpcurl").env("PATH", &path).arg("-version").output().await.is_ok();
+    if !found().await {
+        let mut go = Command::new("go");
+        // Whether there is a Go at all is told by what follows.
+        let _made = go.args(["install", GRPCURL]).env("GOBIN", &ours).output().await;
+        assert!(found().await, "grpcurl is missing: install Go, then go install {GRPCURL}");
+    }
+    path
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_tour_of_the_readme_goes_from_sign_up_to_a_watched_completion() {
+    let server = TestServer::start().await;
+    let script = shell_of_readme("A five-minute tour");
+    assert!(script.contains("WatchEvents"), "{script}");
+    let mut bash = Command::new("bash");
+    bash.args(["-euo", "pipefail", "-c", &script])
+        .env("PATH", path_with_grpcurl().await)
+        .env("SERVER", server.address.to_string());
+    let said = succeeded(output(&mut bash).await);
+
+    for service in ["AuthService", "ConfigurationService", "JobService", "EventService"] {
+        assert!(said.contains(&format!("milepost.v1.{service}")), "{said}");
+    }
+    let caught_up = said.find("\"caughtUp\"").expect("the watch caught up");
+    let complete = said.rfind("EVENT_KIND_COMPLETE").expect("the watch saw the end");
+    let end = said.rfind("WATCH_END_REASON_JOB_CLOSED").expect("the watch ended by itself");
+    assert!(caught_up < end && complete < end, "{said}");
+    assert!(said.contains("\"percent\": 100"), "{said}");
+    let status = server.database.texts("SELECT status::text AS text FROM jobs").await;
+    assert_eq!(status, ["complete"]);
+}
+
+/// A Python with what `examples/python` needs, made once for each version of
+/// its requirements and kept below `target`.
+async fn python() -> PathBuf {
+    static PYTHON: OnceCell<PathBuf> = OnceCell::const_new();
+    PYTHON.get_or_init(make_python).await.clone()
+}
+
+async fn make_python() -> PathBuf {
+    let (examples, venv) = (examples(), Path::new(env!("CARGO_TARGET_TMPDIR")).join("python"));
+    let python = venv.join("bin/python");
+    let requirements = examples.join("requirements.txt");
+    let wanted = fs::read_to_string(&requirements).unwrap();
+    // Written last, so that what was interrupted is made again.
+    let made = venv.join("made-from.txt");
+    if fs::read_to_string(&made).ok().as_ref() != Some(&wanted) {
+        let venv_command = output(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&venv)).await;
+        assert!(
+            venv_command.status.success(),
+            "no venv (on Debian: apt-get install python3-venv): {}",
+            String::from_utf8_lossy(&venv_command.stderr)
+        );
+        let mut pip = Command::new(&python);
+        pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r"]).arg(requirements);
+        succeeded(output(&mut pip).await);
+        fs::write(&made, wanted).unwrap();
+    }
+    succeeded(output(Command::new(&python).arg(examples.join("generate.py"))).await);
+    python
+}
+
+fn examples() -> PathBuf {
+    Path::new(ROOT).join("examples/python")
+}
+
+/// A script, as this user.
+async fn script(server: &TestServer, user: &User, path: PathBuf) -> Command {
+    let mut command = Command::new(python().await);
+    command
+        .arg(path)
+        .env("PYTHONPATH", examples())
+        .env("PYTHONIOENCODING", "utf-8")
+        .env("MILEPOST_SERVER", server.address.to_string())
+        .env("MILEPOST_API_KEY", &user.key_secret);
+    command
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_python_provider_is_watched_by_a_python_watcher() {
+    let server = TestServer::start().await;
+    let replica = server.replica().await;
+    let (provider, customer) = (server.provider().await, server.customer().await);
+    let run = async || {
+        let mut command = script(&server, &provider, examples().join("provider.py")).await;
+        command.args(["--provider-job-id", "scan-1", "--customer-id", &customer.id]);
+        succeeded(output(&mut command).await)
+    };
+    let said = run().await;
+    let job_id = said.lines().find_map(|line| line.strip_prefix("job ")).expect("the job's id").to_owned();
+
+    // The film is the same afterwards, from another replica.
+    let mut watcher = script(&replica, &customer, examples().join("watcher.py")).await;
+    let film = succeeded(output(watcher.args(["--job-id", &job_id])).await);
+    for told in ["[", "0 %", "Load the slice", "Calibrate", "Segment", "Measure", "report", "bone 11.3"] {
+        assert!(film.contains(told), "{told:?} in\n{film}");
+    }
+    let percents: Vec<u32> =
+        film.lines().filter_map(|line| line.split_once(" %")?.0.rsplit(' ').next()?.parse().ok()).collect();
+    assert!(percents.is_sorted() && percents.last() == Some(&100), "{percents:?}\n{film}");
+    assert_eq!(film.lines().last(), Some("complete"));
+
+    assert!(run().await.contains("was done before"));
+    let sequences = server.database.texts("SELECT last_sequence::text AS text FROM jobs").await;
+    assert_eq!(sequences, [(film.lines().filter(|line| line.starts_with('[')).count()).to_string()]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_python_watcher_follows_a_job_live_and_fails_with_it() {
+    let server = TestServer::start().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[("load", 1)]).await;
+    let job = provider.job(&customer).await;
+    let mut watcher = script(&server, &customer, examples().join("watcher.py")).await;
+    watcher.args(["--job-id", &job.id]).stdout(Stdio::piped()).kill_on_drop(true);
+    let mut watcher = watcher.spawn().unwrap();
+    let mut lines = {
+        use tokio::io::{AsyncBufReadExt as _, BufReader};
+        BufReader::new(watcher.stdout.take().unwrap()).lines()
+    };
+    let mut next = async || {
+        let line = tokio::time::timeout(PATIENCE, lines.next_line()).await.expect("a line in time");
+        line.unwrap().expect("the watcher goes on")
+    };
+
+    assert_eq!(next().await, "--- live ---");
+    provider.append(&job, [info("hello")]).await;
+    assert!(next().await.contains("hello"));
+    provider.close(&job).await.unwrap();
+    assert!(next().await.contains("close"));
+    assert_eq!(next().await, "cancelled");
+    assert_eq!(watcher.wait().await.unwrap().code(), Some(1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_python_client_receives_the_details_of_500_wrong_events() {
+    let server = TestServer::start().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[("load", 1)]).await;
+    let job = provider.job(&customer).await;
+    let path = Path::new(ROOT).join("tests/it/wrong_events.py");
+    let mut command = script(&server, &provider, path).await;
+    let said = succeeded(output(command.arg(&job.id)).await);
+    assert!(said.starts_with("INVALID_ARGUMENT FIELD_INVALID"), "{said}");
+    assert!(said.contains("events[0].name"), "{said}");
+    assert_eq!(provider.get(&job).await.last_sequence, 0);
+}

@@ -1,0 +1,22 @@
+//! The tests that run a real server on a real Postgres: one binary, a file a
+//! subject, a database per test.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::wildcard_enum_match_arm,
+    clippy::too_many_lines,
+    unreachable_pub,
+    reason = "a test that panics has failed, as it should; the rest would only be in the way"
+)]
+
+mod auth;
+mod configurations;
+mod errors;
+mod idempotency;
+mod interop;
+mod jobs;
+mod operations;
+mod progress;
+mod schema;
+mod support;
+mod validation;

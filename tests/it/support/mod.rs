@@ -1,0 +1,33 @@
+//! What the tests stand on: a Postgres, servers, people who call them, and
+//! ways to look at what they answer.
+
+mod clients;
+mod cluster;
+mod events;
+mod process;
+mod refused;
+mod server;
+mod temporary;
+mod watch;
+
+pub use clients::{Caller, Clients, PASSWORD, User, registration};
+pub use cluster::TestDatabase;
+pub use events::{complete, error, info, metadata, named, noted, step};
+pub use process::ServerProcess;
+pub use refused::{assert_refused, assert_violations};
+pub use server::TestServer;
+pub use watch::Watch;
+
+use std::{fmt::Display, time::Duration};
+
+/// Longest that anything that is waited for may take; only a failing test ever
+/// waits that long.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// `work`'s result, or a panic that names what was waited for in vain.
+pub async fn within_patience<T>(what: impl Display, work: impl Future<Output = T>) -> T {
+    match tokio::time::timeout(PATIENCE, work).await {
+        Ok(result) => result,
+        Err(_) => panic!("waited {PATIENCE:?} in vain for {what}"),
+    }
+}

@@ -1,0 +1,101 @@
+//! The real binary, in a process of its own with a durable database of its own.
+
+use std::{
+    fs::{self, File},
+    net::{SocketAddr, TcpListener},
+    ops::Deref,
+    process::{ExitStatus, Stdio},
+};
+
+use tokio::{
+    io::{AsyncBufReadExt as _, BufReader},
+    process::{Child, Command},
+};
+
+use super::{Clients, temporary::TemporaryFolder, within_patience};
+
+/// A server that can be killed. It is gone, and its database with it, when it
+/// is dropped and when this process dies.
+#[derive(Debug)]
+pub struct ServerProcess {
+    pub address: SocketAddr,
+    clients: Clients,
+    // Before the folder: its process ends first.
+    child: Child,
+    folder: TemporaryFolder,
+}
+
+impl Deref for ServerProcess {
+    type Target = Clients;
+
+    fn deref(&self) -> &Clients {
+        &self.clients
+    }
+}
+
+impl ServerProcess {
+    /// On a new embedded database, serving.
+    pub async fn start() -> Self {
+        // The port is free again when the server takes it, and stays the same
+        // over its restarts.
+        let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let mut folder = TemporaryFolder::new();
+        let child = serve(address, &mut folder).await;
+        Self { address, clients: Clients::of(address), child, folder }
+    }
+
+    /// Starts again where the last one ended, on the same folder and address.
+    pub async fn restart(&mut self) {
+        self.child = serve(self.address, &mut self.folder).await;
+    }
+
+    /// SIGKILL: nothing is closed, flushed or told.
+    pub async fn kill(&mut self) {
+        self.child.kill().await.unwrap();
+    }
+
+    /// SIGKILL to its Postgres.
+    pub async fn kill_postgres(&self) {
+        let file = self.folder.path().join("cluster/data/postmaster.pid");
+        let text = fs::read_to_string(file).unwrap();
+        signal("KILL", text.lines().next().unwrap()).await;
+    }
+
+    /// SIGTERM, without waiting for what follows.
+    pub async fn terminate(&self) {
+        signal("TERM", &self.child.id().expect("it runs").to_string()).await;
+    }
+
+    /// How it ended.
+    pub async fn exit(&mut self) -> ExitStatus {
+        within_patience("the server's exit", self.child.wait()).await.unwrap()
+    }
+}
+
+async fn signal(name: &str, pid: &str) {
+    let status = Command::new("kill").args(["-s", name, pid]).status().await.unwrap();
+    assert!(status.success(), "kill -s {name} {pid}");
+}
+
+/// Starts the binary and waits until it says where it listens.
+async fn serve(address: SocketAddr, folder: &mut TemporaryFolder) -> Child {
+    let log = folder.path().join("server.log");
+    let mut child = Command::new(env!("CARGO_BIN_EXE_milepost"))
+        .arg("serve")
+        .env_remove("DATABASE_URL")
+        .env("MILEPOST_LISTEN", address.to_string())
+        .env("MILEPOST_DATA_DIR", folder.path())
+        .env("MILEPOST_BCRYPT_COST", "4")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(File::options().create(true).append(true).open(&log).unwrap())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    folder.guard(child.id().expect("it runs"));
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let line = within_patience("the server to listen", lines.next_line()).await.unwrap();
+    let log = || fs::read_to_string(&log).unwrap();
+    assert!(line.is_some_and(|line| line.contains(&address.to_string())), "it did not listen:\n{}", log());
+    child
+}

@@ -1,0 +1,26 @@
+"""Sends 500 wrong events to the job given and prints the error received.
+
+Sends them ten times, since a client that drops large trailers may drop only
+some of them.
+"""
+
+import sys
+
+import grpc
+from connection import Connection, explain
+from milepost.v1.events_pb2 import EVENT_KIND_INFO, AppendEventsRequest, NewEvent
+
+request = AppendEventsRequest(
+    job_id=sys.argv[1],
+    events=[NewEvent(kind=EVENT_KIND_INFO, name="\0" + "🚧" * 300, step_tag="x" * 300)] * 500,
+)
+explanations = set()
+with Connection() as connection:
+    for _ in range(10):
+        try:
+            connection.call(connection.events.AppendEvents, request)
+            sys.exit("nothing was refused")
+        except grpc.RpcError as error:
+            explanations.add(explain(error))
+[explanation] = explanations
+print(explanation)
