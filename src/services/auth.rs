@@ -79,14 +79,14 @@ impl pb::auth_service_server::AuthService for AuthApi {
         &self,
         request: Request<pb::LogOutRequest>,
     ) -> Result<Response<pb::LogOutResponse>, Status> {
-        let App { database, auth, .. } = &self.0;
         let credential = self.0.authenticate(request.metadata()).await?;
         let account = credential.caller().account()?;
-        let (auth, ending) = (auth.clone(), Ending::Credential(credential.caller().credential()));
-        database
+        let (app, ending) = (self.0.clone(), Ending::Credential(credential.caller().credential()));
+        self.0
+            .database
             .detached(async move |mut conn| {
                 Session::end(&mut conn, account).await?;
-                auth.end(ending);
+                app.end(ending);
                 Ok(())
             })
             .await?;
@@ -139,12 +139,12 @@ impl pb::auth_service_server::AuthService for AuthApi {
             return Err(wrong().into());
         }
         let new = auth.passwords().hash(new).await?;
-        let auth = auth.clone();
+        let app = self.0.clone();
         let ending = Ending::OtherSessions { user_id: account.user_id(), kept: account.session_id() };
         let (ended, keys) = database
             .detached(async move |mut conn| {
                 let changed = User::change_password(&mut conn, account, &old, &new).await?;
-                auth.end(ending);
+                app.end(ending);
                 Ok(changed)
             })
             .await?
@@ -194,17 +194,18 @@ impl pb::auth_service_server::AuthService for AuthApi {
         &self,
         request: Request<pb::ExpireApiKeyRequest>,
     ) -> Result<Response<pb::ExpireApiKeyResponse>, Status> {
-        let App { database, auth, .. } = &self.0;
         let credential = self.0.authenticate(request.metadata()).await?;
         let manager = credential.caller().key_manager()?;
         let mut violations = Violations::default();
         let id = parse::uuid(&mut violations, "api_key_id", &request.into_inner().api_key_id);
         let id = violations.or(id)?;
-        let auth = auth.clone();
-        let key = database
+        let app = self.0.clone();
+        let key = self
+            .0
+            .database
             .detached(async move |mut conn| {
                 let key = ApiKey::expire(&mut conn, &manager, id).await?;
-                auth.end(Ending::Credential(CredentialId::ApiKey(id)));
+                app.end(Ending::Credential(CredentialId::ApiKey(id)));
                 Ok(key)
             })
             .await?;

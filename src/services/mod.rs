@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::metadata::MetadataMap;
 
 use crate::{
-    auth::{Auth, AuthSettings, Credential},
+    auth::{Auth, AuthSettings, Credential, Ending},
     db::Database,
     error::{Error, Result},
     event_log::{EventLog, EventLogSettings},
@@ -54,5 +54,12 @@ impl App {
             .map(|(_, secret)| secret.trim())
             .ok_or(Error::CredentialInvalid)?;
         self.auth.authenticate(secret).await
+    }
+
+    /// Ends credentials: here at once, on other replicas as soon as they hear.
+    /// The database was told before.
+    pub(crate) fn end(&self, ending: Ending) {
+        self.auth.end(ending);
+        self.log.ring_credentials();
     }
 }
