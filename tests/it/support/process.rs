@@ -5,6 +5,7 @@ use std::{
     net::{SocketAddr, TcpListener},
     ops::Deref,
     process::{ExitStatus, Stdio},
+    time::Duration,
 };
 
 use tokio::{
@@ -58,11 +59,20 @@ impl ServerProcess {
         self.child.kill().await.unwrap();
     }
 
-    /// SIGKILL to its Postgres.
+    /// SIGKILL to its Postgres. Returns when nothing of it can answer any more:
+    /// its children outlive it by a moment.
     pub async fn kill_postgres(&self) {
         let file = self.folder.path().join("cluster/data/postmaster.pid");
         let text = fs::read_to_string(file).unwrap();
-        signal("KILL", text.lines().next().unwrap()).await;
+        let pid = text.lines().next().unwrap();
+        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+        signal("KILL", pid).await;
+        within_patience("the end of Postgres", async {
+            while children.split_whitespace().any(runs) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        })
+        .await;
     }
 
     /// Waits until it answers calls that need its database, asking again when it
@@ -106,6 +116,12 @@ impl ServerProcess {
     pub async fn exit(&mut self) -> ExitStatus {
         within_patience("the server's exit", self.child.wait()).await.unwrap()
     }
+}
+
+/// Whether a process is there and is no mere zombie.
+fn runs(pid: &str) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    status.lines().any(|line| line.starts_with("State:") && !line.contains('Z'))
 }
 
 async fn signal(name: &str, pid: &str) {
