@@ -19,8 +19,13 @@ use self::calls::Calls;
 use crate::{
     db::Database,
     error::{Error, Result},
-    pb,
-    services::App,
+    limits,
+    pb::{
+        self, auth_service_server::AuthServiceServer,
+        configuration_service_server::ConfigurationServiceServer, event_service_server::EventServiceServer,
+        job_service_server::JobServiceServer,
+    },
+    services::{App, auth::AuthApi, configurations::ConfigurationApi, events::EventApi, jobs::JobApi},
 };
 
 /// How often the database is asked whether it answers, and how long it has.
@@ -79,12 +84,20 @@ pub async fn serve(
         let (draining, request_timeout) = (draining.clone(), settings.request_timeout);
         layer_fn(move |routes| Calls::new(routes, request_timeout, draining.clone()))
     };
+    // Pages are made to fit; a single item may be larger than any page.
+    let limit = limits::MESSAGE_BYTES;
     let router = Server::builder()
         .max_concurrent_streams(settings.streams_per_connection)
         .http2_max_local_error_reset_streams(Some(LOCAL_RESET_STREAMS))
         .http2_keepalive_interval(Some(settings.keepalive_interval))
         .http2_keepalive_timeout(Some(settings.keepalive_timeout))
         .layer(layer)
+        .add_service(AuthServiceServer::new(AuthApi(app.clone())).max_decoding_message_size(limit))
+        .add_service(
+            ConfigurationServiceServer::new(ConfigurationApi(app.clone())).max_decoding_message_size(limit),
+        )
+        .add_service(JobServiceServer::new(JobApi(app.clone())).max_decoding_message_size(limit))
+        .add_service(EventServiceServer::new(EventApi(app)).max_decoding_message_size(limit))
         .add_service(health)
         .add_service(reflection().build_v1().map_err(Error::internal)?)
         .add_service(reflection().build_v1alpha().map_err(Error::internal)?);

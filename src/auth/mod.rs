@@ -22,11 +22,10 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-pub use self::{cache::Ending, credential::Credential};
+pub use self::{cache::Ending, credential::Credential, password::Passwords};
 use self::{
     cache::{Cache, Looked},
     credential::Moment,
-    password::Passwords,
 };
 use crate::{
     db::Database,

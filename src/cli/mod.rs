@@ -5,6 +5,7 @@ mod demo;
 mod migrate;
 mod screen;
 mod serve;
+mod user;
 mod watch;
 
 use std::{error::Error as StdError, process::ExitCode};
@@ -40,6 +41,8 @@ enum Command {
     Serve(Config),
     /// Bring the database's schema up to date, or take the newest migrations back
     Migrate(migrate::Migrate),
+    /// Make users and take their access away, straight in the database
+    User(user::User),
     /// Follow a job in the terminal until it is closed; exits with 0 if it completed, otherwise with 2
     Watch(watch::Watch),
     /// See a job run: plays its provider and its customer against a running server, or one of its own
@@ -51,12 +54,13 @@ pub async fn run(cli: Cli) -> Result<ExitCode, BoxError> {
     let command = cli.command.unwrap_or(Command::Serve(cli.serve));
     let quiet = match &command {
         Command::Serve(_) => "info",
-        Command::Migrate(_) | Command::Watch(_) | Command::Demo(_) => "warn",
+        Command::Migrate(_) | Command::User(_) | Command::Watch(_) | Command::Demo(_) => "warn",
     };
     telemetry::init(cli.telemetry.log_format, cli.telemetry.log_level.as_deref().unwrap_or(quiet))?;
     match command {
         Command::Serve(config) => serve::run(&config).await,
         Command::Migrate(command) => command.run().await,
+        Command::User(command) => command.run().await,
         Command::Watch(command) => command.run().await,
         Command::Demo(command) => command.run().await,
     }

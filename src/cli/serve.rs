@@ -11,11 +11,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::database::{OpenDatabase, data_dir};
 use crate::{
-    auth::{Auth, AuthSettings},
+    auth::AuthSettings,
     config::{AuthConfig, Config, ServerConfig},
     db::{Database, migrations},
     error::{BoxError, Result},
-    event_log::{EventLog, EventLogSettings},
+    event_log::EventLogSettings,
     server::{ServerSettings, serve},
     services::App,
 };
@@ -101,9 +101,8 @@ impl Server {
         }
         let database = Database::new(open.settings.clone())?;
         migrations::check(&database, config.server.unsafe_database).await?;
-        let auth = Auth::start(database.clone(), auth_settings(&config.auth, address));
-        let log = EventLog::start(database.clone(), log_settings(&config.server), || {}).await?;
-        let app = App { database, auth, log, draining: CancellationToken::new() };
+        let auth = auth_settings(&config.auth, address);
+        let app = App::start(database, auth, log_settings(&config.server)).await?;
         if let Some(embedded) = &open.embedded {
             embedded.announce(address)?;
         }
