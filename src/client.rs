@@ -129,6 +129,9 @@ impl Client {
     }
 }
 
+/// What is told of each interruption: its status, and the pause that follows.
+type OnInterruption = Box<dyn FnMut(&Status, Duration) + Send>;
+
 /// See [`Client::watch`].
 pub struct Watch {
     events: EventServiceClient<Service>,
@@ -137,7 +140,7 @@ pub struct Watch {
     /// In a row, without a message between them.
     failures: u32,
     ended: bool,
-    on_interruption: Box<dyn FnMut(&Status, Duration) + Send>,
+    on_interruption: OnInterruption,
 }
 
 impl fmt::Debug for Watch {

@@ -224,19 +224,13 @@ fn color(status: JobStatus) -> Color {
 }
 
 fn bar_style(status: JobStatus) -> ProgressStyle {
-    let color = match color(status) {
-        Color::Red => "red",
-        Color::Green => "green",
-        Color::Yellow => "yellow",
-        _ => "cyan",
+    let (color, end) = match status {
+        JobStatus::Complete => ("green", "★"),
+        JobStatus::Cancelled => ("yellow", "■"),
+        JobStatus::Failed => ("red", "✘"),
+        JobStatus::Unspecified | JobStatus::Pending | JobStatus::Running => ("cyan", " "),
     };
-    let (spinner, end) = match status {
-        JobStatus::Complete => ("{spinner:.green}", "★"),
-        JobStatus::Cancelled => ("{spinner:.yellow}", "■"),
-        JobStatus::Failed => ("{spinner:.red}", "✘"),
-        JobStatus::Unspecified | JobStatus::Pending | JobStatus::Running => ("{spinner:.cyan}", " "),
-    };
-    let template = format!("\n  {spinner} {{bar:40.{color}/238}} {{percent:>3.bold}} %  {{msg}}");
+    let template = format!("\n  {{spinner:.{color}}} {{bar:40.{color}/238}} {{percent:>3.bold}} %  {{msg}}");
     ProgressStyle::with_template(&template)
         .unwrap_or_else(|_| ProgressStyle::default_bar())
         .progress_chars("━╸─")

@@ -8,6 +8,7 @@ use std::{sync::Arc, time::Duration};
 use diesel_async::{AsyncPgConnection, RunQueryDsl, SimpleAsyncConnection as _};
 use futures_util::StreamExt as _;
 use tokio::sync::Notify;
+use tokio_util::sync::{CancellationToken, DropGuard};
 use uuid::Uuid;
 
 use super::Database;
@@ -39,6 +40,7 @@ impl Bell {
 pub struct Doorbell {
     log: Arc<Notify>,
     credentials: Arc<Notify>,
+    _alive: Arc<DropGuard>,
 }
 
 impl Doorbell {
@@ -47,19 +49,24 @@ impl Doorbell {
     /// begun anew, since some may have been missed.
     pub fn start(database: Database, heard: impl Fn(Bell) + Send + Sync + 'static) -> Self {
         let replica = Uuid::now_v7().simple().to_string();
-        let doorbell = Self { log: Arc::default(), credentials: Arc::default() };
+        let ended = CancellationToken::new();
+        let doorbell = Self {
+            log: Arc::default(),
+            credentials: Arc::default(),
+            _alive: Arc::new(ended.clone().drop_guard()),
+        };
         for (bell, due) in [(Bell::Log, &doorbell.log), (Bell::Credentials, &doorbell.credentials)] {
-            tokio::spawn(ring(database.clone(), Arc::downgrade(due), format!("{} {replica}", bell.label())));
+            let ringing = ring(database.clone(), Arc::clone(due), format!("{} {replica}", bell.label()));
+            tokio::spawn(ended.clone().run_until_cancelled_owned(ringing));
         }
-        let alive = Arc::downgrade(&doorbell.log);
-        tokio::spawn(async move {
-            while alive.strong_count() > 0 {
+        tokio::spawn(ended.run_until_cancelled_owned(async move {
+            loop {
                 if let Err(error) = listen(&database, &replica, &heard).await {
                     tracing::warn!(error = &error as &dyn std::error::Error, "cannot hear other replicas");
                 }
                 tokio::time::sleep(RECONNECT).await;
             }
-        });
+        }));
         doorbell
     }
 
@@ -73,15 +80,12 @@ impl Doorbell {
 }
 
 /// One notification at a time, the next carrying what has fallen due meanwhile.
-async fn ring(database: Database, due: std::sync::Weak<Notify>, payload: String) {
+async fn ring(database: Database, due: Arc<Notify>, payload: String) {
     diesel::define_sql_function! {
         fn pg_notify(channel: diesel::sql_types::Text, payload: diesel::sql_types::Text);
     }
-    while let Some(bell) = due.upgrade() {
-        // Looks up now and then whether anybody is left who may ring.
-        if tokio::time::timeout(Duration::from_secs(1), bell.notified()).await.is_err() {
-            continue;
-        }
+    loop {
+        due.notified().await;
         let notify = async {
             let mut connection = database.get().await?;
             diesel::select(pg_notify("milepost", &payload)).execute(&mut connection).await?;

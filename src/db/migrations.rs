@@ -224,7 +224,7 @@ mod tests {
 
     #[test]
     fn every_embedded_migration_has_a_version_that_sorts_as_text() {
-        let versions = known_versions().unwrap();
+        let versions = known_versions().expect("migrations");
         assert!(!versions.is_empty());
         assert!(
             versions.iter().all(|version| version.len() == 14 && version.bytes().all(|b| b.is_ascii_digit()))

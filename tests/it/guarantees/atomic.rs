@@ -33,7 +33,8 @@ async fn atomic_with_writers_on_two_replicas() {
     let mut watch = customer.clone().watch(&job).await;
     let writers: Vec<_> = (0..12)
         .map(|writer: usize| {
-            let mut caller = if writer % 2 == 0 { provider.clone() } else { replica.same(&provider) };
+            let mut caller =
+                if writer.is_multiple_of(2) { provider.clone() } else { replica.same(&provider) };
             let job = job.clone();
             tokio::spawn(async move {
                 for batch in 0..6 {
