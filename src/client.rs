@@ -68,6 +68,8 @@ impl Interceptor for Bearer {
     }
 }
 
+/// What is called when a watch is interrupted.
+type Tell = dyn FnMut(&Status, Duration) + Send;
 type Service = InterceptedService<Channel, Bearer>;
 
 impl Client {
@@ -137,7 +139,7 @@ pub struct Watch {
     /// In a row, without a message between them.
     failures: u32,
     ended: bool,
-    on_interruption: Box<dyn FnMut(&Status, Duration) + Send>,
+    on_interruption: Box<Tell>,
 }
 
 impl fmt::Debug for Watch {
