@@ -217,7 +217,7 @@ fn end_reason(message: &WatchEventsResponse) -> Option<WatchEndReason> {
 /// Whether the same call may well succeed later: the server is away or too
 /// busy, or the connection broke, which has a source and no status of the
 /// server's.
-fn is_transient(status: &Status) -> bool {
+pub fn is_transient(status: &Status) -> bool {
     match status.code() {
         Code::Unavailable | Code::ResourceExhausted | Code::DeadlineExceeded => true,
         Code::Unknown | Code::Internal | Code::Cancelled => std::error::Error::source(status).is_some(),

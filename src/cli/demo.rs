@@ -16,7 +16,7 @@ use super::{
     watch::{exit_code, follow},
 };
 use crate::{
-    client::Client,
+    client::{Client, is_transient},
     config::Config,
     db::embedded::Served,
     error::BoxError,
@@ -26,6 +26,9 @@ use crate::{
         get_job_request,
     },
 };
+
+/// How long the provider waits before it sends again what was not answered.
+const RETRY_PAUSE: Duration = Duration::from_millis(200);
 
 /// Where to play it, and how slowly.
 #[derive(Args, Clone, Debug)]
@@ -283,7 +286,13 @@ async fn provide(provider: &Client, job_id: &str, length: Duration) -> Result<()
             expected_sequence: None,
             events: vec![event],
         };
-        events.append_events(request).await.map_err(|status| refused(&status))?;
+        // Its id makes an event exist once, however often it is sent.
+        while let Err(status) = events.append_events(request.clone()).await {
+            if !is_transient(&status) {
+                return Err(refused(&status));
+            }
+            tokio::time::sleep(RETRY_PAUSE).await;
+        }
     }
     Ok(())
 }

@@ -49,7 +49,7 @@ impl Screen {
         let what = format!("{} {}", configuration.name, configuration.version);
         if self.bar.is_some() {
             self.print(&format!(
-                "\n  {}  {}\n",
+                "\n  {}  {}\n\n",
                 Style::new().bold().apply_to(clean(name)),
                 dim(&clean(&what))
             ))
