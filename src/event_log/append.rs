@@ -20,7 +20,7 @@ use std::{
     time::Duration,
 };
 
-use diesel_async::AsyncPgConnection;
+use diesel_async::{AsyncPgConnection, pooled_connection::PoolableConnection as _};
 use futures_util::future::try_join_all;
 use moka::sync::Cache;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
@@ -191,7 +191,8 @@ impl Task {
     }
 
     async fn try_round(&mut self, requests: &mut [Request]) -> Result<()> {
-        let mut connection = match self.connection.take() {
+        // One that broke while it was idle had nothing to lose.
+        let mut connection = match self.connection.take_if(|connection| !connection.is_broken()) {
             Some(connection) => connection,
             None => self.database.connect().await?,
         };

@@ -408,10 +408,11 @@ mod tests {
     #[test]
     fn names_of_any_length_are_quoted_shortly() {
         for nasty in ["x", "\u{1F9E0}"] {
-            let status = tonic::Status::from(Error::not_found(Resource::Job, nasty.repeat(100_000)));
+            let status = tonic::Status::from(Error::not_found(Resource::Job, &nasty.repeat(100_000)));
             let name = status.get_details_resource_info().expect("a ResourceInfo").resource_name;
             assert_eq!(name, format!("{}…", nasty.repeat(ERROR_QUOTE_CHARS)));
-            let short = tonic::Status::from(Error::not_found(Resource::Job, nasty.repeat(ERROR_QUOTE_CHARS)));
+            let short =
+                tonic::Status::from(Error::not_found(Resource::Job, &nasty.repeat(ERROR_QUOTE_CHARS)));
             let name = short.get_details_resource_info().expect("a ResourceInfo").resource_name;
             assert_eq!(name, nasty.repeat(ERROR_QUOTE_CHARS));
         }

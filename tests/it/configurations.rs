@@ -188,7 +188,7 @@ async fn a_version_is_strict_semver() {
         assert_violations(answer, &["version"]);
     }
     assert_eq!(server.count("job_configurations").await, 0);
-    let huge = format!("{}.0.0", "9".repeat(200));
+    let huge = format!("{}.0.0", u64::MAX);
     for version in ["0.0.0", "1.0.0-alpha.1+build.01", huge.as_str()] {
         let answer = provider.configurations.register_job_configuration(registration(version, &[])).await;
         assert!(answer.is_ok(), "{version}: {answer:?}");

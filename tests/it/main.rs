@@ -12,6 +12,7 @@
 mod auth;
 mod configurations;
 mod errors;
+mod guarantees;
 mod idempotency;
 mod interop;
 mod jobs;

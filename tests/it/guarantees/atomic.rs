@@ -38,8 +38,7 @@ async fn atomic_with_writers_on_two_replicas() {
             tokio::spawn(async move {
                 for batch in 0..6 {
                     let count = 1 + (writer * 7 + batch * 13) % 40;
-                    let events =
-                        (0..count).map(|index| info(&format!("{writer}-{batch}/{index}/{count}")));
+                    let events = (0..count).map(|index| info(&format!("{writer}-{batch}/{index}/{count}")));
                     caller.append(&job, events).await;
                 }
             })

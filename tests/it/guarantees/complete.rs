@@ -3,7 +3,9 @@
 
 use std::time::{Duration, Instant};
 
-use milepost::pb::{self, Event, watch_events_request::Scope, watch_events_request::Start, watch_events_response::Message};
+use milepost::pb::{
+    self, Event, watch_events_request::Scope, watch_events_request::Start, watch_events_response::Message,
+};
 use prost_types::{Value, value::Kind};
 
 use super::{assert_gap_free, by_job};

@@ -17,10 +17,17 @@ async fn deterministic_for_whoever_watches_lists_or_appends() {
     });
     let live = futures_util::future::join_all(live).await;
     let mut told = Vec::new();
-    for (n, event) in
-        [step("load"), error("hm"), info("retrying"), step("load"), step("segment"), step("report"), complete()]
-            .into_iter()
-            .enumerate()
+    for (n, event) in [
+        step("load"),
+        error("hm"),
+        info("retrying"),
+        step("load"),
+        step("segment"),
+        step("report"),
+        complete(),
+    ]
+    .into_iter()
+    .enumerate()
     {
         let mut caller = if n % 2 == 0 { provider.clone() } else { replica.same(&provider) };
         told.extend(caller.append(&job, [event]).await);

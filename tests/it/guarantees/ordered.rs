@@ -66,8 +66,7 @@ async fn an_expected_sequence_lets_one_of_several_writers_through() {
             match answer {
                 Ok(_) => through += 1,
                 refused => {
-                    let refusal =
-                        assert_refused(refused, Code::Aborted, ErrorReason::SequenceMismatch);
+                    let refusal = assert_refused(refused, Code::Aborted, ErrorReason::SequenceMismatch);
                     assert_eq!(refusal.metadata["last_sequence"], (round * 2 + 2).to_string());
                 }
             }

@@ -51,7 +51,9 @@ async fn resumable_after_every_sequence_of_a_job() {
         provider.append(&job, [info(&format!("{n}"))]).await;
     }
     let log = provider.list(&job).await;
-    for (after, mut user) in (0..=log.len()).flat_map(|n| [(n, customer.clone()), (n, replica.same(&customer))]) {
+    for (after, mut user) in
+        (0..=log.len()).flat_map(|n| [(n, customer.clone()), (n, replica.same(&customer))])
+    {
         let start = Some(Start::AfterSequence(i64::try_from(after).unwrap()));
         let mut stream = user.watch_from(&job, start).await;
         let (past, caught_up) = stream.caught_up().await;
@@ -102,8 +104,11 @@ async fn resumable_from_every_token_of_every_scope_and_filter_on_either_replica(
     }
     for (request, seen) in requests.iter().zip(&seen) {
         for (index, (token, _)) in seen.iter().enumerate() {
-            let rest: Vec<&Event> =
-                seen[index + 1..].iter().filter(|(other, _)| other != token).map(|(_, event)| event).collect();
+            let rest: Vec<&Event> = seen[index + 1..]
+                .iter()
+                .filter(|(other, _)| other != token)
+                .map(|(_, event)| event)
+                .collect();
             let mut request = request.clone();
             request.start = Some(Start::ResumeToken(token.clone()));
             let mut user = if index % 2 == 0 { customer.clone() } else { replica.same(&customer) };

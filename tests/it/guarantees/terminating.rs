@@ -30,7 +30,8 @@ async fn terminating_while_watched_on_either_replica() {
             assert!(!provider.close(&job).await.unwrap().existed);
         }
         let late = [here.watch(&job).await, there.watch(&job).await];
-        for (watch, past) in watches.into_iter().map(|watch| (watch, None)).chain(late.map(|w| (w, Some(count))))
+        for (watch, past) in
+            watches.into_iter().map(|watch| (watch, None)).chain(late.map(|w| (w, Some(count))))
         {
             let film = watch.film().await;
             assert_eq!(film.end.reason(), WatchEndReason::JobClosed);

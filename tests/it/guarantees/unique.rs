@@ -60,7 +60,8 @@ async fn unique_when_every_batch_of_a_closed_job_is_sent_again() {
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 10), ("report", 5)]).await;
     let job = provider.job(&customer).await;
-    let mut batches: Vec<Vec<NewEvent>> = (0..20).map(|n| vec![info(&format!("{n}")), step("load")]).collect();
+    let mut batches: Vec<Vec<NewEvent>> =
+        (0..20).map(|n| vec![info(&format!("{n}")), step("load")]).collect();
     batches.push(vec![step("report"), complete()]);
     let mut answers = Vec::new();
     for batch in &batches {

@@ -53,12 +53,18 @@ pub struct Caller {
 #[derive(Clone, Debug)]
 pub struct Clients {
     pub channel: Channel,
+    endpoint: Endpoint,
 }
 
 impl Clients {
     pub fn of(address: SocketAddr) -> Self {
         let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
-        Self { channel: endpoint.connect_lazy() }
+        Self { channel: endpoint.connect_lazy(), endpoint }
+    }
+
+    /// Of the same server, over a connection of their own.
+    pub fn other_clients(&self) -> Self {
+        Self { channel: self.endpoint.connect_lazy(), endpoint: self.endpoint.clone() }
     }
 
     pub fn anonymous(&self) -> Caller {

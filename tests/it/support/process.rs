@@ -5,6 +5,7 @@ use std::{
     net::{SocketAddr, TcpListener},
     ops::Deref,
     process::{ExitStatus, Stdio},
+    time::Duration,
 };
 
 use tokio::{
@@ -12,7 +13,11 @@ use tokio::{
     process::{Child, Command},
 };
 
-use super::{Clients, temporary::TemporaryFolder, within_patience};
+use milepost::pb::LogInRequest;
+use tonic::Code;
+use tonic_types::StatusExt as _;
+
+use super::{Clients, PASSWORD, temporary::TemporaryFolder, within_patience};
 
 /// A server that can be killed. It is gone, and its database with it, when it
 /// is dropped and when this process dies.
@@ -54,11 +59,52 @@ impl ServerProcess {
         self.child.kill().await.unwrap();
     }
 
-    /// SIGKILL to its Postgres.
+    /// SIGKILL to its Postgres. Returns when nothing of it can answer any more:
+    /// its children outlive it by a moment.
     pub async fn kill_postgres(&self) {
         let file = self.folder.path().join("cluster/data/postmaster.pid");
         let text = fs::read_to_string(file).unwrap();
-        signal("KILL", text.lines().next().unwrap()).await;
+        let pid = text.lines().next().unwrap();
+        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+        signal("KILL", pid).await;
+        within_patience("the end of Postgres", async {
+            while children.split_whitespace().any(runs) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        })
+        .await;
+    }
+
+    /// Waits until it answers calls that need its database, asking again when it
+    /// says so.
+    pub async fn ready(&self) {
+        let nobody = LogInRequest { email: "nobody@example.com".to_owned(), password: PASSWORD.to_owned() };
+        within_patience("the database to be back", async {
+            loop {
+                match self.anonymous().auth.log_in(nobody.clone()).await {
+                    Err(status) if status.code() == Code::Unavailable => {
+                        let retry = status.get_details_retry_info().and_then(|info| info.retry_delay);
+                        tokio::time::sleep(retry.unwrap_or_default()).await;
+                    }
+                    _ => break,
+                }
+            }
+        })
+        .await;
+    }
+
+    /// What the binary says that refuses to serve this database.
+    pub async fn refused_on(database_url: &str) -> String {
+        let serving = Command::new(env!("CARGO_BIN_EXE_milepost"))
+            .arg("serve")
+            .env("DATABASE_URL", database_url)
+            .env("MILEPOST_LISTEN", "127.0.0.1:0")
+            .stdin(Stdio::null())
+            .kill_on_drop(true)
+            .output();
+        let output = within_patience("a refusal", serving).await.unwrap();
+        assert!(!output.status.success());
+        String::from_utf8(output.stderr).unwrap()
     }
 
     /// SIGTERM, without waiting for what follows.
@@ -70,6 +116,12 @@ impl ServerProcess {
     pub async fn exit(&mut self) -> ExitStatus {
         within_patience("the server's exit", self.child.wait()).await.unwrap()
     }
+}
+
+/// Whether a process is there and is no mere zombie.
+fn runs(pid: &str) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    status.lines().any(|line| line.starts_with("State:") && !line.contains('Z'))
 }
 
 async fn signal(name: &str, pid: &str) {
