@@ -68,6 +68,8 @@ impl Interceptor for Bearer {
     }
 }
 
+/// What is called when a watch is interrupted.
+type Tell = dyn FnMut(&Status, Duration) + Send;
 type Service = InterceptedService<Channel, Bearer>;
 
 impl Client {
@@ -129,9 +131,6 @@ impl Client {
     }
 }
 
-/// What is told of each interruption: its status, and the pause that follows.
-type OnInterruption = Box<dyn FnMut(&Status, Duration) + Send>;
-
 /// See [`Client::watch`].
 pub struct Watch {
     events: EventServiceClient<Service>,
@@ -140,7 +139,7 @@ pub struct Watch {
     /// In a row, without a message between them.
     failures: u32,
     ended: bool,
-    on_interruption: OnInterruption,
+    on_interruption: Box<Tell>,
 }
 
 impl fmt::Debug for Watch {
@@ -218,7 +217,7 @@ fn end_reason(message: &WatchEventsResponse) -> Option<WatchEndReason> {
 /// Whether the same call may well succeed later: the server is away or too
 /// busy, or the connection broke, which has a source and no status of the
 /// server's.
-fn is_transient(status: &Status) -> bool {
+pub fn is_transient(status: &Status) -> bool {
     match status.code() {
         Code::Unavailable | Code::ResourceExhausted | Code::DeadlineExceeded => true,
         Code::Unknown | Code::Internal | Code::Cancelled => std::error::Error::source(status).is_some(),

@@ -155,7 +155,7 @@ pub struct TelemetryConfig {
     pub log_format: LogFormat,
 
     /// What is logged: error, warn, info, debug or trace, also by target, such as
-    /// info,milepost::server=warn [default: info; warn for watch and demo]
+    /// info,milepost::server=warn [default: info to serve, warn or error for the other commands]
     #[arg(long, env = "MILEPOST_LOG_LEVEL", value_name = "FILTER", global = true)]
     pub log_level: Option<String>,
 }

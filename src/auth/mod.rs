@@ -1,10 +1,10 @@
 //! A secret becomes a caller, and a signal of its end.
 //!
 //! A credential is looked up once and then remembered; one task asks the
-//! database every [`CONFIRM_EVERY`] which of those in use are still good, so
+//! database every second or two which of those in use are still good, so
 //! that a call costs no query and an end that another replica or an operator
 //! brought about is known everywhere within
-//! [`CREDENTIAL_CONFIRMED_WITHIN`](crate::limits::CREDENTIAL_CONFIRMED_WITHIN).
+//! [`CREDENTIAL_CONFIRMED_WITHIN`].
 //! What ends here ends at once, see [`Auth::end`].
 
 mod cache;

@@ -11,12 +11,12 @@ use uuid::Uuid;
 
 use super::{
     database::data_dir,
-    refused,
+    refused, say,
     serve::{Server, bind},
     watch::{exit_code, follow},
 };
 use crate::{
-    client::Client,
+    client::{Client, is_transient},
     config::Config,
     db::embedded::Served,
     error::BoxError,
@@ -26,6 +26,9 @@ use crate::{
         get_job_request,
     },
 };
+
+/// How long the provider waits before it sends again what was not answered.
+const RETRY_PAUSE: Duration = Duration::from_millis(200);
 
 /// Where to play it, and how slowly.
 #[derive(Args, Clone, Debug)]
@@ -68,7 +71,7 @@ impl Demo {
                 Served::No => {}
             }
         }
-        println!("  {}", style("starting a server of its own …").dim());
+        say(&format!("  {}", style("starting a server of its own …").dim()))?;
         let server = Server::start(&self.config, self.listen().await?).await?;
         Ok((server.address.to_string(), Some(server)))
     }
@@ -95,23 +98,23 @@ impl Demo {
         let job_id = create_job(&provider.client, &customer.id).await?;
 
         let whose = if own { "its own, for as long as the demo lasts" } else { "found running" };
-        println!();
+        say("")?;
         for (what, value, more) in [
             ("server", address, whose),
             ("provider", &provider.email, "registers a configuration, creates a job, appends events"),
             ("customer", &customer.email, "watches; what follows is what they see"),
         ] {
-            println!("  {}  {value}  {}", style(format!("{what:<8}")).cyan(), style(more).dim());
+            say(&format!("  {}  {value}  {}", style(format!("{what:<8}")).cyan(), style(more).dim()))?;
         }
 
         let watched = follow(&customer.client, get_job_request::Job::JobId(job_id.clone()));
         let provided = provide(&provider.client, &job_id, Duration::from_secs(self.seconds.into()));
         let (status, ()) = tokio::try_join!(watched, provided)?;
-        println!(
+        say(&format!(
             "\n  {}\n  {}\n",
             style("Every event above was durable in Postgres before it was sent.").dim(),
             style("Next: start `milepost`, and follow the tour in README.md.").dim(),
-        );
+        ))?;
         Ok(exit_code(status))
     }
 }
@@ -283,7 +286,13 @@ async fn provide(provider: &Client, job_id: &str, length: Duration) -> Result<()
             expected_sequence: None,
             events: vec![event],
         };
-        events.append_events(request).await.map_err(|status| refused(&status))?;
+        // Its id makes an event exist once, however often it is sent.
+        while let Err(status) = events.append_events(request.clone()).await {
+            if !is_transient(&status) {
+                return Err(refused(&status));
+            }
+            tokio::time::sleep(RETRY_PAUSE).await;
+        }
     }
     Ok(())
 }

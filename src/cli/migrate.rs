@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 
-use super::database::OpenDatabase;
+use super::{database::OpenDatabase, say};
 use crate::{config::DatabaseConfig, db::migrations, error::BoxError};
 
 /// Applies what is missing, or takes back what was applied last.
@@ -29,10 +29,10 @@ impl Migrate {
         let done = done?;
         let verb = if self.revert.is_some() { "reverted" } else { "applied" };
         for version in &done {
-            println!("{verb} {version}");
+            say(&format!("{verb} {version}"))?;
         }
         if done.is_empty() {
-            println!("nothing to do");
+            say("nothing to do")?;
         }
         Ok(ExitCode::SUCCESS)
     }

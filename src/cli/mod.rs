@@ -8,7 +8,11 @@ mod serve;
 mod user;
 mod watch;
 
-use std::{error::Error as StdError, process::ExitCode};
+use std::{
+    error::Error as StdError,
+    io::{self, Write as _},
+    process::ExitCode,
+};
 
 use clap::{Parser, Subcommand};
 use tonic::Status;
@@ -54,7 +58,9 @@ pub async fn run(cli: Cli) -> Result<ExitCode, BoxError> {
     let command = cli.command.unwrap_or(Command::Serve(cli.serve));
     let quiet = match &command {
         Command::Serve(_) => "info",
-        Command::Migrate(_) | Command::User(_) | Command::Watch(_) | Command::Demo(_) => "warn",
+        Command::Migrate(_) | Command::User(_) | Command::Watch(_) => "warn",
+        // What its own server says while it stops would spoil the picture.
+        Command::Demo(_) => "error",
     };
     telemetry::init(cli.telemetry.log_format, cli.telemetry.log_level.as_deref().unwrap_or(quiet))?;
     match command {
@@ -80,6 +86,12 @@ pub fn one_line(error: &(dyn StdError + 'static)) -> String {
         cause = error.source();
     }
     line.replace('\n', " ")
+}
+
+/// Prints a line. An error where nobody reads it any more, so that whoever
+/// prints without end comes to one.
+fn say(line: &str) -> io::Result<()> {
+    writeln!(io::stdout(), "{line}")
 }
 
 /// What a server refused, in its words.

@@ -3,6 +3,7 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
+    io,
     time::Duration,
 };
 
@@ -11,6 +12,7 @@ use console::{Color, Style, Term};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use prost_types::{Timestamp, value::Kind};
 
+use super::say;
 use crate::pb::{Event, EventKind, Job, JobConfiguration, JobState, JobStatus, Progress};
 
 /// Where a job is shown.
@@ -41,23 +43,23 @@ impl Screen {
     }
 
     /// What job it is, above everything.
-    pub(super) fn title(&self, job: &Job, configuration: &JobConfiguration) {
+    pub(super) fn title(&self, job: &Job, configuration: &JobConfiguration) -> io::Result<()> {
         let name =
             if job.provider_job_name.is_empty() { &job.provider_job_id } else { &job.provider_job_name };
         let what = format!("{} {}", configuration.name, configuration.version);
         if self.bar.is_some() {
             self.print(&format!(
-                "\n  {}  {}\n",
+                "\n  {}  {}\n\n",
                 Style::new().bold().apply_to(clean(name)),
                 dim(&clean(&what))
-            ));
+            ))
         } else {
-            self.print(&format!("{}: {} ({})", job.id, clean(name), clean(&what)));
+            self.print(&format!("{}: {} ({})", job.id, clean(name), clean(&what)))
         }
     }
 
     /// One more event.
-    pub(super) fn event(&mut self, event: &Event) {
+    pub(super) fn event(&mut self, event: &Event) -> io::Result<()> {
         if event.kind() == EventKind::Step {
             self.done.insert(event.step_tag.clone());
         }
@@ -68,8 +70,9 @@ impl Screen {
                 bar.set_style(bar_style(event.status()));
                 bar.set_position(percent(progress));
                 bar.set_message(self.message(event.status(), progress));
+                Ok(())
             }
-            None => println!("{}", self.plain_line(event, progress)),
+            None => say(&self.plain_line(event, progress)),
         }
     }
 
@@ -97,7 +100,7 @@ impl Screen {
     }
 
     /// How it ended.
-    pub(super) fn end(&self, state: &JobState) {
+    pub(super) fn end(&self, state: &JobState) -> io::Result<()> {
         let progress = state.progress.unwrap_or_default();
         let events = state.last_sequence;
         let line = format!("{} at {} % after {events} events", status_name(state.status()), progress.percent);
@@ -106,16 +109,19 @@ impl Screen {
                 bar.set_style(bar_style(state.status()));
                 bar.set_position(percent(progress));
                 bar.finish_with_message(self.message(state.status(), progress));
-                println!();
+                say("")
             }
-            None => println!("{line}"),
+            None => say(&line),
         }
     }
 
-    fn print(&self, line: &str) {
+    fn print(&self, line: &str) -> io::Result<()> {
         match &self.bar {
-            Some(bar) => bar.println(line),
-            None => println!("{line}"),
+            Some(bar) => {
+                bar.println(line);
+                Ok(())
+            }
+            None => say(line),
         }
     }
 
@@ -225,10 +231,10 @@ fn color(status: JobStatus) -> Color {
 
 fn bar_style(status: JobStatus) -> ProgressStyle {
     let (color, end) = match status {
+        JobStatus::Unspecified | JobStatus::Pending | JobStatus::Running => ("cyan", " "),
+        JobStatus::Failed => ("red", "✘"),
         JobStatus::Complete => ("green", "★"),
         JobStatus::Cancelled => ("yellow", "■"),
-        JobStatus::Failed => ("red", "✘"),
-        JobStatus::Unspecified | JobStatus::Pending | JobStatus::Running => ("cyan", " "),
     };
     let template = format!("\n  {{spinner:.{color}}} {{bar:40.{color}/238}} {{percent:>3.bold}} %  {{msg}}");
     ProgressStyle::with_template(&template)

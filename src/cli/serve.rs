@@ -1,6 +1,6 @@
 //! `milepost serve`, and a server that other commands run beside themselves.
 
-use std::{io::Write as _, net::SocketAddr, process::ExitCode, time::Duration};
+use std::{net::SocketAddr, process::ExitCode, time::Duration};
 
 use tokio::{
     net::TcpListener,
@@ -9,7 +9,10 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::database::{OpenDatabase, data_dir};
+use super::{
+    database::{OpenDatabase, data_dir},
+    say,
+};
 use crate::{
     auth::AuthSettings,
     config::{AuthConfig, Config, ServerConfig},
@@ -32,7 +35,7 @@ pub(super) async fn run(config: &Config) -> Result<ExitCode, BoxError> {
         None => data_dir(&config.database).await?.display().to_string(),
     };
     // Whether anybody reads it is their affair.
-    let _unread = writeln!(std::io::stdout(), "milepost listens on {}, its data in {data}", server.address);
+    let _unread = say(&format!("milepost listens on {}, its data in {data}", server.address));
     server.until(&mut terminate, &mut interrupt).await;
     server.stop().await?;
     Ok(ExitCode::SUCCESS)

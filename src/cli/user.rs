@@ -8,7 +8,7 @@ use std::{
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::database::OpenDatabase;
+use super::{database::OpenDatabase, say};
 use crate::{
     auth::Passwords,
     config::{BcryptConfig, DatabaseConfig},
@@ -118,7 +118,7 @@ impl User {
                 (user.change(async |conn| Ok(UserRow::disable(conn, &email).await?)).await?, "disabled")
             }
         };
-        println!("{} {} {done}", user.id, user.email);
+        say(&format!("{} {} {done}", user.id, user.email))?;
         Ok(ExitCode::SUCCESS)
     }
 }

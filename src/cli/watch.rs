@@ -73,7 +73,7 @@ pub(super) async fn follow(client: &Client, job: get_job_request::Job) -> Result
     let job = answer.job.unwrap_or_default();
     let configuration = answer.job_configuration.unwrap_or_default();
     let mut screen = Screen::new(&configuration);
-    screen.title(&job, &configuration);
+    screen.title(&job, &configuration)?;
 
     let request = WatchEventsRequest { scope: Some(Scope::JobId(job.id)), ..WatchEventsRequest::default() };
     let mut tell = screen.teller();
@@ -81,11 +81,15 @@ pub(super) async fn follow(client: &Client, job: get_job_request::Job) -> Result
     let mut last = job.status;
     while let Some(message) = watch.next().await.map_err(|status| refused(&status))? {
         match message.message {
-            Some(Message::Events(events)) => events.events.iter().for_each(|event| screen.event(event)),
+            Some(Message::Events(events)) => {
+                for event in &events.events {
+                    screen.event(event)?;
+                }
+            }
             Some(Message::CaughtUp(caught_up)) => screen.caught_up(&caught_up.job.unwrap_or_default()),
             Some(Message::End(end)) => {
                 let state = end.job.unwrap_or_default();
-                screen.end(&state);
+                screen.end(&state)?;
                 last = state.status;
             }
             Some(Message::Heartbeat(_)) | None => {}

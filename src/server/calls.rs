@@ -203,3 +203,98 @@ impl http_body::Body for CallBody {
         self.inner.size_hint()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tonic::server::NamedService;
+    use tower::ServiceExt as _;
+
+    use super::*;
+
+    /// Does what its request's path says.
+    #[derive(Clone)]
+    struct Fake;
+
+    impl NamedService for Fake {
+        const NAME: &'static str = "grpc.Fake";
+    }
+
+    impl Service<Request<Body>> for Fake {
+        type Response = Response<Body>;
+        type Error = Infallible;
+        type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
+
+        fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn call(&mut self, request: Request<Body>) -> Self::Future {
+            Box::pin(async move {
+                match request.uri().path() {
+                    "/grpc.Fake/Panic" => panic!("in the handler"),
+                    "/grpc.Fake/Hang" => std::future::pending().await,
+                    path => {
+                        Ok(Response::new(Body::new(FakeBody { panics: path == "/grpc.Fake/PanicLater" })))
+                    }
+                }
+            })
+        }
+    }
+
+    /// Never ends, unless it panics.
+    struct FakeBody {
+        panics: bool,
+    }
+
+    impl http_body::Body for FakeBody {
+        type Data = Bytes;
+        type Error = Status;
+
+        fn poll_frame(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+            assert!(!self.panics, "in the stream");
+            Poll::Pending
+        }
+    }
+
+    async fn call(path: &str, draining: &CancellationToken) -> Response<Body> {
+        let calls = Calls::new(Routes::new(Fake), Duration::from_millis(50), draining.clone());
+        let request = Request::builder().uri(path).body(Body::empty()).unwrap();
+        calls.oneshot(request).await.unwrap()
+    }
+
+    async fn trailers_code(mut response: Response<Body>) -> Code {
+        let body = response.body_mut();
+        let frame = std::future::poll_fn(|cx| http_body::Body::poll_frame(Pin::new(&mut *body), cx)).await;
+        Status::from_header_map(frame.unwrap().unwrap().trailers_ref().unwrap()).unwrap().code()
+    }
+
+    #[tokio::test]
+    async fn a_handler_that_panics_is_an_internal_error() {
+        let response = call("/grpc.Fake/Panic", &CancellationToken::new()).await;
+        assert_eq!(Status::from_header_map(response.headers()).unwrap().code(), Code::Internal);
+        assert!(response.headers().contains_key("x-request-id"));
+    }
+
+    #[tokio::test]
+    async fn a_handler_that_takes_too_long_is_past_its_deadline() {
+        let response = call("/grpc.Fake/Hang", &CancellationToken::new()).await;
+        assert_eq!(Status::from_header_map(response.headers()).unwrap().code(), Code::DeadlineExceeded);
+    }
+
+    #[tokio::test]
+    async fn a_stream_that_panics_ends_with_an_internal_error() {
+        let response = call("/grpc.Fake/PanicLater", &CancellationToken::new()).await;
+        assert_eq!(trailers_code(response).await, Code::Internal);
+    }
+
+    #[tokio::test]
+    async fn a_stream_of_the_infrastructure_ends_when_the_server_drains() {
+        let draining = CancellationToken::new();
+        let response = call("/grpc.Fake/Watch", &draining).await;
+        draining.cancel();
+        assert_eq!(trailers_code(response).await, Code::Unavailable);
+    }
+}

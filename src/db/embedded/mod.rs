@@ -311,8 +311,10 @@ impl Embedded {
             // Children of a Postgres that was killed hold on to its memory for
             // a moment.
             if Instant::now() > give_up_at {
-                let said = last_line(&log).unwrap_or_else(|| output.status.to_string());
-                return Err(EmbeddedError::Command { command: "pg_ctl start", said });
+                return Err(last_line(&log).map_or_else(
+                    || complaint("pg_ctl start", &output),
+                    |said| EmbeddedError::Command { command: "pg_ctl start", said },
+                ));
             }
             tokio::time::sleep(LOOK_INTERVAL).await;
         }

@@ -29,13 +29,13 @@ pub struct NewJobConfiguration {
 /// A step of a version to register.
 #[derive(Clone, Debug)]
 pub struct NewStepConfiguration {
-    /// See [`StepConfiguration::tag`].
+    /// See [`super::StepConfiguration::tag`].
     pub tag: String,
-    /// See [`StepConfiguration::name`].
+    /// See [`super::StepConfiguration::name`].
     pub name: String,
-    /// See [`StepConfiguration::points`].
+    /// See [`super::StepConfiguration::points`].
     pub points: i32,
-    /// See [`StepConfiguration::metadata`].
+    /// See [`super::StepConfiguration::metadata`].
     pub metadata: Vec<MetadataConfiguration>,
 }
 
