@@ -101,7 +101,7 @@ impl Demo {
         say("")?;
         for (what, value, more) in [
             ("server", address, whose),
-            ("provider", &provider.email, "registers a configuration, creates a job, appends events"),
+            ("provider", &provider.email, "creates a job and appends its events"),
             ("customer", &customer.email, "watches; what follows is what they see"),
         ] {
             say(&format!("  {}  {value}  {}", style(format!("{what:<8}")).cyan(), style(more).dim()))?;
