@@ -5,14 +5,14 @@
 
 use std::{sync::Arc, time::Duration};
 
-use diesel_async::{AsyncPgConnection, RunQueryDsl, SimpleAsyncConnection as _};
+use diesel_async::{RunQueryDsl, SimpleAsyncConnection as _};
 use futures_util::StreamExt as _;
 use tokio::sync::Notify;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use uuid::Uuid;
 
 use super::Database;
-use crate::error::{Error, Result};
+use crate::error::Error;
 
 /// Pause before the connection that listens is made anew.
 const RECONNECT: Duration = Duration::from_millis(250);
@@ -60,8 +60,11 @@ impl Doorbell {
             tokio::spawn(ended.clone().run_until_cancelled_owned(ringing));
         }
         tokio::spawn(ended.run_until_cancelled_owned(async move {
+            let mut hears = true;
             loop {
-                if let Err(error) = listen(&database, &replica, &heard).await {
+                // Told once, not at every attempt.
+                let error = listen(&database, &replica, &heard, &mut hears).await;
+                if std::mem::take(&mut hears) {
                     tracing::warn!(error = &error as &dyn std::error::Error, "cannot hear other replicas");
                 }
                 tokio::time::sleep(RECONNECT).await;
@@ -98,15 +101,24 @@ async fn ring(database: Database, due: Arc<Notify>, payload: String) {
     }
 }
 
-/// Returns when the connection breaks.
-async fn listen(database: &Database, replica: &str, heard: &impl Fn(Bell)) -> Result<()> {
-    let mut connection: AsyncPgConnection = database.connect().await?;
-    connection.batch_execute("LISTEN milepost").await?;
+/// Returns why the connection could not be made, or broke.
+async fn listen(database: &Database, replica: &str, heard: &impl Fn(Bell), hears: &mut bool) -> Error {
+    let mut connection = match database.connect().await {
+        Ok(connection) => connection,
+        Err(error) => return error,
+    };
+    if let Err(error) = connection.batch_execute("LISTEN milepost").await {
+        return error.into();
+    }
+    *hears = true;
     heard(Bell::Log);
     heard(Bell::Credentials);
     let mut notifications = std::pin::pin!(connection.notifications_stream());
     while let Some(notification) = notifications.next().await {
-        let payload = notification?.payload;
+        let payload = match notification {
+            Ok(notification) => notification.payload,
+            Err(error) => return error.into(),
+        };
         match payload.split_once(' ') {
             Some((_, from)) if from == replica => {}
             Some(("log", _)) => heard(Bell::Log),
@@ -115,5 +127,5 @@ async fn listen(database: &Database, replica: &str, heard: &impl Fn(Bell)) -> Re
             _ => {}
         }
     }
-    Ok(())
+    Error::unavailable("the connection was closed")
 }

@@ -62,9 +62,16 @@ impl Tail {
         let tail = Arc::new(Self { inner: Mutex::new(inner), bell: Notify::new(), database, directory });
         let reader = Arc::downgrade(&tail);
         tokio::spawn(async move {
+            let mut reads = true;
             while let Some(tail) = reader.upgrade() {
-                if let Err(error) = tail.catch_up().await {
-                    tracing::warn!(error = &error as &dyn std::error::Error, "cannot read the log");
+                match tail.catch_up().await {
+                    Ok(()) => reads = true,
+                    // Told once, not at every look.
+                    Err(error) => {
+                        if std::mem::take(&mut reads) {
+                            tracing::warn!(error = &error as &dyn std::error::Error, "cannot read the log");
+                        }
+                    }
                 }
                 // A bell that rang meanwhile is kept.
                 let _ = tokio::time::timeout(SWEEP, tail.bell.notified()).await;
@@ -111,8 +118,7 @@ impl Tail {
     /// Reads from the head to the log's end.
     async fn catch_up(&self) -> Result<()> {
         let at = Instant::now();
-        let mut connection = self.database.get().await?;
-        let end = log_position(&mut connection).await?;
+        let end = log_position(&mut *self.database.get().await?).await?;
         loop {
             let head = {
                 let mut inner = self.lock();
@@ -122,7 +128,7 @@ impl Tail {
                 }
                 inner.head
             };
-            let rows = Event::list_of_log(&mut connection, head, end, PAGE).await?;
+            let rows = Event::list_of_log(&mut *self.database.get().await?, head, end, PAGE).await?;
             let whole = i64::try_from(rows.len()).is_ok_and(|read| read < PAGE);
             let events = log_events(&self.directory, rows).await?;
             let mut inner = self.lock();

@@ -10,6 +10,7 @@
 )]
 
 mod auth;
+mod cli;
 mod configurations;
 mod errors;
 mod guarantees;

@@ -16,6 +16,7 @@ pub use events::{complete, error, info, metadata, named, noted, step};
 pub use process::ServerProcess;
 pub use refused::{assert_refused, assert_violations};
 pub use server::TestServer;
+pub use temporary::TemporaryFolder;
 pub use watch::Watch;
 
 use std::{fmt::Display, time::Duration};

@@ -54,6 +54,11 @@ impl ServerProcess {
         self.child = serve(self.address, &mut self.folder).await;
     }
 
+    /// Where its data are.
+    pub fn data_dir(&self) -> std::path::PathBuf {
+        self.folder.path().to_owned()
+    }
+
     /// SIGKILL: nothing is closed, flushed or told.
     pub async fn kill(&mut self) {
         self.child.kill().await.unwrap();

@@ -1,0 +1,111 @@
+//! The commands that a person runs.
+
+use std::process::{Output, Stdio};
+
+use milepost::pb::NewEvent;
+use tokio::{
+    io::{AsyncBufReadExt as _, BufReader},
+    process::Command,
+};
+
+use crate::support::{ServerProcess, TemporaryFolder, complete, info, named, step, within_patience};
+
+fn milepost(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_milepost"));
+    command.args(arguments).env_remove("DATABASE_URL").stdin(Stdio::null()).kill_on_drop(true);
+    command
+}
+
+async fn output(mut command: Command) -> (i32, String) {
+    let Output { status, stdout, stderr } =
+        within_patience("the command's end", command.output()).await.unwrap();
+    let text = [stdout, stderr].map(|bytes| String::from_utf8(bytes).unwrap()).concat();
+    (status.code().unwrap(), text)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_demo_ends_in_a_watched_completed_job() {
+    let folder = TemporaryFolder::new();
+    let mut command = milepost(&["demo", "--seconds", "1"]);
+    command.env("MILEPOST_DATA_DIR", folder.path());
+    let (code, text) = output(command).await;
+    assert_eq!(code, 0, "{text}");
+    for line in ["Load the slice", "Segment the lungs", "Analysis complete", "100 %"] {
+        assert!(text.contains(line), "{line} in {text}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_watch_survives_a_restart_of_the_server_and_tells_how_the_job_ended() {
+    let mut server = ServerProcess::start().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[("load", 1), ("report", 3)]).await;
+    for (last, expected) in [(Some(complete()), 0), (None, 2)] {
+        let job = provider.job(&customer).await;
+        let named = |event: NewEvent, name: &str| named(event, format!("{name} {}", job.id));
+        provider.append(&job, [named(step("load"), "first")]).await;
+        let mut watch = milepost(&["watch", &job.id, "--server", &server.address.to_string()])
+            .env("MILEPOST_API_KEY", &customer.key_secret)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(watch.stdout.take().unwrap()).lines();
+        let mut seen = Vec::new();
+        while !seen.iter().any(|line: &String| line.contains("first")) {
+            seen.push(within_patience("a line", lines.next_line()).await.unwrap().expect("it goes on"));
+        }
+        server.kill().await;
+        server.restart().await;
+        provider = server.other_clients().same(&provider);
+        provider.append(&job, [named(info("x"), "second")]).await;
+        match last {
+            Some(event) => drop(provider.append(&job, [event]).await),
+            None => drop(provider.close(&job).await.unwrap()),
+        }
+        while let Some(line) = within_patience("a line", lines.next_line()).await.unwrap() {
+            seen.push(line);
+        }
+        let status = within_patience("the watch's end", watch.wait()).await.unwrap();
+        assert_eq!(status.code(), Some(expected), "{seen:?}");
+        for name in ["first", "second"] {
+            assert_eq!(seen.iter().filter(|line| line.contains(name)).count(), 1, "{name} in {seen:?}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operator_creates_renews_and_disables_a_user() {
+    let mut server = ServerProcess::start().await;
+    let folder = server.data_dir();
+    let user = |arguments: &[&str], password: Option<&str>| {
+        let mut command = milepost(&[&["user"], arguments].concat());
+        command.env("MILEPOST_DATA_DIR", &folder).env("MILEPOST_BCRYPT_COST", "4");
+        if let Some(password) = password {
+            let file = folder.join(format!("password-{}", uuid::Uuid::now_v7()));
+            std::fs::write(&file, password).unwrap();
+            command.arg("--password-file").arg(file);
+        }
+        output(command)
+    };
+    let log_in = |password: &'static str| {
+        let mut caller = server.anonymous();
+        async move {
+            let request = milepost::pb::LogInRequest {
+                email: "OPS@example.com".to_owned(),
+                password: password.to_owned(),
+            };
+            caller.auth.log_in(request).await.is_ok()
+        }
+    };
+    let created = user(&["create", "ops@example.com", "--role", "provider"], Some("first password")).await;
+    assert_eq!(created.0, 0, "{}", created.1);
+    assert!(log_in("first password").await);
+    let again = user(&["create", "Ops@example.com", "--role", "customer"], Some("first password")).await;
+    assert_ne!(again.0, 0, "{}", again.1);
+    assert_eq!(user(&["set-password", "ops@example.com"], Some("second password")).await.0, 0);
+    assert!(!log_in("first password").await);
+    assert!(log_in("second password").await);
+    assert_eq!(user(&["disable", "ops@example.com"], None).await.0, 0);
+    assert!(!log_in("second password").await);
+    server.kill().await;
+}
