@@ -15,5 +15,7 @@
 
 tonic::include_proto!("milepost.v1");
 
+pub use crate::event_log::WatchedEvents;
+
 /// The encoded descriptor set of everything above, for reflection.
 pub const FILE_DESCRIPTOR_SET: &[u8] = tonic::include_file_descriptor_set!("descriptors");

@@ -29,7 +29,6 @@ use uuid::Uuid;
 use super::{
     plan::{Appended, Batch, Plan},
     tail::Tail,
-    wire::LogEvent,
 };
 use crate::{
     db::{
@@ -200,7 +199,8 @@ impl Task {
         let order = plan(&mut groups, requests);
         let outcomes = append(&mut connection, &order, &groups).await?;
         self.connection = Some(connection);
-        self.settle(requests, order, groups, outcomes)
+        self.settle(requests, order, groups, outcomes);
+        Ok(())
     }
 
     /// A group for each job, with its state; what is in doubt is looked up.
@@ -247,8 +247,8 @@ impl Task {
         order: Vec<Uuid>,
         mut groups: HashMap<Uuid, Group>,
         outcomes: Vec<Result<AppendOutcome>>,
-    ) -> Result<()> {
-        let mut log_events = Vec::new();
+    ) {
+        let mut committed = Vec::new();
         for (id, outcome) in order.into_iter().zip(outcomes) {
             let Some(group) = groups.remove(&id) else { continue };
             match outcome {
@@ -261,7 +261,7 @@ impl Task {
                                 position += 1;
                                 row.position = position;
                                 row.created_at = at;
-                                log_events.push((row, Arc::clone(&requests[index].batch.job)));
+                                committed.push((row, Arc::clone(&requests[index].batch.job)));
                             }
                             plan.answer
                         });
@@ -291,13 +291,10 @@ impl Task {
                 requests[index].answer(plan.map(|plan| plan.answer));
             }
         }
-        if !log_events.is_empty() {
-            let events: Result<Vec<_>> =
-                log_events.into_iter().map(|(row, job)| Ok(Arc::new(LogEvent::new(row, job)?))).collect();
-            self.tail.offer(&events?);
+        if !committed.is_empty() {
+            self.tail.offer(&committed);
             self.doorbell.ring(Bell::Log);
         }
-        Ok(())
     }
 }
 

@@ -20,6 +20,7 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+pub use self::wire::WatchedEvents;
 use self::{
     append::Appender,
     directory::Directory,

@@ -7,7 +7,7 @@
 //! by a sweep, since a bell may be lost.
 
 use std::{
-    collections::{BTreeMap, HashMap, VecDeque},
+    collections::{BTreeMap, VecDeque},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -15,7 +15,10 @@ use std::{
 use tokio::sync::Notify;
 use uuid::Uuid;
 
-use super::{directory::Directory, wire::LogEvent};
+use super::{
+    directory::{Directory, JobIdentity},
+    wire::LogEvent,
+};
 use crate::{
     db::Database,
     error::{Error, Result},
@@ -87,13 +90,13 @@ impl Tail {
 
     /// Hands on what this process committed, in the order of the log, as far as
     /// it is the next in line. Where others come first, the reader finds it all.
-    pub(crate) fn offer(&self, events: &[Arc<LogEvent>]) {
+    pub(crate) fn offer(&self, events: &[(Event, Arc<JobIdentity>)]) {
         let mut inner = self.lock();
-        for event in events {
-            if event.position > inner.head + 1 {
+        for (row, job) in events {
+            if row.position > inner.head + 1 {
                 return self.ring();
             }
-            inner.deliver(event);
+            inner.deliver(row, job);
         }
     }
 
@@ -130,9 +133,9 @@ impl Tail {
             };
             let rows = Event::list_of_log(&mut *self.database.get().await?, head, end, PAGE).await?;
             let whole = i64::try_from(rows.len()).is_ok_and(|read| read < PAGE);
-            let events = log_events(&self.directory, rows).await?;
+            let events = with_jobs(&self.directory, rows).await?;
             let mut inner = self.lock();
-            events.iter().for_each(|event| inner.deliver(event));
+            events.iter().for_each(|(row, job)| inner.deliver(row, job));
             if whole {
                 // What retention removed is not waited for.
                 inner.head = inner.head.max(end);
@@ -148,31 +151,42 @@ impl Tail {
 
 impl Inner {
     /// To each mailbox, unless it has been already, and the head moves to it.
-    fn deliver(&mut self, event: &Arc<LogEvent>) {
-        if event.position <= self.head {
+    /// Encoded only if anybody watches.
+    fn deliver(&mut self, row: &Event, job: &Arc<JobIdentity>) {
+        if row.position <= self.head {
             return;
         }
-        for topic in [event.job.id, event.job.provider_id, event.job.customer_id] {
+        let mut event = None;
+        for topic in [job.id, job.provider_id, job.customer_id] {
             for (_, mailbox) in self.mailboxes.range((topic, 0)..=(topic, u64::MAX)) {
-                mailbox.put(event);
+                mailbox.put(event.get_or_insert_with(|| Arc::new(LogEvent::new(row, Arc::clone(job)))));
             }
         }
-        self.head = event.position;
+        self.head = row.position;
     }
 }
 
-/// Rows of the log with what never changes about their jobs.
-pub(crate) async fn log_events(directory: &Directory, rows: Vec<Event>) -> Result<Vec<Arc<LogEvent>>> {
+/// Rows of the log, each with what never changes about its job.
+pub(crate) async fn with_jobs(
+    directory: &Directory,
+    rows: Vec<Event>,
+) -> Result<Vec<(Event, Arc<JobIdentity>)>> {
     let mut ids: Vec<Uuid> = rows.iter().map(|row| row.job_id).collect();
     ids.sort_unstable();
     ids.dedup();
-    let jobs: HashMap<_, _> = directory.list(&ids).await?;
+    let jobs = directory.list(&ids).await?;
     rows.into_iter()
         .map(|row| {
             let job = jobs.get(&row.job_id).ok_or_else(|| Error::internal("an event without its job"))?;
-            Ok(Arc::new(LogEvent::new(row, Arc::clone(job))?))
+            Ok((row, Arc::clone(job)))
         })
         .collect()
+}
+
+/// The same, as watchers receive them.
+pub(crate) async fn log_events(directory: &Directory, rows: Vec<Event>) -> Result<Vec<Arc<LogEvent>>> {
+    let rows = with_jobs(directory, rows).await?;
+    Ok(rows.into_iter().map(|(row, job)| Arc::new(LogEvent::new(&row, job))).collect())
 }
 
 /// What waits for one watcher. Bounded: one that does not keep up forgets it
@@ -196,10 +210,10 @@ impl Mailbox {
         if waiting.overflowed {
             return;
         }
-        if waiting.events.len() >= MAILBOX_EVENTS || waiting.bytes + event.bytes > MAILBOX_BYTES {
+        if waiting.events.len() >= MAILBOX_EVENTS || waiting.bytes + event.encoded.len() > MAILBOX_BYTES {
             *waiting = Waiting { overflowed: true, ..Waiting::default() };
         } else {
-            waiting.bytes += event.bytes;
+            waiting.bytes += event.encoded.len();
             waiting.events.push_back(Arc::clone(event));
         }
         drop(waiting);

@@ -357,8 +357,7 @@ impl Watch {
         let mut room = MESSAGE_BYTES - MESSAGE_MARGIN;
         while let Some(event) = self.pending.front() {
             let wanted = self.kinds.is_empty() || self.kinds.contains(&event.kind);
-            // A tag and two lengths go with each event.
-            let bytes = event.bytes + 16;
+            let bytes = event.encoded.len();
             if wanted && bytes > room && !events.is_empty() {
                 break;
             }

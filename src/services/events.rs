@@ -4,7 +4,7 @@ mod batch;
 mod publish;
 mod requests;
 
-use std::{pin::Pin, sync::Arc};
+use std::pin::Pin;
 
 use futures_util::{Stream, stream};
 use tokio::sync::{mpsc, oneshot};
@@ -25,7 +25,6 @@ use crate::{
         Lane, answered,
         plan::Appended,
         watch::{Body, EndReason, Message, Scope, Watch, WatchQuery},
-        wire::LogEvent,
     },
     models::caller::{self, Provider},
     pb::{self, event_service_server::EventService},
@@ -82,7 +81,7 @@ impl EventService for EventApi {
         let (events, mut more) = self.0.log.list(&job, query.after, &query.kinds, query.limit).await?;
         let mut page = Page::new();
         for event in events {
-            if !page.push(event.message.clone()) {
+            if !page.push(event.message()?) {
                 more = page.items.last().map(|last: &pb::Event| last.sequence);
                 break;
             }
@@ -156,9 +155,7 @@ impl From<Message> for pb::WatchEventsResponse {
     fn from(message: Message) -> Self {
         use pb::watch_events_response::Message as Kind;
         let kind = match message.body {
-            Body::Events(events) => Kind::Events(pb::WatchedEvents {
-                events: events.iter().map(|event: &Arc<LogEvent>| event.message.clone()).collect(),
-            }),
+            Body::Events(events) => Kind::Events(pb::WatchedEvents::new(&events)),
             Body::CaughtUp(job) => Kind::CaughtUp(pb::CaughtUp { job: job.map(Into::into) }),
             Body::Heartbeat => Kind::Heartbeat(pb::Heartbeat {}),
             Body::End(reason, job) => {
