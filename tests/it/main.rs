@@ -19,6 +19,8 @@ mod interop;
 mod jobs;
 mod operations;
 mod progress;
+mod publish;
 mod schema;
 mod support;
 mod validation;
+mod watch;

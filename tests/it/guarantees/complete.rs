@@ -3,9 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use milepost::pb::{
-    self, Event, watch_events_request::Scope, watch_events_request::Start, watch_events_response::Message,
-};
+use milepost::pb::{self, Event, watch_events_request::Scope, watch_events_request::Start};
 use prost_types::{Value, value::Kind};
 
 use super::{assert_gap_free, by_job};
@@ -13,12 +11,7 @@ use crate::support::{TestServer, User, Watch, complete, info, noted, step};
 
 /// Reads events until there are so many, and not one more in the same message.
 async fn collect(mut watch: Watch, count: usize) -> Vec<Event> {
-    let mut events = Vec::new();
-    while events.len() < count {
-        if let Message::Events(watched) = watch.next().await.unwrap().expect("the watch goes on") {
-            events.extend(watched.events);
-        }
-    }
+    let events = watch.events(count).await;
     assert_eq!(events.len(), count);
     events
 }
@@ -55,7 +48,12 @@ async fn complete_for_watchers_on_one_replica_of_writers_on_both() {
         })
         .collect();
     // In the middle of it all, again and again.
+    let mut pace = provider.watch_all().await;
+    let mut passed = 0;
     for n in 0..20 {
+        while passed < (n + 1) * jobs * each / 25 {
+            passed += pace.events(1).await.len();
+        }
         let user = if n % 2 == 0 { replica.same(&customer) } else { provider.clone() };
         watchers.push(tokio::spawn(collect(watch_all(user).await, jobs * each)));
     }
@@ -101,6 +99,26 @@ async fn complete_when_events_arrive_between_the_past_and_the_first_live_one() {
             assert_gap_free(&film.events);
             assert_eq!(film.events.len(), round + 21);
             assert!(film.past.is_some());
+        }
+        written.await.unwrap();
+    }
+    // The very last one, which no later one can betray.
+    for round in 0..60 {
+        let job = provider.job(&customer).await;
+        provider.append(&job, (0..round % 3).map(|n| info(&format!("past {n}"))).chain([step("load")])).await;
+        let mut writer = provider.clone();
+        let written = {
+            let job = job.clone();
+            tokio::spawn(async move { writer.append(&job, [complete()]).await })
+        };
+        let users = [customer.clone(), replica.same(&customer), provider.clone()];
+        let films = users.map(|mut user| {
+            let job = job.clone();
+            async move { user.watch(&job).await.film().await }
+        });
+        for film in futures_util::future::join_all(films).await {
+            assert_gap_free(&film.events);
+            assert_eq!(film.events.len(), round % 3 + 2);
         }
         written.await.unwrap();
     }
@@ -184,6 +202,37 @@ async fn an_event_is_found_within_a_second_when_the_bell_is_lost() {
         let at = Instant::now();
         provider.append(&job, [info(&format!("{n}"))]).await;
         watch.events(1).await;
+        assert!(at.elapsed() < Duration::from_secs(1), "{:?}", at.elapsed());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_event_is_found_within_a_second_when_who_committed_it_never_rang() {
+    let server = TestServer::start().await;
+    let (mut provider, mut customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[("load", 1)]).await;
+    let job = provider.job(&customer).await;
+    let mut watches = [customer.watch(&job).await, customer.watch_all().await];
+    for watch in &mut watches {
+        watch.caught_up().await;
+    }
+    for n in 0..4 {
+        // As a replica does that dies between the commit and the bell.
+        let append = format!(
+            "SELECT append_events(ARRAY['{id}']::uuid[], ARRAY[{n}]::bigint[], ARRAY[1],
+                ARRAY['running']::job_status[], ARRAY[0]::bigint[], ARRAY[0]::smallint[],
+                ARRAY(SELECT steps_done FROM jobs WHERE id = '{id}'), ARRAY[false],
+                ARRAY[1], ARRAY[gen_random_uuid()], ARRAY[false], ARRAY[{n} + 1]::bigint[],
+                ARRAY['info']::event_kind[], ARRAY['{n}'], ARRAY[NULL]::uuid[], ARRAY['']::bytea[],
+                ARRAY[NULL]::timestamptz[], ARRAY['running']::job_status[], ARRAY[0]::bigint[],
+                ARRAY[0]::smallint[])",
+            id = job.id,
+        );
+        server.database.execute(&append).await;
+        let at = Instant::now();
+        for watch in &mut watches {
+            assert_eq!(watch.events(1).await[0].sequence, n + 1);
+        }
         assert!(at.elapsed() < Duration::from_secs(1), "{:?}", at.elapsed());
     }
 }

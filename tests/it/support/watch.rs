@@ -37,12 +37,14 @@ impl Watch {
         Ok(Some(response.message.expect("every message says something")))
     }
 
-    /// Messages up to and with the first that the predicate holds for.
+    /// Messages up to and with the first that the predicate holds for. It is not
+    /// waited for over a heartbeat, which says that there is nothing.
     pub async fn until(&mut self, mut predicate: impl FnMut(&Message) -> bool) -> Vec<Message> {
         let mut messages = Vec::new();
         loop {
             let message = self.next().await.unwrap().expect("the watch goes on");
             let found = predicate(&message);
+            assert!(found || !matches!(message, Message::Heartbeat(_)), "all is quiet: it will not come");
             messages.push(message);
             if found {
                 return messages;
@@ -82,7 +84,7 @@ impl Watch {
                     assert_eq!(film.past, None, "`caught_up` comes once");
                     film.past = Some(film.events.len());
                 }
-                Message::Heartbeat(_) => {}
+                Message::Heartbeat(_) => panic!("all is quiet after {} events", film.events.len()),
                 Message::End(end) => {
                     film.end = end;
                     break;

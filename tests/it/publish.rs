@@ -1,0 +1,321 @@
+//! PublishEvents: a stream of batches, each answered once.
+
+use std::time::Duration;
+
+use diesel_async::{AsyncPgConnection, SimpleAsyncConnection as _};
+use milepost::pb::{
+    self, ErrorReason, NewEvent, publish_events_request::Job, publish_events_response::Outcome,
+};
+use prost_types::{Value, value::Kind};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Status, Streaming};
+
+use crate::support::{
+    TestDatabase, TestServer, User, assert_refused, complete, info, named, noted, step, within_patience,
+};
+
+/// As the tests' servers are set.
+const WINDOW: usize = 8;
+
+/// A publish stream, both of its ends.
+struct Publisher {
+    batches: mpsc::Sender<pb::PublishEventsRequest>,
+    answers: Streaming<pb::PublishEventsResponse>,
+}
+
+impl Publisher {
+    async fn open(provider: &mut User) -> Self {
+        let (batches, stream) = mpsc::channel(1);
+        let answers = provider.events.publish_events(ReceiverStream::new(stream)).await.unwrap().into_inner();
+        Self { batches, answers }
+    }
+
+    async fn send(&self, batch: pb::PublishEventsRequest) {
+        within_patience("room for a batch", self.batches.send(batch)).await.unwrap();
+    }
+
+    async fn next(&mut self) -> Result<Option<pb::PublishEventsResponse>, Status> {
+        within_patience("an answer", self.answers.message()).await
+    }
+
+    /// The answer to the batch of this id, which is the next.
+    async fn answer(&mut self, batch_id: &str) -> Outcome {
+        let answer = self.next().await.unwrap().expect("the stream goes on");
+        assert_eq!(answer.batch_id, batch_id);
+        answer.outcome.expect("an answer says what became of the batch")
+    }
+
+    /// The sequences at which the next batch, of this id, was appended.
+    async fn appended(&mut self, batch_id: &str) -> Vec<i64> {
+        match self.answer(batch_id).await {
+            Outcome::Appended(appended) => appended.events.iter().map(|event| event.sequence).collect(),
+            Outcome::Refused(refused) => panic!("{batch_id} was refused: {refused:?}"),
+        }
+    }
+}
+
+fn batch(
+    batch_id: impl Into<String>,
+    job: &pb::Job,
+    events: impl IntoIterator<Item = NewEvent>,
+) -> pb::PublishEventsRequest {
+    pb::PublishEventsRequest {
+        batch_id: batch_id.into(),
+        job: Some(Job::JobId(job.id.clone())),
+        expected_sequence: None,
+        events: events.into_iter().collect(),
+    }
+}
+
+/// Keeps whoever appends to this job waiting until it is dropped.
+struct Held {
+    _connection: AsyncPgConnection,
+}
+
+impl Held {
+    async fn job(database: &TestDatabase, job: &pb::Job) -> Self {
+        let mut connection = database.connect().await;
+        connection
+            .batch_execute(&format!("BEGIN; SELECT 1 FROM jobs WHERE id = '{}' FOR UPDATE", job.id))
+            .await
+            .unwrap();
+        Self { _connection: connection }
+    }
+
+    /// The backends of those who wait, of whom there is at least one.
+    async fn waiting(&self, database: &TestDatabase) -> Vec<String> {
+        const WAITING: &str = "SELECT pid::text AS text FROM pg_stat_activity
+            WHERE datname = current_database() AND wait_event_type = 'Lock'";
+        within_patience("an append that waits", async {
+            loop {
+                let pids = database.texts(WAITING).await;
+                if !pids.is_empty() {
+                    return pids;
+                }
+            }
+        })
+        .await
+    }
+}
+
+/// Returns once the server has read what was sent on this connection before.
+async fn round_trip(provider: &mut User, job: &pb::Job) {
+    for _ in 0..5 {
+        provider.get(job).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_batch_is_answered_once_in_order_and_after_the_half_close_comes_ok() {
+    let server = TestServer::start().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[("load", 1)]).await;
+    let mut jobs = Vec::new();
+    for _ in 0..3 {
+        jobs.push(provider.job(&customer).await);
+    }
+    let Publisher { batches, answers } = Publisher::open(&mut provider).await;
+    let sent: Vec<_> = (0..60)
+        .map(|n| {
+            let count = 1 + n % 4;
+            batch(format!("batch {n}"), &jobs[n % 3], (0..count).map(|index| info(&format!("{n}/{index}"))))
+        })
+        .collect();
+    // Sent without waiting for answers, and then half-closed.
+    let to_send = sent.clone();
+    let sending = tokio::spawn(async move {
+        for batch in to_send {
+            batches.send(batch).await.unwrap();
+        }
+    });
+    let mut publisher = Publisher { batches: mpsc::channel(1).0, answers };
+    let mut last = [0; 3];
+    for (n, batch) in sent.iter().enumerate() {
+        let sequences = publisher.appended(&batch.batch_id).await;
+        let expected: Vec<i64> = (last[n % 3] + 1..).take(batch.events.len()).collect();
+        assert_eq!(sequences, expected, "the batches of one job in the order sent");
+        last[n % 3] += i64::try_from(batch.events.len()).unwrap();
+    }
+    assert_eq!(publisher.next().await.unwrap(), None, "OK, and nothing else");
+    sending.await.unwrap();
+    for (index, job) in jobs.iter().enumerate() {
+        let names: Vec<String> = provider.list(job).await.into_iter().map(|event| event.name).collect();
+        let of_job = sent.iter().skip(index).step_by(3).flat_map(|batch| &batch.events);
+        assert_eq!(names, of_job.map(|event| event.name.clone()).collect::<Vec<_>>());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_batch_is_answered_and_the_stream_goes_on() {
+    let server = TestServer::start().await;
+    let (mut provider, mut other, customer) =
+        (server.provider().await, server.provider().await, server.customer().await);
+    provider.configuration(&[("load", 1)]).await;
+    other.configuration(&[("load", 1)]).await;
+    let (job, foreign) = (provider.job(&customer).await, other.job(&customer).await);
+    let first = info("first");
+    let mut publisher = Publisher::open(&mut provider).await;
+    let by_name = pb::PublishEventsRequest {
+        job: Some(Job::ProviderJobId(job.provider_job_id.clone())),
+        ..batch("good", &job, [first.clone()])
+    };
+    publisher.send(by_name).await;
+    assert_eq!(publisher.appended("good").await, [1]);
+    let ahead = pb::PublishEventsRequest { expected_sequence: Some(7), ..batch("ahead", &job, [info("a")]) };
+    for (sent, code, reason) in [
+        (batch("empty", &job, []), Code::InvalidArgument, ErrorReason::FieldInvalid),
+        (batch("step", &job, [info("a"), step("no")]), Code::InvalidArgument, ErrorReason::FieldInvalid),
+        (batch("foreign", &foreign, [info("a")]), Code::NotFound, ErrorReason::ResourceNotFound),
+        (
+            batch("differs", &job, [info("a"), named(first.clone(), "b")]),
+            Code::AlreadyExists,
+            ErrorReason::EventDiffers,
+        ),
+        (ahead, Code::Aborted, ErrorReason::SequenceMismatch),
+        (batch("closed", &job, [complete(), info("late")]), Code::FailedPrecondition, ErrorReason::JobClosed),
+    ] {
+        // What follows a refused batch at once is none the worse for it.
+        let batch_id = sent.batch_id.clone();
+        publisher.send(sent).await;
+        publisher.send(batch("again", &job, [first.clone()])).await;
+        match publisher.answer(&batch_id).await {
+            Outcome::Refused(refused) => {
+                let status = Status::with_details(
+                    Code::from(refused.code),
+                    refused.message.clone(),
+                    prost::Message::encode_to_vec(&refused).into(),
+                );
+                assert_refused::<()>(Err(status), code, reason);
+            }
+            Outcome::Appended(appended) => panic!("{batch_id}: {appended:?}"),
+        }
+        assert_eq!(publisher.appended("again").await, [1]);
+    }
+    publisher.send(batch("last", &job, [step("load"), complete()])).await;
+    assert_eq!(publisher.appended("last").await, [2, 3]);
+    assert_eq!(provider.list(&job).await.len(), 3, "nothing of what was refused");
+    assert_eq!(other.list(&foreign).await, []);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_drains_answers_what_it_accepted_and_then_says_so() {
+    let server = TestServer::start().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[("load", 1)]).await;
+    let job = provider.job(&customer).await;
+    let mut watch = customer.clone().watch(&job).await;
+    watch.caught_up().await;
+    let database = server.database.clone();
+    let held = Held::job(&database, &job).await;
+    let mut publisher = Publisher::open(&mut provider).await;
+    for n in 0..3 {
+        publisher.send(batch(n.to_string(), &job, [info(&format!("{n}"))])).await;
+    }
+    held.waiting(&database).await;
+    round_trip(&mut provider, &job).await;
+
+    drop(server);
+    // Told that the server drains.
+    let last = watch.next().await.unwrap();
+    assert!(matches!(last, Some(pb::watch_events_response::Message::End(_))), "{last:?}");
+    drop(held);
+    for n in 0..3_i64 {
+        assert_eq!(publisher.appended(&n.to_string()).await, [n + 1]);
+    }
+    assert_refused(publisher.next().await, Code::Unavailable, ErrorReason::Draining);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_as_many_batches_unanswered_as_the_window_allows_reading_stops() {
+    let server = TestServer::start().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[("load", 1)]).await;
+    let job = provider.job(&customer).await;
+    let text = Value { kind: Some(Kind::StringValue("x".repeat(15_000))) };
+    // 150 KB, so that what the connection itself takes is less than a window.
+    let large = |n: usize| {
+        let events = (0..10).map(|index| noted(info(&format!("{n}/{index}")), [("text", text.clone())]));
+        batch(n.to_string(), &job, events)
+    };
+    let held = Held::job(&server.database, &job).await;
+    let mut publisher = Publisher::open(&mut provider).await;
+    let total = 5 * WINDOW;
+    let mut sent = 0;
+    while sent < total {
+        let sending = publisher.batches.send(large(sent));
+        if tokio::time::timeout(Duration::from_secs(1), sending).await.is_err() {
+            break;
+        }
+        sent += 1;
+    }
+    assert!((WINDOW..total / 2 + WINDOW).contains(&sent), "{sent} of {total} batches were read");
+    // Each answer makes room.
+    drop(held);
+    let mut answered = 0;
+    while answered < total {
+        tokio::select! {
+            room = publisher.batches.reserve(), if sent < total => {
+                room.unwrap().send(large(sent));
+                sent += 1;
+            }
+            answer = publisher.answers.message() => {
+                assert_eq!(answer.unwrap().unwrap().batch_id, answered.to_string());
+                answered += 1;
+            }
+        }
+    }
+    assert_eq!(provider.get(&job).await.last_sequence, i64::try_from(10 * total).unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_after_a_failed_batch_of_the_same_job_is_committed() {
+    let server = TestServer::start().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[("load", 1)]).await;
+    for _ in 0..5 {
+        let job = provider.job(&customer).await;
+        let held = Held::job(&server.database, &job).await;
+        let mut publisher = Publisher::open(&mut provider).await;
+        let batches: Vec<_> = (0..5).map(|n| batch(n.to_string(), &job, [info(&format!("{n}"))])).collect();
+        publisher.send(batches[0].clone()).await;
+        let waiting = held.waiting(&server.database).await;
+        for batch in &batches[1..] {
+            publisher.send(batch.clone()).await;
+        }
+        round_trip(&mut provider, &job).await;
+        // The first one's transaction is lost; the database is there for those
+        // that wait behind it.
+        for pid in waiting {
+            server.database.execute(&format!("SELECT pg_terminate_backend({pid})")).await;
+        }
+        drop(held);
+        assert_refused(publisher.next().await, Code::Unavailable, ErrorReason::DatabaseUnavailable);
+        // Sent again, in order: none of them is there already.
+        let mut again = Publisher::open(&mut provider).await;
+        for batch in &batches {
+            again.send(batch.clone()).await;
+        }
+        for batch in &batches {
+            let Outcome::Appended(appended) = again.answer(&batch.batch_id).await else { panic!("refused") };
+            assert!(!appended.events[0].existed, "batch {} was committed without the first", batch.batch_id);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_publish_stream_ends_with_its_credential() {
+    let server = TestServer::start().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[("load", 1)]).await;
+    let job = provider.job(&customer).await;
+    let mut publisher = Publisher::open(&mut provider).await;
+    publisher.send(batch("before", &job, [info("before")])).await;
+    assert_eq!(publisher.appended("before").await, [1]);
+    let keys = provider.session.auth.list_api_keys(pb::ListApiKeysRequest::default()).await.unwrap();
+    let api_key_id = keys.into_inner().api_keys[0].id.clone();
+    provider.session.auth.expire_api_key(pb::ExpireApiKeyRequest { api_key_id }).await.unwrap();
+    // Whether or not the client goes on sending.
+    let _ = publisher.batches.send(batch("after", &job, [info("after")])).await;
+    assert_refused(publisher.next().await, Code::Unauthenticated, ErrorReason::CredentialInvalid);
+}
