@@ -119,12 +119,17 @@ impl Request {
     }
 
     /// Answers and drops out if nobody waits for it any more or a batch before
-    /// it in its lane failed.
+    /// it in its lane failed or dropped out.
     fn still_wanted(&mut self) -> bool {
         if self.lane.0.load(Ordering::Relaxed) {
             self.answer(Err(Error::unavailable("a batch before this one failed")));
         }
-        self.reply.as_ref().is_some_and(|reply| !reply.is_closed())
+        let wanted = self.reply.as_ref().is_some_and(|reply| !reply.is_closed());
+        if !wanted {
+            // Nor may what was sent after it be appended without it.
+            self.lane.0.store(true, Ordering::Relaxed);
+        }
+        wanted
     }
 }
 

@@ -237,9 +237,15 @@ impl Watch {
     /// out only while the credential is confirmed.
     async fn advance(&mut self) -> Result<Option<Message>> {
         if self.held.is_none() {
-            self.held = if !self.pending.is_empty() || self.cursor < self.read_to {
-                self.take_pending()
-            } else if self.missed {
+            if !self.pending.is_empty() || self.cursor < self.read_to {
+                // Taken only to be sent at once: the cursor has moved then, and
+                // an `end` that came first would skip what was held.
+                if self.credential.confirmed().await.is_err() {
+                    return Ok(Some(self.end(EndReason::CredentialEnded)));
+                }
+                return Ok(self.take_pending());
+            }
+            self.held = if self.missed {
                 self.look_again().await?;
                 None
             } else if self.cursor < self.past_end {
