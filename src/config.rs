@@ -102,7 +102,7 @@ pub struct ServerConfig {
 
     /// Most unanswered batches of one PublishEvents stream; then reading stops
     #[arg(long, env = "MILEPOST_PUBLISH_WINDOW", default_value_t = 64, value_name = "COUNT",
-          value_parser = clap::value_parser!(u32).range(1..=10_000))]
+          value_parser = clap::value_parser!(u32).range(2..=10_000))]
     pub publish_window: u32,
 }
 

@@ -4,7 +4,7 @@ mod batch;
 mod publish;
 mod requests;
 
-use std::pin::Pin;
+use std::{pin::Pin, sync::Arc};
 
 use futures_util::{Stream, stream};
 use tokio::sync::{mpsc, oneshot};
@@ -60,11 +60,15 @@ impl EventService for EventApi {
         let provider = credential.caller().provider(caller::Scope::Append)?;
         // One more than fits is the one whose answer is awaited.
         let (accepted, answers) = mpsc::channel(self.0.log.publish_window().max(2) - 1);
-        tokio::spawn(accept(self.clone(), provider, credential, request.into_inner(), accepted));
-        Ok(Response::new(Box::pin(stream::unfold(Some(answers), |answers| async move {
-            let mut answers = answers?;
-            match answers.recv().await?.answer().await {
-                Ok(answer) => Some((Ok(answer), Some(answers))),
+        let accepting =
+            accept(self.clone(), provider, Arc::clone(&credential), request.into_inner(), accepted);
+        tokio::spawn(accepting);
+        Ok(Response::new(Box::pin(stream::unfold(Some((answers, credential)), |open| async move {
+            let (mut answers, credential) = open?;
+            let answer = answers.recv().await?.answer().await;
+            // Nothing is sent, either, under a credential that may have ended.
+            match credential.confirmed().await.and(answer) {
+                Ok(answer) => Some((Ok(answer), Some((answers, credential)))),
                 Err(error) => Some((Err(error.into()), None)),
             }
         }))))
