@@ -99,10 +99,10 @@ pub(super) async fn unary(bed: &Bed, row: Row) -> Result<Vec<Outcome>> {
         Some(etcd) => vec![Store::etcd(etcd.address, Arc::clone(&jobs), shape.connections).await?],
         None => Vec::new(),
     };
-    let _idle = if idle.is_empty() {
-        None
+    let idle = if idle.is_empty() {
+        Vec::new()
     } else {
-        Some(stand_idle(&servers[0], etcd.as_ref(), &tenant, idle).await?)
+        stand_idle(&servers[0], etcd.as_ref(), &tenant, idle).await?
     };
     let reader = &tenant::connect(servers[0].address, &tenant.customer_key, 1).await?[0];
     let (unit, peer) = if shape.latency { ("ms p50", "etcd Put") } else { ("events/s", "etcd Put") };
@@ -122,6 +122,7 @@ pub(super) async fn unary(bed: &Bed, row: Row) -> Result<Vec<Outcome>> {
             check_etcd(before, &acked)?;
         }
     }
+    idle.iter().try_for_each(fan_out::Audience::check)?;
     Ok(vec![outcome])
 }
 

@@ -92,6 +92,11 @@ impl Audience {
         Ok(Self { board, _readers: readers })
     }
 
+    /// That no stream has ended or got anything wrong so far.
+    pub(super) fn check(&self) -> Result<()> {
+        self.board.check()
+    }
+
     /// Appends an event to the first log, which all of them watch; from then
     /// until the last of them has it.
     async fn tell(&self, store: &Store) -> Result<Duration> {

@@ -60,12 +60,33 @@ pub(super) async fn measure(bed: &Bed) -> Result<Vec<Outcome>> {
     for _ in 0..bed.options.rounds {
         for (call, outcome) in CALLS.iter().zip(&mut outcomes) {
             bed.checkpoint().await?;
-            outcome.milepost(many.repeat(call, share).await?);
-            bed.checkpoint().await?;
-            outcome.peer(few.repeat(call, share).await?);
+            let [ours, theirs] = in_turns(call, [&mut many, &mut few], share).await?;
+            outcome.milepost(ours);
+            outcome.peer(theirs);
         }
     }
     Ok(outcomes)
+}
+
+/// One call after the other, for a time, on either side in turn, so that what
+/// else the machine does burdens both alike: their medians.
+async fn in_turns(call: &str, mut sides: [&mut Side; 2], time: Duration) -> Result<[Measure; 2]> {
+    let mut latencies = [Vec::new(), Vec::new()];
+    for side in &mut sides {
+        side.prepare().await?;
+    }
+    let started = Instant::now();
+    while started.elapsed() < time * 2 {
+        for (side, latencies) in sides.iter_mut().zip(&mut latencies) {
+            let called = Instant::now();
+            side.call(call).await?;
+            latencies.push(called.elapsed());
+        }
+    }
+    Ok(latencies.map(|latencies| {
+        let latencies = latency(&latencies);
+        Measure { value: latencies[0], latencies: Some(latencies) }
+    }))
 }
 
 impl Side {
@@ -88,40 +109,25 @@ impl Side {
         let jobs: Arc<[String]> = rows.iter().map(|row| row.get(0)).collect();
         let provider = tenant::connect(server.address, &tenant.provider_key, 1).await?.remove(0);
         let customer = tenant::connect(server.address, &tenant.customer_key, 1).await?.remove(0);
-        let all = Scope::AllJobs(AllJobs::default());
-        let (_, all_token, _) = watch(&customer, all, Start::FromNow(FromNow {})).await?;
-        let mut side =
-            Self { _server: server, provider, customer, jobs, all_token, job_tokens: Vec::new(), next: 0 };
+        let (all_token, job_tokens) = (String::new(), Vec::new());
+        let mut side = Self { _server: server, provider, customer, jobs, all_token, job_tokens, next: 0 };
         for index in 0..side.jobs.len() {
             let scope = Scope::JobId(side.jobs[index].clone());
             let (_, token, _) = watch(&side.customer, scope, Start::FromNow(FromNow {})).await?;
             side.job_tokens.push(token);
         }
-        for _ in 0..MISSED {
-            side.call("append").await?;
-        }
+        side.prepare().await?;
         Ok(side)
     }
 
-    /// One call after the other, for a time: their median.
-    async fn repeat(&mut self, call: &str, time: Duration) -> Result<Measure> {
-        // The last token must not fall behind with what other calls append.
-        if call == "resume-all" {
-            let all = Scope::AllJobs(AllJobs::default());
-            (_, self.all_token, _) = watch(&self.customer, all, Start::FromNow(FromNow {})).await?;
-            for _ in 0..MISSED {
-                self.call("append").await?;
-            }
+    /// Has a token of all jobs ready, just before the end of the log.
+    async fn prepare(&mut self) -> Result<()> {
+        let all = Scope::AllJobs(AllJobs::default());
+        (_, self.all_token, _) = watch(&self.customer, all, Start::FromNow(FromNow {})).await?;
+        for _ in 0..MISSED {
+            self.call("append").await?;
         }
-        let started = Instant::now();
-        let mut latencies = Vec::new();
-        while started.elapsed() < time {
-            let called = Instant::now();
-            self.call(call).await?;
-            latencies.push(called.elapsed());
-        }
-        let latencies = latency(&latencies);
-        Ok(Measure { value: latencies[0], latencies: Some(latencies) })
+        Ok(())
     }
 
     async fn call(&mut self, call: &str) -> Result<()> {
