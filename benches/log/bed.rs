@@ -43,7 +43,9 @@ pub(crate) struct Process {
 impl Bed {
     pub(crate) async fn start(options: Options) -> Result<Self> {
         let folder = Folder::new()?;
-        let embedded = Embedded::start(EmbeddedSettings::new(folder.path().join("postgres"))).await?;
+        let settings =
+            EmbeddedSettings { data_dir: folder.path().join("postgres"), extra_options: options.set.clone() };
+        let embedded = Embedded::start(settings).await?;
         let admin = connect(&embedded.url("postgres")).await?;
         Ok(Self { options, admin, embedded, folder: RefCell::new(folder), started: Cell::new(0) })
     }

@@ -55,6 +55,10 @@ struct Options {
           value_parser = clap::value_parser!(u32).range(10_000..=100_000_000))]
     flat_events: u32,
 
+    /// A setting of Postgres to try, as NAME=VALUE; may be given more than once
+    #[arg(long, value_name = "SETTING", value_parser = setting)]
+    set: Vec<(String, String)>,
+
     /// Given by `cargo bench`
     #[arg(long, hide = true)]
     bench: bool,
@@ -68,6 +72,11 @@ impl Options {
     fn round(&self) -> Duration {
         Duration::from_secs(self.seconds)
     }
+}
+
+fn setting(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once('=').ok_or("NAME=VALUE is expected")?;
+    Ok((name.to_owned(), value.to_owned()))
 }
 
 fn main() -> ExitCode {
@@ -88,7 +97,11 @@ async fn run(options: Options) -> Result<()> {
     }
     let rows = if options.rows.is_empty() { Row::value_variants().to_vec() } else { options.rows.clone() };
     let json = options.json.clone();
-    let (rounds, seconds) = (options.rounds, options.seconds);
+    let mut conditions =
+        format!("rounds: {} of {} s, milepost and peer in turns\n", options.rounds, options.seconds);
+    for (name, value) in &options.set {
+        conditions.push_str(&format!("Postgres with {name} = {value}\n"));
+    }
     let bed = Bed::start(options).await?;
     let measured = tokio::select! {
         measured = measure(&bed, &rows) => measured,
@@ -100,7 +113,7 @@ async fn run(options: Options) -> Result<()> {
     };
     bed.stop().await?;
     let (outcomes, failed) = measured?;
-    println!("\n{}rounds: {rounds} of {seconds} s, milepost and peer in turns\n", described?);
+    println!("\n{}{conditions}", described?);
     println!("{}", report::table(&outcomes));
     if let Some(path) = json {
         std::fs::write(path, report::json(&outcomes))?;
