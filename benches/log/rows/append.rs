@@ -2,6 +2,8 @@
 
 use std::{sync::Arc, time::Instant};
 
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
+
 use super::{Row, fan_out};
 use crate::{
     Result,
@@ -109,6 +111,9 @@ pub(super) async fn unary(bed: &Bed, row: Row) -> Result<Vec<Outcome>> {
     let mut outcome = Outcome::new(row.name(), unit, peer, shape.goal);
     let measure = |calls: &Calls| if shape.latency { calls.p50() } else { calls.rate(1.0) };
     let mut checker = Checker::default();
+    for store in &ours {
+        checker.check(reader, &jobs, &warm(store).await?).await?;
+    }
     for _ in 0..bed.options.rounds {
         bed.checkpoint().await?;
         let (acked, calls) = round(bed, &shape, &ours).await?;
@@ -154,6 +159,13 @@ async fn stand_idle(
         audiences.push(fan_out::Audience::gather(&theirs).await?);
     }
     Ok(audiences)
+}
+
+/// An event for each log: a round is about jobs that run, not about the first
+/// that the server hears of each.
+async fn warm(store: &Store) -> Result<Vec<Acked>> {
+    let append = |log: usize| async move { store.writer(log).append(&store.logs, log, 0).await };
+    stream::iter(0..store.logs.len()).map(append).buffer_unordered(32).try_collect().await
 }
 
 /// All that was acknowledged, and how long it took.
