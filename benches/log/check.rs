@@ -1,0 +1,85 @@
+//! Whether what was acknowledged is what is stored: every event once, under
+//! its sequence, and nothing else.
+
+use std::collections::BTreeMap;
+
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
+use milepost::{client::Client, pb};
+use uuid::Uuid;
+
+use crate::{Result, store::Acked};
+
+/// Logs that are read back at once.
+const AT_ONCE: usize = 8;
+
+/// How far each job's log has been checked.
+#[derive(Default)]
+pub(crate) struct Checker {
+    checked: BTreeMap<usize, i64>,
+}
+
+impl Checker {
+    /// Reads back through ListEvents what was appended since the last check and
+    /// compares it with what was acknowledged.
+    pub(crate) async fn check(&mut self, client: &Client, jobs: &[String], acked: &[Acked]) -> Result<()> {
+        let mut logs: BTreeMap<usize, BTreeMap<i64, Uuid>> = BTreeMap::new();
+        for event in acked {
+            if logs.entry(event.log).or_default().insert(event.sequence, event.id).is_some() {
+                return Err(format!("sequence {} was acknowledged twice", event.sequence).into());
+            }
+        }
+        let checks = logs.into_iter().map(|(log, acked)| {
+            let after = self.checked.get(&log).copied().unwrap_or(0);
+            async move { Ok::<_, crate::Error>((log, compare(client, &jobs[log], after, &acked).await?)) }
+        });
+        let checked: Vec<(usize, i64)> = stream::iter(checks).buffer_unordered(AT_ONCE).try_collect().await?;
+        self.checked.extend(checked);
+        Ok(())
+    }
+}
+
+/// Compares one job's log after a sequence; its last sequence.
+async fn compare(client: &Client, job: &str, after: i64, acked: &BTreeMap<i64, Uuid>) -> Result<i64> {
+    let mut expected = acked.iter();
+    let mut last = after;
+    let mut request = pb::ListEventsRequest {
+        job: Some(pb::list_events_request::Job::JobId(job.to_owned())),
+        after_sequence: after,
+        page_size: 500,
+        ..Default::default()
+    };
+    loop {
+        let page = client.events().list_events(request.clone()).await?.into_inner();
+        for event in page.events {
+            let stored = (event.sequence, event.id.parse::<Uuid>()?);
+            if event.sequence != last + 1 {
+                return Err(format!("job {job} has event {} after {last}", event.sequence).into());
+            }
+            last = event.sequence;
+            if expected.next() != Some((&stored.0, &stored.1)) {
+                return Err(format!("event {last} of job {job} is not what was acknowledged").into());
+            }
+        }
+        if page.next_page_token.is_empty() {
+            break;
+        }
+        request.page_token = page.next_page_token;
+    }
+    match expected.next() {
+        None => Ok(last),
+        Some((sequence, _)) => {
+            Err(format!("event {sequence} of job {job} was acknowledged and is lost").into())
+        }
+    }
+}
+
+/// That etcd counted as many changes as it acknowledged.
+pub(crate) fn check_etcd(before: i64, acked: &[Acked]) -> Result<()> {
+    let last = acked.iter().map(|event| event.sequence).max().unwrap_or(before);
+    let acked = i64::try_from(acked.len())?;
+    if last - before == acked {
+        Ok(())
+    } else {
+        Err(format!("etcd acknowledged {acked} puts and counted {}", last - before).into())
+    }
+}

@@ -1,0 +1,124 @@
+//! etcd's `Put` and `Watch`: the messages of its public API, as far as they
+//! are used here, and the calls.
+
+use std::{net::SocketAddr, process::Command};
+
+use bytes::Bytes;
+use futures_util::{StreamExt as _, stream};
+use http::uri::PathAndQuery;
+use tonic::{
+    Request, Streaming,
+    client::Grpc,
+    transport::{Channel, Endpoint},
+};
+use tonic_prost::ProstCodec;
+
+use crate::Result;
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct PutRequest {
+    #[prost(bytes = "bytes", tag = "1")]
+    key: Bytes,
+    #[prost(bytes = "bytes", tag = "2")]
+    value: Bytes,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct PutResponse {
+    #[prost(message, optional, tag = "1")]
+    header: Option<ResponseHeader>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub(crate) struct ResponseHeader {
+    #[prost(int64, tag = "3")]
+    pub(crate) revision: i64,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct WatchRequest {
+    // The only member that is used of a oneof, which is the same on the wire.
+    #[prost(message, optional, tag = "1")]
+    create_request: Option<WatchCreateRequest>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct WatchCreateRequest {
+    #[prost(bytes = "bytes", tag = "1")]
+    key: Bytes,
+    #[prost(int64, tag = "3")]
+    start_revision: i64,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub(crate) struct WatchResponse {
+    #[prost(message, optional, tag = "1")]
+    pub(crate) header: Option<ResponseHeader>,
+    #[prost(bool, tag = "3")]
+    pub(crate) created: bool,
+    #[prost(bool, tag = "4")]
+    pub(crate) canceled: bool,
+    #[prost(message, repeated, tag = "11")]
+    pub(crate) events: Vec<Event>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub(crate) struct Event {
+    #[prost(message, optional, tag = "2")]
+    pub(crate) kv: Option<KeyValue>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub(crate) struct KeyValue {
+    #[prost(bytes = "bytes", tag = "1")]
+    pub(crate) key: Bytes,
+    /// 1, 2, 3 … for each key.
+    #[prost(int64, tag = "4")]
+    pub(crate) version: i64,
+    #[prost(bytes = "bytes", tag = "5")]
+    pub(crate) value: Bytes,
+}
+
+/// Stores a value; the revision of the whole store after it.
+pub(crate) async fn put(grpc: &mut Grpc<Channel>, key: Bytes, value: Bytes) -> Result<i64> {
+    grpc.ready().await?;
+    let path = PathAndQuery::from_static("/etcdserverpb.KV/Put");
+    let codec = ProstCodec::<PutRequest, PutResponse>::default();
+    let response = grpc.unary(Request::new(PutRequest { key, value }), path, codec).await?;
+    Ok(response.into_inner().header.ok_or("an answer without a header")?.revision)
+}
+
+/// A stream with one watch of one key, from now on or from a revision, which
+/// has been confirmed when this returns.
+pub(crate) async fn watch(
+    channel: Channel,
+    key: Bytes,
+    start_revision: i64,
+) -> Result<Streaming<WatchResponse>> {
+    let mut grpc = Grpc::new(channel);
+    grpc.ready().await?;
+    let create = WatchRequest { create_request: Some(WatchCreateRequest { key, start_revision }) };
+    // The end of the requests would end the watch.
+    let requests = stream::once(async move { create }).chain(stream::pending());
+    let path = PathAndQuery::from_static("/etcdserverpb.Watch/Watch");
+    let codec = ProstCodec::<WatchRequest, WatchResponse>::default();
+    let mut responses = grpc.streaming(Request::new(requests), path, codec).await?.into_inner();
+    match responses.message().await? {
+        Some(response) if response.created && !response.canceled => Ok(responses),
+        other => Err(format!("etcd did not confirm a watch: {other:?}").into()),
+    }
+}
+
+/// Whether it answers.
+pub(crate) async fn probe(address: SocketAddr) -> Result<()> {
+    let channel = Endpoint::from_shared(format!("http://{address}"))?.connect().await?;
+    put(&mut Grpc::new(channel), Bytes::from_static(b"probe"), Bytes::new()).await?;
+    Ok(())
+}
+
+/// Of the etcd that is installed, if one is.
+pub(crate) fn version() -> Option<String> {
+    let output = Command::new("etcd").arg("--version").output().ok()?;
+    let text = String::from_utf8(output.stdout).ok()?;
+    Some(text.lines().next()?.trim_start_matches("etcd Version: ").to_owned())
+}

@@ -1,0 +1,139 @@
+//! The benchmark: milepost beside what a user would otherwise pick.
+//!
+//! `cargo bench --bench log [-- ROW…]` starts a durable Postgres, the release
+//! server and the row's peer, each a process of its own, and loads them in
+//! turns: milepost, peer, milepost, peer … Each round comes after a CHECKPOINT;
+//! the median of the rounds' ratios decides. What is received is checked: a
+//! wrong answer, however fast, fails the run.
+
+mod bed;
+mod check;
+mod empty;
+mod etcd;
+mod folder;
+mod load;
+mod machine;
+mod report;
+mod rows;
+mod store;
+mod tenant;
+
+use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
+
+use clap::{Parser, ValueEnum as _};
+
+use self::{bed::Bed, rows::Row};
+
+type Error = Box<dyn std::error::Error + Send + Sync>;
+type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Measures milepost beside its peers; see the section "How fast" of README.md
+#[derive(Clone, Debug, Parser)]
+struct Options {
+    /// Rows to measure; all of them by default
+    #[arg(value_enum)]
+    rows: Vec<Row>,
+
+    /// File for the table as JSON: objects with row, milepost, peer, ratio, goal, met
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+
+    /// Fail where a peer is not installed
+    #[arg(long)]
+    require_peers: bool,
+
+    /// Rounds of each side
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
+    rounds: u32,
+
+    /// Length of a round, in seconds
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=600))]
+    seconds: u64,
+
+    /// Events in the large database of the row `flat`, ten to a job; 10000000 for the goal as stated
+    #[arg(long, default_value_t = 1_000_000, value_name = "COUNT",
+          value_parser = clap::value_parser!(u32).range(10_000..=100_000_000))]
+    flat_events: u32,
+
+    /// A setting of Postgres to try, as NAME=VALUE; may be given more than once
+    #[arg(long, value_name = "SETTING", value_parser = setting)]
+    set: Vec<(String, String)>,
+
+    /// Given by `cargo bench`
+    #[arg(long, hide = true)]
+    bench: bool,
+
+    /// How the benchmark starts the empty method in a process of its own
+    #[arg(long, hide = true, value_name = "ADDRESS")]
+    serve_empty: Option<SocketAddr>,
+}
+
+impl Options {
+    fn round(&self) -> Duration {
+        Duration::from_secs(self.seconds)
+    }
+}
+
+fn setting(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once('=').ok_or("NAME=VALUE is expected")?;
+    Ok((name.to_owned(), value.to_owned()))
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    let run = || tokio::runtime::Runtime::new()?.block_on(run(options));
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("the benchmark failed: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(options: Options) -> Result<()> {
+    if let Some(address) = options.serve_empty {
+        return empty::serve(address).await;
+    }
+    let rows = if options.rows.is_empty() { Row::value_variants().to_vec() } else { options.rows.clone() };
+    let json = options.json.clone();
+    let mut conditions =
+        format!("rounds: {} of {} s, milepost and peer in turns\n", options.rounds, options.seconds);
+    for (name, value) in &options.set {
+        conditions.push_str(&format!("Postgres with {name} = {value}\n"));
+    }
+    let bed = Bed::start(options).await?;
+    let measured = tokio::select! {
+        measured = measure(&bed, &rows) => measured,
+        interrupted = tokio::signal::ctrl_c() => interrupted.map_err(Error::from).and(Err("interrupted".into())),
+    };
+    let described = match bed.postgres_version().await {
+        Ok(version) => machine::describe(&version),
+        Err(error) => Err(error),
+    };
+    bed.stop().await?;
+    let (outcomes, failed) = measured?;
+    println!("\n{}{conditions}", described?);
+    println!("{}", report::table(&outcomes));
+    if let Some(path) = json {
+        std::fs::write(path, report::json(&outcomes))?;
+    }
+    if failed.is_empty() { Ok(()) } else { Err(failed.join("\n").into()) }
+}
+
+/// The rows' outcomes, and what failed: one row's failure does not take away
+/// what the others came to.
+async fn measure(bed: &Bed, rows: &[Row]) -> Result<(Vec<report::Outcome>, Vec<String>)> {
+    let (mut outcomes, mut failed) = (Vec::new(), Vec::new());
+    for row in rows {
+        match row.measure(bed).await {
+            Ok(measured) => outcomes.extend(measured),
+            Err(error) => {
+                let name = row.name();
+                eprintln!("{name} FAILED: {error}");
+                failed.push(format!("{name}: {error}"));
+            }
+        }
+    }
+    Ok((outcomes, failed))
+}

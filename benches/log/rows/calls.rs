@@ -1,0 +1,79 @@
+//! Calls that read, beside a method that does nothing.
+
+use milepost::{
+    client::Client,
+    pb::{GetCurrentUserRequest, GetJobRequest, get_job_request},
+};
+use tonic::{client::Grpc, transport::Channel, transport::Endpoint};
+
+use super::Row;
+use crate::{
+    Result,
+    bed::Bed,
+    empty,
+    load::{Worker, drive},
+    report::Outcome,
+    tenant::{self, Tenant},
+};
+
+const CONNECTIONS: usize = 8;
+const IN_FLIGHT: usize = 32;
+const JOBS: usize = 1_000;
+
+enum Caller {
+    GetJob { client: Client, jobs: Vec<String>, next: usize },
+    GetCurrentUser { client: Client },
+    Empty(Box<Grpc<Channel>>),
+}
+
+impl Worker for Caller {
+    async fn work(&mut self) -> Result<()> {
+        match self {
+            Self::GetJob { client, jobs, next } => {
+                *next = (*next + 1) % jobs.len();
+                let job = Some(get_job_request::Job::JobId(jobs[*next].clone()));
+                let answer = client.jobs().get_job(GetJobRequest { job }).await?.into_inner();
+                if answer.job.is_none_or(|job| job.id != jobs[*next]) {
+                    return Err("GetJob answered with another job".into());
+                }
+            }
+            Self::GetCurrentUser { client } => {
+                let answer = client.auth().get_current_user(GetCurrentUserRequest {}).await?.into_inner();
+                answer.user.ok_or("GetCurrentUser answered without a user")?;
+            }
+            Self::Empty(grpc) => empty::call(grpc).await?,
+        }
+        Ok(())
+    }
+}
+
+pub(super) async fn measure(bed: &Bed, row: Row) -> Result<Vec<Outcome>> {
+    let server = bed.server(&bed.database().await?).await?;
+    let tenant = Tenant::create(server.address).await?;
+    let jobs = tenant.jobs(server.address, JOBS).await?;
+    let clients = tenant::connect(server.address, &tenant.customer_key, CONNECTIONS).await?;
+    let empty = bed.empty().await?;
+    let endpoint = Endpoint::from_shared(format!("http://{}", empty.address))?;
+    let mut channels = Vec::new();
+    for _ in 0..CONNECTIONS {
+        channels.push(endpoint.connect().await?);
+    }
+    let ours = |number: usize| {
+        let client = clients[number % CONNECTIONS].clone();
+        if matches!(row, Row::GetJob) {
+            Caller::GetJob { client, jobs: jobs.clone(), next: number * 37 % JOBS }
+        } else {
+            Caller::GetCurrentUser { client }
+        }
+    };
+    let theirs = |number: usize| Caller::Empty(Box::new(Grpc::new(channels[number % CONNECTIONS].clone())));
+    let mut outcome = Outcome::new(row.name(), "calls/s", "empty method", None);
+    for _ in 0..bed.options.rounds {
+        bed.checkpoint().await?;
+        let callers = (0..CONNECTIONS * IN_FLIGHT).map(ours).collect();
+        outcome.milepost(drive(callers, &bed.options).await?.1.rate(1.0));
+        let callers = (0..CONNECTIONS * IN_FLIGHT).map(theirs).collect();
+        outcome.peer(drive(callers, &bed.options).await?.1.rate(1.0));
+    }
+    Ok(vec![outcome])
+}

@@ -1,0 +1,192 @@
+//! Calls with much stored, beside the same calls with little: the same number
+//! of jobs is called for in both, drawn from all over.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use milepost::{
+    client::Client,
+    pb::{
+        AllJobs, FromNow, GetJobRequest, ListEventsRequest, ListJobsRequest, get_job_request,
+        list_events_request,
+        watch_events_request::{Scope, Start},
+    },
+};
+
+use crate::{
+    Result,
+    bed::{Bed, Process, connect},
+    load::latency,
+    report::{Goal, Measure, Outcome},
+    store::{append, new_event, watch},
+    tenant::{self, Tenant},
+};
+
+/// Events of each job, and jobs that are called for.
+const EVENTS_PER_JOB: u32 = 10;
+const JOBS: u32 = 1_000;
+/// Events between a token and the end of the log, when a watch is resumed.
+const MISSED: usize = 10;
+
+/// What is called.
+const CALLS: [&str; 6] = ["append", "get-job", "resume-job", "resume-all", "list-jobs", "list-events"];
+
+/// A server on a database that was filled.
+struct Side {
+    _server: Process,
+    provider: Client,
+    customer: Client,
+    jobs: Arc<[String]>,
+    /// Of a watch of all jobs, and of each job, before some last events.
+    all_token: String,
+    job_tokens: Vec<String>,
+    next: usize,
+}
+
+pub(super) async fn measure(bed: &Bed) -> Result<Vec<Outcome>> {
+    let large = bed.options.flat_events / EVENTS_PER_JOB;
+    eprintln!(
+        "flat: {} events of {large} jobs beside {} of {JOBS}",
+        large * EVENTS_PER_JOB,
+        JOBS * EVENTS_PER_JOB
+    );
+    let (mut few, mut many) = (Side::fill(bed, JOBS).await?, Side::fill(bed, large).await?);
+    let outcome =
+        |call: &&str| Outcome::new(format!("flat-{call}"), "ms p50", "with few", Some(Goal::AtMost(1.2)));
+    let mut outcomes: Vec<Outcome> = CALLS.iter().map(outcome).collect();
+    let share = bed.options.round() / u32::try_from(CALLS.len())?;
+    for _ in 0..bed.options.rounds {
+        for (call, outcome) in CALLS.iter().zip(&mut outcomes) {
+            bed.checkpoint().await?;
+            let [ours, theirs] = in_turns(call, [&mut many, &mut few], share).await?;
+            outcome.milepost(ours);
+            outcome.peer(theirs);
+        }
+    }
+    Ok(outcomes)
+}
+
+/// One call after the other, for a time, on either side in turn, so that what
+/// else the machine does burdens both alike: their medians.
+async fn in_turns(call: &str, mut sides: [&mut Side; 2], time: Duration) -> Result<[Measure; 2]> {
+    let mut latencies = [Vec::new(), Vec::new()];
+    for side in &mut sides {
+        side.prepare().await?;
+    }
+    let started = Instant::now();
+    while started.elapsed() < time * 2 {
+        for (side, latencies) in sides.iter_mut().zip(&mut latencies) {
+            let called = Instant::now();
+            side.call(call).await?;
+            latencies.push(called.elapsed());
+        }
+    }
+    Ok(latencies.map(|latencies| {
+        let latencies = latency(&latencies);
+        Measure { value: latencies[0], latencies: Some(latencies) }
+    }))
+}
+
+impl Side {
+    async fn fill(bed: &Bed, jobs: u32) -> Result<Self> {
+        let database = bed.database().await?;
+        let server = bed.server(&database).await?;
+        let tenant = Tenant::create(server.address).await?;
+        tenant.jobs(server.address, 1).await?;
+        let client = connect(&database).await?;
+        client.batch_execute(&filling(jobs)).await?;
+        // As autovacuum would have, in time.
+        client.batch_execute("VACUUM ANALYZE").await?;
+        // The server has not seen how these events came about.
+        server.stop().await?;
+        let server = bed.server(&database).await?;
+        let stride = i64::from(jobs / JOBS);
+        let rows = client
+            .query(&format!("SELECT id::text FROM jobs WHERE provider_job_id LIKE 'fill-%' AND substr(provider_job_id, 6)::bigint % {stride} = 0 ORDER BY 1"), &[])
+            .await?;
+        let jobs: Arc<[String]> = rows.iter().map(|row| row.get(0)).collect();
+        let provider = tenant::connect(server.address, &tenant.provider_key, 1).await?.remove(0);
+        let customer = tenant::connect(server.address, &tenant.customer_key, 1).await?.remove(0);
+        let (all_token, job_tokens) = (String::new(), Vec::new());
+        let mut side = Self { _server: server, provider, customer, jobs, all_token, job_tokens, next: 0 };
+        for index in 0..side.jobs.len() {
+            let scope = Scope::JobId(side.jobs[index].clone());
+            let (_, token, _) = watch(&side.customer, scope, Start::FromNow(FromNow {})).await?;
+            side.job_tokens.push(token);
+        }
+        side.prepare().await?;
+        Ok(side)
+    }
+
+    /// Has a token of all jobs ready, just before the end of the log.
+    async fn prepare(&mut self) -> Result<()> {
+        let all = Scope::AllJobs(AllJobs::default());
+        (_, self.all_token, _) = watch(&self.customer, all, Start::FromNow(FromNow {})).await?;
+        for _ in 0..MISSED {
+            self.call("append").await?;
+        }
+        Ok(())
+    }
+
+    async fn call(&mut self, call: &str) -> Result<()> {
+        self.next = (self.next + 7) % self.jobs.len();
+        let job = self.jobs[self.next].clone();
+        match call {
+            "append" => {
+                let request = append(job, vec![new_event(self.next, 0)]);
+                let answer = self.provider.events().append_events(request).await?.into_inner();
+                answer.events.first().filter(|event| !event.existed).ok_or("nothing was appended")?;
+            }
+            "get-job" => {
+                let request = GetJobRequest { job: Some(get_job_request::Job::JobId(job)) };
+                self.customer.jobs().get_job(request).await?;
+            }
+            "resume-job" => {
+                let token = Start::ResumeToken(self.job_tokens[self.next].clone());
+                watch(&self.customer, Scope::JobId(job), token).await?;
+            }
+            "resume-all" => {
+                let token = Start::ResumeToken(self.all_token.clone());
+                watch(&self.customer, Scope::AllJobs(AllJobs::default()), token).await?;
+            }
+            "list-jobs" => {
+                let page = self.customer.jobs().list_jobs(ListJobsRequest::default()).await?.into_inner();
+                page.jobs.get(49).ok_or("a short page")?;
+            }
+            _ => {
+                let job = Some(list_events_request::Job::JobId(job));
+                let request = ListEventsRequest { job, ..Default::default() };
+                let page = self.customer.events().list_events(request).await?.into_inner();
+                page.events.get(9).ok_or("a short page")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// SQL that makes jobs and their events, as appends would have left them.
+fn filling(jobs: u32) -> String {
+    let events = u64::from(jobs) * u64::from(EVENTS_PER_JOB);
+    format!(
+        "CREATE TEMPORARY TABLE made AS
+             SELECT n, ('01900000-0000-7000-8000-' || lpad(to_hex(n), 12, '0'))::uuid AS id
+             FROM generate_series(1, {jobs}) AS n;
+         INSERT INTO jobs (id, provider_id, customer_id, job_configuration_id, configuration_tag, provider_job_id,
+                           provider_job_name, status, points_done, points_total, percent, steps_done, last_sequence,
+                           created_at)
+         SELECT made.id, provider_id, customer_id, job_configuration_id, configuration_tag, 'fill-' || n,
+                'Patient ' || n, 'running', 5, points_total, 5, '\\x01', {EVENTS_PER_JOB},
+                now() - interval '1 day' + n * interval '1 millisecond'
+         FROM made, (SELECT * FROM jobs WHERE provider_job_id = 'job-0000000') AS one;
+         INSERT INTO events (job_id, sequence, position, id, kind, name, step_configuration_id, event_metadata,
+                             status, points_done, percent, created_at)
+         SELECT id, sequence, (sequence - 1) * {jobs} + n, gen_random_uuid(), 'step', repeat('.', 64), step, '',
+                'running', 5, 5, now()
+         FROM generate_series(1, {EVENTS_PER_JOB}) AS sequence, made,
+              (SELECT id AS step FROM step_configurations WHERE position = 0) AS step;
+         UPDATE event_log SET position = {events};
+         DROP TABLE made;"
+    )
+}
