@@ -106,7 +106,15 @@ CREATE FUNCTION append_events(
     OUT log_position bigint,
     OUT appended_at timestamptz,
     OUT outcomes smallint[]
-) LANGUAGE plpgsql AS $$
+) LANGUAGE plpgsql
+-- Every row that this touches is known by its key. A plan that was made while
+-- the tables were small is kept as they grow, and must not be one that reads
+-- them whole.
+SET enable_seqscan = off
+SET enable_hashjoin = off
+SET enable_mergejoin = off
+SET jit = off
+AS $$
 #variable_conflict use_column
 DECLARE
     unmoved bigint[];
@@ -135,7 +143,7 @@ BEGIN
     WHERE given.ordinal = ANY (appended);
 
     IF appended_count > 0 THEN
-        UPDATE event_log SET position = position + appended_count
+        UPDATE event_log SET position = position + appended_count WHERE id = 1
         RETURNING position - appended_count INTO log_position;
 
         appended_at := clock_timestamp();

@@ -121,7 +121,7 @@ async fn connect(settings: &DatabaseSettings) -> ConnectionResult<AsyncPgConnect
         let mut connection = AsyncPgConnection::establish(&settings.url).await?;
         connection
             .batch_execute(&format!(
-                "SET application_name = 'milepost'; SET timezone = 'UTC'; \
+                "SET application_name = 'milepost'; SET timezone = 'UTC'; SET jit = off; \
                  SET synchronous_commit = '{}'; SET statement_timeout = {}; \
                  SET lock_timeout = {}; SET idle_in_transaction_session_timeout = {}",
                 settings.synchronous_commit,
