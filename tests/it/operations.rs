@@ -88,6 +88,26 @@ async fn both_versions_of_reflection_list_the_services() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn reflection_knows_the_details_of_errors() {
+    use tonic_reflection::pb::v1::{
+        ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
+        server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
+    };
+    let server = TestServer::start().await;
+    let mut client = ServerReflectionClient::new(server.channel.clone());
+    for detail in
+        ["ErrorInfo", "BadRequest", "PreconditionFailure", "ResourceInfo", "RetryInfo", "QuotaFailure"]
+    {
+        let symbol = MessageRequest::FileContainingSymbol(format!("google.rpc.{detail}"));
+        let request = ServerReflectionRequest { host: String::new(), message_request: Some(symbol) };
+        let mut responses =
+            client.server_reflection_info(tokio_stream::once(request)).await.unwrap().into_inner();
+        let response = responses.message().await.unwrap().unwrap().message_response.unwrap();
+        assert!(matches!(response, MessageResponse::FileDescriptorResponse(_)), "{detail}: {response:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn every_answer_carries_a_request_id() {
     let server = TestServer::start().await;
     let mut user = server.customer().await;
