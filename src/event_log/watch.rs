@@ -155,8 +155,6 @@ pub(crate) struct Watch {
     job: Option<JobState>,
     /// When a heartbeat is due.
     beat_at: Instant,
-    /// Made, and not sent while the credential is not confirmed.
-    held: Option<Message>,
     ended: bool,
 }
 
@@ -201,7 +199,6 @@ impl Watch {
             missed: false,
             job,
             beat_at: Instant::now() + heartbeat,
-            held: None,
             ended: false,
         })
     }
@@ -233,37 +230,50 @@ impl Watch {
         None
     }
 
-    /// One step further: a message, or something was read. A message is handed
-    /// out only while the credential is confirmed.
+    /// One step further: a message, or something was read.
     async fn advance(&mut self) -> Result<Option<Message>> {
-        if self.held.is_none() {
-            if !self.pending.is_empty() || self.cursor < self.read_to {
-                // Taken only to be sent at once: the cursor has moved then, and
-                // an `end` that came first would skip what was held.
-                if self.credential.confirmed().await.is_err() {
-                    return Ok(Some(self.end(EndReason::CredentialEnded)));
-                }
-                return Ok(self.take_pending());
-            }
-            self.held = if self.missed {
+        if !self.has_pending() {
+            if self.missed {
                 self.look_again().await?;
-                None
-            } else if self.cursor < self.past_end {
+                return Ok(None);
+            }
+            if self.cursor < self.past_end {
                 self.read_past().await?;
-                None
-            } else if !self.caught_up {
-                self.caught_up = true;
-                Some(self.message(Body::CaughtUp(self.job)))
-            } else if self.job.is_some_and(|job| job.closed && job.last_sequence <= self.cursor) {
-                Some(self.end(EndReason::JobClosed))
-            } else {
-                self.follow().await
-            };
+                return Ok(None);
+            }
+            if self.caught_up && !self.is_over() && !self.wait().await {
+                return Ok(None);
+            }
         }
-        if self.held.is_some() && self.credential.confirmed().await.is_err() {
+        // Asked before a message is made: making one moves the cursor, and an
+        // `end` that came while it was held back would skip what it says.
+        if self.credential.confirmed().await.is_err() {
             return Ok(Some(self.end(EndReason::CredentialEnded)));
         }
-        Ok(self.held.take())
+        Ok(self.say())
+    }
+
+    fn has_pending(&self) -> bool {
+        !self.pending.is_empty() || self.cursor < self.read_to
+    }
+
+    /// Whether the one job's log was sent to its very end.
+    fn is_over(&self) -> bool {
+        self.job.is_some_and(|job| job.closed && job.last_sequence <= self.cursor)
+    }
+
+    /// What is to be said now, to be sent at once.
+    fn say(&mut self) -> Option<Message> {
+        if self.has_pending() {
+            self.take_pending()
+        } else if !self.caught_up {
+            self.caught_up = true;
+            Some(self.message(Body::CaughtUp(self.job)))
+        } else if self.is_over() {
+            Some(self.end(EndReason::JobClosed))
+        } else {
+            self.beat()
+        }
     }
 
     /// Reads a page of the log from the cursor towards the end of the past.
@@ -298,41 +308,43 @@ impl Watch {
         Ok(())
     }
 
-    /// Waits for what is committed next, or for the heartbeat.
-    async fn follow(&mut self) -> Option<Message> {
+    /// Waits for what is committed next; whether a heartbeat is due instead.
+    async fn wait(&mut self) -> bool {
         let due = tokio::time::Instant::from_std(self.beat_at);
-        let delivery = tokio::select! {
+        tokio::select! {
             biased;
-            delivery = self.subscription.next() => delivery,
-            () = tokio::time::sleep_until(due) => match self.beat() {
-                Beat::Message(message) => return Some(message),
-                Beat::Delivery(delivery) => delivery,
-                Beat::Unknown => {
-                    self.beat_at = Instant::now() + RETRY;
-                    return None;
-                }
-            },
-        };
+            delivery = self.subscription.next() => {
+                self.receive(delivery);
+                false
+            }
+            () = tokio::time::sleep_until(due) => true,
+        }
+    }
+
+    fn receive(&mut self, delivery: Delivery) {
         match delivery {
             Delivery::Events(events) => self.accept(events),
             Delivery::Overflowed => self.missed = true,
         }
-        None
     }
 
-    /// What to do when nothing was sent for the interval.
-    fn beat(&mut self) -> Beat {
+    /// A heartbeat, if everything up to the log's end was delivered and sent.
+    fn beat(&mut self) -> Option<Message> {
         // First how far everything has been delivered, then whether any of it
         // waits here.
-        let Some(head) = self.log.0.tail.current() else { return Beat::Unknown };
+        let Some(head) = self.log.0.tail.current() else {
+            self.beat_at = Instant::now() + RETRY;
+            return None;
+        };
         if let Some(delivery) = self.subscription.take() {
-            return Beat::Delivery(delivery);
+            self.receive(delivery);
+            return None;
         }
         if let Scope::All { .. } = self.scope {
             self.cursor = self.cursor.max(head);
             self.read_to = self.cursor;
         }
-        Beat::Message(self.message(Body::Heartbeat))
+        Some(self.message(Body::Heartbeat))
     }
 
     /// Takes in what was delivered; what was read from the log already is
@@ -401,13 +413,6 @@ impl Watch {
     fn message(&self, body: Body) -> Message {
         Message { resume_token: self.binding.token(self.cursor), body }
     }
-}
-
-enum Beat {
-    Message(Message),
-    Delivery(Delivery),
-    /// The log's end has not been seen lately: no word about it.
-    Unknown,
 }
 
 /// Where the scope's log ends now, and the state of the one job there.
