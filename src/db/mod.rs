@@ -103,12 +103,6 @@ impl Database {
         tokio::spawn(async move { work(connection).await }).await.map_err(Error::internal)?
     }
 
-    /// Whether the database answers.
-    pub async fn ping(&self) -> Result<()> {
-        let mut connection = self.get().await?;
-        Ok(connection.batch_execute("SELECT 1").await?)
-    }
-
     /// What the pool was made with.
     pub fn settings(&self) -> &DatabaseSettings {
         &self.settings

@@ -124,50 +124,36 @@ impl Directory {
         connection: &mut AsyncPgConnection,
         heads: Vec<JobHead>,
     ) -> Result<Vec<Arc<JobIdentity>>> {
-        let unknown: Vec<Uuid> = heads
-            .iter()
-            .map(|head| head.job_configuration_id)
-            .filter(|id| !self.configurations.contains_key(id))
-            .collect();
-        let mut loaded = HashMap::new();
+        let mut configurations = HashMap::new();
+        let mut unknown = Vec::new();
+        for id in heads.iter().map(|head| head.job_configuration_id) {
+            match self.configurations.get(&id) {
+                Some(configuration) => drop(configurations.insert(id, configuration)),
+                None => unknown.push(id),
+            }
+        }
         if !unknown.is_empty() {
             for tree in JobConfiguration::load(connection, &unknown).await? {
                 let configuration = Arc::new(Configuration { weights: tree.weights(), tree });
                 self.configurations.insert(configuration.tree.id, Arc::clone(&configuration));
-                loaded.insert(configuration.tree.id, configuration);
+                configurations.insert(configuration.tree.id, configuration);
             }
         }
         let mut jobs = Vec::with_capacity(heads.len());
         for head in heads {
-            let id = head.job_configuration_id;
-            let configuration = match loaded.get(&id).cloned().or_else(|| self.configurations.get(&id)) {
-                Some(configuration) => configuration,
-                // Forgotten between the two looks: there is more in use than is
-                // remembered.
-                None => self.load_configuration(connection, id).await?,
-            };
+            let configuration = configurations
+                .get(&head.job_configuration_id)
+                .ok_or_else(|| Error::internal("a job without its configuration"))?;
             let job = Arc::new(JobIdentity {
                 id: head.id,
                 provider_id: head.provider_id,
                 customer_id: head.customer_id,
                 provider_job_id: head.provider_job_id,
-                configuration,
+                configuration: Arc::clone(configuration),
             });
             self.jobs.insert(job.id, Arc::clone(&job));
             jobs.push(job);
         }
         Ok(jobs)
-    }
-
-    async fn load_configuration(
-        &self,
-        connection: &mut AsyncPgConnection,
-        id: Uuid,
-    ) -> Result<Arc<Configuration>> {
-        let tree = JobConfiguration::load(connection, &[id])
-            .await?
-            .pop()
-            .ok_or_else(|| Error::internal("a job without its configuration"))?;
-        Ok(Arc::new(Configuration { weights: tree.weights(), tree }))
     }
 }

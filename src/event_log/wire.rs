@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
+use chrono::{DateTime, Utc};
 use prost::{
     DecodeError, Message,
     bytes::{Buf, BufMut},
@@ -163,8 +164,9 @@ impl Message for WatchedEvents {
     }
 }
 
-/// Microseconds are all that the database keeps, so that nothing is lost here.
-pub(crate) fn timestamp(at: chrono::DateTime<chrono::Utc>) -> prost_types::Timestamp {
+/// As every message has it.
+pub(crate) fn timestamp(at: DateTime<Utc>) -> prost_types::Timestamp {
+    // Below 1,000,000,000, but in a leap second, which Postgres has none of.
     let nanos = i32::try_from(at.timestamp_subsec_nanos()).unwrap_or_default();
     prost_types::Timestamp { seconds: at.timestamp(), nanos }
 }
@@ -205,7 +207,6 @@ impl From<Progress> for pb::Progress {
 
 #[cfg(test)]
 mod tests {
-    use chrono::DateTime;
     use prost_types::{Struct, Value};
 
     use super::*;

@@ -206,10 +206,8 @@ impl User {
                 .returning(Self::as_returning())
                 .get_result(conn)
                 .await
-                .optional()?
-                .ok_or_else(|| Error::not_found(Resource::User, email))?;
-            Session::end_all(conn, user.id, None).await?;
-            Ok(user)
+                .optional()?;
+            Self::with_sessions_ended(conn, user, email).await
         })
         .await
     }
@@ -230,12 +228,21 @@ impl User {
                 .returning(Self::as_returning())
                 .get_result(conn)
                 .await
-                .optional()?
-                .ok_or_else(|| Error::not_found(Resource::User, email))?;
-            Session::end_all(conn, user.id, None).await?;
-            Ok(user)
+                .optional()?;
+            Self::with_sessions_ended(conn, user, email).await
         })
         .await
+    }
+
+    /// The user who was changed, if there is one, all of whose sessions end.
+    async fn with_sessions_ended(
+        conn: &mut AsyncPgConnection,
+        changed: Option<Self>,
+        email: &str,
+    ) -> Result<Self> {
+        let user = changed.ok_or_else(|| Error::not_found(Resource::User, email))?;
+        Session::end_all(conn, user.id, None).await?;
+        Ok(user)
     }
 }
 

@@ -8,6 +8,7 @@ use super::{App, page, parse};
 use crate::{
     auth::Ending,
     error::{Error, Result, Violations, quoted},
+    event_log::wire,
     models::{
         api_key::{ApiKey, NewApiKey},
         caller::{CredentialId, KeyManager, Scope, UserRole},
@@ -424,15 +425,15 @@ impl From<User> for pb::User {
             email: user.email,
             first_name: user.first_name,
             last_name: user.last_name,
-            created_at: Some(parse::to_timestamp(user.created_at)),
-            updated_at: Some(parse::to_timestamp(user.updated_at)),
+            created_at: Some(wire::timestamp(user.created_at)),
+            updated_at: Some(wire::timestamp(user.updated_at)),
         }
     }
 }
 
 /// With its secret, or without.
 fn session_with(secret: String, session: &Session) -> pb::Session {
-    let expires_at = Some(parse::to_timestamp(session.expires_at));
+    let expires_at = Some(wire::timestamp(session.expires_at));
     pb::Session { id: session.id.to_string(), secret, expires_at }
 }
 
@@ -448,9 +449,9 @@ impl From<ApiKey> for pb::ApiKey {
             scopes: scopes.collect(),
             key_prefix: key.key_prefix,
             note: key.note,
-            expires_at: key.expires_at.map(parse::to_timestamp),
-            last_used_at: key.last_used_at.map(parse::to_timestamp),
-            created_at: Some(parse::to_timestamp(key.created_at)),
+            expires_at: key.expires_at.map(wire::timestamp),
+            last_used_at: key.last_used_at.map(wire::timestamp),
+            created_at: Some(wire::timestamp(key.created_at)),
         }
     }
 }

@@ -13,6 +13,7 @@ use super::{
 };
 use crate::{
     error::{Error, Resource, Result, Violations, quoted},
+    event_log::wire,
     limits::{CONFIGURATION_STEPS, STEP_METADATA, STEP_POINTS},
     models::{
         caller::{Provider, Scope},
@@ -271,7 +272,7 @@ impl From<JobConfiguration> for pb::JobConfiguration {
             name,
             version,
             steps: steps.into_iter().map(Into::into).collect(),
-            created_at: Some(parse::to_timestamp(created_at)),
+            created_at: Some(wire::timestamp(created_at)),
             provider_id: provider_id.to_string(),
         }
     }

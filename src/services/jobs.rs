@@ -12,6 +12,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result, Violations},
+    event_log::wire,
     models::{
         caller::{Scope, Viewer},
         job::{Job, JobCursor, JobFilters, JobKey, JobPage, NewJob, Party},
@@ -285,9 +286,9 @@ impl From<Job> for pb::Job {
             status: pb::JobStatus::from(job.status).into(),
             progress: Some(job.progress.into()),
             last_sequence: job.last_sequence,
-            closed_at: job.closed_at.map(parse::to_timestamp),
-            created_at: Some(parse::to_timestamp(job.created_at)),
-            updated_at: Some(parse::to_timestamp(job.updated_at)),
+            closed_at: job.closed_at.map(wire::timestamp),
+            created_at: Some(wire::timestamp(job.created_at)),
+            updated_at: Some(wire::timestamp(job.updated_at)),
         }
     }
 }

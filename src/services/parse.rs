@@ -76,13 +76,6 @@ pub(super) fn timestamp(
     time
 }
 
-/// The reverse of [`timestamp`].
-pub(super) fn to_timestamp(time: DateTime<Utc>) -> Timestamp {
-    // Below 1,000,000,000, but in a leap second, which Postgres has none of.
-    let nanos = i32::try_from(time.timestamp_subsec_nanos()).unwrap_or(0);
-    Timestamp { seconds: time.timestamp(), nanos }
-}
-
 /// The field `page_size`: [`PAGE_DEFAULT`] where absent, cut to [`PAGE_MAX`].
 pub(super) fn page_size(violations: &mut Violations, value: i32) -> i64 {
     match i64::from(value) {
@@ -149,7 +142,7 @@ mod tests {
         let (time, notes) = noted(|v| timestamp(v, "f", Some(Timestamp { seconds: -1, nanos: 999_999_999 })));
         assert!(notes.is_empty());
         let time = time.expect("a time");
-        assert_eq!(to_timestamp(time), Timestamp { seconds: -1, nanos: 999_999_000 });
+        assert_eq!(crate::event_log::wire::timestamp(time), Timestamp { seconds: -1, nanos: 999_999_000 });
         assert_eq!(noted(|v| timestamp(v, "f", None)), (None, vec![]));
         for (seconds, nanos) in [(-62_135_596_800, 0), (253_402_300_799, 999_999_999)] {
             assert!(noted(|v| timestamp(v, "f", Some(Timestamp { seconds, nanos }))).0.is_some());

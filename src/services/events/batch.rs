@@ -4,6 +4,7 @@ use std::{collections::HashSet, sync::Arc};
 
 use prost::Message as _;
 
+use super::requests::event_kind;
 use crate::{
     error::{Error, Result, Violations, quoted},
     event_log::{
@@ -81,20 +82,13 @@ fn batch(
 fn unchecked_event(violations: &mut Violations, index: usize, event: pb::NewEvent) -> UncheckedEvent {
     let at = |field: &str| format!("events[{index}].{field}");
     let id = parse::optional_uuid(violations, &at("id"), &event.id);
-    let kind = match pb::EventKind::try_from(event.kind) {
-        Ok(pb::EventKind::Step) => EventKind::Step,
-        Ok(pb::EventKind::Error) => EventKind::Error,
-        Ok(pb::EventKind::Info) => EventKind::Info,
-        Ok(pb::EventKind::Complete) => EventKind::Complete,
-        Ok(pb::EventKind::Close) => {
-            violations.add(at("kind"), "CLOSE is written by CloseJob only");
-            EventKind::Close
-        }
-        Ok(pb::EventKind::Unspecified) | Err(_) => {
-            violations.add(at("kind"), "must be STEP, ERROR, INFO or COMPLETE");
-            EventKind::Info
-        }
-    };
+    let kind = event_kind(event.kind).unwrap_or_else(|| {
+        violations.add(at("kind"), "must be STEP, ERROR, INFO or COMPLETE");
+        EventKind::Info
+    });
+    if kind == EventKind::Close {
+        violations.add(at("kind"), "CLOSE is written by CloseJob only");
+    }
     let name = parse::text(violations, &at("name"), event.name);
     let step_tag = parse::text(violations, &at("step_tag"), event.step_tag);
     if kind == EventKind::Step && step_tag.is_empty() {

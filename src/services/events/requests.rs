@@ -17,19 +17,24 @@ use crate::{
     },
 };
 
+/// A kind that there is.
+pub(super) fn event_kind(kind: i32) -> Option<EventKind> {
+    match pb::EventKind::try_from(kind) {
+        Ok(pb::EventKind::Step) => Some(EventKind::Step),
+        Ok(pb::EventKind::Error) => Some(EventKind::Error),
+        Ok(pb::EventKind::Info) => Some(EventKind::Info),
+        Ok(pb::EventKind::Complete) => Some(EventKind::Complete),
+        Ok(pb::EventKind::Close) => Some(EventKind::Close),
+        Ok(pb::EventKind::Unspecified) | Err(_) => None,
+    }
+}
+
 fn event_kinds(violations: &mut Violations, kinds: &[i32]) -> Vec<EventKind> {
     let mut parsed = Vec::new();
     for (index, kind) in kinds.iter().enumerate() {
-        let kind = match pb::EventKind::try_from(*kind) {
-            Ok(pb::EventKind::Step) => EventKind::Step,
-            Ok(pb::EventKind::Error) => EventKind::Error,
-            Ok(pb::EventKind::Info) => EventKind::Info,
-            Ok(pb::EventKind::Complete) => EventKind::Complete,
-            Ok(pb::EventKind::Close) => EventKind::Close,
-            Ok(pb::EventKind::Unspecified) | Err(_) => {
-                violations.add(format!("kinds[{index}]"), "is no kind of event");
-                continue;
-            }
+        let Some(kind) = event_kind(*kind) else {
+            violations.add(format!("kinds[{index}]"), "is no kind of event");
+            continue;
         };
         if !parsed.contains(&kind) {
             parsed.push(kind);
