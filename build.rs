@@ -30,6 +30,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     debug_assert!(files.encoded_len() > 0);
     tonic_prost_build::configure()
         .extern_path(".google.rpc.Status", "::tonic_types::Status")
+        .codec_path("crate::codec::Codec")
         // Sent as bytes that were encoded once for all watchers.
         .extern_path(".milepost.v1.WatchedEvents", "crate::event_log::WatchedEvents")
         .compile_fds(files)?;

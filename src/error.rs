@@ -1,7 +1,7 @@
 //! The one error type. Each variant is a meaning, not a place; the mapping to
 //! gRPC stands in `services::status`.
 
-use std::{error::Error as StdError, time::Duration};
+use std::{error::Error as StdError, fmt, time::Duration};
 
 use diesel::result::{DatabaseErrorKind, Error as DieselError};
 use uuid::Uuid;
@@ -110,7 +110,7 @@ pub type BoxError = Box<dyn StdError + Send + Sync>;
 
 impl Error {
     /// One field at fault.
-    pub fn invalid(field: impl Into<String>, description: impl Into<String>) -> Self {
+    pub fn invalid(field: impl fmt::Display, description: impl Into<String>) -> Self {
         let mut violations = Violations::default();
         violations.add(field, description);
         Self::Invalid(violations)
@@ -256,8 +256,8 @@ pub struct Violation {
 
 impl Violations {
     /// Notes one more.
-    pub fn add(&mut self, field: impl Into<String>, description: impl Into<String>) {
-        self.0.push(Violation { field: field.into(), description: description.into() });
+    pub fn add(&mut self, field: impl fmt::Display, description: impl Into<String>) {
+        self.0.push(Violation { field: field.to_string(), description: description.into() });
     }
 
     /// `value`, unless anything was noted.

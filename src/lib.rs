@@ -37,6 +37,7 @@
 pub mod auth;
 pub mod cli;
 pub mod client;
+pub mod codec;
 pub mod config;
 pub mod db;
 pub mod error;

@@ -5,6 +5,11 @@ use std::{error::Error, io, process::ExitCode};
 use clap::Parser as _;
 use milepost::cli::{Cli, one_line};
 
+/// A call is many small allocations, freed on other threads than they were made
+/// on.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 #[tokio::main]
 async fn main() -> ExitCode {
     match milepost::cli::run(Cli::parse()).await {

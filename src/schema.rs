@@ -181,8 +181,6 @@ diesel::table! {
 }
 
 diesel::joinable!(api_keys -> users (user_id));
-diesel::joinable!(events -> jobs (job_id));
-diesel::joinable!(events -> step_configurations (step_configuration_id));
 diesel::joinable!(metadata_configurations -> step_configurations (step_configuration_id));
 diesel::joinable!(sessions -> users (user_id));
 diesel::joinable!(step_configurations -> job_configurations (job_configuration_id));

@@ -10,9 +10,15 @@
 //! what the function did not append, is **in doubt**: the job's state and then
 //! the batch's ids are read anew, in this order, so that a batch that is stored
 //! is never refused for what came after it.
+//!
+//! The next round is planned while the one before it is under way, on the
+//! states that the latter is expected to lead to, so that the database never
+//! waits for a plan. What turns out otherwise is planned anew before it is
+//! sent.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
+    io,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -20,14 +26,19 @@ use std::{
     time::Duration,
 };
 
+use chrono::{DateTime, Utc};
 use diesel_async::{AsyncPgConnection, pooled_connection::PoolableConnection as _};
 use futures_util::future::try_join_all;
 use moka::sync::Cache;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
+    task::JoinHandle,
+};
 use uuid::Uuid;
 
 use super::{
-    plan::{Appended, Batch, Plan},
+    directory::JobIdentity,
+    plan::{Appended, Batch},
     tail::Tail,
 };
 use crate::{
@@ -36,7 +47,7 @@ use crate::{
         doorbell::{Bell, Doorbell},
     },
     error::{Error, Resource, Result},
-    models::event::{Append, AppendOutcome, Event, JobHead},
+    models::event::{Append, AppendOutcome, Event, JobHead, NewRow},
     progress::JobState,
 };
 
@@ -46,6 +57,8 @@ const INBOX: usize = 4_096;
 const INBOX_KIB: u32 = 64 * 1024;
 /// Most events of one transaction, but for a last batch that passes it.
 const ROUND_EVENTS: usize = 2_000;
+/// How often callers are looked after while a round is under way.
+const TICK: Duration = Duration::from_millis(1);
 /// Most jobs whose state is remembered; some 100 bytes each.
 const STATES: u64 = 100_000;
 
@@ -55,6 +68,8 @@ pub(crate) struct Appender {
     inbox: mpsc::Sender<Request>,
     room: Arc<Semaphore>,
 }
+
+type Reply = oneshot::Sender<Result<Vec<Appended>>>;
 
 /// Batches of one stream, of which none may be appended after one failed.
 #[derive(Clone, Debug, Default)]
@@ -67,20 +82,33 @@ struct Request {
     /// Events of the batch that were found stored.
     stored: HashMap<Uuid, Event>,
     in_doubt: bool,
-    /// Gone once answered.
-    reply: Option<oneshot::Sender<Result<Vec<Appended>>>>,
+    reply: Reply,
     _room: OwnedSemaphorePermit,
 }
 
 impl Appender {
     /// Starts the task; it ends when the last handle is dropped.
-    pub(crate) fn start(database: Database, tail: Arc<Tail>, doorbell: Doorbell) -> Self {
+    ///
+    /// On a thread of its own: every step of it keeps all callers waiting, and
+    /// must not queue behind the work of some of them.
+    pub(crate) fn start(database: Database, tail: Arc<Tail>, doorbell: Doorbell) -> io::Result<Self> {
         let (inbox, requests) = mpsc::channel(INBOX);
         let limit = database.settings().statement_timeout + Duration::from_secs(1);
-        let states = Cache::new(STATES);
-        let task = Task { database, tail, doorbell, states, connection: None, limit };
-        tokio::spawn(task.run(requests));
-        Self { inbox, room: Arc::new(Semaphore::new(INBOX_KIB as usize)) }
+        let task = Task {
+            database,
+            tail,
+            doorbell,
+            limit,
+            states: Cache::new(STATES),
+            connection: None,
+            next: Round::default(),
+            waiting: HashMap::new(),
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        std::thread::Builder::new()
+            .name("append".to_owned())
+            .spawn(move || runtime.block_on(task.run(requests)))?;
+        Ok(Self { inbox, room: Arc::new(Semaphore::new(INBOX_KIB as usize)) })
     }
 
     /// Hands a batch in. Batches that are handed in one after the other for one
@@ -95,287 +123,421 @@ impl Appender {
         let kib = u32::try_from(bytes.div_ceil(1024)).unwrap_or(INBOX_KIB).min(INBOX_KIB);
         let room = Arc::clone(&self.room).acquire_many_owned(kib).await.map_err(Error::internal)?;
         let (reply, answer) = oneshot::channel();
-        let request =
-            Request { batch, lane, stored: HashMap::new(), in_doubt: false, reply: Some(reply), _room: room };
+        let request = Request { batch, lane, stored: HashMap::new(), in_doubt: false, reply, _room: room };
         self.inbox.send(request).await.map_err(|_| Error::Draining)?;
         Ok(answer)
     }
 }
 
 impl Request {
-    fn answer(&mut self, answer: Result<Vec<Appended>>) {
-        if let Some(reply) = self.reply.take() {
-            // Whoever left does not want to know.
-            let _ = reply.send(answer);
-        }
+    fn answer(self, answer: Result<Vec<Appended>>) {
+        // Whoever left does not want to know.
+        let _ = self.reply.send(answer);
     }
 
     /// Whoever lines up behind it in its lane fails as well.
-    fn fail(&mut self, source: &Arc<Error>) {
+    fn fail(self, source: &Arc<Error>) {
         self.lane.0.store(true, Ordering::Relaxed);
         let source = Arc::clone(source);
         let ours = matches!(*source, Error::Internal(_));
         self.answer(Err(if ours { Error::internal(source) } else { Error::unavailable(source) }));
     }
 
-    /// Answers and drops out if nobody waits for it any more or a batch before
-    /// it in its lane failed or dropped out.
-    fn still_wanted(&mut self) -> bool {
+    /// Nothing if nobody waits for it any more, or if a batch before it in its
+    /// lane failed or dropped out.
+    fn still_wanted(self) -> Option<Self> {
         if self.lane.0.load(Ordering::Relaxed) {
             self.answer(Err(Error::unavailable("a batch before this one failed")));
+            return None;
         }
-        let wanted = self.reply.as_ref().is_some_and(|reply| !reply.is_closed());
-        if !wanted {
+        if self.reply.is_closed() {
             // Nor may what was sent after it be appended without it.
             self.lane.0.store(true, Ordering::Relaxed);
+            return None;
         }
-        wanted
+        Some(self)
     }
 }
+
+/// What is appended in one transaction.
+#[derive(Default)]
+struct Round {
+    groups: HashMap<Uuid, Group>,
+    /// The jobs that have something to append.
+    order: Vec<Uuid>,
+    /// What clients made the ids of, among what it appends.
+    ids: HashSet<(Uuid, Uuid)>,
+    events: usize,
+}
+
+/// One job's part of a round.
+struct Group {
+    /// What each request comes to; a refusal holds once what is planned before
+    /// it is committed.
+    plans: Vec<(Request, Result<Vec<Appended>>)>,
+    before: JobState,
+    after: JobState,
+    /// The state is not remembered but was read for this round.
+    fresh: bool,
+}
+
+impl Round {
+    /// Plans a request, for a job that is in this state before the round; gives
+    /// back what is in doubt. `fresh` says that the state was just read.
+    fn fold(&mut self, mut request: Request, state: JobState, fresh: bool) -> Option<Request> {
+        let id = request.batch.job.id;
+        let looked_up = std::mem::replace(&mut request.in_doubt, true);
+        let new_ids = || {
+            let ids = request.batch.client_ids().filter(|id| !request.stored.contains_key(id));
+            ids.map(|event| (id, event))
+        };
+        if new_ids().any(|id| self.ids.contains(&id)) {
+            // The same event twice in one round: the second waits for what
+            // becomes of the first.
+            return Some(request);
+        }
+        let new_group = || Group { plans: Vec::new(), before: state, after: state, fresh };
+        let (mut after, fresh) =
+            self.groups.get(&id).map_or((state, fresh), |group| (group.after, group.fresh));
+        let plan = request.batch.plan(&request.stored, &mut after);
+        if plan.is_err() && !(looked_up && fresh) {
+            return Some(request);
+        }
+        let appended = plan.as_ref().map_or(0, |events| events.iter().filter(|event| !event.existed).count());
+        if appended > 0 {
+            self.ids.extend(new_ids());
+            self.events += appended;
+        }
+        let group = self.groups.entry(id).or_insert_with(new_group);
+        if appended > 0 && group.is_empty() {
+            self.order.push(id);
+        }
+        group.after = after;
+        request.in_doubt = false;
+        group.plans.push((request, plan));
+        None
+    }
+
+    /// Takes a job out; its requests, in their order.
+    fn withdraw(&mut self, job: &Uuid) -> Vec<Request> {
+        let Some(group) = self.groups.remove(job) else { return Vec::new() };
+        self.order.retain(|id| id != job);
+        self.ids.retain(|(id, _)| id != job);
+        self.events -= group.events().count();
+        group.plans.into_iter().map(|(request, _)| request).collect()
+    }
+}
+
+impl Group {
+    /// What it appends.
+    fn events(&self) -> impl Iterator<Item = NewRow<'_>> {
+        let plans = self.plans.iter().filter_map(|(request, plan)| Some((request, plan.as_ref().ok()?)));
+        plans.flat_map(|(request, answer)| request.batch.rows(answer))
+    }
+
+    /// Whether it appends nothing.
+    fn is_empty(&self) -> bool {
+        self.before.last_sequence == self.after.last_sequence
+    }
+}
+
+/// A round that was sent, and what became of it.
+type Sent = (Round, Result<(AsyncPgConnection, Vec<Result<AppendOutcome>>)>);
 
 struct Task {
     database: Database,
     tail: Arc<Tail>,
     doorbell: Doorbell,
-    states: Cache<Uuid, JobState>,
-    /// Its own, so that no reader can keep appends waiting.
-    connection: Option<AsyncPgConnection>,
     /// Longest that a round may take.
     limit: Duration,
-}
-
-/// One job's part of a round.
-struct Group {
-    /// Of its requests that take part, and what each comes to; a refusal holds
-    /// once what is planned before it is committed.
-    plans: Vec<(usize, Result<Plan>)>,
-    before: JobState,
-    after: JobState,
-    /// The state is not remembered but was read in this round.
-    fresh: bool,
-    /// The rest of its requests wait for the next round.
-    blocked: bool,
+    /// Its own, so that no reader can keep appends waiting; gone while a round
+    /// is under way.
+    connection: Option<AsyncPgConnection>,
+    /// Where jobs are once the round under way is committed.
+    states: Cache<Uuid, JobState>,
+    /// What is sent after the round under way.
+    next: Round,
+    /// What cannot be planned from memory, by job.
+    waiting: HashMap<Uuid, Vec<Request>>,
 }
 
 impl Task {
     async fn run(mut self, mut inbox: mpsc::Receiver<Request>) {
-        let mut waiting: Vec<Request> = Vec::new();
+        let mut under_way: Option<JoinHandle<Sent>> = None;
         loop {
-            if waiting.is_empty() {
-                let Some(request) = inbox.recv().await else { return };
-                waiting.push(request);
-            }
-            let mut events: usize = waiting.iter().map(|request| request.batch.events.len()).sum();
-            while events < ROUND_EVENTS
-                && let Ok(request) = inbox.try_recv()
-            {
-                events += request.batch.events.len();
-                waiting.push(request);
-            }
-            waiting.retain_mut(Request::still_wanted);
-            self.round(&mut waiting).await;
-            waiting.retain(|request| request.reply.is_some());
+            self.admit_all(&mut inbox);
+            let Some(round) = &mut under_way else {
+                if self.is_idle() {
+                    let Some(request) = inbox.recv().await else { return };
+                    self.admit(request);
+                } else {
+                    under_way = self.start().await;
+                }
+                continue;
+            };
+            // Each request would otherwise wake this thread by itself.
+            let Ok(sent) = tokio::time::timeout(TICK, round).await else { continue };
+            let sent = sent.unwrap_or_else(|gone| std::panic::resume_unwind(gone.into_panic()));
+            self.admit_all(&mut inbox);
+            under_way = self.turn(sent).await;
         }
     }
 
-    /// Answers requests; those that it does not answer go on in the next round.
-    async fn round(&mut self, requests: &mut [Request]) {
-        let limit = self.limit;
-        let failure = match tokio::time::timeout(limit, self.try_round(requests)).await {
-            Ok(Ok(())) => return,
-            Ok(Err(error)) => Arc::new(error),
-            Err(_) => Arc::new(Error::unavailable("the append took too long")),
-        };
-        // Whether it was committed is not known: neither, now, is any state.
-        self.connection = None;
-        for request in requests.iter_mut().filter(|request| request.reply.is_some()) {
-            self.states.invalidate(&request.batch.job.id);
-            request.fail(&failure);
+    fn is_idle(&self) -> bool {
+        self.next.groups.is_empty() && self.waiting.is_empty()
+    }
+
+    /// Takes in what has come, as far as the next round has room.
+    fn admit_all(&mut self, inbox: &mut mpsc::Receiver<Request>) {
+        let waiting = self.waiting.values().flatten().map(|request| request.batch.events.len());
+        let mut room = ROUND_EVENTS.saturating_sub(self.next.events + waiting.sum::<usize>());
+        while room > 0
+            && let Ok(request) = inbox.try_recv()
+        {
+            room = room.saturating_sub(request.batch.events.len());
+            self.admit(request);
         }
     }
 
-    async fn try_round(&mut self, requests: &mut [Request]) -> Result<()> {
-        // One that broke while it was idle had nothing to lose.
-        let mut connection = match self.connection.take_if(|connection| !connection.is_broken()) {
-            Some(connection) => connection,
-            None => self.database.connect().await?,
+    /// Plans a request for the next round, or has it wait to be looked up.
+    fn admit(&mut self, request: Request) {
+        let Some(request) = request.still_wanted() else { return };
+        let id = request.batch.job.id;
+        // Nothing overtakes what waits for the same job.
+        let known = !request.in_doubt && !self.waiting.contains_key(&id);
+        let waits = match self.states.get(&id) {
+            Some(state) if known => self.next.fold(request, state, false),
+            _ => Some(request),
         };
-        let mut groups = self.open(&mut connection, requests).await?;
-        let order = plan(&mut groups, requests);
-        let outcomes = append(&mut connection, &order, &groups).await?;
-        self.connection = Some(connection);
-        self.settle(requests, order, groups, outcomes);
-        Ok(())
+        if let Some(request) = waits {
+            self.waiting.entry(id).or_default().push(request);
+        }
     }
 
-    /// A group for each job, with its state; what is in doubt is looked up.
-    async fn open(
-        &self,
-        connection: &mut AsyncPgConnection,
-        requests: &mut [Request],
-    ) -> Result<HashMap<Uuid, Group>> {
-        let mut states: HashMap<Uuid, Option<JobState>> = HashMap::new();
-        for request in &*requests {
+    /// Sends the next round. Nothing is under way.
+    async fn start(&mut self) -> Option<JoinHandle<Sent>> {
+        if !self.waiting.is_empty() {
+            self.look_up().await;
+        }
+        let mut round = std::mem::take(&mut self.next);
+        if round.order.is_empty() {
+            let mut settled = Settled::default();
+            settled.nothing_to_append(round.groups);
+            self.tell(settled);
+            return None;
+        }
+        // Everybody locks jobs in this order.
+        round.order.sort_unstable();
+        for (id, group) in &round.groups {
+            self.states.insert(*id, group.after);
+        }
+        let connection = self.connection.take();
+        Some(tokio::spawn(send(self.database.clone(), connection, round, self.limit)))
+    }
+
+    /// Looks up what waits and plans it, but for jobs that are in the next
+    /// round already: their turn comes after it.
+    async fn look_up(&mut self) {
+        let (planned, waiting) = std::mem::take(&mut self.waiting)
+            .into_iter()
+            .partition::<HashMap<_, _>, _>(|(id, _)| self.next.groups.contains_key(id));
+        self.waiting = planned;
+        let mut requests: Vec<Request> = waiting.into_values().flatten().collect();
+        let states = match tokio::time::timeout(self.limit, self.try_look_up(&mut requests)).await {
+            Ok(Ok(states)) => states,
+            failed => {
+                let error = match failed {
+                    Ok(Err(error)) => error,
+                    _ => Error::unavailable("the look-up took too long"),
+                };
+                let error = Arc::new(error);
+                return requests.into_iter().for_each(|request| request.fail(&error));
+            }
+        };
+        for request in requests {
             let id = request.batch.job.id;
-            let state = states.entry(id).or_insert_with(|| self.states.get(&id));
-            if request.in_doubt {
-                *state = None;
+            let waits = match states.get(&id) {
+                None => {
+                    request.answer(Err(Error::not_found(Resource::Job, &id)));
+                    continue;
+                }
+                Some(_) if self.waiting.contains_key(&id) => Some(request),
+                Some(state) => self.next.fold(request, *state, true),
+            };
+            if let Some(request) = waits {
+                self.waiting.entry(id).or_default().push(request);
             }
         }
-        let unknown: Vec<Uuid> =
-            states.iter().filter(|(_, state)| state.is_none()).map(|(id, _)| *id).collect();
-        let heads = if unknown.is_empty() { Vec::new() } else { JobHead::load(connection, &unknown).await? };
-        let read: HashMap<Uuid, JobState> = heads.iter().map(|head| (head.id, head.state())).collect();
-        let doubtful = requests.iter().filter(|request| request.in_doubt);
-        let found = try_join_all(doubtful.map(|request| {
-            let ids: Vec<Uuid> = request.batch.client_ids().collect();
-            let connection = &*connection;
-            async move { Event::list_by_ids(connection, request.batch.job.id, &ids).await }
-        }))
-        .await?;
-        for (request, rows) in requests.iter_mut().filter(|request| request.in_doubt).zip(found) {
-            request.stored = rows.into_iter().map(|row| (row.id, row)).collect();
-        }
-        let groups = states.into_iter().filter_map(|(id, remembered)| {
-            let state = remembered.or_else(|| read.get(&id).copied())?;
-            let fresh = remembered.is_none();
-            let group = Group { plans: Vec::new(), before: state, after: state, fresh, blocked: false };
-            Some((id, group))
-        });
-        Ok(groups.collect())
     }
 
-    /// Answers what is decided, remembers where jobs are now, tells watchers.
-    fn settle(
-        &self,
-        requests: &mut [Request],
-        order: Vec<Uuid>,
-        mut groups: HashMap<Uuid, Group>,
-        outcomes: Vec<Result<AppendOutcome>>,
-    ) {
-        let mut committed = Vec::new();
+    /// The states of the requests' jobs, and then which events of those in
+    /// doubt are stored.
+    async fn try_look_up(&mut self, requests: &mut [Request]) -> Result<HashMap<Uuid, JobState>> {
+        let mut connection = connect(&self.database, &mut self.connection).await?;
+        let mut jobs: Vec<Uuid> = requests.iter().map(|request| request.batch.job.id).collect();
+        jobs.sort_unstable();
+        jobs.dedup();
+        let heads = JobHead::load(&mut connection, &jobs).await?;
+        let shared = &connection;
+        let in_doubt = requests.iter_mut().filter(|request| request.in_doubt).map(|request| async move {
+            let ids: Vec<Uuid> = request.batch.client_ids().collect();
+            let rows = Event::list_by_ids(shared, request.batch.job.id, &ids).await?;
+            request.stored = rows.into_iter().map(|row| (row.id, row)).collect();
+            Ok::<_, Error>(())
+        });
+        try_join_all(in_doubt).await?;
+        self.connection = Some(connection);
+        Ok(heads.iter().map(|head| (head.id, head.state())).collect())
+    }
+
+    /// A round came back: sends the next one, then tells what became of this.
+    async fn turn(&mut self, sent: Sent) -> Option<JoinHandle<Sent>> {
+        let settled = self.settle(sent);
+        if !self.waiting.is_empty() {
+            // Callers are told before others are looked up.
+            self.tell(settled);
+            return None;
+        }
+        let next = self.start().await;
+        // It goes out before anything else is done.
+        tokio::task::yield_now().await;
+        self.tell(settled);
+        next
+    }
+
+    /// What became of a round. What rested on a job of it that was not appended
+    /// to is planned anew.
+    fn settle(&mut self, (round, result): Sent) -> Settled {
+        let Round { mut groups, order, .. } = round;
+        let outcomes: Vec<Result<AppendOutcome, Arc<Error>>> = match result {
+            Ok((connection, outcomes)) => {
+                self.connection = Some(connection);
+                outcomes.into_iter().map(|outcome| outcome.map_err(Arc::new)).collect()
+            }
+            // Whether it was committed is not known.
+            Err(error) => {
+                let error = Arc::new(error);
+                order.iter().map(|_| Err(Arc::clone(&error))).collect()
+            }
+        };
+        let mut settled = Settled::default();
+        let mut again = Vec::new();
         for (id, outcome) in order.into_iter().zip(outcomes) {
             let Some(group) = groups.remove(&id) else { continue };
             match outcome {
                 Ok(AppendOutcome::Appended { after_position, at }) => {
-                    self.states.insert(id, group.after);
-                    let mut position = after_position;
-                    for (index, plan) in group.plans {
-                        let plan = plan.map(|plan| {
-                            for (mut row, _) in plan.rows {
-                                position += 1;
-                                row.position = position;
-                                row.created_at = at;
-                                committed.push((row, Arc::clone(&requests[index].batch.job)));
-                            }
-                            plan.answer
-                        });
-                        requests[index].answer(plan);
-                    }
+                    settled.append(group, after_position, at);
+                    continue;
                 }
                 Ok(outcome @ (AppendOutcome::Moved | AppendOutcome::Stored)) => {
-                    self.states.invalidate(&id);
-                    for (index, plan) in group.plans {
-                        let may_be_stored = outcome == AppendOutcome::Stored
-                            && requests[index].batch.client_ids().next().is_some();
-                        requests[index].in_doubt = plan.is_err() || may_be_stored;
-                    }
+                    again.extend(group.plans.into_iter().map(|(mut request, plan)| {
+                        let may_be_stored =
+                            outcome == AppendOutcome::Stored && request.batch.client_ids().next().is_some();
+                        request.in_doubt = plan.is_err() || may_be_stored;
+                        request
+                    }));
                 }
-                Err(error) => {
-                    self.states.invalidate(&id);
-                    let error = Arc::new(error);
-                    for (index, _) in group.plans {
-                        requests[index].fail(&error);
-                    }
-                }
+                Err(error) => group.plans.into_iter().for_each(|(request, _)| request.fail(&error)),
             }
+            self.states.invalidate(&id);
+            again.extend(self.next.withdraw(&id));
         }
-        // What is left had nothing to append.
-        for group in groups.into_values() {
-            for (index, plan) in group.plans {
-                requests[index].answer(plan.map(|plan| plan.answer));
-            }
+        settled.nothing_to_append(groups);
+        // In the order in which they came: these first.
+        let later = std::mem::take(&mut self.waiting);
+        again.into_iter().chain(later.into_values().flatten()).for_each(|request| self.admit(request));
+        settled
+    }
+
+    /// Answers, and tells watchers.
+    fn tell(&self, settled: Settled) {
+        for (request, answer) in settled.answers {
+            // Whoever left does not want to know.
+            let _ = request.send(answer);
         }
-        if !committed.is_empty() {
-            self.tail.offer(&committed);
+        if !settled.committed.is_empty() {
+            self.tail.offer(&settled.committed);
             self.doorbell.ring(Bell::Log);
         }
     }
 }
 
-/// What each request comes to, job by job, in the order of the requests. The
-/// jobs that have something to append, in the order of their first requests.
-fn plan(groups: &mut HashMap<Uuid, Group>, requests: &mut [Request]) -> Vec<Uuid> {
-    let mut order = Vec::new();
-    let mut planned_ids = std::collections::HashSet::new();
-    for (index, request) in requests.iter_mut().enumerate() {
-        let id = request.batch.job.id;
-        let Some(group) = groups.get_mut(&id) else {
-            request.answer(Err(Error::not_found(Resource::Job, &id)));
-            continue;
-        };
-        if group.blocked {
-            continue;
-        }
-        let looked_up = std::mem::take(&mut request.in_doubt);
-        let planned =
-            group.plans.iter().any(|(_, plan)| plan.as_ref().is_ok_and(|plan| !plan.rows.is_empty()));
-        let unknown_ids = || request.batch.client_ids().filter(|id| !request.stored.contains_key(id));
-        if unknown_ids().any(|event| planned_ids.contains(&(id, event))) {
-            // The same event twice in one round: the second waits for what
-            // becomes of the first.
-            request.in_doubt = true;
-            group.blocked = true;
-            continue;
-        }
-        let plan = request.batch.plan(&request.stored, &mut group.after);
-        match &plan {
-            Ok(plan) => {
-                planned_ids.extend(unknown_ids().map(|event| (id, event)));
-                if !plan.rows.is_empty() && !planned {
-                    order.push(id);
-                }
-            }
-            Err(_) if !(looked_up && group.fresh) => {
-                request.in_doubt = true;
-                group.blocked = true;
-                continue;
-            }
-            Err(_) => {}
-        }
-        group.plans.push((index, plan));
-    }
-    order
+/// What is to be told after a round.
+#[derive(Default)]
+struct Settled {
+    answers: Vec<(Reply, Result<Vec<Appended>>)>,
+    /// In the order of the log.
+    committed: Vec<(Event, Arc<JobIdentity>)>,
 }
 
-/// Appends the groups' rows in one transaction; if the database refuses it as
-/// a whole, each group's in one of its own, so that nobody fails for another's
-/// sake.
-async fn append(
-    connection: &mut AsyncPgConnection,
-    order: &[Uuid],
-    groups: &HashMap<Uuid, Group>,
-) -> Result<Vec<Result<AppendOutcome>>> {
-    let add = |append: &mut Append, id: &Uuid| {
-        let group = &groups[id];
-        let rows = group.plans.iter().filter_map(|(_, plan)| plan.as_ref().ok()).flat_map(|plan| &plan.rows);
-        append.add(*id, &group.before, &group.after, rows);
-    };
-    if order.is_empty() {
-        return Ok(Vec::new());
+impl Settled {
+    fn append(&mut self, group: Group, mut position: i64, at: DateTime<Utc>) {
+        for (request, plan) in group.plans {
+            if let Ok(answer) = &plan {
+                let job = Arc::clone(&request.batch.job);
+                for event in request.batch.into_events(answer, at) {
+                    position += 1;
+                    self.committed.push((Event { position, ..event }, Arc::clone(&job)));
+                }
+            }
+            self.answers.push((request.reply, plan));
+        }
     }
-    let mut all = Append::default();
-    order.iter().for_each(|id| add(&mut all, id));
-    match all.execute(connection).await {
+
+    fn nothing_to_append(&mut self, groups: HashMap<Uuid, Group>) {
+        let plans = groups.into_values().flat_map(|group| group.plans);
+        self.answers.extend(plans.map(|(request, plan)| (request.reply, plan)));
+    }
+}
+
+/// The connection there is, or a new one.
+async fn connect(
+    database: &Database,
+    connection: &mut Option<AsyncPgConnection>,
+) -> Result<AsyncPgConnection> {
+    // One that broke while it was idle had nothing to lose.
+    match connection.take_if(|connection| !connection.is_broken()) {
+        Some(connection) => Ok(connection),
+        None => database.connect().await,
+    }
+}
+
+/// Appends a round, on this connection or a new one.
+async fn send(
+    database: Database,
+    mut connection: Option<AsyncPgConnection>,
+    round: Round,
+    limit: Duration,
+) -> Sent {
+    let appended = async {
+        let mut connection = connect(&database, &mut connection).await?;
+        let outcomes = append(&mut connection, &round).await?;
+        Ok((connection, outcomes))
+    };
+    let result = tokio::time::timeout(limit, appended).await;
+    (round, result.unwrap_or_else(|_| Err(Error::unavailable("the append took too long"))))
+}
+
+/// Appends the round's events in one transaction; if the database refuses it as
+/// a whole, each job's in one of its own, so that nobody fails for another's
+/// sake.
+async fn append(connection: &mut AsyncPgConnection, round: &Round) -> Result<Vec<Result<AppendOutcome>>> {
+    let of = |jobs: &[Uuid]| {
+        let mut append = Append::default();
+        for id in jobs {
+            let group = &round.groups[id];
+            append.add(*id, &group.before, &group.after, group.events());
+        }
+        append
+    };
+    match of(&round.order).execute(connection).await {
         Ok(outcomes) => return Ok(outcomes.into_iter().map(Ok).collect()),
-        Err(Error::Internal(_)) if order.len() > 1 => {}
+        Err(Error::Internal(_)) if round.order.len() > 1 => {}
         Err(error) => return Err(error),
     }
-    let mut outcomes = Vec::with_capacity(order.len());
-    for id in order {
-        let mut one = Append::default();
-        add(&mut one, id);
-        outcomes.push(match one.execute(connection).await {
+    let mut outcomes = Vec::with_capacity(round.order.len());
+    for job in round.order.chunks(1) {
+        outcomes.push(match of(job).execute(connection).await {
             Ok(outcome) => outcome.into_iter().next().ok_or_else(|| Error::internal("no outcome")),
             Err(error @ Error::Internal(_)) => Err(error),
             Err(error) => return Err(error),

@@ -74,7 +74,7 @@ impl Directory {
     /// A job that the viewer sees; by `provider_job_id` its provider only.
     pub(crate) async fn find(&self, viewer: Viewer, key: &JobKey) -> Result<Arc<JobIdentity>> {
         let found = match key {
-            JobKey::Id(id) => self.list(&[*id]).await?.remove(id),
+            JobKey::Id(id) => self.find_by_id(*id).await?,
             JobKey::ProviderJobId(name) => match viewer.sight() {
                 Sight::Provider(provider_id) => self.find_by_name(provider_id, name).await?,
                 Sight::Customer(_) | Sight::Job(_) => None,
@@ -105,10 +105,17 @@ impl Directory {
         Ok(found)
     }
 
+    async fn find_by_id(&self, id: Uuid) -> Result<Option<Arc<JobIdentity>>> {
+        match self.jobs.get(&id) {
+            Some(job) => Ok(Some(job)),
+            None => Ok(self.list(&[id]).await?.remove(&id)),
+        }
+    }
+
     async fn find_by_name(&self, provider_id: Uuid, name: &str) -> Result<Option<Arc<JobIdentity>>> {
         let key = (provider_id, name.to_owned());
         if let Some(id) = self.by_provider_job_id.get(&key) {
-            return Ok(self.list(&[id]).await?.remove(&id));
+            return self.find_by_id(id).await;
         }
         let mut connection = self.database.get().await?;
         let head = JobHead::find_by_provider_job_id(&mut connection, provider_id, name).await?;

@@ -92,7 +92,8 @@ impl EventLog {
             }
             Bell::Credentials => credentials_ended(),
         });
-        let appender = Appender::start(database.clone(), Arc::clone(&tail), doorbell.clone());
+        let appender = Appender::start(database.clone(), Arc::clone(&tail), doorbell.clone())
+            .map_err(Error::internal)?;
         Ok(Self(Arc::new(Inner { database, directory, tail, appender, doorbell, settings })))
     }
 

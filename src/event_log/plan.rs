@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::directory::JobIdentity;
 use crate::{
     error::{Error, Resource, Result, Violations},
-    models::event::Event,
+    models::event::{Event, NewRow},
     progress::{EventKind, JobState, JobStatus, Progress},
 };
 
@@ -61,24 +61,16 @@ pub(crate) struct Appended {
     pub(crate) progress: Progress,
 }
 
-/// What a batch comes to.
-#[derive(Debug)]
-pub(crate) struct Plan {
-    /// One for each event of the batch.
-    pub(crate) answer: Vec<Appended>,
-    /// Those to append, each with whether its id is a client's.
-    pub(crate) rows: Vec<(Event, bool)>,
-}
-
 impl Batch {
     /// The ids that the client made.
     pub(crate) fn client_ids(&self) -> impl Iterator<Item = Uuid> + '_ {
         self.events.iter().filter_map(|event| event.id)
     }
 
-    /// Moves `state` on by what the batch appends. Refused, it leaves the state
-    /// as it was. The order of the checks is the API's.
-    pub(crate) fn plan(&self, stored: &HashMap<Uuid, Event>, state: &mut JobState) -> Result<Plan> {
+    /// What becomes of each event, and moves `state` on by what the batch
+    /// appends. Refused, it leaves the state as it was. The order of the checks
+    /// is the API's.
+    pub(crate) fn plan(&self, stored: &HashMap<Uuid, Event>, state: &mut JobState) -> Result<Vec<Appended>> {
         self.compare(stored)?;
         let known = |event: &NewEvent| event.id.is_some_and(|id| stored.contains_key(&id));
         let any_new = self.events.iter().any(|event| !known(event));
@@ -89,24 +81,71 @@ impl Batch {
             return Err(Error::SequenceMismatch { last_sequence: state.last_sequence });
         }
         let mut after = *state;
-        let mut plan = Plan { answer: Vec::with_capacity(self.events.len()), rows: Vec::new() };
+        let mut answer = Vec::with_capacity(self.events.len());
         for event in &self.events {
             if let Some(row) = event.id.and_then(|id| stored.get(&id)) {
-                plan.answer.push(self.appended(row, true));
+                answer.push(self.existing(row));
                 continue;
             }
             after
                 .apply(event.kind, event.step.position(), &self.job.configuration.weights)
                 .map_err(|closed| Error::JobClosed { job_id: self.job.id, status: closed.0 })?;
-            let row = self.row(event, &after);
-            plan.answer.push(self.appended(&row, false));
-            plan.rows.push((row, event.id.is_some()));
+            answer.push(Appended {
+                id: event.id.unwrap_or_else(Uuid::now_v7),
+                sequence: after.last_sequence,
+                existed: false,
+                status: after.status,
+                progress: after.progress,
+            });
         }
         if any_new && !self.at_fault.is_empty() {
             return Err(Error::Invalid(self.at_fault.clone()));
         }
         *state = after;
-        Ok(plan)
+        Ok(answer)
+    }
+
+    /// The rows to append, where this is what the batch comes to.
+    pub(crate) fn rows<'a>(&'a self, answer: &'a [Appended]) -> impl Iterator<Item = NewRow<'a>> {
+        let new = self.events.iter().zip(answer).filter(|(_, appended)| !appended.existed);
+        new.map(|(event, appended)| NewRow {
+            id: appended.id,
+            id_is_clients: event.id.is_some(),
+            sequence: appended.sequence,
+            kind: event.kind,
+            name: &event.name,
+            step_configuration_id: self.step_id(event),
+            event_metadata: &event.metadata,
+            occurred_at: event.occurred_at,
+            status: appended.status,
+            points_done: appended.progress.points_done,
+            percent: appended.progress.percent,
+        })
+    }
+
+    /// The same once they are committed, their positions still to come.
+    pub(crate) fn into_events(
+        self,
+        answer: &[Appended],
+        created_at: DateTime<Utc>,
+    ) -> impl Iterator<Item = Event> {
+        let Self { job, events, .. } = self;
+        let new = events.into_iter().zip(answer).filter(|(_, appended)| !appended.existed);
+        new.map(move |(event, appended)| Event {
+            job_id: job.id,
+            sequence: appended.sequence,
+            position: 0,
+            id: appended.id,
+            kind: event.kind,
+            step_configuration_id: event.step.id(&job),
+            name: event.name,
+            event_metadata: event.metadata,
+            occurred_at: event.occurred_at,
+            status: appended.status,
+            points_done: appended.progress.points_done,
+            percent: appended.progress.percent,
+            created_at,
+        })
     }
 
     /// Stored under the same id must be the same content.
@@ -137,32 +176,14 @@ impl Batch {
     }
 
     fn step_id(&self, event: &NewEvent) -> Option<Uuid> {
-        event.step.position().map(|position| self.job.configuration.tree.steps[position].id)
+        event.step.id(&self.job)
     }
 
-    fn row(&self, event: &NewEvent, after: &JobState) -> Event {
-        Event {
-            job_id: self.job.id,
-            sequence: after.last_sequence,
-            position: 0,
-            id: event.id.unwrap_or_else(Uuid::now_v7),
-            kind: event.kind,
-            name: event.name.clone(),
-            step_configuration_id: self.step_id(event),
-            event_metadata: event.metadata.clone(),
-            occurred_at: event.occurred_at,
-            status: after.status,
-            points_done: after.progress.points_done,
-            percent: after.progress.percent,
-            created_at: DateTime::UNIX_EPOCH,
-        }
-    }
-
-    fn appended(&self, row: &Event, existed: bool) -> Appended {
+    fn existing(&self, row: &Event) -> Appended {
         Appended {
             id: row.id,
             sequence: row.sequence,
-            existed,
+            existed: true,
             status: row.status,
             progress: Progress {
                 points_done: row.points_done,
@@ -179,5 +200,9 @@ impl Step {
             Self::Known(position) => Some(position),
             Self::None | Self::Unknown => None,
         }
+    }
+
+    fn id(self, job: &JobIdentity) -> Option<Uuid> {
+        self.position().map(|position| job.configuration.tree.steps[position].id)
     }
 }

@@ -6,7 +6,7 @@ use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use uuid::Uuid;
 
 use crate::{
-    error::Result,
+    error::{Result, violated},
     models::caller::Sight,
     progress::{EventKind, JobState, JobStatus, Progress, StepSet},
     schema::{event_log, events, jobs},
@@ -96,7 +96,7 @@ impl Event {
         limit: i64,
     ) -> Result<Vec<Self>> {
         let mut query = events::table
-            .inner_join(jobs::table)
+            .inner_join(jobs::table.on(jobs::id.eq(events::job_id)))
             .filter(events::position.gt(after))
             .filter(events::position.le(through))
             .order(events::position)
@@ -227,6 +227,7 @@ mod sql {
             event_status: Array<sql_types::JobStatus>,
             event_points_done: Array<BigInt>,
             event_percent: Array<SmallInt>,
+            check_ids: Bool,
         ) -> Record<(Nullable<BigInt>, Nullable<Timestamptz>, Array<SmallInt>)>;
     }
 }
@@ -234,33 +235,51 @@ mod sql {
 /// Events for many jobs, to be appended in one transaction: column by column,
 /// as the SQL function takes them.
 #[derive(Debug, Default)]
-pub struct Append {
-    jobs: AppendJobs,
-    events: AppendEvents,
+pub struct Append<'a> {
+    jobs: AppendJobs<'a>,
+    events: AppendEvents<'a>,
+}
+
+/// An event to be appended. For the columns see [`Event`].
+#[derive(Clone, Copy, Debug)]
+#[allow(missing_docs, reason = "the columns of Event")]
+pub struct NewRow<'a> {
+    pub id: Uuid,
+    /// A client made it: it may be stored already.
+    pub id_is_clients: bool,
+    pub sequence: i64,
+    pub kind: EventKind,
+    pub name: &'a str,
+    pub step_configuration_id: Option<Uuid>,
+    pub event_metadata: &'a [u8],
+    pub occurred_at: Option<DateTime<Utc>>,
+    pub status: JobStatus,
+    pub points_done: i64,
+    pub percent: i16,
 }
 
 #[derive(Debug, Default)]
-struct AppendJobs {
+struct AppendJobs<'a> {
     ids: Vec<Uuid>,
     last_sequences: Vec<i64>,
     event_counts: Vec<i32>,
     statuses: Vec<JobStatus>,
     points_done: Vec<i64>,
     percents: Vec<i16>,
-    steps_done: Vec<Vec<u8>>,
+    steps_done: Vec<&'a [u8]>,
     closed: Vec<bool>,
 }
 
 #[derive(Debug, Default)]
-struct AppendEvents {
+struct AppendEvents<'a> {
     jobs: Vec<i32>,
     ids: Vec<Uuid>,
     ids_are_clients: Vec<bool>,
     sequences: Vec<i64>,
     kinds: Vec<EventKind>,
-    names: Vec<String>,
+    names: Vec<&'a str>,
     steps: Vec<Option<Uuid>>,
-    metadata: Vec<Vec<u8>>,
+    metadata: Vec<&'a [u8]>,
     occurred_at: Vec<Option<DateTime<Utc>>>,
     statuses: Vec<JobStatus>,
     points_done: Vec<i64>,
@@ -283,16 +302,14 @@ pub enum AppendOutcome {
     Stored,
 }
 
-impl Append {
-    /// Adds a job's events, which lead from `before` to `after`. Every event
-    /// comes with whether its id is a client's; its position and created_at
-    /// are not looked at.
-    pub fn add<'a>(
+impl<'a> Append<'a> {
+    /// Adds a job's events, which lead from `before` to `after`.
+    pub fn add(
         &mut self,
         job_id: Uuid,
         before: &JobState,
-        after: &JobState,
-        events: impl Iterator<Item = &'a (Event, bool)>,
+        after: &'a JobState,
+        rows: impl Iterator<Item = NewRow<'a>>,
     ) {
         let jobs = &mut self.jobs;
         jobs.ids.push(job_id);
@@ -301,69 +318,84 @@ impl Append {
         jobs.statuses.push(after.status);
         jobs.points_done.push(after.progress.points_done);
         jobs.percents.push(after.progress.percent);
-        jobs.steps_done.push(after.steps_done.as_bytes().to_vec());
+        jobs.steps_done.push(after.steps_done.as_bytes());
         jobs.closed.push(after.closed);
         let job = count(jobs.ids.len());
         let columns = &mut self.events;
-        for (event, id_is_clients) in events {
+        for row in rows {
             columns.jobs.push(job);
-            columns.ids.push(event.id);
-            columns.ids_are_clients.push(*id_is_clients);
-            columns.sequences.push(event.sequence);
-            columns.kinds.push(event.kind);
-            columns.names.push(event.name.clone());
-            columns.steps.push(event.step_configuration_id);
-            columns.metadata.push(event.event_metadata.clone());
-            columns.occurred_at.push(event.occurred_at);
-            columns.statuses.push(event.status);
-            columns.points_done.push(event.points_done);
-            columns.percents.push(event.percent);
+            columns.ids.push(row.id);
+            columns.ids_are_clients.push(row.id_is_clients);
+            columns.sequences.push(row.sequence);
+            columns.kinds.push(row.kind);
+            columns.names.push(row.name);
+            columns.steps.push(row.step_configuration_id);
+            columns.metadata.push(row.event_metadata);
+            columns.occurred_at.push(row.occurred_at);
+            columns.statuses.push(row.status);
+            columns.points_done.push(row.points_done);
+            columns.percents.push(row.percent);
         }
     }
 
     /// Appends all that was added, in one statement and so in one transaction.
-    /// The outcome of each job, in the order in which they were added.
-    pub async fn execute(self, connection: &mut AsyncPgConnection) -> Result<Vec<AppendOutcome>> {
-        let counts = self.jobs.event_counts.clone();
-        let (jobs, events) = (self.jobs, self.events);
-        let (position, at, outcomes): (Option<i64>, Option<DateTime<Utc>>, Vec<i16>) =
-            diesel::select(sql::append_events(
-                jobs.ids,
-                jobs.last_sequences,
-                jobs.event_counts,
-                jobs.statuses,
-                jobs.points_done,
-                jobs.percents,
-                jobs.steps_done,
-                jobs.closed,
-                events.jobs,
-                events.ids,
-                events.ids_are_clients,
-                events.sequences,
-                events.kinds,
-                events.names,
-                events.steps,
-                events.metadata,
-                events.occurred_at,
-                events.statuses,
-                events.points_done,
-                events.percents,
-            ))
-            .get_result(connection)
-            .await?;
-        let (mut position, at) = (position.unwrap_or_default(), at.unwrap_or_default());
-        let outcomes = outcomes.into_iter().zip(counts).map(|(outcome, count)| match outcome {
-            0 => {
-                let after_position = position;
-                position += i64::from(count);
-                AppendOutcome::Appended { after_position, at }
+    /// The outcome of each job, in the order in which they were added, which is
+    /// to be that of their ids, so that nobody deadlocks.
+    pub async fn execute(&self, connection: &mut AsyncPgConnection) -> Result<Vec<AppendOutcome>> {
+        let (position, at, outcomes) = match self.call(connection, false).await {
+            Err(error) if violated(&error) == Some("events_job_id_id_key") => {
+                self.call(connection, true).await?
             }
-            1 => AppendOutcome::Moved,
-            _ => AppendOutcome::Stored,
-        });
+            answer => answer?,
+        };
+        let (mut position, at) = (position.unwrap_or_default(), at.unwrap_or_default());
+        let outcomes =
+            outcomes.into_iter().zip(&self.jobs.event_counts).map(|(outcome, count)| match outcome {
+                0 => {
+                    let after_position = position;
+                    position += i64::from(*count);
+                    AppendOutcome::Appended { after_position, at }
+                }
+                1 => AppendOutcome::Moved,
+                _ => AppendOutcome::Stored,
+            });
         Ok(outcomes.collect())
     }
+
+    /// `check_ids` finds out which jobs have an event stored already; without
+    /// it, such an event violates a constraint.
+    async fn call(&self, connection: &mut AsyncPgConnection, check_ids: bool) -> QueryResult<Answer> {
+        let (jobs, events) = (&self.jobs, &self.events);
+        diesel::select(sql::append_events(
+            &jobs.ids,
+            &jobs.last_sequences,
+            &jobs.event_counts,
+            &jobs.statuses,
+            &jobs.points_done,
+            &jobs.percents,
+            &jobs.steps_done,
+            &jobs.closed,
+            &events.jobs,
+            &events.ids,
+            &events.ids_are_clients,
+            &events.sequences,
+            &events.kinds,
+            &events.names,
+            &events.steps,
+            &events.metadata,
+            &events.occurred_at,
+            &events.statuses,
+            &events.points_done,
+            &events.percents,
+            check_ids,
+        ))
+        .get_result(connection)
+        .await
+    }
 }
+
+/// Position before the first event, time, and the outcome of each job.
+type Answer = (Option<i64>, Option<DateTime<Utc>>, Vec<i16>);
 
 /// Counts here are bounded by the size of a round, far below 2³¹.
 fn count<N: TryInto<i32>>(n: N) -> i32 {

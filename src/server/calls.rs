@@ -105,7 +105,10 @@ impl Call {
         draining: CancellationToken,
     ) -> Response<Body> {
         self.note(response.headers());
-        if let Ok(id) = HeaderValue::try_from(id.to_string()) {
+        if let Ok(mut id) = HeaderValue::try_from(id.to_string()) {
+            // Never seen again: it must not push others out of the connection's
+            // table of headers (RFC 7541).
+            id.set_sensitive(true);
             response.headers_mut().insert(REQUEST_ID, id);
         }
         // Ours end by themselves when the server drains; these would hold it

@@ -2,6 +2,8 @@
 //! on, so that a caller learns of everything at once: call them in field order
 //! and end with [`Violations::or`].
 
+use std::fmt;
+
 use chrono::{DateTime, Utc};
 use prost_types::Timestamp;
 use uuid::Uuid;
@@ -17,7 +19,7 @@ const TIMESTAMP_SECONDS: std::ops::RangeInclusive<i64> = -62_135_596_800..=253_4
 
 /// At most [`TEXT_CHARS`] Unicode scalar values, no NUL, which Postgres cannot
 /// store. May be empty.
-pub(super) fn text(violations: &mut Violations, field: &str, value: String) -> String {
+pub(super) fn text(violations: &mut Violations, field: impl fmt::Display, value: String) -> String {
     // Bytes first: they bound the work that counting is.
     if value.len() > 4 * TEXT_CHARS || value.chars().count() > TEXT_CHARS {
         violations.add(field, format!("{} must have at most {TEXT_CHARS} characters", quoted(&value)));
@@ -29,7 +31,7 @@ pub(super) fn text(violations: &mut Violations, field: &str, value: String) -> S
 
 /// A text that things are found by: also neither empty nor with white space
 /// around it.
-pub(super) fn key_text(violations: &mut Violations, field: &str, value: String) -> String {
+pub(super) fn key_text(violations: &mut Violations, field: impl fmt::Display, value: String) -> String {
     if value.is_empty() {
         violations.add(field, "must not be empty");
     } else if value.trim().len() != value.len() {
@@ -42,7 +44,7 @@ pub(super) fn key_text(violations: &mut Violations, field: &str, value: String) 
 
 /// A UUID of any version in its hyphenated form, in any case; nil where that is
 /// violated.
-pub(super) fn uuid(violations: &mut Violations, field: &str, value: &str) -> Uuid {
+pub(super) fn uuid(violations: &mut Violations, field: impl fmt::Display, value: &str) -> Uuid {
     // `parse_str` alone would take braces and the like.
     match Uuid::parse_str(value) {
         Ok(uuid) if value.len() == uuid::fmt::Hyphenated::LENGTH => uuid,
@@ -54,7 +56,11 @@ pub(super) fn uuid(violations: &mut Violations, field: &str, value: &str) -> Uui
 }
 
 /// The same, where empty means none.
-pub(super) fn optional_uuid(violations: &mut Violations, field: &str, value: &str) -> Option<Uuid> {
+pub(super) fn optional_uuid(
+    violations: &mut Violations,
+    field: impl fmt::Display,
+    value: &str,
+) -> Option<Uuid> {
     if value.is_empty() { None } else { Some(uuid(violations, field, value)) }
 }
 
@@ -62,7 +68,7 @@ pub(super) fn optional_uuid(violations: &mut Violations, field: &str, value: &st
 /// violated.
 pub(super) fn timestamp(
     violations: &mut Violations,
-    field: &str,
+    field: impl fmt::Display,
     value: Option<Timestamp>,
 ) -> Option<DateTime<Utc>> {
     let Timestamp { seconds, nanos } = value?;

@@ -18,6 +18,7 @@ mod idempotency;
 mod interop;
 mod jobs;
 mod operations;
+mod plans;
 mod progress;
 mod publish;
 mod schema;

@@ -76,6 +76,56 @@ async fn rows_that_never_change_cannot_be_changed() {
     assert_eq!(unguarded, none());
 }
 
+/// What foreign keys would do, for all events of a statement at once.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_event_is_of_a_job_and_of_one_of_its_steps() {
+    const INSERT: &str = "
+        INSERT INTO events (job_id, sequence, position, id, kind, name, step_configuration_id,
+                            event_metadata, status, points_done, percent, created_at)
+        VALUES ($JOB, 1, 1, gen_random_uuid(), 'step', '', $STEP, '', 'running', 0, 0, now())";
+    const OWNED: &str = "
+        WITH provider AS (
+            INSERT INTO users (id, role, email, password_hash, first_name, last_name)
+            VALUES (gen_random_uuid(), 'provider', 'p@example.com', '$2b$04$' || repeat('x', 53), '', '') RETURNING id),
+        customer AS (
+            INSERT INTO users (id, role, email, password_hash, first_name, last_name)
+            VALUES (gen_random_uuid(), 'customer', 'c@example.com', '$2b$04$' || repeat('x', 53), '', '') RETURNING id),
+        configuration AS (
+            INSERT INTO job_configurations (id, provider_id, tag, name, version, precedence, release)
+            SELECT gen_random_uuid(), id, tag, tag, '1.0.0', '\\x00', true
+            FROM provider, (VALUES ('own'), ('other')) AS given (tag) RETURNING id, provider_id, tag),
+        step AS (
+            INSERT INTO step_configurations (id, job_configuration_id, position, tag, name, points)
+            SELECT gen_random_uuid(), id, 0, tag, tag, 0 FROM configuration)
+        INSERT INTO jobs (id, provider_id, customer_id, job_configuration_id, configuration_tag,
+                          provider_job_id, provider_job_name, points_total)
+        SELECT gen_random_uuid(), provider_id, customer.id, configuration.id, tag, tag, '', 0
+        FROM configuration, customer";
+    let database = TestDatabase::migrated().await;
+    database.execute(OWNED).await;
+    let insert = |job: &str, step: &str| {
+        let step = format!("(SELECT id FROM step_configurations WHERE tag = '{step}')");
+        let sql = INSERT.replace("$JOB", job).replace("$STEP", &step);
+        let database = &database;
+        async move { database.violated_by(&sql).await }
+    };
+    let own_job = "(SELECT id FROM jobs WHERE provider_job_id = 'own')";
+
+    for (job, step) in [("gen_random_uuid()", "own"), (own_job, "other")] {
+        assert_eq!(insert(job, step).await.as_deref(), Some("events_references"), "{job} {step}");
+    }
+    assert_eq!(insert(own_job, "own").await, None);
+
+    for delete in ["DELETE FROM jobs", "DELETE FROM step_configurations"] {
+        let violated = database.violated_by(delete).await;
+        assert_eq!(violated.as_deref(), Some("events_references"), "{delete}");
+    }
+    let of_nobody = "DELETE FROM jobs WHERE provider_job_id = 'other'";
+    assert_eq!(database.violated_by(of_nobody).await, None);
+    let left = database.texts("SELECT provider_job_id AS text FROM jobs").await;
+    assert_eq!(left, ["own"]);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn migrations_go_down_to_nothing_and_up_again() {
     const SHAPE: &str = "

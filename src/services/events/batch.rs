@@ -1,6 +1,6 @@
 //! A batch as a request has it, to one that the log takes.
 
-use std::{collections::HashSet, sync::Arc};
+use std::{collections::HashSet, fmt, sync::Arc};
 
 use prost::Message as _;
 
@@ -80,8 +80,9 @@ fn batch(
 }
 
 fn unchecked_event(violations: &mut Violations, index: usize, event: pb::NewEvent) -> UncheckedEvent {
-    let at = |field: &str| format!("events[{index}].{field}");
-    let id = parse::optional_uuid(violations, &at("id"), &event.id);
+    // Written out only where something is wrong.
+    let at = |field: &'static str| fmt::from_fn(move |f| write!(f, "events[{index}].{field}"));
+    let id = parse::optional_uuid(violations, at("id"), &event.id);
     let kind = event_kind(event.kind).unwrap_or_else(|| {
         violations.add(at("kind"), "must be STEP, ERROR, INFO or COMPLETE");
         EventKind::Info
@@ -89,34 +90,36 @@ fn unchecked_event(violations: &mut Violations, index: usize, event: pb::NewEven
     if kind == EventKind::Close {
         violations.add(at("kind"), "CLOSE is written by CloseJob only");
     }
-    let name = parse::text(violations, &at("name"), event.name);
-    let step_tag = parse::text(violations, &at("step_tag"), event.step_tag);
+    let name = parse::text(violations, at("name"), event.name);
+    let step_tag = parse::text(violations, at("step_tag"), event.step_tag);
     if kind == EventKind::Step && step_tag.is_empty() {
         violations.add(at("step_tag"), "is required for STEP");
     }
     let metadata = event.metadata.unwrap_or_default();
-    check_metadata(violations, &at("metadata"), &metadata);
-    let occurred_at = parse::timestamp(violations, &at("occurred_at"), event.occurred_at);
+    check_metadata(violations, at("metadata"), &metadata);
+    let occurred_at = parse::timestamp(violations, at("occurred_at"), event.occurred_at);
     let encoded = metadata.encode_to_vec();
     let event = NewEvent { id, kind, name, step: Step::None, metadata: encoded, occurred_at };
     UncheckedEvent { event, step_tag, metadata }
 }
 
 /// Flat, of texts, finite numbers and booleans, within its limits.
-fn check_metadata(violations: &mut Violations, field: &str, metadata: &prost_types::Struct) {
+fn check_metadata(violations: &mut Violations, field: impl fmt::Display, metadata: &prost_types::Struct) {
     use prost_types::value::Kind;
     if metadata.fields.len() > limits::METADATA_NAMES {
-        violations.add(field, format!("must have at most {} names", limits::METADATA_NAMES));
+        violations.add(&field, format!("must have at most {} names", limits::METADATA_NAMES));
         return;
     }
     if metadata.encoded_len() > limits::METADATA_BYTES {
-        violations.add(field, format!("must be at most {} bytes encoded", limits::METADATA_BYTES));
+        violations.add(&field, format!("must be at most {} bytes encoded", limits::METADATA_BYTES));
         return;
     }
     for (name, value) in &metadata.fields {
         if name.contains('\0') || name.chars().count() > limits::TEXT_CHARS {
-            violations
-                .add(field, format!("a name must be at most {} characters, without NUL", limits::TEXT_CHARS));
+            violations.add(
+                &field,
+                format!("a name must be at most {} characters, without NUL", limits::TEXT_CHARS),
+            );
         }
         let wrong = match &value.kind {
             Some(Kind::StringValue(text)) if text.contains('\0') => "must not contain NUL",

@@ -15,18 +15,19 @@ const TEMPLATE: &str = "template_milepost";
 
 /// Tests measure no durability here (those that do run a server of their own),
 /// so nothing waits for the disk.
-const FAST: [(&str, &str); 5] = [
+const FAST: [(&str, &str); 6] = [
     ("fsync", "off"),
     ("full_page_writes", "off"),
     ("synchronous_commit", "off"),
     ("max_connections", "500"),
     ("autovacuum", "off"),
+    ("log_line_prefix", "%d "),
 ];
 
 struct Cluster {
     postgres: Embedded,
     /// Statics are never dropped: its watchdog sees us die.
-    _folder: TemporaryFolder,
+    folder: TemporaryFolder,
 }
 
 static CLUSTER: OnceCell<Cluster> = OnceCell::const_new();
@@ -43,7 +44,7 @@ async fn start() -> Cluster {
     let mut admin = connect(&postgres.url("postgres")).await;
     admin.batch_execute(&format!("CREATE DATABASE {TEMPLATE}")).await.unwrap();
     migrations::migrate(&postgres.url(TEMPLATE)).await.unwrap();
-    Cluster { postgres, _folder: folder }
+    Cluster { postgres, folder }
 }
 
 async fn connect(url: &str) -> AsyncPgConnection {
@@ -88,6 +89,41 @@ impl TestDatabase {
     pub async fn texts(&self, sql: &str) -> Vec<String> {
         let rows: Vec<Row> = diesel::sql_query(sql).load(&mut self.connect().await).await.unwrap();
         rows.into_iter().map(|row| row.text).collect()
+    }
+
+    /// The constraint that a statement violates; otherwise it is done.
+    pub async fn violated_by(&self, sql: &str) -> Option<String> {
+        let done = diesel::sql_query(sql).execute(&mut self.connect().await).await;
+        milepost::error::violated(&done.err()?).map(str::to_owned)
+    }
+
+    /// From now on, new connections have the plan of each statement logged, with
+    /// what came of it.
+    pub async fn log_plans(&self) {
+        let settings = [
+            ("session_preload_libraries", "auto_explain"),
+            ("auto_explain.log_min_duration", "0"),
+            ("auto_explain.log_analyze", "on"),
+            ("auto_explain.log_format", "json"),
+        ];
+        for (name, value) in settings {
+            admin(&format!("ALTER DATABASE {} SET {name} = '{value}'", self.name)).await;
+        }
+    }
+
+    /// The plans that were logged since.
+    pub async fn plans(&self) -> Vec<serde_json::Value> {
+        let log = cluster().await.folder.path().join("cluster/postgres.log");
+        let log = std::fs::read_to_string(log).unwrap();
+        let ours = format!("{} LOG:  duration:", self.name);
+        let mut lines = log.lines();
+        let mut plans = Vec::new();
+        while lines.any(|line| line.starts_with(&ours)) {
+            let plan: String =
+                lines.by_ref().take_while(|line| !line.ends_with('}') || line.starts_with("\t ")).collect();
+            plans.push(serde_json::from_str(&(plan + "}")).unwrap());
+        }
+        plans
     }
 
     /// Ends everybody's connections to it and refuses new ones.

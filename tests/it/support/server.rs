@@ -43,7 +43,7 @@ impl TestServer {
         Self::on(self.database.clone()).await
     }
 
-    async fn on(database: TestDatabase) -> Self {
+    pub async fn on(database: TestDatabase) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let stop = CancellationToken::new();

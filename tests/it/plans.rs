@@ -1,0 +1,184 @@
+//! How pages are read: along an index, and within a bound.
+
+use milepost::pb::{self, list_events_request};
+use serde_json::Value;
+
+use crate::support::{TestDatabase, TestServer, User};
+
+/// Jobs of the provider asked, and of another one; a hundredth of them are open.
+const JOBS: u64 = 30_000;
+/// Events of the one long job.
+const EVENTS: u64 = 20_000;
+const PAGE: u64 = 20;
+/// Of one range of an index, for a page by filters that combine.
+const LOOKED_AT: u64 = 10_000;
+/// Sequences that a page of events of some kinds looks through.
+const WINDOW: u64 = 5_000;
+
+struct Scene {
+    database: TestDatabase,
+    /// Serves the users.
+    _server: TestServer,
+    provider: User,
+    customer: User,
+    long_job: String,
+}
+
+async fn scene() -> Scene {
+    let database = TestDatabase::migrated().await;
+    let server = TestServer::on(database.clone()).await;
+    let (mut provider, mut other, customer) =
+        (server.provider().await, server.provider().await, server.customer().await);
+    for provider in [&mut provider, &mut other] {
+        provider.configuration(&[("load", 1)]).await;
+        provider.job(&customer).await;
+    }
+    database
+        .execute(&format!(
+            "INSERT INTO jobs (id, provider_id, customer_id, job_configuration_id, configuration_tag,
+                               provider_job_id, provider_job_name, points_total, status, last_sequence,
+                               percent, closed_at, created_at)
+             SELECT gen_random_uuid(), provider_id, customer_id, job_configuration_id, configuration_tag,
+                    'scan-' || lpad(n::text, 6, '0'), 'patient-' || n, points_total,
+                    CASE WHEN n % 100 = 0 THEN 'running' ELSE 'complete' END::job_status, 1,
+                    CASE WHEN n % 100 = 0 THEN 0 ELSE 100 END,
+                    CASE WHEN n % 100 > 0 THEN now() END, now() - n * interval '1 s'
+             FROM jobs, generate_series(1, {JOBS}) AS n"
+        ))
+        .await;
+    let long_job = format!("scan-{JOBS:06}");
+    database
+        .execute(&format!(
+            "INSERT INTO events (job_id, sequence, position, id, kind, name, event_metadata, status,
+                                 points_done, percent, created_at)
+             SELECT id, n, row_number() OVER (), gen_random_uuid(), 'info', '', '', 'running', 0, 0, now()
+             FROM jobs, generate_series(1, {EVENTS}) AS n WHERE provider_job_id = '{long_job}';
+             UPDATE jobs SET last_sequence = {EVENTS} WHERE provider_job_id = '{long_job}';
+             UPDATE event_log SET position = (SELECT count(*) FROM events);
+             ANALYZE"
+        ))
+        .await;
+    database.log_plans().await;
+    // Its connections are new.
+    let server = server.replica().await;
+    let (provider, customer) = (server.same(&provider), server.same(&customer));
+    Scene { database, _server: server, provider, customer, long_job }
+}
+
+/// Rows that a plan took from these tables: (from which, by which way, how
+/// many, how many of them for nothing).
+fn reads(plan: &Value, reads: &mut Vec<(String, String, u64)>) {
+    let number = |key: &str| plan[key].as_f64().unwrap_or_default();
+    if let Some(table) = plan["Relation Name"].as_str().filter(|table| ["jobs", "events"].contains(table)) {
+        let rows = number("Actual Rows") + number("Rows Removed by Filter");
+        let rows = (rows * number("Actual Loops")) as u64;
+        let way = plan["Node Type"].as_str().unwrap();
+        reads.push((table.to_owned(), way.to_owned(), rows));
+    }
+    for below in plan["Plans"].as_array().into_iter().flatten() {
+        self::reads(below, reads);
+    }
+}
+
+/// That what was just asked was read by ranges of indexes, none of which had
+/// more rows than that.
+async fn assert_read_by_ranges(database: &TestDatabase, asked: &str, before: usize, most: u64) {
+    let plans = database.plans().await;
+    let mut read = Vec::new();
+    for plan in &plans[before..] {
+        reads(&plan["Plan"], &mut read);
+    }
+    assert!(!read.is_empty(), "{asked}: nothing was read");
+    for (table, way, rows) in &read {
+        let by_index = ["Index Scan", "Index Only Scan", "Bitmap Heap Scan"].contains(&way.as_str());
+        assert!(by_index && *rows <= most, "{asked}: {rows} rows of {table} by {way}: {read:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_of_jobs_is_a_range_of_an_index() {
+    let Scene { database, _server, mut provider, mut customer, .. } = scene().await;
+    let base = || pb::ListJobsRequest { page_size: 20, ..Default::default() };
+    let text = str::to_owned;
+    let running = i32::from(pb::JobStatus::Running);
+    let complete = i32::from(pb::JobStatus::Complete);
+    let (open, closed) = (pb::JobOpenness::Open.into(), pb::JobOpenness::Closed.into());
+    let hours_ago = |hours: i64| {
+        let seconds = chrono::Utc::now().timestamp() - hours * 3_600;
+        Some(prost_types::Timestamp { seconds, nanos: 0 })
+    };
+    let singles = [
+        ("nothing", base()),
+        ("running", pb::ListJobsRequest { statuses: vec![running], ..base() }),
+        ("complete", pb::ListJobsRequest { statuses: vec![complete], ..base() }),
+        ("running or complete", pb::ListJobsRequest { statuses: vec![running, complete], ..base() }),
+        ("open", pb::ListJobsRequest { openness: open, ..base() }),
+        ("closed", pb::ListJobsRequest { openness: closed, ..base() }),
+        ("tag", pb::ListJobsRequest { configuration_tag: text("analysis"), ..base() }),
+        ("from", pb::ListJobsRequest { created_from: hours_ago(6), ..base() }),
+        ("before", pb::ListJobsRequest { created_before: hours_ago(6), ..base() }),
+        ("id", pb::ListJobsRequest { provider_job_id_prefix: text("scan-00001"), ..base() }),
+        ("name", pb::ListJobsRequest { provider_job_name_prefix: text("patient-2999"), ..base() }),
+    ];
+    let counterparts = [provider.id.clone(), customer.id.clone()];
+    for (user, other) in [(&mut provider, &counterparts[1]), (&mut customer, &counterparts[0])] {
+        let with = ("counterpart", pb::ListJobsRequest { counterpart_id: other.clone(), ..base() });
+        for (asked, request) in singles.iter().cloned().chain([with]) {
+            let before = database.plans().await.len();
+            user.jobs.list_jobs(request).await.unwrap();
+            // A filter that nearly all jobs pass may be left to the range of all.
+            assert_read_by_ranges(&database, asked, before, 2 * PAGE).await;
+        }
+        let combined = [
+            (
+                "running scans",
+                pb::ListJobsRequest {
+                    statuses: vec![running],
+                    provider_job_id_prefix: text("scan-0"),
+                    ..base()
+                },
+            ),
+            (
+                "closed and running",
+                pb::ListJobsRequest { statuses: vec![running], openness: closed, ..base() },
+            ),
+            (
+                "closed with somebody, by name",
+                pb::ListJobsRequest {
+                    openness: closed,
+                    counterpart_id: other.clone(),
+                    provider_job_name_prefix: text("patient-"),
+                    ..base()
+                },
+            ),
+        ];
+        for (asked, request) in combined {
+            let before = database.plans().await.len();
+            user.jobs.list_jobs(request).await.unwrap();
+            assert_read_by_ranges(&database, asked, before, LOOKED_AT + 1).await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_of_events_is_a_range_of_an_index() {
+    let Scene { database, _server, mut provider, long_job, .. } = scene().await;
+    let page = |after_sequence, kinds| pb::ListEventsRequest {
+        job: Some(list_events_request::Job::ProviderJobId(long_job.clone())),
+        after_sequence,
+        kinds,
+        page_size: 20,
+        ..Default::default()
+    };
+    let (info, error) = (i32::from(pb::EventKind::Info), i32::from(pb::EventKind::Error));
+    for (asked, request, most) in [
+        ("the first", page(0, vec![]), PAGE),
+        ("the middle", page(10_000, vec![]), PAGE),
+        ("a kind", page(10_000, vec![info]), PAGE),
+        ("a kind that there is none of", page(0, vec![error]), WINDOW),
+    ] {
+        let before = database.plans().await.len();
+        provider.events.list_events(request).await.unwrap();
+        assert_read_by_ranges(&database, asked, before, most).await;
+    }
+}
