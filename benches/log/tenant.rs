@@ -62,6 +62,16 @@ impl Tenant {
 
     /// Creates jobs; their ids.
     pub(crate) async fn jobs(&self, server: SocketAddr, count: usize) -> Result<Vec<String>> {
+        self.more_jobs(server, 0, count).await
+    }
+
+    /// Creates more jobs, where there are some already.
+    pub(crate) async fn more_jobs(
+        &self,
+        server: SocketAddr,
+        existing: usize,
+        count: usize,
+    ) -> Result<Vec<String>> {
         let provider = &connect(server, &self.provider_key, 1).await?[0];
         let create = |number| async move {
             let request = pb::CreateJobRequest {
@@ -74,7 +84,7 @@ impl Tenant {
             let job = provider.jobs().create_job(request).await?.into_inner().job;
             Ok(job.ok_or("an answer without a job")?.id)
         };
-        stream::iter(0..count).map(create).buffered(32).try_collect().await
+        stream::iter(existing..existing + count).map(create).buffered(32).try_collect().await
     }
 }
 

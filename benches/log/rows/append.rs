@@ -55,6 +55,7 @@ fn shape(row: Row) -> Shape {
         | Row::GetJob
         | Row::GetCurrentUser
         | Row::Reconnect1000
+        | Row::Sleepers100
         | Row::ReplicaDelay => usual,
     }
 }

@@ -6,6 +6,7 @@ mod fan_out;
 mod flat;
 mod publish;
 mod reconnect;
+mod sleepers;
 mod watch;
 
 use clap::ValueEnum;
@@ -46,6 +47,9 @@ pub(crate) enum Row {
     /// Appends while 10,000 watchers of other jobs stand idle
     #[value(name = "idle-10000")]
     Idle10000,
+    /// 11,100 watchers of which 100 never read
+    #[value(name = "sleepers-100")]
+    Sleepers100,
     /// 32 writers on one job
     #[value(name = "one-job-32")]
     OneJob32,
@@ -69,6 +73,7 @@ impl Row {
             Self::Idle10000 | Self::OneJob32 | Self::TwoReplicas => append::unary(bed, self).await,
             Self::Publish100 => publish::measure(bed, &name).await,
             Self::Watch1000 => watch::watchers(bed, &name).await,
+            Self::Sleepers100 => sleepers::measure(bed, &name).await,
             Self::ReplicaDelay => watch::replicas(bed, &name).await,
             Self::FanOut => fan_out::fan_out(bed, &name).await,
             Self::Memory => fan_out::memory(bed, &name).await,

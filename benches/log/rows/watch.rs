@@ -33,11 +33,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 pub(super) async fn watchers(bed: &Bed, name: &str) -> Result<Vec<Outcome>> {
     let server = bed.server(&bed.database().await?).await?;
-    let (tenant, jobs) = scene(server.address).await?;
-    let senders =
-        Store::milepost(server.address, &tenant.provider_key, Arc::clone(&jobs), CONNECTIONS).await?;
-    let watchers =
-        Store::milepost(server.address, &tenant.customer_key, Arc::clone(&jobs), CONNECTIONS).await?;
+    let Scene { jobs, senders, watchers, .. } = scene(server.address).await?;
     let etcd = bed.etcd().await?;
     let theirs = match &etcd {
         Some(etcd) => Some((
@@ -63,11 +59,8 @@ pub(super) async fn watchers(bed: &Bed, name: &str) -> Result<Vec<Outcome>> {
 pub(super) async fn replicas(bed: &Bed, name: &str) -> Result<Vec<Outcome>> {
     let database = bed.database().await?;
     let (server, replica) = (bed.server(&database).await?, bed.server(&database).await?);
-    let (tenant, jobs) = scene(server.address).await?;
-    let (provider, customer) = (&tenant.provider_key, &tenant.customer_key);
-    let senders = Store::milepost(server.address, provider, Arc::clone(&jobs), CONNECTIONS).await?;
-    let near = Store::milepost(server.address, customer, Arc::clone(&jobs), CONNECTIONS).await?;
-    let far = Store::milepost(replica.address, customer, jobs, CONNECTIONS).await?;
+    let Scene { tenant, jobs, senders, watchers: near } = scene(server.address).await?;
+    let far = Store::milepost(replica.address, &tenant.customer_key, jobs, CONNECTIONS).await?;
     let mut outcome = Outcome::new(name, "ms p99", "same replica", None);
     for _ in 0..bed.options.rounds {
         bed.checkpoint().await?;
@@ -78,19 +71,40 @@ pub(super) async fn replicas(bed: &Bed, name: &str) -> Result<Vec<Outcome>> {
     Ok(vec![outcome])
 }
 
-async fn scene(server: SocketAddr) -> Result<(Tenant, Arc<[String]>)> {
+/// Jobs, those who append to them and those who watch them, at one server.
+pub(super) struct Scene {
+    pub(super) tenant: Tenant,
+    pub(super) jobs: Arc<[String]>,
+    pub(super) senders: Store,
+    pub(super) watchers: Store,
+}
+
+pub(super) async fn scene(server: SocketAddr) -> Result<Scene> {
     let tenant = Tenant::create(server).await?;
-    let jobs = tenant.jobs(server, WATCHERS).await?.into();
-    Ok((tenant, jobs))
+    let jobs: Arc<[String]> = tenant.jobs(server, WATCHERS).await?.into();
+    let senders = Store::milepost(server, &tenant.provider_key, Arc::clone(&jobs), CONNECTIONS).await?;
+    let watchers = Store::milepost(server, &tenant.customer_key, Arc::clone(&jobs), CONNECTIONS).await?;
+    Ok(Scene { tenant, jobs, senders, watchers })
+}
+
+/// When a round's measure starts and when the round ends, from its start.
+fn times(bed: &Bed) -> (Duration, Duration) {
+    let from = (bed.options.round() / 5).min(Duration::from_secs(3));
+    (from, from + bed.options.round())
+}
+
+/// How many events each job gets in a round.
+pub(super) fn beats(bed: &Bed) -> usize {
+    let (_, until) = times(bed);
+    usize::try_from(until.as_millis() / INTERVAL.as_millis()).unwrap_or(usize::MAX)
 }
 
 /// The delays of a round; each watcher gets every event of its job, in order.
-async fn round(bed: &Bed, senders: &Store, watchers: &Store) -> Result<Measure> {
+pub(super) async fn round(bed: &Bed, senders: &Store, watchers: &Store) -> Result<Measure> {
     let open = |log: usize| async move { watchers.watch(log, log).await };
     let feeds: Vec<_> = stream::iter(0..WATCHERS).map(open).buffered(100).try_collect().await?;
     let started = Instant::now();
-    let from = (bed.options.round() / 5).min(Duration::from_secs(3));
-    let until = from + bed.options.round();
+    let (from, _) = times(bed);
     // How many events each watcher has to get, once that is known.
     let (promise, promised) = watch::channel(None::<usize>);
     let mut reading = JoinSet::new();
@@ -120,7 +134,7 @@ async fn round(bed: &Bed, senders: &Store, watchers: &Store) -> Result<Measure> 
             }
         });
     }
-    let sent = send(senders, started, until).await?;
+    let sent = send(senders, started, beats(bed)).await?;
     promise.send(Some(sent))?;
     let mut delays = Vec::new();
     while let Some(read) = timeout(PATIENCE, reading.join_next()).await? {
@@ -130,10 +144,9 @@ async fn round(bed: &Bed, senders: &Store, watchers: &Store) -> Result<Measure> 
     Ok(Measure { value: latencies[1], latencies: Some(latencies) })
 }
 
-/// Sends to each job at its own beat; how many events each got.
-async fn send(senders: &Store, started: Instant, until: Duration) -> Result<usize> {
+/// Sends so many events to each job, at its own beat; how many those are.
+async fn send(senders: &Store, started: Instant, beats: usize) -> Result<usize> {
     let mut sending = JoinSet::new();
-    let beats = until.as_millis() / INTERVAL.as_millis();
     for log in 0..senders.logs.len() {
         let (mut writer, logs) = (senders.writer(log), Arc::clone(&senders.logs));
         let phase = INTERVAL.mul_f64(f64::from(u32::try_from(log)?) / f64::from(u32::try_from(WATCHERS)?));
@@ -150,5 +163,5 @@ async fn send(senders: &Store, started: Instant, until: Duration) -> Result<usiz
     while let Some(sent) = sending.join_next().await {
         sent??;
     }
-    Ok(usize::try_from(beats)?)
+    Ok(beats)
 }
