@@ -15,6 +15,7 @@ mod load;
 mod machine;
 mod report;
 mod rows;
+mod service;
 mod store;
 mod tenant;
 

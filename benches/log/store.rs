@@ -9,7 +9,7 @@ use milepost::{
     client::Client,
     pb::{
         self, NewEvent, WatchEventsRequest, WatchEventsResponse, append_events_request,
-        watch_events_request::{self, Scope, Start},
+        watch_events_request::{self, Start},
         watch_events_response::Message,
     },
 };
@@ -24,7 +24,8 @@ use uuid::Uuid;
 use crate::{
     Result,
     etcd::{self, WatchResponse},
-    tenant::{self, step_tag},
+    service::Connection,
+    tenant::step_tag,
 };
 
 /// Length of each event's name, in bytes.
@@ -40,13 +41,13 @@ pub(crate) struct Store {
 
 #[derive(Clone)]
 enum Connections {
-    Milepost(Vec<Client>),
+    Milepost(Vec<Connection>),
     Etcd(Vec<Channel>),
 }
 
 /// One who appends, over one of the connections.
 pub(crate) enum Writer {
-    Milepost(Client),
+    Milepost(Connection),
     Etcd(Box<Grpc<Channel>>),
 }
 
@@ -63,7 +64,7 @@ pub(crate) struct Acked {
 
 /// An open watch, past `caught_up`.
 pub(crate) enum Feed {
-    Milepost(Box<Streaming<WatchEventsResponse>>),
+    Milepost(Box<Streaming<crate::service::WatchEventsResponse>>),
     Etcd(Box<Streaming<WatchResponse>>),
 }
 
@@ -84,8 +85,11 @@ impl Store {
         logs: Arc<[String]>,
         connections: usize,
     ) -> Result<Self> {
-        let connections = tenant::connect(server, key, connections).await?;
-        Ok(Self { connections: Connections::Milepost(connections), logs })
+        let mut open = Vec::new();
+        for _ in 0..connections {
+            open.push(Connection::open(server, key).await?);
+        }
+        Ok(Self { connections: Connections::Milepost(open), logs })
     }
 
     /// An etcd's keys.
@@ -101,7 +105,7 @@ impl Store {
     /// Somebody who appends over this connection, counted round and round.
     pub(crate) fn writer(&self, connection: usize) -> Writer {
         match &self.connections {
-            Connections::Milepost(clients) => Writer::Milepost(clients[connection % clients.len()].clone()),
+            Connections::Milepost(open) => Writer::Milepost(open[connection % open.len()].clone()),
             Connections::Etcd(channels) => {
                 Writer::Etcd(Box::new(Grpc::new(channels[connection % channels.len()].clone())))
             }
@@ -113,10 +117,8 @@ impl Store {
     pub(crate) async fn watch(&self, connection: usize, log: usize) -> Result<(Feed, Option<i64>)> {
         let name = self.logs[log].clone();
         match &self.connections {
-            Connections::Milepost(clients) => {
-                let client = &clients[connection % clients.len()];
-                let start = Start::FromNow(pb::FromNow {});
-                let (stream, _, sequence) = watch(client, Scope::JobId(name), start).await?;
+            Connections::Milepost(open) => {
+                let (stream, sequence) = open[connection % open.len()].watch(name).await?;
                 Ok((Feed::Milepost(Box::new(stream)), Some(sequence)))
             }
             Connections::Etcd(channels) => {
@@ -149,13 +151,11 @@ impl Writer {
     /// Appends one event; returns when it is acknowledged.
     pub(crate) async fn append(&mut self, logs: &[String], log: usize, stamp: u64) -> Result<Acked> {
         match self {
-            Self::Milepost(client) => {
+            Self::Milepost(connection) => {
                 let event = new_event(log, stamp);
                 let id = event.id.parse()?;
-                let request = append(logs[log].clone(), vec![event]);
-                let answer = client.events().append_events(request).await?.into_inner();
-                let appended = answer.events.first().ok_or("an answer without an event")?;
-                Ok(Acked { log, sequence: appended.sequence, id })
+                let sequence = connection.append(append(logs[log].clone(), vec![event])).await?;
+                Ok(Acked { log, sequence, id })
             }
             Self::Etcd(grpc) => {
                 let (key, value) = etcd_event(&logs[log], log, stamp);
@@ -213,15 +213,15 @@ impl Feed {
         match self {
             Self::Milepost(stream) => loop {
                 let response = stream.message().await?.ok_or("a watch ended")?;
-                match response.message {
-                    Some(Message::Events(watched)) => {
-                        let seen = |event: &pb::Event| {
-                            Ok(Seen { sequence: event.sequence, stamp: stamp_of(event.name.as_bytes())? })
+                match (response.events, response.heartbeat) {
+                    (Some(watched), _) => {
+                        let seen = |event: &crate::service::Event| {
+                            Ok(Seen { sequence: event.sequence, stamp: stamp_of(&event.name)? })
                         };
                         return watched.events.iter().map(seen).collect();
                     }
-                    Some(Message::Heartbeat(_)) => {}
-                    other => return Err(format!("a watch said {other:?}").into()),
+                    (None, Some(_)) => {}
+                    (None, None) => return Err("a watch said neither events nor a heartbeat".into()),
                 }
             },
             Self::Etcd(stream) => {

@@ -126,17 +126,27 @@ impl Directory {
         Ok(job)
     }
 
-    async fn remember(
+    /// A configuration that there is.
+    pub(crate) async fn configuration(&self, id: Uuid) -> Result<Arc<Configuration>> {
+        if let Some(configuration) = self.configurations.get(&id) {
+            return Ok(configuration);
+        }
+        let mut connection = self.database.get().await?;
+        let found = self.configurations_of(&mut connection, &[id]).await?.remove(&id);
+        found.ok_or_else(|| Error::internal("a job without its configuration"))
+    }
+
+    async fn configurations_of(
         &self,
         connection: &mut AsyncPgConnection,
-        heads: Vec<JobHead>,
-    ) -> Result<Vec<Arc<JobIdentity>>> {
+        ids: &[Uuid],
+    ) -> Result<HashMap<Uuid, Arc<Configuration>>> {
         let mut configurations = HashMap::new();
         let mut unknown = Vec::new();
-        for id in heads.iter().map(|head| head.job_configuration_id) {
-            match self.configurations.get(&id) {
-                Some(configuration) => drop(configurations.insert(id, configuration)),
-                None => unknown.push(id),
+        for id in ids {
+            match self.configurations.get(id) {
+                Some(configuration) => drop(configurations.insert(*id, configuration)),
+                None => unknown.push(*id),
             }
         }
         if !unknown.is_empty() {
@@ -146,6 +156,16 @@ impl Directory {
                 configurations.insert(configuration.tree.id, configuration);
             }
         }
+        Ok(configurations)
+    }
+
+    async fn remember(
+        &self,
+        connection: &mut AsyncPgConnection,
+        heads: Vec<JobHead>,
+    ) -> Result<Vec<Arc<JobIdentity>>> {
+        let ids: Vec<Uuid> = heads.iter().map(|head| head.job_configuration_id).collect();
+        let configurations = self.configurations_of(connection, &ids).await?;
         let mut jobs = Vec::with_capacity(heads.len());
         for head in heads {
             let configuration = configurations

@@ -112,6 +112,11 @@ impl EventLog {
         self.0.directory.find(viewer, key).await
     }
 
+    /// The configuration that a job is pinned to.
+    pub(crate) async fn configuration(&self, id: Uuid) -> Result<Arc<Configuration>> {
+        self.0.directory.configuration(id).await
+    }
+
     /// A job that the provider may append to.
     pub(crate) async fn find_own_job(&self, provider: Provider, key: &JobKey) -> Result<Arc<JobIdentity>> {
         self.0.directory.find(provider.into(), key).await

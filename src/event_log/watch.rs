@@ -233,12 +233,14 @@ impl Watch {
     /// One step further: a message, or something was read.
     async fn advance(&mut self) -> Result<Option<Message>> {
         if !self.has_pending() {
+            // Boxed: thousands of watches that wait must not each have room for
+            // what reading takes.
             if self.missed {
-                self.look_again().await?;
+                Box::pin(self.look_again()).await?;
                 return Ok(None);
             }
             if self.cursor < self.past_end {
-                self.read_past().await?;
+                Box::pin(self.read_past()).await?;
                 return Ok(None);
             }
             if self.caught_up && !self.is_over() && !self.wait().await {

@@ -174,7 +174,14 @@ impl JobHead {
 
     /// Those of these jobs that exist, in no order. Looks at no tenant.
     pub async fn load(connection: &mut AsyncPgConnection, ids: &[Uuid]) -> Result<Vec<Self>> {
-        Ok(jobs::table.filter(jobs::id.eq_any(ids)).select(Self::as_select()).load(connection).await?)
+        let query = jobs::table.select(Self::as_select()).into_boxed();
+        let query = match ids {
+            // Postgres plans an array anew at each call, which costs more than
+            // the look-up.
+            [id] => query.filter(jobs::id.eq(*id)),
+            ids => query.filter(jobs::id.eq_any(ids)),
+        };
+        Ok(query.load(connection).await?)
     }
 
     /// A provider's job by the provider's id for it. Looks at no tenant beyond

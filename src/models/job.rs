@@ -117,11 +117,10 @@ impl Job {
     async fn load(conn: &mut AsyncPgConnection, ids: &[Uuid]) -> Result<Vec<Self>> {
         diesel::alias!(users as providers: Providers, users as customers: Customers);
         let (provider_id, customer_id) = (providers.field(users::id), customers.field(users::id));
-        Ok(jobs::table
+        let query = jobs::table
             .inner_join(providers.on(provider_id.eq(jobs::provider_id)))
             .inner_join(customers.on(customer_id.eq(jobs::customer_id)))
             .inner_join(job_configurations::table.on(job_configurations::id.eq(jobs::job_configuration_id)))
-            .filter(jobs::id.eq_any(ids))
             .select((
                 jobs::id,
                 providers.fields((users::id, users::first_name, users::last_name)),
@@ -138,8 +137,14 @@ impl Job {
                 jobs::created_at,
                 jobs::updated_at,
             ))
-            .load(conn)
-            .await?)
+            .into_boxed();
+        let query = match ids {
+            // Postgres plans an array anew at each call, which costs more than
+            // the look-up.
+            [id] => query.filter(jobs::id.eq(*id)),
+            ids => query.filter(jobs::id.eq_any(ids)),
+        };
+        Ok(query.load(conn).await?)
     }
 
     /// One that the viewer may see; [`Error::NotFound`] otherwise, and for a

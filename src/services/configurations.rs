@@ -182,9 +182,9 @@ fn new_steps(violations: &mut Violations, steps: Vec<pb::StepConfiguration>) -> 
     let mut parsed = Vec::with_capacity(steps.len());
     for (i, step) in steps.into_iter().enumerate() {
         let field = format!("steps[{i}]");
-        let tag = parse::key_text(violations, &format!("{field}.tag"), step.tag);
+        let tag = parse::key_text(violations, format!("{field}.tag"), step.tag);
         tags.note(violations, &field, "tag", &tag);
-        let name = parse::key_text(violations, &format!("{field}.name"), step.name);
+        let name = parse::key_text(violations, format!("{field}.name"), step.name);
         if !(0..=STEP_POINTS).contains(&step.points) {
             let description = format!("{} must be 0 to {STEP_POINTS}", step.points);
             violations.add(format!("{field}.points"), description);
@@ -210,7 +210,7 @@ fn new_metadata(
     let mut parsed = Vec::with_capacity(metadata.len());
     for (i, metadata) in metadata.into_iter().enumerate() {
         let field = format!("{step}.metadata[{i}]");
-        let name = parse::key_text(violations, &format!("{field}.name"), metadata.name);
+        let name = parse::key_text(violations, format!("{field}.name"), metadata.name);
         names.note(violations, &field, "name", &name);
         let kind = match pb::MetadataKind::try_from(metadata.kind) {
             Ok(pb::MetadataKind::Unspecified | pb::MetadataKind::Text) => MetadataKind::Text,
@@ -221,7 +221,7 @@ fn new_metadata(
                 MetadataKind::Text
             }
         };
-        let units = parse::text(violations, &format!("{field}.units"), metadata.units);
+        let units = parse::text(violations, format!("{field}.units"), metadata.units);
         parsed.push(MetadataConfiguration { name, kind, units });
     }
     parsed

@@ -197,3 +197,18 @@ impl From<Vec<Appended>> for pb::AppendEventsResponse {
         Self { events: events.collect() }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// There are tens of thousands of them.
+    #[test]
+    fn a_watch_that_waits_is_small() {
+        fn size<F>(_: fn(Watching) -> F) -> usize {
+            size_of::<F>()
+        }
+        let bytes = size(watch_next) + size_of::<Watch>();
+        assert!(bytes <= 1_500, "{bytes} bytes");
+    }
+}

@@ -16,7 +16,6 @@ use crate::{
     models::{
         caller::{Scope, Viewer},
         job::{Job, JobCursor, JobFilters, JobKey, JobPage, NewJob, Party},
-        job_configuration::JobConfiguration,
     },
     pb::{self, job_service_server::JobService},
     progress::JobStatus,
@@ -47,13 +46,9 @@ impl JobService for JobApi {
         let credential = self.0.authenticate(request.metadata()).await?;
         let viewer = credential.caller().viewer()?;
         let key = JobKey::try_from(request.into_inner())?;
-        let mut conn = self.0.database.get().await?;
-        let job = Job::find(&mut conn, viewer, &key).await?;
-        let configuration = JobConfiguration::load(&mut conn, &[job.job_configuration_id])
-            .await?
-            .pop()
-            .ok_or_else(|| Error::internal("a job without its configuration"))?;
-        let job_configuration = Some(configuration.into());
+        let job = Job::find(&mut *self.0.database.get().await?, viewer, &key).await?;
+        let configuration = self.0.log.configuration(job.job_configuration_id).await?;
+        let job_configuration = Some(configuration.tree.clone().into());
         Ok(Response::new(pb::GetJobResponse { job: Some(job.into()), job_configuration }))
     }
 

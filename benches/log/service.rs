@@ -1,0 +1,120 @@
+//! milepost's `AppendEvents` and `WatchEvents`, their answers decoded as far as
+//! they are used here, as etcd's are.
+
+use std::net::SocketAddr;
+
+use bytes::Bytes;
+use http::uri::PathAndQuery;
+use milepost::{
+    codec::Codec,
+    pb::{self, AppendEventsRequest, WatchEventsRequest, watch_events_request},
+};
+use tonic::{
+    Request, Streaming,
+    client::Grpc,
+    metadata::{Ascii, MetadataValue},
+    transport::{Channel, Endpoint},
+};
+
+use crate::Result;
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct AppendEventsResponse {
+    #[prost(message, repeated, tag = "1")]
+    events: Vec<AppendedEvent>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct AppendedEvent {
+    #[prost(int64, tag = "2")]
+    sequence: i64,
+}
+
+/// The members of the oneof, which are the same on the wire.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(crate) struct WatchEventsResponse {
+    #[prost(message, optional, tag = "2")]
+    pub(crate) events: Option<WatchedEvents>,
+    #[prost(message, optional, tag = "3")]
+    pub(crate) caught_up: Option<CaughtUp>,
+    #[prost(message, optional, tag = "4")]
+    pub(crate) heartbeat: Option<Heartbeat>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub(crate) struct WatchedEvents {
+    #[prost(message, repeated, tag = "1")]
+    pub(crate) events: Vec<Event>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub(crate) struct Event {
+    #[prost(int64, tag = "3")]
+    pub(crate) sequence: i64,
+    #[prost(bytes = "bytes", tag = "5")]
+    pub(crate) name: Bytes,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub(crate) struct CaughtUp {
+    #[prost(message, optional, tag = "1")]
+    job: Option<JobState>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct JobState {
+    #[prost(int64, tag = "1")]
+    last_sequence: i64,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub(crate) struct Heartbeat {}
+
+/// A connection, and what its calls are made with.
+#[derive(Clone)]
+pub(crate) struct Connection {
+    channel: Channel,
+    bearer: MetadataValue<Ascii>,
+}
+
+impl Connection {
+    pub(crate) async fn open(server: SocketAddr, key: &str) -> Result<Self> {
+        let channel = Endpoint::from_shared(format!("http://{server}"))?.connect().await?;
+        Ok(Self { channel, bearer: format!("Bearer {key}").parse()? })
+    }
+
+    /// Appends one event; its sequence.
+    pub(crate) async fn append(&self, request: AppendEventsRequest) -> Result<i64> {
+        let mut grpc = Grpc::new(self.channel.clone());
+        grpc.ready().await?;
+        let path = PathAndQuery::from_static("/milepost.v1.EventService/AppendEvents");
+        let codec = Codec::<AppendEventsRequest, AppendEventsResponse>::default();
+        let response = grpc.unary(self.request(request), path, codec).await?.into_inner();
+        Ok(response.events.first().ok_or("an answer without an event")?.sequence)
+    }
+
+    /// A watch of a job from now on, past `caught_up`; the sequence there.
+    pub(crate) async fn watch(&self, job_id: String) -> Result<(Streaming<WatchEventsResponse>, i64)> {
+        let request = WatchEventsRequest {
+            scope: Some(watch_events_request::Scope::JobId(job_id)),
+            start: Some(watch_events_request::Start::FromNow(pb::FromNow {})),
+            ..Default::default()
+        };
+        let mut grpc = Grpc::new(self.channel.clone());
+        grpc.ready().await?;
+        let path = PathAndQuery::from_static("/milepost.v1.EventService/WatchEvents");
+        let codec = Codec::<WatchEventsRequest, WatchEventsResponse>::default();
+        let mut responses = grpc.server_streaming(self.request(request), path, codec).await?.into_inner();
+        let first = responses.message().await?.ok_or("a watch that ended before it caught up")?;
+        match first.caught_up.and_then(|caught_up| caught_up.job) {
+            Some(job) => Ok((responses, job.last_sequence)),
+            None => Err("a watch from now on that did not begin with caught_up".into()),
+        }
+    }
+
+    fn request<T>(&self, message: T) -> Request<T> {
+        let mut request = Request::new(message);
+        request.metadata_mut().insert("authorization", self.bearer.clone());
+        request
+    }
+}
