@@ -21,6 +21,10 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// After how long a silence the server is asked whether it lives, and how long
 /// it may take to answer.
 const KEEPALIVE: Duration = Duration::from_secs(20);
+/// What the server may send before it was read, a connection. h2 gives a
+/// connection up when many small messages wait in it unread, the more the larger
+/// this is: at this size, some 60,000.
+const CONNECTION_WINDOW_BYTES: u32 = 32 * 1024 * 1024;
 /// The first pause before a broken watch is resumed; each further one is twice
 /// as long.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
@@ -83,6 +87,7 @@ impl Client {
             .http2_keep_alive_interval(KEEPALIVE)
             .keep_alive_timeout(KEEPALIVE)
             .keep_alive_while_idle(true)
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
             .connect()
             .await
             .map_err(|error| ClientError::Connect(server.to_owned(), error))?;

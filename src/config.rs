@@ -3,7 +3,12 @@
 //! Plain values; the commands in [`crate::cli`] hand them to the rooms that
 //! they are for. Durations are whole seconds and say so in their names.
 
-use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr};
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    str::FromStr,
+};
 
 use clap::{Args, ValueEnum};
 
@@ -89,6 +94,15 @@ pub struct ServerConfig {
     #[arg(long, env = "MILEPOST_STREAMS_PER_CONNECTION", default_value_t = 1000, value_name = "COUNT",
           value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub streams_per_connection: u32,
+
+    /// Most streams of one user, or under watch tokens of one job, that are open on this replica
+    #[arg(long, env = "MILEPOST_STREAMS_PER_USER", default_value_t = 500, value_name = "COUNT",
+          value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub streams_per_user: u32,
+
+    /// Addresses of proxies whose x-forwarded-for tells where a call comes from; separated by commas
+    #[arg(long, env = "MILEPOST_TRUSTED_PROXY", value_name = "ADDRESSES", value_delimiter = ',')]
+    pub trusted_proxy: Vec<IpAddr>,
 
     /// A connection is asked whether it lives after so many silent seconds
     #[arg(long, env = "MILEPOST_KEEPALIVE_INTERVAL_S", default_value_t = 20, value_name = "SECONDS",

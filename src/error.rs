@@ -68,6 +68,9 @@ pub enum Error {
     /// The key had expired before.
     #[error("the API key had expired already")]
     ApiKeyAlreadyExpired(Uuid),
+    /// The watch token had expired before.
+    #[error("the watch token had expired already")]
+    WatchTokenAlreadyExpired(Uuid),
     /// `expected_sequence` did not match.
     #[error("the last sequence of the job is {last_sequence}")]
     SequenceMismatch {
@@ -88,6 +91,12 @@ pub enum Error {
     Overloaded {
         /// Of what.
         what: &'static str,
+        /// When to try again.
+        retry_after: Duration,
+    },
+    /// Too many log-ins failed.
+    #[error("too many failed log-ins")]
+    LogInThrottled {
         /// When to try again.
         retry_after: Duration,
     },
@@ -148,9 +157,11 @@ impl Error {
             | Self::SignUpClosed
             | Self::EmailTaken
             | Self::ApiKeyAlreadyExpired(_)
+            | Self::WatchTokenAlreadyExpired(_)
             | Self::PositionBeyondLog
             | Self::EventsExpired { .. }
             | Self::Overloaded { .. }
+            | Self::LogInThrottled { .. }
             | Self::Unavailable(_)
             | Self::Draining
             | Self::DeadlineExceeded
@@ -212,6 +223,8 @@ pub enum Resource {
     Event,
     /// An API key.
     ApiKey,
+    /// A watch token.
+    WatchToken,
     /// A user.
     User,
 }
@@ -225,6 +238,7 @@ impl Resource {
             Self::Job => "milepost.v1.Job",
             Self::Event => "milepost.v1.Event",
             Self::ApiKey => "milepost.v1.ApiKey",
+            Self::WatchToken => "milepost.v1.WatchToken",
         }
     }
 
@@ -237,6 +251,7 @@ impl Resource {
             Self::Job => "job",
             Self::Event => "event",
             Self::ApiKey => "API key",
+            Self::WatchToken => "watch token",
         }
     }
 }

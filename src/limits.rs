@@ -39,6 +39,13 @@ pub const ERROR_QUOTE_CHARS: usize = 64;
 /// Heartbeat interval of a watch: shortest, default, longest.
 pub const HEARTBEAT: (Duration, Duration, Duration) =
     (Duration::from_secs(5), Duration::from_secs(15), Duration::from_secs(60));
+/// How long an API key stays good after it was rotated: shortest, default,
+/// longest.
+pub const KEY_OVERLAP: (Duration, Duration, Duration) =
+    (Duration::ZERO, Duration::from_secs(60 * 60), Duration::from_secs(30 * 24 * 60 * 60));
+/// How long a watch token is good: shortest, default, longest.
+pub const WATCH_TOKEN_LIFETIME: (Duration, Duration, Duration) =
+    (Duration::from_secs(1), Duration::from_secs(60 * 60), Duration::from_secs(30 * 24 * 60 * 60));
 /// How long a credential may go unconfirmed by the database before nothing is
 /// sent or accepted under it.
 pub const CREDENTIAL_CONFIRMED_WITHIN: Duration = Duration::from_secs(5);

@@ -116,6 +116,16 @@ diesel::table! {
 }
 
 diesel::table! {
+    log_in_attempts (key) {
+        key -> Bytea,
+        failures -> Int4,
+        blocked_until -> Nullable<Timestamptz>,
+        last_at -> Timestamptz,
+        succeeded_at -> Nullable<Timestamptz>,
+    }
+}
+
+diesel::table! {
     use diesel::sql_types::*;
     use super::sql_types::MetadataKind;
 
@@ -180,10 +190,27 @@ diesel::table! {
     }
 }
 
+diesel::table! {
+    watch_tokens (id) {
+        id -> Uuid,
+        job_id -> Uuid,
+        user_id -> Uuid,
+        secret_hash -> Bytea,
+        secret_prefix -> Text,
+        note -> Text,
+        expires_at -> Timestamptz,
+        last_used_at -> Nullable<Timestamptz>,
+        created_at -> Timestamptz,
+        updated_at -> Timestamptz,
+    }
+}
+
 diesel::joinable!(api_keys -> users (user_id));
 diesel::joinable!(metadata_configurations -> step_configurations (step_configuration_id));
 diesel::joinable!(sessions -> users (user_id));
 diesel::joinable!(step_configurations -> job_configurations (job_configuration_id));
+diesel::joinable!(watch_tokens -> jobs (job_id));
+diesel::joinable!(watch_tokens -> users (user_id));
 
 diesel::allow_tables_to_appear_in_same_query!(
     api_keys,
@@ -191,9 +218,11 @@ diesel::allow_tables_to_appear_in_same_query!(
     events,
     job_configurations,
     jobs,
+    log_in_attempts,
     metadata_configurations,
     schema_compatibility,
     sessions,
     step_configurations,
     users,
+    watch_tokens,
 );

@@ -26,15 +26,18 @@ pub enum SecretKind {
     Session,
     /// An API key.
     ApiKey,
+    /// One job, to look at.
+    WatchToken,
 }
 
 impl SecretKind {
-    const ALL: [Self; 2] = [Self::Session, Self::ApiKey];
+    const ALL: [Self; 3] = [Self::Session, Self::ApiKey, Self::WatchToken];
 
     fn prefix(self) -> &'static str {
         match self {
             Self::Session => "mps_",
             Self::ApiKey => "mpk_",
+            Self::WatchToken => "mpw_",
         }
     }
 }

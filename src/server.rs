@@ -2,7 +2,7 @@
 //! reflection, and the drain at the end. Shared by the binary and by tests.
 
 mod calls;
-mod unhurried;
+mod connection;
 
 use std::{pin::pin, time::Duration};
 
@@ -17,7 +17,7 @@ use tonic::transport::{Server, server::TcpIncoming};
 use tonic_health::{ServingStatus, server::HealthReporter};
 use tower::layer::layer_fn;
 
-use self::{calls::Calls, unhurried::Unhurried};
+use self::{calls::Calls, connection::Connection};
 use crate::{
     db::Database,
     error::{Error, Result},
@@ -106,7 +106,7 @@ pub async fn serve(
         .add_service(health)
         .add_service(reflection().build_v1().map_err(Error::internal)?)
         .add_service(reflection().build_v1alpha().map_err(Error::internal)?);
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true)).map_ok(Unhurried::new);
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true)).map_ok(Connection::new);
     let mut serving = pin!(router.serve_with_incoming_shutdown(incoming, draining.clone().cancelled_owned()));
 
     tokio::select! {

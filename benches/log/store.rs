@@ -14,17 +14,13 @@ use milepost::{
     },
 };
 use prost::Message as _;
-use tonic::{
-    Streaming,
-    client::Grpc,
-    transport::{Channel, Endpoint},
-};
+use tonic::{Streaming, client::Grpc, transport::Channel};
 use uuid::Uuid;
 
 use crate::{
     Result,
     etcd::{self, WatchResponse},
-    service::Connection,
+    service::{Connection, endpoint},
     tenant::step_tag,
 };
 
@@ -94,7 +90,7 @@ impl Store {
 
     /// An etcd's keys.
     pub(crate) async fn etcd(server: SocketAddr, logs: Arc<[String]>, connections: usize) -> Result<Self> {
-        let endpoint = Endpoint::from_shared(format!("http://{server}"))?;
+        let endpoint = endpoint(server)?;
         let mut channels = Vec::new();
         for _ in 0..connections {
             channels.push(endpoint.connect().await?);

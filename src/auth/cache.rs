@@ -42,7 +42,11 @@ impl Ending {
                 Subject::User { id, .. },
                 CredentialId::Session(session),
             ) => id == user_id && session != kept,
-            (Self::OtherSessions { .. }, Subject::User { .. }, CredentialId::ApiKey(_))
+            (
+                Self::OtherSessions { .. },
+                Subject::User { .. },
+                CredentialId::ApiKey(_) | CredentialId::WatchToken(_),
+            )
             | (Self::OtherSessions { .. }, Subject::Job(_), _) => false,
         }
     }
@@ -139,9 +143,15 @@ impl Cache {
         self.entries.iter().map(|(hash, credential)| (*hash, credential.clone())).collect()
     }
 
-    /// Forgets what was not used for a while, and what has expired.
+    /// Forgets what was not used for a while, and ends what has expired.
     pub(super) fn drop_idle(&mut self, idle: Duration) {
-        self.entries.retain(|_, credential| credential.is_good() && !credential.is_idle(idle));
+        self.entries.retain(|_, credential| {
+            let good = credential.is_good();
+            if !good {
+                credential.end();
+            }
+            good && !credential.is_idle(idle)
+        });
     }
 
     /// Forgets the half that was used longest ago of those that nobody holds:

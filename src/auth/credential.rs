@@ -1,8 +1,9 @@
 //! One credential: who, how fresh, and whether it has ended.
 
 use std::{
+    collections::HashMap,
     sync::{
-        LazyLock,
+        Arc, LazyLock, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
@@ -19,6 +20,9 @@ use crate::{
 
 /// Longest single sleep; timers do not reach arbitrarily far.
 const LONGEST_SLEEP: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// How long a stream may take to take its end.
+const END_GRACE: Duration = Duration::from_secs(2);
 
 /// How long before the start of this process moments begin, in milliseconds: 0
 /// is long ago.
@@ -61,6 +65,9 @@ pub struct Credential {
     used_at: AtomicU64,
     /// When its use was last written to the database.
     noted_at: AtomicU64,
+    /// The connections of the streams that are open under it, by number.
+    streams: Mutex<HashMap<u64, CancellationToken>>,
+    next_stream: AtomicU64,
 }
 
 impl Credential {
@@ -74,6 +81,8 @@ impl Credential {
             confirmations: Notify::new(),
             used_at: AtomicU64::new(Moment::now().0),
             noted_at: AtomicU64::new(0),
+            streams: Mutex::default(),
+            next_stream: AtomicU64::new(0),
         }
     }
 
@@ -139,9 +148,34 @@ impl Credential {
         self.confirmations.notify_waiters();
     }
 
-    /// For good.
-    pub(super) fn end(&self) {
+    /// For good. Streams under it say so and end; those that cannot, since
+    /// nobody reads them, are cut with their connections.
+    pub(super) fn end(self: &Arc<Self>) {
         self.ended.cancel();
+        if !self.streams().is_empty() {
+            let credential = Arc::clone(self);
+            tokio::spawn(async move {
+                sleep(END_GRACE).await;
+                credential.streams().values().for_each(CancellationToken::cancel);
+            });
+        }
+    }
+
+    /// A stream was opened on this connection; its number.
+    pub(super) fn opened(&self, connection: CancellationToken) -> u64 {
+        let number = self.next_stream.fetch_add(1, Relaxed);
+        self.streams().insert(number, connection);
+        number
+    }
+
+    /// The stream of this number was closed.
+    pub(super) fn closed(&self, number: u64) {
+        self.streams().remove(&number);
+    }
+
+    fn streams(&self) -> MutexGuard<'_, HashMap<u64, CancellationToken>> {
+        // Nothing that holds it can leave it half changed.
+        self.streams.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn touch(&self) {
@@ -182,7 +216,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_end_is_told_at_once_and_stays() {
-        let credential = credential(Some(Duration::from_secs(3_600)), Moment::now());
+        let credential = Arc::new(credential(Some(Duration::from_secs(3_600)), Moment::now()));
         assert!(credential.ended().now_or_never().is_none());
         assert!(matches!(credential.confirmed().now_or_never(), Some(Ok(()))));
         credential.end();

@@ -10,28 +10,34 @@
 mod cache;
 mod credential;
 pub mod password;
+mod streams;
 
 use std::{
     collections::HashSet,
+    net::IpAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::Duration,
 };
 
+use diesel_async::AsyncPgConnection;
 use tokio::{
     sync::Notify,
     time::{sleep, timeout},
 };
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
-pub use self::{cache::Ending, credential::Credential, password::Passwords};
+pub use self::{cache::Ending, credential::Credential, password::Passwords, streams::OpenStream};
 use self::{
     cache::{Cache, Looked},
     credential::Moment,
+    streams::Streams,
 };
 use crate::{
     db::Database,
     error::{Error, Result},
     limits::CREDENTIAL_CONFIRMED_WITHIN,
-    models::{api_key::ApiKey, caller::CredentialId, session::Session},
+    models::{api_key::ApiKey, caller::CredentialId, session::Session, watch_token::WatchToken},
     secret::{Secret, SecretHash, SecretKind},
 };
 
@@ -54,6 +60,10 @@ pub struct AuthSettings {
     pub bcrypt_parallel: usize,
     /// Whether strangers may sign up.
     pub sign_up_open: bool,
+    /// Most streams of one user that are open on this replica.
+    pub streams_per_user: usize,
+    /// Whose word is taken for where a call comes from.
+    pub trusted_proxies: Vec<IpAddr>,
 }
 
 /// Looks credentials up, and keeps those in use confirmed.
@@ -67,6 +77,7 @@ struct Inner {
     database: Database,
     settings: AuthSettings,
     passwords: Passwords,
+    streams: Streams,
     cache: Mutex<Cache>,
     /// Rings for a round of confirmation before its time.
     bell: Arc<Notify>,
@@ -80,6 +91,7 @@ impl Auth {
         let inner = Arc::new(Inner {
             database,
             passwords: Passwords::new(settings.bcrypt_cost, settings.bcrypt_parallel),
+            streams: Streams::new(settings.streams_per_user),
             settings,
             cache: Mutex::default(),
             bell: bell.clone(),
@@ -113,6 +125,17 @@ impl Auth {
         self.inner.look_up(secret.kind(), hash).await
     }
 
+    /// Counts a stream under this credential, for as long as what is given back
+    /// lives; `connection` cuts the stream's connection when cancelled.
+    /// [`Error::Overloaded`] where the user has as many as may be.
+    pub fn open_stream(
+        &self,
+        credential: Arc<Credential>,
+        connection: CancellationToken,
+    ) -> Result<OpenStream> {
+        self.inner.streams.open(credential, connection)
+    }
+
     /// Ends credentials on this replica at once: new calls with them are
     /// refused, streams are told. To be called after the database was told,
     /// and by work that does not stop when its caller leaves.
@@ -141,6 +164,7 @@ impl Inner {
             let found = match kind {
                 SecretKind::Session => Session::authenticate(&mut conn, &hash).await?,
                 SecretKind::ApiKey => ApiKey::authenticate(&mut conn, &hash).await?,
+                SecretKind::WatchToken => WatchToken::authenticate(&mut conn, &hash).await?,
             };
             drop(conn);
             let Some((caller, lifetime)) = found else {
@@ -161,16 +185,8 @@ impl Inner {
         let known = self.cache().all();
         if !known.is_empty() {
             let mut conn = self.database.get().await?;
-            let (sessions, keys) = ids(known.iter().map(|(_, credential)| &**credential));
-            let mut good = HashSet::new();
-            if !sessions.is_empty() {
-                let still = Session::still_good(&mut conn, &sessions).await?;
-                good.extend(still.into_iter().map(CredentialId::Session));
-            }
-            if !keys.is_empty() {
-                let still = ApiKey::still_good(&mut conn, &keys).await?;
-                good.extend(still.into_iter().map(CredentialId::ApiKey));
-            }
+            let ids = Ids::of(known.iter().map(|(_, credential)| &**credential));
+            let good = ids.still_good(&mut conn).await?;
             for (hash, credential) in &known {
                 if good.contains(&credential.caller().credential()) {
                     credential.confirm(asked_at);
@@ -183,33 +199,67 @@ impl Inner {
                 .map(|(_, credential)| credential)
                 .filter(|c| c.use_to_note(NOTE_EVERY))
                 .collect();
-            let (sessions, keys) = ids(used.iter().map(|credential| &***credential));
-            if !sessions.is_empty() {
-                Session::note_use(&mut conn, &sessions).await?;
-            }
-            if !keys.is_empty() {
-                ApiKey::note_use(&mut conn, &keys).await?;
-            }
+            Ids::of(used.iter().map(|credential| &***credential)).note_use(&mut conn).await?;
             used.into_iter().for_each(|credential| credential.noted(asked_at));
         }
-        self.cache().drop_idle(NOTE_EVERY);
         Ok(())
     }
 }
 
-/// Ids of sessions, ids of API keys; sorted, so that replicas that write at
-/// once lock rows in one order.
-fn ids<'a>(credentials: impl Iterator<Item = &'a Credential>) -> (Vec<uuid::Uuid>, Vec<uuid::Uuid>) {
-    let (mut sessions, mut keys) = (Vec::new(), Vec::new());
-    for credential in credentials {
-        match credential.caller().credential() {
-            CredentialId::Session(id) => sessions.push(id),
-            CredentialId::ApiKey(id) => keys.push(id),
+/// Ids by kind; sorted, so that replicas that write at once lock rows in one
+/// order.
+#[derive(Default)]
+struct Ids {
+    sessions: Vec<Uuid>,
+    api_keys: Vec<Uuid>,
+    watch_tokens: Vec<Uuid>,
+}
+
+impl Ids {
+    fn of<'a>(credentials: impl Iterator<Item = &'a Credential>) -> Self {
+        let mut ids = Self::default();
+        for credential in credentials {
+            match credential.caller().credential() {
+                CredentialId::Session(id) => ids.sessions.push(id),
+                CredentialId::ApiKey(id) => ids.api_keys.push(id),
+                CredentialId::WatchToken(id) => ids.watch_tokens.push(id),
+            }
         }
+        for ids in [&mut ids.sessions, &mut ids.api_keys, &mut ids.watch_tokens] {
+            ids.sort_unstable();
+        }
+        ids
     }
-    sessions.sort_unstable();
-    keys.sort_unstable();
-    (sessions, keys)
+
+    async fn still_good(&self, conn: &mut AsyncPgConnection) -> Result<HashSet<CredentialId>> {
+        let mut good = HashSet::new();
+        if !self.sessions.is_empty() {
+            let still = Session::still_good(conn, &self.sessions).await?;
+            good.extend(still.into_iter().map(CredentialId::Session));
+        }
+        if !self.api_keys.is_empty() {
+            let still = ApiKey::still_good(conn, &self.api_keys).await?;
+            good.extend(still.into_iter().map(CredentialId::ApiKey));
+        }
+        if !self.watch_tokens.is_empty() {
+            let still = WatchToken::still_good(conn, &self.watch_tokens).await?;
+            good.extend(still.into_iter().map(CredentialId::WatchToken));
+        }
+        Ok(good)
+    }
+
+    async fn note_use(&self, conn: &mut AsyncPgConnection) -> Result<()> {
+        if !self.sessions.is_empty() {
+            Session::note_use(conn, &self.sessions).await?;
+        }
+        if !self.api_keys.is_empty() {
+            ApiKey::note_use(conn, &self.api_keys).await?;
+        }
+        if !self.watch_tokens.is_empty() {
+            WatchToken::note_use(conn, &self.watch_tokens).await?;
+        }
+        Ok(())
+    }
 }
 
 async fn keep_confirmed(inner: Weak<Inner>, bell: Arc<Notify>) {
@@ -223,6 +273,7 @@ async fn keep_confirmed(inner: Weak<Inner>, bell: Arc<Notify>) {
         let Some(inner) = inner.upgrade() else { return };
         // A connection whose peer is gone answers nothing, for minutes.
         let round = timeout(CREDENTIAL_CONFIRMED_WITHIN, inner.confirm()).await;
+        inner.cache().drop_idle(NOTE_EVERY);
         match round.unwrap_or_else(|elapsed| Err(Error::unavailable(elapsed))) {
             Ok(()) => (wait, failing) = (CONFIRM_EVERY, false),
             Err(error) => {

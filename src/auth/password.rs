@@ -55,6 +55,11 @@ impl Passwords {
         .await
     }
 
+    /// Whether the hash was made at another cost than today's.
+    pub fn is_outdated(&self, hash: &PasswordHash) -> bool {
+        hash.as_str().parse::<bcrypt::HashParts>().is_ok_and(|parts| parts.get_cost() != self.cost)
+    }
+
     async fn work<T, F>(&self, work: F) -> Result<T>
     where
         T: Send + 'static,

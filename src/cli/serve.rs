@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     auth::AuthSettings,
-    config::{AuthConfig, Config, ServerConfig},
+    config::{Config, ServerConfig},
     db::{Database, migrations},
     error::{BoxError, Result},
     event_log::EventLogSettings,
@@ -104,7 +104,7 @@ impl Server {
         }
         let database = Database::new(open.settings.clone())?;
         migrations::check(&database, config.server.unsafe_database).await?;
-        let auth = auth_settings(&config.auth, address);
+        let auth = auth_settings(config, address);
         let app = App::start(database, auth, log_settings(&config.server)).await?;
         if let Some(embedded) = &open.embedded {
             embedded.announce(address)?;
@@ -144,7 +144,8 @@ fn log_settings(config: &ServerConfig) -> EventLogSettings {
     EventLogSettings { publish_window: usize::try_from(config.publish_window).unwrap_or(usize::MAX) }
 }
 
-fn auth_settings(config: &AuthConfig, listen: SocketAddr) -> AuthSettings {
+fn auth_settings(config: &Config, listen: SocketAddr) -> AuthSettings {
+    let Config { auth: config, server, .. } = config;
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     let parallel = config.bcrypt.bcrypt_parallel.and_then(|count| usize::try_from(count).ok());
     AuthSettings {
@@ -152,5 +153,7 @@ fn auth_settings(config: &AuthConfig, listen: SocketAddr) -> AuthSettings {
         bcrypt_cost: config.bcrypt.bcrypt_cost,
         bcrypt_parallel: parallel.unwrap_or_else(|| processors.div_ceil(2)),
         sign_up_open: config.sign_up.is_open(listen),
+        streams_per_user: usize::try_from(server.streams_per_user).unwrap_or(usize::MAX),
+        trusted_proxies: server.trusted_proxy.clone(),
     }
 }

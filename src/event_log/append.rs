@@ -16,29 +16,20 @@
 //! waits for a plan. What turns out otherwise is planned anew before it is
 //! sent.
 
-use std::{
-    collections::{HashMap, HashSet},
-    io,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
-};
+use std::{collections::HashMap, io, sync::Arc, time::Duration};
 
-use chrono::{DateTime, Utc};
 use diesel_async::{AsyncPgConnection, pooled_connection::PoolableConnection as _};
 use futures_util::future::try_join_all;
 use moka::sync::Cache;
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
+    sync::{Semaphore, mpsc, oneshot},
     task::JoinHandle,
 };
 use uuid::Uuid;
 
 use super::{
-    directory::JobIdentity,
     plan::{Appended, Batch},
+    round::{Lane, Request, Round, Settled},
     tail::Tail,
 };
 use crate::{
@@ -47,7 +38,7 @@ use crate::{
         doorbell::{Bell, Doorbell},
     },
     error::{Error, Resource, Result},
-    models::event::{Append, AppendOutcome, Event, JobHead, NewRow},
+    models::event::{AppendOutcome, Event, JobHead},
     progress::JobState,
 };
 
@@ -67,23 +58,6 @@ const STATES: u64 = 100_000;
 pub(crate) struct Appender {
     inbox: mpsc::Sender<Request>,
     room: Arc<Semaphore>,
-}
-
-type Reply = oneshot::Sender<Result<Vec<Appended>>>;
-
-/// Batches of one stream, of which none may be appended after one failed.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Lane(Arc<AtomicBool>);
-
-#[derive(Debug)]
-struct Request {
-    batch: Batch,
-    lane: Lane,
-    /// Events of the batch that were found stored.
-    stored: HashMap<Uuid, Event>,
-    in_doubt: bool,
-    reply: Reply,
-    _room: OwnedSemaphorePermit,
 }
 
 impl Appender {
@@ -126,118 +100,6 @@ impl Appender {
         let request = Request { batch, lane, stored: HashMap::new(), in_doubt: false, reply, _room: room };
         self.inbox.send(request).await.map_err(|_| Error::Draining)?;
         Ok(answer)
-    }
-}
-
-impl Request {
-    fn answer(self, answer: Result<Vec<Appended>>) {
-        // Whoever left does not want to know.
-        let _ = self.reply.send(answer);
-    }
-
-    /// Whoever lines up behind it in its lane fails as well.
-    fn fail(self, source: &Arc<Error>) {
-        self.lane.0.store(true, Ordering::Relaxed);
-        let source = Arc::clone(source);
-        let ours = matches!(*source, Error::Internal(_));
-        self.answer(Err(if ours { Error::internal(source) } else { Error::unavailable(source) }));
-    }
-
-    /// Nothing if nobody waits for it any more, or if a batch before it in its
-    /// lane failed or dropped out.
-    fn still_wanted(self) -> Option<Self> {
-        if self.lane.0.load(Ordering::Relaxed) {
-            self.answer(Err(Error::unavailable("a batch before this one failed")));
-            return None;
-        }
-        if self.reply.is_closed() {
-            // Nor may what was sent after it be appended without it.
-            self.lane.0.store(true, Ordering::Relaxed);
-            return None;
-        }
-        Some(self)
-    }
-}
-
-/// What is appended in one transaction.
-#[derive(Default)]
-struct Round {
-    groups: HashMap<Uuid, Group>,
-    /// The jobs that have something to append.
-    order: Vec<Uuid>,
-    /// What clients made the ids of, among what it appends.
-    ids: HashSet<(Uuid, Uuid)>,
-    events: usize,
-}
-
-/// One job's part of a round.
-struct Group {
-    /// What each request comes to; a refusal holds once what is planned before
-    /// it is committed.
-    plans: Vec<(Request, Result<Vec<Appended>>)>,
-    before: JobState,
-    after: JobState,
-    /// The state is not remembered but was read for this round.
-    fresh: bool,
-}
-
-impl Round {
-    /// Plans a request, for a job that is in this state before the round; gives
-    /// back what is in doubt. `fresh` says that the state was just read.
-    fn fold(&mut self, mut request: Request, state: JobState, fresh: bool) -> Option<Request> {
-        let id = request.batch.job.id;
-        let looked_up = std::mem::replace(&mut request.in_doubt, true);
-        let new_ids = || {
-            let ids = request.batch.client_ids().filter(|id| !request.stored.contains_key(id));
-            ids.map(|event| (id, event))
-        };
-        if new_ids().any(|id| self.ids.contains(&id)) {
-            // The same event twice in one round: the second waits for what
-            // becomes of the first.
-            return Some(request);
-        }
-        let new_group = || Group { plans: Vec::new(), before: state, after: state, fresh };
-        let (mut after, fresh) =
-            self.groups.get(&id).map_or((state, fresh), |group| (group.after, group.fresh));
-        let plan = request.batch.plan(&request.stored, &mut after);
-        if plan.is_err() && !(looked_up && fresh) {
-            return Some(request);
-        }
-        let appended = plan.as_ref().map_or(0, |events| events.iter().filter(|event| !event.existed).count());
-        if appended > 0 {
-            self.ids.extend(new_ids());
-            self.events += appended;
-        }
-        let group = self.groups.entry(id).or_insert_with(new_group);
-        if appended > 0 && group.is_empty() {
-            self.order.push(id);
-        }
-        group.after = after;
-        request.in_doubt = false;
-        group.plans.push((request, plan));
-        None
-    }
-
-    /// Takes a job out; its requests, in their order.
-    fn withdraw(&mut self, job: &Uuid) -> Vec<Request> {
-        let Some(group) = self.groups.remove(job) else { return Vec::new() };
-        self.order.retain(|id| id != job);
-        self.ids.retain(|(id, _)| id != job);
-        self.events -= group.events().count();
-        group.plans.into_iter().map(|(request, _)| request).collect()
-    }
-}
-
-impl Group {
-    /// What it appends.
-    fn events(&self) -> impl Iterator<Item = NewRow<'_>> {
-        let plans = self.plans.iter().filter_map(|(request, plan)| Some((request, plan.as_ref().ok()?)));
-        plans.flat_map(|(request, answer)| request.batch.rows(answer))
-    }
-
-    /// Whether it appends nothing.
-    fn is_empty(&self) -> bool {
-        self.before.last_sequence == self.after.last_sequence
     }
 }
 
@@ -343,6 +205,9 @@ impl Task {
             .partition::<HashMap<_, _>, _>(|(id, _)| self.next.groups.contains_key(id));
         self.waiting = planned;
         let mut requests: Vec<Request> = waiting.into_values().flatten().collect();
+        if requests.is_empty() {
+            return;
+        }
         let states = match tokio::time::timeout(self.limit, self.try_look_up(&mut requests)).await {
             Ok(Ok(states)) => states,
             failed => {
@@ -462,34 +327,6 @@ impl Task {
     }
 }
 
-/// What is to be told after a round.
-#[derive(Default)]
-struct Settled {
-    answers: Vec<(Reply, Result<Vec<Appended>>)>,
-    /// In the order of the log.
-    committed: Vec<(Event, Arc<JobIdentity>)>,
-}
-
-impl Settled {
-    fn append(&mut self, group: Group, mut position: i64, at: DateTime<Utc>) {
-        for (request, plan) in group.plans {
-            if let Ok(answer) = &plan {
-                let job = Arc::clone(&request.batch.job);
-                for event in request.batch.into_events(answer, at) {
-                    position += 1;
-                    self.committed.push((Event { position, ..event }, Arc::clone(&job)));
-                }
-            }
-            self.answers.push((request.reply, plan));
-        }
-    }
-
-    fn nothing_to_append(&mut self, groups: HashMap<Uuid, Group>) {
-        let plans = groups.into_values().flat_map(|group| group.plans);
-        self.answers.extend(plans.map(|(request, plan)| (request.reply, plan)));
-    }
-}
-
 /// The connection there is, or a new one.
 async fn connect(
     database: &Database,
@@ -511,37 +348,9 @@ async fn send(
 ) -> Sent {
     let appended = async {
         let mut connection = connect(&database, &mut connection).await?;
-        let outcomes = append(&mut connection, &round).await?;
+        let outcomes = round.append(&mut connection).await?;
         Ok((connection, outcomes))
     };
     let result = tokio::time::timeout(limit, appended).await;
     (round, result.unwrap_or_else(|_| Err(Error::unavailable("the append took too long"))))
-}
-
-/// Appends the round's events in one transaction; if the database refuses it as
-/// a whole, each job's in one of its own, so that nobody fails for another's
-/// sake.
-async fn append(connection: &mut AsyncPgConnection, round: &Round) -> Result<Vec<Result<AppendOutcome>>> {
-    let of = |jobs: &[Uuid]| {
-        let mut append = Append::default();
-        for id in jobs {
-            let group = &round.groups[id];
-            append.add(*id, &group.before, &group.after, group.events());
-        }
-        append
-    };
-    match of(&round.order).execute(connection).await {
-        Ok(outcomes) => return Ok(outcomes.into_iter().map(Ok).collect()),
-        Err(Error::Internal(_)) if round.order.len() > 1 => {}
-        Err(error) => return Err(error),
-    }
-    let mut outcomes = Vec::with_capacity(round.order.len());
-    for job in round.order.chunks(1) {
-        outcomes.push(match of(job).execute(connection).await {
-            Ok(outcome) => outcome.into_iter().next().ok_or_else(|| Error::internal("no outcome")),
-            Err(error @ Error::Internal(_)) => Err(error),
-            Err(error) => return Err(error),
-        });
-    }
-    Ok(outcomes)
 }

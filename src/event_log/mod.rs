@@ -8,6 +8,7 @@
 mod append;
 mod directory;
 pub(crate) mod plan;
+mod round;
 mod tail;
 mod token;
 pub(crate) mod watch;
@@ -30,8 +31,8 @@ use self::{
     wire::LogEvent,
 };
 pub(crate) use self::{
-    append::Lane,
     directory::{Configuration, JobIdentity},
+    round::Lane,
 };
 use crate::{
     auth::Credential,

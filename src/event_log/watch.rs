@@ -289,7 +289,14 @@ impl Watch {
             Scope::All { viewer, .. } => {
                 let through = self.past_end.min(self.cursor + WINDOW);
                 let sight = viewer.sight();
-                (Event::list_in_sight(&mut connection, sight, self.cursor, through, PAGE).await?, through)
+                let rows = if through - self.cursor <= PAGE {
+                    // So few are read whole: to plan for those in sight costs
+                    // more than to leave the others out.
+                    Event::list_of_log(&mut connection, self.cursor, through, PAGE).await?
+                } else {
+                    Event::list_in_sight(&mut connection, sight, self.cursor, through, PAGE).await?
+                };
+                (rows, through)
             }
         };
         drop(connection);

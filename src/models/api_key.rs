@@ -8,7 +8,7 @@ use diesel::{
     prelude::*,
     sql_types::Timestamptz,
 };
-use diesel_async::{AsyncPgConnection, RunQueryDsl};
+use diesel_async::{AsyncConnection as _, AsyncPgConnection, RunQueryDsl};
 use uuid::Uuid;
 
 use crate::{
@@ -73,6 +73,8 @@ impl NewApiKey {
     }
 }
 
+confirmable!(ApiKey, api_keys);
+
 impl ApiKey {
     /// What it may be used for.
     pub fn scopes(&self) -> impl Iterator<Item = Scope> {
@@ -99,30 +101,6 @@ impl ApiKey {
             let caller = Caller::new(subject, CredentialId::ApiKey(key.id), key.scopes().collect());
             (caller, key.expires_at.map(|at| (at - asked_at).to_std().unwrap_or_default()))
         }))
-    }
-
-    /// Those of these that are still good.
-    pub async fn still_good(conn: &mut AsyncPgConnection, ids: &[Uuid]) -> Result<Vec<Uuid>> {
-        Ok(api_keys::table
-            .inner_join(users::table)
-            .filter(api_keys::id.eq_any(ids))
-            .filter(api_keys::expires_at.is_null().or(api_keys::expires_at.gt(now)))
-            .filter(users::disabled_at.is_null())
-            .select(api_keys::id)
-            .load(conn)
-            .await?)
-    }
-
-    /// Notes that these were used, unless that was noted within a minute.
-    pub async fn note_use(conn: &mut AsyncPgConnection, ids: &[Uuid]) -> Result<()> {
-        let known = api_keys::last_used_at.gt((now.into_sql::<Timestamptz>() - 1_i32.minute()).nullable());
-        diesel::update(api_keys::table)
-            .filter(api_keys::id.eq_any(ids))
-            .filter(api_keys::last_used_at.is_null().or(diesel::dsl::not(known)))
-            .set(api_keys::last_used_at.eq(now))
-            .execute(conn)
-            .await?;
-        Ok(())
     }
 
     /// The key of this id, for the one who calls with it.
@@ -173,6 +151,53 @@ impl ApiKey {
         }
         let known: Option<Uuid> = own.select(api_keys::id).get_result(conn).await.optional()?;
         Err(known.map_or_else(|| Error::not_found(Resource::ApiKey, &id), Error::ApiKeyAlreadyExpired))
+    }
+
+    /// A new key in the place of one of the manager's, with the same note,
+    /// scopes and expiry; the old one ends after `overlap`, unless it ends
+    /// before. Both of them: the new one, the old one.
+    ///
+    /// [`Error::ScopeRequired`] if the manager lacks a scope of the key's,
+    /// [`Error::ApiKeyAlreadyExpired`] if it had ended.
+    pub async fn rotate(
+        conn: &mut AsyncPgConnection,
+        manager: &KeyManager,
+        id: Uuid,
+        key_hash: SecretHash,
+        key_prefix: String,
+        overlap: Duration,
+    ) -> Result<(Self, Self)> {
+        let overlap = i64::try_from(overlap.as_micros()).unwrap_or(i64::MAX).microseconds();
+        conn.transaction(async |conn| {
+            let own = api_keys::table.find(id).filter(api_keys::user_id.eq(manager.user_id()));
+            let good = api_keys::expires_at.is_null().or(api_keys::expires_at.gt(now));
+            let old: Option<(Self, Option<bool>)> = own
+                .select((Self::as_select(), good))
+                .for_no_key_update()
+                .get_result(conn)
+                .await
+                .optional()?;
+            let (old, good) = old.ok_or_else(|| Error::not_found(Resource::ApiKey, &id))?;
+            if good != Some(true) {
+                return Err(Error::ApiKeyAlreadyExpired(id));
+            }
+            let scopes: Vec<Scope> = old.scopes().collect();
+            if let Some(missing) = scopes.iter().find(|scope| !manager.scopes().contains(scope)) {
+                return Err(Error::ScopeRequired(missing.name()));
+            }
+            let (note, expires_at) = (old.note, old.expires_at);
+            let new = NewApiKey { key_hash, key_prefix, note, scopes, expires_at };
+            let new = new.insert(conn, manager).await?;
+            let end = || (now.into_sql::<Timestamptz>() + overlap).nullable();
+            diesel::update(own)
+                .filter(api_keys::expires_at.is_null().or(api_keys::expires_at.gt(end())))
+                .set(api_keys::expires_at.eq(end()))
+                .execute(conn)
+                .await?;
+            let old = own.select(Self::as_select()).get_result(conn).await?;
+            Ok((new, old))
+        })
+        .await
     }
 
     /// How many keys of a user are good.

@@ -50,6 +50,8 @@ pub enum CredentialId {
     Session(Uuid),
     /// An API key.
     ApiKey(Uuid),
+    /// A watch token.
+    WatchToken(Uuid),
 }
 
 /// On whose behalf a call is made.
@@ -99,6 +101,14 @@ impl Caller {
         Ok(Provider { id })
     }
 
+    /// Proof that jobs may be read by a user: what concerns more than one job.
+    pub fn user_viewer(&self) -> Result<Viewer> {
+        match self.subject {
+            Subject::User { .. } => self.viewer(),
+            Subject::Job(_) => Err(Error::RoleRequired("provider or customer")),
+        }
+    }
+
     /// Proof that jobs may be read: which ones is the viewer's matter.
     pub fn viewer(&self) -> Result<Viewer> {
         self.require(Scope::Read)?;
@@ -122,7 +132,7 @@ impl Caller {
     /// Proof that the user's API keys may be listed, made and expired.
     pub fn key_manager(&self) -> Result<KeyManager> {
         let Subject::User { id, role } = self.subject else {
-            return Err(Error::ScopeRequired(Scope::Manage.name()));
+            return Err(Error::RoleRequired("provider or customer"));
         };
         self.require(Scope::Manage)?;
         Ok(KeyManager { user_id: id, role, scopes: self.scopes.clone() })

@@ -90,6 +90,8 @@ impl NewSession {
     }
 }
 
+confirmable!(Session, sessions);
+
 impl Session {
     /// Who calls with this secret, and for how long it is good; none unless it
     /// is good now.
@@ -112,30 +114,6 @@ impl Session {
             let caller = Caller::new(subject, CredentialId::Session(session.id), scopes);
             (caller, Some((session.expires_at - asked_at).to_std().unwrap_or_default()))
         }))
-    }
-
-    /// Those of these that are still good.
-    pub async fn still_good(conn: &mut AsyncPgConnection, ids: &[Uuid]) -> Result<Vec<Uuid>> {
-        Ok(sessions::table
-            .inner_join(users::table)
-            .filter(sessions::id.eq_any(ids))
-            .filter(sessions::expires_at.gt(now))
-            .filter(users::disabled_at.is_null())
-            .select(sessions::id)
-            .load(conn)
-            .await?)
-    }
-
-    /// Notes that these were used, unless that was noted within a minute.
-    pub async fn note_use(conn: &mut AsyncPgConnection, ids: &[Uuid]) -> Result<()> {
-        let known = sessions::last_used_at.gt((now.into_sql::<Timestamptz>() - 1_i32.minute()).nullable());
-        diesel::update(sessions::table)
-            .filter(sessions::id.eq_any(ids))
-            .filter(sessions::last_used_at.is_null().or(diesel::dsl::not(known)))
-            .set(sessions::last_used_at.eq(now))
-            .execute(conn)
-            .await?;
-        Ok(())
     }
 
     /// The session that the call was made with.

@@ -156,10 +156,29 @@ impl User {
         Ok(row.map(|(user, hash)| (user, PasswordHash::new(hash))))
     }
 
-    /// What the caller's password hashes to.
-    pub async fn password_hash(conn: &mut AsyncPgConnection, account: Account) -> Result<PasswordHash> {
-        let hash = users::table.find(account.user_id()).select(users::password_hash).get_result(conn).await?;
-        Ok(PasswordHash::new(hash))
+    /// The caller's e-mail, and what their password hashes to.
+    pub async fn password_hash(
+        conn: &mut AsyncPgConnection,
+        account: Account,
+    ) -> Result<(String, PasswordHash)> {
+        let row = users::table.find(account.user_id()).select((users::email, users::password_hash));
+        let (email, hash): (String, String) = row.get_result(conn).await?;
+        Ok((email, PasswordHash::new(hash)))
+    }
+
+    /// The same password under a new hash, unless it has changed since.
+    pub async fn rehash(
+        conn: &mut AsyncPgConnection,
+        id: Uuid,
+        old: &PasswordHash,
+        new: &PasswordHash,
+    ) -> Result<()> {
+        diesel::update(users::table.find(id))
+            .filter(users::password_hash.eq(old.as_str()))
+            .set(users::password_hash.eq(new.as_str()))
+            .execute(conn)
+            .await?;
+        Ok(())
     }
 
     /// Sets the caller's names.

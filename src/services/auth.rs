@@ -1,26 +1,30 @@
-//! AuthService: users, their sessions and their API keys.
+//! AuthService: users, their sessions and API keys, and watch tokens.
 
-use chrono::{DateTime, Utc};
+mod keys;
+mod watch_tokens;
+
 use tonic::{Request, Response, Status};
-use uuid::Uuid;
 
-use super::{App, page, parse};
+use self::{
+    keys::{KeyTerms, key_page, rotation},
+    watch_tokens::{TokenTerms, token_id, token_page},
+};
+use super::{App, parse};
 use crate::{
     auth::Ending,
     error::{Error, Result, Violations, quoted},
     event_log::wire,
     models::{
         api_key::{ApiKey, NewApiKey},
-        caller::{CredentialId, KeyManager, Scope, UserRole},
+        caller::{CredentialId, Scope, Subject, UserRole},
+        log_in_attempt::LogInAttempt,
         session::{NewSession, Session},
         user::{Email, Names, NewUser, User},
+        watch_token::{NewWatchToken, WatchToken},
     },
     pb,
     secret::{Password, Secret, SecretKind},
 };
-
-/// Most scopes of a key: each can stand there once.
-const SCOPES: usize = 3;
 
 /// The service.
 #[derive(Clone, Debug)]
@@ -55,11 +59,17 @@ impl pb::auth_service_server::AuthService for AuthApi {
         request: Request<pb::LogInRequest>,
     ) -> Result<Response<pb::LogInResponse>, Status> {
         let App { database, auth, .. } = &self.0;
+        let address = self.0.address(&request);
         let Claim { email, password } = request.into_inner().try_into()?;
-        // One way for all who fail: a query, the work of one comparison.
-        let found = User::find_by_email(&mut *database.get().await?, &email).await?;
+        let attempt = LogInAttempt::new(&email, address);
+        // One way for all who fail: two queries, the work of one comparison.
+        let found = {
+            let mut conn = database.get().await?;
+            attempt.begin(&mut conn).await?;
+            User::find_by_email(&mut conn, &email).await?
+        };
         let hash = found.as_ref().map(|(_, hash)| hash.clone());
-        let good = auth.passwords().verify(password, hash).await?;
+        let good = auth.passwords().verify(password.clone(), hash).await?;
         let (user, hash) =
             found.filter(|(user, _)| good && user.disabled_at.is_none()).ok_or(Error::LogInFailed)?;
         let secret = Secret::generate(SecretKind::Session)?;
@@ -68,8 +78,23 @@ impl pb::auth_service_server::AuthService for AuthApi {
             secret_hash: secret.hash(),
             lifetime: auth.settings().session_lifetime,
         };
+        // Today's cost, if it changed since.
+        let outdated = password.filter(|_| auth.passwords().is_outdated(&hash));
+        let rehashed = match outdated {
+            Some(password) => Some(auth.passwords().hash(password).await?),
+            None => None,
+        };
         let session = database
-            .detached(async move |mut conn| session.insert_if_unchanged(&mut conn, &hash).await)
+            .detached(async move |mut conn| {
+                let created = session.insert_if_unchanged(&mut conn, &hash).await?;
+                if created.is_some() {
+                    attempt.finish(&mut conn).await?;
+                    if let Some(new) = rehashed {
+                        User::rehash(&mut conn, session.user_id, &hash, &new).await?;
+                    }
+                }
+                Ok(created)
+            })
             .await?
             .ok_or(Error::LogInFailed)?;
         let session = Some(session_with(secret.reveal(), &session));
@@ -102,16 +127,21 @@ impl pb::auth_service_server::AuthService for AuthApi {
         let credential = self.0.authenticate(request.metadata()).await?;
         let caller = credential.caller();
         let mut conn = self.0.database.get().await?;
-        let user = User::of_caller(&mut conn, caller).await?;
+        let user = match caller.subject() {
+            Subject::User { .. } => Some(User::of_caller(&mut conn, caller).await?.into()),
+            Subject::Job(_) => None,
+        };
         let credential = match caller.credential() {
             CredentialId::Session(_) => {
                 let session = Session::of_account(&mut conn, caller.account()?).await?;
                 Credential::Session(session_with(String::new(), &session))
             }
             CredentialId::ApiKey(_) => Credential::ApiKey(ApiKey::of_caller(&mut conn, caller).await?.into()),
+            CredentialId::WatchToken(_) => {
+                Credential::WatchToken(WatchToken::of_caller(&mut conn, caller).await?.into())
+            }
         };
-        let (user, credential) = (Some(user.into()), Some(credential));
-        Ok(Response::new(pb::GetCurrentUserResponse { user, credential }))
+        Ok(Response::new(pb::GetCurrentUserResponse { user, credential: Some(credential) }))
     }
 
     async fn update_current_user(
@@ -133,8 +163,16 @@ impl pb::auth_service_server::AuthService for AuthApi {
         let App { database, auth, .. } = &self.0;
         let credential = self.0.authenticate(request.metadata()).await?;
         let account = credential.caller().account()?;
+        let address = self.0.address(&request);
         let NewPassword { current, new } = request.into_inner().try_into()?;
-        let old = User::password_hash(&mut *database.get().await?, account).await?;
+        // A wrong one is a failed log-in.
+        let (attempt, old) = {
+            let mut conn = database.get().await?;
+            let (email, old) = User::password_hash(&mut conn, account).await?;
+            let attempt = LogInAttempt::new(&email, address);
+            attempt.begin(&mut conn).await?;
+            (attempt, old)
+        };
         let wrong = || Error::invalid("current_password", "is not the current password");
         if !auth.passwords().verify(current, Some(old.clone())).await? {
             return Err(wrong().into());
@@ -145,6 +183,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
         let (ended, keys) = database
             .detached(async move |mut conn| {
                 let changed = User::change_password(&mut conn, account, &old, &new).await?;
+                attempt.finish(&mut conn).await?;
                 app.end(ending);
                 Ok(changed)
             })
@@ -177,15 +216,10 @@ impl pb::auth_service_server::AuthService for AuthApi {
     ) -> Result<Response<pb::ListApiKeysResponse>, Status> {
         let credential = self.0.authenticate(request.metadata()).await?;
         let manager = credential.caller().key_manager()?;
-        let KeyPage { query, after, size } = KeyPage::parse(request.get_ref(), &manager)?;
+        let page = key_page(request.get_ref(), &manager)?;
         let mut conn = self.0.database.get().await?;
-        let mut keys = ApiKey::list(&mut conn, &manager, after, size + 1).await?;
-        let more = keys.len() > usize::try_from(size).unwrap_or(usize::MAX);
-        if more {
-            keys.pop();
-        }
-        let next_page_token =
-            keys.last().filter(|_| more).map(|last| KeyPage::token(&query, last)).unwrap_or_default();
+        let mut keys = ApiKey::list(&mut conn, &manager, page.after, page.limit()).await?;
+        let next_page_token = page.cut(&mut keys, |key| (key.created_at, key.id));
         // The largest page of the largest keys is 0.6 MiB.
         let api_keys = keys.into_iter().map(Into::into).collect();
         Ok(Response::new(pb::ListApiKeysResponse { api_keys, next_page_token }))
@@ -211,6 +245,83 @@ impl pb::auth_service_server::AuthService for AuthApi {
             })
             .await?;
         Ok(Response::new(pb::ExpireApiKeyResponse { api_key: Some(key.into()) }))
+    }
+
+    async fn rotate_api_key(
+        &self,
+        request: Request<pb::RotateApiKeyRequest>,
+    ) -> Result<Response<pb::RotateApiKeyResponse>, Status> {
+        let credential = self.0.authenticate(request.metadata()).await?;
+        let manager = credential.caller().key_manager()?;
+        let (id, overlap) = rotation(request.get_ref())?;
+        let secret = Secret::generate(SecretKind::ApiKey)?;
+        let (hash, prefix) = (secret.hash(), secret.display_prefix().to_owned());
+        let app = self.0.clone();
+        let (new, old) = self
+            .0
+            .database
+            .detached(async move |mut conn| {
+                let rotated = ApiKey::rotate(&mut conn, &manager, id, hash, prefix, overlap).await?;
+                if overlap.is_zero() {
+                    app.end(Ending::Credential(CredentialId::ApiKey(id)));
+                }
+                Ok(rotated)
+            })
+            .await?;
+        let (api_key, old_api_key) = (Some(new.into()), Some(old.into()));
+        Ok(Response::new(pb::RotateApiKeyResponse { api_key, secret: secret.reveal(), old_api_key }))
+    }
+
+    async fn create_watch_token(
+        &self,
+        request: Request<pb::CreateWatchTokenRequest>,
+    ) -> Result<Response<pb::CreateWatchTokenResponse>, Status> {
+        let credential = self.0.authenticate(request.metadata()).await?;
+        let provider = credential.caller().provider(Scope::Append)?;
+        let TokenTerms { job, note, lifetime } = TokenTerms::parse(request.into_inner())?;
+        let job_id = self.0.log.find_own_job(provider, &job).await?.id;
+        let secret = Secret::generate(SecretKind::WatchToken)?;
+        let secret_prefix = secret.display_prefix().to_owned();
+        let token = NewWatchToken { job_id, secret_hash: secret.hash(), secret_prefix, note, lifetime };
+        let token = token.insert(&mut *self.0.database.get().await?, provider).await?;
+        let watch_token = Some(token.into());
+        Ok(Response::new(pb::CreateWatchTokenResponse { watch_token, secret: secret.reveal() }))
+    }
+
+    async fn list_watch_tokens(
+        &self,
+        request: Request<pb::ListWatchTokensRequest>,
+    ) -> Result<Response<pb::ListWatchTokensResponse>, Status> {
+        let credential = self.0.authenticate(request.metadata()).await?;
+        let provider = credential.caller().provider(Scope::Append)?;
+        let (job, page) = token_page(request.into_inner(), provider)?;
+        let job_id = self.0.log.find_own_job(provider, &job).await?.id;
+        let mut conn = self.0.database.get().await?;
+        let mut tokens = WatchToken::list(&mut conn, provider, job_id, page.after, page.limit()).await?;
+        let next_page_token = page.cut(&mut tokens, |token| (token.created_at, token.id));
+        // The largest page of the largest tokens is 0.6 MiB.
+        let watch_tokens = tokens.into_iter().map(Into::into).collect();
+        Ok(Response::new(pb::ListWatchTokensResponse { watch_tokens, next_page_token }))
+    }
+
+    async fn expire_watch_token(
+        &self,
+        request: Request<pb::ExpireWatchTokenRequest>,
+    ) -> Result<Response<pb::ExpireWatchTokenResponse>, Status> {
+        let credential = self.0.authenticate(request.metadata()).await?;
+        let provider = credential.caller().provider(Scope::Append)?;
+        let id = token_id(request.get_ref())?;
+        let app = self.0.clone();
+        let token = self
+            .0
+            .database
+            .detached(async move |mut conn| {
+                let token = WatchToken::expire(&mut conn, provider, id).await?;
+                app.end(Ending::Credential(CredentialId::WatchToken(id)));
+                Ok(token)
+            })
+            .await?;
+        Ok(Response::new(pb::ExpireWatchTokenResponse { watch_token: Some(token.into()) }))
     }
 }
 
@@ -323,96 +434,6 @@ impl TryFrom<pb::UpdateCurrentUserRequest> for Names {
     }
 }
 
-/// What a new key is to be.
-struct KeyTerms {
-    note: String,
-    expires_at: Option<DateTime<Utc>>,
-    scopes: Vec<Scope>,
-}
-
-impl KeyTerms {
-    /// [`Error::ScopeRequired`], before anything else, if the manager lacks a
-    /// scope that the key shall have.
-    fn parse(request: pb::CreateApiKeyRequest, manager: &KeyManager) -> Result<Self> {
-        let mut violations = Violations::default();
-        let note = parse::text(&mut violations, "note", request.note);
-        let expires_at = parse::timestamp(&mut violations, "expires_at", request.expires_at);
-        if expires_at.is_some_and(|at| at <= Utc::now()) {
-            violations.add("expires_at", "must be in the future");
-        }
-        let scopes = scopes(&mut violations, &request.scopes, manager.role());
-        if let Some(missing) = scopes.iter().find(|scope| !manager.scopes().contains(scope)) {
-            return Err(Error::ScopeRequired(missing.name()));
-        }
-        violations.or(Self { note, expires_at, scopes })
-    }
-}
-
-/// The scopes asked for, each once.
-fn scopes(violations: &mut Violations, asked: &[i32], role: UserRole) -> Vec<Scope> {
-    if asked.is_empty() {
-        return match role {
-            UserRole::Customer => vec![Scope::Read],
-            UserRole::Provider => vec![Scope::Read, Scope::Append],
-        };
-    }
-    if asked.len() > SCOPES {
-        violations.add("scopes", format!("must be at most {SCOPES}"));
-    }
-    let mut scopes = Vec::new();
-    for (index, scope) in asked.iter().take(SCOPES).enumerate() {
-        let field = format!("scopes[{index}]");
-        match pb::ApiKeyScope::try_from(*scope) {
-            Ok(pb::ApiKeyScope::Read) => scopes.push(Scope::Read),
-            Ok(pb::ApiKeyScope::Manage) => scopes.push(Scope::Manage),
-            Ok(pb::ApiKeyScope::Append) if role == UserRole::Provider => scopes.push(Scope::Append),
-            Ok(pb::ApiKeyScope::Append) => violations.add(field, "a customer's key cannot have APPEND"),
-            Ok(pb::ApiKeyScope::Unspecified) | Err(_) => {
-                violations
-                    .add(field, "must be API_KEY_SCOPE_READ, API_KEY_SCOPE_APPEND or API_KEY_SCOPE_MANAGE");
-            }
-        }
-    }
-    scopes.sort_unstable();
-    scopes.dedup();
-    scopes
-}
-
-/// Which keys are listed.
-struct KeyPage {
-    query: Vec<u8>,
-    after: Option<(DateTime<Utc>, Uuid)>,
-    size: i64,
-}
-
-impl KeyPage {
-    fn parse(request: &pb::ListApiKeysRequest, manager: &KeyManager) -> Result<Self> {
-        let mut violations = Violations::default();
-        let size = parse::page_size(&mut violations, request.page_size);
-        let query = [b"ListApiKeys".as_slice(), manager.user_id().as_bytes()].concat();
-        let cursor = page::decode(&mut violations, "page_token", &query, &request.page_token);
-        let after = cursor.and_then(|cursor| {
-            let after = Self::position(&cursor);
-            if after.is_none() {
-                violations.add("page_token", "must be a next_page_token of this method");
-            }
-            after
-        });
-        violations.or(Self { query, after, size })
-    }
-
-    fn token(query: &[u8], last: &ApiKey) -> String {
-        let created_at = last.created_at.timestamp_micros().to_be_bytes();
-        page::encode(query, &[created_at.as_slice(), last.id.as_bytes()].concat())
-    }
-
-    fn position(cursor: &[u8]) -> Option<(DateTime<Utc>, Uuid)> {
-        let (created_at, id) = cursor.split_first_chunk()?;
-        let created_at = DateTime::from_timestamp_micros(i64::from_be_bytes(*created_at))?;
-        Some((created_at, Uuid::from_slice(id).ok()?))
-    }
-}
-
 impl From<User> for pb::User {
     fn from(user: User) -> Self {
         let role = match user.role {
@@ -435,23 +456,4 @@ impl From<User> for pb::User {
 fn session_with(secret: String, session: &Session) -> pb::Session {
     let expires_at = Some(wire::timestamp(session.expires_at));
     pb::Session { id: session.id.to_string(), secret, expires_at }
-}
-
-impl From<ApiKey> for pb::ApiKey {
-    fn from(key: ApiKey) -> Self {
-        let scopes = key.scopes().map(|scope| match scope {
-            Scope::Read => pb::ApiKeyScope::Read.into(),
-            Scope::Append => pb::ApiKeyScope::Append.into(),
-            Scope::Manage => pb::ApiKeyScope::Manage.into(),
-        });
-        Self {
-            id: key.id.to_string(),
-            scopes: scopes.collect(),
-            key_prefix: key.key_prefix,
-            note: key.note,
-            expires_at: key.expires_at.map(wire::timestamp),
-            last_used_at: key.last_used_at.map(wire::timestamp),
-            created_at: Some(wire::timestamp(key.created_at)),
-        }
-    }
 }

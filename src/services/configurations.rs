@@ -59,7 +59,7 @@ impl ConfigurationService for ConfigurationApi {
         request: Request<pb::GetJobConfigurationRequest>,
     ) -> Result<Response<pb::GetJobConfigurationResponse>, Status> {
         let credential = self.0.authenticate(request.metadata()).await?;
-        let viewer = credential.caller().viewer()?;
+        let viewer = credential.caller().user_viewer()?;
         let key = ConfigurationKey::try_from(request.into_inner())?;
         let mut conn = self.0.database.get().await?;
         let configuration = JobConfiguration::find(&mut conn, viewer, &key)

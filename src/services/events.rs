@@ -6,7 +6,7 @@ mod requests;
 
 use std::{pin::Pin, sync::Arc};
 
-use futures_util::{Stream, stream};
+use futures_util::{Stream, StreamExt as _, stream};
 use tokio::sync::{mpsc, oneshot};
 use tonic::{Request, Response, Status, Streaming};
 
@@ -16,7 +16,7 @@ use self::{
     requests::{ListQuery, UncheckedScope, watch_request},
 };
 use super::{
-    App,
+    App, Peer,
     page::{self, Page},
 };
 use crate::{
@@ -58,17 +58,18 @@ impl EventService for EventApi {
     ) -> Result<Response<Self::PublishEventsStream>, Status> {
         let credential = self.0.authenticate(request.metadata()).await?;
         let provider = credential.caller().provider(caller::Scope::Append)?;
+        let open = self.0.auth.open_stream(Arc::clone(&credential), Peer::of(&request).cut)?;
         // One more than fits is the one whose answer is awaited.
         let (accepted, answers) = mpsc::channel(self.0.log.publish_window().max(2) - 1);
         let accepting =
             accept(self.clone(), provider, Arc::clone(&credential), request.into_inner(), accepted);
         tokio::spawn(accepting);
-        Ok(Response::new(Box::pin(stream::unfold(Some((answers, credential)), |open| async move {
-            let (mut answers, credential) = open?;
+        Ok(Response::new(Box::pin(stream::unfold(Some((answers, credential, open)), |state| async move {
+            let (mut answers, credential, open) = state?;
             let answer = answers.recv().await?.answer().await;
             // Nothing is sent, either, under a credential that may have ended.
             match credential.confirmed().await.and(answer) {
-                Ok(answer) => Some((Ok(answer), Some((answers, credential)))),
+                Ok(answer) => Some((Ok(answer), Some((answers, credential, open)))),
                 Err(error) => Some((Err(error.into()), None)),
             }
         }))))
@@ -102,7 +103,11 @@ impl EventService for EventApi {
         request: Request<pb::WatchEventsRequest>,
     ) -> Result<Response<Self::WatchEventsStream>, Status> {
         let credential = self.0.authenticate(request.metadata()).await?;
-        let viewer = credential.caller().viewer()?;
+        let viewer = match request.get_ref().scope {
+            Some(pb::watch_events_request::Scope::AllJobs(_)) => credential.caller().user_viewer()?,
+            _ => credential.caller().viewer()?,
+        };
+        let peer = Peer::of(&request);
         let (scope, kinds, start, heartbeat) = watch_request(request.into_inner())?;
         let scope = match scope {
             UncheckedScope::Job(key) => Scope::Job(self.0.log.find_job(viewer, &key).await?),
@@ -111,8 +116,12 @@ impl EventService for EventApi {
             }
         };
         let query = WatchQuery { scope, kinds, start, heartbeat };
+        let open = self.0.auth.open_stream(Arc::clone(&credential), peer.cut)?;
         let watch = self.0.log.watch(query, credential, self.0.draining.clone()).await?;
-        Ok(Response::new(Box::pin(stream::unfold(Watching::Open(Box::new(watch)), watch_next))))
+        let messages = stream::unfold(Watching::Open(Box::new(watch)), watch_next);
+        // Counts until the last message was taken.
+        let messages = messages.inspect(move |_| _ = &open);
+        Ok(Response::new(Box::pin(messages)))
     }
 }
 

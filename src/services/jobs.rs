@@ -57,7 +57,7 @@ impl JobService for JobApi {
         request: Request<pb::ListJobsRequest>,
     ) -> Result<Response<pb::ListJobsResponse>, Status> {
         let credential = self.0.authenticate(request.metadata()).await?;
-        let viewer = credential.caller().viewer()?;
+        let viewer = credential.caller().user_viewer()?;
         let List { filters, page_size, after, query } = List::parse(viewer, request.into_inner())?;
         let mut conn = self.0.database.get().await?;
         let JobPage { jobs, next } = Job::list(&mut conn, viewer, &filters, after, page_size).await?;

@@ -9,10 +9,13 @@ mod page;
 mod parse;
 pub mod status;
 
-use std::sync::Arc;
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use tokio_util::sync::CancellationToken;
-use tonic::metadata::MetadataMap;
+use tonic::{Request, metadata::MetadataMap};
 
 use crate::{
     auth::{Auth, AuthSettings, Credential, Ending},
@@ -20,6 +23,22 @@ use crate::{
     error::{Error, Result},
     event_log::{EventLog, EventLogSettings},
 };
+
+/// Who is at the other end of a connection.
+#[derive(Clone, Debug, Default)]
+pub struct Peer {
+    /// Where from.
+    pub address: Option<SocketAddr>,
+    /// Cancelled, it cuts the connection.
+    pub cut: CancellationToken,
+}
+
+impl Peer {
+    /// Whose request this is.
+    pub(crate) fn of<T>(request: &Request<T>) -> Self {
+        request.extensions().get::<Self>().cloned().unwrap_or_default()
+    }
+}
 
 /// What every service works with.
 #[derive(Clone, Debug)]
@@ -54,6 +73,24 @@ impl App {
             .map(|(_, secret)| secret.trim())
             .ok_or(Error::CredentialInvalid)?;
         self.auth.authenticate(secret).await
+    }
+
+    /// Where a request comes from: behind a proxy that is trusted, as that says.
+    pub(crate) fn address<T>(&self, request: &Request<T>) -> Option<IpAddr> {
+        let direct = Peer::of(request).address?.ip();
+        let trusted = &self.auth.settings().trusted_proxies;
+        if !trusted.contains(&direct) {
+            return Some(direct);
+        }
+        // Each hop adds whom it heard from; what comes before the last that is
+        // not ours may be anybody's invention.
+        let hops = request.metadata().get_all("x-forwarded-for").iter();
+        let hops: Vec<IpAddr> = hops
+            .filter_map(|hop| hop.to_str().ok())
+            .flat_map(|hops| hops.split(','))
+            .filter_map(|hop| hop.trim().parse().ok())
+            .collect();
+        hops.into_iter().rev().find(|hop| !trusted.contains(hop)).or(Some(direct))
     }
 
     /// Ends credentials: here at once, on other replicas as soon as they hear.

@@ -2,10 +2,12 @@
 //! one. They grant nothing: whoever sends one is authorized as with any call.
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+use chrono::{DateTime, Utc};
 use prost::Message;
 use sha2::{Digest as _, Sha256};
 use uuid::Uuid;
 
+use super::parse;
 use crate::{
     error::Violations,
     limits::{MESSAGE_BYTES, TOKEN_BYTES},
@@ -50,6 +52,57 @@ impl<M: Message> Page<M> {
             self.items.push(item);
         }
         fits
+    }
+}
+
+/// A page of what is listed oldest first, by creation and id.
+pub(super) struct OldestFirst {
+    query: Vec<u8>,
+    /// Where the page before ended.
+    pub(super) after: Option<(DateTime<Utc>, Uuid)>,
+    size: i64,
+}
+
+impl OldestFirst {
+    pub(super) fn parse(violations: &mut Violations, query: Vec<u8>, size: i32, token: &str) -> Self {
+        let size = parse::page_size(violations, size);
+        let cursor = decode(violations, "page_token", &query, token);
+        let after = cursor.and_then(|cursor| {
+            let after = Self::position(&cursor);
+            if after.is_none() {
+                violations.add("page_token", "must be a next_page_token of this method");
+            }
+            after
+        });
+        Self { query, after, size }
+    }
+
+    /// How many to look for: one more than fits tells whether there are more.
+    pub(super) fn limit(&self) -> i64 {
+        self.size + 1
+    }
+
+    /// Cuts what was found to the page; the token of the next one.
+    pub(super) fn cut<T>(
+        &self,
+        found: &mut Vec<T>,
+        position: impl Fn(&T) -> (DateTime<Utc>, Uuid),
+    ) -> String {
+        let size = usize::try_from(self.size).unwrap_or(usize::MAX);
+        if found.len() <= size {
+            return String::new();
+        }
+        found.truncate(size);
+        found.last().map(position).map_or_else(String::new, |(created_at, id)| {
+            let created_at = created_at.timestamp_micros().to_be_bytes();
+            encode(&self.query, &[created_at.as_slice(), id.as_bytes()].concat())
+        })
+    }
+
+    fn position(cursor: &[u8]) -> Option<(DateTime<Utc>, Uuid)> {
+        let (created_at, id) = cursor.split_first_chunk()?;
+        let created_at = DateTime::from_timestamp_micros(i64::from_be_bytes(*created_at))?;
+        Some((created_at, Uuid::from_slice(id).ok()?))
     }
 }
 

@@ -2,7 +2,7 @@
 //! on, so that a caller learns of everything at once: call them in field order
 //! and end with [`Violations::or`].
 
-use std::fmt;
+use std::{fmt, time::Duration};
 
 use chrono::{DateTime, Utc};
 use prost_types::Timestamp;
@@ -82,6 +82,23 @@ pub(super) fn timestamp(
     time
 }
 
+/// Within its limits (shortest, default, longest), the default where absent.
+pub(super) fn duration(
+    violations: &mut Violations,
+    field: impl fmt::Display,
+    value: Option<prost_types::Duration>,
+    (shortest, default, longest): (Duration, Duration, Duration),
+) -> Duration {
+    let Some(value) = value else { return default };
+    match Duration::try_from(value) {
+        Ok(value) if (shortest..=longest).contains(&value) => value,
+        _ => {
+            violations.add(field, format!("must be {shortest:?} to {longest:?}"));
+            default
+        }
+    }
+}
+
 /// The field `page_size`: [`PAGE_DEFAULT`] where absent, cut to [`PAGE_MAX`].
 pub(super) fn page_size(violations: &mut Violations, value: i32) -> i64 {
     match i64::from(value) {
@@ -158,6 +175,19 @@ mod tests {
         {
             let (time, notes) = noted(|v| timestamp(v, "f", Some(Timestamp { seconds, nanos })));
             assert!(time.is_none() && notes.len() == 1, "{seconds} {nanos}");
+        }
+    }
+
+    #[test]
+    fn durations_have_a_default_and_limits() {
+        let limits = [1, 5, 10].map(Duration::from_secs).into();
+        let given = |seconds, nanos| Some(prost_types::Duration { seconds, nanos });
+        let parsed = |value| noted(|v| duration(v, "f", value, limits));
+        assert_eq!(parsed(None), (Duration::from_secs(5), vec![]));
+        assert_eq!(parsed(given(1, 0)), (Duration::from_secs(1), vec![]));
+        assert_eq!(parsed(given(10, 0)), (Duration::from_secs(10), vec![]));
+        for bad in [given(0, 999_999_999), given(10, 1), given(-1, 0), given(i64::MAX, i32::MAX)] {
+            assert_eq!(parsed(bad).1, ["f: must be 1s to 10s"], "{bad:?}");
         }
     }
 

@@ -164,6 +164,10 @@ fn answer(error: &Error) -> Answer<'_> {
             Answer::new(Code::FailedPrecondition, Reason::ApiKeyAlreadyExpired)
                 .precondition(id, "the wanted state holds")
         }
+        Error::WatchTokenAlreadyExpired(id) => {
+            Answer::new(Code::FailedPrecondition, Reason::WatchTokenAlreadyExpired)
+                .precondition(id, "the wanted state holds")
+        }
         Error::SequenceMismatch { last_sequence } => {
             Answer::new(Code::Aborted, Reason::SequenceMismatch).metadata("last_sequence", last_sequence)
         }
@@ -177,6 +181,9 @@ fn answer(error: &Error) -> Answer<'_> {
         }
         Error::Overloaded { what, retry_after } => Answer::new(Code::ResourceExhausted, Reason::Overloaded)
             .quota(what, format!("too many {what} at once"))
+            .retry(*retry_after),
+        Error::LogInThrottled { retry_after } => Answer::new(Code::ResourceExhausted, Reason::LogInThrottled)
+            .quota("log-in failures", "too many failed log-ins".to_owned())
             .retry(*retry_after),
         Error::Unavailable(_) => {
             Answer::new(Code::Unavailable, Reason::DatabaseUnavailable).retry(RETRY_AFTER)
@@ -193,7 +200,9 @@ fn differs_reason(resource: Resource) -> ErrorReason {
         Resource::Job => ErrorReason::JobDiffers,
         Resource::Event => ErrorReason::EventDiffers,
         // Nobody repeats a write of these under a key of their own.
-        Resource::Customer | Resource::User | Resource::ApiKey => ErrorReason::Internal,
+        Resource::Customer | Resource::User | Resource::ApiKey | Resource::WatchToken => {
+            ErrorReason::Internal
+        }
     }
 }
 
@@ -290,7 +299,17 @@ mod tests {
                 Code::FailedPrecondition,
                 "JOB_CLOSED",
             ),
+            (
+                Error::LogInThrottled { retry_after: Duration::from_secs(2) },
+                Code::ResourceExhausted,
+                "LOG_IN_THROTTLED",
+            ),
             (Error::ApiKeyAlreadyExpired(Uuid::nil()), Code::FailedPrecondition, "API_KEY_ALREADY_EXPIRED"),
+            (
+                Error::WatchTokenAlreadyExpired(Uuid::nil()),
+                Code::FailedPrecondition,
+                "WATCH_TOKEN_ALREADY_EXPIRED",
+            ),
             (Error::SequenceMismatch { last_sequence: 7 }, Code::Aborted, "SEQUENCE_MISMATCH"),
             (Error::PositionBeyondLog, Code::OutOfRange, "POSITION_BEYOND_LOG"),
             (Error::EventsExpired { first_sequence: Some(3) }, Code::OutOfRange, "EVENTS_EXPIRED"),

@@ -4,7 +4,9 @@ use milepost::pb::{self, ApiKeyScope, ErrorReason, UserRole, get_current_user_re
 use prost_types::{FieldMask, Timestamp};
 use tonic::{Code, Status};
 
-use crate::support::{Caller, PASSWORD, TestServer, User, assert_refused, assert_violations, registration};
+use crate::support::{
+    Caller, PASSWORD, TestServer, User, assert_refused, assert_violations, registration, within_patience,
+};
 
 fn sign_up(email: &str) -> pb::SignUpRequest {
     pb::SignUpRequest {
@@ -115,7 +117,8 @@ async fn a_call_without_a_good_credential_is_refused_the_same_way_whatever_is_wr
     let ended = user.session.clone();
     user.session.auth.log_out(pb::LogOutRequest {}).await.unwrap();
 
-    let almost = format!("{}x", &user.key_secret[..user.key_secret.len() - 1]);
+    let (rest, last) = user.key_secret.split_at(user.key_secret.len() - 1);
+    let almost = format!("{rest}{}", if last == "x" { "y" } else { "x" });
     let callers = [
         server.anonymous(),
         server.with_secret(""),
@@ -221,6 +224,41 @@ async fn an_expired_key_is_refused_at_once_and_stays_in_the_list() {
 
     let listed: Vec<_> = keys(&mut user).await.into_iter().map(|key| key.id).collect();
     assert_eq!(listed, [first.id, second.id], "oldest first");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rotated_key_and_its_successor_are_both_good_for_the_overlap() {
+    let server = TestServer::start().await;
+    let mut user = server.provider().await;
+    let [old] = keys(&mut user).await.try_into().unwrap();
+    let rotate = |seconds| pb::RotateApiKeyRequest {
+        api_key_id: old.id.clone(),
+        overlap: Some(prost_types::Duration { seconds, nanos: 0 }),
+    };
+    for bad in [-1, 30 * 24 * 60 * 60 + 1] {
+        assert_violations(user.session.auth.rotate_api_key(rotate(bad)).await, &["overlap"]);
+    }
+    let rotated = user.session.auth.rotate_api_key(rotate(1)).await.unwrap().into_inner();
+    let (new, ends) = (rotated.api_key.unwrap(), rotated.old_api_key.unwrap());
+    assert_eq!((&new.note, &new.scopes, new.expires_at), (&old.note, &old.scopes, None));
+    assert_eq!((&ends.id, &ends.key_prefix), (&old.id, &old.key_prefix));
+    assert!(ends.expires_at.is_some() && new.id != old.id);
+    let mut successor = server.with_secret(&rotated.secret);
+    who(&mut successor).await.unwrap();
+
+    // The old one was good when it was asked last, and ends by itself.
+    let ended = async { while who(&mut user.key).await.is_ok() {} };
+    within_patience("the end of the overlap", ended).await;
+    assert_refused(who(&mut user.key).await, Code::Unauthenticated, ErrorReason::CredentialInvalid);
+    who(&mut successor).await.unwrap();
+    let again = user.session.auth.rotate_api_key(rotate(1)).await;
+    assert_refused(again, Code::FailedPrecondition, ErrorReason::ApiKeyAlreadyExpired);
+
+    // Without an overlap the old one ends at once.
+    let now = pb::RotateApiKeyRequest { api_key_id: new.id, ..rotate(0) };
+    let rotated = user.session.auth.rotate_api_key(now).await.unwrap().into_inner();
+    assert_refused(who(&mut successor).await, Code::Unauthenticated, ErrorReason::CredentialInvalid);
+    who(&mut server.with_secret(&rotated.secret)).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

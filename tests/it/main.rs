@@ -9,6 +9,7 @@
     reason = "a test that panics has failed, as it should; the rest would only be in the way"
 )]
 
+mod access;
 mod auth;
 mod cli;
 mod configurations;
@@ -17,6 +18,7 @@ mod guarantees;
 mod idempotency;
 mod interop;
 mod jobs;
+mod log_in;
 mod operations;
 mod plans;
 mod progress;
@@ -25,3 +27,4 @@ mod schema;
 mod support;
 mod validation;
 mod watch;
+mod watch_tokens;

@@ -155,7 +155,8 @@ async fn a_page_of_jobs_is_a_range_of_an_index() {
         for (asked, request) in combined {
             let before = database.plans().await.len();
             user.jobs.list_jobs(request).await.unwrap();
-            assert_read_by_ranges(&database, asked, before, LOOKED_AT + 1.0).await;
+            // The range may be one that holds as many of somebody else's.
+            assert_read_by_ranges(&database, asked, before, 3.0 * LOOKED_AT).await;
         }
     }
 }

@@ -4,8 +4,9 @@ use milepost::db::migrations;
 
 use crate::support::TestDatabase;
 
-/// They hold one row about the schema or the log, not entities.
-const BOOKKEEPING: &str = "('schema_compatibility', 'event_log', '__diesel_schema_migrations')";
+/// They hold no entities.
+const BOOKKEEPING: &str =
+    "('schema_compatibility', 'event_log', 'log_in_attempts', '__diesel_schema_migrations')";
 
 async fn texts(sql: &str) -> Vec<String> {
     TestDatabase::migrated().await.texts(sql).await

@@ -4,12 +4,15 @@ use std::time::{Duration, Instant};
 
 use milepost::pb::{
     self, ErrorReason, EventKind, WatchEndReason, event_service_client::EventServiceClient,
-    watch_events_request::Scope, watch_events_request::Start, watch_events_response::Message,
+    get_current_user_response::Credential, watch_events_request::Scope, watch_events_request::Start,
+    watch_events_response::Message,
 };
 use prost_types::{Value, value::Kind};
 use tonic::{Code, Request, transport::Endpoint};
 
-use crate::support::{TestServer, User, Watch, assert_refused, complete, info, noted, step, within_patience};
+use crate::support::{
+    STREAMS_PER_USER, TestServer, User, Watch, assert_refused, complete, info, noted, step, within_patience,
+};
 
 fn one(job: &pb::Job) -> Option<Scope> {
     Some(Scope::JobId(job.id.clone()))
@@ -263,4 +266,66 @@ async fn what_is_held_back_while_the_credential_is_not_confirmed_is_not_skipped_
     seen.extend(resumed.caught_up().await.0);
     let sequences: Vec<i64> = seen.iter().map(|event| event.sequence).collect();
     assert_eq!(sequences, (1..=200).collect::<Vec<_>>());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_too_many_is_refused_with_an_answer_and_makes_room_when_it_closes() {
+    let server = TestServer::start().await;
+    let (mut provider, mut customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[("load", 1)]).await;
+    let job = provider.job(&customer).await;
+    let mut watches = Vec::new();
+    for _ in 0..STREAMS_PER_USER {
+        watches.push(customer.watch(&job).await);
+    }
+    let request = || every(one(&job), None);
+    let refused = customer.watch_by(request()).await;
+    let refusal = assert_refused(refused, Code::ResourceExhausted, ErrorReason::Overloaded);
+    assert!(refusal.details.retry_info().is_some() && refusal.details.quota_failure().is_some());
+    // Somebody else's is not counted.
+    provider.watch(&job).await.caught_up().await;
+
+    drop(watches.pop());
+    let room = async { while customer.watch_by(request()).await.is_err() {} };
+    within_patience("room for another stream", room).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_does_not_take_its_end_is_cut() {
+    let server = TestServer::start().await;
+    let (mut provider, mut customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[("load", 1)]).await;
+    let job = provider.job(&customer).await;
+    // Two streams on one connection: one that nobody reads, whose window is soon
+    // full, and one that tells how the connection is.
+    let endpoint = Endpoint::from_shared(format!("http://{}", server.address)).unwrap();
+    let channel = endpoint.initial_stream_window_size(4_096).connect().await.unwrap();
+    let mut streams = Vec::new();
+    for secret in [&customer.key_secret, &provider.key_secret] {
+        let mut request = Request::new(every(one(&job), None));
+        request.metadata_mut().insert("authorization", format!("Bearer {secret}").parse().unwrap());
+        let mut client = EventServiceClient::new(channel.clone());
+        streams.push(client.watch_events(request).await.unwrap().into_inner());
+    }
+    let [mut unread, mut other] = streams.try_into().unwrap();
+    for _ in 0..20 {
+        provider.append(&job, (0..50).map(|_| info("x"))).await;
+    }
+
+    let me = customer.auth.get_current_user(pb::GetCurrentUserRequest {}).await.unwrap().into_inner();
+    let Some(Credential::ApiKey(key)) = me.credential else { panic!("{:?}", me.credential) };
+    customer.session.auth.expire_api_key(pb::ExpireApiKeyRequest { api_key_id: key.id }).await.unwrap();
+    within_patience("the cut", async { while other.message().await.is_ok() {} }).await;
+    let mut events = 0;
+    let end = loop {
+        match unread.message().await {
+            Ok(Some(response)) => match response.message.unwrap() {
+                Message::Events(watched) => events += watched.events.len(),
+                Message::CaughtUp(_) => {}
+                more => panic!("it went on after its end: {more:?}"),
+            },
+            end => break end,
+        }
+    };
+    assert!(end.is_err() && events < 1_000, "{end:?} after {events} events");
 }

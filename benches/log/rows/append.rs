@@ -52,6 +52,7 @@ fn shape(row: Row) -> Shape {
         | Row::FanOut
         | Row::Memory
         | Row::Flat
+        | Row::Replay
         | Row::GetJob
         | Row::GetCurrentUser
         | Row::Reconnect1000

@@ -6,6 +6,7 @@ mod fan_out;
 mod flat;
 mod publish;
 mod reconnect;
+mod replay;
 mod sleepers;
 mod watch;
 
@@ -37,6 +38,8 @@ pub(crate) enum Row {
     Memory,
     /// Calls with many events and jobs stored, beside the same with few
     Flat,
+    /// A job of 500,000 events from its beginning, beside COPY of its rows
+    Replay,
     /// GetJob beside an empty method
     GetJob,
     /// GetCurrentUser beside an empty method
@@ -78,6 +81,7 @@ impl Row {
             Self::FanOut => fan_out::fan_out(bed, &name).await,
             Self::Memory => fan_out::memory(bed, &name).await,
             Self::Flat => flat::measure(bed).await,
+            Self::Replay => replay::measure(bed, &name).await,
             Self::GetJob | Self::GetCurrentUser => calls::measure(bed, self).await,
             Self::Reconnect1000 => reconnect::measure(bed, &name).await,
         }

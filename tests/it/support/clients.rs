@@ -1,7 +1,7 @@
 //! People who call a server, with the generated clients.
 
 use std::{
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     ops::{Deref, DerefMut},
 };
 
@@ -59,6 +59,12 @@ pub struct Clients {
 impl Clients {
     pub fn of(address: SocketAddr) -> Self {
         let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
+        Self { channel: endpoint.connect_lazy(), endpoint }
+    }
+
+    /// Of the same server, from another address of this machine.
+    pub fn from(&self, address: impl Into<IpAddr>) -> Self {
+        let endpoint = self.endpoint.clone().local_address(Some(address.into()));
         Self { channel: endpoint.connect_lazy(), endpoint }
     }
 

@@ -15,7 +15,7 @@ pub use cluster::TestDatabase;
 pub use events::{complete, error, info, metadata, named, noted, step};
 pub use process::ServerProcess;
 pub use refused::{assert_refused, assert_violations};
-pub use server::TestServer;
+pub use server::{STREAMS_PER_USER, TRUSTED_PROXY, TestServer};
 pub use temporary::TemporaryFolder;
 pub use watch::Watch;
 

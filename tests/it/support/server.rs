@@ -1,6 +1,10 @@
 //! A server in this process.
 
-use std::{net::SocketAddr, ops::Deref, time::Duration};
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    ops::Deref,
+    time::Duration,
+};
 
 use milepost::{
     auth::AuthSettings,
@@ -13,6 +17,11 @@ use tokio::net::TcpListener;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{Clients, cluster::TestDatabase};
+
+/// Whose word is taken for where a call comes from; nobody else calls from it.
+pub const TRUSTED_PROXY: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 9));
+/// Most streams of one user at once.
+pub const STREAMS_PER_USER: usize = 40;
 
 /// A server on a database of its own, or a replica of another. It stops when
 /// it is dropped.
@@ -98,6 +107,8 @@ async fn app(url: &str) -> App {
         bcrypt_cost: 4,
         bcrypt_parallel: 2,
         sign_up_open: true,
+        streams_per_user: STREAMS_PER_USER,
+        trusted_proxies: vec![TRUSTED_PROXY],
     };
     App::start(database, auth, EventLogSettings { publish_window: 8 }).await.unwrap()
 }

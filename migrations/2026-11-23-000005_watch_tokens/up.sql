@@ -1,0 +1,29 @@
+-- Watch tokens: secrets that show one job and nothing else, for people without
+-- an account.
+
+CREATE TABLE watch_tokens (
+    id uuid NOT NULL,
+    job_id uuid NOT NULL,
+    -- The job's provider, who made it: a token is no better than its maker.
+    user_id uuid NOT NULL,
+    secret_hash bytea NOT NULL,
+    secret_prefix text NOT NULL,
+    note text NOT NULL,
+    expires_at timestamptz NOT NULL,
+    last_used_at timestamptz,
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    updated_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    CONSTRAINT watch_tokens_pkey PRIMARY KEY (id),
+    CONSTRAINT watch_tokens_job_id_fkey FOREIGN KEY (job_id) REFERENCES jobs (id),
+    CONSTRAINT watch_tokens_user_id_fkey FOREIGN KEY (user_id) REFERENCES users (id),
+    CONSTRAINT watch_tokens_secret_hash_key UNIQUE (secret_hash),
+    CONSTRAINT watch_tokens_secret_hash_check CHECK (octet_length(secret_hash) = 32),
+    CONSTRAINT watch_tokens_secret_prefix_check CHECK (char_length(secret_prefix) BETWEEN 1 AND 16),
+    CONSTRAINT watch_tokens_note_check CHECK (char_length(note) <= 256)
+);
+
+CREATE INDEX watch_tokens_job_id_idx ON watch_tokens (job_id, created_at, id);
+CREATE INDEX watch_tokens_user_id_idx ON watch_tokens (user_id);
+
+CREATE TRIGGER watch_tokens_set_updated_at BEFORE UPDATE ON watch_tokens
+    FOR EACH ROW EXECUTE FUNCTION set_updated_at();

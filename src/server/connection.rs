@@ -1,0 +1,93 @@
+//! Connections, as the server holds them.
+//!
+//! **They write together what is said at about the same time.** tokio runs a
+//! connection's task right after the stream that has something for it, so that
+//! each of a thousand watchers' messages would be a write of its own, which
+//! costs more than all the rest of its way. Here the connection's task goes to
+//! the end of the queue once before it writes: what the streams in between have
+//! to say goes along. Where nobody else is in the queue, it writes at once.
+//!
+//! **They can be cut**, where a stream does not take its end.
+
+use std::{
+    io,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+};
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+use tonic::transport::server::Connected;
+
+use crate::services::Peer;
+
+/// What is worth a write of its own, in bytes: a replay is made of such.
+const LARGE: usize = 4 * 1024;
+
+/// A connection.
+#[derive(Debug)]
+pub(super) struct Connection {
+    stream: TcpStream,
+    /// It has let the others go first.
+    waited: bool,
+    /// The last write was one that needs no company.
+    large: bool,
+    cut: CancellationToken,
+    is_cut: Pin<Box<WaitForCancellationFutureOwned>>,
+}
+
+impl Connection {
+    pub(super) fn new(stream: TcpStream) -> Self {
+        let cut = CancellationToken::new();
+        let is_cut = Box::pin(cut.clone().cancelled_owned());
+        Self { stream, waited: false, large: false, cut, is_cut }
+    }
+}
+
+impl Connected for Connection {
+    type ConnectInfo = Peer;
+
+    fn connect_info(&self) -> Peer {
+        Peer { address: self.stream.peer_addr().ok(), cut: self.cut.clone() }
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if self.is_cut.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+        }
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+/// Not vectored: h2 then gathers small frames in a buffer of its own.
+impl AsyncWrite for Connection {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        if !std::mem::replace(&mut self.waited, true) {
+            // A task that wakes itself goes to the end of the queue.
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        let written = ready!(Pin::new(&mut self.stream).poll_write(cx, buf))?;
+        self.large = written >= LARGE;
+        Poll::Ready(Ok(written))
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(Pin::new(&mut self.stream).poll_flush(cx))?;
+        self.waited = self.large;
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}

@@ -1,0 +1,111 @@
+//! API keys: what requests ask for, and how a key is told.
+
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use uuid::Uuid;
+
+use crate::{
+    error::{Error, Result, Violations},
+    event_log::wire,
+    limits::KEY_OVERLAP,
+    models::{
+        api_key::ApiKey,
+        caller::{KeyManager, Scope, UserRole},
+    },
+    pb,
+    services::{page::OldestFirst, parse},
+};
+
+/// Most scopes of a key: each can stand there once.
+const SCOPES: usize = 3;
+
+/// What a new key is to be.
+pub(super) struct KeyTerms {
+    pub(super) note: String,
+    pub(super) expires_at: Option<DateTime<Utc>>,
+    pub(super) scopes: Vec<Scope>,
+}
+
+impl KeyTerms {
+    /// [`Error::ScopeRequired`], before anything else, if the manager lacks a
+    /// scope that the key shall have.
+    pub(super) fn parse(request: pb::CreateApiKeyRequest, manager: &KeyManager) -> Result<Self> {
+        let mut violations = Violations::default();
+        let note = parse::text(&mut violations, "note", request.note);
+        let expires_at = parse::timestamp(&mut violations, "expires_at", request.expires_at);
+        if expires_at.is_some_and(|at| at <= Utc::now()) {
+            violations.add("expires_at", "must be in the future");
+        }
+        let scopes = scopes(&mut violations, &request.scopes, manager.role());
+        if let Some(missing) = scopes.iter().find(|scope| !manager.scopes().contains(scope)) {
+            return Err(Error::ScopeRequired(missing.name()));
+        }
+        violations.or(Self { note, expires_at, scopes })
+    }
+}
+
+/// The scopes asked for, each once.
+fn scopes(violations: &mut Violations, asked: &[i32], role: UserRole) -> Vec<Scope> {
+    if asked.is_empty() {
+        return match role {
+            UserRole::Customer => vec![Scope::Read],
+            UserRole::Provider => vec![Scope::Read, Scope::Append],
+        };
+    }
+    if asked.len() > SCOPES {
+        violations.add("scopes", format!("must be at most {SCOPES}"));
+    }
+    let mut scopes = Vec::new();
+    for (index, scope) in asked.iter().take(SCOPES).enumerate() {
+        let field = format!("scopes[{index}]");
+        match pb::ApiKeyScope::try_from(*scope) {
+            Ok(pb::ApiKeyScope::Read) => scopes.push(Scope::Read),
+            Ok(pb::ApiKeyScope::Manage) => scopes.push(Scope::Manage),
+            Ok(pb::ApiKeyScope::Append) if role == UserRole::Provider => scopes.push(Scope::Append),
+            Ok(pb::ApiKeyScope::Append) => violations.add(field, "a customer's key cannot have APPEND"),
+            Ok(pb::ApiKeyScope::Unspecified) | Err(_) => {
+                violations
+                    .add(field, "must be API_KEY_SCOPE_READ, API_KEY_SCOPE_APPEND or API_KEY_SCOPE_MANAGE");
+            }
+        }
+    }
+    scopes.sort_unstable();
+    scopes.dedup();
+    scopes
+}
+
+/// Which keys are listed.
+pub(super) fn key_page(request: &pb::ListApiKeysRequest, manager: &KeyManager) -> Result<OldestFirst> {
+    let mut violations = Violations::default();
+    let query = [b"ListApiKeys".as_slice(), manager.user_id().as_bytes()].concat();
+    let page = OldestFirst::parse(&mut violations, query, request.page_size, &request.page_token);
+    violations.or(page)
+}
+
+/// Which key is to be replaced, and for how long it goes on.
+pub(super) fn rotation(request: &pb::RotateApiKeyRequest) -> Result<(Uuid, Duration)> {
+    let mut violations = Violations::default();
+    let id = parse::uuid(&mut violations, "api_key_id", &request.api_key_id);
+    let overlap = parse::duration(&mut violations, "overlap", request.overlap, KEY_OVERLAP);
+    violations.or((id, overlap))
+}
+
+impl From<ApiKey> for pb::ApiKey {
+    fn from(key: ApiKey) -> Self {
+        let scopes = key.scopes().map(|scope| match scope {
+            Scope::Read => pb::ApiKeyScope::Read.into(),
+            Scope::Append => pb::ApiKeyScope::Append.into(),
+            Scope::Manage => pb::ApiKeyScope::Manage.into(),
+        });
+        Self {
+            id: key.id.to_string(),
+            scopes: scopes.collect(),
+            key_prefix: key.key_prefix,
+            note: key.note,
+            expires_at: key.expires_at.map(wire::timestamp),
+            last_used_at: key.last_used_at.map(wire::timestamp),
+            created_at: Some(wire::timestamp(key.created_at)),
+        }
+    }
+}

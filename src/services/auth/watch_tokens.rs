@@ -1,0 +1,65 @@
+//! Watch tokens: what requests ask for, and how a token is told.
+
+use std::time::Duration;
+
+use uuid::Uuid;
+
+use crate::{
+    error::{Result, Violations},
+    event_log::wire,
+    limits::WATCH_TOKEN_LIFETIME,
+    models::{caller::Provider, job::JobKey, watch_token::WatchToken},
+    pb,
+    services::{jobs::job_key, page::OldestFirst, parse},
+};
+
+/// What a new token is to be.
+pub(super) struct TokenTerms {
+    pub(super) job: JobKey,
+    pub(super) note: String,
+    pub(super) lifetime: Duration,
+}
+
+impl TokenTerms {
+    pub(super) fn parse(request: pb::CreateWatchTokenRequest) -> Result<Self> {
+        let mut violations = Violations::default();
+        let job = job_key!(&mut violations, request.job, create_watch_token_request);
+        let note = parse::text(&mut violations, "note", request.note);
+        let lifetime = parse::duration(&mut violations, "lifetime", request.lifetime, WATCH_TOKEN_LIFETIME);
+        violations.or(Self { job, note, lifetime })
+    }
+}
+
+/// Which tokens of which job are listed.
+pub(super) fn token_page(
+    request: pb::ListWatchTokensRequest,
+    provider: Provider,
+) -> Result<(JobKey, OldestFirst)> {
+    let mut violations = Violations::default();
+    let asked = pb::ListWatchTokensRequest { page_size: 0, page_token: String::new(), ..request.clone() };
+    let query = crate::services::page::query("ListWatchTokens", provider.id(), &asked);
+    let job = job_key!(&mut violations, request.job, list_watch_tokens_request);
+    let page = OldestFirst::parse(&mut violations, query, request.page_size, &request.page_token);
+    violations.or((job, page))
+}
+
+/// Which token is to end.
+pub(super) fn token_id(request: &pb::ExpireWatchTokenRequest) -> Result<Uuid> {
+    let mut violations = Violations::default();
+    let id = parse::uuid(&mut violations, "watch_token_id", &request.watch_token_id);
+    violations.or(id)
+}
+
+impl From<WatchToken> for pb::WatchToken {
+    fn from(token: WatchToken) -> Self {
+        Self {
+            id: token.id.to_string(),
+            job_id: token.job_id.to_string(),
+            secret_prefix: token.secret_prefix,
+            note: token.note,
+            expires_at: Some(wire::timestamp(token.expires_at)),
+            last_used_at: token.last_used_at.map(wire::timestamp),
+            created_at: Some(wire::timestamp(token.created_at)),
+        }
+    }
+}

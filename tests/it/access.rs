@@ -1,0 +1,375 @@
+//! Who may call what: every method of the descriptor set, called by everybody.
+
+use std::collections::BTreeMap;
+
+use bytes::{Buf as _, BufMut as _, Bytes};
+use futures_util::stream;
+use http::uri::PathAndQuery;
+use milepost::pb::{self, ApiKeyScope};
+use prost::Message as _;
+use prost_types::FileDescriptorSet;
+use tonic::{
+    Code, Request, Status,
+    client::Grpc,
+    codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
+    transport::Channel,
+};
+use uuid::Uuid;
+
+use crate::support::{PASSWORD, TestServer, User, registration, within_patience};
+
+/// Everybody. The thing that is called for is the first provider's and
+/// customer's; "other" are a second provider and customer.
+const CALLERS: [&str; 13] = [
+    "nobody",
+    "garbage",
+    "an expired key",
+    "a revoked key",
+    "a logged-out session",
+    "a disabled user",
+    "a key without the scope, or instead of a session",
+    "a watch token of the job",
+    "a watch token of another job",
+    "the customer",
+    "another customer",
+    "the provider",
+    "another provider",
+];
+
+/// What each of them is answered, in their order: O is OK, U UNAUTHENTICATED,
+/// P PERMISSION_DENIED, N NOT_FOUND.
+const EXPECTED: [(&str, &str); 23] = [
+    ("AuthService/SignUp", "OOOOOO O OO OO OO"),
+    ("AuthService/LogIn", "OOOOOO O OO OO OO"),
+    // These concern the caller alone: there is no other one's.
+    ("AuthService/LogOut", "UUUUUU P PP OO OO"),
+    ("AuthService/GetCurrentUser", "UUUUUU O OO OO OO"),
+    ("AuthService/UpdateCurrentUser", "UUUUUU P PP OO OO"),
+    ("AuthService/ChangePassword", "UUUUUU P PP OO OO"),
+    ("AuthService/CreateApiKey", "UUUUUU P PP OO OO"),
+    ("AuthService/ListApiKeys", "UUUUUU P PP OO OO"),
+    ("AuthService/ExpireApiKey", "UUUUUU P PP ON ON"),
+    ("AuthService/RotateApiKey", "UUUUUU P PP ON ON"),
+    ("AuthService/CreateWatchToken", "UUUUUU P PP PP ON"),
+    ("AuthService/ListWatchTokens", "UUUUUU P PP PP ON"),
+    ("AuthService/ExpireWatchToken", "UUUUUU P PP PP ON"),
+    ("ConfigurationService/RegisterJobConfiguration", "UUUUUU P PP PP OO"),
+    ("ConfigurationService/GetJobConfiguration", "UUUUUU P PP ON ON"),
+    ("ConfigurationService/ListJobConfigurations", "UUUUUU P PP PP OO"),
+    ("JobService/CreateJob", "UUUUUU P PP PP OO"),
+    ("JobService/GetJob", "UUUUUU P ON ON ON"),
+    ("JobService/ListJobs", "UUUUUU P PP OO OO"),
+    ("JobService/CloseJob", "UUUUUU P PP PP ON"),
+    ("EventService/AppendEvents", "UUUUUU P PP PP ON"),
+    ("EventService/ListEvents", "UUUUUU P ON ON ON"),
+    ("EventService/WatchEvents", "UUUUUU P ON ON ON"),
+];
+
+/// A refusal of a batch is an answer of the stream.
+const PUBLISH: (&str, &str) = ("EventService/PublishEvents", "UUUUUU P PP PP ON");
+
+/// Two tenants, and a job of the first.
+struct World {
+    server: TestServer,
+    provider: User,
+    customer: User,
+    other_provider: User,
+    other_customer: User,
+    configuration_id: String,
+    job: pb::Job,
+    /// Of that job: id and secret.
+    watch_token: (String, String),
+    other_watch_token: String,
+}
+
+impl World {
+    async fn new() -> Self {
+        let server = TestServer::start().await;
+        let (mut provider, customer) = (server.provider().await, server.customer().await);
+        let (mut other_provider, other_customer) = (server.provider().await, server.customer().await);
+        let configuration_id = provider.configuration(&[("load", 1)]).await.id;
+        other_provider.configuration(&[("load", 1)]).await;
+        let job = provider.job(&customer).await;
+        let other_job = other_provider.job(&other_customer).await;
+        let watch_token = watch_token_of(&mut provider, &job).await;
+        let (_, other_watch_token) = watch_token_of(&mut other_provider, &other_job).await;
+        Self {
+            server,
+            provider,
+            customer,
+            other_provider,
+            other_customer,
+            configuration_id,
+            job,
+            watch_token,
+            other_watch_token,
+        }
+    }
+
+    /// What this caller sends; none for nobody.
+    async fn secret(&mut self, caller: &str, method: &str) -> Option<String> {
+        let provider = &mut self.provider;
+        Some(match caller {
+            "nobody" => return None,
+            "garbage" => "mpk_garbage".to_owned(),
+            "an expired key" => {
+                let (id, secret) = key(provider, &[ApiKeyScope::Read]).await;
+                let past =
+                    format!("UPDATE api_keys SET expires_at = now() - interval '1 s' WHERE id = '{id}'");
+                self.server.database.execute(&past).await;
+                secret
+            }
+            "a revoked key" => {
+                let (api_key_id, secret) = key(provider, &[ApiKeyScope::Read]).await;
+                provider.session.auth.expire_api_key(pb::ExpireApiKeyRequest { api_key_id }).await.unwrap();
+                secret
+            }
+            "a logged-out session" => {
+                let secret = session(&self.server, provider).await;
+                self.server.with_secret(&secret).auth.log_out(pb::LogOutRequest {}).await.unwrap();
+                secret
+            }
+            "a disabled user" => {
+                let user = self.server.provider().await;
+                let disable = format!("UPDATE users SET disabled_at = now() WHERE id = '{}'", user.id);
+                self.server.database.execute(&disable).await;
+                user.key_secret
+            }
+            "a key without the scope, or instead of a session" => {
+                let scopes: &[ApiKeyScope] = match method.split('/').nth(1).unwrap() {
+                    "GetJobConfiguration"
+                    | "ListJobConfigurations"
+                    | "GetJob"
+                    | "ListJobs"
+                    | "ListEvents"
+                    | "WatchEvents" => &[ApiKeyScope::Append, ApiKeyScope::Manage],
+                    "CreateApiKey" | "ListApiKeys" | "ExpireApiKey" | "RotateApiKey" => {
+                        &[ApiKeyScope::Read, ApiKeyScope::Append]
+                    }
+                    "LogOut" | "UpdateCurrentUser" | "ChangePassword" => {
+                        &[ApiKeyScope::Read, ApiKeyScope::Append, ApiKeyScope::Manage]
+                    }
+                    _ => &[ApiKeyScope::Read, ApiKeyScope::Manage],
+                };
+                key(provider, scopes).await.1
+            }
+            "a watch token of the job" => self.watch_token.1.clone(),
+            "a watch token of another job" => self.other_watch_token.clone(),
+            "the customer" => session(&self.server, &self.customer).await,
+            "another customer" => session(&self.server, &self.other_customer).await,
+            "the provider" => session(&self.server, &self.provider).await,
+            "another provider" => session(&self.server, &self.other_provider).await,
+            other => panic!("{other}"),
+        })
+    }
+
+    /// A request that is good in the hands of whom it concerns.
+    async fn request(&mut self, caller: &str, method: &str) -> Vec<u8> {
+        let job_id = self.job.id.clone();
+        let fresh = Uuid::now_v7().to_string();
+        let event =
+            pb::NewEvent { kind: pb::EventKind::Info.into(), name: "x".to_owned(), ..Default::default() };
+        // Keys are the caller's own, or not.
+        let owner = if caller.contains("customer") { &mut self.customer } else { &mut self.provider };
+        match method.split('/').nth(1).unwrap() {
+            "SignUp" => pb::SignUpRequest {
+                role: pb::UserRole::Customer.into(),
+                email: format!("{fresh}@example.com"),
+                password: PASSWORD.to_owned(),
+                ..Default::default()
+            }
+            .encode_to_vec(),
+            "LogIn" => pb::LogInRequest { email: self.provider.email.clone(), password: PASSWORD.to_owned() }
+                .encode_to_vec(),
+            "LogOut" | "GetCurrentUser" | "CreateApiKey" | "ListApiKeys" | "ListJobs" => Vec::new(),
+            "UpdateCurrentUser" => {
+                pb::UpdateCurrentUserRequest { user: Some(pb::User::default()), update_mask: None }
+                    .encode_to_vec()
+            }
+            "ChangePassword" => pb::ChangePasswordRequest {
+                current_password: PASSWORD.to_owned(),
+                new_password: PASSWORD.to_owned(),
+            }
+            .encode_to_vec(),
+            "ExpireApiKey" => {
+                let (api_key_id, _) = key(owner, &[ApiKeyScope::Read]).await;
+                pb::ExpireApiKeyRequest { api_key_id }.encode_to_vec()
+            }
+            "RotateApiKey" => {
+                let (api_key_id, _) = key(owner, &[ApiKeyScope::Read]).await;
+                pb::RotateApiKeyRequest { api_key_id, overlap: None }.encode_to_vec()
+            }
+            "CreateWatchToken" => {
+                let job = Some(pb::create_watch_token_request::Job::JobId(job_id));
+                pb::CreateWatchTokenRequest { job, ..Default::default() }.encode_to_vec()
+            }
+            "ListWatchTokens" => {
+                let job = Some(pb::list_watch_tokens_request::Job::JobId(job_id));
+                pb::ListWatchTokensRequest { job, ..Default::default() }.encode_to_vec()
+            }
+            "ExpireWatchToken" => {
+                let (watch_token_id, _) = watch_token_of(&mut self.provider, &self.job).await;
+                pb::ExpireWatchTokenRequest { watch_token_id }.encode_to_vec()
+            }
+            "RegisterJobConfiguration" => registration("2.0.0", &[("load", 1)]).encode_to_vec(),
+            "GetJobConfiguration" => {
+                let key = pb::get_job_configuration_request::Key::Id(self.configuration_id.clone());
+                pb::GetJobConfigurationRequest { key: Some(key), ..Default::default() }.encode_to_vec()
+            }
+            "ListJobConfigurations" => Vec::new(),
+            "CreateJob" => {
+                let job = self.provider.new_job(&self.customer);
+                pb::CreateJobRequest { provider_job_id: fresh, ..job }.encode_to_vec()
+            }
+            "GetJob" => {
+                let job = Some(pb::get_job_request::Job::JobId(job_id));
+                pb::GetJobRequest { job }.encode_to_vec()
+            }
+            "CloseJob" => {
+                let job = Some(pb::close_job_request::Job::JobId(job_id));
+                pb::CloseJobRequest { job, ..Default::default() }.encode_to_vec()
+            }
+            "AppendEvents" => {
+                let job = Some(pb::append_events_request::Job::JobId(job_id));
+                pb::AppendEventsRequest { job, events: vec![event], ..Default::default() }.encode_to_vec()
+            }
+            "PublishEvents" => {
+                let job = Some(pb::publish_events_request::Job::JobId(job_id));
+                pb::PublishEventsRequest { job, events: vec![event], ..Default::default() }.encode_to_vec()
+            }
+            "ListEvents" => {
+                let job = Some(pb::list_events_request::Job::JobId(job_id));
+                pb::ListEventsRequest { job, ..Default::default() }.encode_to_vec()
+            }
+            "WatchEvents" => {
+                let scope = Some(pb::watch_events_request::Scope::JobId(job_id));
+                pb::WatchEventsRequest { scope, ..Default::default() }.encode_to_vec()
+            }
+            other => panic!("{other} is not called here yet"),
+        }
+    }
+}
+
+/// Id and secret of a new key.
+async fn key(user: &mut User, scopes: &[ApiKeyScope]) -> (String, String) {
+    let scopes = scopes.iter().map(|scope| i32::from(*scope)).collect();
+    let request = pb::CreateApiKeyRequest { scopes, ..Default::default() };
+    let created = user.session.auth.create_api_key(request).await.unwrap().into_inner();
+    (created.api_key.unwrap().id, created.secret)
+}
+
+/// Id and secret of a new watch token.
+async fn watch_token_of(provider: &mut User, job: &pb::Job) -> (String, String) {
+    let job = Some(pb::create_watch_token_request::Job::JobId(job.id.clone()));
+    let request = pb::CreateWatchTokenRequest { job, ..Default::default() };
+    let created = provider.auth.create_watch_token(request).await.unwrap().into_inner();
+    (created.watch_token.unwrap().id, created.secret)
+}
+
+/// The secret of a new session.
+async fn session(server: &TestServer, user: &User) -> String {
+    let request = pb::LogInRequest { email: user.email.clone(), password: PASSWORD.to_owned() };
+    server.anonymous().auth.log_in(request).await.unwrap().into_inner().session.unwrap().secret
+}
+
+/// Messages as they are.
+#[derive(Clone, Copy, Debug, Default)]
+struct Raw;
+
+impl Codec for Raw {
+    type Encode = Vec<u8>;
+    type Decode = Bytes;
+    type Encoder = Self;
+    type Decoder = Self;
+
+    fn encoder(&mut self) -> Self {
+        *self
+    }
+
+    fn decoder(&mut self) -> Self {
+        *self
+    }
+}
+
+impl Encoder for Raw {
+    type Item = Vec<u8>;
+    type Error = Status;
+
+    fn encode(&mut self, message: Vec<u8>, to: &mut EncodeBuf<'_>) -> Result<(), Status> {
+        to.put_slice(&message);
+        Ok(())
+    }
+}
+
+impl Decoder for Raw {
+    type Item = Bytes;
+    type Error = Status;
+
+    fn decode(&mut self, from: &mut DecodeBuf<'_>) -> Result<Option<Bytes>, Status> {
+        Ok(Some(from.copy_to_bytes(from.remaining())))
+    }
+}
+
+/// What a call comes to: OK once there is an answer.
+async fn call(channel: Channel, secret: Option<String>, method: &str, message: Vec<u8>) -> Code {
+    let mut request = Request::new(stream::iter([message]));
+    if let Some(secret) = secret {
+        request.metadata_mut().insert("authorization", format!("Bearer {secret}").parse().unwrap());
+    }
+    let mut grpc = Grpc::new(channel);
+    grpc.ready().await.unwrap();
+    let path = PathAndQuery::try_from(format!("/milepost.v1.{method}")).unwrap();
+    let first = async { grpc.streaming(request, path, Raw).await?.into_inner().message().await };
+    match within_patience("an answer", first).await {
+        Err(status) => status.code(),
+        Ok(None) => panic!("{method} answered nothing"),
+        Ok(Some(answer)) if method == PUBLISH.0 => {
+            match pb::PublishEventsResponse::decode(answer).unwrap().outcome.unwrap() {
+                pb::publish_events_response::Outcome::Appended(_) => Code::Ok,
+                pb::publish_events_response::Outcome::Refused(status) => Code::from(status.code),
+            }
+        }
+        Ok(Some(_)) => Code::Ok,
+    }
+}
+
+fn methods() -> Vec<String> {
+    let set = FileDescriptorSet::decode(pb::FILE_DESCRIPTOR_SET).unwrap();
+    let services =
+        set.file.into_iter().filter(|file| file.package() == "milepost.v1").flat_map(|file| file.service);
+    services
+        .flat_map(|service| {
+            let name = service.name().to_owned();
+            service.method.into_iter().map(move |method| format!("{name}/{}", method.name()))
+        })
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn everybody_may_call_what_the_table_says() {
+    let expected: BTreeMap<&str, &str> = EXPECTED.into_iter().chain([PUBLISH]).collect();
+    let mut wrong = Vec::new();
+    for method in methods() {
+        let Some(row) = expected.get(method.as_str()) else { panic!("{method} has no row in the table") };
+        let row: Vec<char> = row.chars().filter(|cell| *cell != ' ').collect();
+        assert_eq!(row.len(), CALLERS.len(), "{method}");
+        let mut world = World::new().await;
+        for (caller, cell) in CALLERS.into_iter().zip(row) {
+            let secret = world.secret(caller, &method).await;
+            let message = world.request(caller, &method).await;
+            let code = call(world.server.channel.clone(), secret, &method, message).await;
+            let as_expected = match cell {
+                'O' => code == Code::Ok,
+                'U' => code == Code::Unauthenticated,
+                'P' => code == Code::PermissionDenied,
+                'N' => code == Code::NotFound,
+                other => panic!("{other}"),
+            };
+            if !as_expected {
+                wrong.push(format!("{method} by {caller}: {cell} is expected, {code:?} came"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    assert_eq!(methods().len(), expected.len(), "a row of the table is of no method");
+}

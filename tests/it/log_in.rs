@@ -1,0 +1,129 @@
+//! Log-ins that fail: how guessing gets slow, and for whom.
+
+use std::{net::Ipv4Addr, time::Duration};
+
+use milepost::pb::{self, ErrorReason};
+use tonic::{Code, Request, Status};
+
+use crate::support::{Clients, PASSWORD, TRUSTED_PROXY, TestServer, assert_refused};
+
+const STRANGER: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
+
+fn claim(email: &str, password: &str) -> pb::LogInRequest {
+    pb::LogInRequest { email: email.to_owned(), password: password.to_owned() }
+}
+
+async fn log_in(clients: &Clients, email: &str, password: &str) -> Result<(), Status> {
+    clients.anonymous().auth.log_in(claim(email, password)).await.map(drop)
+}
+
+fn throttled(answer: Result<(), Status>) -> Duration {
+    let refusal = assert_refused(answer, Code::ResourceExhausted, ErrorReason::LogInThrottled);
+    let wait = refusal.details.retry_info().unwrap().retry_delay.unwrap();
+    assert!(!wait.is_zero() && wait <= Duration::from_secs(60), "{wait:?}");
+    wait
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn guessing_gets_slow_on_every_replica_and_locks_nobody_out_who_is_known() {
+    let server = TestServer::start().await;
+    let replica = server.replica().await;
+    let user = server.customer().await;
+    log_in(&server, &user.email, PASSWORD).await.unwrap();
+
+    for _ in 0..5 {
+        let wrong = log_in(&server.from(STRANGER), &user.email, "a wrong guess").await;
+        assert_refused(wrong, Code::Unauthenticated, ErrorReason::LogInFailed);
+    }
+    let wait = throttled(log_in(&server.from(STRANGER), &user.email, "a wrong guess").await);
+    throttled(log_in(&replica.from(STRANGER), &user.email.to_uppercase(), PASSWORD).await);
+    // Not for who has been here before, nor for others there.
+    log_in(&server, &user.email, PASSWORD).await.unwrap();
+    let other = server.customer().await;
+    log_in(&server.from(STRANGER), &other.email, PASSWORD).await.unwrap();
+
+    tokio::time::sleep(wait).await;
+    log_in(&replica.from(STRANGER), &user.email, PASSWORD).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn guessing_from_many_addresses_gets_slow_as_well() {
+    let server = TestServer::start().await;
+    let user = server.customer().await;
+    log_in(&server, &user.email, PASSWORD).await.unwrap();
+    for n in 0..20 {
+        let wrong = log_in(&server.from(Ipv4Addr::new(127, 0, 1, n)), &user.email, "a wrong guess").await;
+        assert_refused(wrong, Code::Unauthenticated, ErrorReason::LogInFailed);
+    }
+    throttled(log_in(&server.from(STRANGER), &user.email, PASSWORD).await);
+    log_in(&server, &user.email, PASSWORD).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_address_that_tries_many_users_gets_slow_whether_they_exist_or_not() {
+    let server = TestServer::start().await;
+    let user = server.customer().await;
+    let stranger = server.from(STRANGER);
+    for n in 0..20 {
+        let wrong = log_in(&stranger, &format!("nobody-{n}@example.com"), "a wrong guess").await;
+        assert_refused(wrong, Code::Unauthenticated, ErrorReason::LogInFailed);
+    }
+    throttled(log_in(&stranger, "nobody@example.com", PASSWORD).await);
+    throttled(log_in(&stranger, &user.email, PASSWORD).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wrong_current_password_is_a_failed_log_in() {
+    let server = TestServer::start().await;
+    let mut user = server.customer().await;
+    let change = |current: &str| pb::ChangePasswordRequest {
+        current_password: current.to_owned(),
+        new_password: "another horse".to_owned(),
+    };
+    for _ in 0..5 {
+        let wrong = user.session.auth.change_password(change("a wrong guess")).await;
+        assert_refused(wrong, Code::InvalidArgument, ErrorReason::FieldInvalid);
+    }
+    throttled(user.session.auth.change_password(change(PASSWORD)).await.map(drop));
+    throttled(log_in(&server, &user.email, PASSWORD).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_a_trusted_proxy_may_say_where_a_call_comes_from() {
+    let server = TestServer::start().await;
+    let user = server.customer().await;
+    let guess = async |through: Clients, forwarded: &str| {
+        let mut request = Request::new(claim(&user.email, "a wrong guess"));
+        request.metadata_mut().insert("x-forwarded-for", forwarded.parse().unwrap());
+        through.anonymous().auth.log_in(request).await.map(drop)
+    };
+    for n in 0..5 {
+        // What the client made up comes before what the proxy added.
+        let wrong = guess(server.from(TRUSTED_PROXY), &format!("10.0.1.{n}, 10.0.0.1")).await;
+        assert_refused(wrong, Code::Unauthenticated, ErrorReason::LogInFailed);
+    }
+    throttled(guess(server.from(TRUSTED_PROXY), "10.0.0.1").await);
+    let elsewhere = guess(server.from(TRUSTED_PROXY), "10.0.0.2").await;
+    assert_refused(elsewhere, Code::Unauthenticated, ErrorReason::LogInFailed);
+
+    for n in 0..5 {
+        let wrong = guess(server.from(STRANGER), &format!("10.0.2.{n}")).await;
+        assert_refused(wrong, Code::Unauthenticated, ErrorReason::LogInFailed);
+    }
+    throttled(guess(server.from(STRANGER), "10.0.3.1").await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hash_of_another_cost_is_made_anew_at_the_next_log_in() {
+    let server = TestServer::start().await;
+    let user = server.customer().await;
+    let hash = || async { server.database.texts("SELECT password_hash AS text FROM users").await };
+    let older = bcrypt::hash(PASSWORD, 5).unwrap();
+    server.database.execute(&format!("UPDATE users SET password_hash = '{older}'")).await;
+    log_in(&server, &user.email, "a wrong guess").await.unwrap_err();
+    assert_eq!(hash().await, [older]);
+    log_in(&server, &user.email, PASSWORD).await.unwrap();
+    let [newer] = hash().await.try_into().unwrap();
+    assert!(newer.starts_with("$2b$04$"), "{newer}");
+    log_in(&server, &user.email, PASSWORD).await.unwrap();
+}
