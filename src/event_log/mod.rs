@@ -17,7 +17,7 @@ pub(crate) mod wire;
 use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
-use tokio::sync::oneshot;
+use tokio::sync::{Semaphore, oneshot};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -70,6 +70,9 @@ struct Inner {
     tail: Arc<Tail>,
     appender: Appender,
     doorbell: Doorbell,
+    /// Turns of watches that read the past: half of the pool, so that however
+    /// many have fallen behind, calls find a connection.
+    readers: Semaphore,
     settings: EventLogSettings,
 }
 
@@ -95,7 +98,8 @@ impl EventLog {
         });
         let appender = Appender::start(database.clone(), Arc::clone(&tail), doorbell.clone())
             .map_err(Error::internal)?;
-        Ok(Self(Arc::new(Inner { database, directory, tail, appender, doorbell, settings })))
+        let readers = Semaphore::new((database.settings().connections / 2).max(1));
+        Ok(Self(Arc::new(Inner { database, directory, tail, appender, doorbell, readers, settings })))
     }
 
     /// Tells the other replicas that a credential was ended.

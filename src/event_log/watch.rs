@@ -280,6 +280,7 @@ impl Watch {
 
     /// Reads a page of the log from the cursor towards the end of the past.
     async fn read_past(&mut self) -> Result<()> {
+        let turn = self.log.0.readers.acquire().await.map_err(Error::internal)?;
         let mut connection = self.log.0.database.get().await?;
         let (rows, through) = match &self.scope {
             Scope::Job(job) => {
@@ -299,7 +300,7 @@ impl Watch {
                 (rows, through)
             }
         };
-        drop(connection);
+        drop((connection, turn));
         let whole = i64::try_from(rows.len()).is_ok_and(|read| read < PAGE);
         let events = log_events(&self.log.0.directory, rows).await?;
         let last = events.last().map_or(through, |event| self.scope.place(event));
@@ -310,7 +311,9 @@ impl Watch {
 
     /// The past now ends where the log does.
     async fn look_again(&mut self) -> Result<()> {
+        let turn = self.log.0.readers.acquire().await.map_err(Error::internal)?;
         let (past_end, job) = log_end(&self.log, &self.scope).await?;
+        drop(turn);
         self.past_end = past_end.max(self.cursor);
         self.job = job;
         self.missed = false;
