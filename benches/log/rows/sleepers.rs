@@ -4,25 +4,31 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use milepost::pb::{
-    AllJobs, FromNow, WatchEventsResponse,
+    AllJobs, FromNow, WatchEventsRequest, WatchEventsResponse,
+    event_service_client::EventServiceClient,
     watch_events_request::{Scope, Start},
     watch_events_response::Message,
 };
 use tokio::{task::JoinSet, time::timeout};
-use tonic::Streaming;
+use tonic::{
+    Request, Streaming,
+    metadata::{Ascii, MetadataValue},
+};
 
 use super::{fan_out::Audience, watch};
 use crate::{
     Result,
     bed::Bed,
     report::{Goal, Measure, Outcome},
-    store::{self, Store},
-    tenant,
+    service::endpoint,
+    store::Store,
 };
 
 /// Those that never read; they watch all jobs, on connections of their own.
 const SLEEPERS: usize = 100;
 const SLEEPERS_CONNECTIONS: usize = 4;
+/// What each of them takes unread, in bytes.
+const WINDOW_BYTES: u32 = 64 * 1024;
 /// What each of them may cost the server in memory, in kB.
 const MOST_KB: f64 = 1_500.0;
 /// Longest that they may take to catch up once they wake.
@@ -45,12 +51,24 @@ pub(super) async fn measure(bed: &Bed, name: &str) -> Result<Vec<Outcome>> {
     bed.checkpoint().await?;
     let none_asleep = watch::round(bed, &senders, &watchers).await?;
     let before = server.resident_bytes()?;
-    let customers = tenant::connect(server.address, &tenant.customer_key, SLEEPERS_CONNECTIONS).await?;
+    let bearer: MetadataValue<Ascii> = format!("Bearer {}", tenant.customer_key).parse()?;
+    let mut connections = Vec::new();
+    for _ in 0..SLEEPERS_CONNECTIONS {
+        // What waits unread at the client is soon enough.
+        let endpoint = endpoint(server.address)?.initial_stream_window_size(WINDOW_BYTES);
+        connections.push(EventServiceClient::new(endpoint.connect().await?));
+    }
     let asleep = |number: usize| {
-        let client = customers[number % SLEEPERS_CONNECTIONS].clone();
+        let mut client = connections[number % SLEEPERS_CONNECTIONS].clone();
+        let mut request = Request::new(WatchEventsRequest {
+            scope: Some(Scope::AllJobs(AllJobs::default())),
+            start: Some(Start::FromNow(FromNow {})),
+            ..Default::default()
+        });
+        request.metadata_mut().insert("authorization", bearer.clone());
         async move {
-            let scope = Scope::AllJobs(AllJobs::default());
-            let (stream, ..) = store::watch(&client, scope, Start::FromNow(FromNow {})).await?;
+            let mut stream = client.watch_events(request).await?.into_inner();
+            stream.message().await?.ok_or("a watch that ended before it caught up")?;
             Ok::<_, crate::Error>(stream)
         }
     };
