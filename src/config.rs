@@ -118,6 +118,11 @@ pub struct ServerConfig {
     #[arg(long, env = "MILEPOST_PUBLISH_WINDOW", default_value_t = 64, value_name = "COUNT",
           value_parser = clap::value_parser!(u32).range(2..=10_000))]
     pub publish_window: u32,
+
+    /// Remove the events of a job so many seconds after it has closed; the job stays [default: never]
+    #[arg(long, env = "MILEPOST_RETENTION_S", value_name = "SECONDS",
+          value_parser = clap::value_parser!(u64).range(1..=3_153_600_000))]
+    pub retention_s: Option<u64>,
 }
 
 /// Who may have an account, and what passwords cost.

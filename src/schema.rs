@@ -112,6 +112,7 @@ diesel::table! {
         closed_at -> Nullable<Timestamptz>,
         created_at -> Timestamptz,
         updated_at -> Timestamptz,
+        events_removed -> Bool,
     }
 }
 
@@ -138,6 +139,26 @@ diesel::table! {
         units -> Text,
         created_at -> Timestamptz,
         updated_at -> Timestamptz,
+    }
+}
+
+diesel::table! {
+    removed_logs (number) {
+        number -> Int8,
+        job_id -> Uuid,
+        provider_id -> Uuid,
+        customer_id -> Uuid,
+        configuration_tag -> Text,
+        position -> Int8,
+        created_at -> Timestamptz,
+    }
+}
+
+diesel::table! {
+    retention (id) {
+        id -> Int2,
+        removals -> Int8,
+        deleted -> Int8,
     }
 }
 
@@ -207,6 +228,7 @@ diesel::table! {
 
 diesel::joinable!(api_keys -> users (user_id));
 diesel::joinable!(metadata_configurations -> step_configurations (step_configuration_id));
+diesel::joinable!(removed_logs -> jobs (job_id));
 diesel::joinable!(sessions -> users (user_id));
 diesel::joinable!(step_configurations -> job_configurations (job_configuration_id));
 diesel::joinable!(watch_tokens -> jobs (job_id));
@@ -220,6 +242,8 @@ diesel::allow_tables_to_appear_in_same_query!(
     jobs,
     log_in_attempts,
     metadata_configurations,
+    removed_logs,
+    retention,
     schema_compatibility,
     sessions,
     step_configurations,

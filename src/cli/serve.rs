@@ -141,7 +141,10 @@ fn server_settings(config: &ServerConfig) -> ServerSettings {
 }
 
 fn log_settings(config: &ServerConfig) -> EventLogSettings {
-    EventLogSettings { publish_window: usize::try_from(config.publish_window).unwrap_or(usize::MAX) }
+    EventLogSettings {
+        publish_window: usize::try_from(config.publish_window).unwrap_or(usize::MAX),
+        retention: config.retention_s.map(Duration::from_secs),
+    }
 }
 
 fn auth_settings(config: &Config, listen: SocketAddr) -> AuthSettings {

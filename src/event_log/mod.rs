@@ -7,6 +7,7 @@
 
 mod append;
 mod directory;
+mod expiry;
 pub(crate) mod plan;
 mod round;
 mod tail;
@@ -14,7 +15,7 @@ mod token;
 pub(crate) mod watch;
 pub(crate) mod wire;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use chrono::{DateTime, Utc};
 use tokio::sync::{Semaphore, oneshot};
@@ -57,6 +58,8 @@ const LIST_WINDOW: i64 = 5_000;
 pub struct EventLogSettings {
     /// Most unanswered batches of one publish stream.
     pub publish_window: usize,
+    /// How long after a job has closed its events are kept; `None`: for good.
+    pub retention: Option<Duration>,
 }
 
 /// The log: appends to it, pages and watches of it.
@@ -98,6 +101,9 @@ impl EventLog {
         });
         let appender = Appender::start(database.clone(), Arc::clone(&tail), doorbell.clone())
             .map_err(Error::internal)?;
+        if let Some(age) = settings.retention {
+            expiry::start(database.clone(), age, Arc::downgrade(&tail));
+        }
         let readers = Semaphore::new((database.settings().connections / 2).max(1));
         Ok(Self(Arc::new(Inner { database, directory, tail, appender, doorbell, readers, settings })))
     }
@@ -172,13 +178,21 @@ impl EventLog {
         limit: i64,
     ) -> Result<(Vec<Arc<LogEvent>>, Option<i64>)> {
         let mut connection = self.0.database.get().await?;
-        let head = JobHead::load(&mut connection, &[job.id]).await?.pop();
-        let end = head.ok_or_else(|| Error::not_found(Resource::Job, &job.id))?.state().last_sequence;
+        let missing = || Error::not_found(Resource::Job, &job.id);
+        let state = JobHead::load(&mut connection, &[job.id]).await?.pop().ok_or_else(missing)?.state();
+        let end = state.last_sequence;
         if after > end {
             return Err(Error::PositionBeyondLog);
         }
         let through = end.min(after + LIST_WINDOW);
         let rows = Event::list_of_job(&mut connection, job.id, after, through, kinds, limit).await?;
+        // After the page: a log is marked as removed before any event of it is.
+        if state.closed
+            && after < end
+            && JobHead::load(&mut connection, &[job.id]).await?.pop().ok_or_else(missing)?.events_removed
+        {
+            return Err(Error::EventsExpired { first_sequence: Some(end + 1) });
+        }
         drop(connection);
         let full = i64::try_from(rows.len()).is_ok_and(|read| read >= limit);
         let looked = if full { rows.last().map_or(through, |row| row.sequence) } else { through };

@@ -17,12 +17,13 @@ use uuid::Uuid;
 
 use super::{
     directory::{Directory, JobIdentity},
+    token::Place,
     wire::LogEvent,
 };
 use crate::{
     db::Database,
     error::{Error, Result},
-    models::event::{Event, log_position},
+    models::{event::Event, retention::log_end},
 };
 
 /// How often the log is looked at without a bell. Half of the second within
@@ -48,6 +49,9 @@ pub(crate) struct Tail {
 #[derive(Debug)]
 struct Inner {
     head: i64,
+    /// How many logs retention had removed when it was last seen that none of
+    /// it lies beyond the head.
+    removals: i64,
     /// When a look at the log's end began that found it delivered.
     read_through: Instant,
     /// By topic (a job, a provider or a customer), then by number.
@@ -60,8 +64,8 @@ impl Tail {
     /// is used.
     pub(crate) async fn start(database: Database, directory: Directory) -> Result<Arc<Self>> {
         let read_through = Instant::now();
-        let head = log_position(&mut *database.get().await?).await?;
-        let inner = Inner { head, read_through, mailboxes: BTreeMap::new(), next_number: 0 };
+        let (head, removals) = log_end(&mut *database.get().await?).await?;
+        let inner = Inner { head, removals, read_through, mailboxes: BTreeMap::new(), next_number: 0 };
         let tail = Arc::new(Self { inner: Mutex::new(inner), bell: Notify::new(), database, directory });
         let reader = Arc::downgrade(&tail);
         tokio::spawn(async move {
@@ -111,35 +115,41 @@ impl Tail {
         Subscription { tail: Arc::clone(self), key, mailbox }
     }
 
-    /// The position through which everything has been delivered, if the log was
-    /// read to its end less than a second ago.
-    pub(crate) fn current(&self) -> Option<i64> {
+    /// Through where everything has been delivered, if the log was read to its
+    /// end less than a second ago.
+    pub(crate) fn current(&self) -> Option<Place> {
         let inner = self.lock();
-        (inner.read_through.elapsed() < CURRENT).then_some(inner.head)
+        let place = Place { cursor: inner.head, removals: inner.removals };
+        (inner.read_through.elapsed() < CURRENT).then_some(place)
     }
 
     /// Reads from the head to the log's end.
     async fn catch_up(&self) -> Result<()> {
         let at = Instant::now();
-        let end = log_position(&mut *self.database.get().await?).await?;
+        let (end, removals) = log_end(&mut *self.database.get().await?).await?;
         loop {
             let head = {
                 let mut inner = self.lock();
                 if inner.head >= end {
                     inner.read_through = at;
+                    inner.removals = removals;
                     return Ok(());
                 }
                 inner.head
             };
             let rows = Event::list_of_log(&mut *self.database.get().await?, head, end, PAGE).await?;
-            let whole = i64::try_from(rows.len()).is_ok_and(|read| read < PAGE);
+            let read = i64::try_from(rows.len()).map_err(Error::internal)?;
+            let whole = read < PAGE;
+            let through = if whole { end } else { rows.last().map_or(end, |row| row.position) };
             let events = with_jobs(&self.directory, rows).await?;
             let mut inner = self.lock();
-            events.iter().for_each(|(row, job)| inner.deliver(row, job));
-            if whole {
-                // What retention removed is not waited for.
-                inner.head = inner.head.max(end);
+            if read < through - head {
+                // Positions have no gaps but where retention was faster: all
+                // who watch have to look what that is to them.
+                inner.mailboxes.values().for_each(|mailbox| mailbox.overflow());
             }
+            events.iter().for_each(|(row, job)| inner.deliver(row, job));
+            inner.head = inner.head.max(through);
         }
     }
 
@@ -211,12 +221,17 @@ impl Mailbox {
             return;
         }
         if waiting.events.len() >= MAILBOX_EVENTS || waiting.bytes + event.encoded.len() > MAILBOX_BYTES {
-            *waiting = Waiting { overflowed: true, ..Waiting::default() };
-        } else {
-            waiting.bytes += event.encoded.len();
-            waiting.events.push_back(Arc::clone(event));
+            drop(waiting);
+            return self.overflow();
         }
+        waiting.bytes += event.encoded.len();
+        waiting.events.push_back(Arc::clone(event));
         drop(waiting);
+        self.filled.notify_one();
+    }
+
+    fn overflow(&self) {
+        *self.lock() = Waiting { overflowed: true, ..Waiting::default() };
         self.filled.notify_one();
     }
 

@@ -1,5 +1,5 @@
-//! Resume tokens: a position in what a watch sees, bound to its scope and
-//! filter. Opaque to clients, so that a position may one day span several logs.
+//! Resume tokens: a place in what a watch sees, bound to its scope and filter.
+//! Opaque to clients, so that a place may one day span several logs.
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use sha2::{Digest as _, Sha256};
@@ -15,6 +15,17 @@ use crate::{
 
 /// Of the token's form; another one is refused.
 const VERSION: u8 = 1;
+
+/// How far a watch has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Place {
+    /// Everything in scope up to here was sent or filtered: a sequence where
+    /// one job is watched, a position of the log where all are.
+    pub(crate) cursor: i64,
+    /// Where all jobs are watched: how many logs retention had removed when it
+    /// was last seen that nothing beyond the cursor was lost by that.
+    pub(crate) removals: i64,
+}
 
 /// What a token is bound to: it says nothing about who may watch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,17 +58,18 @@ impl Binding {
         Self(std::array::from_fn(|index| digest[index]))
     }
 
-    /// A token that goes on after `at`.
-    pub(crate) fn token(self, at: i64) -> String {
-        let mut bytes = Vec::with_capacity(17);
+    /// A token that goes on from there.
+    pub(crate) fn token(self, place: Place) -> String {
+        let mut bytes = Vec::with_capacity(25);
         bytes.push(VERSION);
         bytes.extend(self.0);
-        bytes.extend(at.to_be_bytes());
+        bytes.extend(place.cursor.to_be_bytes());
+        bytes.extend(place.removals.to_be_bytes());
         URL_SAFE_NO_PAD.encode(bytes)
     }
 
     /// Where a token goes on, if it is one of this binding.
-    pub(crate) fn position(self, token: &str) -> Result<i64> {
+    pub(crate) fn place(self, token: &str) -> Result<Place> {
         let at_fault = |description| Err(Error::invalid("resume_token", description));
         if token.len() > TOKEN_BYTES {
             return at_fault("is no token of this service");
@@ -66,13 +78,16 @@ impl Binding {
             return at_fault("is no token of this service");
         };
         match bytes.split_first() {
-            Some((&VERSION, rest)) if rest.len() == 16 => {
-                let (binding, at) = rest.split_at(8);
-                if binding != self.0 {
+            Some((&VERSION, rest)) if rest.len() == 24 => {
+                if rest[..8] != self.0 {
                     return at_fault("is of a watch with another scope or filter");
                 }
-                let at = i64::from_be_bytes(std::array::from_fn(|index| at[index]));
-                if at < 0 { at_fault("is no token of this service") } else { Ok(at) }
+                let number = |at| i64::from_be_bytes(std::array::from_fn(|index| rest[at + index]));
+                let place = Place { cursor: number(8), removals: number(16) };
+                if place.cursor < 0 || place.removals < 0 {
+                    return at_fault("is no token of this service");
+                }
+                Ok(place)
             }
             _ => at_fault("is no token of this service"),
         }

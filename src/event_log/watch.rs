@@ -15,7 +15,7 @@ use super::{
     EventLog,
     directory::JobIdentity,
     tail::{Delivery, Subscription, log_events},
-    token::Binding,
+    token::{Binding, Place},
     wire::LogEvent,
 };
 use crate::{
@@ -24,7 +24,8 @@ use crate::{
     limits::MESSAGE_BYTES,
     models::{
         caller::{Sight, Viewer},
-        event::{Event, JobHead, log_position},
+        event::{Event, JobHead},
+        retention::{self, Removed},
     },
     progress::{EventKind, JobState},
 };
@@ -127,6 +128,8 @@ pub(crate) enum EndReason {
     JobClosed,
     Draining,
     CredentialEnded,
+    /// Retention removed events before they could be sent.
+    EventsExpired,
 }
 
 /// An open watch.
@@ -142,6 +145,8 @@ pub(crate) struct Watch {
     subscription: Subscription,
     /// Everything in scope up to here was sent or filtered.
     cursor: i64,
+    /// See [`Place::removals`].
+    removals: i64,
     /// Read, beyond the cursor, in scope; not sent yet.
     pending: VecDeque<Arc<LogEvent>>,
     /// Where the cursor moves once nothing is pending.
@@ -168,17 +173,21 @@ impl Watch {
     ) -> Result<Self> {
         let WatchQuery { scope, kinds, start, heartbeat } = query;
         let binding = Binding::new(&scope, &kinds);
-        let start = match start {
-            Start::Beginning => Some(0),
-            Start::AfterSequence(sequence) => Some(sequence),
-            Start::Resume(token) => Some(binding.position(&token)?),
-            Start::Now => None,
+        let resumed = match &start {
+            Start::Resume(token) => Some(binding.place(token)?),
+            Start::Beginning | Start::AfterSequence(_) | Start::Now => None,
         };
         // Before the log's end is looked up: whatever is committed after that
         // look is delivered.
         let subscription = log.0.tail.subscribe(scope.topic());
-        let (past_end, job) = log_end(&log, &scope).await?;
-        let cursor = start.unwrap_or(past_end);
+        let end = LogEnd::look(&log, &scope).await?;
+        let Place { cursor, removals } = match (start, resumed) {
+            (Start::Beginning, _) => Place { cursor: before_oldest(&log, &scope, &end).await?, ..end.place },
+            (Start::AfterSequence(cursor), _) => Place { cursor, ..end.place },
+            (_, Some(place)) => place,
+            _ => end.place,
+        };
+        let past_end = end.place.cursor;
         if cursor > past_end {
             return Err(Error::PositionBeyondLog);
         }
@@ -192,12 +201,13 @@ impl Watch {
             binding,
             subscription,
             cursor,
+            removals,
             pending: VecDeque::new(),
             read_to: cursor,
             past_end,
             caught_up: false,
             missed: false,
-            job,
+            job: end.job,
             beat_at: Instant::now() + heartbeat,
             ended: false,
         })
@@ -219,6 +229,7 @@ impl Watch {
                     self.beat_at = Instant::now() + self.heartbeat;
                     return Some(Ok(message));
                 }
+                Err(Error::EventsExpired { .. }) => return Some(Ok(self.end(EndReason::EventsExpired))),
                 // The stream stays; it goes on when the database is back.
                 Err(Error::Unavailable(_)) => tokio::time::sleep(RETRY).await,
                 Err(error) => {
@@ -278,30 +289,53 @@ impl Watch {
         }
     }
 
-    /// Reads a page of the log from the cursor towards the end of the past.
+    /// Reads a page of the log from the cursor towards the end of the past;
+    /// [`Error::EventsExpired`] if not all of it is there any more.
     async fn read_past(&mut self) -> Result<()> {
         let turn = self.log.0.readers.acquire().await.map_err(Error::internal)?;
         let mut connection = self.log.0.database.get().await?;
         let (rows, through) = match &self.scope {
             Scope::Job(job) => {
                 let through = self.past_end;
-                (Event::list_of_job(&mut connection, job.id, self.cursor, through, &[], PAGE).await?, through)
+                let rows =
+                    Event::list_of_job(&mut connection, job.id, self.cursor, through, &[], PAGE).await?;
+                if count(&rows) < PAGE.min(through - self.cursor) {
+                    drop((connection, turn));
+                    // It may have gone on before it was closed and removed.
+                    self.job = LogEnd::look(&self.log, &self.scope).await?.job;
+                    return Err(Error::EventsExpired { first_sequence: None });
+                }
+                (rows, through)
             }
-            Scope::All { viewer, .. } => {
+            Scope::All { viewer, configuration_tag, counterpart_id } => {
                 let through = self.past_end.min(self.cursor + WINDOW);
                 let sight = viewer.sight();
-                let rows = if through - self.cursor <= PAGE {
+                let rows = if through - self.cursor <= PAGE && self.removals == 0 {
                     // So few are read whole: to plan for those in sight costs
                     // more than to leave the others out.
                     Event::list_of_log(&mut connection, self.cursor, through, PAGE).await?
                 } else {
                     Event::list_in_sight(&mut connection, sight, self.cursor, through, PAGE).await?
                 };
+                let removed = Removed {
+                    sight,
+                    configuration_tag,
+                    counterpart_id: *counterpart_id,
+                    after_position: self.cursor,
+                    since: self.removals,
+                };
+                // After the page: logs are marked as removed before any event
+                // of theirs is.
+                let (removals, lost) = removed.look(&mut connection).await?;
+                if lost {
+                    return Err(Error::EventsExpired { first_sequence: None });
+                }
+                self.removals = removals;
                 (rows, through)
             }
         };
         drop((connection, turn));
-        let whole = i64::try_from(rows.len()).is_ok_and(|read| read < PAGE);
+        let whole = count(&rows) < PAGE;
         let events = log_events(&self.log.0.directory, rows).await?;
         let last = events.last().map_or(through, |event| self.scope.place(event));
         self.read_to = if whole { through } else { last };
@@ -312,10 +346,10 @@ impl Watch {
     /// The past now ends where the log does.
     async fn look_again(&mut self) -> Result<()> {
         let turn = self.log.0.readers.acquire().await.map_err(Error::internal)?;
-        let (past_end, job) = log_end(&self.log, &self.scope).await?;
+        let end = LogEnd::look(&self.log, &self.scope).await?;
         drop(turn);
-        self.past_end = past_end.max(self.cursor);
-        self.job = job;
+        self.past_end = end.place.cursor.max(self.cursor);
+        self.job = end.job;
         self.missed = false;
         Ok(())
     }
@@ -353,8 +387,9 @@ impl Watch {
             return None;
         }
         if let Scope::All { .. } = self.scope {
-            self.cursor = self.cursor.max(head);
+            self.cursor = self.cursor.max(head.cursor);
             self.read_to = self.cursor;
+            self.removals = self.removals.max(head.removals);
         }
         Some(self.message(Body::Heartbeat))
     }
@@ -423,19 +458,47 @@ impl Watch {
     }
 
     fn message(&self, body: Body) -> Message {
-        Message { resume_token: self.binding.token(self.cursor), body }
+        let place = Place { cursor: self.cursor, removals: self.removals };
+        Message { resume_token: self.binding.token(place), body }
     }
 }
 
-/// Where the scope's log ends now, and the state of the one job there.
-async fn log_end(log: &EventLog, scope: &Scope) -> Result<(i64, Option<JobState>)> {
-    let mut connection = log.0.database.get().await?;
-    match scope {
-        Scope::Job(job) => {
-            let head = JobHead::load(&mut connection, &[job.id]).await?.pop();
-            let state = head.ok_or_else(|| Error::not_found(Resource::Job, &job.id))?.state();
-            Ok((state.last_sequence, Some(state)))
+/// Where the scope's log ends now.
+struct LogEnd {
+    place: Place,
+    /// The state of the one job there.
+    job: Option<JobState>,
+}
+
+impl LogEnd {
+    async fn look(log: &EventLog, scope: &Scope) -> Result<Self> {
+        let mut connection = log.0.database.get().await?;
+        match scope {
+            Scope::Job(job) => {
+                let head = JobHead::load(&mut connection, &[job.id]).await?.pop();
+                let state = head.ok_or_else(|| Error::not_found(Resource::Job, &job.id))?.state();
+                Ok(Self { place: Place { cursor: state.last_sequence, removals: 0 }, job: Some(state) })
+            }
+            Scope::All { .. } => {
+                let (cursor, removals) = retention::log_end(&mut connection).await?;
+                Ok(Self { place: Place { cursor, removals }, job: None })
+            }
         }
-        Scope::All { .. } => Ok((log_position(&mut connection).await?, None)),
     }
+}
+
+/// Where a watch from the beginning starts: for all jobs, before the oldest
+/// event that is kept.
+async fn before_oldest(log: &EventLog, scope: &Scope, end: &LogEnd) -> Result<i64> {
+    match scope {
+        Scope::Job(_) => Ok(0),
+        Scope::All { .. } => {
+            let oldest = Event::oldest_kept(&mut *log.0.database.get().await?).await?;
+            Ok(oldest.map_or(end.place.cursor, |position| position - 1).min(end.place.cursor))
+        }
+    }
+}
+
+fn count(rows: &[Event]) -> i64 {
+    i64::try_from(rows.len()).unwrap_or(i64::MAX)
 }

@@ -9,7 +9,7 @@ use crate::{
     error::{Result, violated},
     models::caller::Sight,
     progress::{EventKind, JobState, JobStatus, Progress, StepSet},
-    schema::{event_log, events, jobs},
+    schema::{events, jobs},
 };
 
 /// An event of the log.
@@ -87,7 +87,7 @@ impl Event {
     }
 
     /// Those of the log's events after a position and up to another that
-    /// belong to jobs in sight, ascending.
+    /// belong to jobs in sight whose logs are not being removed, ascending.
     pub async fn list_in_sight(
         connection: &mut AsyncPgConnection,
         sight: Sight,
@@ -99,6 +99,7 @@ impl Event {
             .inner_join(jobs::table.on(jobs::id.eq(events::job_id)))
             .filter(events::position.gt(after))
             .filter(events::position.le(through))
+            .filter(jobs::events_removed.eq(false))
             .order(events::position)
             .limit(limit)
             .select(Self::as_select())
@@ -109,6 +110,12 @@ impl Event {
             Sight::Job(id) => query.filter(jobs::id.eq(id)),
         };
         Ok(query.load(connection).await?)
+    }
+
+    /// The position of the oldest event of the log that is kept.
+    pub async fn oldest_kept(connection: &mut AsyncPgConnection) -> Result<Option<i64>> {
+        let oldest = events::table.select(events::position).order(events::position);
+        Ok(oldest.first(connection).await.optional()?)
     }
 
     /// The stored ones among a job's events of these ids. Takes the connection
@@ -125,12 +132,6 @@ impl Event {
             .load(&mut connection)
             .await?)
     }
-}
-
-/// The position of the last event of the log: every event up to it is visible
-/// to whoever reads after this.
-pub async fn log_position(connection: &mut AsyncPgConnection) -> Result<i64> {
-    Ok(event_log::table.select(event_log::position).first(connection).await?)
 }
 
 /// What never changes of a job, and what its log derives.
@@ -154,6 +155,8 @@ pub struct JobHead {
     steps_done: Vec<u8>,
     last_sequence: i64,
     closed_at: Option<DateTime<Utc>>,
+    /// Its events are removed, or about to be.
+    pub events_removed: bool,
 }
 
 impl JobHead {

@@ -54,6 +54,7 @@ pub mod job;
 pub mod job_configuration;
 pub mod log_in_attempt;
 mod pg_enum;
+pub mod retention;
 pub mod session;
 pub mod user;
 pub mod version;

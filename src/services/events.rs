@@ -154,10 +154,13 @@ async fn watch_next(watching: Watching) -> Option<(Result<pb::WatchEventsRespons
         Err(error) => return Some((Err(error.into()), Watching::Ending(None))),
     };
     let next = match &message.body {
-        Body::End(reason, _) => Watching::Ending(match reason {
+        Body::End(reason, job) => Watching::Ending(match reason {
             EndReason::JobClosed => None,
             EndReason::Draining => Some(Error::Draining),
             EndReason::CredentialEnded => Some(Error::CredentialInvalid),
+            EndReason::EventsExpired => {
+                Some(Error::EventsExpired { first_sequence: job.map(|job| job.last_sequence + 1) })
+            }
         }),
         Body::Events(_) | Body::CaughtUp(_) | Body::Heartbeat => Watching::Open(watch),
     };
@@ -176,6 +179,7 @@ impl From<Message> for pb::WatchEventsResponse {
                     EndReason::JobClosed => pb::WatchEndReason::JobClosed,
                     EndReason::Draining => pb::WatchEndReason::Draining,
                     EndReason::CredentialEnded => pb::WatchEndReason::CredentialEnded,
+                    EndReason::EventsExpired => pb::WatchEndReason::EventsExpired,
                 };
                 Kind::End(pb::WatchEnd { reason: reason.into(), job: job.map(Into::into) })
             }

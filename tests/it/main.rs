@@ -23,6 +23,7 @@ mod operations;
 mod plans;
 mod progress;
 mod publish;
+mod retention;
 mod schema;
 mod support;
 mod validation;

@@ -5,8 +5,7 @@ use milepost::db::migrations;
 use crate::support::TestDatabase;
 
 /// They hold no entities.
-const BOOKKEEPING: &str =
-    "('schema_compatibility', 'event_log', 'log_in_attempts', '__diesel_schema_migrations')";
+const BOOKKEEPING: &str = "('schema_compatibility', 'event_log', 'retention', 'removed_logs', 'log_in_attempts', '__diesel_schema_migrations')";
 
 async fn texts(sql: &str) -> Vec<String> {
     TestDatabase::migrated().await.texts(sql).await

@@ -1,8 +1,11 @@
 //! Status and progress are the same for every watcher at the same sequence.
 
+use std::time::Duration;
+
+use diesel_async::SimpleAsyncConnection as _;
 use milepost::pb::JobStatus;
 
-use crate::support::{TestServer, complete, error, info, step};
+use crate::support::{TestServer, complete, error, info, step, within_patience};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn deterministic_for_whoever_watches_lists_or_appends() {
@@ -63,4 +66,58 @@ async fn deterministic_for_whoever_watches_lists_or_appends() {
     }
     let job = provider.get(&job).await;
     assert_eq!((job.last_sequence, job.status, job.progress), told[told.len() - 1]);
+}
+
+/// What a replica plans while its last round is under way rests on a state
+/// that may not come to pass, and the number of events alone does not tell.
+#[tokio::test(flavor = "multi_thread")]
+async fn deterministic_when_another_replica_appends_as_many_events_first() {
+    let server = TestServer::start().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[("load", 1), ("report", 1)]).await;
+    let job = provider.job(&customer).await;
+    provider.append(&job, [info("remembered")]).await;
+    // The other replica's append, about to be committed.
+    let mut other = server.database.connect().await;
+    let sql = format!(
+        "BEGIN;
+         UPDATE jobs SET last_sequence = 2, status = 'failed' WHERE id = '{id}';
+         UPDATE event_log SET position = position + 1;
+         INSERT INTO events (job_id, sequence, position, id, kind, name, event_metadata, status, points_done, percent, created_at)
+         SELECT '{id}', 2, position, gen_random_uuid(), 'error', 'the other''s', '', 'failed', 0, 0, clock_timestamp()
+         FROM event_log",
+        id = job.id
+    );
+    other.batch_execute(&sql).await.unwrap();
+    let append = |event| {
+        let (mut caller, job) = (provider.clone(), job.clone());
+        tokio::spawn(async move { caller.append(&job, [event]).await })
+    };
+    let first = append(step("load"));
+    let waiting = "SELECT pid::text AS text FROM pg_stat_activity
+                   WHERE datname = current_database() AND wait_event_type = 'Lock'";
+    within_patience("the first append to be under way", async {
+        while server.database.texts(waiting).await.is_empty() {}
+    })
+    .await;
+    let second = append(info("planned on the first"));
+    // Nothing tells when it is planned; a moment is plenty.
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    other.batch_execute("COMMIT").await.unwrap();
+    first.await.unwrap();
+    second.await.unwrap();
+
+    let film: Vec<_> = (provider.list(&job).await.into_iter())
+        .map(|event| (event.name.clone(), event.status(), event.progress.unwrap().points_done))
+        .collect();
+    let film: Vec<_> = film.iter().map(|(name, status, points)| (name.as_str(), *status, *points)).collect();
+    assert_eq!(
+        film,
+        [
+            ("remembered", JobStatus::Running, 0),
+            ("the other's", JobStatus::Failed, 0),
+            ("load", JobStatus::Running, 1),
+            ("planned on the first", JobStatus::Running, 1),
+        ]
+    );
 }

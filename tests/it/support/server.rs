@@ -53,10 +53,15 @@ impl TestServer {
     }
 
     pub async fn on(database: TestDatabase) -> Self {
+        Self::that_keeps(database, None).await
+    }
+
+    /// One that removes the events of jobs that closed so long ago.
+    pub async fn that_keeps(database: TestDatabase, retention: Option<Duration>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let stop = CancellationToken::new();
-        let app = app(&database.url).await;
+        let app = app(&database.url, retention).await;
         let stopped = stop.clone().cancelled_owned();
         tokio::spawn(async move { server::serve(listener, app, &settings(), stopped).await.unwrap() });
         Self { address, database, clients: Clients::of(address), _stop: stop.drop_guard() }
@@ -92,7 +97,7 @@ fn settings() -> ServerSettings {
     }
 }
 
-async fn app(url: &str) -> App {
+async fn app(url: &str, retention: Option<Duration>) -> App {
     let database = Database::new(DatabaseSettings {
         url: url.to_owned(),
         connections: 8,
@@ -110,5 +115,5 @@ async fn app(url: &str) -> App {
         streams_per_user: STREAMS_PER_USER,
         trusted_proxies: vec![TRUSTED_PROXY],
     };
-    App::start(database, auth, EventLogSettings { publish_window: 8 }).await.unwrap()
+    App::start(database, auth, EventLogSettings { publish_window: 8, retention }).await.unwrap()
 }

@@ -1,0 +1,365 @@
+//! Retention removes the events of a job a set time after it closed. All that
+//! was promised holds for what was not removed, and nobody misses anything
+//! without being told.
+
+use std::time::Duration;
+
+use milepost::pb::{
+    self, ErrorReason, Event, WatchEndReason, watch_events_request::Scope, watch_events_request::Start,
+    watch_events_response::Message,
+};
+use prost_types::{Value, value::Kind};
+use tonic::Code;
+
+use crate::support::{
+    TestDatabase, TestServer, User, Watch, assert_refused, complete, info, noted, registration, step,
+    within_patience,
+};
+
+/// One step of whoever removes, of what has closed until now: how many jobs
+/// were marked, and how many events deleted.
+async fn remove(server: &TestServer, most_jobs: u32, most_events: u32) -> (u32, u32) {
+    let sql = format!(
+        "SELECT unnest(ARRAY[marked, deleted])::text AS text
+         FROM remove_expired_events(interval '0', {most_jobs}, {most_events})"
+    );
+    let step = server.database.texts(&sql).await;
+    (step[0].parse().unwrap(), step[1].parse().unwrap())
+}
+
+async fn remove_all(server: &TestServer) {
+    while remove(server, 100, 1_000).await != (0, 0) {}
+}
+
+/// A job that took this many events and one more that completed it.
+async fn completed(provider: &mut User, customer: &User, events: usize) -> pb::Job {
+    let job = provider.job(customer).await;
+    let infos: Vec<_> = (0..events).map(|n| info(&format!("{n}"))).collect();
+    for batch in infos.chunks(500) {
+        provider.append(&job, batch.to_vec()).await;
+    }
+    provider.append(&job, [complete()]).await;
+    job
+}
+
+fn all_jobs(start: Option<Start>) -> pb::WatchEventsRequest {
+    pb::WatchEventsRequest {
+        scope: Some(Scope::AllJobs(pb::AllJobs::default())),
+        start,
+        ..Default::default()
+    }
+}
+
+fn tagged(tag: &str, token: &str) -> pb::WatchEventsRequest {
+    let all = pb::AllJobs { configuration_tag: tag.to_owned(), ..Default::default() };
+    let start = (!token.is_empty()).then(|| Start::ResumeToken(token.to_owned()));
+    pb::WatchEventsRequest { scope: Some(Scope::AllJobs(all)), start, ..Default::default() }
+}
+
+/// Reads until the watch is over, which is to be because of retention. What it
+/// said before.
+async fn overtaken(watch: &mut Watch, first_sequence: Option<&str>) -> Vec<Event> {
+    let mut events = Vec::new();
+    loop {
+        match watch.next().await.unwrap().expect("an `end` before the status") {
+            Message::Events(watched) => events.extend(watched.events),
+            Message::End(end) => {
+                assert_eq!(end.reason(), WatchEndReason::EventsExpired);
+                break;
+            }
+            Message::CaughtUp(_) | Message::Heartbeat(_) => {}
+        }
+    }
+    let refusal = assert_refused(watch.next().await, Code::OutOfRange, ErrorReason::EventsExpired);
+    assert_eq!(refusal.metadata.get("first_sequence").map(String::as_str), first_sequence);
+    events
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn events_are_removed_a_set_time_after_their_job_closed() {
+    let keeps = Some(Duration::from_secs(1));
+    let server = TestServer::that_keeps(TestDatabase::migrated().await, keeps).await;
+    let _rival = TestServer::that_keeps(server.database.clone(), keeps).await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[("load", 3), ("report", 1)]).await;
+    let open = provider.job(&customer).await;
+    provider.append(&open, [info("goes on"), step("load")]).await;
+    let kept = provider.list(&open).await;
+    let mut closed = Vec::new();
+    for _ in 0..5 {
+        closed.push(completed(&mut provider, &customer, 700).await);
+    }
+    let failed = provider.job(&customer).await;
+    provider.append(&failed, [step("load")]).await;
+    provider.close(&failed).await.unwrap();
+    closed.push(failed);
+    let mut finals = Vec::new();
+    for job in &closed {
+        finals.push(provider.get(job).await);
+    }
+
+    let ours = format!("SELECT count(*)::text AS text FROM events WHERE job_id <> '{}'", open.id);
+    within_patience("the events to go", async {
+        while server.database.texts(&ours).await != ["0"] {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    for job in finals {
+        assert_eq!(provider.get(&job).await, job, "it stays as it was");
+    }
+    assert_eq!(provider.list(&open).await, kept);
+    // All of that took place no sooner than it was to.
+    let early = "SELECT removed_logs.job_id::text AS text FROM removed_logs JOIN jobs ON jobs.id = job_id
+                 WHERE removed_logs.created_at < closed_at + interval '1 s'";
+    assert_eq!(server.database.texts(early).await, Vec::<String>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_asked_for_by_name_is_out_of_range_and_says_what_is_left() {
+    let server = TestServer::start().await;
+    let (mut provider, mut customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[("load", 1)]).await;
+    let job = completed(&mut provider, &customer, 9).await;
+    let before = provider.get(&job).await;
+    let mut opened = customer.watch(&job).await;
+    let (_, caught_up) = opened.caught_up().await;
+    let Some(Message::End(_)) = opened.next().await.unwrap() else { panic!("the job is closed") };
+    let end_token = opened.resume_token;
+    remove_all(&server).await;
+
+    let list = |after_sequence| pb::ListEventsRequest {
+        job: Some(pb::list_events_request::Job::JobId(job.id.clone())),
+        after_sequence,
+        ..Default::default()
+    };
+    for after in [0, 1, 9] {
+        let refusal = assert_refused(
+            customer.events.list_events(list(after)).await,
+            Code::OutOfRange,
+            ErrorReason::EventsExpired,
+        );
+        assert_eq!(refusal.metadata["first_sequence"], "11");
+        let start = (after > 0).then_some(Start::AfterSequence(after));
+        let told = overtaken(&mut customer.watch_from(&job, start).await, Some("11")).await;
+        assert_eq!(told, []);
+    }
+    let page = customer.events.list_events(list(10)).await.unwrap().into_inner();
+    assert_eq!((page.events.len(), page.next_page_token.as_str()), (0, ""));
+    for start in [Start::AfterSequence(10), Start::FromNow(pb::FromNow {}), Start::ResumeToken(end_token)] {
+        let film = customer.watch_from(&job, Some(start)).await.film().await;
+        assert_eq!((film.events.len(), film.end.job), (0, caught_up.job), "the state is still told");
+    }
+    assert_eq!(provider.get(&job).await, before);
+    assert!(provider.close(&job).await.is_err(), "complete it was, complete it stays");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_removed_event_is_never_appended_a_second_time() {
+    let server = TestServer::start().await;
+    let replica = server.replica().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[("load", 1)]).await;
+    let job = provider.job(&customer).await;
+    let (first, last) = (step("load"), complete());
+    provider.append(&job, [first.clone()]).await;
+    provider.append(&job, [last.clone()]).await;
+    remove_all(&server).await;
+    for mut caller in [provider.clone(), replica.same(&provider)] {
+        for batch in [vec![first.clone()], vec![last.clone()], vec![first.clone(), last.clone()]] {
+            let refused = caller.try_append(&job, batch).await;
+            assert_refused(refused, Code::FailedPrecondition, ErrorReason::JobClosed);
+        }
+    }
+    assert_eq!(server.count("events").await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_watch_of_all_jobs_from_the_beginning_starts_with_the_oldest_kept() {
+    let server = TestServer::start().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[("load", 1)]).await;
+    let first = provider.job(&customer).await;
+    provider.append(&first, [info("older than what is removed")]).await;
+    completed(&mut provider, &customer, 30).await;
+    let second = provider.job(&customer).await;
+    provider.append(&second, [info("newer")]).await;
+    let mut kept = provider.list(&first).await;
+    kept.extend(provider.list(&second).await);
+
+    // Whatever step the removal has come to, none of the job is told.
+    let mut steps = 0;
+    loop {
+        let step = remove(&server, 1, 7).await;
+        let (told, _) = customer.clone().watch_all().await.caught_up().await;
+        assert_eq!(told, kept);
+        if step == (0, 0) {
+            break;
+        }
+        steps += 1;
+        assert!(step.0 <= 1 && step.1 <= 7, "small steps: {step:?}");
+    }
+    assert!(steps > 4);
+    // Nothing at all left but the last event.
+    provider.append(&first, [complete()]).await;
+    remove_all(&server).await;
+    let (told, _) = customer.clone().watch_all().await.caught_up().await;
+    assert_eq!(told, kept[1..]);
+    // Such a watch is as good as any: its tokens go on, and it lives.
+    let mut watch = provider.watch_all().await;
+    watch.caught_up().await;
+    let start = Start::ResumeToken(watch.resume_token.clone());
+    provider.append(&second, [info("live")]).await;
+    for mut watch in [watch, provider.watch_by(all_jobs(Some(start))).await.unwrap()] {
+        assert_eq!(watch.events(1).await[0].name, "live");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_from_before_is_refused_if_something_unseen_was_removed_from_its_scope() {
+    let server = TestServer::start().await;
+    let (mut provider, mut other) = (server.provider().await, server.provider().await);
+    let (mut customer, mut stranger) = (server.customer().await, server.customer().await);
+    provider.configuration(&[("load", 1)]).await;
+    provider
+        .register(pb::RegisterJobConfigurationRequest {
+            tag: "other".to_owned(),
+            ..registration("1.0.0", &[("load", 1)])
+        })
+        .await;
+    other.configuration(&[("load", 1)]).await;
+    let tag = registration("1.0.0", &[]).tag;
+
+    let job = provider.job(&customer).await;
+    provider.append(&job, [info("seen by all")]).await;
+    let elsewhere = other.job(&stranger).await;
+    other.append(&elsewhere, [info("seen by all")]).await;
+    let requests = [tagged("", ""), tagged(&tag, ""), tagged("other", "")];
+    let mut before = Vec::new();
+    for user in [&mut provider, &mut customer, &mut other, &mut stranger] {
+        for request in &requests {
+            let mut watch = user.watch_by(request.clone()).await.unwrap();
+            watch.caught_up().await;
+            before.push(watch.resume_token);
+        }
+    }
+    provider.append(&job, [complete()]).await;
+    let mut seen = provider.watch_all().await;
+    seen.caught_up().await;
+    remove_all(&server).await;
+
+    let mut tokens = before.iter();
+    let expected = [[true, true, false], [true, true, false], [false; 3], [false; 3]];
+    for (user, expected) in
+        [&mut provider, &mut customer, &mut other, &mut stranger].into_iter().zip(expected)
+    {
+        for (tag, lost) in ["", &tag, "other"].into_iter().zip(expected) {
+            let mut watch = user.watch_by(tagged(tag, tokens.next().unwrap())).await.unwrap();
+            if lost {
+                assert_eq!(overtaken(&mut watch, None).await, []);
+            } else {
+                assert_eq!(watch.caught_up().await.0, []);
+            }
+        }
+    }
+    // Who has seen it all goes on.
+    let mut resumed = provider.watch_by(tagged("", &seen.resume_token)).await.unwrap();
+    assert_eq!(resumed.caught_up().await.0, []);
+    // Nor does it matter to whoever only sees a job with another customer.
+    let with = |user: &User, start: &str| {
+        let mut request = tagged("", start);
+        if let Some(Scope::AllJobs(all)) = &mut request.scope {
+            all.counterpart_id = user.id.clone();
+        }
+        request
+    };
+    let mut tokens = Vec::new();
+    for user in [&customer, &stranger] {
+        let mut watch = provider.watch_by(with(user, "")).await.unwrap();
+        watch.caught_up().await;
+        tokens.push(watch.resume_token);
+    }
+    completed(&mut provider, &customer, 1).await;
+    remove_all(&server).await;
+    assert_eq!(overtaken(&mut provider.watch_by(with(&customer, &tokens[0])).await.unwrap(), None).await, []);
+    let mut watch = provider.watch_by(with(&stranger, &tokens[1])).await.unwrap();
+    assert_eq!(watch.caught_up().await.0, []);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_open_watcher_that_is_overtaken_is_told() {
+    let server = TestServer::start().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[("load", 1)]).await;
+    let job = provider.job(&customer).await;
+    let large = || Value { kind: Some(Kind::StringValue("x".repeat(16_000))) };
+    let events = 1_200_usize;
+    for n in 0..events / 40 {
+        let batch = (0..40).map(|m| noted(info(&format!("{}", n * 40 + m)), [("large", large())]));
+        provider.append(&job, batch.collect::<Vec<_>>()).await;
+    }
+    let reader = || server.other_clients().same(&provider);
+    // Both have the first message, and most of it all to come.
+    let (mut all, mut one) = (reader().watch_all().await, reader().watch(&job).await);
+    let mut told = [all.events(1).await, one.events(1).await];
+    provider.append(&job, [complete()]).await;
+    remove_all(&server).await;
+    told[0].extend(overtaken(&mut all, None).await);
+    told[1].extend(overtaken(&mut one, Some("1202")).await);
+    for told in told {
+        assert!(!told.is_empty() && told.len() < events, "{} of {events}", told.len());
+        let sequences: Vec<_> = told.iter().map(|event| event.sequence).collect();
+        assert_eq!(sequences, (1..).take(told.len()).collect::<Vec<_>>(), "without a gap up to the end");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_came_and_went_unseen_is_not_passed_over() {
+    let server = TestServer::start().await;
+    let (mut provider, mut customer) = (server.provider().await, server.customer().await);
+    let mut other = server.provider().await;
+    provider.configuration(&[("load", 1)]).await;
+    other.configuration(&[("load", 1)]).await;
+    let job = provider.job(&customer).await;
+    let others = other.job(&server.customer().await).await;
+    let (mut one, mut all) = (customer.watch(&job).await, provider.watch_all().await);
+    let mut elsewhere = other.watch_all().await;
+    for watch in [&mut one, &mut all, &mut elsewhere] {
+        watch.caught_up().await;
+    }
+    // As if this server had been away from its database for longer than events
+    // are kept: it finds the log's end moved, and no events.
+    let closes = format!(
+        "BEGIN;
+         UPDATE jobs SET last_sequence = 2, status = 'cancelled', closed_at = clock_timestamp() WHERE id = '{id}';
+         UPDATE event_log SET position = position + 2;
+         INSERT INTO events (job_id, sequence, position, id, kind, name, event_metadata, status, points_done, percent, created_at)
+         SELECT '{id}', n, position - 2 + n, gen_random_uuid(), kind::event_kind, '', '', status::job_status, 0, 0, clock_timestamp()
+         FROM event_log, (VALUES (1, 'info', 'running'), (2, 'close', 'cancelled')) AS given (n, kind, status);
+         SELECT remove_expired_events(interval '0', 100, 1000);
+         SELECT remove_expired_events(interval '0', 100, 1000);
+         COMMIT",
+        id = job.id
+    );
+    server.database.execute(&closes).await;
+    assert_eq!(server.count("events").await, 0);
+    assert_eq!(overtaken(&mut all, None).await, []);
+    assert_eq!(overtaken(&mut one, Some("3")).await, []);
+    other.append(&others, [info("of somebody else")]).await;
+    assert_eq!(elsewhere.events(1).await.len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_retention_deletes_events() {
+    let server = TestServer::start().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[("load", 1)]).await;
+    completed(&mut provider, &customer, 1).await;
+    for sql in ["DELETE FROM events", "TRUNCATE events", "DELETE FROM events WHERE sequence = 2"] {
+        let done =
+            diesel_async::SimpleAsyncConnection::batch_execute(&mut server.database.connect().await, sql)
+                .await;
+        assert!(done.is_err(), "{sql}");
+    }
+    assert_eq!(server.count("events").await, 2);
+}
