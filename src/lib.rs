@@ -14,7 +14,7 @@
 //! | 6 | [`cli`] | serve, migrate, demo, watch, user |
 //! | 5 | [`server`] | the router, its limits, health, reflection, the drain |
 //! | 4 | [`services`] | the four gRPC services; requests become values, errors become statuses |
-//! | 3 | [`event_log`] | the heart: `append`, `tail`, `watch`, `wire` |
+//! | 3 | [`event_log`] | the heart: `append`, `tail`, `watch`, `wire`, `expiry` |
 //! | 3 | [`auth`] | a secret becomes a caller, and a signal of its end |
 //! | 2 | [`models`] | rows, their queries, and who may see them |
 //! | 2 | [`db`] | pool, migrations, embedded Postgres, doorbell |

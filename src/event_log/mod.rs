@@ -3,7 +3,8 @@
 //! `append` is the only way in: many callers, few transactions. `tail` follows
 //! what was committed, by this replica or another, in order, once per process.
 //! `watch` is the one loop behind every watch: the past, then the tail. `wire`
-//! makes of a row what is sent, once for all watchers.
+//! makes of a row what is sent, once for all watchers. `expiry` removes what
+//! retention does not keep.
 
 mod append;
 mod directory;
