@@ -67,7 +67,9 @@ async fn overtaken(watch: &mut Watch, first_sequence: Option<&str>) -> Vec<Event
                 assert_eq!(end.reason(), WatchEndReason::EventsExpired);
                 break;
             }
-            Message::CaughtUp(_) | Message::Heartbeat(_) => {}
+            Message::CaughtUp(_) | Message::Heartbeat(_) => {
+                panic!("it goes on after {} events", events.len())
+            }
         }
     }
     let refusal = assert_refused(watch.next().await, Code::OutOfRange, ErrorReason::EventsExpired);
