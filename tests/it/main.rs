@@ -11,6 +11,7 @@
 
 mod access;
 mod auth;
+mod backup;
 mod cli;
 mod configurations;
 mod errors;
