@@ -153,18 +153,26 @@ impl Credential {
     pub(super) fn end(self: &Arc<Self>) {
         self.ended.cancel();
         if !self.streams().is_empty() {
-            let credential = Arc::clone(self);
-            tokio::spawn(async move {
-                sleep(END_GRACE).await;
-                credential.streams().values().for_each(CancellationToken::cancel);
-            });
+            self.cut_after_grace();
         }
     }
 
+    fn cut_after_grace(self: &Arc<Self>) {
+        let credential = Arc::clone(self);
+        tokio::spawn(async move {
+            sleep(END_GRACE).await;
+            credential.streams().values().for_each(CancellationToken::cancel);
+        });
+    }
+
     /// A stream was opened on this connection; its number.
-    pub(super) fn opened(&self, connection: CancellationToken) -> u64 {
+    pub(super) fn opened(self: &Arc<Self>, connection: CancellationToken) -> u64 {
         let number = self.next_stream.fetch_add(1, Relaxed);
         self.streams().insert(number, connection);
+        // Whoever ended it a moment ago saw no stream to cut.
+        if self.ended.is_cancelled() {
+            self.cut_after_grace();
+        }
         number
     }
 
@@ -223,6 +231,22 @@ mod tests {
         credential.confirm(Moment::now());
         credential.ended().await;
         assert!(matches!(credential.confirmed().await, Err(Error::CredentialInvalid)));
+    }
+
+    #[tokio::test]
+    async fn a_stream_is_cut_whether_it_was_opened_before_the_end_or_just_after_it() {
+        let credential = Arc::new(credential(None, Moment::now()));
+        let [before, after, closed] = [(); 3].map(|()| CancellationToken::new());
+        credential.opened(before.clone());
+        credential.end();
+        assert!(!before.is_cancelled(), "it has a moment to take its end");
+        before.cancelled().await;
+
+        let number = credential.opened(closed.clone());
+        credential.opened(after.clone());
+        credential.closed(number);
+        let cut = tokio::time::timeout(2 * END_GRACE, after.cancelled()).await;
+        assert!(cut.is_ok() && !closed.is_cancelled());
     }
 
     #[tokio::test]
