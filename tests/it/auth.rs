@@ -365,19 +365,6 @@ async fn the_role_is_looked_at_before_the_request() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_disabled_user_is_refused_with_every_credential() {
-    let server = TestServer::start().await;
-    let user = server.customer().await;
-    server.database.execute("UPDATE users SET disabled_at = now()").await;
-    // A server that has not seen the key yet, so that nothing is remembered.
-    let replica = server.replica().await;
-    let mut same = replica.same(&user);
-    assert_refused(who(&mut same.key).await, Code::Unauthenticated, ErrorReason::CredentialInvalid);
-    let answer = log_in(&server, &user.email, PASSWORD).await;
-    assert_refused(answer, Code::Unauthenticated, ErrorReason::LogInFailed);
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn keys_come_page_by_page() {
     let server = TestServer::start().await;
     let mut user = server.customer().await;

@@ -2,6 +2,7 @@
 
 mod atomic;
 mod complete;
+mod confined;
 mod deterministic;
 mod durable;
 mod ordered;

@@ -69,6 +69,16 @@ impl TestDatabase {
         Self::copy_of("template0").await
     }
 
+    /// Of a server that runs its own.
+    pub fn served(url: String) -> Self {
+        Self { name: "milepost".to_owned(), url }
+    }
+
+    /// The same by another way.
+    pub fn through(&self, url: String) -> Self {
+        Self { url, ..self.clone() }
+    }
+
     async fn copy_of(template: &str) -> Self {
         let name = format!("test_{}", Uuid::now_v7().simple());
         admin(&format!("CREATE DATABASE {name} TEMPLATE {template}")).await;

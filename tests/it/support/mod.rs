@@ -9,15 +9,17 @@ mod refused;
 mod server;
 mod temporary;
 mod watch;
+mod wire;
 
 pub use clients::{Caller, Clients, PASSWORD, User, registration};
 pub use cluster::TestDatabase;
 pub use events::{complete, error, info, metadata, named, noted, step};
-pub use process::ServerProcess;
+pub use process::{ServerProcess, operate};
 pub use refused::{assert_refused, assert_violations};
 pub use server::{STREAMS_PER_USER, TRUSTED_PROXY, TestServer};
 pub use temporary::TemporaryFolder;
 pub use watch::Watch;
+pub use wire::{A_MOMENT, Wire};
 
 use std::{fmt::Display, time::Duration};
 

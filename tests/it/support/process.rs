@@ -9,15 +9,15 @@ use std::{
 };
 
 use tokio::{
-    io::{AsyncBufReadExt as _, BufReader},
+    io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader},
     process::{Child, Command},
 };
 
-use milepost::pb::LogInRequest;
+use milepost::{db::embedded::Embedded, pb::LogInRequest};
 use tonic::Code;
 use tonic_types::StatusExt as _;
 
-use super::{Clients, PASSWORD, temporary::TemporaryFolder, within_patience};
+use super::{Clients, PASSWORD, TestDatabase, temporary::TemporaryFolder, within_patience};
 
 /// A server that can be killed. It is gone, and its database with it, when it
 /// is dropped and when this process dies.
@@ -57,6 +57,16 @@ impl ServerProcess {
     /// Where its data are.
     pub fn data_dir(&self) -> std::path::PathBuf {
         self.folder.path().to_owned()
+    }
+
+    /// The database that it serves.
+    pub fn database(&self) -> TestDatabase {
+        TestDatabase::served(Embedded::url_of_served(self.folder.path()).unwrap())
+    }
+
+    /// What it has logged.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.folder.path().join("server.log")).unwrap()
     }
 
     /// SIGKILL: nothing is closed, flushed or told.
@@ -123,6 +133,19 @@ impl ServerProcess {
     }
 }
 
+/// `milepost user …` on that database: what it says.
+pub async fn operate(database: &TestDatabase, arguments: &[&str], password: &str) -> String {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_milepost"));
+    command.arg("user").args(arguments).env("DATABASE_URL", &database.url).env("MILEPOST_BCRYPT_COST", "4");
+    let mut operating =
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true).spawn().unwrap();
+    // Not every command reads it.
+    let _ = operating.stdin.take().unwrap().write_all(password.as_bytes()).await;
+    let output = within_patience("the operator's command", operating.wait_with_output()).await.unwrap();
+    assert!(output.status.success(), "{arguments:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
 /// Whether a process is there and is no mere zombie.
 fn runs(pid: &str) -> bool {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
@@ -143,6 +166,7 @@ async fn serve(address: SocketAddr, folder: &mut TemporaryFolder) -> Child {
         .env("MILEPOST_LISTEN", address.to_string())
         .env("MILEPOST_DATA_DIR", folder.path())
         .env("MILEPOST_BCRYPT_COST", "4")
+        .env("MILEPOST_LOG_LEVEL", "info,milepost=trace")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(File::options().create(true).append(true).open(&log).unwrap())

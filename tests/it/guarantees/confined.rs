@@ -1,0 +1,429 @@
+//! After its expiry, revocation, log-out or its user's password change or
+//! disabling, a credential is refused at once by the replica that handled it
+//! and within 5 s everywhere, for new calls and open streams. A replica that
+//! could not confirm a credential for 5 s sends and accepts nothing under it
+//! until it has.
+
+use std::time::{Duration, Instant, SystemTime};
+
+use milepost::pb::{
+    self, ErrorReason, WatchEndReason,
+    event_service_client::EventServiceClient,
+    get_current_user_response::Credential,
+    publish_events_response::Outcome,
+    watch_events_request::{Scope, Start},
+    watch_events_response::Message,
+};
+use prost_types::{Value, value::Kind};
+use tokio::{sync::mpsc, time::timeout};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Request, Status, Streaming, transport::Endpoint};
+
+use crate::support::{
+    A_MOMENT, Caller, Clients, PASSWORD, TestServer, User, Watch, Wire, assert_refused, info, noted, operate,
+    within_patience,
+};
+
+const EVERYWHERE: Duration = Duration::from_secs(5);
+/// Pause between two calls of those who go on until they are refused.
+const PACE: Duration = Duration::from_millis(50);
+
+fn of(job: &pb::Job) -> pb::WatchEventsRequest {
+    pb::WatchEventsRequest { scope: Some(Scope::JobId(job.id.clone())), ..Default::default() }
+}
+
+/// All that one replica does under a credential.
+struct Uses {
+    caller: Caller,
+    job: pb::Job,
+    watch: Watch,
+    batches: mpsc::Sender<pb::PublishEventsRequest>,
+    answers: Streaming<pb::PublishEventsResponse>,
+}
+
+impl Uses {
+    /// A watch, a publish stream and a call, all of which work.
+    async fn open(clients: &Clients, secret: &str, job: &pb::Job) -> Self {
+        let mut caller = clients.other_clients().with_secret(secret);
+        let mut watch = Watch::new(caller.events.watch_events(of(job)).await.unwrap().into_inner());
+        watch.caught_up().await;
+        let (batches, stream) = mpsc::channel(1);
+        let answers = caller.events.publish_events(ReceiverStream::new(stream)).await.unwrap().into_inner();
+        let mut uses = Self { caller, job: job.clone(), watch, batches, answers };
+        uses.publish().await.unwrap();
+        uses.append().await.unwrap();
+        uses.watch.events(1).await;
+        uses
+    }
+
+    fn append(&self) -> impl Future<Output = Result<(), Status>> + use<> {
+        let mut caller = self.caller.clone();
+        let request = pb::AppendEventsRequest {
+            job: Some(pb::append_events_request::Job::JobId(self.job.id.clone())),
+            expected_sequence: None,
+            events: vec![info("appended")],
+        };
+        async move { caller.events.append_events(request).await.map(drop) }
+    }
+
+    /// Hands one batch in.
+    async fn send(&self, name: &str) {
+        let request = pb::PublishEventsRequest {
+            batch_id: name.to_owned(),
+            job: Some(pb::publish_events_request::Job::JobId(self.job.id.clone())),
+            expected_sequence: None,
+            events: vec![info(name)],
+        };
+        // Where the stream is over, its answer says so.
+        let _ = self.batches.send(request).await;
+    }
+
+    async fn publish(&mut self) -> Result<(), Status> {
+        self.send("published").await;
+        let answer = within_patience("an answer", self.answers.message()).await?;
+        let outcome = answer.expect("the stream goes on").outcome;
+        assert!(matches!(outcome, Some(Outcome::Appended(_))), "{outcome:?}");
+        Ok(())
+    }
+
+    /// Calls until that is refused.
+    async fn calls_end(&self) {
+        let mut caller = self.caller.clone();
+        let refused = within_patience("a call to be refused", async {
+            loop {
+                match caller.auth.get_current_user(pb::GetCurrentUserRequest {}).await {
+                    Ok(_) => tokio::time::sleep(PACE).await,
+                    refused => break refused,
+                }
+            }
+        });
+        assert_refused(refused.await, Code::Unauthenticated, ErrorReason::CredentialInvalid);
+        assert_refused(self.append().await, Code::Unauthenticated, ErrorReason::CredentialInvalid);
+    }
+
+    /// Publishes until that is refused.
+    async fn publishing_ends(&mut self) {
+        let refused = loop {
+            match self.publish().await {
+                Ok(()) => tokio::time::sleep(PACE).await,
+                refused => break refused,
+            }
+        };
+        assert_refused(refused, Code::Unauthenticated, ErrorReason::CredentialInvalid);
+    }
+
+    /// Watches to the end.
+    async fn watching_ends(&mut self) {
+        let end = self.watch.until(|message| matches!(message, Message::End(_))).await.pop();
+        let Some(Message::End(end)) = end else { unreachable!("just matched") };
+        assert_eq!(end.reason(), WatchEndReason::CredentialEnded);
+        assert_refused(self.watch.next().await, Code::Unauthenticated, ErrorReason::CredentialInvalid);
+    }
+
+    /// Goes on with everything until it is refused, which it is in time.
+    async fn ends_within(mut self, time: Duration, ended_at: Instant) {
+        self.calls_end().await;
+        let called = ended_at.elapsed();
+        self.publishing_ends().await;
+        let published = ended_at.elapsed();
+        self.watching_ends().await;
+        let watched = ended_at.elapsed();
+        assert!(watched < time, "{called:?} {published:?} {watched:?}");
+    }
+}
+
+struct Scene {
+    server: TestServer,
+    replica: TestServer,
+    provider: User,
+    job: pb::Job,
+}
+
+impl Scene {
+    async fn new() -> Self {
+        let server = TestServer::start().await;
+        let replica = server.replica().await;
+        let (mut provider, customer) = (server.provider().await, server.customer().await);
+        provider.configuration(&[("load", 1)]).await;
+        let job = provider.job(&customer).await;
+        Self { server, replica, provider, job }
+    }
+
+    /// The secret of another session.
+    async fn session(&self) -> String {
+        let request = pb::LogInRequest { email: self.provider.email.clone(), password: PASSWORD.to_owned() };
+        let answer = self.server.anonymous().auth.log_in(request).await.unwrap().into_inner();
+        answer.session.unwrap().secret
+    }
+
+    async fn key(&mut self, request: pb::CreateApiKeyRequest) -> pb::CreateApiKeyResponse {
+        self.provider.session.auth.create_api_key(request).await.unwrap().into_inner()
+    }
+
+    /// On both replicas.
+    async fn open(&self, secret: &str) -> [Uses; 2] {
+        let (here, there) = tokio::join!(
+            Uses::open(&self.server, secret, &self.job),
+            Uses::open(&self.replica, secret, &self.job)
+        );
+        [here, there]
+    }
+}
+
+/// The replica that handled the end refuses the very next call and ends its
+/// streams at once, the other one in time.
+async fn confined([here, there]: [Uses; 2], ended_at: Instant) {
+    let mut caller = here.caller.clone();
+    let next = caller.auth.get_current_user(pb::GetCurrentUserRequest {}).await;
+    assert_refused(next, Code::Unauthenticated, ErrorReason::CredentialInvalid);
+    tokio::join!(here.ends_within(Duration::from_secs(1), ended_at), there.ends_within(EVERYWHERE, ended_at));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn confined_after_expiry() {
+    let mut scene = Scene::new().await;
+    let (lifetime, from) = (Duration::from_secs(6), (Instant::now(), SystemTime::now()));
+    let expires_at = Some((from.1 + lifetime).into());
+    let created = scene.key(pb::CreateApiKeyRequest { expires_at, ..Default::default() }).await;
+    let uses = scene.open(&created.secret).await;
+    let ended_at = from.0 + lifetime;
+    tokio::time::sleep_until(ended_at.into()).await;
+    let [here, there] = uses;
+    tokio::join!(here.ends_within(EVERYWHERE, ended_at), there.ends_within(EVERYWHERE, ended_at));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn confined_after_revocation() {
+    let mut scene = Scene::new().await;
+    let created = scene.key(pb::CreateApiKeyRequest::default()).await;
+    let uses = scene.open(&created.secret).await;
+    let request = pb::ExpireApiKeyRequest { api_key_id: created.api_key.unwrap().id };
+    scene.provider.session.auth.expire_api_key(request).await.unwrap();
+    confined(uses, Instant::now()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn confined_after_a_rotation_without_an_overlap() {
+    let mut scene = Scene::new().await;
+    let created = scene.key(pb::CreateApiKeyRequest::default()).await;
+    let uses = scene.open(&created.secret).await;
+    let overlap = Some(prost_types::Duration::default());
+    let request = pb::RotateApiKeyRequest { api_key_id: created.api_key.unwrap().id, overlap };
+    scene.provider.session.auth.rotate_api_key(request).await.unwrap();
+    confined(uses, Instant::now()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn confined_after_log_out() {
+    let scene = Scene::new().await;
+    let secret = scene.session().await;
+    let uses = scene.open(&secret).await;
+    scene.server.with_secret(secret).auth.log_out(pb::LogOutRequest {}).await.unwrap();
+    confined(uses, Instant::now()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn confined_after_a_change_of_the_password() {
+    let mut scene = Scene::new().await;
+    let uses = scene.open(&scene.session().await).await;
+    let request = pb::ChangePasswordRequest {
+        current_password: PASSWORD.to_owned(),
+        new_password: "another horse".to_owned(),
+    };
+    scene.provider.session.auth.change_password(request).await.unwrap();
+    confined(uses, Instant::now()).await;
+}
+
+/// By an operator, of whom no replica hears.
+#[tokio::test(flavor = "multi_thread")]
+async fn confined_after_the_user_is_disabled() {
+    let scene = Scene::new().await;
+    let email = scene.provider.email.clone();
+    let secrets = [scene.session().await, scene.provider.key_secret.clone()];
+    let mut uses = Vec::new();
+    for secret in &secrets {
+        uses.extend(scene.open(secret).await);
+    }
+    operate(&scene.server.database, &["disable", &email], "").await;
+    let ended_at = Instant::now();
+    let mut ends = tokio::task::JoinSet::new();
+    for uses in uses {
+        ends.spawn(uses.ends_within(EVERYWHERE, ended_at));
+    }
+    ends.join_all().await;
+
+    // Nor by a replica that has never seen a credential of theirs.
+    let fresh = scene.server.replica().await;
+    for secret in secrets {
+        let answer = fresh.with_secret(secret).auth.get_current_user(pb::GetCurrentUserRequest {}).await;
+        assert_refused(answer, Code::Unauthenticated, ErrorReason::CredentialInvalid);
+    }
+    let request = pb::LogInRequest { email, password: PASSWORD.to_owned() };
+    let answer = fresh.anonymous().auth.log_in(request).await;
+    assert_refused(answer, Code::Unauthenticated, ErrorReason::LogInFailed);
+}
+
+/// Once a request that is wrong in its shape is no longer told so, the replica
+/// does not know any more whether the credential is good.
+async fn unconfirmed(uses: &Uses) {
+    let mut caller = uses.caller.clone();
+    let wrong = pb::WatchEventsRequest::default;
+    within_patience("a credential that is not confirmed", async {
+        while caller.events.watch_events(wrong()).await.unwrap_err().code() == Code::InvalidArgument {
+            tokio::time::sleep(PACE).await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn confined_while_the_database_is_away_from_one_replica() {
+    let mut scene = Scene::new().await;
+    let wire = Wire::to(&scene.server.database).await;
+    let severed = TestServer::on(wire.database.clone()).await;
+    let [ending, staying] = [
+        scene.key(pb::CreateApiKeyRequest::default()).await,
+        scene.key(pb::CreateApiKeyRequest::default()).await,
+    ];
+    let mut ends = Uses::open(&severed, &ending.secret, &scene.job).await;
+    let mut stays = Uses::open(&severed, &staying.secret, &scene.job).await;
+    // What the other one's use told them.
+    while timeout(A_MOMENT, ends.watch.next()).await.is_ok() {}
+    while timeout(A_MOMENT, stays.watch.next()).await.is_ok() {}
+
+    wire.cut();
+    let request = pb::ExpireApiKeyRequest { api_key_id: ending.api_key.unwrap().id };
+    scene.provider.session.auth.expire_api_key(request).await.unwrap();
+    let ended_at = Instant::now();
+    unconfirmed(&ends).await;
+    assert!(ended_at.elapsed() < EVERYWHERE + PACE, "{:?}", ended_at.elapsed());
+    unconfirmed(&stays).await;
+
+    // Nothing is accepted, and nothing sent.
+    scene.provider.append(&scene.job, [info("meanwhile")]).await;
+    for uses in [&mut ends, &mut stays] {
+        assert_eq!(uses.append().await.unwrap_err().code(), Code::Unavailable);
+        uses.send("unconfirmed").await;
+        assert!(timeout(A_MOMENT, uses.answers.message()).await.is_err());
+        assert!(timeout(A_MOMENT, uses.watch.next()).await.is_err());
+    }
+    let names = async |provider: &mut User| -> Vec<String> {
+        provider.list(&scene.job).await.into_iter().map(|event| event.name).collect()
+    };
+    assert!(!names(&mut scene.provider).await.contains(&"unconfirmed".to_owned()));
+
+    // One is confirmed and goes on, the other never was.
+    wire.mend();
+    let answer = within_patience("the answer", stays.answers.message()).await.unwrap().unwrap();
+    assert_eq!(answer.batch_id, "unconfirmed");
+    let told: Vec<String> = stays.watch.events(2).await.into_iter().map(|event| event.name).collect();
+    assert_eq!(told, ["meanwhile", "unconfirmed"]);
+    let refused = within_patience("the end", ends.answers.message()).await;
+    assert_refused(refused, Code::Unauthenticated, ErrorReason::CredentialInvalid);
+    ends.calls_end().await;
+    ends.watching_ends().await;
+    let stored = names(&mut scene.provider).await;
+    assert_eq!(stored.iter().filter(|name| *name == "unconfirmed").count(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_held_back_while_the_credential_is_not_confirmed_is_not_skipped_by_the_end() {
+    let server = TestServer::start().await;
+    let replica = server.replica().await;
+    let (mut provider, mut customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[("load", 1)]).await;
+    let job = provider.job(&customer).await;
+    // Four messages' worth, read from the log at once.
+    let text = Value { kind: Some(Kind::StringValue("x".repeat(16_300))) };
+    for batch in 0..4 {
+        let events = (0..50).map(|n| noted(info(&format!("{batch}/{n}")), [("text", text.clone())]));
+        provider.append(&job, events).await;
+    }
+    // Takes in less than one of them before it is read.
+    let endpoint = Endpoint::from_shared(format!("http://{}", server.address)).unwrap();
+    let channel = endpoint.initial_stream_window_size(65_535).connect_lazy();
+    let mut request = Request::new(of(&job));
+    let bearer = format!("Bearer {}", customer.key_secret).parse().unwrap();
+    request.metadata_mut().insert("authorization", bearer);
+    let stream = EventServiceClient::new(channel).watch_events(request).await.unwrap().into_inner();
+    let mut watch = Watch::new(stream);
+    let mut seen = watch.events(1).await;
+
+    let database = server.database.clone();
+    database.take_away().await;
+    // Its shape is at fault, which it is told as long as its credential is good.
+    within_patience("a credential that is not confirmed", async {
+        while customer.watch_by(pb::WatchEventsRequest::default()).await.unwrap_err().code()
+            == Code::InvalidArgument
+        {}
+    })
+    .await;
+    while let Ok(message) = tokio::time::timeout(Duration::from_secs(1), watch.next()).await {
+        match message.unwrap().unwrap() {
+            Message::Events(watched) => seen.extend(watched.events),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(seen.len() < 200, "nothing was held back");
+    drop(server);
+    let Some(Message::End(end)) = watch.next().await.unwrap() else { panic!("no end") };
+    assert_eq!(end.reason(), WatchEndReason::Draining);
+    assert_refused(watch.next().await, Code::Unavailable, ErrorReason::Draining);
+
+    database.bring_back().await;
+    let mut customer = replica.same(&customer);
+    let start = Some(Start::ResumeToken(watch.resume_token));
+    let mut resumed = within_patience("the database to be back", async {
+        loop {
+            let request = pb::WatchEventsRequest { start: start.clone(), ..of(&job) };
+            match customer.watch_by(request).await {
+                Err(status) if status.code() == Code::Unavailable => {}
+                opened => break opened.unwrap(),
+            }
+        }
+    })
+    .await;
+    seen.extend(resumed.caught_up().await.0);
+    let sequences: Vec<i64> = seen.iter().map(|event| event.sequence).collect();
+    assert_eq!(sequences, (1..=200).collect::<Vec<_>>());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_does_not_take_its_end_is_cut() {
+    let server = TestServer::start().await;
+    let (mut provider, mut customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[("load", 1)]).await;
+    let job = provider.job(&customer).await;
+    // Two streams on one connection: one that nobody reads, whose window is soon
+    // full, and one that tells how the connection is.
+    let endpoint = Endpoint::from_shared(format!("http://{}", server.address)).unwrap();
+    let channel = endpoint.initial_stream_window_size(4_096).connect().await.unwrap();
+    let mut streams = Vec::new();
+    for secret in [&customer.key_secret, &provider.key_secret] {
+        let mut request = Request::new(of(&job));
+        request.metadata_mut().insert("authorization", format!("Bearer {secret}").parse().unwrap());
+        let mut client = EventServiceClient::new(channel.clone());
+        streams.push(client.watch_events(request).await.unwrap().into_inner());
+    }
+    let [mut unread, mut other] = streams.try_into().unwrap();
+    for _ in 0..20 {
+        provider.append(&job, (0..50).map(|_| info("x"))).await;
+    }
+
+    let me = customer.auth.get_current_user(pb::GetCurrentUserRequest {}).await.unwrap().into_inner();
+    let Some(Credential::ApiKey(key)) = me.credential else { panic!("{:?}", me.credential) };
+    customer.session.auth.expire_api_key(pb::ExpireApiKeyRequest { api_key_id: key.id }).await.unwrap();
+    within_patience("the cut", async { while other.message().await.is_ok() {} }).await;
+    let mut events = 0;
+    let end = loop {
+        match unread.message().await {
+            Ok(Some(response)) => match response.message.unwrap() {
+                Message::Events(watched) => events += watched.events.len(),
+                Message::CaughtUp(_) => {}
+                more => panic!("it went on after its end: {more:?}"),
+            },
+            end => break end,
+        }
+    };
+    assert!(end.is_err() && events < 1_000, "{end:?} after {events} events");
+}
