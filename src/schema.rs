@@ -6,6 +6,14 @@ pub mod sql_types {
     pub struct ApiKeyScope;
 
     #[derive(diesel::query_builder::QueryId, Clone, diesel::sql_types::SqlType)]
+    #[diesel(postgres_type(name = "audit_act"))]
+    pub struct AuditAct;
+
+    #[derive(diesel::query_builder::QueryId, Clone, diesel::sql_types::SqlType)]
+    #[diesel(postgres_type(name = "audit_actor"))]
+    pub struct AuditActor;
+
+    #[derive(diesel::query_builder::QueryId, Clone, diesel::sql_types::SqlType)]
     #[diesel(postgres_type(name = "event_kind"))]
     pub struct EventKind;
 
@@ -35,6 +43,30 @@ diesel::table! {
         scopes -> Array<Nullable<ApiKeyScope>>,
         expires_at -> Nullable<Timestamptz>,
         last_used_at -> Nullable<Timestamptz>,
+        created_at -> Timestamptz,
+        updated_at -> Timestamptz,
+    }
+}
+
+diesel::table! {
+    use diesel::sql_types::*;
+    use super::sql_types::AuditAct;
+    use super::sql_types::AuditActor;
+
+    audit_entries (id) {
+        id -> Uuid,
+        act -> AuditAct,
+        actor -> AuditActor,
+        actor_user_id -> Nullable<Uuid>,
+        actor_credential_id -> Nullable<Uuid>,
+        user_id -> Nullable<Uuid>,
+        session_id -> Nullable<Uuid>,
+        api_key_id -> Nullable<Uuid>,
+        new_api_key_id -> Nullable<Uuid>,
+        watch_token_id -> Nullable<Uuid>,
+        job_id -> Nullable<Uuid>,
+        client_address -> Nullable<Inet>,
+        request_id -> Nullable<Uuid>,
         created_at -> Timestamptz,
         updated_at -> Timestamptz,
     }
@@ -236,6 +268,7 @@ diesel::joinable!(watch_tokens -> users (user_id));
 
 diesel::allow_tables_to_appear_in_same_query!(
     api_keys,
+    audit_entries,
     event_log,
     events,
     job_configurations,

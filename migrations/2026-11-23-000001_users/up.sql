@@ -23,7 +23,7 @@ $$;
 -- For tables whose rows never change.
 CREATE FUNCTION refuse_update() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    RAISE EXCEPTION 'rows of % are never updated', TG_TABLE_NAME
+    RAISE EXCEPTION '% refused: rows of % never change', TG_OP, TG_TABLE_NAME
         USING ERRCODE = 'restrict_violation';
 END;
 $$;

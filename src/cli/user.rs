@@ -105,7 +105,7 @@ impl User {
                 let email = Email::new(user.email.clone())?;
                 let password_hash = password.hash().await?;
                 let new = NewUser { role, email, password_hash, first_name, last_name };
-                (user.change(async |conn| Ok(new.insert(conn).await?)).await?, "created")
+                (user.change(async |conn| Ok(new.create(conn).await?)).await?, "created")
             }
             Command::SetPassword { password, user } => {
                 let hash = password.hash().await?;

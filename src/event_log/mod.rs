@@ -44,6 +44,7 @@ use crate::{
     },
     error::{Error, Resource, Result, Violations},
     models::{
+        audit_entry::{AuditAct, AuditEntry, Origin},
         caller::{Provider, Viewer},
         event::{Event, JobHead},
         job::JobKey,
@@ -147,7 +148,13 @@ impl EventLog {
     /// Seals a job of this provider's by an event of kind `close`, named by the
     /// reason. The job's id, and whether it had been sealed so before;
     /// [`Error::JobClosed`] where it is complete.
-    pub async fn close(&self, provider: Provider, job: JobKey, reason: String) -> Result<(Uuid, bool)> {
+    pub async fn close(
+        &self,
+        provider: Provider,
+        job: JobKey,
+        reason: String,
+        origin: &Origin,
+    ) -> Result<(Uuid, bool)> {
         let job = self.find_own_job(provider, &job).await?;
         let id = job.id;
         let close = NewEvent {
@@ -158,8 +165,18 @@ impl EventLog {
             metadata: Vec::new(),
             occurred_at: None::<DateTime<Utc>>,
         };
-        let batch =
-            Batch { job, expected_sequence: None, events: vec![close], at_fault: Violations::default() };
+        let entry = AuditEntry {
+            user_id: Some(provider.id()),
+            job_id: Some(id),
+            ..origin.entry(AuditAct::JobClosed)
+        };
+        let batch = Batch {
+            job,
+            expected_sequence: None,
+            events: vec![close],
+            at_fault: Violations::default(),
+            audit: Some(Box::new(entry)),
+        };
         match answered(self.submit(batch, Lane::default()).await?).await {
             Ok(_) => Ok((id, false)),
             // Only `close` closes a job that is not complete.

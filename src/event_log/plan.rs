@@ -9,7 +9,10 @@ use uuid::Uuid;
 use super::directory::JobIdentity;
 use crate::{
     error::{Error, Resource, Result, Violations},
-    models::event::{Event, NewRow},
+    models::{
+        audit_entry::AuditEntry,
+        event::{Event, NewRow},
+    },
     progress::{EventKind, JobState, JobStatus, Progress},
 };
 
@@ -24,6 +27,8 @@ pub(crate) struct Batch {
     /// What the job's configuration does not allow. Told last: a stored id, the
     /// sequence and the status come before it.
     pub(crate) at_fault: Violations,
+    /// What is written down with what is appended.
+    pub(crate) audit: Option<Box<AuditEntry>>,
 }
 
 /// An event to append.

@@ -20,7 +20,10 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    models::event::{Append, AppendOutcome, Event, NewRow},
+    models::{
+        audit_entry::AuditEntry,
+        event::{Append, AppendOutcome, Event, NewRow},
+    },
     progress::JobState,
 };
 
@@ -151,6 +154,7 @@ impl Round {
             for id in jobs {
                 let group = &self.groups[id];
                 append.add(*id, &group.before, &group.after, group.events());
+                group.audit().for_each(|entry| append.audit(entry));
             }
             append
         };
@@ -174,8 +178,16 @@ impl Round {
 impl Group {
     /// What it appends.
     pub(super) fn events(&self) -> impl Iterator<Item = NewRow<'_>> {
-        let plans = self.plans.iter().filter_map(|(request, plan)| Some((request, plan.as_ref().ok()?)));
-        plans.flat_map(|(request, answer)| request.batch.rows(answer))
+        self.accepted().flat_map(|(request, answer)| request.batch.rows(answer))
+    }
+
+    /// What is written down of it.
+    fn audit(&self) -> impl Iterator<Item = &AuditEntry> {
+        self.accepted().filter_map(|(request, _)| request.batch.audit.as_deref())
+    }
+
+    fn accepted(&self) -> impl Iterator<Item = (&Request, &[Appended])> {
+        self.plans.iter().filter_map(|(request, plan)| Some((request, plan.as_deref().ok()?)))
     }
 
     /// Whether it appends nothing.
@@ -197,6 +209,9 @@ impl Settled {
         for (request, plan) in group.plans {
             if let Ok(answer) = &plan {
                 let job = Arc::clone(&request.batch.job);
+                if let Some(entry) = &request.batch.audit {
+                    entry.log();
+                }
                 for event in request.batch.into_events(answer, at) {
                     position += 1;
                     self.committed.push((Event { position, ..event }, Arc::clone(&job)));

@@ -13,7 +13,10 @@ use uuid::Uuid;
 
 use crate::{
     error::{Error, Resource, Result},
-    models::caller::{Caller, CredentialId, KeyManager, Scope, Subject, UserRole},
+    models::{
+        audit_entry::{AuditAct, AuditEntry, Origin},
+        caller::{Caller, CredentialId, KeyManager, Scope, Subject, UserRole},
+    },
     schema::{api_keys, users},
     secret::SecretHash,
 };
@@ -55,7 +58,28 @@ pub struct NewApiKey {
 
 impl NewApiKey {
     /// Stores it as the manager's.
-    pub async fn insert(self, conn: &mut AsyncPgConnection, manager: &KeyManager) -> Result<ApiKey> {
+    pub async fn create(
+        self,
+        conn: &mut AsyncPgConnection,
+        manager: &KeyManager,
+        origin: &Origin,
+    ) -> Result<ApiKey> {
+        let (key, entry) = conn
+            .transaction(async |conn| {
+                let key = self.insert(conn, manager).await?;
+                let entry = AuditEntry {
+                    user_id: Some(manager.user_id()),
+                    api_key_id: Some(key.id),
+                    ..origin.entry(AuditAct::ApiKeyCreated)
+                };
+                Ok::<_, Error>((key, entry.insert(conn).await?))
+            })
+            .await?;
+        entry.committed();
+        Ok(key)
+    }
+
+    async fn insert(self, conn: &mut AsyncPgConnection, manager: &KeyManager) -> Result<ApiKey> {
         let scopes: Vec<Option<Scope>> = self.scopes.into_iter().map(Some).collect();
         Ok(diesel::insert_into(api_keys::table)
             .values((
@@ -137,20 +161,39 @@ impl ApiKey {
 
     /// Ends a key of the manager's; [`Error::ApiKeyAlreadyExpired`] if it had
     /// ended before.
-    pub async fn expire(conn: &mut AsyncPgConnection, manager: &KeyManager, id: Uuid) -> Result<Self> {
-        let own = api_keys::table.find(id).filter(api_keys::user_id.eq(manager.user_id()));
-        let expired: Option<Self> = diesel::update(own)
-            .filter(api_keys::expires_at.is_null().or(api_keys::expires_at.gt(now)))
-            .set(api_keys::expires_at.eq(now))
-            .returning(Self::as_returning())
-            .get_result(conn)
-            .await
-            .optional()?;
-        if let Some(key) = expired {
-            return Ok(key);
-        }
-        let known: Option<Uuid> = own.select(api_keys::id).get_result(conn).await.optional()?;
-        Err(known.map_or_else(|| Error::not_found(Resource::ApiKey, &id), Error::ApiKeyAlreadyExpired))
+    pub async fn expire(
+        conn: &mut AsyncPgConnection,
+        manager: &KeyManager,
+        id: Uuid,
+        origin: &Origin,
+    ) -> Result<Self> {
+        let (key, entry) = conn
+            .transaction(async |conn| {
+                let own = api_keys::table.find(id).filter(api_keys::user_id.eq(manager.user_id()));
+                let expired: Option<Self> = diesel::update(own)
+                    .filter(api_keys::expires_at.is_null().or(api_keys::expires_at.gt(now)))
+                    .set(api_keys::expires_at.eq(now))
+                    .returning(Self::as_returning())
+                    .get_result(conn)
+                    .await
+                    .optional()?;
+                let Some(key) = expired else {
+                    let known: Option<Uuid> = own.select(api_keys::id).get_result(conn).await.optional()?;
+                    return Err(known.map_or_else(
+                        || Error::not_found(Resource::ApiKey, &id),
+                        Error::ApiKeyAlreadyExpired,
+                    ));
+                };
+                let entry = AuditEntry {
+                    user_id: Some(manager.user_id()),
+                    api_key_id: Some(id),
+                    ..origin.entry(AuditAct::ApiKeyExpired)
+                };
+                Ok((key, entry.insert(conn).await?))
+            })
+            .await?;
+        entry.committed();
+        Ok(key)
     }
 
     /// A new key in the place of one of the manager's, with the same note,
@@ -166,38 +209,48 @@ impl ApiKey {
         key_hash: SecretHash,
         key_prefix: String,
         overlap: Duration,
+        origin: &Origin,
     ) -> Result<(Self, Self)> {
         let overlap = i64::try_from(overlap.as_micros()).unwrap_or(i64::MAX).microseconds();
-        conn.transaction(async |conn| {
-            let own = api_keys::table.find(id).filter(api_keys::user_id.eq(manager.user_id()));
-            let good = api_keys::expires_at.is_null().or(api_keys::expires_at.gt(now));
-            let old: Option<(Self, Option<bool>)> = own
-                .select((Self::as_select(), good))
-                .for_no_key_update()
-                .get_result(conn)
-                .await
-                .optional()?;
-            let (old, good) = old.ok_or_else(|| Error::not_found(Resource::ApiKey, &id))?;
-            if good != Some(true) {
-                return Err(Error::ApiKeyAlreadyExpired(id));
-            }
-            let scopes: Vec<Scope> = old.scopes().collect();
-            if let Some(missing) = scopes.iter().find(|scope| !manager.scopes().contains(scope)) {
-                return Err(Error::ScopeRequired(missing.name()));
-            }
-            let (note, expires_at) = (old.note, old.expires_at);
-            let new = NewApiKey { key_hash, key_prefix, note, scopes, expires_at };
-            let new = new.insert(conn, manager).await?;
-            let end = || (now.into_sql::<Timestamptz>() + overlap).nullable();
-            diesel::update(own)
-                .filter(api_keys::expires_at.is_null().or(api_keys::expires_at.gt(end())))
-                .set(api_keys::expires_at.eq(end()))
-                .execute(conn)
-                .await?;
-            let old = own.select(Self::as_select()).get_result(conn).await?;
-            Ok((new, old))
-        })
-        .await
+        let (rotated, entry) = conn
+            .transaction(async |conn| {
+                let own = api_keys::table.find(id).filter(api_keys::user_id.eq(manager.user_id()));
+                let good = api_keys::expires_at.is_null().or(api_keys::expires_at.gt(now));
+                let old: Option<(Self, Option<bool>)> = own
+                    .select((Self::as_select(), good))
+                    .for_no_key_update()
+                    .get_result(conn)
+                    .await
+                    .optional()?;
+                let (old, good) = old.ok_or_else(|| Error::not_found(Resource::ApiKey, &id))?;
+                if good != Some(true) {
+                    return Err(Error::ApiKeyAlreadyExpired(id));
+                }
+                let scopes: Vec<Scope> = old.scopes().collect();
+                if let Some(missing) = scopes.iter().find(|scope| !manager.scopes().contains(scope)) {
+                    return Err(Error::ScopeRequired(missing.name()));
+                }
+                let (note, expires_at) = (old.note, old.expires_at);
+                let new = NewApiKey { key_hash, key_prefix, note, scopes, expires_at };
+                let new = new.insert(conn, manager).await?;
+                let end = || (now.into_sql::<Timestamptz>() + overlap).nullable();
+                diesel::update(own)
+                    .filter(api_keys::expires_at.is_null().or(api_keys::expires_at.gt(end())))
+                    .set(api_keys::expires_at.eq(end()))
+                    .execute(conn)
+                    .await?;
+                let old = own.select(Self::as_select()).get_result(conn).await?;
+                let entry = AuditEntry {
+                    user_id: Some(manager.user_id()),
+                    api_key_id: Some(id),
+                    new_api_key_id: Some(new.id),
+                    ..origin.entry(AuditAct::ApiKeyRotated)
+                };
+                Ok(((new, old), entry.insert(conn).await?))
+            })
+            .await?;
+        entry.committed();
+        Ok(rotated)
     }
 
     /// How many keys of a user are good.

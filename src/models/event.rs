@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use crate::{
     error::{Result, violated},
-    models::caller::Sight,
+    models::{audit_entry::AuditEntry, caller::Sight},
     progress::{EventKind, JobState, JobStatus, Progress, StepSet},
     schema::{events, jobs},
 };
@@ -208,8 +208,8 @@ mod sql {
     #![allow(clippy::too_many_arguments, reason = "an array for each column of the rows")]
 
     use diesel::{
-        pg::sql_types::{Array, Bytea, Timestamptz, Uuid as SqlUuid},
-        sql_types::{BigInt, Bool, Integer, Nullable, SmallInt, Text},
+        pg::sql_types::{Array, Bytea, Inet, Timestamptz, Uuid as SqlUuid},
+        sql_types::{BigInt, Bool, Integer, Nullable, Record, SmallInt, Text},
     };
 
     use crate::schema::sql_types;
@@ -240,6 +240,21 @@ mod sql {
             check_ids: Bool,
         ) -> Record<(Nullable<BigInt>, Nullable<Timestamptz>, Array<SmallInt>)>;
     }
+
+    diesel::define_sql_function! {
+        /// See migrations/2026-11-23-000007_audit_entries/up.sql.
+        fn audit_closed_jobs(
+            appended: Record<(Nullable<BigInt>, Nullable<Timestamptz>, Array<SmallInt>)>,
+            job: Array<Integer>,
+            entry_id: Array<SqlUuid>,
+            job_id: Array<Nullable<SqlUuid>>,
+            actor: Array<sql_types::AuditActor>,
+            actor_user_id: Array<Nullable<SqlUuid>>,
+            actor_credential_id: Array<Nullable<SqlUuid>>,
+            client_address: Array<Nullable<Inet>>,
+            request_id: Array<Nullable<SqlUuid>>,
+        ) -> Record<(Nullable<BigInt>, Nullable<Timestamptz>, Array<SmallInt>)>;
+    }
 }
 
 /// Events for many jobs, to be appended in one transaction: column by column,
@@ -248,6 +263,8 @@ mod sql {
 pub struct Append<'a> {
     jobs: AppendJobs<'a>,
     events: AppendEvents<'a>,
+    /// Of jobs by their number, from 1.
+    audit: Vec<(i32, &'a AuditEntry)>,
 }
 
 /// An event to be appended. For the columns see [`Event`].
@@ -348,6 +365,12 @@ impl<'a> Append<'a> {
         }
     }
 
+    /// Adds what is written down if the job that was added last is appended to,
+    /// which closes it.
+    pub fn audit(&mut self, entry: &'a AuditEntry) {
+        self.audit.push((count(self.jobs.ids.len()), entry));
+    }
+
     /// Appends all that was added, in one statement and so in one transaction.
     /// The outcome of each job, in the order in which they were added, which is
     /// to be that of their ids, so that nobody deadlocks.
@@ -376,7 +399,7 @@ impl<'a> Append<'a> {
     /// it, such an event violates a constraint.
     async fn call(&self, connection: &mut AsyncPgConnection, check_ids: bool) -> QueryResult<Answer> {
         let (jobs, events) = (&self.jobs, &self.events);
-        diesel::select(sql::append_events(
+        let append = sql::append_events(
             &jobs.ids,
             &jobs.last_sequences,
             &jobs.event_counts,
@@ -398,6 +421,21 @@ impl<'a> Append<'a> {
             &events.points_done,
             &events.percents,
             check_ids,
+        );
+        if self.audit.is_empty() {
+            return diesel::select(append).get_result(connection).await;
+        }
+        let entries = || self.audit.iter().map(|(_, entry)| entry);
+        diesel::select(sql::audit_closed_jobs(
+            append,
+            self.audit.iter().map(|(job, _)| *job).collect::<Vec<_>>(),
+            entries().map(|entry| entry.id).collect::<Vec<_>>(),
+            entries().map(|entry| entry.job_id).collect::<Vec<_>>(),
+            entries().map(|entry| entry.actor).collect::<Vec<_>>(),
+            entries().map(|entry| entry.actor_user_id).collect::<Vec<_>>(),
+            entries().map(|entry| entry.actor_credential_id).collect::<Vec<_>>(),
+            entries().map(|entry| entry.client_address).collect::<Vec<_>>(),
+            entries().map(|entry| entry.request_id).collect::<Vec<_>>(),
         ))
         .get_result(connection)
         .await

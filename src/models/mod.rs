@@ -48,6 +48,7 @@ macro_rules! confirmable {
 }
 
 pub mod api_key;
+pub mod audit_entry;
 pub mod caller;
 pub mod event;
 pub mod job;

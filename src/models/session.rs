@@ -13,7 +13,11 @@ use uuid::Uuid;
 
 use crate::{
     error::{Error, Result},
-    models::caller::{Account, Caller, CredentialId, Scope, Subject, UserRole},
+    models::{
+        audit_entry::{AuditAct, AuditEntry, Origin},
+        caller::{Account, Caller, CredentialId, Scope, Subject, UserRole},
+        log_in_attempt::LogInAttempt,
+    },
     schema::{sessions, users},
     secret::{PasswordHash, SecretHash},
 };
@@ -48,8 +52,7 @@ pub struct NewSession {
 }
 
 impl NewSession {
-    /// Stores it.
-    pub async fn insert(self, conn: &mut AsyncPgConnection) -> Result<Session> {
+    pub(super) async fn insert(self, conn: &mut AsyncPgConnection) -> Result<Session> {
         let lifetime = i64::try_from(self.lifetime.as_micros()).unwrap_or(i64::MAX).microseconds();
         Ok(diesel::insert_into(sessions::table)
             .values((
@@ -63,30 +66,42 @@ impl NewSession {
             .await?)
     }
 
-    /// Stores it if the user's password is still the one that was verified, and
-    /// the user not disabled. The user's row stays locked meanwhile, so that
+    /// Stores it, as what the attempt came to, if the user's password is still
+    /// the one that was verified, and the user not disabled; otherwise
+    /// [`Error::LogInFailed`]. The user's row stays locked meanwhile, so that
     /// whoever changes it afterwards finds this session and ends it.
-    pub async fn insert_if_unchanged(
+    pub async fn log_in(
         self,
         conn: &mut AsyncPgConnection,
         verified: &PasswordHash,
-    ) -> Result<Option<Session>> {
-        conn.transaction(async |conn| {
-            let user: Option<Uuid> = users::table
-                .find(self.user_id)
-                .filter(users::password_hash.eq(verified.as_str()))
-                .filter(users::disabled_at.is_null())
-                .select(users::id)
-                .for_share()
-                .get_result(conn)
-                .await
-                .optional()?;
-            match user {
-                Some(_) => self.insert(conn).await.map(Some),
-                None => Ok(None),
-            }
-        })
-        .await
+        attempt: &LogInAttempt,
+    ) -> Result<Session> {
+        let (session, entry) = conn
+            .transaction(async |conn| {
+                let user: Option<Uuid> = users::table
+                    .find(self.user_id)
+                    .filter(users::password_hash.eq(verified.as_str()))
+                    .filter(users::disabled_at.is_null())
+                    .select(users::id)
+                    .for_share()
+                    .get_result(conn)
+                    .await
+                    .optional()?;
+                if user.is_none() {
+                    return Ok((None, attempt.failed_entry(Some(self.user_id)).insert(conn).await?));
+                }
+                let session = self.insert(conn).await?;
+                attempt.finish(conn).await?;
+                let entry = AuditEntry {
+                    user_id: Some(self.user_id),
+                    session_id: Some(session.id),
+                    ..attempt.origin().entry(AuditAct::LogIn)
+                };
+                Ok::<_, Error>((Some(session), entry.insert(conn).await?))
+            })
+            .await?;
+        entry.committed();
+        session.ok_or(Error::LogInFailed)
     }
 }
 
@@ -128,12 +143,29 @@ impl Session {
     }
 
     /// Ends the session that the call was made with.
-    pub async fn end(conn: &mut AsyncPgConnection, account: Account) -> Result<()> {
-        diesel::update(sessions::table.find(account.session_id()))
-            .filter(sessions::expires_at.gt(now))
-            .set(sessions::expires_at.eq(now))
-            .execute(conn)
+    pub async fn end(conn: &mut AsyncPgConnection, account: Account, origin: &Origin) -> Result<()> {
+        let entry = conn
+            .transaction(async |conn| {
+                let ended = diesel::update(sessions::table.find(account.session_id()))
+                    .filter(sessions::expires_at.gt(now))
+                    .set(sessions::expires_at.eq(now))
+                    .execute(conn)
+                    .await?;
+                // Somebody was faster.
+                if ended == 0 {
+                    return Ok(None);
+                }
+                let entry = AuditEntry {
+                    user_id: Some(account.user_id()),
+                    session_id: Some(account.session_id()),
+                    ..origin.entry(AuditAct::LogOut)
+                };
+                entry.insert(conn).await.map(Some)
+            })
             .await?;
+        if let Some(entry) = entry {
+            entry.committed();
+        }
         Ok(())
     }
 

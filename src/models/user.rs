@@ -12,7 +12,9 @@ use crate::{
     limits::TEXT_CHARS,
     models::{
         api_key::ApiKey,
+        audit_entry::{AuditAct, AuditEntry, Inserted, Origin},
         caller::{Account, Caller, Subject, UserRole},
+        log_in_attempt::LogInAttempt,
         session::{NewSession, Session},
     },
     schema::users,
@@ -85,9 +87,22 @@ pub struct NewUser {
 }
 
 impl NewUser {
-    /// Stores it; [`Error::EmailTaken`] if somebody has the e-mail, in any
-    /// case.
-    pub async fn insert(self, conn: &mut AsyncPgConnection) -> Result<User> {
+    /// For operators: stores it; [`Error::EmailTaken`] if somebody has the
+    /// e-mail, in any case.
+    pub async fn create(self, conn: &mut AsyncPgConnection) -> Result<User> {
+        let (user, entry) = conn
+            .transaction(async |conn| {
+                let user = self.insert(conn).await?;
+                let entry =
+                    AuditEntry { user_id: Some(user.id), ..Origin::OPERATOR.entry(AuditAct::UserCreated) };
+                Ok::<_, Error>((user, entry.insert(conn).await?))
+            })
+            .await?;
+        entry.committed();
+        Ok(user)
+    }
+
+    async fn insert(self, conn: &mut AsyncPgConnection) -> Result<User> {
         diesel::insert_into(users::table)
             .values((
                 users::id.eq(Uuid::now_v7()),
@@ -108,19 +123,28 @@ impl NewUser {
             })
     }
 
-    /// Stores it with its first session.
+    /// Stores it with its first session; [`Error::EmailTaken`] as above.
     pub async fn sign_up(
         self,
         conn: &mut AsyncPgConnection,
         secret_hash: SecretHash,
         lifetime: Duration,
+        origin: &Origin,
     ) -> Result<(User, Session)> {
-        conn.transaction(async |conn| {
-            let user = self.insert(conn).await?;
-            let session = NewSession { user_id: user.id, secret_hash, lifetime }.insert(conn).await?;
-            Ok((user, session))
-        })
-        .await
+        let (user, session, entry) = conn
+            .transaction(async |conn| {
+                let user = self.insert(conn).await?;
+                let session = NewSession { user_id: user.id, secret_hash, lifetime }.insert(conn).await?;
+                let entry = AuditEntry {
+                    user_id: Some(user.id),
+                    session_id: Some(session.id),
+                    ..origin.entry(AuditAct::SignUp)
+                };
+                Ok::<_, Error>((user, session, entry.insert(conn).await?))
+            })
+            .await?;
+        entry.committed();
+        Ok((user, session))
     }
 }
 
@@ -190,78 +214,97 @@ impl User {
             .await?)
     }
 
-    /// Sets the caller's password and ends their other sessions: how many of
-    /// them, and how many API keys are still good. None if the password is no
-    /// longer the one that hashes to `old`: somebody was faster.
+    /// Sets the caller's password, as what the attempt came to, and ends their
+    /// other sessions: how many of them, and how many API keys are still good.
+    /// None, and a failed attempt, if the password is no longer the one that
+    /// hashes to `old`: somebody was faster.
     pub async fn change_password(
         conn: &mut AsyncPgConnection,
         account: Account,
         old: &PasswordHash,
         new: &PasswordHash,
+        attempt: &LogInAttempt,
     ) -> Result<Option<(usize, i64)>> {
-        conn.transaction(async |conn| {
-            let user = users::table
-                .find(account.user_id())
-                .filter(users::password_hash.eq(old.as_str()))
-                .filter(users::disabled_at.is_null());
-            let changed =
-                diesel::update(user).set(users::password_hash.eq(new.as_str())).execute(conn).await?;
-            if changed == 0 {
-                return Ok(None);
-            }
-            let ended = Session::end_all(conn, account.user_id(), Some(account.session_id())).await?;
-            let keys = ApiKey::count_good(conn, account.user_id()).await?;
-            Ok(Some((ended, keys)))
-        })
-        .await
+        let (changed, entry) = conn
+            .transaction(async |conn| {
+                let user = users::table
+                    .find(account.user_id())
+                    .filter(users::password_hash.eq(old.as_str()))
+                    .filter(users::disabled_at.is_null());
+                let changed =
+                    diesel::update(user).set(users::password_hash.eq(new.as_str())).execute(conn).await?;
+                if changed == 0 {
+                    return Ok((None, attempt.failed_entry(Some(account.user_id())).insert(conn).await?));
+                }
+                let ended = Session::end_all(conn, account.user_id(), Some(account.session_id())).await?;
+                let keys = ApiKey::count_good(conn, account.user_id()).await?;
+                attempt.finish(conn).await?;
+                let entry = AuditEntry {
+                    user_id: Some(account.user_id()),
+                    ..attempt.origin().entry(AuditAct::PasswordChanged)
+                };
+                Ok::<_, Error>((Some((ended, keys)), entry.insert(conn).await?))
+            })
+            .await?;
+        entry.committed();
+        Ok(changed)
     }
 
     /// For operators: sets a password and ends all sessions of that user.
     pub async fn set_password(conn: &mut AsyncPgConnection, email: &str, new: &PasswordHash) -> Result<Self> {
-        conn.transaction(async |conn| {
-            let user = diesel::update(users::table)
-                .filter(lower(users::email).eq(lower(email)))
-                .set(users::password_hash.eq(new.as_str()))
-                .returning(Self::as_returning())
-                .get_result(conn)
-                .await
-                .optional()?;
-            Self::with_sessions_ended(conn, user, email).await
-        })
-        .await
+        let (user, entry) = conn
+            .transaction(async |conn| {
+                let user = diesel::update(users::table)
+                    .filter(lower(users::email).eq(lower(email)))
+                    .set(users::password_hash.eq(new.as_str()))
+                    .returning(Self::as_returning())
+                    .get_result(conn)
+                    .await
+                    .optional()?;
+                Self::with_sessions_ended(conn, user, email, AuditAct::PasswordSet).await
+            })
+            .await?;
+        entry.committed();
+        Ok(user)
     }
 
     /// For operators: ends all sessions of a user, and lets nobody log in or
     /// use their keys again. Repeated, it leaves the time of the first.
     pub async fn disable(conn: &mut AsyncPgConnection, email: &str) -> Result<Self> {
-        conn.transaction(async |conn| {
-            let user = diesel::update(users::table)
-                .filter(lower(users::email).eq(lower(email)))
-                .set(
-                    users::disabled_at.eq(diesel::dsl::case_when(
-                        users::disabled_at.is_null(),
-                        now.into_sql::<diesel::sql_types::Timestamptz>().nullable(),
+        let (user, entry) = conn
+            .transaction(async |conn| {
+                let user = diesel::update(users::table)
+                    .filter(lower(users::email).eq(lower(email)))
+                    .set(
+                        users::disabled_at.eq(diesel::dsl::case_when(
+                            users::disabled_at.is_null(),
+                            now.into_sql::<diesel::sql_types::Timestamptz>().nullable(),
+                        )
+                        .otherwise(users::disabled_at)),
                     )
-                    .otherwise(users::disabled_at)),
-                )
-                .returning(Self::as_returning())
-                .get_result(conn)
-                .await
-                .optional()?;
-            Self::with_sessions_ended(conn, user, email).await
-        })
-        .await
+                    .returning(Self::as_returning())
+                    .get_result(conn)
+                    .await
+                    .optional()?;
+                Self::with_sessions_ended(conn, user, email, AuditAct::UserDisabled).await
+            })
+            .await?;
+        entry.committed();
+        Ok(user)
     }
 
-    /// The user who was changed, if there is one, all of whose sessions end.
+    /// The user whom an operator changed, if there is one, all of whose sessions
+    /// end, and the entry that says so.
     async fn with_sessions_ended(
         conn: &mut AsyncPgConnection,
         changed: Option<Self>,
         email: &str,
-    ) -> Result<Self> {
+        act: AuditAct,
+    ) -> Result<(Self, Inserted)> {
         let user = changed.ok_or_else(|| Error::not_found(Resource::User, email))?;
         Session::end_all(conn, user.id, None).await?;
-        Ok(user)
+        let entry = AuditEntry { user_id: Some(user.id), ..Origin::OPERATOR.entry(act) };
+        Ok((user, entry.insert(conn).await?))
     }
 }
 

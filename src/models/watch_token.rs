@@ -8,12 +8,15 @@ use diesel::{
     prelude::*,
     sql_types::Timestamptz,
 };
-use diesel_async::{AsyncPgConnection, RunQueryDsl};
+use diesel_async::{AsyncConnection as _, AsyncPgConnection, RunQueryDsl};
 use uuid::Uuid;
 
 use crate::{
     error::{Error, Resource, Result},
-    models::caller::{Caller, CredentialId, Provider, Scope, Subject},
+    models::{
+        audit_entry::{AuditAct, AuditEntry, Origin},
+        caller::{Caller, CredentialId, Provider, Scope, Subject},
+    },
     schema::{users, watch_tokens},
     secret::SecretHash,
 };
@@ -55,7 +58,24 @@ pub struct NewWatchToken {
 
 impl NewWatchToken {
     /// Stores it as made by the job's provider.
-    pub async fn insert(self, conn: &mut AsyncPgConnection, provider: Provider) -> Result<WatchToken> {
+    pub async fn create(
+        self,
+        conn: &mut AsyncPgConnection,
+        provider: Provider,
+        origin: &Origin,
+    ) -> Result<WatchToken> {
+        let (token, entry) = conn
+            .transaction(async |conn| {
+                let token = self.insert(conn, provider).await?;
+                let entry = token.entry(AuditAct::WatchTokenCreated, provider, origin);
+                Ok::<_, Error>((token, entry.insert(conn).await?))
+            })
+            .await?;
+        entry.committed();
+        Ok(token)
+    }
+
+    async fn insert(self, conn: &mut AsyncPgConnection, provider: Provider) -> Result<WatchToken> {
         let lifetime = i64::try_from(self.lifetime.as_micros()).unwrap_or(i64::MAX).microseconds();
         Ok(diesel::insert_into(watch_tokens::table)
             .values((
@@ -134,20 +154,44 @@ impl WatchToken {
 
     /// Ends a token of the provider's; [`Error::WatchTokenAlreadyExpired`] if
     /// it had ended before.
-    pub async fn expire(conn: &mut AsyncPgConnection, provider: Provider, id: Uuid) -> Result<Self> {
-        let own = watch_tokens::table.find(id).filter(watch_tokens::user_id.eq(provider.id()));
-        let expired: Option<Self> = diesel::update(own)
-            .filter(watch_tokens::expires_at.gt(now))
-            .set(watch_tokens::expires_at.eq(now))
-            .returning(Self::as_returning())
-            .get_result(conn)
-            .await
-            .optional()?;
-        if let Some(token) = expired {
-            return Ok(token);
+    pub async fn expire(
+        conn: &mut AsyncPgConnection,
+        provider: Provider,
+        id: Uuid,
+        origin: &Origin,
+    ) -> Result<Self> {
+        let (token, entry) = conn
+            .transaction(async |conn| {
+                let own = watch_tokens::table.find(id).filter(watch_tokens::user_id.eq(provider.id()));
+                let expired: Option<Self> = diesel::update(own)
+                    .filter(watch_tokens::expires_at.gt(now))
+                    .set(watch_tokens::expires_at.eq(now))
+                    .returning(Self::as_returning())
+                    .get_result(conn)
+                    .await
+                    .optional()?;
+                let Some(token) = expired else {
+                    let known: Option<Uuid> =
+                        own.select(watch_tokens::id).get_result(conn).await.optional()?;
+                    return Err(known.map_or_else(
+                        || Error::not_found(Resource::WatchToken, &id),
+                        Error::WatchTokenAlreadyExpired,
+                    ));
+                };
+                let entry = token.entry(AuditAct::WatchTokenExpired, provider, origin);
+                Ok((token, entry.insert(conn).await?))
+            })
+            .await?;
+        entry.committed();
+        Ok(token)
+    }
+
+    fn entry(&self, act: AuditAct, provider: Provider, origin: &Origin) -> AuditEntry {
+        AuditEntry {
+            user_id: Some(provider.id()),
+            watch_token_id: Some(self.id),
+            job_id: Some(self.job_id),
+            ..origin.entry(act)
         }
-        let known: Option<Uuid> = own.select(watch_tokens::id).get_result(conn).await.optional()?;
-        Err(known
-            .map_or_else(|| Error::not_found(Resource::WatchToken, &id), Error::WatchTokenAlreadyExpired))
     }
 }

@@ -20,7 +20,7 @@ use tower::Service;
 use tracing::{Instrument as _, Span};
 use uuid::Uuid;
 
-use crate::error::Error;
+use crate::{error::Error, services::RequestId};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Longest path that is logged; ours are shorter.
@@ -49,8 +49,9 @@ impl Service<Request<Body>> for Calls {
         Service::<Request<Body>>::poll_ready(&mut self.routes, cx)
     }
 
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
+    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
         let id = Uuid::now_v7();
+        request.extensions_mut().insert(RequestId(id));
         let call = Call::new(id, request.uri().path());
         let span = call.span.clone();
         let request_timeout = self.request_timeout;

@@ -1,29 +1,30 @@
 //! AuthService: users, their sessions and API keys, and watch tokens.
 
+mod accounts;
 mod keys;
 mod watch_tokens;
 
 use tonic::{Request, Response, Status};
 
 use self::{
+    accounts::{Claim, NewAccount, NewPassword, session_with},
     keys::{KeyTerms, key_page, rotation},
     watch_tokens::{TokenTerms, token_id, token_page},
 };
 use super::{App, parse};
 use crate::{
     auth::Ending,
-    error::{Error, Result, Violations, quoted},
-    event_log::wire,
+    error::{Error, Result, Violations},
     models::{
         api_key::{ApiKey, NewApiKey},
-        caller::{CredentialId, Scope, Subject, UserRole},
+        caller::{CredentialId, Scope, Subject},
         log_in_attempt::LogInAttempt,
         session::{NewSession, Session},
-        user::{Email, Names, NewUser, User},
+        user::{Names, NewUser, User},
         watch_token::{NewWatchToken, WatchToken},
     },
     pb,
-    secret::{Password, Secret, SecretKind},
+    secret::{Secret, SecretKind},
 };
 
 /// The service.
@@ -40,6 +41,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
         if !auth.settings().sign_up_open {
             return Err(Error::SignUpClosed.into());
         }
+        let origin = self.0.stranger(&request);
         let NewAccount { role, email, password, first_name, last_name } = request.into_inner().try_into()?;
         let password_hash = auth.passwords().hash(password).await?;
         let secret = Secret::generate(SecretKind::Session)?;
@@ -47,7 +49,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
         let (user, session) = database
             .detached(async move |mut conn| {
                 let user = NewUser { role, email, password_hash, first_name, last_name };
-                user.sign_up(&mut conn, secret_hash, lifetime).await
+                user.sign_up(&mut conn, secret_hash, lifetime, &origin).await
             })
             .await?;
         let session = Some(session_with(secret.reveal(), &session));
@@ -58,47 +60,42 @@ impl pb::auth_service_server::AuthService for AuthApi {
         &self,
         request: Request<pb::LogInRequest>,
     ) -> Result<Response<pb::LogInResponse>, Status> {
-        let App { database, auth, .. } = &self.0;
-        let address = self.0.address(&request);
+        let App { database, auth, .. } = self.0.clone();
+        let origin = self.0.stranger(&request);
         let Claim { email, password } = request.into_inner().try_into()?;
-        let attempt = LogInAttempt::new(&email, address);
-        // One way for all who fail: two queries, the work of one comparison.
+        let attempt = LogInAttempt::new(&email, origin);
+        // One way for all who fail: three queries, the work of one comparison.
         let found = {
             let mut conn = database.get().await?;
             attempt.begin(&mut conn).await?;
             User::find_by_email(&mut conn, &email).await?
         };
-        let hash = found.as_ref().map(|(_, hash)| hash.clone());
-        let good = auth.passwords().verify(password.clone(), hash).await?;
-        let (user, hash) =
-            found.filter(|(user, _)| good && user.disabled_at.is_none()).ok_or(Error::LogInFailed)?;
-        let secret = Secret::generate(SecretKind::Session)?;
-        let session = NewSession {
-            user_id: user.id,
-            secret_hash: secret.hash(),
-            lifetime: auth.settings().session_lifetime,
+        let log_in = async move {
+            let (claimed, hash) = found.as_ref().map(|(user, hash)| (user.id, hash.clone())).unzip();
+            let good = auth.passwords().verify(password.clone(), hash).await?;
+            let Some((user, hash)) = found.filter(|(user, _)| good && user.disabled_at.is_none()) else {
+                attempt.fail(&mut *database.get().await?, claimed).await?;
+                return Err(Error::LogInFailed);
+            };
+            // Today's cost, if it changed since.
+            let outdated = password.filter(|_| auth.passwords().is_outdated(&hash));
+            let rehashed = match outdated {
+                Some(password) => Some(auth.passwords().hash(password).await?),
+                None => None,
+            };
+            let secret = Secret::generate(SecretKind::Session)?;
+            let (secret_hash, lifetime) = (secret.hash(), auth.settings().session_lifetime);
+            let session = NewSession { user_id: user.id, secret_hash, lifetime };
+            let mut conn = database.get().await?;
+            let session = session.log_in(&mut conn, &hash, &attempt).await?;
+            if let Some(new) = rehashed {
+                User::rehash(&mut conn, user.id, &hash, &new).await?;
+            }
+            Ok((user, session_with(secret.reveal(), &session)))
         };
-        // Today's cost, if it changed since.
-        let outdated = password.filter(|_| auth.passwords().is_outdated(&hash));
-        let rehashed = match outdated {
-            Some(password) => Some(auth.passwords().hash(password).await?),
-            None => None,
-        };
-        let session = database
-            .detached(async move |mut conn| {
-                let created = session.insert_if_unchanged(&mut conn, &hash).await?;
-                if created.is_some() {
-                    attempt.finish(&mut conn).await?;
-                    if let Some(new) = rehashed {
-                        User::rehash(&mut conn, session.user_id, &hash, &new).await?;
-                    }
-                }
-                Ok(created)
-            })
-            .await?
-            .ok_or(Error::LogInFailed)?;
-        let session = Some(session_with(secret.reveal(), &session));
-        Ok(Response::new(pb::LogInResponse { user: Some(user.into()), session }))
+        // Nobody leaves before it is written down how their attempt went.
+        let (user, session) = self.0.to_the_end(log_in).await?;
+        Ok(Response::new(pb::LogInResponse { user: Some(user.into()), session: Some(session) }))
     }
 
     async fn log_out(
@@ -107,11 +104,12 @@ impl pb::auth_service_server::AuthService for AuthApi {
     ) -> Result<Response<pb::LogOutResponse>, Status> {
         let credential = self.0.authenticate(request.metadata()).await?;
         let account = credential.caller().account()?;
+        let origin = self.0.origin(&request, credential.caller());
         let (app, ending) = (self.0.clone(), Ending::Credential(credential.caller().credential()));
         self.0
             .database
             .detached(async move |mut conn| {
-                Session::end(&mut conn, account).await?;
+                Session::end(&mut conn, account, &origin).await?;
                 app.end(ending);
                 Ok(())
             })
@@ -160,35 +158,34 @@ impl pb::auth_service_server::AuthService for AuthApi {
         &self,
         request: Request<pb::ChangePasswordRequest>,
     ) -> Result<Response<pb::ChangePasswordResponse>, Status> {
-        let App { database, auth, .. } = &self.0;
-        let credential = self.0.authenticate(request.metadata()).await?;
+        let app = self.0.clone();
+        let credential = app.authenticate(request.metadata()).await?;
         let account = credential.caller().account()?;
-        let address = self.0.address(&request);
+        let origin = app.origin(&request, credential.caller());
         let NewPassword { current, new } = request.into_inner().try_into()?;
         // A wrong one is a failed log-in.
         let (attempt, old) = {
-            let mut conn = database.get().await?;
+            let mut conn = app.database.get().await?;
             let (email, old) = User::password_hash(&mut conn, account).await?;
-            let attempt = LogInAttempt::new(&email, address);
+            let attempt = LogInAttempt::new(&email, origin);
             attempt.begin(&mut conn).await?;
             (attempt, old)
         };
         let wrong = || Error::invalid("current_password", "is not the current password");
-        if !auth.passwords().verify(current, Some(old.clone())).await? {
-            return Err(wrong().into());
-        }
-        let new = auth.passwords().hash(new).await?;
-        let app = self.0.clone();
-        let ending = Ending::OtherSessions { user_id: account.user_id(), kept: account.session_id() };
-        let (ended, keys) = database
-            .detached(async move |mut conn| {
-                let changed = User::change_password(&mut conn, account, &old, &new).await?;
-                attempt.finish(&mut conn).await?;
-                app.end(ending);
-                Ok(changed)
-            })
-            .await?
-            .ok_or_else(wrong)?;
+        let change = async move {
+            let passwords = app.auth.passwords();
+            if !passwords.verify(current, Some(old.clone())).await? {
+                attempt.fail(&mut *app.database.get().await?, Some(account.user_id())).await?;
+                return Err(wrong());
+            }
+            let new = passwords.hash(new).await?;
+            let mut conn = app.database.get().await?;
+            let changed = User::change_password(&mut conn, account, &old, &new, &attempt).await?;
+            let changed = changed.ok_or_else(wrong)?;
+            app.end(Ending::OtherSessions { user_id: account.user_id(), kept: account.session_id() });
+            Ok(changed)
+        };
+        let (ended, keys) = self.0.to_the_end(change).await?;
         Ok(Response::new(pb::ChangePasswordResponse {
             ended_sessions: i32::try_from(ended).unwrap_or(i32::MAX),
             valid_api_keys: i32::try_from(keys).unwrap_or(i32::MAX),
@@ -201,11 +198,16 @@ impl pb::auth_service_server::AuthService for AuthApi {
     ) -> Result<Response<pb::CreateApiKeyResponse>, Status> {
         let credential = self.0.authenticate(request.metadata()).await?;
         let manager = credential.caller().key_manager()?;
+        let origin = self.0.origin(&request, credential.caller());
         let KeyTerms { note, expires_at, scopes } = KeyTerms::parse(request.into_inner(), &manager)?;
         let secret = Secret::generate(SecretKind::ApiKey)?;
         let key_prefix = secret.display_prefix().to_owned();
         let key = NewApiKey { key_hash: secret.hash(), key_prefix, note, scopes, expires_at };
-        let key = key.insert(&mut *self.0.database.get().await?, &manager).await?;
+        let key = self
+            .0
+            .database
+            .detached(async move |mut conn| key.create(&mut conn, &manager, &origin).await)
+            .await?;
         let api_key = Some(key.into());
         Ok(Response::new(pb::CreateApiKeyResponse { api_key, secret: secret.reveal() }))
     }
@@ -231,6 +233,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
     ) -> Result<Response<pb::ExpireApiKeyResponse>, Status> {
         let credential = self.0.authenticate(request.metadata()).await?;
         let manager = credential.caller().key_manager()?;
+        let origin = self.0.origin(&request, credential.caller());
         let mut violations = Violations::default();
         let id = parse::uuid(&mut violations, "api_key_id", &request.into_inner().api_key_id);
         let id = violations.or(id)?;
@@ -239,7 +242,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
             .0
             .database
             .detached(async move |mut conn| {
-                let key = ApiKey::expire(&mut conn, &manager, id).await?;
+                let key = ApiKey::expire(&mut conn, &manager, id, &origin).await?;
                 app.end(Ending::Credential(CredentialId::ApiKey(id)));
                 Ok(key)
             })
@@ -253,6 +256,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
     ) -> Result<Response<pb::RotateApiKeyResponse>, Status> {
         let credential = self.0.authenticate(request.metadata()).await?;
         let manager = credential.caller().key_manager()?;
+        let origin = self.0.origin(&request, credential.caller());
         let (id, overlap) = rotation(request.get_ref())?;
         let secret = Secret::generate(SecretKind::ApiKey)?;
         let (hash, prefix) = (secret.hash(), secret.display_prefix().to_owned());
@@ -261,7 +265,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
             .0
             .database
             .detached(async move |mut conn| {
-                let rotated = ApiKey::rotate(&mut conn, &manager, id, hash, prefix, overlap).await?;
+                let rotated = ApiKey::rotate(&mut conn, &manager, id, hash, prefix, overlap, &origin).await?;
                 if overlap.is_zero() {
                     app.end(Ending::Credential(CredentialId::ApiKey(id)));
                 }
@@ -278,12 +282,17 @@ impl pb::auth_service_server::AuthService for AuthApi {
     ) -> Result<Response<pb::CreateWatchTokenResponse>, Status> {
         let credential = self.0.authenticate(request.metadata()).await?;
         let provider = credential.caller().provider(Scope::Append)?;
+        let origin = self.0.origin(&request, credential.caller());
         let TokenTerms { job, note, lifetime } = TokenTerms::parse(request.into_inner())?;
         let job_id = self.0.log.find_own_job(provider, &job).await?.id;
         let secret = Secret::generate(SecretKind::WatchToken)?;
         let secret_prefix = secret.display_prefix().to_owned();
         let token = NewWatchToken { job_id, secret_hash: secret.hash(), secret_prefix, note, lifetime };
-        let token = token.insert(&mut *self.0.database.get().await?, provider).await?;
+        let token = self
+            .0
+            .database
+            .detached(async move |mut conn| token.create(&mut conn, provider, &origin).await)
+            .await?;
         let watch_token = Some(token.into());
         Ok(Response::new(pb::CreateWatchTokenResponse { watch_token, secret: secret.reveal() }))
     }
@@ -310,150 +319,18 @@ impl pb::auth_service_server::AuthService for AuthApi {
     ) -> Result<Response<pb::ExpireWatchTokenResponse>, Status> {
         let credential = self.0.authenticate(request.metadata()).await?;
         let provider = credential.caller().provider(Scope::Append)?;
+        let origin = self.0.origin(&request, credential.caller());
         let id = token_id(request.get_ref())?;
         let app = self.0.clone();
         let token = self
             .0
             .database
             .detached(async move |mut conn| {
-                let token = WatchToken::expire(&mut conn, provider, id).await?;
+                let token = WatchToken::expire(&mut conn, provider, id, &origin).await?;
                 app.end(Ending::Credential(CredentialId::WatchToken(id)));
                 Ok(token)
             })
             .await?;
         Ok(Response::new(pb::ExpireWatchTokenResponse { watch_token: Some(token.into()) }))
     }
-}
-
-/// Who signs up.
-struct NewAccount {
-    role: UserRole,
-    email: Email,
-    password: Password,
-    first_name: String,
-    last_name: String,
-}
-
-impl TryFrom<pb::SignUpRequest> for NewAccount {
-    type Error = Error;
-
-    fn try_from(request: pb::SignUpRequest) -> Result<Self> {
-        let mut violations = Violations::default();
-        let role = match request.role() {
-            pb::UserRole::Customer => Some(UserRole::Customer),
-            pb::UserRole::Provider => Some(UserRole::Provider),
-            pb::UserRole::Unspecified => None,
-        };
-        if role.is_none() {
-            violations.add("role", "must be USER_ROLE_CUSTOMER or USER_ROLE_PROVIDER");
-        }
-        let email = Email::new(request.email).map_err(|why| violations.add("email", why)).ok();
-        let password = Password::new(request.password).map_err(|why| violations.add("password", why)).ok();
-        let first_name = parse::text(&mut violations, "first_name", request.first_name);
-        let last_name = parse::text(&mut violations, "last_name", request.last_name);
-        match (role, email, password) {
-            (Some(role), Some(email), Some(password)) => {
-                violations.or(Self { role, email, password, first_name, last_name })
-            }
-            _ => Err(Error::Invalid(violations)),
-        }
-    }
-}
-
-/// Who claims to be whom. A password that nobody can have is none: it is as
-/// wrong as any other, and costs the same work.
-struct Claim {
-    email: String,
-    password: Option<Password>,
-}
-
-impl TryFrom<pb::LogInRequest> for Claim {
-    type Error = Error;
-
-    /// Only what no text may be is refused for its shape; the answer to all
-    /// else that is wrong is one and the same.
-    fn try_from(request: pb::LogInRequest) -> Result<Self> {
-        let mut violations = Violations::default();
-        let email = parse::text(&mut violations, "email", request.email);
-        secret_text(&mut violations, "password", &request.password);
-        violations.or(Self { email, password: Password::new(request.password).ok() })
-    }
-}
-
-struct NewPassword {
-    current: Option<Password>,
-    new: Password,
-}
-
-impl TryFrom<pb::ChangePasswordRequest> for NewPassword {
-    type Error = Error;
-
-    fn try_from(request: pb::ChangePasswordRequest) -> Result<Self> {
-        let mut violations = Violations::default();
-        secret_text(&mut violations, "current_password", &request.current_password);
-        match Password::new(request.new_password) {
-            Ok(new) => violations.or(Self { current: Password::new(request.current_password).ok(), new }),
-            Err(why) => {
-                violations.add("new_password", why);
-                Err(Error::Invalid(violations))
-            }
-        }
-    }
-}
-
-/// [`parse::text`] of what must not be quoted.
-fn secret_text(violations: &mut Violations, field: &str, value: &str) {
-    let mut unquoted = Violations::default();
-    parse::text(&mut unquoted, field, value.to_owned());
-    if !unquoted.is_empty() {
-        violations.add(field, "must have at most 256 characters and no NUL");
-    }
-}
-
-impl TryFrom<pb::UpdateCurrentUserRequest> for Names {
-    type Error = Error;
-
-    fn try_from(request: pb::UpdateCurrentUserRequest) -> Result<Self> {
-        let mut violations = Violations::default();
-        let user = request.user.unwrap_or_else(|| {
-            violations.add("user", "must be given");
-            pb::User::default()
-        });
-        let paths = request.update_mask.unwrap_or_default().paths;
-        if let Some(path) = paths.iter().find(|path| !matches!(path.as_str(), "first_name" | "last_name")) {
-            let description = format!("{} is neither first_name nor last_name", quoted(path));
-            violations.add("update_mask", description);
-        }
-        let asked = |name: &str| paths.is_empty() || paths.iter().any(|path| path == name);
-        let mut name = |path: &str, field: &str, value: String| {
-            asked(path).then(|| parse::text(&mut violations, field, value))
-        };
-        let first_name = name("first_name", "user.first_name", user.first_name);
-        let last_name = name("last_name", "user.last_name", user.last_name);
-        violations.or(Self { first_name, last_name })
-    }
-}
-
-impl From<User> for pb::User {
-    fn from(user: User) -> Self {
-        let role = match user.role {
-            UserRole::Customer => pb::UserRole::Customer,
-            UserRole::Provider => pb::UserRole::Provider,
-        };
-        Self {
-            id: user.id.to_string(),
-            role: role.into(),
-            email: user.email,
-            first_name: user.first_name,
-            last_name: user.last_name,
-            created_at: Some(wire::timestamp(user.created_at)),
-            updated_at: Some(wire::timestamp(user.updated_at)),
-        }
-    }
-}
-
-/// With its secret, or without.
-fn session_with(secret: String, session: &Session) -> pb::Session {
-    let expires_at = Some(wire::timestamp(session.expires_at));
-    pb::Session { id: session.id.to_string(), secret, expires_at }
 }

@@ -84,8 +84,9 @@ impl JobService for JobApi {
     ) -> Result<Response<pb::CloseJobResponse>, Status> {
         let credential = self.0.authenticate(request.metadata()).await?;
         let provider = credential.caller().provider(Scope::Append)?;
+        let origin = self.0.origin(&request, credential.caller());
         let Close { key, reason } = Close::try_from(request.into_inner())?;
-        let (id, existed) = self.0.log.close(provider, key, reason).await?;
+        let (id, existed) = self.0.log.close(provider, key, reason, &origin).await?;
         let mut conn = self.0.database.get().await?;
         let job = Job::find(&mut conn, provider.into(), &JobKey::Id(id)).await?;
         Ok(Response::new(pb::CloseJobResponse { job: Some(job.into()), existed }))

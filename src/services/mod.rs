@@ -16,12 +16,15 @@ use std::{
 
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, metadata::MetadataMap};
+use tracing::Instrument as _;
+use uuid::Uuid;
 
 use crate::{
     auth::{Auth, AuthSettings, Credential, Ending},
     db::Database,
     error::{Error, Result},
     event_log::{EventLog, EventLogSettings},
+    models::{audit_entry::Origin, caller::Caller},
 };
 
 /// Who is at the other end of a connection.
@@ -37,6 +40,16 @@ impl Peer {
     /// Whose request this is.
     pub(crate) fn of<T>(request: &Request<T>) -> Self {
         request.extensions().get::<Self>().cloned().unwrap_or_default()
+    }
+}
+
+/// A call's id, as its answer and the log have it.
+#[derive(Clone, Copy, Debug)]
+pub struct RequestId(pub Uuid);
+
+impl RequestId {
+    fn of<T>(request: &Request<T>) -> Option<Uuid> {
+        request.extensions().get::<Self>().map(|id| id.0)
     }
 }
 
@@ -75,8 +88,18 @@ impl App {
         self.auth.authenticate(secret).await
     }
 
+    /// What the audit says of a call by this caller.
+    pub(crate) fn origin<T>(&self, request: &Request<T>, caller: &Caller) -> Origin {
+        Origin::of_caller(caller, self.address(request), RequestId::of(request))
+    }
+
+    /// The same where there is no credential.
+    pub(crate) fn stranger<T>(&self, request: &Request<T>) -> Origin {
+        Origin::anonymous(self.address(request), RequestId::of(request))
+    }
+
     /// Where a request comes from: behind a proxy that is trusted, as that says.
-    pub(crate) fn address<T>(&self, request: &Request<T>) -> Option<IpAddr> {
+    fn address<T>(&self, request: &Request<T>) -> Option<IpAddr> {
         let direct = Peer::of(request).address?.ip();
         let trusted = &self.auth.settings().trusted_proxies;
         if !trusted.contains(&direct) {
@@ -91,6 +114,14 @@ impl App {
             .filter_map(|hop| hop.trim().parse().ok())
             .collect();
         hops.into_iter().rev().find(|hop| !trusted.contains(hop)).or(Some(direct))
+    }
+
+    /// Does work to its end, even if the caller leaves meanwhile.
+    async fn to_the_end<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = Result<T>> + Send + 'static,
+    ) -> Result<T> {
+        tokio::spawn(work.in_current_span()).await.map_err(Error::internal)?
     }
 
     /// Ends credentials: here at once, on other replicas as soon as they hear.

@@ -10,6 +10,7 @@
 )]
 
 mod access;
+mod audit;
 mod auth;
 mod backup;
 mod cli;

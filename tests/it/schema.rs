@@ -67,7 +67,8 @@ async fn every_constraint_and_index_is_named_by_the_pattern() {
 async fn rows_that_never_change_cannot_be_changed() {
     let unguarded = texts(
         "SELECT relname::text AS text FROM pg_class
-         WHERE relname IN ('job_configurations', 'step_configurations', 'metadata_configurations', 'events')
+         WHERE relname IN (
+             'job_configurations', 'step_configurations', 'metadata_configurations', 'events', 'audit_entries')
          AND NOT EXISTS (
              SELECT FROM pg_trigger
              WHERE tgrelid = pg_class.oid AND tgfoid = 'refuse_update'::regproc AND tgenabled = 'O')",

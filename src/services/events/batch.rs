@@ -162,7 +162,7 @@ impl UncheckedBatch {
             event
         });
         let events = events.collect();
-        Batch { expected_sequence: self.expected_sequence, events, at_fault, job }
+        Batch { expected_sequence: self.expected_sequence, events, at_fault, job, audit: None }
     }
 }
 

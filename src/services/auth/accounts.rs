@@ -1,0 +1,147 @@
+//! Accounts: what requests say of them, and how a user is told.
+
+use crate::{
+    error::{Error, Result, Violations, quoted},
+    event_log::wire,
+    models::{
+        caller::UserRole,
+        session::Session,
+        user::{Email, Names, User},
+    },
+    pb,
+    secret::Password,
+    services::parse,
+};
+
+/// Who signs up.
+pub(super) struct NewAccount {
+    pub(super) role: UserRole,
+    pub(super) email: Email,
+    pub(super) password: Password,
+    pub(super) first_name: String,
+    pub(super) last_name: String,
+}
+
+impl TryFrom<pb::SignUpRequest> for NewAccount {
+    type Error = Error;
+
+    fn try_from(request: pb::SignUpRequest) -> Result<Self> {
+        let mut violations = Violations::default();
+        let role = match request.role() {
+            pb::UserRole::Customer => Some(UserRole::Customer),
+            pb::UserRole::Provider => Some(UserRole::Provider),
+            pb::UserRole::Unspecified => None,
+        };
+        if role.is_none() {
+            violations.add("role", "must be USER_ROLE_CUSTOMER or USER_ROLE_PROVIDER");
+        }
+        let email = Email::new(request.email).map_err(|why| violations.add("email", why)).ok();
+        let password = Password::new(request.password).map_err(|why| violations.add("password", why)).ok();
+        let first_name = parse::text(&mut violations, "first_name", request.first_name);
+        let last_name = parse::text(&mut violations, "last_name", request.last_name);
+        match (role, email, password) {
+            (Some(role), Some(email), Some(password)) => {
+                violations.or(Self { role, email, password, first_name, last_name })
+            }
+            _ => Err(Error::Invalid(violations)),
+        }
+    }
+}
+
+/// Who claims to be whom. A password that nobody can have is none: it is as
+/// wrong as any other, and costs the same work.
+pub(super) struct Claim {
+    pub(super) email: String,
+    pub(super) password: Option<Password>,
+}
+
+impl TryFrom<pb::LogInRequest> for Claim {
+    type Error = Error;
+
+    /// Only what no text may be is refused for its shape; the answer to all
+    /// else that is wrong is one and the same.
+    fn try_from(request: pb::LogInRequest) -> Result<Self> {
+        let mut violations = Violations::default();
+        let email = parse::text(&mut violations, "email", request.email);
+        secret_text(&mut violations, "password", &request.password);
+        violations.or(Self { email, password: Password::new(request.password).ok() })
+    }
+}
+
+pub(super) struct NewPassword {
+    pub(super) current: Option<Password>,
+    pub(super) new: Password,
+}
+
+impl TryFrom<pb::ChangePasswordRequest> for NewPassword {
+    type Error = Error;
+
+    fn try_from(request: pb::ChangePasswordRequest) -> Result<Self> {
+        let mut violations = Violations::default();
+        secret_text(&mut violations, "current_password", &request.current_password);
+        match Password::new(request.new_password) {
+            Ok(new) => violations.or(Self { current: Password::new(request.current_password).ok(), new }),
+            Err(why) => {
+                violations.add("new_password", why);
+                Err(Error::Invalid(violations))
+            }
+        }
+    }
+}
+
+/// [`parse::text`] of what must not be quoted.
+fn secret_text(violations: &mut Violations, field: &str, value: &str) {
+    let mut unquoted = Violations::default();
+    parse::text(&mut unquoted, field, value.to_owned());
+    if !unquoted.is_empty() {
+        violations.add(field, "must have at most 256 characters and no NUL");
+    }
+}
+
+impl TryFrom<pb::UpdateCurrentUserRequest> for Names {
+    type Error = Error;
+
+    fn try_from(request: pb::UpdateCurrentUserRequest) -> Result<Self> {
+        let mut violations = Violations::default();
+        let user = request.user.unwrap_or_else(|| {
+            violations.add("user", "must be given");
+            pb::User::default()
+        });
+        let paths = request.update_mask.unwrap_or_default().paths;
+        if let Some(path) = paths.iter().find(|path| !matches!(path.as_str(), "first_name" | "last_name")) {
+            let description = format!("{} is neither first_name nor last_name", quoted(path));
+            violations.add("update_mask", description);
+        }
+        let asked = |name: &str| paths.is_empty() || paths.iter().any(|path| path == name);
+        let mut name = |path: &str, field: &str, value: String| {
+            asked(path).then(|| parse::text(&mut violations, field, value))
+        };
+        let first_name = name("first_name", "user.first_name", user.first_name);
+        let last_name = name("last_name", "user.last_name", user.last_name);
+        violations.or(Self { first_name, last_name })
+    }
+}
+
+impl From<User> for pb::User {
+    fn from(user: User) -> Self {
+        let role = match user.role {
+            UserRole::Customer => pb::UserRole::Customer,
+            UserRole::Provider => pb::UserRole::Provider,
+        };
+        Self {
+            id: user.id.to_string(),
+            role: role.into(),
+            email: user.email,
+            first_name: user.first_name,
+            last_name: user.last_name,
+            created_at: Some(wire::timestamp(user.created_at)),
+            updated_at: Some(wire::timestamp(user.updated_at)),
+        }
+    }
+}
+
+/// With its secret, or without.
+pub(super) fn session_with(secret: String, session: &Session) -> pb::Session {
+    let expires_at = Some(wire::timestamp(session.expires_at));
+    pb::Session { id: session.id.to_string(), secret, expires_at }
+}
