@@ -423,10 +423,10 @@ impl<'a> Append<'a> {
             check_ids,
         );
         if self.audit.is_empty() {
-            return diesel::select(append).get_result(connection).await;
+            return whole(diesel::select(append).load(connection).await?);
         }
         let entries = || self.audit.iter().map(|(_, entry)| entry);
-        diesel::select(sql::audit_closed_jobs(
+        let audited = diesel::select(sql::audit_closed_jobs(
             append,
             self.audit.iter().map(|(job, _)| *job).collect::<Vec<_>>(),
             entries().map(|entry| entry.id).collect::<Vec<_>>(),
@@ -436,10 +436,15 @@ impl<'a> Append<'a> {
             entries().map(|entry| entry.actor_credential_id).collect::<Vec<_>>(),
             entries().map(|entry| entry.client_address).collect::<Vec<_>>(),
             entries().map(|entry| entry.request_id).collect::<Vec<_>>(),
-        ))
-        .get_result(connection)
-        .await
+        ));
+        whole(audited.load(connection).await?)
     }
+}
+
+/// The one row of a statement that was read to its end: `get_result` takes the
+/// row and leaves, without having heard how the commit that follows it went.
+fn whole(rows: Vec<Answer>) -> QueryResult<Answer> {
+    rows.into_iter().next().ok_or(diesel::NotFound)
 }
 
 /// Position before the first event, time, and the outcome of each job.
