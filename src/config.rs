@@ -12,6 +12,8 @@ use std::{
 
 use clap::{Args, ValueEnum};
 
+use crate::tls::TlsError;
+
 /// Everything that `serve` can be told.
 #[derive(Args, Clone, Debug)]
 pub struct Config {
@@ -80,6 +82,10 @@ pub struct ServerConfig {
     #[arg(long, env = "MILEPOST_UNSAFE_DATABASE")]
     pub unsafe_database: bool,
 
+    /// Encryption.
+    #[command(flatten)]
+    pub tls: TlsConfig,
+
     /// Longest that a call may take, in seconds; streams until they start
     #[arg(long, env = "MILEPOST_REQUEST_TIMEOUT_S", default_value_t = 10, value_name = "SECONDS",
           value_parser = clap::value_parser!(u64).range(1..=3600))]
@@ -123,6 +129,57 @@ pub struct ServerConfig {
     #[arg(long, env = "MILEPOST_RETENTION_S", value_name = "SECONDS",
           value_parser = clap::value_parser!(u64).range(1..=3_153_600_000))]
     pub retention_s: Option<u64>,
+}
+
+/// What the server shows of itself and asks of its clients.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Server")]
+pub struct TlsConfig {
+    /// Certificate of the server, with those between it and its authority, as PEM: switches encryption on. This
+    /// file and the next two are looked at every 3 seconds and on SIGHUP, and apply to new connections
+    #[arg(long, env = "MILEPOST_TLS_CERT", value_name = "FILE")]
+    pub tls_cert: Option<PathBuf>,
+
+    /// Private key of the certificate, as PEM
+    #[arg(long, env = "MILEPOST_TLS_KEY", value_name = "FILE")]
+    pub tls_key: Option<PathBuf>,
+
+    /// Authorities of clients, as PEM: only who has a certificate of theirs may connect; credentials are needed all
+    /// the same
+    #[arg(long, env = "MILEPOST_TLS_CLIENT_CA", value_name = "FILE")]
+    pub tls_client_ca: Option<PathBuf>,
+}
+
+impl TlsConfig {
+    /// Whether connections are encrypted. An error for half of what that needs.
+    pub fn is_on(&self) -> Result<bool, TlsError> {
+        match (&self.tls_cert, &self.tls_key, &self.tls_client_ca) {
+            (Some(_), Some(_), _) => Ok(true),
+            (None, None, None) => Ok(false),
+            (Some(_), None, _) => Err(TlsError("--tls-cert needs --tls-key".to_owned())),
+            (None, Some(_), _) => Err(TlsError("--tls-key needs --tls-cert".to_owned())),
+            (None, None, Some(_)) => {
+                Err(TlsError("--tls-client-ca needs --tls-cert and --tls-key".to_owned()))
+            }
+        }
+    }
+}
+
+/// Whom a client believes to be its server, and what it shows of itself.
+#[derive(Args, Clone, Debug, Default, PartialEq, Eq)]
+#[command(next_help_heading = "Encryption")]
+pub struct ClientTls {
+    /// Authorities of the server, as PEM [default: those of this system]
+    #[arg(long, env = "MILEPOST_TLS_CA", value_name = "FILE")]
+    pub tls_ca: Option<PathBuf>,
+
+    /// Certificate to show to a server that asks for one, as PEM
+    #[arg(long, env = "MILEPOST_TLS_CLIENT_CERT", value_name = "FILE")]
+    pub tls_client_cert: Option<PathBuf>,
+
+    /// Private key of that certificate, as PEM
+    #[arg(long, env = "MILEPOST_TLS_CLIENT_KEY", value_name = "FILE")]
+    pub tls_client_key: Option<PathBuf>,
 }
 
 /// Who may have an account, and what passwords cost.

@@ -49,5 +49,9 @@ pub const WATCH_TOKEN_LIFETIME: (Duration, Duration, Duration) =
 /// How long a credential may go unconfirmed by the database before nothing is
 /// sent or accepted under it.
 pub const CREDENTIAL_CONFIRMED_WITHIN: Duration = Duration::from_secs(5);
+/// Longest that a client may take for the handshake of TLS.
+pub const HANDSHAKE: Duration = Duration::from_secs(10);
+/// Most handshakes of TLS under way at once; one more ends the oldest.
+pub const HANDSHAKES: usize = 1000;
 /// Most credentials that one process remembers.
 pub const CREDENTIALS: usize = 65_536;

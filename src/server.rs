@@ -3,21 +3,23 @@
 
 mod calls;
 mod connection;
+mod incoming;
+mod tls;
 
 use std::{pin::pin, time::Duration};
 
 use diesel_async::{AsyncPgConnection, SimpleAsyncConnection as _};
-use futures_util::TryStreamExt as _;
 use tokio::{
     net::TcpListener,
     time::{MissedTickBehavior, interval, timeout},
 };
 use tokio_util::sync::CancellationToken;
-use tonic::transport::{Server, server::TcpIncoming};
+use tonic::transport::Server;
 use tonic_health::{ServingStatus, server::HealthReporter};
 use tower::layer::layer_fn;
 
-use self::{calls::Calls, connection::Connection};
+pub use self::tls::Tls;
+use self::{calls::Calls, incoming::incoming};
 use crate::{
     db::Database,
     error::{Error, Result},
@@ -60,6 +62,8 @@ pub struct ServerSettings {
     pub keepalive_interval: Duration,
     /// How long it may take to answer that.
     pub keepalive_timeout: Duration,
+    /// What encrypts; nothing is without it.
+    pub tls: Option<Tls>,
 }
 
 /// Serves until `shutdown` and then drains: not ready at once, nothing new
@@ -106,7 +110,7 @@ pub async fn serve(
         .add_service(health)
         .add_service(reflection().build_v1().map_err(Error::internal)?)
         .add_service(reflection().build_v1alpha().map_err(Error::internal)?);
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true)).map_ok(Connection::new);
+    let incoming = incoming(listener, settings.tls.clone());
     let mut serving = pin!(router.serve_with_incoming_shutdown(incoming, draining.clone().cancelled_owned()));
 
     tokio::select! {

@@ -19,8 +19,9 @@ use crate::{
     db::{Database, migrations},
     error::{BoxError, Result},
     event_log::EventLogSettings,
-    server::{ServerSettings, serve},
+    server::{ServerSettings, Tls, serve},
     services::App,
+    tls::TlsError,
 };
 
 /// Serves until SIGTERM or SIGINT.
@@ -44,9 +45,10 @@ pub(super) async fn run(config: &Config) -> Result<ExitCode, BoxError> {
 /// Listens where the settings say, beyond loopback only if they say so
 /// outright.
 pub(super) async fn bind(config: &ServerConfig) -> Result<TcpListener, BoxError> {
-    if !config.listen.ip().is_loopback() && !config.insecure_listen {
+    if !config.listen.ip().is_loopback() && !config.insecure_listen && !config.tls.is_on()? {
         return Err(format!(
-            "{} is not loopback and nothing would be encrypted; listen there all the same with --insecure-listen",
+            "{} is not loopback and nothing would be encrypted: encrypt with --tls-cert and --tls-key, or listen \
+             there all the same with --insecure-listen",
             config.listen
         )
         .into());
@@ -70,12 +72,12 @@ pub(super) struct Server {
 impl Server {
     /// Opens the database, migrates it if it is to be, and serves.
     pub(super) async fn start(config: &Config, listener: TcpListener) -> Result<Self, BoxError> {
+        let settings = server_settings(&config.server).await?;
         let database = OpenDatabase::to_serve(&config.database).await?;
         match Self::prepare(config, &listener, &database).await {
             Ok((address, app)) => {
                 let stop = CancellationToken::new();
                 let stopped = stop.clone().cancelled_owned();
-                let settings = server_settings(&config.server);
                 let over = CancellationToken::new();
                 let end = over.clone().drop_guard();
                 let serving = tokio::spawn(async move {
@@ -130,14 +132,15 @@ impl Server {
     }
 }
 
-fn server_settings(config: &ServerConfig) -> ServerSettings {
-    ServerSettings {
+async fn server_settings(config: &ServerConfig) -> Result<ServerSettings, TlsError> {
+    Ok(ServerSettings {
         request_timeout: Duration::from_secs(config.request_timeout_s),
         drain_deadline: Duration::from_secs(config.drain_deadline_s),
         streams_per_connection: config.streams_per_connection,
         keepalive_interval: Duration::from_secs(config.keepalive_interval_s),
         keepalive_timeout: Duration::from_secs(config.keepalive_timeout_s),
-    }
+        tls: Tls::start(&config.tls).await?,
+    })
 }
 
 fn log_settings(config: &ServerConfig) -> EventLogSettings {

@@ -11,6 +11,7 @@
 
 use std::{
     io,
+    net::SocketAddr,
     pin::Pin,
     task::{Context, Poll, ready},
 };
@@ -19,7 +20,11 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
 };
-use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+use tokio_rustls::server::TlsStream;
+use tokio_util::{
+    either::Either,
+    sync::{CancellationToken, WaitForCancellationFutureOwned},
+};
 use tonic::transport::server::Connected;
 
 use crate::services::Peer;
@@ -30,7 +35,8 @@ const LARGE: usize = 4 * 1024;
 /// A connection.
 #[derive(Debug)]
 pub(super) struct Connection {
-    stream: TcpStream,
+    stream: Either<TcpStream, Box<TlsStream<TcpStream>>>,
+    address: Option<SocketAddr>,
     /// It has let the others go first.
     waited: bool,
     /// The last write was one that needs no company.
@@ -40,10 +46,21 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    pub(super) fn new(stream: TcpStream) -> Self {
+    pub(super) fn plain(stream: TcpStream) -> Self {
+        let address = stream.peer_addr().ok();
+        Self::new(Either::Left(stream), address)
+    }
+
+    /// What is written together is also encrypted together.
+    pub(super) fn encrypted(stream: TlsStream<TcpStream>) -> Self {
+        let address = stream.get_ref().0.peer_addr().ok();
+        Self::new(Either::Right(Box::new(stream)), address)
+    }
+
+    fn new(stream: Either<TcpStream, Box<TlsStream<TcpStream>>>, address: Option<SocketAddr>) -> Self {
         let cut = CancellationToken::new();
         let is_cut = Box::pin(cut.clone().cancelled_owned());
-        Self { stream, waited: false, large: false, cut, is_cut }
+        Self { stream, address, waited: false, large: false, cut, is_cut }
     }
 }
 
@@ -51,7 +68,7 @@ impl Connected for Connection {
     type ConnectInfo = Peer;
 
     fn connect_info(&self) -> Peer {
-        Peer { address: self.stream.peer_addr().ok(), cut: self.cut.clone() }
+        Peer { address: self.address, cut: self.cut.clone() }
     }
 }
 
