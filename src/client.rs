@@ -1,19 +1,27 @@
 //! A client in Rust: the generated clients over one connection with one
 //! credential, and a watch that resumes by itself.
 
-use std::{fmt, time::Duration};
+use std::{fmt, net::IpAddr, time::Duration};
 
+use http::{
+    Uri,
+    uri::{Authority, Scheme},
+};
 use tonic::{
     Code, Request, Status, Streaming,
     metadata::{Ascii, MetadataValue},
     service::{Interceptor, interceptor::InterceptedService},
-    transport::{Channel, Endpoint},
+    transport::{Channel, ClientTlsConfig, Endpoint, Identity},
 };
 
-use crate::pb::{
-    WatchEndReason, WatchEventsRequest, WatchEventsResponse, auth_service_client::AuthServiceClient,
-    configuration_service_client::ConfigurationServiceClient, event_service_client::EventServiceClient,
-    job_service_client::JobServiceClient, watch_events_request::Start, watch_events_response::Message,
+use crate::{
+    config::ClientTls,
+    pb::{
+        WatchEndReason, WatchEventsRequest, WatchEventsResponse, auth_service_client::AuthServiceClient,
+        configuration_service_client::ConfigurationServiceClient, event_service_client::EventServiceClient,
+        job_service_client::JobServiceClient, watch_events_request::Start, watch_events_response::Message,
+    },
+    tls::{self, TlsError},
 };
 
 /// How long connecting may take.
@@ -35,9 +43,12 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// Not an address.
-    #[error("{0:?} is no server address: HOST:PORT or http://HOST:PORT")]
+    #[error("{0:?} is no server address: HOST:PORT, https://HOST:PORT or http://HOST:PORT")]
     Address(String),
-    /// Nobody answers there.
+    /// Files that do not do for TLS.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// Nobody answers there, or not the one that should.
     #[error("no server answers at {0}")]
     Connect(String, #[source] tonic::transport::Error),
     /// A secret that cannot be one.
@@ -72,16 +83,68 @@ impl Interceptor for Bearer {
     }
 }
 
+/// A server's address with its scheme, if it is one.
+fn url(server: &str, tls: &ClientTls) -> Option<Uri> {
+    if server.contains("://") {
+        let url: Uri = server.parse().ok()?;
+        let known = url.scheme() == Some(&Scheme::HTTP) || url.scheme() == Some(&Scheme::HTTPS);
+        return known.then_some(url);
+    }
+    let authority: Authority = server.parse().ok()?;
+    let host = authority.host().trim_start_matches('[').trim_end_matches(']');
+    let here = host == "localhost" || host.parse().is_ok_and(|address: IpAddr| address.is_loopback());
+    let scheme = if here && *tls == ClientTls::default() { Scheme::HTTP } else { Scheme::HTTPS };
+    Uri::builder().scheme(scheme).authority(authority).path_and_query("/").build().ok()
+}
+
+/// What a connection over TLS is made with.
+async fn client_tls(files: &ClientTls) -> Result<ClientTlsConfig, TlsError> {
+    let trusted = tls::trusted(files.tls_ca.as_deref()).await?;
+    let config = ClientTlsConfig::new().trust_anchors(trusted.roots.iter().cloned()).timeout(CONNECT_TIMEOUT);
+    match (&files.tls_client_cert, &files.tls_client_key) {
+        (Some(certificate), Some(key)) => {
+            let identity = Identity::from_pem(tls::read(certificate).await?, tls::read(key).await?);
+            Ok(config.identity(identity))
+        }
+        (None, None) => Ok(config),
+        (Some(_), None) | (None, Some(_)) => {
+            Err(TlsError("--tls-client-cert and --tls-client-key need each other".to_owned()))
+        }
+    }
+}
+
+/// What an error comes from.
+fn cause(error: &dyn std::error::Error) -> String {
+    error.source().map_or_else(|| error.to_string(), ToString::to_string)
+}
+
 /// What is called when a watch is interrupted.
 type Tell = dyn FnMut(&Status, Duration) + Send;
 type Service = InterceptedService<Channel, Bearer>;
 
 impl Client {
-    /// Connects, within 5 s, without a credential. `server` is `HOST:PORT` or
-    /// `http://HOST:PORT`.
+    /// Connects as [`Client::connect_with`] does, where the authorities of this
+    /// system vouch for the server.
     pub async fn connect(server: &str) -> Result<Self, ClientError> {
-        let url = if server.contains("://") { server.to_owned() } else { format!("http://{server}") };
-        let endpoint = Endpoint::from_shared(url).map_err(|_| ClientError::Address(server.to_owned()))?;
+        Self::connect_with(server, &ClientTls::default()).await
+    }
+
+    /// Connects without a credential. How long connecting and the handshake may
+    /// take is 5 s each. `server` is `https://HOST:PORT`, encrypted;
+    /// `http://HOST:PORT`, which is not, so that whoever is in between reads the
+    /// credential; or `HOST:PORT`, encrypted unless that is this very machine
+    /// and nothing is said about `tls`.
+    pub async fn connect_with(server: &str, tls: &ClientTls) -> Result<Self, ClientError> {
+        let not_an_address = || ClientError::Address(server.to_owned());
+        let url = url(server, tls).ok_or_else(not_an_address)?;
+        let encrypted = url.scheme() == Some(&Scheme::HTTPS);
+        let mut endpoint = Endpoint::from(url);
+        if encrypted {
+            let tls = client_tls(tls).await?;
+            endpoint = endpoint
+                .tls_config(tls)
+                .map_err(|error| TlsError(format!("cannot use TLS: {}", cause(&error))))?;
+        }
         let channel = endpoint
             .connect_timeout(CONNECT_TIMEOUT)
             .http2_keep_alive_interval(KEEPALIVE)
@@ -261,6 +324,33 @@ mod tests {
             assert!(
                 pause >= Duration::from_millis(shortest_ms) && pause <= Duration::from_millis(longest_ms)
             );
+        }
+    }
+
+    #[test]
+    fn only_this_machine_or_who_says_so_goes_unencrypted() {
+        let system = ClientTls::default();
+        let own = ClientTls { tls_ca: Some("ca.pem".into()), ..ClientTls::default() };
+        for (server, tls, expected) in [
+            ("127.0.0.1:50051", &system, Some("http://127.0.0.1:50051/")),
+            ("127.9.9.9:1", &system, Some("http://127.9.9.9:1/")),
+            ("[::1]:50051", &system, Some("http://[::1]:50051/")),
+            ("localhost:50051", &system, Some("http://localhost:50051/")),
+            ("localhost:50051", &own, Some("https://localhost:50051/")),
+            ("localhost.example.com:50051", &system, Some("https://localhost.example.com:50051/")),
+            ("127.0.0.1.example.com:50051", &system, Some("https://127.0.0.1.example.com:50051/")),
+            ("10.0.0.1:50051", &system, Some("https://10.0.0.1:50051/")),
+            ("[2001:db8::1]:50051", &system, Some("https://[2001:db8::1]:50051/")),
+            ("http://10.0.0.1:50051", &own, Some("http://10.0.0.1:50051/")),
+            ("https://127.0.0.1:50051", &system, Some("https://127.0.0.1:50051/")),
+            ("HTTPS://a:1", &system, Some("https://a:1/")),
+            ("ftp://a:1", &system, None),
+            ("unix:///a", &system, None),
+            ("a b", &system, None),
+            ("", &system, None),
+        ] {
+            let url = url(server, tls).map(|url| url.to_string());
+            assert_eq!(url.as_deref(), expected, "{server}");
         }
     }
 

@@ -1,7 +1,7 @@
 //! `milepost demo`: a provider's job from its registration to its end, as its
 //! customer sees it.
 
-use std::{collections::BTreeMap, io, process::ExitCode, time::Duration};
+use std::{collections::BTreeMap, io, net::SocketAddr, process::ExitCode, time::Duration};
 
 use clap::Args;
 use console::style;
@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     client::{Client, is_transient},
-    config::Config,
+    config::{ClientTls, Config},
     db::embedded::Served,
     error::BoxError,
     pb::{
@@ -33,13 +33,16 @@ const RETRY_PAUSE: Duration = Duration::from_millis(200);
 /// Where to play it, and how slowly.
 #[derive(Args, Clone, Debug)]
 pub(super) struct Demo {
-    /// Play against this server; without it against the one that serves the data folder, or one of its own
+    /// Play against this server, with the addresses that `watch` takes; without it against the one that serves the data folder, or one of its own
     #[arg(long, env = "MILEPOST_SERVER", value_name = "HOST:PORT")]
     server: Option<String>,
 
     /// About how long the job takes, in seconds
     #[arg(long, default_value_t = 10, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(0..=3600))]
     seconds: u32,
+
+    #[command(flatten)]
+    tls: ClientTls,
 
     #[command(flatten)]
     config: Config,
@@ -66,14 +69,20 @@ impl Demo {
         if self.config.database.database_url.is_none() {
             let folder = data_dir(&self.config.database).await?;
             match Served::of(&folder) {
-                Served::At(address) => return Ok((address.to_string(), None)),
+                Served::At(address) => return Ok((self.url(address)?, None)),
                 Served::Starting => return Err("a milepost is just starting here: try again".into()),
                 Served::No => {}
             }
         }
         say(&format!("  {}", style("starting a server of its own …").dim()))?;
         let server = Server::start(&self.config, self.listen().await?).await?;
-        Ok((server.address.to_string(), Some(server)))
+        Ok((self.url(server.address)?, Some(server)))
+    }
+
+    /// Of a server that has the settings of this demo.
+    fn url(&self, address: SocketAddr) -> Result<String, BoxError> {
+        let scheme = if self.config.server.tls.is_on()? { "https" } else { "http" };
+        Ok(format!("{scheme}://{address}"))
     }
 
     /// The usual port, or any where that is taken.
@@ -92,7 +101,7 @@ impl Demo {
     }
 
     async fn play(&self, address: &str, own: bool) -> Result<ExitCode, BoxError> {
-        let stranger = Client::connect(address).await?;
+        let stranger = Client::connect_with(address, &self.tls).await?;
         let provider = Person::sign_up(&stranger, UserRole::Provider, "Ada", "Radiology").await?;
         let customer = Person::sign_up(&stranger, UserRole::Customer, "Grace", "Hospital").await?;
         let job_id = create_job(&provider.client, &customer.id).await?;

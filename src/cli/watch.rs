@@ -7,6 +7,7 @@ use clap::Args;
 use super::{refused, screen::Screen};
 use crate::{
     client::Client,
+    config::ClientTls,
     error::BoxError,
     pb::{
         GetJobRequest, JobStatus, WatchEventsRequest, get_job_request, watch_events_request::Scope,
@@ -27,12 +28,16 @@ pub(super) struct Watch {
     #[arg(long)]
     provider_job_id: bool,
 
-    /// Address of the server
+    /// Address of the server; https:// encrypts, http:// does not, and without either only what is not this machine
+    /// is encrypted
     #[arg(long, env = "MILEPOST_SERVER", default_value = "127.0.0.1:50051", value_name = "HOST:PORT")]
     server: String,
 
     #[command(flatten)]
     credential: Credential,
+
+    #[command(flatten)]
+    tls: ClientTls,
 }
 
 /// As whom. Its own type, so that it is not shown by accident.
@@ -51,7 +56,8 @@ impl std::fmt::Debug for Credential {
 
 impl Watch {
     pub(super) async fn run(&self) -> Result<ExitCode, BoxError> {
-        let client = Client::connect(&self.server).await?.with_credential(&self.credential.api_key)?;
+        let client = Client::connect_with(&self.server, &self.tls).await?;
+        let client = client.with_credential(&self.credential.api_key)?;
         let job = if self.provider_job_id {
             get_job_request::Job::ProviderJobId(self.job.clone())
         } else {

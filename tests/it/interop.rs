@@ -10,7 +10,7 @@ use std::{
 
 use tokio::{process::Command, sync::OnceCell};
 
-use crate::support::{TestServer, User, info};
+use crate::support::{Authority, Files, TestServer, User, info};
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 const GRPCURL: &str = "github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.3";
@@ -82,6 +82,27 @@ async fn the_tour_of_the_readme_goes_from_sign_up_to_a_watched_completion() {
     assert!(said.contains("\"percent\": 100"), "{said}");
     let status = server.database.texts("SELECT status::text AS text FROM jobs").await;
     assert_eq!(status, ["complete"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn grpcurl_speaks_to_a_server_whose_authority_it_is_told() {
+    let authority = Authority::new();
+    let files = Files::new(&authority);
+    let server = TestServer::encrypted(&files.server(), &authority).await;
+    let path = path_with_grpcurl().await;
+    let grpcurl = || {
+        let mut command = Command::new("grpcurl");
+        command.env("PATH", &path);
+        command
+    };
+    let address = server.address.to_string();
+    let listed = output(grpcurl().arg("-cacert").arg(files.path("ca.pem")).args([&address, "list"])).await;
+    assert!(succeeded(listed).contains("milepost.v1.EventService"));
+    let foreign = files.write("foreign.pem", &Authority::new().pem());
+    let refused = output(grpcurl().arg("-cacert").arg(foreign).args([&address, "list"])).await;
+    assert!(!refused.status.success());
+    let unencrypted = output(grpcurl().args(["-plaintext", "-max-time", "5", &address, "list"])).await;
+    assert!(!unencrypted.status.success());
 }
 
 /// A Python with what `examples/python` needs, made once for each version of

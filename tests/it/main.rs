@@ -28,6 +28,7 @@ mod publish;
 mod retention;
 mod schema;
 mod support;
+mod tls;
 mod validation;
 mod watch;
 mod watch_tokens;

@@ -17,11 +17,11 @@ use milepost::pb::{
 use prost_types::{Value, value::Kind};
 use tokio::{sync::mpsc, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, Request, Status, Streaming, transport::Endpoint};
+use tonic::{Code, Request, Status, Streaming};
 
 use crate::support::{
-    A_MOMENT, Caller, Clients, PASSWORD, TestServer, User, Watch, Wire, assert_refused, info, noted, operate,
-    within_patience,
+    A_MOMENT, Authority, Caller, Clients, Files, PASSWORD, TestServer, User, Watch, Wire, assert_refused,
+    info, noted, operate, within_patience,
 };
 
 const EVERYWHERE: Duration = Duration::from_secs(5);
@@ -340,8 +340,7 @@ async fn what_is_held_back_while_the_credential_is_not_confirmed_is_not_skipped_
         provider.append(&job, events).await;
     }
     // Takes in less than one of them before it is read.
-    let endpoint = Endpoint::from_shared(format!("http://{}", server.address)).unwrap();
-    let channel = endpoint.initial_stream_window_size(65_535).connect_lazy();
+    let channel = server.endpoint.clone().initial_stream_window_size(65_535).connect_lazy();
     let mut request = Request::new(of(&job));
     let bearer = format!("Bearer {}", customer.key_secret).parse().unwrap();
     request.metadata_mut().insert("authorization", bearer);
@@ -390,14 +389,23 @@ async fn what_is_held_back_while_the_credential_is_not_confirmed_is_not_skipped_
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_that_does_not_take_its_end_is_cut() {
-    let server = TestServer::start().await;
+    unread_streams_are_cut(&TestServer::start().await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn over_tls_a_stream_that_does_not_take_its_end_is_cut_too() {
+    let authority = Authority::new();
+    let files = Files::new(&authority);
+    unread_streams_are_cut(&TestServer::encrypted(&files.server(), &authority).await).await;
+}
+
+async fn unread_streams_are_cut(server: &TestServer) {
     let (mut provider, mut customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
     let job = provider.job(&customer).await;
     // Two streams on one connection: one that nobody reads, whose window is soon
     // full, and one that tells how the connection is.
-    let endpoint = Endpoint::from_shared(format!("http://{}", server.address)).unwrap();
-    let channel = endpoint.initial_stream_window_size(4_096).connect().await.unwrap();
+    let channel = server.endpoint.clone().initial_stream_window_size(4_096).connect().await.unwrap();
     let mut streams = Vec::new();
     for secret in [&customer.key_secret, &provider.key_secret] {
         let mut request = Request::new(of(&job));

@@ -12,7 +12,7 @@ use milepost::pb::{
 use tonic::{
     Request, Status,
     service::{Interceptor, interceptor::InterceptedService},
-    transport::{Channel, Endpoint},
+    transport::{Channel, ClientTlsConfig, Endpoint},
 };
 use uuid::Uuid;
 
@@ -53,24 +53,31 @@ pub struct Caller {
 #[derive(Clone, Debug)]
 pub struct Clients {
     pub channel: Channel,
-    endpoint: Endpoint,
+    pub endpoint: Endpoint,
 }
 
 impl Clients {
     pub fn of(address: SocketAddr) -> Self {
-        let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
+        Self::at(Endpoint::from_shared(format!("http://{address}")).unwrap())
+    }
+
+    pub fn over_tls(address: SocketAddr, tls: ClientTlsConfig) -> Self {
+        let endpoint = Endpoint::from_shared(format!("https://{address}")).unwrap();
+        Self::at(endpoint.tls_config(tls).unwrap())
+    }
+
+    fn at(endpoint: Endpoint) -> Self {
         Self { channel: endpoint.connect_lazy(), endpoint }
     }
 
     /// Of the same server, from another address of this machine.
     pub fn from(&self, address: impl Into<IpAddr>) -> Self {
-        let endpoint = self.endpoint.clone().local_address(Some(address.into()));
-        Self { channel: endpoint.connect_lazy(), endpoint }
+        Self::at(self.endpoint.clone().local_address(Some(address.into())))
     }
 
     /// Of the same server, over a connection of their own.
     pub fn other_clients(&self) -> Self {
-        Self { channel: self.endpoint.connect_lazy(), endpoint: self.endpoint.clone() }
+        Self::at(self.endpoint.clone())
     }
 
     pub fn anonymous(&self) -> Caller {

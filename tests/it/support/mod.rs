@@ -1,6 +1,7 @@
 //! What the tests stand on: a Postgres, servers, people who call them, and
 //! ways to look at what they answer.
 
+mod certificates;
 mod clients;
 mod cluster;
 mod events;
@@ -11,6 +12,7 @@ mod temporary;
 mod watch;
 mod wire;
 
+pub use certificates::{Authority, Files, Pair};
 pub use clients::{Caller, Clients, PASSWORD, User, registration};
 pub use cluster::TestDatabase;
 pub use events::{complete, error, info, metadata, named, noted, step};

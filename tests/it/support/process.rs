@@ -28,6 +28,7 @@ pub struct ServerProcess {
     // Before the folder: its process ends first.
     child: Child,
     folder: TemporaryFolder,
+    settings: Vec<(&'static str, String)>,
 }
 
 impl Deref for ServerProcess {
@@ -41,17 +42,22 @@ impl Deref for ServerProcess {
 impl ServerProcess {
     /// On a new embedded database, serving.
     pub async fn start() -> Self {
+        Self::start_with("127.0.0.1", Vec::new()).await
+    }
+
+    /// The same, on any address of this machine's and with more settings.
+    pub async fn start_with(host: &str, settings: Vec<(&'static str, String)>) -> Self {
         // The port is free again when the server takes it, and stays the same
         // over its restarts.
-        let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let address = TcpListener::bind((host, 0)).unwrap().local_addr().unwrap();
         let mut folder = TemporaryFolder::new();
-        let child = serve(address, &mut folder).await;
-        Self { address, clients: Clients::of(address), child, folder }
+        let child = serve(address, &mut folder, &settings).await;
+        Self { address, clients: Clients::of(address), child, folder, settings }
     }
 
     /// Starts again where the last one ended, on the same folder and address.
     pub async fn restart(&mut self) {
-        self.child = serve(self.address, &mut self.folder).await;
+        self.child = serve(self.address, &mut self.folder, &self.settings).await;
     }
 
     /// Where its data are.
@@ -127,6 +133,22 @@ impl ServerProcess {
         signal("TERM", &self.child.id().expect("it runs").to_string()).await;
     }
 
+    /// SIGHUP.
+    pub async fn hang_up(&self) {
+        signal("HUP", &self.child.id().expect("it runs").to_string()).await;
+    }
+
+    /// Waits until its log says so as often.
+    pub async fn logged(&self, words: &str, times: usize) {
+        let log = self.folder.path().join("server.log");
+        within_patience(format!("{words:?} in the log"), async {
+            while fs::read_to_string(&log).unwrap().matches(words).count() < times {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        })
+        .await;
+    }
+
     /// How it ended.
     pub async fn exit(&mut self) -> ExitStatus {
         within_patience("the server's exit", self.child.wait()).await.unwrap()
@@ -158,7 +180,11 @@ async fn signal(name: &str, pid: &str) {
 }
 
 /// Starts the binary and waits until it says where it listens.
-async fn serve(address: SocketAddr, folder: &mut TemporaryFolder) -> Child {
+async fn serve(
+    address: SocketAddr,
+    folder: &mut TemporaryFolder,
+    settings: &[(&'static str, String)],
+) -> Child {
     let log = folder.path().join("server.log");
     let mut child = Command::new(env!("CARGO_BIN_EXE_milepost"))
         .arg("serve")
@@ -167,6 +193,7 @@ async fn serve(address: SocketAddr, folder: &mut TemporaryFolder) -> Child {
         .env("MILEPOST_DATA_DIR", folder.path())
         .env("MILEPOST_BCRYPT_COST", "4")
         .env("MILEPOST_LOG_LEVEL", "info,milepost=trace")
+        .envs(settings.iter().cloned())
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(File::options().create(true).append(true).open(&log).unwrap())

@@ -8,15 +8,16 @@ use std::{
 
 use milepost::{
     auth::AuthSettings,
+    config::TlsConfig,
     db::{Database, DatabaseSettings},
     event_log::EventLogSettings,
-    server::{self, ServerSettings},
+    server::{self, ServerSettings, Tls},
     services::App,
 };
 use tokio::net::TcpListener;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use super::{Clients, cluster::TestDatabase};
+use super::{Authority, Clients, cluster::TestDatabase};
 
 /// Whose word is taken for where a call comes from; nobody else calls from it.
 pub const TRUSTED_PROXY: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 9));
@@ -53,18 +54,34 @@ impl TestServer {
     }
 
     pub async fn on(database: TestDatabase) -> Self {
-        Self::that_keeps(database, None).await
+        Self::listening(database, None, None, Clients::of).await
     }
 
     /// One that removes the events of jobs that closed so long ago.
     pub async fn that_keeps(database: TestDatabase, retention: Option<Duration>) -> Self {
+        Self::listening(database, retention, None, Clients::of).await
+    }
+
+    /// On a fresh database, encrypted; called by those who believe the authority.
+    pub async fn encrypted(tls: &TlsConfig, authority: &Authority) -> Self {
+        let clients = |address| Clients::over_tls(address, authority.believer());
+        let tls = Tls::start(tls).await.unwrap();
+        Self::listening(TestDatabase::migrated().await, None, tls, clients).await
+    }
+
+    async fn listening(
+        database: TestDatabase,
+        retention: Option<Duration>,
+        tls: Option<Tls>,
+        clients: impl FnOnce(SocketAddr) -> Clients,
+    ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let stop = CancellationToken::new();
         let app = app(&database.url, retention).await;
         let stopped = stop.clone().cancelled_owned();
-        tokio::spawn(async move { server::serve(listener, app, &settings(), stopped).await.unwrap() });
-        Self { address, database, clients: Clients::of(address), _stop: stop.drop_guard() }
+        tokio::spawn(async move { server::serve(listener, app, &settings(tls), stopped).await.unwrap() });
+        Self { address, database, clients: clients(address), _stop: stop.drop_guard() }
     }
 
     /// How many rows a table has.
@@ -87,13 +104,14 @@ impl TestServer {
     }
 }
 
-fn settings() -> ServerSettings {
+fn settings(tls: Option<Tls>) -> ServerSettings {
     ServerSettings {
         request_timeout: Duration::from_secs(10),
         drain_deadline: Duration::from_secs(5),
         streams_per_connection: 1000,
         keepalive_interval: Duration::from_secs(20),
         keepalive_timeout: Duration::from_secs(20),
+        tls,
     }
 }
 

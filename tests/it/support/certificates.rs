@@ -1,0 +1,123 @@
+//! Authorities, and certificates of theirs as files.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use milepost::config::{ClientTls, TlsConfig};
+use rcgen::{
+    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
+    KeyUsagePurpose,
+};
+use tonic::transport::{Certificate, ClientTlsConfig, Identity};
+
+use super::TemporaryFolder;
+
+/// Vouches for certificates.
+pub struct Authority {
+    issuer: CertifiedIssuer<'static, KeyPair>,
+}
+
+/// A certificate and its key, as PEM.
+#[derive(Clone, Debug)]
+pub struct Pair {
+    pub certificate: String,
+    pub key: String,
+}
+
+impl Authority {
+    pub fn new() -> Self {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        params.distinguished_name.push(DnType::CommonName, "An authority");
+        Self { issuer: CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap() }
+    }
+
+    pub fn pem(&self) -> String {
+        self.issuer.pem()
+    }
+
+    /// For whom these names or addresses belong to.
+    pub fn server(&self, names: &[&str]) -> Pair {
+        self.issue(names, ExtendedKeyUsagePurpose::ServerAuth)
+    }
+
+    pub fn client(&self) -> Pair {
+        self.issue(&["client.example.com"], ExtendedKeyUsagePurpose::ClientAuth)
+    }
+
+    fn issue(&self, names: &[&str], purpose: ExtendedKeyUsagePurpose) -> Pair {
+        let names: Vec<String> = names.iter().map(ToString::to_string).collect();
+        let mut params = CertificateParams::new(names).unwrap();
+        params.extended_key_usages = vec![purpose];
+        let key = KeyPair::generate().unwrap();
+        let certificate = params.signed_by(&key, &self.issuer).unwrap();
+        Pair { certificate: certificate.pem(), key: key.serialize_pem() }
+    }
+
+    /// A client that believes this authority alone.
+    pub fn believer(&self) -> ClientTlsConfig {
+        ClientTlsConfig::new().ca_certificate(Certificate::from_pem(self.pem()))
+    }
+}
+
+impl Pair {
+    pub fn identity(&self) -> Identity {
+        Identity::from_pem(&self.certificate, &self.key)
+    }
+}
+
+/// The files of a server and its clients.
+#[derive(Debug)]
+pub struct Files(TemporaryFolder);
+
+impl Files {
+    /// Of a server at 127.0.0.1 whom this authority vouches for.
+    pub fn new(authority: &Authority) -> Self {
+        let files = Self(TemporaryFolder::new());
+        files.write("ca.pem", &authority.pem());
+        files.put(&authority.server(&["127.0.0.1"]));
+        files
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// Replaces a file, at no moment of which there is half.
+    pub fn write(&self, name: &str, content: &str) -> PathBuf {
+        let (path, new) = (self.path(name), self.path("new"));
+        fs::write(&new, content).unwrap();
+        fs::rename(&new, &path).unwrap();
+        path
+    }
+
+    /// Puts another pair in the server's place.
+    pub fn put(&self, pair: &Pair) {
+        self.write("server.pem", &pair.certificate);
+        self.write("server.key", &pair.key);
+    }
+
+    pub fn server(&self) -> TlsConfig {
+        TlsConfig {
+            tls_cert: Some(self.path("server.pem")),
+            tls_key: Some(self.path("server.key")),
+            tls_client_ca: None,
+        }
+    }
+
+    /// Of a server that asks for certificates of that authority.
+    pub fn asking(&self, authority: &Authority) -> TlsConfig {
+        TlsConfig { tls_client_ca: Some(self.write("clients.pem", &authority.pem())), ..self.server() }
+    }
+
+    pub fn client(&self) -> ClientTls {
+        ClientTls { tls_ca: Some(self.path("ca.pem")), ..ClientTls::default() }
+    }
+
+    pub fn folder(&self) -> &Path {
+        self.0.path()
+    }
+}
