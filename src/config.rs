@@ -37,6 +37,11 @@ pub struct DatabaseConfig {
     #[arg(long, env = "DATABASE_URL", hide_env_values = true, value_name = "URL")]
     pub database_url: Option<DatabaseUrl>,
 
+    /// Authorities of the database at DATABASE_URL, as PEM, instead of this system's; the connection must then be
+    /// encrypted, as with sslmode=require
+    #[arg(long, env = "MILEPOST_DATABASE_CA", value_name = "FILE")]
+    pub database_ca: Option<PathBuf>,
+
     /// Folder of the embedded Postgres [default: /var/lib/milepost for root, otherwise milepost in
     /// $XDG_DATA_HOME or ~/.local/share]
     #[arg(long, env = "MILEPOST_DATA_DIR", value_name = "FOLDER")]

@@ -75,6 +75,7 @@ pub(super) async fn data_dir(config: &DatabaseConfig) -> Result<PathBuf, Embedde
 fn settings(config: &DatabaseConfig, url: String) -> DatabaseSettings {
     DatabaseSettings {
         url,
+        ca: config.database_ca.clone(),
         connections: usize::try_from(config.database_connections).unwrap_or(usize::MAX),
         statement_timeout: Duration::from_secs(config.statement_timeout_s),
         connect_timeout: Duration::from_secs(config.database_connect_timeout_s),

@@ -21,9 +21,10 @@ pub(super) struct Migrate {
 impl Migrate {
     pub(super) async fn run(&self) -> Result<ExitCode, BoxError> {
         let database = OpenDatabase::to_use(&self.database).await?;
+        let (url, ca) = (&database.settings.url, database.settings.ca.as_deref());
         let done = match self.revert {
-            None => migrations::migrate(&database.settings.url).await,
-            Some(count) => migrations::revert(&database.settings.url, count).await,
+            None => migrations::migrate(url, ca).await,
+            Some(count) => migrations::revert(url, ca, count).await,
         };
         database.close().await?;
         let done = done?;

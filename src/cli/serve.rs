@@ -100,7 +100,8 @@ impl Server {
     ) -> Result<(SocketAddr, App), BoxError> {
         let address = listener.local_addr()?;
         if config.server.migrate || open.embedded.is_some() {
-            for version in migrations::migrate(&open.settings.url).await? {
+            let (url, ca) = (&open.settings.url, open.settings.ca.as_deref());
+            for version in migrations::migrate(url, ca).await? {
                 tracing::info!(version, "migrated");
             }
         }

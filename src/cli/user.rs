@@ -132,7 +132,7 @@ impl Whom {
         let open = OpenDatabase::to_use(&self.database).await?;
         let changed = async {
             if open.embedded.is_some() {
-                migrations::migrate(&open.settings.url).await?;
+                migrations::migrate(&open.settings.url, None).await?;
             }
             let database = Database::new(open.settings.clone())?;
             migrations::check(&database, true).await?;

@@ -1,6 +1,6 @@
 //! The schema's migrations, and whether this server may serve a database.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, path::Path};
 
 use diesel::{
     ConnectionError, ExpressionMethods as _, QueryDsl as _, QueryableByName,
@@ -10,13 +10,10 @@ use diesel::{
     sql_query,
     sql_types::{Bool, Integer, Text},
 };
-use diesel_async::{
-    AsyncConnection as _, AsyncMigrationHarness, AsyncPgConnection, RunQueryDsl as _,
-    SimpleAsyncConnection as _,
-};
+use diesel_async::{AsyncMigrationHarness, AsyncPgConnection, RunQueryDsl as _, SimpleAsyncConnection as _};
 use diesel_migrations::{EmbeddedMigrations, MigrationHarness as _, embed_migrations};
 
-use super::{Database, embedded::OLDEST_MAJOR};
+use super::{Database, connect::establish, embedded::OLDEST_MAJOR};
 use crate::{error::BoxError, schema::schema_compatibility};
 
 const MIGRATIONS: EmbeddedMigrations = embed_migrations!("migrations");
@@ -67,8 +64,8 @@ pub enum SchemaError {
 /// Applies every migration that the database lacks, each in a transaction, one
 /// replica at a time. The versions that were applied. Needs tokio's
 /// multi-thread runtime.
-pub async fn migrate(url: &str) -> Result<Vec<String>, SchemaError> {
-    let mut harness = AsyncMigrationHarness::new(lock(url).await?);
+pub async fn migrate(url: &str, ca: Option<&Path>) -> Result<Vec<String>, SchemaError> {
+    let mut harness = AsyncMigrationHarness::new(lock(url, ca).await?);
     let applied = harness.run_pending_migrations(MIGRATIONS).map_err(SchemaError::Migration)?;
     Ok(applied.iter().map(ToString::to_string).collect())
 }
@@ -76,8 +73,8 @@ pub async fn migrate(url: &str) -> Result<Vec<String>, SchemaError> {
 /// Reverts the newest migrations, as many as said or as there are. The
 /// versions that were reverted, newest first. Needs tokio's multi-thread
 /// runtime.
-pub async fn revert(url: &str, count: usize) -> Result<Vec<String>, SchemaError> {
-    let mut harness = AsyncMigrationHarness::new(lock(url).await?);
+pub async fn revert(url: &str, ca: Option<&Path>, count: usize) -> Result<Vec<String>, SchemaError> {
+    let mut harness = AsyncMigrationHarness::new(lock(url, ca).await?);
     let applied = harness.applied_migrations().map_err(SchemaError::Migration)?.len();
     let mut reverted = Vec::new();
     for _ in 0..count.min(applied) {
@@ -89,8 +86,8 @@ pub async fn revert(url: &str, count: usize) -> Result<Vec<String>, SchemaError>
 }
 
 /// A connection that holds the migrations' lock until it is closed.
-async fn lock(url: &str) -> Result<AsyncPgConnection, SchemaError> {
-    let mut connection = AsyncPgConnection::establish(url).await?;
+async fn lock(url: &str, ca: Option<&Path>) -> Result<AsyncPgConnection, SchemaError> {
+    let mut connection = establish(url, ca).await?;
     connection
         .batch_execute(&format!(
             "SET application_name = 'milepost migrate'; SET client_min_messages = warning; \

@@ -1,22 +1,24 @@
 //! The database: pool, connections, migrations, the embedded server and the
 //! doorbell between replicas.
 
+mod connect;
 pub mod doorbell;
 pub mod embedded;
 pub mod migrations;
 
-use std::{fmt, time::Duration};
+use std::{fmt, path::PathBuf, time::Duration};
 
 use deadpool::{Runtime, managed::Timeouts};
 use diesel::{ConnectionError, ConnectionResult};
 use diesel_async::{
-    AsyncConnection as _, AsyncPgConnection, SimpleAsyncConnection as _,
+    AsyncPgConnection, SimpleAsyncConnection as _,
     pooled_connection::{
         AsyncDieselConnectionManager, ManagerConfig, RecyclingMethod,
         deadpool::{Object, Pool},
     },
 };
 
+use self::connect::establish;
 use crate::error::{Error, Result};
 
 /// A connection out of the pool.
@@ -27,6 +29,9 @@ pub type Connection = Object<AsyncPgConnection>;
 pub struct DatabaseSettings {
     /// `postgresql://…`; may hold a password, so it is never logged.
     pub url: String,
+    /// Authorities of the database, as a PEM file, instead of this system's; the
+    /// connection must then be encrypted.
+    pub ca: Option<PathBuf>,
     /// Most connections at once.
     pub connections: usize,
     /// Longest that one statement may run.
@@ -111,8 +116,8 @@ impl Database {
 
 /// Connects and sets what every connection of ours has set.
 async fn connect(settings: &DatabaseSettings) -> ConnectionResult<AsyncPgConnection> {
-    let establish = async {
-        let mut connection = AsyncPgConnection::establish(&settings.url).await?;
+    let set_up = async {
+        let mut connection = establish(&settings.url, settings.ca.as_deref()).await?;
         connection
             .batch_execute(&format!(
                 "SET application_name = 'milepost'; SET timezone = 'UTC'; SET jit = off; \
@@ -127,7 +132,7 @@ async fn connect(settings: &DatabaseSettings) -> ConnectionResult<AsyncPgConnect
             .map_err(ConnectionError::CouldntSetupConfiguration)?;
         Ok(connection)
     };
-    tokio::time::timeout(settings.connect_timeout, establish)
+    tokio::time::timeout(settings.connect_timeout, set_up)
         .await
         .unwrap_or_else(|_| Err(ConnectionError::BadConnection("timed out".to_owned())))
 }

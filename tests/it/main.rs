@@ -15,6 +15,7 @@ mod auth;
 mod backup;
 mod cli;
 mod configurations;
+mod database_tls;
 mod errors;
 mod guarantees;
 mod idempotency;

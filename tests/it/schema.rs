@@ -140,17 +140,17 @@ async fn migrations_go_down_to_nothing_and_up_again() {
         UNION ALL SELECT typname FROM pg_type WHERE typnamespace = 'public'::regnamespace
         ORDER BY 1";
     let database = TestDatabase::empty().await;
-    let applied = migrations::migrate(&database.url).await.unwrap();
+    let applied = migrations::migrate(&database.url, None).await.unwrap();
     let up = database.texts(SHAPE).await;
     assert_eq!(up, texts(SHAPE).await);
 
-    let mut reverted = migrations::revert(&database.url, applied.len()).await.unwrap();
+    let mut reverted = migrations::revert(&database.url, None, applied.len()).await.unwrap();
     reverted.reverse();
     assert_eq!(reverted, applied);
     let mut left = database.texts(SHAPE).await;
     left.retain(|text| !text.contains("__diesel_schema_migrations"));
     assert_eq!(left, none());
 
-    migrations::migrate(&database.url).await.unwrap();
+    migrations::migrate(&database.url, None).await.unwrap();
     assert_eq!(database.texts(SHAPE).await, up);
 }

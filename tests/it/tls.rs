@@ -100,7 +100,6 @@ async fn our_client_speaks_to_nobody_but_its_server() {
     let elsewhere = format!("https://localhost:{}", server.address.port());
     for (url, tls) in [(&url, &foreign), (&url, &ClientTls::default()), (&elsewhere, &files.client())] {
         let error = connect(url, tls).await.unwrap_err();
-        assert!(matches!(error, ClientError::Connect(..)), "{error:?}");
         let told = milepost::cli::one_line(&error);
         assert!(told.contains("certificate"), "{told}");
     }

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use diesel_async::{AsyncConnection as _, AsyncPgConnection, SimpleAsyncConnection as _};
+use diesel_async::SimpleAsyncConnection as _;
 
 pub(super) use self::binaries::OLDEST_MAJOR;
 pub use self::folder::Served;
@@ -19,6 +19,7 @@ use self::{
     binaries::{Binaries, Owner, complaint},
     folder::{DataFolder, Lock, private_folder},
 };
+use super::connect::establish;
 
 /// The role and the database that milepost uses there.
 const NAME: &str = "milepost";
@@ -363,7 +364,7 @@ impl Embedded {
     async fn make_database(&self) -> Result<(), EmbeddedError> {
         let give_up_at = Instant::now() + Duration::from_secs(START_TIMEOUT_S);
         let mut connection = loop {
-            match AsyncPgConnection::establish(&self.url("postgres")).await {
+            match establish(&self.url("postgres"), None).await {
                 Ok(connection) => break connection,
                 Err(error) if Instant::now() > give_up_at => {
                     return Err(EmbeddedError::Silent(error.to_string()));

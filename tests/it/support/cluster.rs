@@ -1,5 +1,7 @@
 //! The one Postgres of this process, and a database for whoever asks.
 
+use std::path::PathBuf;
+
 use diesel::sql_types::Text;
 use diesel_async::{AsyncConnection as _, AsyncPgConnection, RunQueryDsl as _, SimpleAsyncConnection as _};
 use milepost::db::{
@@ -43,7 +45,7 @@ async fn start() -> Cluster {
     let postgres = Embedded::start(settings).await.unwrap();
     let mut admin = connect(&postgres.url("postgres")).await;
     admin.batch_execute(&format!("CREATE DATABASE {TEMPLATE}")).await.unwrap();
-    migrations::migrate(&postgres.url(TEMPLATE)).await.unwrap();
+    migrations::migrate(&postgres.url(TEMPLATE), None).await.unwrap();
     Cluster { postgres, folder }
 }
 
@@ -56,6 +58,7 @@ async fn connect(url: &str) -> AsyncPgConnection {
 pub struct TestDatabase {
     name: String,
     pub url: String,
+    pub ca: Option<PathBuf>,
 }
 
 impl TestDatabase {
@@ -83,7 +86,12 @@ impl TestDatabase {
         let name = format!("test_{}", Uuid::now_v7().simple());
         admin(&format!("CREATE DATABASE {name} TEMPLATE {template}")).await;
         let url = cluster().await.postgres.url(&name);
-        Self { name, url }
+        Self { name, url, ca: None }
+    }
+
+    /// One of another Postgres's.
+    pub fn at(url: String, ca: PathBuf) -> Self {
+        Self { name: String::new(), url, ca: Some(ca) }
     }
 
     pub async fn connect(&self) -> AsyncPgConnection {

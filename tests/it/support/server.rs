@@ -78,7 +78,7 @@ impl TestServer {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let stop = CancellationToken::new();
-        let app = app(&database.url, retention).await;
+        let app = app(&database, retention).await;
         let stopped = stop.clone().cancelled_owned();
         tokio::spawn(async move { server::serve(listener, app, &settings(tls), stopped).await.unwrap() });
         Self { address, database, clients: clients(address), _stop: stop.drop_guard() }
@@ -115,9 +115,10 @@ fn settings(tls: Option<Tls>) -> ServerSettings {
     }
 }
 
-async fn app(url: &str, retention: Option<Duration>) -> App {
+async fn app(database: &TestDatabase, retention: Option<Duration>) -> App {
     let database = Database::new(DatabaseSettings {
-        url: url.to_owned(),
+        url: database.url.clone(),
+        ca: database.ca.clone(),
         connections: 8,
         statement_timeout: Duration::from_secs(5),
         connect_timeout: Duration::from_secs(5),

@@ -1,0 +1,110 @@
+//! How every connection to the database is made.
+//!
+//! `sslmode` in the URL decides. `require` encrypts and verifies certificate and
+//! host name, as `verify-full` does elsewhere. `prefer`, the default, encrypts
+//! where the database can and verifies nothing, since who is in between could
+//! as well say that it cannot; with an authority of its own it is `require`.
+//! Sockets are never encrypted.
+
+use std::{error::Error as _, path::Path, sync::Arc};
+
+use diesel::{ConnectionError, ConnectionResult};
+use diesel_async::AsyncPgConnection;
+use tokio_postgres::config::{Config, Host, SslMode};
+use tokio_postgres_rustls::MakeRustlsConnect;
+use tokio_rustls::rustls::{
+    ClientConfig, DigitallySignedStruct, Error, SignatureScheme,
+    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    crypto::{verify_tls12_signature, verify_tls13_signature},
+    pki_types::{CertificateDer, ServerName, UnixTime},
+};
+
+use crate::tls::{TlsError, provider, trusted};
+
+/// Connects; `ca` is a file of authorities instead of this system's. It is read
+/// each time, so that it may be replaced.
+pub(super) async fn establish(url: &str, ca: Option<&Path>) -> ConnectionResult<AsyncPgConnection> {
+    let mut config: Config = url.parse().map_err(|error| bad(&error))?;
+    if config.get_hosts().is_empty() {
+        // The name that a certificate is for.
+        for address in config.get_hostaddrs().to_vec() {
+            config.host(address.to_string());
+        }
+    }
+    if config.get_hosts().iter().all(|host| matches!(host, Host::Unix(_))) {
+        config.ssl_mode(SslMode::Disable);
+    } else if ca.is_some() {
+        if config.get_ssl_mode() == SslMode::Disable {
+            return Err(refused("sslmode=disable and an authority of the database contradict each other"));
+        }
+        config.ssl_mode(SslMode::Require);
+    }
+    let tls = tls(config.get_ssl_mode(), ca).await.map_err(|error| refused(&error.to_string()))?;
+    let (client, connection) =
+        config.connect(MakeRustlsConnect::new(tls)).await.map_err(|error| bad(&error))?;
+    // With the connection, so that notifications and its end are heard of.
+    AsyncPgConnection::try_from_client_and_connection(client, connection).await
+}
+
+async fn tls(mode: SslMode, ca: Option<&Path>) -> Result<ClientConfig, TlsError> {
+    let builder = ClientConfig::builder_with_provider(provider())
+        .with_safe_default_protocol_versions()
+        .map_err(|error| TlsError(error.to_string()))?;
+    let builder = if matches!(mode, SslMode::Disable | SslMode::Prefer) {
+        builder.dangerous().with_custom_certificate_verifier(Arc::new(Anybody))
+    } else {
+        builder.with_root_certificates(trusted(ca).await?)
+    };
+    Ok(builder.with_no_client_auth())
+}
+
+fn refused(why: &str) -> ConnectionError {
+    ConnectionError::BadConnection(why.to_owned())
+}
+
+/// What Postgres or the way to it has against a connection.
+fn bad(error: &tokio_postgres::Error) -> ConnectionError {
+    let words = error.to_string();
+    let cause = error.source().map(ToString::to_string).filter(|cause| !words.contains(cause));
+    refused(&cause.map_or(words.clone(), |cause| format!("{words}: {cause}")))
+}
+
+/// Whoever it is, as long as they have the key of the certificate that they
+/// show.
+#[derive(Debug)]
+struct Anybody;
+
+impl ServerCertVerifier for Anybody {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        verify_tls12_signature(message, certificate, signed, &provider().signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        verify_tls13_signature(message, certificate, signed, &provider().signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        provider().signature_verification_algorithms.supported_schemes()
+    }
+}

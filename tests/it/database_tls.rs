@@ -1,0 +1,228 @@
+//! The connection to Postgres, encrypted.
+
+use std::{
+    fs::{self, Permissions},
+    net::{IpAddr, SocketAddr},
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown},
+    path::Path,
+    process::Stdio,
+    time::Duration,
+};
+
+use diesel::sql_types::Bool;
+use diesel_async::{RunQueryDsl as _, SimpleAsyncConnection as _};
+use milepost::{
+    db::{
+        Database, DatabaseSettings,
+        doorbell::{Bell, Doorbell},
+        embedded::{Embedded, EmbeddedSettings},
+    },
+    error::Error,
+};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpListener,
+    process::Command,
+    sync::mpsc,
+};
+use uuid::Uuid;
+
+use crate::support::{
+    Authority, Files, TemporaryFolder, TestDatabase, TestServer, complete, step, within_patience,
+};
+
+/// A Postgres that speaks with nobody but over TLS, save through its socket.
+struct Postgres {
+    embedded: Embedded,
+    address: IpAddr,
+    files: Files,
+    _folder: TemporaryFolder,
+}
+
+impl Postgres {
+    async fn start() -> Self {
+        // Of this machine's addresses one that nobody else listens on.
+        let random = Uuid::new_v4().into_bytes();
+        let address = IpAddr::from([127, 100 + random[0] % 100, random[1], 1 + random[2] % 200]);
+        let folder = TemporaryFolder::new();
+        let extra_options = [("fsync", "off"), ("listen_addresses", &address.to_string())]
+            .map(|(name, value)| (name.to_owned(), value.to_owned()))
+            .to_vec();
+        let settings = EmbeddedSettings { data_dir: folder.path().to_owned(), extra_options };
+        let embedded = Embedded::start(settings).await.unwrap();
+
+        let authority = Authority::new();
+        let files = Files::new(&authority);
+        let pair = authority.server(&[&address.to_string()]);
+        let data = folder.path().join("cluster/data");
+        let owner = fs::metadata(&data).unwrap();
+        for (name, content) in [
+            ("server.crt", pair.certificate.as_str()),
+            ("server.key", &pair.key),
+            ("pg_hba.conf", "local all all trust\nhostssl all all all trust\n"),
+        ] {
+            let path = data.join(name);
+            fs::write(&path, content).unwrap();
+            fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
+            chown(&path, Some(owner.uid()), Some(owner.gid())).unwrap();
+        }
+        let postgres = Self { embedded, address, files, _folder: folder };
+        let mut admin = postgres.open(&postgres.embedded.database_url(), None).await.unwrap();
+        admin.batch_execute("ALTER SYSTEM SET ssl = on").await.unwrap();
+        admin.batch_execute("SELECT pg_reload_conf()").await.unwrap();
+        within_patience("Postgres to encrypt", async {
+            while postgres.open(&postgres.url("sslmode=require"), Some("ca.pem")).await.is_err() {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        })
+        .await;
+        postgres
+    }
+
+    fn url(&self, parameters: &str) -> String {
+        format!("postgresql://milepost@{}/milepost?{parameters}", self.address)
+    }
+
+    fn database(&self, url: &str, ca: Option<&str>) -> Database {
+        database(url, ca.map(|ca| self.files.path(ca)).as_deref())
+    }
+
+    async fn open(&self, url: &str, ca: Option<&str>) -> Result<diesel_async::AsyncPgConnection, Error> {
+        self.database(url, ca).connect().await
+    }
+
+    /// Whether a connection made so is encrypted, if it is made.
+    async fn encrypts(&self, url: &str, ca: Option<&str>) -> Result<bool, String> {
+        let connection = self.open(url, ca).await;
+        let mut connection = connection.map_err(|error| milepost::cli::one_line(&error))?;
+        let sql = "SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()";
+        let row: Encrypted = diesel::sql_query(sql).get_result(&mut connection).await.unwrap();
+        Ok(row.ssl)
+    }
+}
+
+#[derive(diesel::QueryableByName)]
+struct Encrypted {
+    #[diesel(sql_type = Bool)]
+    ssl: bool,
+}
+
+fn database(url: &str, ca: Option<&Path>) -> Database {
+    let settings = DatabaseSettings {
+        url: url.to_owned(),
+        ca: ca.map(Path::to_owned),
+        connections: 4,
+        statement_timeout: Duration::from_secs(5),
+        connect_timeout: Duration::from_secs(5),
+        synchronous_commit: "on".to_owned(),
+    };
+    Database::new(settings).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_required_is_verified_and_what_is_preferred_is_encrypted() {
+    let postgres = Postgres::start().await;
+    postgres.files.write("foreign.pem", &Authority::new().pem());
+    for (parameters, ca) in [
+        ("sslmode=require", Some("ca.pem")),
+        ("sslmode=prefer", Some("ca.pem")),
+        ("", Some("ca.pem")),
+        ("sslmode=prefer", None),
+        ("", None),
+    ] {
+        let encrypts = postgres.encrypts(&postgres.url(parameters), ca).await;
+        assert_eq!(encrypts, Ok(true), "{parameters} {ca:?}");
+    }
+    let elsewhere = format!(
+        "postgresql://milepost@elsewhere.example/milepost?hostaddr={}&sslmode=require",
+        postgres.address
+    );
+    for (url, ca, said) in [
+        (&postgres.url("sslmode=require"), None, "certificate"),
+        (&postgres.url("sslmode=require"), Some("foreign.pem"), "certificate"),
+        (&postgres.url(""), Some("foreign.pem"), "certificate"),
+        (&elsewhere, Some("ca.pem"), "certificate"),
+        (&postgres.url("sslmode=require"), Some("missing.pem"), "missing.pem"),
+        (&postgres.url("sslmode=disable"), Some("ca.pem"), "sslmode=disable"),
+        (&postgres.url("sslmode=disable"), None, "pg_hba.conf"),
+    ] {
+        let error = postgres.encrypts(url, ca).await.unwrap_err();
+        assert!(error.contains(said), "{said} in {error}");
+    }
+    let socket = format!("{}?sslmode=require", postgres.embedded.database_url());
+    assert_eq!(postgres.encrypts(&socket, None).await, Ok(false));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_does_not_encrypt_is_told_nothing_where_encryption_is_required() {
+    let files = Files::new(&Authority::new());
+    let ca = files.path("ca.pem");
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address: SocketAddr = listener.local_addr().unwrap();
+    for (parameters, ca, told) in
+        [("sslmode=require", Some(ca.as_path()), false), ("", Some(ca.as_path()), false), ("", None, true)]
+    {
+        let url = format!("postgresql://milepost@{address}/milepost?{parameters}");
+        let database = database(&url, ca);
+        let connecting = tokio::spawn(async move { database.connect().await.map(drop) });
+        let (mut stream, _) = within_patience("a connection", listener.accept()).await.unwrap();
+        // "Do you encrypt?" "No."
+        stream.read_exact(&mut [0; 8]).await.unwrap();
+        stream.write_all(b"N").await.unwrap();
+        let read = within_patience("what follows", stream.read(&mut [0; 8])).await;
+        assert_eq!(read.is_ok_and(|bytes| bytes > 0), told, "{parameters} {ca:?}");
+        drop(stream);
+        assert!(connecting.await.unwrap().is_err());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bell_is_heard_over_tls() {
+    let postgres = Postgres::start().await;
+    let url = postgres.url("sslmode=require");
+    let (heard, mut bells) = mpsc::unbounded_channel();
+    let listening = postgres.database(&url, Some("ca.pem"));
+    let _listens = Doorbell::start(listening, move |bell| {
+        let _over = heard.send(bell);
+    });
+    let rings = Doorbell::start(postgres.database(&url, Some("ca.pem")), |_| {});
+    // All of them are heard once it listens.
+    for bell in [Bell::Log, Bell::Credentials] {
+        assert_eq!(within_patience("listening", bells.recv()).await, Some(bell));
+    }
+    for bell in [Bell::Credentials, Bell::Log] {
+        rings.ring(bell);
+        assert_eq!(within_patience("the bell", bells.recv()).await, Some(bell));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_is_migrated_and_served_by_two_over_tls_alone() {
+    let postgres = Postgres::start().await;
+    let (url, ca) = (postgres.url("sslmode=require"), postgres.files.path("ca.pem"));
+    let migrate = Command::new(env!("CARGO_BIN_EXE_milepost"))
+        .arg("migrate")
+        .env("DATABASE_URL", &url)
+        .env("MILEPOST_DATABASE_CA", &ca)
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .output();
+    let migrated = within_patience("the migration", migrate).await.unwrap();
+    assert!(migrated.status.success(), "{migrated:?}");
+
+    let server = TestServer::on(TestDatabase::at(url, ca)).await;
+    let replica = server.replica().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[("load", 1)]).await;
+    let job = provider.job(&customer).await;
+    let mut watch = replica.same(&customer).watch(&job).await;
+    watch.caught_up().await;
+    provider.append(&job, [step("load"), complete()]).await;
+    assert_eq!(watch.film().await.events.len(), 2);
+
+    let mut admin = postgres.open(&postgres.embedded.database_url(), None).await.unwrap();
+    let sql = "SELECT bool_and(ssl) AS ssl FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) \
+               WHERE client_addr IS NOT NULL";
+    let row: Encrypted = diesel::sql_query(sql).get_result(&mut admin).await.unwrap();
+    assert!(row.ssl);
+}
