@@ -21,6 +21,7 @@ mod interop;
 mod jobs;
 mod log_in;
 mod operations;
+mod outages;
 mod plans;
 mod progress;
 mod publish;

@@ -16,7 +16,7 @@ use milepost::{
 use tokio::net::TcpListener;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use super::{Clients, cluster::TestDatabase};
+use super::{Clients, Proxy, cluster::TestDatabase};
 
 /// Whose word is taken for where a call comes from; nobody else calls from it.
 pub const TRUSTED_PROXY: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 9));
@@ -58,10 +58,22 @@ impl TestServer {
 
     /// One that removes the events of jobs that closed so long ago.
     pub async fn that_keeps(database: TestDatabase, retention: Option<Duration>) -> Self {
+        let url = database.url.clone();
+        Self::reaching(database, &url, retention).await
+    }
+
+    /// On a fresh database that it reaches through a proxy.
+    pub async fn through_proxy() -> (Self, Proxy) {
+        let database = TestDatabase::migrated().await;
+        let proxy = Proxy::to(&database.url).await;
+        (Self::reaching(database, &proxy.url, None).await, proxy)
+    }
+
+    async fn reaching(database: TestDatabase, url: &str, retention: Option<Duration>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let stop = CancellationToken::new();
-        let app = app(&database.url, retention).await;
+        let app = app(url, retention).await;
         let stopped = stop.clone().cancelled_owned();
         tokio::spawn(async move { server::serve(listener, app, &settings(), stopped).await.unwrap() });
         Self { address, database, clients: Clients::of(address), _stop: stop.drop_guard() }
