@@ -7,11 +7,16 @@
 //! the end of the queue once before it writes: what the streams in between have
 //! to say goes along. Where nobody else is in the queue, it writes at once.
 //!
-//! **They can be cut**, where a stream does not take its end.
+//! **They can be cut**, where a stream does not take its end, and all of them
+//! at the end of the drain.
 
 use std::{
     io,
     pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
     task::{Context, Poll, ready},
 };
 
@@ -27,10 +32,35 @@ use crate::services::Peer;
 /// What is worth a write of its own, in bytes: a replay is made of such.
 const LARGE: usize = 4 * 1024;
 
+/// All connections of a server.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Connections {
+    cut: CancellationToken,
+    /// How often something was read from one of them or written to it.
+    moved: Arc<AtomicUsize>,
+}
+
+impl Connections {
+    pub(super) fn accept(&self, stream: TcpStream) -> Connection {
+        Connection::new(stream, self.cut.child_token(), Arc::clone(&self.moved))
+    }
+
+    /// Cuts them all.
+    pub(super) fn cut(&self) {
+        self.cut.cancel();
+    }
+
+    /// A number that stays the same as long as all of them are silent.
+    pub(super) fn moved(&self) -> usize {
+        self.moved.load(Relaxed)
+    }
+}
+
 /// A connection.
 #[derive(Debug)]
 pub(super) struct Connection {
     stream: TcpStream,
+    moved: Arc<AtomicUsize>,
     /// It has let the others go first.
     waited: bool,
     /// The last write was one that needs no company.
@@ -40,10 +70,9 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    pub(super) fn new(stream: TcpStream) -> Self {
-        let cut = CancellationToken::new();
+    fn new(stream: TcpStream, cut: CancellationToken, moved: Arc<AtomicUsize>) -> Self {
         let is_cut = Box::pin(cut.clone().cancelled_owned());
-        Self { stream, waited: false, large: false, cut, is_cut }
+        Self { stream, moved, waited: false, large: false, cut, is_cut }
     }
 }
 
@@ -64,7 +93,9 @@ impl AsyncRead for Connection {
         if self.is_cut.as_mut().poll(cx).is_ready() {
             return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
         }
-        Pin::new(&mut self.stream).poll_read(cx, buf)
+        ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
+        self.moved.fetch_add(1, Relaxed);
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -78,6 +109,7 @@ impl AsyncWrite for Connection {
         }
         let written = ready!(Pin::new(&mut self.stream).poll_write(cx, buf))?;
         self.large = written >= LARGE;
+        self.moved.fetch_add(1, Relaxed);
         Poll::Ready(Ok(written))
     }
 

@@ -14,6 +14,7 @@ mod auth;
 mod backup;
 mod cli;
 mod configurations;
+mod drain;
 mod errors;
 mod guarantees;
 mod idempotency;

@@ -14,7 +14,7 @@ mod watch;
 pub use clients::{Caller, Clients, PASSWORD, User, registration};
 pub use cluster::TestDatabase;
 pub use events::{complete, error, info, metadata, named, noted, step};
-pub use process::ServerProcess;
+pub use process::{DRAIN_DEADLINE, ServerProcess};
 pub use proxy::{Mode, Proxy};
 pub use refused::{assert_refused, assert_violations};
 pub use server::{STREAMS_PER_USER, TRUSTED_PROXY, TestServer};

@@ -17,7 +17,10 @@ use milepost::pb::LogInRequest;
 use tonic::Code;
 use tonic_types::StatusExt as _;
 
-use super::{Clients, PASSWORD, temporary::TemporaryFolder, within_patience};
+use super::{Clients, PASSWORD, cluster::TestDatabase, temporary::TemporaryFolder, within_patience};
+
+/// Longest that a server process takes to drain.
+pub const DRAIN_DEADLINE: Duration = Duration::from_secs(6);
 
 /// A server that can be killed. It is gone, and its database with it, when it
 /// is dropped and when this process dies.
@@ -28,6 +31,7 @@ pub struct ServerProcess {
     // Before the folder: its process ends first.
     child: Child,
     folder: TemporaryFolder,
+    database_url: Option<String>,
 }
 
 impl Deref for ServerProcess {
@@ -41,17 +45,31 @@ impl Deref for ServerProcess {
 impl ServerProcess {
     /// On a new embedded database, serving.
     pub async fn start() -> Self {
+        Self::start_on(None).await
+    }
+
+    /// A replica on a database of the tests' cluster, serving.
+    pub async fn on(database: &TestDatabase) -> Self {
+        Self::start_on(Some(database.url.clone())).await
+    }
+
+    async fn start_on(database_url: Option<String>) -> Self {
         // The port is free again when the server takes it, and stays the same
         // over its restarts.
         let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let mut folder = TemporaryFolder::new();
-        let child = serve(address, &mut folder).await;
-        Self { address, clients: Clients::of(address), child, folder }
+        let child = serve(address, &mut folder, database_url.as_deref()).await;
+        Self { address, clients: Clients::of(address), child, folder, database_url }
     }
 
     /// Starts again where the last one ended, on the same folder and address.
     pub async fn restart(&mut self) {
-        self.child = serve(self.address, &mut self.folder).await;
+        self.child = serve(self.address, &mut self.folder, self.database_url.as_deref()).await;
+    }
+
+    /// What it has logged, over all its restarts.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.folder.path().join("server.log")).unwrap()
     }
 
     /// Where its data are.
@@ -100,8 +118,14 @@ impl ServerProcess {
 
     /// What the binary says that refuses to serve this database.
     pub async fn refused_on(database_url: &str) -> String {
+        Self::refused_with(database_url, &[]).await
+    }
+
+    /// The same with further flags.
+    pub async fn refused_with(database_url: &str, flags: &[&str]) -> String {
         let serving = Command::new(env!("CARGO_BIN_EXE_milepost"))
             .arg("serve")
+            .args(flags)
             .env("DATABASE_URL", database_url)
             .env("MILEPOST_LISTEN", "127.0.0.1:0")
             .stdin(Stdio::null())
@@ -135,11 +159,17 @@ async fn signal(name: &str, pid: &str) {
 }
 
 /// Starts the binary and waits until it says where it listens.
-async fn serve(address: SocketAddr, folder: &mut TemporaryFolder) -> Child {
+async fn serve(address: SocketAddr, folder: &mut TemporaryFolder, database_url: Option<&str>) -> Child {
     let log = folder.path().join("server.log");
-    let mut child = Command::new(env!("CARGO_BIN_EXE_milepost"))
+    let mut command = Command::new(env!("CARGO_BIN_EXE_milepost"));
+    match database_url {
+        // That cluster does not wait for its disk.
+        Some(url) => command.env("DATABASE_URL", url).env("MILEPOST_UNSAFE_DATABASE", "true"),
+        None => command.env_remove("DATABASE_URL"),
+    };
+    let mut child = command
         .arg("serve")
-        .env_remove("DATABASE_URL")
+        .env("MILEPOST_DRAIN_DEADLINE_S", DRAIN_DEADLINE.as_secs().to_string())
         .env("MILEPOST_LISTEN", address.to_string())
         .env("MILEPOST_DATA_DIR", folder.path())
         .env("MILEPOST_BCRYPT_COST", "4")
