@@ -28,6 +28,7 @@ mod progress;
 mod publish;
 mod retention;
 mod schema;
+mod starts;
 mod support;
 mod validation;
 mod watch;
