@@ -30,6 +30,7 @@ mod retention;
 mod schema;
 mod starts;
 mod support;
+mod upgrades;
 mod validation;
 mod watch;
 mod watch_tokens;
