@@ -86,7 +86,7 @@ async fn the_tour_of_the_readme_goes_from_sign_up_to_a_watched_completion() {
 
 /// A Python with what `examples/python` needs, made once for each version of
 /// its requirements and kept below `target`.
-async fn python() -> PathBuf {
+pub async fn python() -> PathBuf {
     static PYTHON: OnceCell<PathBuf> = OnceCell::const_new();
     PYTHON.get_or_init(make_python).await.clone()
 }
@@ -114,7 +114,7 @@ async fn make_python() -> PathBuf {
     python
 }
 
-fn examples() -> PathBuf {
+pub fn examples() -> PathBuf {
     Path::new(ROOT).join("examples/python")
 }
 

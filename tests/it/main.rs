@@ -27,6 +27,7 @@ mod plans;
 mod progress;
 mod publish;
 mod retention;
+mod rolling;
 mod schema;
 mod starts;
 mod support;
