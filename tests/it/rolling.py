@@ -20,6 +20,7 @@ from pathlib import Path
 
 import grpc
 from connection import events_pb2_grpc, jobs_pb2_grpc
+from google.protobuf.duration_pb2 import Duration
 from milepost.v1.events_pb2 import (
     EVENT_KIND_INFO,
     AllJobs,
@@ -120,7 +121,9 @@ class Watcher:
         self.seen = {job: [] for job in jobs}
 
     def run(self) -> None:
-        request = WatchEventsRequest(all_jobs=AllJobs())
+        # A heartbeat wakes a watcher that has seen all before that was known.
+        heartbeat = Duration(seconds=5)
+        request = WatchEventsRequest(all_jobs=AllJobs(), heartbeat_interval=heartbeat)
         while not self.is_done():
             try:
                 self.stream = events_api.WatchEvents(request, metadata=METADATA)
@@ -167,9 +170,6 @@ for thread in writing:
     if thread.is_alive():
         failures.append("a writer does not end")
 all_written.set()
-# What wakes a watcher that has seen all of it before that was known.
-last = AppendEventsRequest(job_id=written[0], events=new_events(1))
-watched(lambda: acknowledge(written[0], events_api.AppendEvents(last, metadata=METADATA).events))
 until = time.monotonic() + CATCH_UP_SECONDS
 for thread, watcher in zip(watching, watchers, strict=True):
     thread.join(max(0.0, until - time.monotonic()))
