@@ -57,6 +57,12 @@ pub struct DatabaseConfig {
           value_parser = clap::value_parser!(u64).range(1..=600))]
     pub database_connect_timeout_s: u64,
 
+    /// Longest that a start waits for the database to take connections, in seconds; a wrong password or the name
+    /// of no database is told at once
+    #[arg(long, env = "MILEPOST_DATABASE_START_TIMEOUT_S", default_value_t = 60, value_name = "SECONDS",
+          value_parser = clap::value_parser!(u64).range(0..=3600))]
+    pub database_start_timeout_s: u64,
+
     /// Longest that one statement, one lock or one idle transaction may take, in seconds
     #[arg(long, env = "MILEPOST_STATEMENT_TIMEOUT_S", default_value_t = 5, value_name = "SECONDS",
           value_parser = clap::value_parser!(u64).range(1..=600))]

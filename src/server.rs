@@ -8,20 +8,19 @@ mod tls;
 
 use std::{pin::pin, time::Duration};
 
-use diesel_async::{AsyncPgConnection, SimpleAsyncConnection as _};
 use tokio::{
     net::TcpListener,
-    time::{MissedTickBehavior, interval, timeout},
+    sync::watch,
+    time::{sleep, timeout},
 };
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::transport::Server;
 use tonic_health::{ServingStatus, server::HealthReporter};
 use tower::layer::layer_fn;
 
 pub use self::tls::Tls;
-use self::{calls::Calls, incoming::incoming};
+use self::{calls::Calls, connection::Connections, incoming::incoming};
 use crate::{
-    db::Database,
     error::{Error, Result},
     limits,
     pb::{
@@ -32,8 +31,6 @@ use crate::{
     services::{App, auth::AuthApi, configurations::ConfigurationApi, events::EventApi, jobs::JobApi},
 };
 
-/// How often the database is asked whether it answers, and how long it has.
-const READINESS_INTERVAL: Duration = Duration::from_secs(1);
 /// The name under which health answers for the process rather than for its
 /// database.
 const LIVENESS: &str = "liveness";
@@ -45,6 +42,9 @@ const READINESS: [&str; 5] = [
     pb::job_service_server::SERVICE_NAME,
     pb::event_service_server::SERVICE_NAME,
 ];
+/// How long a draining server without calls listens for what is on its way to it,
+/// or lets a client take the last of its answers.
+const QUIET: Duration = Duration::from_secs(1);
 /// Streams that we reset ourselves and still remember, a connection: tonic
 /// would remove hyper's own limit.
 const LOCAL_RESET_STREAMS: usize = 1024;
@@ -67,8 +67,8 @@ pub struct ServerSettings {
 }
 
 /// Serves until `shutdown` and then drains: not ready at once, nothing new
-/// accepted, watchers told, calls under way finished, all of it within the
-/// drain deadline. An error only if serving itself fails.
+/// accepted, watchers told, calls under way finished, connections closed, all of
+/// it within the drain deadline. An error only if serving itself fails.
 pub async fn serve(
     listener: TcpListener,
     app: App,
@@ -76,22 +76,17 @@ pub async fn serve(
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
     let draining = app.draining.clone();
+    let (connections, calls) = (Connections::default(), TaskTracker::new());
     let stopping = CancellationToken::new();
     let (reporter, health) = tonic_health::server::health_reporter();
     reporter.set_service_status(LIVENESS, ServingStatus::Serving).await;
     report(&reporter, false).await;
-    let readiness = tokio::spawn(report_readiness(reporter, app.database.clone(), stopping.clone()));
+    let readiness = tokio::spawn(report_readiness(reporter, app.database.answers(), stopping.clone()));
 
-    let reflection = || {
-        tonic_reflection::server::Builder::configure()
-            .register_encoded_file_descriptor_set(pb::FILE_DESCRIPTOR_SET)
-            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-            // So that clients such as grpcurl can show the details of errors.
-            .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
-    };
     let layer = {
         let (draining, request_timeout) = (draining.clone(), settings.request_timeout);
-        layer_fn(move |routes| Calls::new(routes, request_timeout, draining.clone()))
+        let calls = calls.clone();
+        layer_fn(move |routes| Calls::new(routes, request_timeout, draining.clone(), calls.clone()))
     };
     // Pages are made to fit; a single item may be larger than any page.
     let limit = limits::MESSAGE_BYTES;
@@ -110,7 +105,7 @@ pub async fn serve(
         .add_service(health)
         .add_service(reflection().build_v1().map_err(Error::internal)?)
         .add_service(reflection().build_v1alpha().map_err(Error::internal)?);
-    let incoming = incoming(listener, settings.tls.clone());
+    let incoming = incoming(listener, settings.tls.clone(), connections.clone());
     let mut serving = pin!(router.serve_with_incoming_shutdown(incoming, draining.clone().cancelled_owned()));
 
     tokio::select! {
@@ -122,54 +117,61 @@ pub async fn serve(
     // Not serving, before anything is refused.
     readiness.await.map_err(Error::internal)?;
     draining.cancel();
-    match timeout(settings.drain_deadline, serving).await {
-        Ok(result) => result.map_err(Error::internal),
-        Err(_) => {
-            tracing::warn!("the drain deadline passed with calls or silent connections left");
-            Ok(())
+    let drained = async {
+        tokio::select! {
+            // All clients have closed.
+            result = serving => result.map_err(Error::internal),
+            () = all_quiet(&calls, &connections) => Ok(()),
+        }
+    };
+    let drained = timeout(settings.drain_deadline, drained).await;
+    connections.cut();
+    drained.unwrap_or_else(|_| {
+        tracing::warn!("the drain deadline passed with calls left");
+        Ok(())
+    })
+}
+
+/// Returns once no call is under way and no connection has said or taken
+/// anything for a while: those that are left never spoke, or never will again.
+async fn all_quiet(calls: &TaskTracker, connections: &Connections) {
+    calls.close();
+    loop {
+        calls.wait().await;
+        let moved = connections.moved();
+        sleep(QUIET).await;
+        if calls.is_empty() && connections.moved() == moved {
+            return;
         }
     }
 }
 
 /// Reports readiness, which is that the database answers, until `stopping`;
 /// then that there is none.
-async fn report_readiness(reporter: HealthReporter, database: Database, stopping: CancellationToken) {
-    let mut connection = None;
-    let mut ready = None;
-    let mut ticks = interval(READINESS_INTERVAL);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let watch = async {
+async fn report_readiness(
+    reporter: HealthReporter,
+    mut answers: watch::Receiver<Option<bool>>,
+    stopping: CancellationToken,
+) {
+    let follow = async {
         loop {
-            ticks.tick().await;
-            let answers = timeout(READINESS_INTERVAL, ping(&database, &mut connection)).await;
-            let now = matches!(answers, Ok(Ok(())));
-            if !now {
-                // Half of an answer may be on its way.
-                connection = None;
-            }
-            if ready != Some(now) {
-                tracing::info!(
-                    ready = now,
-                    "the database {}",
-                    if now { "answers" } else { "does not answer" }
-                );
-                report(&reporter, now).await;
-                ready = Some(now);
+            let ready = answers.borrow_and_update().unwrap_or(false);
+            report(&reporter, ready).await;
+            if answers.changed().await.is_err() {
+                return;
             }
         }
     };
-    stopping.run_until_cancelled(watch).await;
+    stopping.run_until_cancelled(follow).await;
     report(&reporter, false).await;
 }
 
-/// Over a connection of its own: a pool that is busy is no database that is
-/// away.
-async fn ping(database: &Database, connection: &mut Option<AsyncPgConnection>) -> Result<()> {
-    let connection = match connection {
-        Some(connection) => connection,
-        None => connection.insert(database.connect().await?),
-    };
-    Ok(connection.batch_execute("SELECT 1").await?)
+fn reflection() -> tonic_reflection::server::Builder<'static> {
+    tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(pb::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        // So that clients such as grpcurl can show the details of errors.
+        .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
 }
 
 async fn report(reporter: &HealthReporter, ready: bool) {

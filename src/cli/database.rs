@@ -7,8 +7,9 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::{
     config::DatabaseConfig,
     db::{
-        DatabaseSettings,
+        DatabaseSettings, StartError,
         embedded::{Embedded, EmbeddedError, EmbeddedSettings, default_data_dir},
+        wait_until_it_answers,
     },
     error::BoxError,
 };
@@ -40,6 +41,14 @@ impl OpenDatabase {
             }
             result => result,
         }
+    }
+
+    /// Waits until the database of DATABASE_URL takes connections, if it is that
+    /// one and as long as the settings say.
+    pub(super) async fn wait(config: &DatabaseConfig) -> Result<(), StartError> {
+        let Some(url) = &config.database_url else { return Ok(()) };
+        let patience = Duration::from_secs(config.database_start_timeout_s);
+        wait_until_it_answers(&settings(config, url.reveal().to_owned()), patience).await
     }
 
     fn outer(settings: DatabaseSettings) -> Self {

@@ -20,6 +20,7 @@ pub(super) struct Migrate {
 
 impl Migrate {
     pub(super) async fn run(&self) -> Result<ExitCode, BoxError> {
+        OpenDatabase::wait(&self.database).await?;
         let database = OpenDatabase::to_use(&self.database).await?;
         let (url, ca) = (&database.settings.url, database.settings.ca.as_deref());
         let done = match self.revert {

@@ -29,6 +29,12 @@ pub(super) async fn run(config: &Config) -> Result<ExitCode, BoxError> {
     // From here on a signal waits for its turn, so that whatever was started
     // is also stopped.
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    // Before anybody can connect: until then this server is not ready.
+    tokio::select! {
+        answers = OpenDatabase::wait(&config.database) => answers?,
+        _ = terminate.recv() => return Ok(ExitCode::SUCCESS),
+        _ = interrupt.recv() => return Ok(ExitCode::SUCCESS),
+    }
     let listener = bind(&config.server).await?;
     let server = Server::start(config, listener).await?;
     let data = match &config.database.database_url {

@@ -6,11 +6,16 @@
 //! as well say that it cannot; with an authority of its own it is `require`.
 //! Sockets are never encrypted.
 
-use std::{error::Error as _, path::Path, sync::Arc};
+use std::{error::Error as _, fmt, path::Path, sync::Arc};
 
 use diesel::{ConnectionError, ConnectionResult};
 use diesel_async::AsyncPgConnection;
-use tokio_postgres::config::{Config, Host, SslMode};
+use tokio_postgres::{
+    Client, Connection, Socket,
+    config::{Config, Host, SslMode},
+    error::SqlState,
+    tls::MakeTlsConnect,
+};
 use tokio_postgres_rustls::MakeRustlsConnect;
 use tokio_rustls::rustls::{
     ClientConfig, DigitallySignedStruct, Error, SignatureScheme,
@@ -21,10 +26,72 @@ use tokio_rustls::rustls::{
 
 use crate::tls::{TlsError, provider, trusted};
 
+/// What moves a connection's bytes.
+type Driver = Connection<Socket, <MakeRustlsConnect as MakeTlsConnect<Socket>>::Stream>;
+
+/// Why there is no connection.
+#[derive(Debug)]
+pub enum DialError {
+    /// What was asked for cannot be done.
+    Settings(String),
+    /// What Postgres or the way to it has against it.
+    Postgres(tokio_postgres::Error),
+}
+
+impl DialError {
+    /// Whether waiting will not cure it: the database answered that this user,
+    /// this password or this database will not do, or it was never asked.
+    pub(super) fn is_final(&self) -> bool {
+        match self {
+            Self::Settings(_) => true,
+            Self::Postgres(error) => error.code().is_some_and(|code| {
+                [
+                    SqlState::INVALID_PASSWORD,
+                    SqlState::INVALID_AUTHORIZATION_SPECIFICATION,
+                    SqlState::INVALID_CATALOG_NAME,
+                    SqlState::INSUFFICIENT_PRIVILEGE,
+                ]
+                .contains(code)
+            }),
+        }
+    }
+}
+
+impl fmt::Display for DialError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Settings(why) => f.write_str(why),
+            Self::Postgres(error) => {
+                let words = error.to_string();
+                f.write_str(&words)?;
+                match error.source().map(ToString::to_string) {
+                    Some(cause) if !words.contains(&cause) => write!(f, ": {cause}"),
+                    _ => Ok(()),
+                }
+            }
+        }
+    }
+}
+
+impl std::error::Error for DialError {}
+
+impl From<DialError> for ConnectionError {
+    fn from(error: DialError) -> Self {
+        Self::BadConnection(error.to_string())
+    }
+}
+
+/// Connects, so that notifications and the connection's end are heard of.
+pub(super) async fn establish(url: &str, ca: Option<&Path>) -> ConnectionResult<AsyncPgConnection> {
+    let (client, driver) = dial(url, ca).await?;
+    AsyncPgConnection::try_from_client_and_connection(client, driver).await
+}
+
 /// Connects; `ca` is a file of authorities instead of this system's. It is read
 /// each time, so that it may be replaced.
-pub(super) async fn establish(url: &str, ca: Option<&Path>) -> ConnectionResult<AsyncPgConnection> {
-    let mut config: Config = url.parse().map_err(|error| bad(&error))?;
+pub(super) async fn dial(url: &str, ca: Option<&Path>) -> Result<(Client, Driver), DialError> {
+    let mut config: Config =
+        url.parse().map_err(|error: tokio_postgres::Error| DialError::Settings(error.to_string()))?;
     if config.get_hosts().is_empty() {
         // The name that a certificate is for.
         for address in config.get_hostaddrs().to_vec() {
@@ -35,15 +102,13 @@ pub(super) async fn establish(url: &str, ca: Option<&Path>) -> ConnectionResult<
         config.ssl_mode(SslMode::Disable);
     } else if ca.is_some() {
         if config.get_ssl_mode() == SslMode::Disable {
-            return Err(refused("sslmode=disable and an authority of the database contradict each other"));
+            let why = "sslmode=disable and an authority of the database contradict each other";
+            return Err(DialError::Settings(why.to_owned()));
         }
         config.ssl_mode(SslMode::Require);
     }
-    let tls = tls(config.get_ssl_mode(), ca).await.map_err(|error| refused(&error.to_string()))?;
-    let (client, connection) =
-        config.connect(MakeRustlsConnect::new(tls)).await.map_err(|error| bad(&error))?;
-    // With the connection, so that notifications and its end are heard of.
-    AsyncPgConnection::try_from_client_and_connection(client, connection).await
+    let tls = tls(config.get_ssl_mode(), ca).await.map_err(|error| DialError::Settings(error.to_string()))?;
+    config.connect(MakeRustlsConnect::new(tls)).await.map_err(DialError::Postgres)
 }
 
 async fn tls(mode: SslMode, ca: Option<&Path>) -> Result<ClientConfig, TlsError> {
@@ -56,17 +121,6 @@ async fn tls(mode: SslMode, ca: Option<&Path>) -> Result<ClientConfig, TlsError>
         builder.with_root_certificates(trusted(ca).await?)
     };
     Ok(builder.with_no_client_auth())
-}
-
-fn refused(why: &str) -> ConnectionError {
-    ConnectionError::BadConnection(why.to_owned())
-}
-
-/// What Postgres or the way to it has against a connection.
-fn bad(error: &tokio_postgres::Error) -> ConnectionError {
-    let words = error.to_string();
-    let cause = error.source().map(ToString::to_string).filter(|cause| !words.contains(cause));
-    refused(&cause.map_or(words.clone(), |cause| format!("{words}: {cause}")))
 }
 
 /// Whoever it is, as long as they have the key of the certificate that they

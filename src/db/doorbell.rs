@@ -3,7 +3,7 @@
 //!
 //! A bell may be lost; whoever listens also looks by itself, now and then.
 
-use std::{sync::Arc, time::Duration};
+use std::{convert::Infallible, sync::Arc, time::Duration};
 
 use diesel_async::{RunQueryDsl, SimpleAsyncConnection as _};
 use futures_util::StreamExt as _;
@@ -12,7 +12,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use uuid::Uuid;
 
 use super::Database;
-use crate::error::Error;
+use crate::error::{Error, Result};
 
 /// Pause before the connection that listens is made anew.
 const RECONNECT: Duration = Duration::from_millis(250);
@@ -63,8 +63,10 @@ impl Doorbell {
             let mut hears = true;
             loop {
                 // Told once, not at every attempt.
-                let error = listen(&database, &replica, &heard, &mut hears).await;
-                if std::mem::take(&mut hears) {
+                let listening = listen(&database, &replica, &heard, &mut hears);
+                if let Err(error) = database.unless_away(listening).await
+                    && std::mem::take(&mut hears)
+                {
                     tracing::warn!(error = &error as &dyn std::error::Error, "cannot hear other replicas");
                 }
                 tokio::time::sleep(RECONNECT).await;
@@ -101,24 +103,21 @@ async fn ring(database: Database, due: Arc<Notify>, payload: String) {
     }
 }
 
-/// Returns why the connection could not be made, or broke.
-async fn listen(database: &Database, replica: &str, heard: &impl Fn(Bell), hears: &mut bool) -> Error {
-    let mut connection = match database.connect().await {
-        Ok(connection) => connection,
-        Err(error) => return error,
-    };
-    if let Err(error) = connection.batch_execute("LISTEN milepost").await {
-        return error.into();
-    }
+/// Never returns but with why the connection could not be made, or broke.
+async fn listen(
+    database: &Database,
+    replica: &str,
+    heard: &impl Fn(Bell),
+    hears: &mut bool,
+) -> Result<Infallible> {
+    let mut connection = database.connect_to_listen().await?;
+    connection.batch_execute("LISTEN milepost").await?;
     *hears = true;
     heard(Bell::Log);
     heard(Bell::Credentials);
     let mut notifications = std::pin::pin!(connection.notifications_stream());
     while let Some(notification) = notifications.next().await {
-        let payload = match notification {
-            Ok(notification) => notification.payload,
-            Err(error) => return error.into(),
-        };
+        let payload = notification?.payload;
         match payload.split_once(' ') {
             Some((_, from)) if from == replica => {}
             Some(("log", _)) => heard(Bell::Log),
@@ -127,5 +126,5 @@ async fn listen(database: &Database, replica: &str, heard: &impl Fn(Bell), hears
             _ => {}
         }
     }
-    Error::unavailable("the connection was closed")
+    Err(Error::unavailable("the connection was closed"))
 }

@@ -1,10 +1,14 @@
 //! The schema's migrations, and whether this server may serve a database.
 
-use std::{collections::BTreeSet, path::Path};
+use std::{
+    collections::BTreeSet,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use diesel::{
     ConnectionError, ExpressionMethods as _, QueryDsl as _, QueryableByName,
-    migration::{MigrationSource, MigrationVersion},
+    migration::MigrationSource,
     pg::Pg,
     result::Error as DieselError,
     sql_query,
@@ -20,9 +24,15 @@ const MIGRATIONS: EmbeddedMigrations = embed_migrations!("migrations");
 /// Key of the advisory lock that lets one replica at a time migrate: any
 /// number that nobody else would choose.
 const LOCK_KEY: i64 = 0x6d69_6c65_706f_7374;
-/// Longest wait for another replica's migration, or for a table's lock that
-/// others would queue up behind; seconds.
-const LOCK_TIMEOUT_S: u32 = 60;
+/// Longest wait for another replica's migrations.
+const TURN_TIMEOUT: &str = "10min";
+/// Longest wait for a table's lock at a time: whoever appends meanwhile queues up
+/// behind it, and must not for long.
+const TABLE_LOCK_TIMEOUT: &str = "1s";
+/// How long those who queued up have before the lock is asked for again, and for
+/// how long it is.
+const TABLE_LOCK_PAUSE: Duration = Duration::from_secs(1);
+const TABLE_LOCK_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Why a database is not migrated or not served; for the operator.
 #[derive(Debug, thiserror::Error)]
@@ -66,8 +76,11 @@ pub enum SchemaError {
 /// multi-thread runtime.
 pub async fn migrate(url: &str, ca: Option<&Path>) -> Result<Vec<String>, SchemaError> {
     let mut harness = AsyncMigrationHarness::new(lock(url, ca).await?);
-    let applied = harness.run_pending_migrations(MIGRATIONS).map_err(SchemaError::Migration)?;
-    Ok(applied.iter().map(ToString::to_string).collect())
+    let mut applied = Vec::new();
+    while harness.has_pending_migration(MIGRATIONS).map_err(SchemaError::Migration)? {
+        applied.push(patiently(|| harness.run_next_migration(MIGRATIONS).map(|v| v.to_string())).await?);
+    }
+    Ok(applied)
 }
 
 /// Reverts the newest migrations, as many as said or as there are. The
@@ -78,11 +91,28 @@ pub async fn revert(url: &str, ca: Option<&Path>, count: usize) -> Result<Vec<St
     let applied = harness.applied_migrations().map_err(SchemaError::Migration)?.len();
     let mut reverted = Vec::new();
     for _ in 0..count.min(applied) {
-        let version: MigrationVersion<'_> =
-            harness.revert_last_migration(MIGRATIONS).map_err(SchemaError::Migration)?;
-        reverted.push(version.to_string());
+        reverted.push(patiently(|| harness.revert_last_migration(MIGRATIONS).map(|v| v.to_string())).await?);
     }
     Ok(reverted)
+}
+
+/// Tries again for a while where a table is locked by somebody else's
+/// transaction.
+async fn patiently(mut step: impl FnMut() -> Result<String, BoxError>) -> Result<String, SchemaError> {
+    let started = Instant::now();
+    loop {
+        match step() {
+            // Diesel keeps the words alone, not the code. Those of a server that
+            // speaks another language are an error like others.
+            Err(error)
+                if error.to_string().contains("lock timeout") && started.elapsed() < TABLE_LOCK_PATIENCE =>
+            {
+                tracing::info!("a table is in use, so a migration waits");
+                tokio::time::sleep(TABLE_LOCK_PAUSE).await;
+            }
+            done => return done.map_err(SchemaError::Migration),
+        }
+    }
 }
 
 /// A connection that holds the migrations' lock until it is closed.
@@ -91,7 +121,8 @@ async fn lock(url: &str, ca: Option<&Path>) -> Result<AsyncPgConnection, SchemaE
     connection
         .batch_execute(&format!(
             "SET application_name = 'milepost migrate'; SET client_min_messages = warning; \
-             SET lock_timeout = '{LOCK_TIMEOUT_S}s'; SELECT pg_advisory_lock({LOCK_KEY})"
+             SET lock_timeout = '{TURN_TIMEOUT}'; SELECT pg_advisory_lock({LOCK_KEY}); \
+             SET lock_timeout = '{TABLE_LOCK_TIMEOUT}'"
         ))
         .await?;
     Ok(connection)

@@ -1,12 +1,13 @@
-//! The database: pool, connections, migrations, the embedded server and the
-//! doorbell between replicas.
+//! The database: pool, connections, whether it is there, migrations, the
+//! embedded server and the doorbell between replicas.
 
 mod connect;
 pub mod doorbell;
 pub mod embedded;
 pub mod migrations;
+mod presence;
 
-use std::{fmt, path::PathBuf, time::Duration};
+use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 
 use deadpool::{Runtime, managed::Timeouts};
 use diesel::{ConnectionError, ConnectionResult};
@@ -18,8 +19,18 @@ use diesel_async::{
     },
 };
 
-use self::connect::establish;
-use crate::error::{Error, Result};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+pub use self::{
+    connect::DialError,
+    presence::{StartError, wait_until_it_answers},
+};
+use self::{
+    connect::{dial, establish},
+    presence::Presence,
+};
+use crate::error::{BoxError, Error, Result};
 
 /// A connection out of the pool.
 pub type Connection = Object<AsyncPgConnection>;
@@ -54,6 +65,7 @@ impl fmt::Debug for DatabaseSettings {
 pub struct Database {
     pool: Pool<AsyncPgConnection>,
     settings: DatabaseSettings,
+    presence: Arc<Presence>,
 }
 
 impl fmt::Debug for Database {
@@ -68,10 +80,11 @@ impl Database {
         let mut config = ManagerConfig::<AsyncPgConnection>::default();
         // Whether the connection is whole is known without asking the server.
         config.recycling_method = RecyclingMethod::Fast;
-        let hook = settings.clone();
+        let presence = Presence::new();
+        let hook = (settings.clone(), Arc::clone(&presence));
         config.custom_setup = Box::new(move |_| {
-            let settings = hook.clone();
-            Box::pin(async move { connect(&settings).await })
+            let (settings, outage) = (hook.0.clone(), hook.1.outage());
+            Box::pin(async move { connect(&settings, Some(outage)).await })
         });
         let manager = AsyncDieselConnectionManager::new_with_config(settings.url.clone(), config);
         let wait = Some(settings.connect_timeout);
@@ -81,18 +94,48 @@ impl Database {
             .timeouts(Timeouts { wait, create: wait, recycle: wait })
             .build()
             .map_err(Error::internal)?;
-        Ok(Self { pool, settings })
+        Ok(Self { pool, settings, presence })
     }
 
-    /// A connection, within the connect time-out.
+    /// Starts to ask the database whether it answers, and cuts all connections
+    /// when it does not; until the last clone of this is dropped.
+    pub fn keep_asking(&self) {
+        let presence = Arc::downgrade(&self.presence);
+        tokio::spawn(presence::keep_asking(self.settings.clone(), presence));
+    }
+
+    /// Whether it answers, and each change of that; nothing before it was asked.
+    pub fn answers(&self) -> watch::Receiver<Option<bool>> {
+        self.presence.answers()
+    }
+
+    /// A connection, within the connect time-out; refused at once while the
+    /// database is known to be away.
     pub async fn get(&self) -> Result<Connection> {
-        self.pool.get().await.map_err(Error::unavailable)
+        self.unless_away(self.pool.get()).await
     }
 
-    /// A connection of one's own, outside the pool: for LISTEN, whose
-    /// notifications must reach one reader, and for advisory locks.
+    /// A connection of one's own, outside the pool. Like those of the pool it is
+    /// cut when the database is known to be away.
     pub async fn connect(&self) -> Result<AsyncPgConnection> {
-        connect(&self.settings).await.map_err(Error::unavailable)
+        self.unless_away(connect(&self.settings, Some(self.presence.outage()))).await
+    }
+
+    /// A connection to LISTEN on; not cut, see [`Self::unless_away`].
+    pub async fn connect_to_listen(&self) -> Result<AsyncPgConnection> {
+        self.unless_away(connect(&self.settings, None)).await
+    }
+
+    /// What comes of `work`, or that the database is away as soon as that is
+    /// known.
+    pub async fn unless_away<T, E: Into<BoxError>>(
+        &self,
+        work: impl Future<Output = Result<T, E>>,
+    ) -> Result<T> {
+        match self.presence.outage().run_until_cancelled(work).await {
+            Some(result) => result.map_err(Error::unavailable),
+            None => Err(Error::unavailable("the database is away")),
+        }
     }
 
     /// Runs `work` to its end, even if the caller leaves meanwhile: a future
@@ -114,10 +157,23 @@ impl Database {
     }
 }
 
-/// Connects and sets what every connection of ours has set.
-async fn connect(settings: &DatabaseSettings) -> ConnectionResult<AsyncPgConnection> {
+/// Connects and sets what every connection of ours has set. The connection is
+/// cut by an `outage`; it receives notifications only without one.
+async fn connect(
+    settings: &DatabaseSettings,
+    outage: Option<CancellationToken>,
+) -> ConnectionResult<AsyncPgConnection> {
     let set_up = async {
-        let mut connection = establish(&settings.url, settings.ca.as_deref()).await?;
+        let mut connection = match outage {
+            Some(outage) => {
+                let (client, driver) = dial(&settings.url, settings.ca.as_deref()).await?;
+                // Whoever waits for an answer is told that the connection is
+                // closed; why it is, nobody asks.
+                tokio::spawn(async move { outage.run_until_cancelled(driver).await.map(Result::ok) });
+                AsyncPgConnection::try_from(client).await?
+            }
+            None => establish(&settings.url, settings.ca.as_deref()).await?,
+        };
         connection
             .batch_execute(&format!(
                 "SET application_name = 'milepost'; SET timezone = 'UTC'; SET jit = off; \

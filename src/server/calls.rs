@@ -14,7 +14,10 @@ use bytes::Bytes;
 use futures_util::FutureExt as _;
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
 use http_body::{Frame, SizeHint};
-use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+use tokio_util::{
+    sync::{CancellationToken, WaitForCancellationFutureOwned},
+    task::{TaskTracker, task_tracker::TaskTrackerToken},
+};
 use tonic::{Code, Status, body::Body, service::Routes};
 use tower::Service;
 use tracing::{Instrument as _, Span};
@@ -32,11 +35,19 @@ pub(super) struct Calls {
     routes: Routes,
     request_timeout: Duration,
     draining: CancellationToken,
+    under_way: TaskTracker,
 }
 
 impl Calls {
-    pub(super) fn new(routes: Routes, request_timeout: Duration, draining: CancellationToken) -> Self {
-        Self { routes, request_timeout, draining }
+    /// Each call is counted in `under_way` until the last of its answer was
+    /// taken.
+    pub(super) fn new(
+        routes: Routes,
+        request_timeout: Duration,
+        draining: CancellationToken,
+        under_way: TaskTracker,
+    ) -> Self {
+        Self { routes, request_timeout, draining, under_way }
     }
 }
 
@@ -52,7 +63,7 @@ impl Service<Request<Body>> for Calls {
     fn call(&mut self, mut request: Request<Body>) -> Self::Future {
         let id = Uuid::now_v7();
         request.extensions_mut().insert(RequestId(id));
-        let call = Call::new(id, request.uri().path());
+        let call = Call::new(id, request.uri().path(), self.under_way.token());
         let span = call.span.clone();
         let request_timeout = self.request_timeout;
         let draining = self.draining.clone();
@@ -79,10 +90,11 @@ struct Call {
     /// Not ours but the infrastructure's: health and reflection.
     infrastructure: bool,
     status: Option<Code>,
+    _under_way: TaskTrackerToken,
 }
 
 impl Call {
-    fn new(id: Uuid, path: &str) -> Self {
+    fn new(id: Uuid, path: &str, under_way: TaskTrackerToken) -> Self {
         let method = path.get(..METHOD_BYTES).unwrap_or(path).trim_start_matches('/');
         Self {
             // Of the highest level, so that whatever is logged has its id.
@@ -90,6 +102,7 @@ impl Call {
             started: Instant::now(),
             infrastructure: method.starts_with("grpc."),
             status: None,
+            _under_way: under_way,
         }
     }
 
@@ -264,7 +277,8 @@ mod tests {
     }
 
     async fn call(path: &str, draining: &CancellationToken) -> Response<Body> {
-        let calls = Calls::new(Routes::new(Fake), Duration::from_millis(50), draining.clone());
+        let calls =
+            Calls::new(Routes::new(Fake), Duration::from_millis(50), draining.clone(), TaskTracker::new());
         let request = Request::builder().uri(path).body(Body::empty()).unwrap();
         calls.oneshot(request).await.unwrap()
     }

@@ -7,12 +7,17 @@
 //! the end of the queue once before it writes: what the streams in between have
 //! to say goes along. Where nobody else is in the queue, it writes at once.
 //!
-//! **They can be cut**, where a stream does not take its end.
+//! **They can be cut**, where a stream does not take its end, and all of them
+//! at the end of the drain.
 
 use std::{
     io,
     net::SocketAddr,
     pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
     task::{Context, Poll, ready},
 };
 
@@ -32,36 +37,60 @@ use crate::services::Peer;
 /// What is worth a write of its own, in bytes: a replay is made of such.
 const LARGE: usize = 4 * 1024;
 
+/// All connections of a server.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Connections {
+    cut: CancellationToken,
+    /// How often something was read from one of them or written to it.
+    moved: Arc<AtomicUsize>,
+}
+
+impl Connections {
+    pub(super) fn plain(&self, stream: TcpStream) -> Connection {
+        let address = stream.peer_addr().ok();
+        self.open(Either::Left(stream), address)
+    }
+
+    /// What is written together is also encrypted together.
+    pub(super) fn encrypted(&self, stream: TlsStream<TcpStream>) -> Connection {
+        let address = stream.get_ref().0.peer_addr().ok();
+        self.open(Either::Right(Box::new(stream)), address)
+    }
+
+    fn open(
+        &self,
+        stream: Either<TcpStream, Box<TlsStream<TcpStream>>>,
+        address: Option<SocketAddr>,
+    ) -> Connection {
+        let cut = self.cut.child_token();
+        let is_cut = Box::pin(cut.clone().cancelled_owned());
+        let moved = Arc::clone(&self.moved);
+        Connection { stream, address, moved, waited: false, large: false, cut, is_cut }
+    }
+
+    /// Cuts them all.
+    pub(super) fn cut(&self) {
+        self.cut.cancel();
+    }
+
+    /// A number that stays the same as long as all of them are silent.
+    pub(super) fn moved(&self) -> usize {
+        self.moved.load(Relaxed)
+    }
+}
+
 /// A connection.
 #[derive(Debug)]
 pub(super) struct Connection {
     stream: Either<TcpStream, Box<TlsStream<TcpStream>>>,
     address: Option<SocketAddr>,
+    moved: Arc<AtomicUsize>,
     /// It has let the others go first.
     waited: bool,
     /// The last write was one that needs no company.
     large: bool,
     cut: CancellationToken,
     is_cut: Pin<Box<WaitForCancellationFutureOwned>>,
-}
-
-impl Connection {
-    pub(super) fn plain(stream: TcpStream) -> Self {
-        let address = stream.peer_addr().ok();
-        Self::new(Either::Left(stream), address)
-    }
-
-    /// What is written together is also encrypted together.
-    pub(super) fn encrypted(stream: TlsStream<TcpStream>) -> Self {
-        let address = stream.get_ref().0.peer_addr().ok();
-        Self::new(Either::Right(Box::new(stream)), address)
-    }
-
-    fn new(stream: Either<TcpStream, Box<TlsStream<TcpStream>>>, address: Option<SocketAddr>) -> Self {
-        let cut = CancellationToken::new();
-        let is_cut = Box::pin(cut.clone().cancelled_owned());
-        Self { stream, address, waited: false, large: false, cut, is_cut }
-    }
 }
 
 impl Connected for Connection {
@@ -81,7 +110,9 @@ impl AsyncRead for Connection {
         if self.is_cut.as_mut().poll(cx).is_ready() {
             return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
         }
-        Pin::new(&mut self.stream).poll_read(cx, buf)
+        ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
+        self.moved.fetch_add(1, Relaxed);
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -95,6 +126,7 @@ impl AsyncWrite for Connection {
         }
         let written = ready!(Pin::new(&mut self.stream).poll_write(cx, buf))?;
         self.large = written >= LARGE;
+        self.moved.fetch_add(1, Relaxed);
         Poll::Ready(Ok(written))
     }
 

@@ -17,7 +17,10 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::task::AbortOnDropHandle;
 use tonic::transport::server::TcpIncoming;
 
-use super::{connection::Connection, tls::Tls};
+use super::{
+    connection::{Connection, Connections},
+    tls::Tls,
+};
 use crate::limits;
 
 /// Pause after a connection could not be accepted: there may be no file
@@ -29,6 +32,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub(super) fn incoming(
     listener: TcpListener,
     tls: Option<Tls>,
+    connections: Connections,
 ) -> impl Stream<Item = io::Result<Connection>> {
     let accepted = TcpIncoming::from(listener).with_nodelay(Some(true)).filter_map(async |accepted| {
         if let Err(error) = &accepted {
@@ -37,17 +41,20 @@ pub(super) fn incoming(
         }
         accepted.ok()
     });
-    let Some(tls) = tls else { return Either::Left(accepted.map(|stream| Ok(Connection::plain(stream)))) };
-    let (ready, connections) = mpsc::channel(1);
+    let Some(tls) = tls else {
+        return Either::Left(accepted.map(move |stream| Ok(connections.plain(stream))));
+    };
+    let (ready, shaken) = mpsc::channel(1);
     let shaking = AbortOnDropHandle::new(tokio::spawn(shake_hands(
         accepted,
         move || tls.acceptor(),
+        connections,
         ready,
         limits::HANDSHAKES,
     )));
-    Either::Right(stream::unfold((connections, shaking), async |(mut connections, shaking)| {
-        let connection = connections.recv().await?;
-        Some((Ok(connection), (connections, shaking)))
+    Either::Right(stream::unfold((shaken, shaking), async |(mut shaken, shaking)| {
+        let connection = shaken.recv().await?;
+        Some((Ok(connection), (shaken, shaking)))
     }))
 }
 
@@ -55,6 +62,7 @@ pub(super) fn incoming(
 async fn shake_hands(
     accepted: impl Stream<Item = TcpStream>,
     acceptor: impl Fn() -> TlsAcceptor,
+    connections: Connections,
     ready: mpsc::Sender<Connection>,
     most: usize,
 ) {
@@ -72,11 +80,11 @@ async fn shake_hands(
             under_way.pop_front();
         }
         let handshake = acceptor().accept(stream);
-        let ready = ready.clone();
+        let (ready, connections) = (ready.clone(), connections.clone());
         under_way.push_back(AbortOnDropHandle::new(tokio::spawn(async move {
             match timeout(limits::HANDSHAKE, handshake).await {
                 // Where nobody takes it any more, the server shuts down.
-                Ok(Ok(stream)) => drop(ready.send(Connection::encrypted(stream)).await),
+                Ok(Ok(stream)) => drop(ready.send(connections.encrypted(stream)).await),
                 // Anybody can make these.
                 Ok(Err(error)) => tracing::debug!(%error, "a handshake failed"),
                 Err(_) => tracing::debug!("a handshake took too long"),
@@ -107,8 +115,13 @@ mod tests {
         let address: SocketAddr = listener.local_addr().expect("its address");
         let accepted = TcpIncoming::from(listener).filter_map(async |accepted| accepted.ok());
         let (ready, _connections) = mpsc::channel(1);
-        let _shaking =
-            AbortOnDropHandle::new(tokio::spawn(shake_hands(accepted, move || acceptor.clone(), ready, 2)));
+        let _shaking = AbortOnDropHandle::new(tokio::spawn(shake_hands(
+            accepted,
+            move || acceptor.clone(),
+            Connections::default(),
+            ready,
+            2,
+        )));
 
         let mut silent = Vec::new();
         for _ in 0..3 {

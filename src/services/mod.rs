@@ -70,6 +70,7 @@ impl App {
     /// Starts what works in the background, on a database that is migrated and
     /// answers. Everything ends when the last clone is dropped.
     pub async fn start(database: Database, auth: AuthSettings, log: EventLogSettings) -> Result<Self> {
+        database.keep_asking();
         let auth = Auth::start(database.clone(), auth);
         let confirm = auth.clone();
         let log = EventLog::start(database.clone(), log, move || confirm.reconfirm_now()).await?;

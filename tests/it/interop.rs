@@ -107,7 +107,7 @@ async fn grpcurl_speaks_to_a_server_whose_authority_it_is_told() {
 
 /// A Python with what `examples/python` needs, made once for each version of
 /// its requirements and kept below `target`.
-async fn python() -> PathBuf {
+pub async fn python() -> PathBuf {
     static PYTHON: OnceCell<PathBuf> = OnceCell::const_new();
     PYTHON.get_or_init(make_python).await.clone()
 }
@@ -135,7 +135,7 @@ async fn make_python() -> PathBuf {
     python
 }
 
-fn examples() -> PathBuf {
+pub fn examples() -> PathBuf {
     Path::new(ROOT).join("examples/python")
 }
 

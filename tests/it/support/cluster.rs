@@ -74,7 +74,7 @@ impl TestDatabase {
 
     /// Of a server that runs its own.
     pub fn served(url: String) -> Self {
-        Self { name: "milepost".to_owned(), url }
+        Self { name: "milepost".to_owned(), url, ca: None }
     }
 
     /// The same by another way.

@@ -19,6 +19,9 @@ use tonic_types::StatusExt as _;
 
 use super::{Clients, PASSWORD, TestDatabase, temporary::TemporaryFolder, within_patience};
 
+/// Longest that a server process takes to drain.
+pub const DRAIN_DEADLINE: Duration = Duration::from_secs(6);
+
 /// A server that can be killed. It is gone, and its database with it, when it
 /// is dropped and when this process dies.
 #[derive(Debug)]
@@ -45,6 +48,13 @@ impl ServerProcess {
         Self::start_with("127.0.0.1", Vec::new()).await
     }
 
+    /// A replica on a database of the tests' cluster, serving.
+    pub async fn on(database: &TestDatabase) -> Self {
+        // That cluster does not wait for its disk.
+        let settings = [("DATABASE_URL", database.url.as_str()), ("MILEPOST_UNSAFE_DATABASE", "true")];
+        Self::start_with("127.0.0.1", settings.map(|(name, value)| (name, value.to_owned())).to_vec()).await
+    }
+
     /// The same, on any address of this machine's and with more settings.
     pub async fn start_with(host: &str, settings: Vec<(&'static str, String)>) -> Self {
         // The port is free again when the server takes it, and stays the same
@@ -60,6 +70,11 @@ impl ServerProcess {
         self.child = serve(self.address, &mut self.folder, &self.settings).await;
     }
 
+    /// What it has logged, over all its restarts.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.folder.path().join("server.log")).unwrap()
+    }
+
     /// Where its data are.
     pub fn data_dir(&self) -> std::path::PathBuf {
         self.folder.path().to_owned()
@@ -68,11 +83,6 @@ impl ServerProcess {
     /// The database that it serves.
     pub fn database(&self) -> TestDatabase {
         TestDatabase::served(Embedded::url_of_served(self.folder.path()).unwrap())
-    }
-
-    /// What it has logged.
-    pub fn log(&self) -> String {
-        fs::read_to_string(self.folder.path().join("server.log")).unwrap()
     }
 
     /// SIGKILL: nothing is closed, flushed or told.
@@ -116,8 +126,14 @@ impl ServerProcess {
 
     /// What the binary says that refuses to serve this database.
     pub async fn refused_on(database_url: &str) -> String {
+        Self::refused_with(database_url, &[]).await
+    }
+
+    /// The same with further flags.
+    pub async fn refused_with(database_url: &str, flags: &[&str]) -> String {
         let serving = Command::new(env!("CARGO_BIN_EXE_milepost"))
             .arg("serve")
+            .args(flags)
             .env("DATABASE_URL", database_url)
             .env("MILEPOST_LISTEN", "127.0.0.1:0")
             .stdin(Stdio::null())
@@ -189,6 +205,7 @@ async fn serve(
     let mut child = Command::new(env!("CARGO_BIN_EXE_milepost"))
         .arg("serve")
         .env_remove("DATABASE_URL")
+        .env("MILEPOST_DRAIN_DEADLINE_S", DRAIN_DEADLINE.as_secs().to_string())
         .env("MILEPOST_LISTEN", address.to_string())
         .env("MILEPOST_DATA_DIR", folder.path())
         .env("MILEPOST_BCRYPT_COST", "4")

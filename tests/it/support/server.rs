@@ -17,7 +17,7 @@ use milepost::{
 use tokio::net::TcpListener;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use super::{Authority, Clients, cluster::TestDatabase};
+use super::{Authority, Clients, Proxy, cluster::TestDatabase};
 
 /// Whose word is taken for where a call comes from; nobody else calls from it.
 pub const TRUSTED_PROXY: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 9));
@@ -54,23 +54,34 @@ impl TestServer {
     }
 
     pub async fn on(database: TestDatabase) -> Self {
-        Self::listening(database, None, None, Clients::of).await
+        Self::that_keeps(database, None).await
     }
 
     /// One that removes the events of jobs that closed so long ago.
     pub async fn that_keeps(database: TestDatabase, retention: Option<Duration>) -> Self {
-        Self::listening(database, retention, None, Clients::of).await
+        let url = database.url.clone();
+        Self::listening(database, &url, retention, None, Clients::of).await
+    }
+
+    /// On a fresh database that it reaches through a proxy.
+    pub async fn through_proxy() -> (Self, Proxy) {
+        let database = TestDatabase::migrated().await;
+        let proxy = Proxy::to(&database.url).await;
+        (Self::listening(database, &proxy.url, None, None, Clients::of).await, proxy)
     }
 
     /// On a fresh database, encrypted; called by those who believe the authority.
     pub async fn encrypted(tls: &TlsConfig, authority: &Authority) -> Self {
         let clients = |address| Clients::over_tls(address, authority.believer());
         let tls = Tls::start(tls).await.unwrap();
-        Self::listening(TestDatabase::migrated().await, None, tls, clients).await
+        let database = TestDatabase::migrated().await;
+        let url = database.url.clone();
+        Self::listening(database, &url, None, tls, clients).await
     }
 
     async fn listening(
         database: TestDatabase,
+        url: &str,
         retention: Option<Duration>,
         tls: Option<Tls>,
         clients: impl FnOnce(SocketAddr) -> Clients,
@@ -78,7 +89,7 @@ impl TestServer {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let stop = CancellationToken::new();
-        let app = app(&database, retention).await;
+        let app = app(&database, url, retention).await;
         let stopped = stop.clone().cancelled_owned();
         tokio::spawn(async move { server::serve(listener, app, &settings(tls), stopped).await.unwrap() });
         Self { address, database, clients: clients(address), _stop: stop.drop_guard() }
@@ -115,9 +126,9 @@ fn settings(tls: Option<Tls>) -> ServerSettings {
     }
 }
 
-async fn app(database: &TestDatabase, retention: Option<Duration>) -> App {
+async fn app(database: &TestDatabase, url: &str, retention: Option<Duration>) -> App {
     let database = Database::new(DatabaseSettings {
-        url: database.url.clone(),
+        url: url.to_owned(),
         ca: database.ca.clone(),
         connections: 8,
         statement_timeout: Duration::from_secs(5),
