@@ -3,8 +3,9 @@
 
 mod calls;
 mod connection;
+mod metrics;
 
-use std::{pin::pin, time::Duration};
+use std::{pin::pin, sync::Arc, time::Duration};
 
 use diesel_async::{AsyncPgConnection, SimpleAsyncConnection as _};
 use futures_util::TryStreamExt as _;
@@ -17,6 +18,7 @@ use tonic::transport::{Server, server::TcpIncoming};
 use tonic_health::{ServingStatus, server::HealthReporter};
 use tower::layer::layer_fn;
 
+pub use self::metrics::serve_metrics;
 use self::{calls::Calls, connection::Connection};
 use crate::{
     db::Database,
@@ -28,6 +30,7 @@ use crate::{
         job_service_server::JobServiceServer,
     },
     services::{App, auth::AuthApi, configurations::ConfigurationApi, events::EventApi, jobs::JobApi},
+    telemetry::metrics::Metrics,
 };
 
 /// How often the database is asked whether it answers, and how long it has.
@@ -76,7 +79,9 @@ pub async fn serve(
     let (reporter, health) = tonic_health::server::health_reporter();
     reporter.set_service_status(LIVENESS, ServingStatus::Serving).await;
     report(&reporter, false).await;
-    let readiness = tokio::spawn(report_readiness(reporter, app.database.clone(), stopping.clone()));
+    let telemetry = app.telemetry.clone();
+    let metrics = Arc::clone(&telemetry.metrics);
+    let readiness = tokio::spawn(report_readiness(reporter, app.database.clone(), metrics, stopping.clone()));
 
     let reflection = || {
         tonic_reflection::server::Builder::configure()
@@ -87,7 +92,7 @@ pub async fn serve(
     };
     let layer = {
         let (draining, request_timeout) = (draining.clone(), settings.request_timeout);
-        layer_fn(move |routes| Calls::new(routes, request_timeout, draining.clone()))
+        layer_fn(move |routes| Calls::new(routes, request_timeout, draining.clone(), telemetry.clone()))
     };
     // Pages are made to fit; a single item may be larger than any page.
     let limit = limits::MESSAGE_BYTES;
@@ -129,7 +134,12 @@ pub async fn serve(
 
 /// Reports readiness, which is that the database answers, until `stopping`;
 /// then that there is none.
-async fn report_readiness(reporter: HealthReporter, database: Database, stopping: CancellationToken) {
+async fn report_readiness(
+    reporter: HealthReporter,
+    database: Database,
+    metrics: Arc<Metrics>,
+    stopping: CancellationToken,
+) {
     let mut connection = None;
     let mut ready = None;
     let mut ticks = interval(READINESS_INTERVAL);
@@ -150,11 +160,13 @@ async fn report_readiness(reporter: HealthReporter, database: Database, stopping
                     if now { "answers" } else { "does not answer" }
                 );
                 report(&reporter, now).await;
+                metrics.state.ready.set(now.into());
                 ready = Some(now);
             }
         }
     };
     stopping.run_until_cancelled(watch).await;
+    metrics.state.ready.set(0);
     report(&reporter, false).await;
 }
 

@@ -7,7 +7,7 @@ pub mod migrations;
 
 use std::{fmt, time::Duration};
 
-use deadpool::{Runtime, managed::Timeouts};
+use deadpool::{Runtime, Status, managed::Timeouts};
 use diesel::{ConnectionError, ConnectionResult};
 use diesel_async::{
     AsyncConnection as _, AsyncPgConnection, SimpleAsyncConnection as _,
@@ -101,6 +101,11 @@ impl Database {
     {
         let connection = self.get().await?;
         tokio::spawn(async move { work(connection).await }).await.map_err(Error::internal)?
+    }
+
+    /// How many connections the pool has, and how many wait for one.
+    pub fn status(&self) -> Status {
+        self.pool.status()
     }
 
     /// What the pool was made with.

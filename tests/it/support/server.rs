@@ -1,6 +1,7 @@
 //! A server in this process.
 
 use std::{
+    convert::Infallible,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     ops::Deref,
     time::Duration,
@@ -12,9 +13,13 @@ use milepost::{
     event_log::EventLogSettings,
     server::{self, ServerSettings},
     services::App,
+    telemetry::{Telemetry, traces::Traces},
 };
 use tokio::net::TcpListener;
-use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::{
+    sync::{CancellationToken, DropGuard},
+    task::AbortOnDropHandle,
+};
 
 use super::{Clients, cluster::TestDatabase};
 
@@ -28,9 +33,11 @@ pub const STREAMS_PER_USER: usize = 40;
 #[derive(Debug)]
 pub struct TestServer {
     pub address: SocketAddr,
+    pub metrics_address: SocketAddr,
     pub database: TestDatabase,
     clients: Clients,
-    _stop: DropGuard,
+    stop: Option<DropGuard>,
+    _metrics: AbortOnDropHandle<Infallible>,
 }
 
 impl Deref for TestServer {
@@ -58,13 +65,38 @@ impl TestServer {
 
     /// One that removes the events of jobs that closed so long ago.
     pub async fn that_keeps(database: TestDatabase, retention: Option<Duration>) -> Self {
+        Self::with(database, retention, Telemetry::default()).await
+    }
+
+    /// On a fresh database, sending its traces there.
+    pub async fn traced(traces: Traces) -> Self {
+        let telemetry = Telemetry { traces, ..Telemetry::default() };
+        Self::with(TestDatabase::migrated().await, None, telemetry).await
+    }
+
+    async fn with(database: TestDatabase, retention: Option<Duration>, telemetry: Telemetry) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let stop = CancellationToken::new();
-        let app = app(&database.url, retention).await;
+        let app = app(&database.url, retention, telemetry).await;
+        let metrics = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let metrics_address = metrics.local_addr().unwrap();
+        let serving_metrics = tokio::spawn(server::serve_metrics(metrics, app.clone()));
         let stopped = stop.clone().cancelled_owned();
         tokio::spawn(async move { server::serve(listener, app, &settings(), stopped).await.unwrap() });
-        Self { address, database, clients: Clients::of(address), _stop: stop.drop_guard() }
+        Self {
+            address,
+            metrics_address,
+            database,
+            clients: Clients::of(address),
+            stop: Some(stop.drop_guard()),
+            _metrics: AbortOnDropHandle::new(serving_metrics),
+        }
+    }
+
+    /// Drains it, as a signal would.
+    pub fn stop(&mut self) {
+        self.stop = None;
     }
 
     /// How many rows a table has.
@@ -97,7 +129,7 @@ fn settings() -> ServerSettings {
     }
 }
 
-async fn app(url: &str, retention: Option<Duration>) -> App {
+async fn app(url: &str, retention: Option<Duration>, telemetry: Telemetry) -> App {
     let database = Database::new(DatabaseSettings {
         url: url.to_owned(),
         connections: 8,
@@ -115,5 +147,5 @@ async fn app(url: &str, retention: Option<Duration>) -> App {
         streams_per_user: STREAMS_PER_USER,
         trusted_proxies: vec![TRUSTED_PROXY],
     };
-    App::start(database, auth, EventLogSettings { publish_window: 8, retention }).await.unwrap()
+    App::start(database, auth, EventLogSettings { publish_window: 8, retention }, telemetry).await.unwrap()
 }
