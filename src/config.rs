@@ -26,6 +26,9 @@ pub struct Config {
     /// Users and credentials.
     #[command(flatten)]
     pub auth: AuthConfig,
+    /// Metrics and traces.
+    #[command(flatten)]
+    pub monitoring: MonitoringConfig,
 }
 
 /// Which database, and how it is used.
@@ -224,6 +227,33 @@ pub struct BcryptConfig {
     #[arg(long, env = "MILEPOST_BCRYPT_PARALLEL", value_name = "COUNT",
           value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub bcrypt_parallel: Option<u32>,
+}
+
+/// Where metrics are served and traces are sent; nowhere by default.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Monitoring")]
+pub struct MonitoringConfig {
+    /// Address on which Prometheus finds /metrics, over HTTP without encryption or credentials; off by default
+    #[arg(long, env = "MILEPOST_METRICS_LISTEN", value_name = "IP:PORT")]
+    pub metrics_listen: Option<SocketAddr>,
+
+    /// Serve metrics beyond loopback, to whoever reaches that address
+    #[arg(long, env = "MILEPOST_INSECURE_METRICS_LISTEN")]
+    pub insecure_metrics_listen: bool,
+
+    /// Collector that is sent traces by OTLP over gRPC, as http://HOST:PORT; off by default [env also:
+    /// OTEL_EXPORTER_OTLP_TRACES_ENDPOINT, OTEL_EXPORTER_OTLP_ENDPOINT]
+    #[arg(long, env = "MILEPOST_OTLP_ENDPOINT", value_name = "URL")]
+    pub otlp_endpoint: Option<String>,
+
+    /// Share of the calls that are traced, 0 to 1, of those whose callers did not decide it
+    #[arg(long, env = "MILEPOST_TRACE_SHARE", default_value_t = 1.0, value_name = "SHARE", value_parser = share)]
+    pub trace_share: f64,
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    let share = text.parse().ok().filter(|share| (0.0..=1.0).contains(share));
+    share.ok_or_else(|| "not a number from 0 to 1".to_owned())
 }
 
 /// What the log on stderr looks like.

@@ -18,7 +18,7 @@
 //! | 3 | [`auth`] | a secret becomes a caller, and a signal of its end |
 //! | 2 | [`models`] | rows, their queries, and who may see them |
 //! | 2 | [`db`] | pool, migrations, embedded Postgres, doorbell |
-//! | 2 | [`client`], [`telemetry`] | the Rust client that resumes by itself; logs |
+//! | 2 | [`client`], [`telemetry`] | the Rust client that resumes by itself; logs, metrics, traces |
 //! | 1 | [`config`], [`error`], [`limits`], [`progress`], [`secret`], [`tls`], [`pb`] | plain values and rules |
 //!
 //! # Two walks through it

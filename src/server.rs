@@ -4,9 +4,10 @@
 mod calls;
 mod connection;
 mod incoming;
+mod metrics;
 mod tls;
 
-use std::{pin::pin, time::Duration};
+use std::{pin::pin, sync::Arc, time::Duration};
 
 use tokio::{
     net::TcpListener,
@@ -18,8 +19,8 @@ use tonic::transport::Server;
 use tonic_health::{ServingStatus, server::HealthReporter};
 use tower::layer::layer_fn;
 
-pub use self::tls::Tls;
 use self::{calls::Calls, connection::Connections, incoming::incoming};
+pub use self::{metrics::serve_metrics, tls::Tls};
 use crate::{
     error::{Error, Result},
     limits,
@@ -29,6 +30,7 @@ use crate::{
         job_service_server::JobServiceServer,
     },
     services::{App, auth::AuthApi, configurations::ConfigurationApi, events::EventApi, jobs::JobApi},
+    telemetry::metrics::Metrics,
 };
 
 /// The name under which health answers for the process rather than for its
@@ -81,12 +83,17 @@ pub async fn serve(
     let (reporter, health) = tonic_health::server::health_reporter();
     reporter.set_service_status(LIVENESS, ServingStatus::Serving).await;
     report(&reporter, false).await;
-    let readiness = tokio::spawn(report_readiness(reporter, app.database.answers(), stopping.clone()));
+    let telemetry = app.telemetry.clone();
+    let metrics = Arc::clone(&telemetry.metrics);
+    let readiness =
+        tokio::spawn(report_readiness(reporter, app.database.answers(), metrics, stopping.clone()));
 
     let layer = {
         let (draining, request_timeout) = (draining.clone(), settings.request_timeout);
         let calls = calls.clone();
-        layer_fn(move |routes| Calls::new(routes, request_timeout, draining.clone(), calls.clone()))
+        layer_fn(move |routes| {
+            Calls::new(routes, request_timeout, draining.clone(), calls.clone(), telemetry.clone())
+        })
     };
     // Pages are made to fit; a single item may be larger than any page.
     let limit = limits::MESSAGE_BYTES;
@@ -151,18 +158,21 @@ async fn all_quiet(calls: &TaskTracker, connections: &Connections) {
 async fn report_readiness(
     reporter: HealthReporter,
     mut answers: watch::Receiver<Option<bool>>,
+    metrics: Arc<Metrics>,
     stopping: CancellationToken,
 ) {
     let follow = async {
         loop {
             let ready = answers.borrow_and_update().unwrap_or(false);
             report(&reporter, ready).await;
+            metrics.state.ready.set(ready.into());
             if answers.changed().await.is_err() {
                 return;
             }
         }
     };
     stopping.run_until_cancelled(follow).await;
+    metrics.state.ready.set(0);
     report(&reporter, false).await;
 }
 

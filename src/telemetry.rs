@@ -1,10 +1,28 @@
-//! Logs, to stderr.
+//! What is seen of a server from outside: its log on stderr, its metrics and its
+//! traces.
 
-use std::io::{self, IsTerminal as _};
+pub mod metrics;
+pub mod traces;
+
+use std::{
+    io::{self, IsTerminal as _},
+    sync::Arc,
+};
 
 use tracing_subscriber::{EnvFilter, filter::ParseError};
 
+use self::{metrics::Metrics, traces::Traces};
 use crate::config::LogFormat;
+
+/// What one server counts and traces; with others beside it in its process, each
+/// has its own.
+#[derive(Clone, Debug, Default)]
+pub struct Telemetry {
+    /// For Prometheus.
+    pub metrics: Arc<Metrics>,
+    /// For OpenTelemetry.
+    pub traces: Traces,
+}
 
 /// Sets up the log of this process; `filter` in the syntax of
 /// [`EnvFilter`], such as `info` or `info,milepost::server=warn`. An error if

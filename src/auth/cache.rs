@@ -136,6 +136,11 @@ impl Cache {
         }
     }
 
+    /// How many.
+    pub(super) fn len(&self) -> usize {
+        self.entries.len()
+    }
+
     /// All of them. Those that somebody holds, as open streams do, are used.
     pub(super) fn all(&self) -> Vec<(SecretHash, Arc<Credential>)> {
         let held = self.entries.values().filter(|credential| Arc::strong_count(credential) > 1);

@@ -30,7 +30,7 @@ const LONG_AGO: u64 = 60 * 60 * 1_000;
 
 /// A moment of this process, in milliseconds; small enough to be atomic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Moment(u64);
+pub(super) struct Moment(pub(super) u64);
 
 impl Moment {
     pub(super) fn now() -> Self {
@@ -38,7 +38,7 @@ impl Moment {
         Self(LONG_AGO).plus(START.elapsed())
     }
 
-    fn elapsed(self) -> Duration {
+    pub(super) fn elapsed(self) -> Duration {
         Self::now().since(self)
     }
 

@@ -15,7 +15,10 @@ mod streams;
 use std::{
     collections::HashSet,
     net::IpAddr,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
@@ -79,6 +82,8 @@ struct Inner {
     passwords: Passwords,
     streams: Streams,
     cache: Mutex<Cache>,
+    /// When the last round of confirmation began that came to its end.
+    confirmed_at: AtomicU64,
     /// Rings for a round of confirmation before its time.
     bell: Arc<Notify>,
 }
@@ -94,6 +99,7 @@ impl Auth {
             streams: Streams::new(settings.streams_per_user),
             settings,
             cache: Mutex::default(),
+            confirmed_at: AtomicU64::new(Moment::now().0),
             bell: bell.clone(),
         });
         tokio::spawn(keep_confirmed(Arc::downgrade(&inner), bell));
@@ -123,6 +129,13 @@ impl Auth {
             _ => {}
         }
         self.inner.look_up(secret.kind(), hash).await
+    }
+
+    /// How many credentials are remembered, and how long ago all of them were
+    /// last confirmed.
+    pub fn cached(&self) -> (usize, Duration) {
+        let confirmed_at = Moment(self.inner.confirmed_at.load(Relaxed));
+        (self.inner.cache().len(), confirmed_at.elapsed())
     }
 
     /// Counts a stream under this credential, for as long as what is given back
@@ -202,6 +215,7 @@ impl Inner {
             Ids::of(used.iter().map(|credential| &***credential)).note_use(&mut conn).await?;
             used.into_iter().for_each(|credential| credential.noted(asked_at));
         }
+        self.confirmed_at.store(asked_at.0, Relaxed);
         Ok(())
     }
 }

@@ -1,13 +1,13 @@
 //! `milepost serve`, and a server that other commands run beside themselves.
 
-use std::{net::SocketAddr, process::ExitCode, time::Duration};
+use std::{convert::Infallible, env, net::SocketAddr, process::ExitCode, time::Duration};
 
 use tokio::{
     net::TcpListener,
     signal::unix::{Signal, SignalKind, signal},
     task::JoinHandle,
 };
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use super::{
     database::{OpenDatabase, data_dir},
@@ -15,12 +15,16 @@ use super::{
 };
 use crate::{
     auth::AuthSettings,
-    config::{Config, ServerConfig},
+    config::{Config, MonitoringConfig, ServerConfig},
     db::{Database, migrations},
     error::{BoxError, Result},
     event_log::EventLogSettings,
-    server::{ServerSettings, Tls, serve},
+    server::{ServerSettings, Tls, serve, serve_metrics},
     services::App,
+    telemetry::{
+        Telemetry,
+        traces::{TraceSettings, Traces},
+    },
     tls::TlsError,
 };
 
@@ -64,6 +68,36 @@ pub(super) async fn bind(config: &ServerConfig) -> Result<TcpListener, BoxError>
         .map_err(|error| format!("cannot listen on {}: {error}", config.listen).into())
 }
 
+/// Where metrics are served, if they are to be; beyond loopback, too, only if
+/// the settings say so outright.
+async fn bind_metrics(config: &MonitoringConfig) -> Result<Option<TcpListener>, BoxError> {
+    let Some(address) = config.metrics_listen else { return Ok(None) };
+    if !address.ip().is_loopback() && !config.insecure_metrics_listen {
+        return Err(format!(
+            "{address} is not loopback and whoever reaches it would read the metrics; serve them there all the \
+             same with --insecure-metrics-listen"
+        )
+        .into());
+    }
+    let bound = TcpListener::bind(address).await;
+    let listener = bound.map_err(|error| format!("cannot serve metrics on {address}: {error}"))?;
+    tracing::info!(address = %listener.local_addr()?, "metrics are served");
+    Ok(Some(listener))
+}
+
+/// What exports traces, if anything is to.
+fn traces(config: &MonitoringConfig) -> Result<Traces, BoxError> {
+    let standard = ["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"];
+    let endpoint = config
+        .otlp_endpoint
+        .clone()
+        .or_else(|| standard.into_iter().find_map(|name| env::var(name).ok()))
+        .filter(|endpoint| !endpoint.is_empty());
+    let Some(endpoint) = endpoint else { return Ok(Traces::default()) };
+    let settings = TraceSettings { endpoint, sampled: config.trace_share };
+    Traces::start(&settings).map_err(|error| format!("cannot export traces: {error}").into())
+}
+
 /// A server that runs in this process.
 #[derive(Debug)]
 pub(super) struct Server {
@@ -73,15 +107,23 @@ pub(super) struct Server {
     serving: JoinHandle<Result<()>>,
     /// Cancelled when `serving` is over.
     over: CancellationToken,
+    telemetry: Telemetry,
+    /// Answers until all else has ended.
+    metrics: Option<AbortOnDropHandle<Infallible>>,
 }
 
 impl Server {
     /// Opens the database, migrates it if it is to be, and serves.
     pub(super) async fn start(config: &Config, listener: TcpListener) -> Result<Self, BoxError> {
         let settings = server_settings(&config.server).await?;
+        let metrics = bind_metrics(&config.monitoring).await?;
+        let telemetry = Telemetry { traces: traces(&config.monitoring)?, ..Telemetry::default() };
         let database = OpenDatabase::to_serve(&config.database).await?;
-        match Self::prepare(config, &listener, &database).await {
+        match Self::prepare(config, &listener, &database, telemetry.clone()).await {
             Ok((address, app)) => {
+                let metrics = metrics.map(|listener| {
+                    AbortOnDropHandle::new(tokio::spawn(serve_metrics(listener, app.clone())))
+                });
                 let stop = CancellationToken::new();
                 let stopped = stop.clone().cancelled_owned();
                 let over = CancellationToken::new();
@@ -90,7 +132,7 @@ impl Server {
                     let _end = end;
                     serve(listener, app, &settings, stopped).await
                 });
-                Ok(Self { address, database, stop, serving, over })
+                Ok(Self { address, database, stop, serving, over, telemetry, metrics })
             }
             Err(error) => {
                 database.close().await?;
@@ -103,6 +145,7 @@ impl Server {
         config: &Config,
         listener: &TcpListener,
         open: &OpenDatabase,
+        telemetry: Telemetry,
     ) -> Result<(SocketAddr, App), BoxError> {
         let address = listener.local_addr()?;
         if config.server.migrate || open.embedded.is_some() {
@@ -114,7 +157,7 @@ impl Server {
         let database = Database::new(open.settings.clone())?;
         migrations::check(&database, config.server.unsafe_database).await?;
         let auth = auth_settings(config, address);
-        let app = App::start(database, auth, log_settings(&config.server)).await?;
+        let app = App::start(database, auth, log_settings(&config.server), telemetry).await?;
         if let Some(embedded) = &open.embedded {
             embedded.announce(address)?;
         }
@@ -134,6 +177,8 @@ impl Server {
     pub(super) async fn stop(self) -> Result<(), BoxError> {
         self.stop.cancel();
         let served = self.serving.await;
+        self.telemetry.traces.stop().await;
+        drop(self.metrics);
         self.database.close().await?;
         Ok(served??)
     }

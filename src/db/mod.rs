@@ -9,7 +9,7 @@ mod presence;
 
 use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 
-use deadpool::{Runtime, managed::Timeouts};
+use deadpool::{Runtime, Status, managed::Timeouts};
 use diesel::{ConnectionError, ConnectionResult};
 use diesel_async::{
     AsyncPgConnection, SimpleAsyncConnection as _,
@@ -149,6 +149,11 @@ impl Database {
     {
         let connection = self.get().await?;
         tokio::spawn(async move { work(connection).await }).await.map_err(Error::internal)?
+    }
+
+    /// How many connections the pool has, and how many wait for one.
+    pub fn status(&self) -> Status {
+        self.pool.status()
     }
 
     /// What the pool was made with.

@@ -16,7 +16,12 @@
 //! waits for a plan. What turns out otherwise is planned anew before it is
 //! sent.
 
-use std::{collections::HashMap, io, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    io,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use diesel_async::{AsyncPgConnection, pooled_connection::PoolableConnection as _};
 use futures_util::future::try_join_all;
@@ -29,7 +34,7 @@ use uuid::Uuid;
 
 use super::{
     plan::{Appended, Batch},
-    round::{Lane, Request, Round, Settled},
+    round::{Group, Lane, Reply, Request, Round, Settled},
     tail::Tail,
 };
 use crate::{
@@ -40,6 +45,11 @@ use crate::{
     error::{Error, Resource, Result},
     models::event::{AppendOutcome, Event, JobHead},
     progress::JobState,
+    telemetry::{
+        Telemetry,
+        metrics::Metrics,
+        traces::{Traces, TransactionSpan},
+    },
 };
 
 /// Most callers that wait; more wait for a place.
@@ -58,6 +68,7 @@ const STATES: u64 = 100_000;
 pub(crate) struct Appender {
     inbox: mpsc::Sender<Request>,
     room: Arc<Semaphore>,
+    traces: Traces,
 }
 
 impl Appender {
@@ -65,13 +76,20 @@ impl Appender {
     ///
     /// On a thread of its own: every step of it keeps all callers waiting, and
     /// must not queue behind the work of some of them.
-    pub(crate) fn start(database: Database, tail: Arc<Tail>, doorbell: Doorbell) -> io::Result<Self> {
+    pub(crate) fn start(
+        database: Database,
+        tail: Arc<Tail>,
+        doorbell: Doorbell,
+        Telemetry { metrics, traces }: Telemetry,
+    ) -> io::Result<Self> {
         let (inbox, requests) = mpsc::channel(INBOX);
         let limit = database.settings().statement_timeout + Duration::from_secs(1);
         let task = Task {
             database,
             tail,
             doorbell,
+            metrics,
+            traces: traces.clone(),
             limit,
             states: Cache::new(STATES),
             connection: None,
@@ -82,7 +100,7 @@ impl Appender {
         std::thread::Builder::new()
             .name("append".to_owned())
             .spawn(move || runtime.block_on(task.run(requests)))?;
-        Ok(Self { inbox, room: Arc::new(Semaphore::new(INBOX_KIB as usize)) })
+        Ok(Self { inbox, room: Arc::new(Semaphore::new(INBOX_KIB as usize)), traces })
     }
 
     /// Hands a batch in. Batches that are handed in one after the other for one
@@ -92,12 +110,15 @@ impl Appender {
         batch: Batch,
         lane: Lane,
     ) -> Result<oneshot::Receiver<Result<Vec<Appended>>>> {
+        let (since, span) = (Instant::now(), self.traces.append());
         let bytes: usize =
             batch.events.iter().map(|event| 256 + event.name.len() + event.metadata.len()).sum();
         let kib = u32::try_from(bytes.div_ceil(1024)).unwrap_or(INBOX_KIB).min(INBOX_KIB);
         let room = Arc::clone(&self.room).acquire_many_owned(kib).await.map_err(Error::internal)?;
-        let (reply, answer) = oneshot::channel();
-        let request = Request { batch, lane, stored: HashMap::new(), in_doubt: false, reply, _room: room };
+        let (to, answer) = oneshot::channel();
+        let reply = Reply { to, since };
+        let request =
+            Request { batch, lane, stored: HashMap::new(), in_doubt: false, reply, span, _room: room };
         self.inbox.send(request).await.map_err(|_| Error::Draining)?;
         Ok(answer)
     }
@@ -110,6 +131,8 @@ struct Task {
     database: Database,
     tail: Arc<Tail>,
     doorbell: Doorbell,
+    metrics: Arc<Metrics>,
+    traces: Traces,
     /// Longest that a round may take.
     limit: Duration,
     /// Its own, so that no reader can keep appends waiting; gone while a round
@@ -185,7 +208,7 @@ impl Task {
         if round.order.is_empty() {
             let mut settled = Settled::default();
             settled.nothing_to_append(round.groups);
-            self.tell(settled);
+            self.tell(settled, Instant::now());
             return None;
         }
         // Everybody locks jobs in this order.
@@ -193,8 +216,9 @@ impl Task {
         for (id, group) in &round.groups {
             self.states.insert(*id, group.after);
         }
-        let connection = self.connection.take();
-        Some(tokio::spawn(send(self.database.clone(), connection, round, self.limit)))
+        round.span = self.traces.transaction(round.groups.values_mut().flat_map(Group::spans));
+        let (connection, metrics) = (self.connection.take(), Arc::clone(&self.metrics));
+        Some(tokio::spawn(send(self.database.clone(), connection, round, self.limit, metrics)))
     }
 
     /// Looks up what waits and plans it, but for jobs that are in the next
@@ -257,23 +281,25 @@ impl Task {
 
     /// A round came back: sends the next one, then tells what became of this.
     async fn turn(&mut self, sent: Sent) -> Option<JoinHandle<Sent>> {
+        let heard_at = Instant::now();
         let settled = self.settle(sent);
         if !self.waiting.is_empty() {
             // Callers are told before others are looked up.
-            self.tell(settled);
+            self.tell(settled, heard_at);
             return None;
         }
         let next = self.start().await;
         // It goes out before anything else is done.
         tokio::task::yield_now().await;
-        self.tell(settled);
+        self.tell(settled, heard_at);
         next
     }
 
     /// What became of a round. What rested on a job of it that was not appended
     /// to is planned anew.
     fn settle(&mut self, (round, result): Sent) -> Settled {
-        let Round { mut groups, order, .. } = round;
+        let batches = round.batches();
+        let Round { mut groups, order, events, span, .. } = round;
         let outcomes: Vec<Result<AppendOutcome, Arc<Error>>> = match result {
             Ok((connection, outcomes)) => {
                 self.connection = Some(connection);
@@ -281,6 +307,7 @@ impl Task {
             }
             // Whether it was committed is not known.
             Err(error) => {
+                span.iter().for_each(TransactionSpan::failed);
                 let error = Arc::new(error);
                 order.iter().map(|_| Err(Arc::clone(&error))).collect()
             }
@@ -307,6 +334,9 @@ impl Task {
             self.states.invalidate(&id);
             again.extend(self.next.withdraw(&id));
         }
+        if let Some(span) = span {
+            span.took(events, batches, settled.committed.last().map(|(event, _)| event.position));
+        }
         settled.nothing_to_append(groups);
         // In the order in which they came: these first.
         let later = std::mem::take(&mut self.waiting);
@@ -315,13 +345,17 @@ impl Task {
     }
 
     /// Answers, and tells watchers.
-    fn tell(&self, settled: Settled) {
-        for (request, answer) in settled.answers {
+    fn tell(&self, settled: Settled, heard_at: Instant) {
+        let now = Instant::now();
+        for (reply, answer) in settled.answers {
+            if answer.is_ok() {
+                self.metrics.appends.answered(now.saturating_duration_since(reply.since));
+            }
             // Whoever left does not want to know.
-            let _ = request.send(answer);
+            let _ = reply.to.send(answer);
         }
         if !settled.committed.is_empty() {
-            self.tail.offer(&settled.committed);
+            self.tail.offer(&settled.committed, heard_at);
             self.doorbell.ring(Bell::Log);
         }
     }
@@ -345,10 +379,15 @@ async fn send(
     mut connection: Option<AsyncPgConnection>,
     round: Round,
     limit: Duration,
+    metrics: Arc<Metrics>,
 ) -> Sent {
     let appended = async {
         let mut connection = connect(&database, &mut connection).await?;
+        let sent_at = Instant::now();
+        let statement = round.span.as_ref().map(TransactionSpan::statement);
         let outcomes = round.append(&mut connection).await?;
+        drop(statement);
+        metrics.appends.committed(sent_at.elapsed(), round.events, round.batches());
         Ok((connection, outcomes))
     };
     let result = tokio::time::timeout(limit, appended).await;

@@ -50,6 +50,7 @@ use crate::{
         job::JobKey,
     },
     progress::{EventKind, JobStatus},
+    telemetry::{Telemetry, metrics::Metrics},
 };
 
 /// Sequences that one page of a filtered list looks through.
@@ -78,6 +79,7 @@ struct Inner {
     /// Turns of watches that read the past: half of the pool, so that however
     /// many have fallen behind, calls find a connection.
     readers: Semaphore,
+    metrics: Arc<Metrics>,
     settings: EventLogSettings,
 }
 
@@ -88,10 +90,11 @@ impl EventLog {
     pub async fn start(
         database: Database,
         settings: EventLogSettings,
+        telemetry: &Telemetry,
         credentials_ended: impl Fn() + Send + Sync + 'static,
     ) -> Result<Self> {
         let directory = Directory::new(database.clone());
-        let tail = Tail::start(database.clone(), directory.clone()).await?;
+        let tail = Tail::start(database.clone(), directory.clone(), Arc::clone(&telemetry.metrics)).await?;
         let heard = Arc::downgrade(&tail);
         let doorbell = Doorbell::start(database.clone(), move |bell| match bell {
             Bell::Log => {
@@ -101,13 +104,30 @@ impl EventLog {
             }
             Bell::Credentials => credentials_ended(),
         });
-        let appender = Appender::start(database.clone(), Arc::clone(&tail), doorbell.clone())
-            .map_err(Error::internal)?;
+        let appender =
+            Appender::start(database.clone(), Arc::clone(&tail), doorbell.clone(), telemetry.clone())
+                .map_err(Error::internal)?;
+        let metrics = Arc::clone(&telemetry.metrics);
         if let Some(age) = settings.retention {
             expiry::start(database.clone(), age, Arc::downgrade(&tail));
         }
         let readers = Semaphore::new((database.settings().connections / 2).max(1));
-        Ok(Self(Arc::new(Inner { database, directory, tail, appender, doorbell, readers, settings })))
+        Ok(Self(Arc::new(Inner {
+            database,
+            directory,
+            tail,
+            appender,
+            doorbell,
+            readers,
+            metrics,
+            settings,
+        })))
+    }
+
+    /// How old the oldest event is that a watcher which had caught up was not
+    /// sent yet.
+    pub(crate) fn watch_lag(&self) -> Duration {
+        self.0.tail.lag()
     }
 
     /// Tells the other replicas that a credential was ended.

@@ -7,6 +7,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    time::Instant,
 };
 
 use chrono::{DateTime, Utc};
@@ -25,9 +26,15 @@ use crate::{
         event::{Append, AppendOutcome, Event, NewRow},
     },
     progress::JobState,
+    telemetry::traces::{AppendSpan, TransactionSpan},
 };
 
-pub(super) type Reply = oneshot::Sender<Result<Vec<Appended>>>;
+/// Whom to answer, and since when they wait.
+#[derive(Debug)]
+pub(super) struct Reply {
+    pub(super) to: oneshot::Sender<Result<Vec<Appended>>>,
+    pub(super) since: Instant,
+}
 
 /// Batches of one stream, of which none may be appended after one failed.
 #[derive(Clone, Debug, Default)]
@@ -41,13 +48,14 @@ pub(super) struct Request {
     pub(super) stored: HashMap<Uuid, Event>,
     pub(super) in_doubt: bool,
     pub(super) reply: Reply,
+    pub(super) span: Option<Box<AppendSpan>>,
     pub(super) _room: OwnedSemaphorePermit,
 }
 
 impl Request {
     pub(super) fn answer(self, answer: Result<Vec<Appended>>) {
         // Whoever left does not want to know.
-        let _ = self.reply.send(answer);
+        let _ = self.reply.to.send(answer);
     }
 
     /// Whoever lines up behind it in its lane fails as well.
@@ -65,7 +73,7 @@ impl Request {
             self.answer(Err(Error::unavailable("a batch before this one failed")));
             return None;
         }
-        if self.reply.is_closed() {
+        if self.reply.to.is_closed() {
             // Nor may what was sent after it be appended without it.
             self.lane.0.store(true, Ordering::Relaxed);
             return None;
@@ -83,6 +91,7 @@ pub(super) struct Round {
     /// What clients made the ids of, among what it appends.
     pub(super) ids: HashSet<(Uuid, Uuid)>,
     pub(super) events: usize,
+    pub(super) span: Option<TransactionSpan>,
 }
 
 /// One job's part of a round.
@@ -131,6 +140,11 @@ impl Round {
         request.in_doubt = false;
         group.plans.push((request, plan));
         None
+    }
+
+    /// How many requests it serves.
+    pub(super) fn batches(&self) -> usize {
+        self.groups.values().map(|group| group.plans.len()).sum()
     }
 
     /// Takes a job out; its requests, in their order.
@@ -188,6 +202,11 @@ impl Group {
 
     fn accepted(&self) -> impl Iterator<Item = (&Request, &[Appended])> {
         self.plans.iter().filter_map(|(request, plan)| Some((request, plan.as_deref().ok()?)))
+    }
+
+    /// Of those that are traced.
+    pub(super) fn spans(&mut self) -> impl Iterator<Item = &mut AppendSpan> {
+        self.plans.iter_mut().filter_map(|(request, _)| request.span.as_deref_mut())
     }
 
     /// Whether it appends nothing.

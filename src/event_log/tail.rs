@@ -24,6 +24,7 @@ use crate::{
     db::Database,
     error::{Error, Result},
     models::{event::Event, retention::log_end},
+    telemetry::metrics::{Heard, Metrics},
 };
 
 /// How often the log is looked at without a bell. Half of the second within
@@ -44,6 +45,7 @@ pub(crate) struct Tail {
     bell: Notify,
     database: Database,
     directory: Directory,
+    metrics: Arc<Metrics>,
 }
 
 #[derive(Debug)]
@@ -57,21 +59,30 @@ struct Inner {
     /// By topic (a job, a provider or a customer), then by number.
     mailboxes: BTreeMap<(Uuid, u64), Arc<Mailbox>>,
     next_number: u64,
+    /// What the last sweep found, as far as nobody has announced it since.
+    unannounced: usize,
 }
 
 impl Tail {
     /// Looks where the log ends, and follows it from there as long as the tail
     /// is used.
-    pub(crate) async fn start(database: Database, directory: Directory) -> Result<Arc<Self>> {
+    pub(crate) async fn start(
+        database: Database,
+        directory: Directory,
+        metrics: Arc<Metrics>,
+    ) -> Result<Arc<Self>> {
         let read_through = Instant::now();
         let (head, removals) = log_end(&mut *database.get().await?).await?;
-        let inner = Inner { head, removals, read_through, mailboxes: BTreeMap::new(), next_number: 0 };
-        let tail = Arc::new(Self { inner: Mutex::new(inner), bell: Notify::new(), database, directory });
+        let (mailboxes, next_number) = (BTreeMap::new(), 0);
+        let inner = Inner { head, removals, read_through, mailboxes, next_number, unannounced: 0 };
+        let tail =
+            Arc::new(Self { inner: Mutex::new(inner), bell: Notify::new(), database, directory, metrics });
         let reader = Arc::downgrade(&tail);
         tokio::spawn(async move {
             let mut reads = true;
+            let mut sweeps = false;
             while let Some(tail) = reader.upgrade() {
-                match tail.catch_up().await {
+                match tail.catch_up(sweeps).await {
                     Ok(()) => reads = true,
                     // Told once, not at every look.
                     Err(error) => {
@@ -81,7 +92,11 @@ impl Tail {
                     }
                 }
                 // A bell that rang meanwhile is kept.
-                let _ = tokio::time::timeout(SWEEP, tail.bell.notified()).await;
+                sweeps = tokio::time::timeout(SWEEP, tail.bell.notified()).await.is_err();
+                // A commit may be seen a moment before its bell is heard.
+                if std::mem::take(&mut tail.lock().unannounced) > 0 && sweeps {
+                    tail.metrics.watches.sweep_finds.inc();
+                }
             }
         });
         Ok(tail)
@@ -94,13 +109,16 @@ impl Tail {
 
     /// Hands on what this process committed, in the order of the log, as far as
     /// it is the next in line. Where others come first, the reader finds it all.
-    pub(crate) fn offer(&self, events: &[(Event, Arc<JobIdentity>)]) {
+    pub(crate) fn offer(&self, events: &[(Event, Arc<JobIdentity>)], heard_at: Instant) {
         let mut inner = self.lock();
         for (row, job) in events {
             if row.position > inner.head + 1 {
                 return self.ring();
             }
-            inner.deliver(row, job);
+            if row.position <= inner.head {
+                inner.unannounced = inner.unannounced.saturating_sub(1);
+            }
+            inner.deliver(row, job, Heard { at: heard_at, own: true });
         }
     }
 
@@ -123,8 +141,15 @@ impl Tail {
         (inner.read_through.elapsed() < CURRENT).then_some(place)
     }
 
-    /// Reads from the head to the log's end.
-    async fn catch_up(&self) -> Result<()> {
+    /// Age of the oldest event that waits for a watcher which had caught up.
+    pub(crate) fn lag(&self) -> Duration {
+        let mailboxes: Vec<_> = self.lock().mailboxes.values().cloned().collect();
+        let oldest = mailboxes.iter().filter_map(|mailbox| mailbox.lock().waits_since()).min();
+        oldest.map(|since| since.elapsed()).unwrap_or_default()
+    }
+
+    /// Reads from the head to the log's end; unasked, if this is a sweep.
+    async fn catch_up(&self, sweeps: bool) -> Result<()> {
         let at = Instant::now();
         let (end, removals) = log_end(&mut *self.database.get().await?).await?;
         loop {
@@ -148,7 +173,11 @@ impl Tail {
                 // who watch have to look what that is to them.
                 inner.mailboxes.values().for_each(|mailbox| mailbox.overflow());
             }
-            events.iter().for_each(|(row, job)| inner.deliver(row, job));
+            if sweeps {
+                inner.unannounced += events.len();
+            }
+            let heard = Heard { at, own: false };
+            events.iter().for_each(|(row, job)| inner.deliver(row, job, heard));
             inner.head = inner.head.max(through);
         }
     }
@@ -162,14 +191,16 @@ impl Tail {
 impl Inner {
     /// To each mailbox, unless it has been already, and the head moves to it.
     /// Encoded only if anybody watches.
-    fn deliver(&mut self, row: &Event, job: &Arc<JobIdentity>) {
+    fn deliver(&mut self, row: &Event, job: &Arc<JobIdentity>, heard: Heard) {
         if row.position <= self.head {
             return;
         }
         let mut event = None;
         for topic in [job.id, job.provider_id, job.customer_id] {
             for (_, mailbox) in self.mailboxes.range((topic, 0)..=(topic, u64::MAX)) {
-                mailbox.put(event.get_or_insert_with(|| Arc::new(LogEvent::new(row, Arc::clone(job)))));
+                let heard = Some(heard);
+                mailbox
+                    .put(event.get_or_insert_with(|| Arc::new(LogEvent::new(row, Arc::clone(job), heard))));
             }
         }
         self.head = row.position;
@@ -196,7 +227,7 @@ pub(crate) async fn with_jobs(
 /// The same, as watchers receive them.
 pub(crate) async fn log_events(directory: &Directory, rows: Vec<Event>) -> Result<Vec<Arc<LogEvent>>> {
     let rows = with_jobs(directory, rows).await?;
-    Ok(rows.into_iter().map(|(row, job)| Arc::new(LogEvent::new(&row, job))).collect())
+    Ok(rows.into_iter().map(|(row, job)| Arc::new(LogEvent::new(&row, job, None))).collect())
 }
 
 /// What waits for one watcher. Bounded: one that does not keep up forgets it
@@ -212,6 +243,29 @@ struct Waiting {
     events: VecDeque<Arc<LogEvent>>,
     bytes: usize,
     overflowed: bool,
+    follows: Follows,
+}
+
+/// How far a watcher is.
+#[derive(Clone, Copy, Debug, Default)]
+enum Follows {
+    /// It reads the past that it asked for.
+    #[default]
+    NotYet,
+    Now,
+    /// It did, but missed what came at this time.
+    Since(Instant),
+}
+
+impl Waiting {
+    /// When the oldest event came that waits for a watcher which had caught up.
+    fn waits_since(&self) -> Option<Instant> {
+        match self.follows {
+            Follows::NotYet => None,
+            Follows::Now => self.events.front()?.heard.map(|heard| heard.at),
+            Follows::Since(at) => Some(at),
+        }
+    }
 }
 
 impl Mailbox {
@@ -231,7 +285,13 @@ impl Mailbox {
     }
 
     fn overflow(&self) {
-        *self.lock() = Waiting { overflowed: true, ..Waiting::default() };
+        let mut waiting = self.lock();
+        let follows = match (waiting.follows, waiting.waits_since()) {
+            (Follows::Now, Some(at)) => Follows::Since(at),
+            (follows, _) => follows,
+        };
+        *waiting = Waiting { overflowed: true, follows, ..Waiting::default() };
+        drop(waiting);
         self.filled.notify_one();
     }
 
@@ -261,7 +321,10 @@ pub(crate) enum Delivery {
 impl Subscription {
     /// What waits now.
     pub(crate) fn take(&self) -> Option<Delivery> {
-        let waiting = std::mem::take(&mut *self.mailbox.lock());
+        let mut mailbox = self.mailbox.lock();
+        let follows = mailbox.follows;
+        let waiting = std::mem::replace(&mut *mailbox, Waiting { follows, ..Waiting::default() });
+        drop(mailbox);
         if waiting.overflowed {
             Some(Delivery::Overflowed)
         } else if waiting.events.is_empty() {
@@ -269,6 +332,11 @@ impl Subscription {
         } else {
             Some(Delivery::Events(waiting.events))
         }
+    }
+
+    /// Its watcher has been sent everything else.
+    pub(crate) fn follows(&self) {
+        self.mailbox.lock().follows = Follows::Now;
     }
 
     /// What comes next. Cancel-safe: nothing is taken before it is returned.

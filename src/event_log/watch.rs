@@ -28,6 +28,7 @@ use crate::{
         retention::{self, Removed},
     },
     progress::{EventKind, JobState},
+    telemetry::metrics::Open,
 };
 
 /// Events of the past read at once.
@@ -161,6 +162,9 @@ pub(crate) struct Watch {
     /// When a heartbeat is due.
     beat_at: Instant,
     ended: bool,
+    /// It follows the tail: it has been sent everything before.
+    follows: bool,
+    _counted: Open,
 }
 
 impl Watch {
@@ -191,6 +195,11 @@ impl Watch {
         if cursor > past_end {
             return Err(Error::PositionBeyondLog);
         }
+        let watches = &log.0.metrics.watches;
+        let counted = Open::of(match &scope {
+            Scope::Job(_) => &watches.of_one_job,
+            Scope::All { .. } => &watches.of_all_jobs,
+        });
         Ok(Self {
             log,
             credential,
@@ -210,6 +219,8 @@ impl Watch {
             job: end.job,
             beat_at: Instant::now() + heartbeat,
             ended: false,
+            follows: false,
+            _counted: counted,
         })
     }
 
@@ -226,7 +237,14 @@ impl Watch {
             match advanced {
                 Ok(None) => {}
                 Ok(Some(message)) => {
-                    self.beat_at = Instant::now() + self.heartbeat;
+                    let now = Instant::now();
+                    self.beat_at = now + self.heartbeat;
+                    // The first has waited longest.
+                    if let Body::Events(events) = &message.body
+                        && let Some(heard) = events.first().and_then(|event| event.heard)
+                    {
+                        self.log.0.metrics.watches.sent(heard, now);
+                    }
                     return Some(Ok(message));
                 }
                 Err(Error::EventsExpired { .. }) => return Some(Ok(self.end(EndReason::EventsExpired))),
@@ -356,6 +374,9 @@ impl Watch {
 
     /// Waits for what is committed next; whether a heartbeat is due instead.
     async fn wait(&mut self) -> bool {
+        if !std::mem::replace(&mut self.follows, true) {
+            self.subscription.follows();
+        }
         let due = tokio::time::Instant::from_std(self.beat_at);
         tokio::select! {
             biased;
@@ -370,7 +391,10 @@ impl Watch {
     fn receive(&mut self, delivery: Delivery) {
         match delivery {
             Delivery::Events(events) => self.accept(events),
-            Delivery::Overflowed => self.missed = true,
+            Delivery::Overflowed => {
+                self.log.0.metrics.watches.overflows.inc();
+                (self.missed, self.follows) = (true, false);
+            }
         }
     }
 

@@ -17,6 +17,7 @@ use crate::{
     models::event::Event,
     pb,
     progress::{EventKind, JobStatus, Progress},
+    telemetry::metrics::Heard,
 };
 
 /// A committed event, as the tail hands it to every watcher.
@@ -31,6 +32,8 @@ pub(crate) struct LogEvent {
     /// A field `events` of a message, whole: its key, its length, the encoded
     /// `milepost.v1.Event`.
     pub(crate) encoded: Bytes,
+    /// When it was learned of, unless it was read as the past.
+    pub(crate) heard: Option<Heard>,
 }
 
 impl LogEvent {
@@ -46,7 +49,7 @@ impl LogEvent {
     }
 
     /// From its row.
-    pub(crate) fn new(row: &Event, job: Arc<JobIdentity>) -> Self {
+    pub(crate) fn new(row: &Event, job: Arc<JobIdentity>, heard: Option<Heard>) -> Self {
         let progress = Progress {
             points_done: row.points_done,
             points_total: job.configuration.weights.total(),
@@ -60,6 +63,7 @@ impl LogEvent {
             progress,
             encoded: encode(row, progress, &job),
             job,
+            heard,
         }
     }
 }
@@ -274,7 +278,7 @@ mod tests {
             ..row()
         };
         for row in [row(), bare] {
-            let event = LogEvent::new(&row, job());
+            let event = LogEvent::new(&row, job(), None);
             let message = event.message().expect("it decodes");
             let whole = WatchedEvents { events: vec![message.clone()], encoded: Vec::new() };
             assert_eq!(whole.encode_to_vec(), event.encoded);

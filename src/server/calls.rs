@@ -6,6 +6,7 @@ use std::{
     convert::Infallible,
     panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll},
     time::{Duration, Instant},
 };
@@ -14,16 +15,21 @@ use bytes::Bytes;
 use futures_util::FutureExt as _;
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
 use http_body::{Frame, SizeHint};
+use opentelemetry::trace::FutureExt as _;
 use tokio_util::{
     sync::{CancellationToken, WaitForCancellationFutureOwned},
     task::{TaskTracker, task_tracker::TaskTrackerToken},
 };
 use tonic::{Code, Status, body::Body, service::Routes};
 use tower::Service;
-use tracing::{Instrument as _, Span};
+use tracing::{Instrument as _, Span, field};
 use uuid::Uuid;
 
-use crate::{error::Error, services::RequestId};
+use crate::{
+    error::Error,
+    services::{RequestId, status::reason_of},
+    telemetry::{Telemetry, metrics::Method, traces::CallSpan},
+};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Longest path that is logged; ours are shorter.
@@ -36,6 +42,7 @@ pub(super) struct Calls {
     request_timeout: Duration,
     draining: CancellationToken,
     under_way: TaskTracker,
+    telemetry: Telemetry,
 }
 
 impl Calls {
@@ -46,8 +53,9 @@ impl Calls {
         request_timeout: Duration,
         draining: CancellationToken,
         under_way: TaskTracker,
+        telemetry: Telemetry,
     ) -> Self {
-        Self { routes, request_timeout, draining, under_way }
+        Self { routes, request_timeout, draining, under_way, telemetry }
     }
 }
 
@@ -63,8 +71,8 @@ impl Service<Request<Body>> for Calls {
     fn call(&mut self, mut request: Request<Body>) -> Self::Future {
         let id = Uuid::now_v7();
         request.extensions_mut().insert(RequestId(id));
-        let call = Call::new(id, request.uri().path(), self.under_way.token());
-        let span = call.span.clone();
+        let call = Call::new(id, &request, &self.telemetry, self.under_way.token());
+        let (span, trace) = (call.span.clone(), call.trace.clone());
         let request_timeout = self.request_timeout;
         let draining = self.draining.clone();
         let response = self.routes.call(request);
@@ -78,7 +86,11 @@ impl Service<Request<Body>> for Calls {
             };
             Ok(call.answer(response, id, draining))
         };
-        Box::pin(answer.instrument(span))
+        let answer = answer.instrument(span);
+        match trace {
+            None => Box::pin(answer),
+            Some(trace) => Box::pin(answer.with_context(trace.context())),
+        }
     }
 }
 
@@ -90,18 +102,29 @@ struct Call {
     /// Not ours but the infrastructure's: health and reflection.
     infrastructure: bool,
     status: Option<Code>,
+    method: Arc<Method>,
+    trace: Option<CallSpan>,
     _under_way: TaskTrackerToken,
 }
 
 impl Call {
-    fn new(id: Uuid, path: &str, under_way: TaskTrackerToken) -> Self {
+    fn new(id: Uuid, request: &Request<Body>, telemetry: &Telemetry, under_way: TaskTrackerToken) -> Self {
+        let path = request.uri().path();
+        let known = telemetry.metrics.method(path);
+        let trace = telemetry.traces.call(request.headers(), known.name());
         let method = path.get(..METHOD_BYTES).unwrap_or(path).trim_start_matches('/');
+        // Of the highest level, so that whatever is logged has its id.
+        let span = tracing::error_span!("call", request_id = %id, method, trace_id = field::Empty);
+        if let Some(trace) = &trace {
+            span.record("trace_id", field::display(trace.trace_id()));
+        }
         Self {
-            // Of the highest level, so that whatever is logged has its id.
-            span: tracing::error_span!("call", request_id = %id, method),
+            span,
             started: Instant::now(),
             infrastructure: method.starts_with("grpc."),
             status: None,
+            method: Arc::clone(known),
+            trace,
             _under_way: under_way,
         }
     }
@@ -109,6 +132,13 @@ impl Call {
     fn note(&mut self, headers: &HeaderMap) {
         if let Some(status) = headers.get("grpc-status") {
             self.status = Some(Code::from_bytes(status.as_bytes()));
+            if let Some(reason) = headers
+                .contains_key("grpc-status-details-bin")
+                .then(|| Status::from_header_map(headers).as_ref().and_then(reason_of))
+                .flatten()
+            {
+                self.method.refused(reason);
+            }
         }
     }
 
@@ -136,6 +166,10 @@ impl Drop for Call {
     fn drop(&mut self) {
         // Whoever is gone before the status is, has cancelled.
         let status = self.status.unwrap_or(Code::Cancelled);
+        self.method.over(status, self.started);
+        if let Some(trace) = &self.trace {
+            trace.end(status);
+        }
         let duration_us = self.started.elapsed().as_micros();
         self.span.in_scope(|| {
             if self.infrastructure {
@@ -277,8 +311,13 @@ mod tests {
     }
 
     async fn call(path: &str, draining: &CancellationToken) -> Response<Body> {
-        let calls =
-            Calls::new(Routes::new(Fake), Duration::from_millis(50), draining.clone(), TaskTracker::new());
+        let calls = Calls::new(
+            Routes::new(Fake),
+            Duration::from_millis(50),
+            draining.clone(),
+            TaskTracker::new(),
+            Telemetry::default(),
+        );
         let request = Request::builder().uri(path).body(Body::empty()).unwrap();
         calls.oneshot(request).await.unwrap()
     }

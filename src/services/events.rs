@@ -7,6 +7,7 @@ mod requests;
 use std::{pin::Pin, sync::Arc};
 
 use futures_util::{Stream, StreamExt as _, stream};
+use opentelemetry::trace::FutureExt as _;
 use tokio::sync::{mpsc, oneshot};
 use tonic::{Request, Response, Status, Streaming};
 
@@ -29,11 +30,15 @@ use crate::{
     models::caller::{self, Provider},
     pb::{self, event_service_server::EventService},
     progress::JobState,
+    telemetry::metrics::Open,
 };
 
 /// EventService over the log.
 #[derive(Clone, Debug)]
 pub struct EventApi(pub App);
+
+/// As its method is counted.
+const PUBLISH: &str = "/milepost.v1.EventService/PublishEvents";
 
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
@@ -63,10 +68,14 @@ impl EventService for EventApi {
         let (accepted, answers) = mpsc::channel(self.0.log.publish_window().max(2) - 1);
         let accepting =
             accept(self.clone(), provider, Arc::clone(&credential), request.into_inner(), accepted);
-        tokio::spawn(accepting);
+        // Its batches are traced as this call's.
+        tokio::spawn(accepting.with_current_context());
+        let metrics = &self.0.telemetry.metrics;
+        let counted = (Open::of(&metrics.appends.streams), Arc::clone(metrics.method(PUBLISH)));
+        let open = (open, counted);
         Ok(Response::new(Box::pin(stream::unfold(Some((answers, credential, open)), |state| async move {
             let (mut answers, credential, open) = state?;
-            let answer = answers.recv().await?.answer().await;
+            let answer = answers.recv().await?.answer(&open.1.1).await;
             // Nothing is sent, either, under a credential that may have ended.
             match credential.confirmed().await.and(answer) {
                 Ok(answer) => Some((Ok(answer), Some((answers, credential, open)))),

@@ -25,6 +25,7 @@ use crate::{
     error::{Error, Result},
     event_log::{EventLog, EventLogSettings},
     models::{audit_entry::Origin, caller::Caller},
+    telemetry::{Telemetry, metrics::whole},
 };
 
 /// Who is at the other end of a connection.
@@ -64,17 +65,41 @@ pub struct App {
     pub log: EventLog,
     /// Cancelled when this server shuts down.
     pub draining: CancellationToken,
+    /// What is counted and traced.
+    pub telemetry: Telemetry,
 }
 
 impl App {
     /// Starts what works in the background, on a database that is migrated and
     /// answers. Everything ends when the last clone is dropped.
-    pub async fn start(database: Database, auth: AuthSettings, log: EventLogSettings) -> Result<Self> {
+    pub async fn start(
+        database: Database,
+        auth: AuthSettings,
+        log: EventLogSettings,
+        telemetry: Telemetry,
+    ) -> Result<Self> {
         database.keep_asking();
         let auth = Auth::start(database.clone(), auth);
         let confirm = auth.clone();
-        let log = EventLog::start(database.clone(), log, move || confirm.reconfirm_now()).await?;
-        Ok(Self { database, auth, log, draining: CancellationToken::new() })
+        let log = EventLog::start(database.clone(), log, &telemetry, move || confirm.reconfirm_now()).await?;
+        Ok(Self { database, auth, log, draining: CancellationToken::new(), telemetry })
+    }
+
+    /// What Prometheus is told, as things stand now. Asks nobody but this
+    /// process.
+    pub(crate) fn measure(&self) -> String {
+        let metrics = &self.telemetry.metrics;
+        let (state, pool) = (&metrics.state, self.database.status());
+        state.draining.set(self.draining.is_cancelled().into());
+        state.watch_lag.set(self.log.watch_lag().as_secs_f64());
+        state.connections_idle.set(whole(pool.available));
+        state.connections_in_use.set(whole(pool.size.saturating_sub(pool.available)));
+        state.connections_most.set(whole(pool.max_size));
+        state.connections_waited_for.set(whole(pool.waiting));
+        let (cached, age) = self.auth.cached();
+        state.credentials.set(whole(cached));
+        state.credentials_age.set(age.as_secs_f64());
+        metrics.text()
     }
 
     /// Whose call this is, by `authorization: Bearer SECRET`.

@@ -6,9 +6,12 @@ use std::{borrow::Cow, collections::HashMap, error::Error as _, time::Duration};
 use prost::Message;
 use prost_types::Any;
 use tonic::Code;
-use tonic_types::pb::{
-    BadRequest, ErrorInfo, PreconditionFailure, QuotaFailure, ResourceInfo, RetryInfo, Status as RpcStatus,
-    bad_request::FieldViolation, precondition_failure, quota_failure,
+use tonic_types::{
+    StatusExt as _,
+    pb::{
+        BadRequest, ErrorInfo, PreconditionFailure, QuotaFailure, ResourceInfo, RetryInfo,
+        Status as RpcStatus, bad_request::FieldViolation, precondition_failure, quota_failure,
+    },
 };
 
 use crate::{
@@ -58,6 +61,17 @@ pub fn rpc_status(error: &Error) -> RpcStatus {
         status.details.push(bad_request(&violations, room));
     }
     status
+}
+
+/// The reason that ErrorInfo has.
+pub(crate) fn reason(error: &Error) -> ErrorReason {
+    answer(error).reason
+}
+
+/// The same of a status that has been made.
+pub(crate) fn reason_of(status: &tonic::Status) -> Option<ErrorReason> {
+    let info = status.get_details_error_info()?;
+    ErrorReason::from_str_name(&format!("ERROR_REASON_{}", info.reason))
 }
 
 /// What an error becomes, but for its sentence.

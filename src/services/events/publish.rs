@@ -12,7 +12,8 @@ use crate::{
     event_log::{Lane, answered, plan::Appended},
     models::caller::Provider,
     pb,
-    services::status::rpc_status,
+    services::status::{reason, rpc_status},
+    telemetry::metrics::Method,
 };
 
 /// A batch of a publish stream, on its way.
@@ -28,7 +29,7 @@ enum Outcome {
 
 impl Accepted {
     /// What the client is answered; an error ends the stream.
-    pub(super) async fn answer(self) -> Result<pb::PublishEventsResponse> {
+    pub(super) async fn answer(self, counted: &Method) -> Result<pb::PublishEventsResponse> {
         let outcome = match self.outcome {
             Outcome::HandedIn(answer) => answered(answer).await,
             Outcome::Failed(error) => Err(error),
@@ -36,6 +37,7 @@ impl Accepted {
         let outcome = match outcome {
             Ok(appended) => pb::publish_events_response::Outcome::Appended(appended.into()),
             Err(error) if error.is_about_content() => {
+                counted.refused(reason(&error));
                 pb::publish_events_response::Outcome::Refused(rpc_status(&error))
             }
             Err(error) => return Err(error),

@@ -1,6 +1,7 @@
 //! A server in this process.
 
 use std::{
+    convert::Infallible,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     ops::Deref,
     time::Duration,
@@ -13,9 +14,13 @@ use milepost::{
     event_log::EventLogSettings,
     server::{self, ServerSettings, Tls},
     services::App,
+    telemetry::{Telemetry, traces::Traces},
 };
 use tokio::net::TcpListener;
-use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::{
+    sync::{CancellationToken, DropGuard},
+    task::AbortOnDropHandle,
+};
 
 use super::{Authority, Clients, Proxy, cluster::TestDatabase};
 
@@ -29,9 +34,11 @@ pub const STREAMS_PER_USER: usize = 40;
 #[derive(Debug)]
 pub struct TestServer {
     pub address: SocketAddr,
+    pub metrics_address: SocketAddr,
     pub database: TestDatabase,
     clients: Clients,
-    _stop: DropGuard,
+    stop: Option<DropGuard>,
+    _metrics: AbortOnDropHandle<Infallible>,
 }
 
 impl Deref for TestServer {
@@ -59,40 +66,33 @@ impl TestServer {
 
     /// One that removes the events of jobs that closed so long ago.
     pub async fn that_keeps(database: TestDatabase, retention: Option<Duration>) -> Self {
-        let url = database.url.clone();
-        Self::listening(database, &url, retention, None, Clients::of).await
+        Setup { retention, ..Setup::of(database) }.serve(Clients::of).await
     }
 
     /// On a fresh database that it reaches through a proxy.
     pub async fn through_proxy() -> (Self, Proxy) {
         let database = TestDatabase::migrated().await;
         let proxy = Proxy::to(&database.url).await;
-        (Self::listening(database, &proxy.url, None, None, Clients::of).await, proxy)
+        let setup = Setup { url: proxy.url.clone(), ..Setup::of(database) };
+        (setup.serve(Clients::of).await, proxy)
     }
 
     /// On a fresh database, encrypted; called by those who believe the authority.
     pub async fn encrypted(tls: &TlsConfig, authority: &Authority) -> Self {
         let clients = |address| Clients::over_tls(address, authority.believer());
         let tls = Tls::start(tls).await.unwrap();
-        let database = TestDatabase::migrated().await;
-        let url = database.url.clone();
-        Self::listening(database, &url, None, tls, clients).await
+        Setup { tls, ..Setup::of(TestDatabase::migrated().await) }.serve(clients).await
     }
 
-    async fn listening(
-        database: TestDatabase,
-        url: &str,
-        retention: Option<Duration>,
-        tls: Option<Tls>,
-        clients: impl FnOnce(SocketAddr) -> Clients,
-    ) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let stop = CancellationToken::new();
-        let app = app(&database, url, retention).await;
-        let stopped = stop.clone().cancelled_owned();
-        tokio::spawn(async move { server::serve(listener, app, &settings(tls), stopped).await.unwrap() });
-        Self { address, database, clients: clients(address), _stop: stop.drop_guard() }
+    /// On a fresh database, sending its traces there.
+    pub async fn traced(traces: Traces) -> Self {
+        let telemetry = Telemetry { traces, ..Telemetry::default() };
+        Setup { telemetry, ..Setup::of(TestDatabase::migrated().await) }.serve(Clients::of).await
+    }
+
+    /// Drains it, as a signal would.
+    pub fn stop(&mut self) {
+        self.stop = None;
     }
 
     /// How many rows a table has.
@@ -126,24 +126,64 @@ fn settings(tls: Option<Tls>) -> ServerSettings {
     }
 }
 
-async fn app(database: &TestDatabase, url: &str, retention: Option<Duration>) -> App {
-    let database = Database::new(DatabaseSettings {
-        url: url.to_owned(),
-        ca: database.ca.clone(),
-        connections: 8,
-        statement_timeout: Duration::from_secs(5),
-        connect_timeout: Duration::from_secs(5),
-        synchronous_commit: "on".to_owned(),
-    })
-    .unwrap();
-    let auth = AuthSettings {
-        session_lifetime: Duration::from_secs(60 * 60),
-        // The cheapest that bcrypt knows: tests sign up all the time.
-        bcrypt_cost: 4,
-        bcrypt_parallel: 2,
-        sign_up_open: true,
-        streams_per_user: STREAMS_PER_USER,
-        trusted_proxies: vec![TRUSTED_PROXY],
-    };
-    App::start(database, auth, EventLogSettings { publish_window: 8, retention }).await.unwrap()
+/// How a server differs from others.
+struct Setup {
+    database: TestDatabase,
+    /// How it reaches that.
+    url: String,
+    retention: Option<Duration>,
+    tls: Option<Tls>,
+    telemetry: Telemetry,
+}
+
+impl Setup {
+    fn of(database: TestDatabase) -> Self {
+        let url = database.url.clone();
+        Self { database, url, retention: None, tls: None, telemetry: Telemetry::default() }
+    }
+
+    async fn serve(self, clients: impl FnOnce(SocketAddr) -> Clients) -> TestServer {
+        let [listener, metrics] = [bind().await, bind().await];
+        let (address, metrics_address) = (listener.local_addr().unwrap(), metrics.local_addr().unwrap());
+        let app = self.app().await;
+        let serving_metrics = tokio::spawn(server::serve_metrics(metrics, app.clone()));
+        let stop = CancellationToken::new();
+        let (stopped, settings) = (stop.clone().cancelled_owned(), settings(self.tls));
+        tokio::spawn(async move { server::serve(listener, app, &settings, stopped).await.unwrap() });
+        TestServer {
+            address,
+            metrics_address,
+            database: self.database,
+            clients: clients(address),
+            stop: Some(stop.drop_guard()),
+            _metrics: AbortOnDropHandle::new(serving_metrics),
+        }
+    }
+
+    async fn app(&self) -> App {
+        let database = Database::new(DatabaseSettings {
+            url: self.url.clone(),
+            ca: self.database.ca.clone(),
+            connections: 8,
+            statement_timeout: Duration::from_secs(5),
+            connect_timeout: Duration::from_secs(5),
+            synchronous_commit: "on".to_owned(),
+        })
+        .unwrap();
+        let auth = AuthSettings {
+            session_lifetime: Duration::from_secs(60 * 60),
+            // The cheapest that bcrypt knows: tests sign up all the time.
+            bcrypt_cost: 4,
+            bcrypt_parallel: 2,
+            sign_up_open: true,
+            streams_per_user: STREAMS_PER_USER,
+            trusted_proxies: vec![TRUSTED_PROXY],
+        };
+        let log = EventLogSettings { publish_window: 8, retention: self.retention };
+        App::start(database, auth, log, self.telemetry.clone()).await.unwrap()
+    }
+}
+
+async fn bind() -> TcpListener {
+    TcpListener::bind("127.0.0.1:0").await.unwrap()
 }

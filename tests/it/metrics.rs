@@ -1,0 +1,410 @@
+//! What Prometheus is told.
+
+use std::{collections::BTreeMap, net::SocketAddr};
+
+use milepost::pb::{self, ErrorReason};
+use prost_types::{Value, value::Kind};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    process::Command,
+    sync::mpsc,
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Code;
+
+use crate::support::{
+    PASSWORD, TestDatabase, TestServer, assert_refused, complete, info, noted, step, within_patience,
+};
+
+/// The samples of a scrape, by name and labels as they stand there.
+type Samples = BTreeMap<String, f64>;
+
+/// An answer over HTTP/1.1: status line and headers, and the body.
+async fn get(address: SocketAddr, path: &str) -> (String, String) {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    stream.write_all(format!("GET {path} HTTP/1.1\r\nhost: {address}\r\n\r\n").as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    within_patience("the whole answer", stream.read_to_string(&mut answer)).await.unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    (head.to_owned(), body.to_owned())
+}
+
+async fn scrape(server: &TestServer) -> Samples {
+    let (head, body) = get(server.metrics_address, "/metrics").await;
+    assert!(head.starts_with("HTTP/1.1 200 "), "{head}");
+    assert!(head.contains("content-type: application/openmetrics-text; version=1.0.0;"), "{head}");
+    parse(&body)
+}
+
+/// Scrapes until a sample is as it is wanted; counting follows the answer to a
+/// call by a moment.
+async fn until(server: &TestServer, series: &str, wanted: impl Fn(f64) -> bool) -> Samples {
+    let mut last = None;
+    let found = async {
+        loop {
+            let samples = scrape(server).await;
+            last = samples.get(series).copied();
+            if last.is_some_and(&wanted) {
+                return samples;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+    };
+    match tokio::time::timeout(crate::support::PATIENCE, found).await {
+        Ok(samples) => samples,
+        Err(_) => panic!("{series} stays at {last:?}"),
+    }
+}
+
+/// OpenMetrics 1.0, strictly: families in one piece, each described before its
+/// samples, names, labels and values well formed, nothing twice, histograms that
+/// add up.
+fn parse(text: &str) -> Samples {
+    let body = text.strip_suffix("# EOF\n").expect("it ends with EOF");
+    let mut samples = Samples::new();
+    let mut kinds = BTreeMap::new();
+    let mut family = (String::new(), String::new());
+    for line in body.lines() {
+        if let Some(meta) = line.strip_prefix("# ") {
+            let [keyword, name, rest] = meta.splitn(3, ' ').collect::<Vec<_>>().try_into().unwrap();
+            assert!(is_name(name) && name.starts_with("milepost_"), "{line}");
+            match keyword {
+                "HELP" => assert!(!rest.is_empty() && !kinds.contains_key(name), "{line}"),
+                "TYPE" => {
+                    assert!(["counter", "gauge", "histogram", "info"].contains(&rest), "{line}");
+                    assert_eq!(kinds.insert(name.to_owned(), rest.to_owned()), None, "{line}");
+                    family = (name.to_owned(), rest.to_owned());
+                }
+                "UNIT" => assert!(name == family.0 && name.ends_with(&format!("_{rest}")), "{line}"),
+                _ => panic!("{line}"),
+            }
+            continue;
+        }
+        let (series, value) = line.rsplit_once(' ').unwrap();
+        let name = series.split('{').next().unwrap();
+        let suffix = name.strip_prefix(family.0.as_str()).unwrap_or_else(|| panic!("{line}"));
+        let suffixes: &[&str] = match family.1.as_str() {
+            "counter" => &["_total"],
+            "info" => &["_info"],
+            "histogram" => &["_bucket", "_sum", "_count"],
+            _ => &[""],
+        };
+        assert!(suffixes.contains(&suffix), "{line}");
+        if let Some(labels) = series.strip_prefix(name).unwrap().strip_prefix('{') {
+            for label in labels.strip_suffix('}').unwrap().split(',') {
+                let (name, value) = label.split_once('=').unwrap();
+                let value = value.strip_prefix('"').and_then(|value| value.strip_suffix('"')).unwrap();
+                assert!(is_name(name) && !value.is_empty() && !value.contains(['"', '\\', '\n']), "{line}");
+            }
+        }
+        let value: f64 = value.parse().unwrap();
+        assert!(value.is_finite() && value >= 0.0, "{line}");
+        assert_eq!(samples.insert(series.to_owned(), value), None, "twice: {line}");
+    }
+    assert_histograms_add_up(body, &samples);
+    samples
+}
+
+fn is_name(name: &str) -> bool {
+    name.chars().all(|c| c.is_ascii_lowercase() || c == '_') && !name.is_empty()
+}
+
+fn assert_histograms_add_up(body: &str, samples: &Samples) {
+    let mut below = 0.0;
+    for line in body.lines().filter(|line| line.contains("_bucket{")) {
+        let (series, count) = line.rsplit_once(' ').unwrap();
+        let count: f64 = count.parse().unwrap();
+        assert!(count >= below, "cumulative: {line}");
+        below = count;
+        if series.contains("le=\"+Inf\"") {
+            let total = series.replace("_bucket", "_count").replace("le=\"+Inf\"", "");
+            let total = total.replace("{,", "{").replace(",}", "}").replace("{}", "");
+            assert_eq!(samples[&total], count, "{line}");
+            below = 0.0;
+        }
+    }
+}
+
+fn publish(batch_id: &str, job: &pb::Job, events: Vec<pb::NewEvent>) -> pb::PublishEventsRequest {
+    pb::PublishEventsRequest {
+        batch_id: batch_id.to_owned(),
+        job: Some(pb::publish_events_request::Job::JobId(job.id.clone())),
+        expected_sequence: None,
+        events,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn appends_transactions_and_watches_are_measured() {
+    let server = TestServer::start().await;
+    let (mut provider, mut customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[("load", 1)]).await;
+    let job = provider.job(&customer).await;
+    let before = scrape(&server).await;
+    assert_eq!(before["milepost_append_duration_seconds_count"], 0.0);
+    assert_eq!(before["milepost_watches{scope=\"job\"}"], 0.0);
+
+    let (mut one, mut all) = (customer.watch(&job).await, customer.watch_all().await);
+    one.caught_up().await;
+    all.caught_up().await;
+    provider.append(&job, [step("load"), info("two")]).await;
+    one.events(2).await;
+    all.events(2).await;
+    let samples = until(&server, "milepost_append_duration_seconds_count", |count| count == 1.0).await;
+    assert!(samples["milepost_append_duration_seconds_sum"] > 0.0);
+    assert_eq!(samples["milepost_transaction_duration_seconds_count"], 1.0);
+    assert!(
+        samples["milepost_transaction_duration_seconds_sum"]
+            <= samples["milepost_append_duration_seconds_sum"]
+    );
+    assert_eq!(samples["milepost_transaction_events_count"], 1.0);
+    assert_eq!(samples["milepost_transaction_events_sum"], 2.0);
+    assert_eq!(samples["milepost_transaction_batches_sum"], 1.0);
+    assert_eq!(samples["milepost_watches{scope=\"job\"}"], 1.0);
+    assert_eq!(samples["milepost_watches{scope=\"all_jobs\"}"], 1.0);
+    // A message each at least; none of what was not live.
+    assert!(samples["milepost_send_delay_seconds_count{commit=\"own\"}"] >= 2.0);
+    assert_eq!(samples["milepost_send_delay_seconds_count{commit=\"other\"}"], 0.0);
+
+    // Elsewhere, it is another's commit.
+    let replica = server.replica().await;
+    let mut there = replica.same(&customer).watch(&job).await;
+    there.caught_up().await;
+    assert_eq!(scrape(&replica).await["milepost_send_delay_seconds_count{commit=\"other\"}"], 0.0);
+    provider.append(&job, [info("three")]).await;
+    there.events(1).await;
+    let other = scrape(&replica).await;
+    assert_eq!(other["milepost_send_delay_seconds_count{commit=\"other\"}"], 1.0);
+    assert_eq!(other["milepost_send_delay_seconds_count{commit=\"own\"}"], 0.0);
+    assert_eq!(other["milepost_transaction_events_count"], 0.0);
+
+    drop((one, all));
+    until(&server, "milepost_watches{scope=\"job\"}", |open| open == 0.0).await;
+    until(&server, "milepost_watches{scope=\"all_jobs\"}", |open| open == 0.0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn callers_that_share_a_transaction_are_counted_in_it() {
+    let server = TestServer::start().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[]).await;
+    let job = provider.job(&customer).await;
+    let callers = (0..64).map(|n| {
+        let (mut provider, job) = (provider.clone(), job.clone());
+        async move { provider.append(&job, [info(&format!("{n}"))]).await }
+    });
+    futures_util::future::join_all(callers).await;
+    let samples = until(&server, "milepost_append_duration_seconds_count", |count| count == 64.0).await;
+    assert_eq!(samples["milepost_transaction_events_sum"], 64.0);
+    assert_eq!(samples["milepost_transaction_batches_sum"], 64.0);
+    assert!(samples["milepost_transaction_batches_count"] < 64.0, "some of them shared");
+    assert_eq!(
+        samples["milepost_transaction_batches_count"],
+        samples["milepost_transaction_duration_seconds_count"]
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn calls_and_refusals_are_counted_by_method() {
+    let server = TestServer::start().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[]).await;
+    let job = provider.job(&customer).await;
+    provider.append(&job, [info("one")]).await;
+    let refused = customer.clone().try_append(&job, [info("not mine")]).await;
+    assert_refused(refused, Code::PermissionDenied, ErrorReason::RoleRequired);
+    let method = "method=\"milepost.v1.EventService/AppendEvents\"";
+    let samples =
+        until(&server, &format!("milepost_calls_total{{{method},code=\"PERMISSION_DENIED\"}}"), |n| n == 1.0)
+            .await;
+    assert_eq!(samples[&format!("milepost_calls_total{{{method},code=\"OK\"}}")], 1.0);
+    assert_eq!(samples[&format!("milepost_refusals_total{{{method},reason=\"ROLE_REQUIRED\"}}")], 1.0);
+    assert_eq!(samples[&format!("milepost_call_duration_seconds_count{{{method}}}")], 2.0);
+    assert!(samples[&format!("milepost_call_duration_seconds_sum{{{method}}}")] > 0.0);
+
+    let claim = pb::LogInRequest { email: customer.email.clone(), password: "certainly not it".to_owned() };
+    for _ in 0..5 {
+        let wrong = server.anonymous().auth.log_in(claim.clone()).await;
+        assert_refused(wrong, Code::Unauthenticated, ErrorReason::LogInFailed);
+    }
+    let slow = server.anonymous().auth.log_in(claim).await;
+    assert_refused(slow, Code::ResourceExhausted, ErrorReason::LogInThrottled);
+    let log_in = |reason| {
+        format!("milepost_refusals_total{{method=\"milepost.v1.AuthService/LogIn\",reason=\"{reason}\"}}")
+    };
+    let samples = until(&server, &log_in("LOG_IN_THROTTLED"), |count| count == 1.0).await;
+    assert_eq!(samples[&log_in("LOG_IN_FAILED")], 5.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn batches_that_a_stream_refuses_are_refusals_as_well() {
+    let server = TestServer::start().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[]).await;
+    let job = provider.job(&customer).await;
+    let (batches, stream) = mpsc::channel(1);
+    let mut answers = provider.events.publish_events(ReceiverStream::new(stream)).await.unwrap().into_inner();
+    batches.send(publish("good", &job, vec![complete()])).await.unwrap();
+    answers.message().await.unwrap().unwrap();
+    batches.send(publish("late", &job, vec![info("after the end")])).await.unwrap();
+    answers.message().await.unwrap().unwrap();
+    let method = "method=\"milepost.v1.EventService/PublishEvents\"";
+    let refused = format!("milepost_refusals_total{{{method},reason=\"JOB_CLOSED\"}}");
+    let samples = until(&server, &refused, |count| count == 1.0).await;
+    assert_eq!(samples["milepost_publish_streams"], 1.0);
+    assert_eq!(samples["milepost_append_duration_seconds_count"], 1.0, "a refusal is no append");
+    let over = format!("milepost_calls_total{{{method},code=\"OK\"}}");
+    assert!(!samples.contains_key(&over), "it is still open");
+    drop(batches);
+    assert_eq!(answers.message().await.unwrap(), None);
+    let samples = until(&server, &over, |count| count == 1.0).await;
+    assert_eq!(samples["milepost_publish_streams"], 0.0);
+    assert!(!samples.keys().any(|name| name.starts_with("milepost_call_duration") && name.contains(method)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_path_that_nothing_is_served_on_adds_no_series() {
+    let server = TestServer::start().await;
+    let unknown = async |path: String| {
+        let mut grpc = tonic::client::Grpc::new(server.channel.clone());
+        grpc.ready().await.unwrap();
+        let codec = tonic_prost::ProstCodec::<(), ()>::default();
+        let path = path.parse().unwrap();
+        grpc.unary(tonic::Request::new(()), path, codec).await.unwrap_err().code()
+    };
+    assert_eq!(unknown("/secret/path".to_owned()).await, Code::Unimplemented);
+    let series = "milepost_calls_total{method=\"other\",code=\"UNIMPLEMENTED\"}";
+    let before = until(&server, series, |count| count == 1.0).await;
+    for n in 0..20 {
+        for path in [format!("/secret/path{n}"), format!("/milepost.v1.EventService/Append{n}")] {
+            unknown(path).await;
+        }
+    }
+    let after = until(&server, series, |count| count == 41.0).await;
+    let names = |samples: &Samples| samples.keys().cloned().collect::<Vec<_>>();
+    assert_eq!(names(&before), names(&after));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_watcher_that_falls_behind_is_seen_until_it_has_caught_up() {
+    let server = TestServer::start().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[]).await;
+    let job = provider.job(&customer).await;
+    let mut slow = server.other_clients().same(&customer).watch(&job).await;
+    slow.caught_up().await;
+    let lag = "milepost_watch_lag_seconds";
+    assert_eq!(scrape(&server).await[lag], 0.0);
+    let text = Value { kind: Some(Kind::StringValue("x".repeat(12_000))) };
+    let mut samples = Samples::new();
+    while samples.get("milepost_watch_overflows_total").is_none_or(|count| *count == 0.0) {
+        let events = (0..100).map(|n| noted(info(&format!("{n}")), [("text", text.clone())]));
+        for event in events {
+            provider.append(&job, [event]).await;
+        }
+        samples = scrape(&server).await;
+        // What overflowed may be told only once the watch looks.
+        if samples[lag] > 0.5 {
+            break;
+        }
+    }
+    let earlier = until(&server, lag, |lag| lag > 0.0).await[lag];
+    until(&server, lag, |lag| lag > earlier).await;
+    provider.append(&job, [complete()]).await;
+    slow.film().await;
+    let samples = until(&server, lag, |lag| lag == 0.0).await;
+    assert!(samples["milepost_watch_overflows_total"] >= 1.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bells_that_are_lost_are_seen() {
+    let database = TestDatabase::migrated().await;
+    // Found before Postgres's own: nobody hears anything.
+    database
+        .execute(
+            "CREATE FUNCTION pg_notify(text, text) RETURNS void LANGUAGE sql AS 'SELECT';
+             DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET search_path = public, pg_catalog', current_database()); END $$",
+        )
+        .await;
+    let server = TestServer::on(database).await;
+    let replica = server.replica().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[]).await;
+    let job = provider.job(&customer).await;
+    assert_eq!(scrape(&replica).await["milepost_sweep_finds_total"], 0.0);
+    provider.append(&job, [info("unheard")]).await;
+    until(&replica, "milepost_sweep_finds_total", |count| count == 1.0).await;
+    // One's own needs no bell.
+    assert_eq!(scrape(&server).await["milepost_sweep_finds_total"], 0.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn metrics_are_served_while_the_database_is_away_and_while_the_server_drains() {
+    let mut server = TestServer::start().await;
+    let customer = server.customer().await;
+    let samples = until(&server, "milepost_ready", |ready| ready == 1.0).await;
+    assert_eq!(samples["milepost_draining"], 0.0);
+    assert_eq!(samples["milepost_database_connections_max"], 8.0);
+    assert_eq!(samples["milepost_database_connections_waiting"], 0.0);
+    let open = |state| samples[&format!("milepost_database_connections{{state=\"{state}\"}}")];
+    assert!((1.0..=8.0).contains(&(open("idle") + open("in_use"))));
+    // The session and the key.
+    assert_eq!(samples["milepost_credentials_cached"], 1.0);
+    assert!(samples["milepost_credentials_confirmed_age_seconds"] < 5.0);
+    let version = format!("milepost_build_info{{version=\"{}\"}}", env!("CARGO_PKG_VERSION"));
+    assert_eq!(samples[&version], 1.0);
+
+    server.database.take_away().await;
+    until(&server, "milepost_ready", |ready| ready == 0.0).await;
+    // Past what a round of confirmation leaves when all is well.
+    until(&server, "milepost_credentials_confirmed_age_seconds", |age| age > 3.0).await;
+    let away = customer.clone().session.auth.get_current_user(pb::GetCurrentUserRequest {}).await;
+    assert_refused(away, Code::Unavailable, ErrorReason::DatabaseUnavailable);
+    server.database.bring_back().await;
+    until(&server, "milepost_ready", |ready| ready == 1.0).await;
+    until(&server, "milepost_credentials_confirmed_age_seconds", |age| age < 3.0).await;
+
+    server.stop();
+    let samples = until(&server, "milepost_draining", |draining| draining == 1.0).await;
+    assert_eq!(samples["milepost_ready"], 0.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn metrics_tell_of_nobody() {
+    let server = TestServer::start().await;
+    let customer = server.customer().await;
+    let claim = pb::LogInRequest { email: customer.email.clone(), password: PASSWORD.to_owned() };
+    server.anonymous().auth.log_in(claim).await.unwrap();
+    let (_, text) = get(server.metrics_address, "/metrics").await;
+    for secret in [&customer.email, &customer.key_secret, &customer.id, "@", PASSWORD, "Lovelace"] {
+        assert!(!text.contains(secret), "{secret}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_that_say_nothing_are_cut_and_keep_nobody_waiting() {
+    let server = TestServer::start().await;
+    let mut silent = TcpStream::connect(server.metrics_address).await.unwrap();
+    let mut slow = TcpStream::connect(server.metrics_address).await.unwrap();
+    slow.write_all(b"GET /metrics HTTP/1.1\r\nhost:").await.unwrap();
+    scrape(&server).await;
+    for stream in [&mut silent, &mut slow] {
+        let mut rest = Vec::new();
+        // A reset is an end as well.
+        let _end = within_patience("the end", stream.read_to_end(&mut rest)).await;
+        assert_eq!(rest, b"");
+    }
+    let (head, _) = get(server.metrics_address, "/").await;
+    assert!(head.starts_with("HTTP/1.1 404 "), "{head}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn beyond_loopback_metrics_are_served_only_if_that_is_said_outright() {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_milepost"));
+    command.args(["serve", "--listen", "127.0.0.1:0", "--metrics-listen", "0.0.0.0:0"]).kill_on_drop(true);
+    let output = within_patience("a refusal", command.output()).await.unwrap();
+    assert!(!output.status.success());
+    let words = String::from_utf8(output.stderr).unwrap();
+    assert!(words.contains("--insecure-metrics-listen"), "{words}");
+}
