@@ -17,6 +17,7 @@ mod cli;
 mod configurations;
 mod errors;
 mod guarantees;
+mod http2;
 mod idempotency;
 mod interop;
 mod jobs;
