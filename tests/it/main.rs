@@ -21,6 +21,7 @@ mod http2;
 mod idempotency;
 mod interop;
 mod jobs;
+mod limits;
 mod log_in;
 mod operations;
 mod plans;
