@@ -10,6 +10,7 @@
 )]
 
 mod access;
+mod arbitrary;
 mod audit;
 mod auth;
 mod backup;
