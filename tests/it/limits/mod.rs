@@ -26,7 +26,7 @@ use crate::support::{
 
 /// Limits of `src/limits.rs` and `src/config.rs` that have no row below: who
 /// tests them.
-const ELSEWHERE: [(&str, &str, &str); 27] = [
+const ELSEWHERE: [(&str, &str, &str); 28] = [
     ("TEXT_CHARS", "tests/it/limits/texts.rs", "every_text_has_at_most_256_characters"),
     ("MESSAGE_BYTES", "tests/it/limits/mod.rs", "a_message_has_at_most_a_mebibyte"),
     ("MESSAGE_BYTES", "tests/it/limits/mod.rs", "no_page_is_larger_than_a_mebibyte"),
@@ -78,6 +78,7 @@ const ELSEWHERE: [(&str, &str, &str); 27] = [
         "tests/it/publish.rs",
         "with_as_many_batches_unanswered_as_the_window_allows_reading_stops",
     ),
+    ("retention_s", "tests/it/retention.rs", "events_are_removed_a_set_time_after_their_job_closed"),
     ("session_lifetime_s", "tests/it/limits/mod.rs", "a_session_lives_for_its_lifetime"),
     (
         "statement_timeout_s",
