@@ -127,10 +127,10 @@ pub(super) fn watch_request(
         Some(RawStart::FromNow(_)) => Start::Now,
     };
     let (shortest, default, longest) = limits::HEARTBEAT;
-    let heartbeat = match request.heartbeat_interval.map(Duration::try_from) {
+    let heartbeat = match request.heartbeat_interval.map(parse::not_negative) {
         None => default,
-        Some(Ok(interval)) => interval.clamp(shortest, longest),
-        Some(Err(_)) => {
+        Some(Some(interval)) => interval.clamp(shortest, longest),
+        Some(None) => {
             violations.add("heartbeat_interval", "must not be negative");
             default
         }
@@ -162,7 +162,7 @@ mod tests {
         ] {
             assert_eq!(given(seconds, nanos).expect("valid"), cut, "{seconds} {nanos}");
         }
-        assert!(given(-1, 0).is_err());
+        assert!(given(-1, 0).is_err() && given(i64::MIN, i32::MIN).is_err());
     }
 
     #[test]
