@@ -50,7 +50,7 @@ const ELSEWHERE: [(&str, &str, &str); 28] = [
     ("FAULTY_STREAMS", "tests/it/http2.rs", "who_sends_faulty_requests_again_and_again_is_cut_off"),
     (
         "CREDENTIAL_CONFIRMED_WITHIN",
-        "tests/it/watch.rs",
+        "tests/it/guarantees/confined.rs",
         "what_is_held_back_while_the_credential_is_not_confirmed_is_not_skipped_by_the_end",
     ),
     ("CREDENTIALS", "src/auth/cache.rs", "only_what_nobody_holds_makes_room"),
