@@ -46,6 +46,13 @@ pub const KEY_OVERLAP: (Duration, Duration, Duration) =
 /// How long a watch token is good: shortest, default, longest.
 pub const WATCH_TOKEN_LIFETIME: (Duration, Duration, Duration) =
     (Duration::from_secs(1), Duration::from_secs(60 * 60), Duration::from_secs(30 * 24 * 60 * 60));
+/// Streams of a connection that the client reset before they were looked at; with
+/// one more the connection is closed, since somebody makes us work for nothing.
+/// h2's own default.
+pub const PENDING_RESET_STREAMS: usize = 20;
+/// Streams of a connection that we reset for a fault of the client's; with one
+/// more the connection is closed. hyper's own default, which tonic would remove.
+pub const FAULTY_STREAMS: usize = 1024;
 /// How long a credential may go unconfirmed by the database before nothing is
 /// sent or accepted under it.
 pub const CREDENTIAL_CONFIRMED_WITHIN: Duration = Duration::from_secs(5);

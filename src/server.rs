@@ -47,14 +47,12 @@ const READINESS: [&str; 5] = [
 /// How long a draining server without calls listens for what is on its way to it,
 /// or lets a client take the last of its answers.
 const QUIET: Duration = Duration::from_secs(1);
-/// Streams that we reset ourselves and still remember, a connection: tonic
-/// would remove hyper's own limit.
-const LOCAL_RESET_STREAMS: usize = 1024;
 
 /// How a server treats connections and calls.
 #[derive(Clone, Debug)]
 pub struct ServerSettings {
-    /// Longest that a call may take; streams until they start.
+    /// Longest that a call may take; streams until they start. A client's
+    /// deadline may be earlier, and covers all of a stream.
     pub request_timeout: Duration,
     /// Longest that calls under way may take to finish when the server stops.
     pub drain_deadline: Duration,
@@ -99,7 +97,8 @@ pub async fn serve(
     let limit = limits::MESSAGE_BYTES;
     let router = Server::builder()
         .max_concurrent_streams(settings.streams_per_connection)
-        .http2_max_local_error_reset_streams(Some(LOCAL_RESET_STREAMS))
+        .http2_max_pending_accept_reset_streams(Some(limits::PENDING_RESET_STREAMS))
+        .http2_max_local_error_reset_streams(Some(limits::FAULTY_STREAMS))
         .http2_keepalive_interval(Some(settings.keepalive_interval))
         .http2_keepalive_timeout(Some(settings.keepalive_timeout))
         .layer(layer)

@@ -1,14 +1,19 @@
 //! What every call passes on its way in and out: an id, a span, a limit of
 //! time, a net under panics, and one line in the log when it is over.
+//!
+//! **Time.** A call has the server's limit until its answer starts, and the
+//! client's deadline, where it sent one, until its answer ends, as gRPC has it:
+//! a watch with a deadline is over then.
 
 use std::{
     any::Any,
     convert::Infallible,
+    future::poll_fn,
     panic::{AssertUnwindSafe, catch_unwind},
-    pin::Pin,
+    pin::{Pin, pin},
     sync::Arc,
     task::{Context, Poll},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -16,6 +21,7 @@ use futures_util::FutureExt as _;
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
 use http_body::{Frame, SizeHint};
 use opentelemetry::trace::FutureExt as _;
+use tokio::time::{Instant, Sleep, sleep_until};
 use tokio_util::{
     sync::{CancellationToken, WaitForCancellationFutureOwned},
     task::{TaskTracker, task_tracker::TaskTrackerToken},
@@ -32,6 +38,9 @@ use crate::{
 };
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
+/// Most digits of a time-out (gRPC over HTTP/2, "Timeout").
+const TIMEOUT_DIGITS: usize = 8;
 /// Longest path that is logged; ours are shorter.
 const METHOD_BYTES: usize = 128;
 
@@ -73,18 +82,20 @@ impl Service<Request<Body>> for Calls {
         request.extensions_mut().insert(RequestId(id));
         let call = Call::new(id, &request, &self.telemetry, self.under_way.token());
         let (span, trace) = (call.span.clone(), call.trace.clone());
-        let request_timeout = self.request_timeout;
+        let now = Instant::now();
+        let limit = now + self.request_timeout;
+        let deadline = timeout(request.headers()).and_then(|timeout| now.checked_add(timeout));
         let draining = self.draining.clone();
         let response = self.routes.call(request);
         let answer = async move {
-            let response = tokio::time::timeout(request_timeout, AssertUnwindSafe(response).catch_unwind());
-            let response = match response.await {
-                Ok(Ok(Ok(response))) => response,
-                Ok(Ok(Err(never))) => match never {},
-                Ok(Err(panic)) => panicked(panic.as_ref()).into_http(),
-                Err(_elapsed) => Status::from(Error::DeadlineExceeded).into_http(),
+            let until = deadline.map_or(limit, |deadline| deadline.min(limit));
+            let response = match before(until, AssertUnwindSafe(response).catch_unwind()).await {
+                Some(Ok(Ok(response))) => response,
+                Some(Ok(Err(never))) => match never {},
+                Some(Err(panic)) => panicked(panic.as_ref()).into_http(),
+                None => Status::from(Error::DeadlineExceeded).into_http(),
             };
-            Ok(call.answer(response, id, draining))
+            Ok(call.answer(response, id, deadline, draining))
         };
         let answer = answer.instrument(span);
         match trace {
@@ -92,6 +103,43 @@ impl Service<Request<Body>> for Calls {
             Some(trace) => Box::pin(answer.with_context(trace.context())),
         }
     }
+}
+
+/// How long the client waits, if it says so: up to eight digits and a unit. What
+/// is no such time-out is none, as tonic has it.
+fn timeout(headers: &HeaderMap) -> Option<Duration> {
+    let text = headers.get(TIMEOUT)?.to_str().ok()?;
+    let (unit, digits) = (text.chars().next_back()?, text.get(..text.len() - 1)?);
+    if digits.len() > TIMEOUT_DIGITS {
+        return None;
+    }
+    let count: u64 = digits.parse().ok()?;
+    match unit {
+        'H' => Some(Duration::from_secs(count * 60 * 60)),
+        'M' => Some(Duration::from_secs(count * 60)),
+        'S' => Some(Duration::from_secs(count)),
+        'm' => Some(Duration::from_millis(count)),
+        'u' => Some(Duration::from_micros(count)),
+        'n' => Some(Duration::from_nanos(count)),
+        _ => None,
+    }
+}
+
+/// What `work` yields, if it does until then. It goes by the clock as well as
+/// by its timer: around all this tonic has a timer for the client's deadline,
+/// whose answer has no details, and which may be the one that wakes us.
+async fn before<T>(until: Instant, work: impl Future<Output = T>) -> Option<T> {
+    let (mut work, mut timer) = (pin!(work), pin!(sleep_until(until)));
+    poll_fn(|cx| {
+        if let Poll::Ready(done) = work.as_mut().poll(cx) {
+            return Poll::Ready(Some(done));
+        }
+        if timer.as_mut().poll(cx).is_ready() || Instant::now() >= until {
+            return Poll::Ready(None);
+        }
+        Poll::Pending
+    })
+    .await
 }
 
 /// A call under way; logs one line when it is dropped.
@@ -146,6 +194,7 @@ impl Call {
         mut self,
         mut response: Response<Body>,
         id: Uuid,
+        deadline: Option<Instant>,
         draining: CancellationToken,
     ) -> Response<Body> {
         self.note(response.headers());
@@ -158,7 +207,8 @@ impl Call {
         // Ours end by themselves when the server drains; these would hold it
         // up.
         let end = self.infrastructure.then(|| Box::pin(draining.cancelled_owned()));
-        response.map(|inner| Body::new(CallBody { inner, call: self, end }))
+        let deadline = deadline.map(|deadline| Box::pin(sleep_until(deadline)));
+        response.map(|inner| Body::new(CallBody { inner, call: self, deadline, end }))
     }
 }
 
@@ -166,7 +216,7 @@ impl Drop for Call {
     fn drop(&mut self) {
         // Whoever is gone before the status is, has cancelled.
         let status = self.status.unwrap_or(Code::Cancelled);
-        self.method.over(status, self.started);
+        self.method.over(status, self.started.into_std());
         if let Some(trace) = &self.trace {
             trace.end(status);
         }
@@ -194,6 +244,8 @@ fn panicked(panic: &(dyn Any + Send)) -> Status {
 struct CallBody {
     inner: Body,
     call: Call,
+    /// The client's.
+    deadline: Option<Pin<Box<Sleep>>>,
     end: Option<Pin<Box<WaitForCancellationFutureOwned>>>,
 }
 
@@ -201,6 +253,7 @@ impl CallBody {
     /// Ends the body with this status.
     fn end_with(&mut self, status: &Status) -> Frame<Bytes> {
         self.inner = Body::empty();
+        self.deadline = None;
         self.end = None;
         self.call.status = Some(status.code());
         let mut trailers = HeaderMap::new();
@@ -217,6 +270,10 @@ impl http_body::Body for CallBody {
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let body = self.get_mut();
+        if body.deadline.as_mut().is_some_and(|deadline| deadline.as_mut().poll(cx).is_ready()) {
+            let status = Status::from(Error::DeadlineExceeded);
+            return Poll::Ready(Some(Ok(body.end_with(&status))));
+        }
         let (inner, span) = (&mut body.inner, &body.call.span);
         let polled = catch_unwind(AssertUnwindSafe(|| span.in_scope(|| Pin::new(inner).poll_frame(cx))));
         match polled {
@@ -311,14 +368,19 @@ mod tests {
     }
 
     async fn call(path: &str, draining: &CancellationToken) -> Response<Body> {
-        let calls = Calls::new(
-            Routes::new(Fake),
-            Duration::from_millis(50),
-            draining.clone(),
-            TaskTracker::new(),
-            Telemetry::default(),
-        );
-        let request = Request::builder().uri(path).body(Body::empty()).unwrap();
+        call_within(path, Duration::from_millis(50), "1H", draining).await
+    }
+
+    /// Within the server's limit and the client's.
+    async fn call_within(
+        path: &str,
+        limit: Duration,
+        timeout: &str,
+        draining: &CancellationToken,
+    ) -> Response<Body> {
+        let calls =
+            Calls::new(Routes::new(Fake), limit, draining.clone(), TaskTracker::new(), Telemetry::default());
+        let request = Request::builder().uri(path).header(TIMEOUT, timeout).body(Body::empty()).unwrap();
         calls.oneshot(request).await.unwrap()
     }
 
@@ -339,6 +401,46 @@ mod tests {
     async fn a_handler_that_takes_too_long_is_past_its_deadline() {
         let response = call("/grpc.Fake/Hang", &CancellationToken::new()).await;
         assert_eq!(Status::from_header_map(response.headers()).unwrap().code(), Code::DeadlineExceeded);
+    }
+
+    #[tokio::test]
+    async fn the_deadline_of_the_client_counts_if_it_is_the_earlier() {
+        let hour = Duration::from_secs(60 * 60);
+        for timeout in ["50m", "0S", "1n"] {
+            let response = call_within("/grpc.Fake/Hang", hour, timeout, &CancellationToken::new()).await;
+            let status = Status::from_header_map(response.headers()).unwrap();
+            assert_eq!(status.code(), Code::DeadlineExceeded, "{timeout}");
+            assert!(!status.details().is_empty());
+        }
+    }
+
+    #[tokio::test]
+    async fn a_stream_ends_with_the_deadline_of_the_client() {
+        let hour = Duration::from_secs(60 * 60);
+        let response = call_within("/grpc.Fake/Watch", hour, "50m", &CancellationToken::new()).await;
+        assert_eq!(trailers_code(response).await, Code::DeadlineExceeded);
+    }
+
+    #[test]
+    fn a_timeout_is_up_to_eight_digits_and_a_unit() {
+        let parsed =
+            |text: &'static str| timeout(&HeaderMap::from_iter([(TIMEOUT, HeaderValue::from_static(text))]));
+        for (text, duration) in [
+            ("2H", Duration::from_secs(2 * 60 * 60)),
+            ("3M", Duration::from_secs(3 * 60)),
+            ("4S", Duration::from_secs(4)),
+            ("5m", Duration::from_millis(5)),
+            ("6u", Duration::from_micros(6)),
+            ("7n", Duration::from_nanos(7)),
+            ("0S", Duration::ZERO),
+            ("99999999H", Duration::from_secs(99_999_999 * 60 * 60)),
+        ] {
+            assert_eq!(parsed(text), Some(duration), "{text}");
+        }
+        for text in ["", "S", "5", "5s", "-5S", "1.5S", " 5S", "5 S", "100000000S"] {
+            assert_eq!(parsed(text), None, "{text}");
+        }
+        assert_eq!(timeout(&HeaderMap::new()), None);
     }
 
     #[tokio::test]

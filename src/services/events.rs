@@ -77,9 +77,9 @@ impl EventService for EventApi {
             let (mut answers, credential, open) = state?;
             let answer = answers.recv().await?.answer(&open.1.1).await;
             // Nothing is sent, either, under a credential that may have ended.
-            match credential.confirmed().await.and(answer) {
+            match credential.confirmed().await.map_err(Status::from).and(answer) {
                 Ok(answer) => Some((Ok(answer), Some((answers, credential, open)))),
-                Err(error) => Some((Err(error.into()), None)),
+                Err(status) => Some((Err(status), None)),
             }
         }))))
     }

@@ -1,6 +1,5 @@
 //! `JobService`: what a provider runs for a customer.
 
-use chrono::{DateTime, Datelike as _};
 use tonic::{Request, Response, Status};
 use uuid::Uuid;
 
@@ -262,10 +261,7 @@ fn cursor_bytes(cursor: JobCursor) -> Vec<u8> {
 
 fn cursor(bytes: &[u8]) -> Option<JobCursor> {
     let (micros, id) = bytes.split_first_chunk()?;
-    let created_at = DateTime::from_timestamp_micros(i64::from_be_bytes(*micros))?;
-    // What a database can compare with.
-    (1..=9999).contains(&created_at.year()).then_some(())?;
-    Some(JobCursor { created_at, id: Uuid::from_slice(id).ok()? })
+    Some(JobCursor { created_at: page::time(*micros)?, id: Uuid::from_slice(id).ok()? })
 }
 
 impl From<Job> for pb::Job {
@@ -298,6 +294,8 @@ impl From<Party> for pb::Party {
 
 #[cfg(test)]
 mod tests {
+    use chrono::DateTime;
+
     use super::*;
 
     fn fields<T>(result: Result<T>) -> Vec<String> {

@@ -2,7 +2,7 @@
 //! one. They grant nothing: whoever sends one is authorized as with any call.
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, Datelike as _, Utc};
 use prost::Message;
 use sha2::{Digest as _, Sha256};
 use uuid::Uuid;
@@ -101,9 +101,15 @@ impl OldestFirst {
 
     fn position(cursor: &[u8]) -> Option<(DateTime<Utc>, Uuid)> {
         let (created_at, id) = cursor.split_first_chunk()?;
-        let created_at = DateTime::from_timestamp_micros(i64::from_be_bytes(*created_at))?;
-        Some((created_at, Uuid::from_slice(id).ok()?))
+        Some((time(*created_at)?, Uuid::from_slice(id).ok()?))
     }
+}
+
+/// A cursor's microseconds since 1970, if it is a time that the database can
+/// compare with: anybody can make a token.
+pub(super) fn time(micros: [u8; 8]) -> Option<DateTime<Utc>> {
+    let time = DateTime::from_timestamp_micros(i64::from_be_bytes(micros))?;
+    (1..=9999).contains(&time.year()).then_some(time)
 }
 
 /// The token of the page that starts after `cursor`. `query` says all that
@@ -183,6 +189,22 @@ mod tests {
         for bad in ["x", "é", "AQ", &token[..6], &other_version, &format!("{token}="), &"A".repeat(100_000)]
         {
             assert_eq!(decoded(b"query", bad), (None, 1), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_time_that_no_database_knows_is_no_cursor() {
+        for there in [-62_135_596_800_000_000, 0, 253_402_300_799_999_999_i64] {
+            assert_eq!(time(there.to_be_bytes()).map(|time| time.timestamp_micros()), Some(there));
+        }
+        for beyond in [i64::MIN, -62_135_596_800_000_001, 253_402_300_800_000_000, 8_000_000_000_000_000_000]
+        {
+            assert_eq!(time(beyond.to_be_bytes()), None, "{beyond}");
+            let query = b"ListApiKeys".to_vec();
+            let cursor = [beyond.to_be_bytes().as_slice(), Uuid::nil().as_bytes()].concat();
+            let mut violations = Violations::default();
+            let page = OldestFirst::parse(&mut violations, query.clone(), 0, &encode(&query, &cursor));
+            assert!(page.after.is_none() && violations.iter().len() == 1, "{beyond}");
         }
     }
 }

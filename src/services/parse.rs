@@ -90,13 +90,20 @@ pub(super) fn duration(
     (shortest, default, longest): (Duration, Duration, Duration),
 ) -> Duration {
     let Some(value) = value else { return default };
-    match Duration::try_from(value) {
-        Ok(value) if (shortest..=longest).contains(&value) => value,
+    match not_negative(value) {
+        Some(value) if (shortest..=longest).contains(&value) => value,
         _ => {
             violations.add(field, format!("must be {shortest:?} to {longest:?}"));
             default
         }
     }
+}
+
+/// Unless either of its numbers is negative. prost's own conversion overflows at
+/// the smallest ones.
+pub(super) fn not_negative(value: prost_types::Duration) -> Option<Duration> {
+    let (seconds, nanos) = (u64::try_from(value.seconds).ok()?, u64::try_from(value.nanos).ok()?);
+    Some(Duration::from_secs(seconds).saturating_add(Duration::from_nanos(nanos)))
 }
 
 /// The field `page_size`: [`PAGE_DEFAULT`] where absent, cut to [`PAGE_MAX`].
@@ -186,7 +193,13 @@ mod tests {
         assert_eq!(parsed(None), (Duration::from_secs(5), vec![]));
         assert_eq!(parsed(given(1, 0)), (Duration::from_secs(1), vec![]));
         assert_eq!(parsed(given(10, 0)), (Duration::from_secs(10), vec![]));
-        for bad in [given(0, 999_999_999), given(10, 1), given(-1, 0), given(i64::MAX, i32::MAX)] {
+        for bad in [
+            given(0, 999_999_999),
+            given(10, 1),
+            given(-1, 0),
+            given(i64::MAX, i32::MAX),
+            given(i64::MIN, i32::MIN),
+        ] {
             assert_eq!(parsed(bad).1, ["f: must be 1s to 10s"], "{bad:?}");
         }
     }

@@ -2,21 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use bytes::{Buf as _, BufMut as _, Bytes};
-use futures_util::stream;
-use http::uri::PathAndQuery;
 use milepost::pb::{self, ApiKeyScope};
 use prost::Message as _;
-use prost_types::FileDescriptorSet;
-use tonic::{
-    Code, Request, Status,
-    client::Grpc,
-    codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
-    transport::Channel,
-};
+use tonic::{Code, transport::Channel};
 use uuid::Uuid;
 
-use crate::support::{PASSWORD, TestServer, User, registration, within_patience};
+use crate::support::{PASSWORD, TestServer, User, raw, registration, within_patience};
 
 /// Everybody. The thing that is called for is the first provider's and
 /// customer's; "other" are a second provider and customer.
@@ -272,54 +263,9 @@ async fn session(server: &TestServer, user: &User) -> String {
     server.anonymous().auth.log_in(request).await.unwrap().into_inner().session.unwrap().secret
 }
 
-/// Messages as they are.
-#[derive(Clone, Copy, Debug, Default)]
-struct Raw;
-
-impl Codec for Raw {
-    type Encode = Vec<u8>;
-    type Decode = Bytes;
-    type Encoder = Self;
-    type Decoder = Self;
-
-    fn encoder(&mut self) -> Self {
-        *self
-    }
-
-    fn decoder(&mut self) -> Self {
-        *self
-    }
-}
-
-impl Encoder for Raw {
-    type Item = Vec<u8>;
-    type Error = Status;
-
-    fn encode(&mut self, message: Vec<u8>, to: &mut EncodeBuf<'_>) -> Result<(), Status> {
-        to.put_slice(&message);
-        Ok(())
-    }
-}
-
-impl Decoder for Raw {
-    type Item = Bytes;
-    type Error = Status;
-
-    fn decode(&mut self, from: &mut DecodeBuf<'_>) -> Result<Option<Bytes>, Status> {
-        Ok(Some(from.copy_to_bytes(from.remaining())))
-    }
-}
-
 /// What a call comes to: OK once there is an answer.
 async fn call(channel: Channel, secret: Option<String>, method: &str, message: Vec<u8>) -> Code {
-    let mut request = Request::new(stream::iter([message]));
-    if let Some(secret) = secret {
-        request.metadata_mut().insert("authorization", format!("Bearer {secret}").parse().unwrap());
-    }
-    let mut grpc = Grpc::new(channel);
-    grpc.ready().await.unwrap();
-    let path = PathAndQuery::try_from(format!("/milepost.v1.{method}")).unwrap();
-    let first = async { grpc.streaming(request, path, Raw).await?.into_inner().message().await };
+    let first = async { raw::open(channel, secret.as_deref(), method, [message]).await?.message().await };
     match within_patience("an answer", first).await {
         Err(status) => status.code(),
         Ok(None) => panic!("{method} answered nothing"),
@@ -334,15 +280,7 @@ async fn call(channel: Channel, secret: Option<String>, method: &str, message: V
 }
 
 fn methods() -> Vec<String> {
-    let set = FileDescriptorSet::decode(pb::FILE_DESCRIPTOR_SET).unwrap();
-    let services =
-        set.file.into_iter().filter(|file| file.package() == "milepost.v1").flat_map(|file| file.service);
-    services
-        .flat_map(|service| {
-            let name = service.name().to_owned();
-            service.method.into_iter().map(move |method| format!("{name}/{}", method.name()))
-        })
-        .collect()
+    raw::methods().iter().map(raw::name).collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]

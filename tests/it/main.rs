@@ -10,6 +10,7 @@
 )]
 
 mod access;
+mod arbitrary;
 mod audit;
 mod auth;
 mod backup;
@@ -19,9 +20,11 @@ mod database_tls;
 mod drain;
 mod errors;
 mod guarantees;
+mod http2;
 mod idempotency;
 mod interop;
 mod jobs;
+mod limits;
 mod log_in;
 mod metrics;
 mod operations;

@@ -47,6 +47,7 @@ impl TryFrom<pb::PublishEventsRequest> for UncheckedBatch {
 
     fn try_from(request: pb::PublishEventsRequest) -> Result<Self> {
         let mut violations = Violations::default();
+        parse::text(&mut violations, "batch_id", request.batch_id);
         let job = job_key!(&mut violations, request.job, publish_events_request);
         batch(violations, job, request.expected_sequence, request.events)
     }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
-use tonic::Streaming;
+use tonic::{Status, Streaming};
 
 use super::{EventApi, batch::UncheckedBatch};
 use crate::{
@@ -25,14 +25,17 @@ pub(super) struct Accepted {
 enum Outcome {
     HandedIn(oneshot::Receiver<Result<Vec<Appended>>>),
     Failed(Error),
+    /// The stream is broken off, or what it brought is no batch; as tonic says.
+    Broken(Status),
 }
 
 impl Accepted {
     /// What the client is answered; an error ends the stream.
-    pub(super) async fn answer(self, counted: &Method) -> Result<pb::PublishEventsResponse> {
+    pub(super) async fn answer(self, counted: &Method) -> Result<pb::PublishEventsResponse, Status> {
         let outcome = match self.outcome {
             Outcome::HandedIn(answer) => answered(answer).await,
             Outcome::Failed(error) => Err(error),
+            Outcome::Broken(status) => return Err(status),
         };
         let outcome = match outcome {
             Ok(appended) => pb::publish_events_response::Outcome::Appended(appended.into()),
@@ -40,7 +43,7 @@ impl Accepted {
                 counted.refused(reason(&error));
                 pb::publish_events_response::Outcome::Refused(rpc_status(&error))
             }
-            Err(error) => return Err(error),
+            Err(error) => return Err(error.into()),
         };
         Ok(pb::PublishEventsResponse { batch_id: self.batch_id, outcome: Some(outcome) })
     }
@@ -65,8 +68,12 @@ pub(super) async fn accept(
             () = accepted.closed() => return,
             batch = batches.message() => match batch {
                 Ok(Some(batch)) => Ok(batch),
-                // Half-closed, or broken: either way nothing more comes.
-                Ok(None) | Err(_) => return,
+                // Half-closed.
+                Ok(None) => return,
+                Err(status) => {
+                    room.send(Accepted { batch_id: String::new(), outcome: Outcome::Broken(status) });
+                    return;
+                }
             },
         };
         let (batch_id, outcome) = match batch {

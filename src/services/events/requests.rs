@@ -17,6 +17,9 @@ use crate::{
     },
 };
 
+/// Most kinds of a filter: each can stand there once.
+const KINDS: usize = 5;
+
 /// A kind that there is.
 pub(super) fn event_kind(kind: i32) -> Option<EventKind> {
     match pb::EventKind::try_from(kind) {
@@ -30,6 +33,10 @@ pub(super) fn event_kind(kind: i32) -> Option<EventKind> {
 }
 
 fn event_kinds(violations: &mut Violations, kinds: &[i32]) -> Vec<EventKind> {
+    if kinds.len() > KINDS {
+        violations.add("kinds", format!("must be at most {KINDS}"));
+        return Vec::new();
+    }
     let mut parsed = Vec::new();
     for (index, kind) in kinds.iter().enumerate() {
         let Some(kind) = event_kind(*kind) else {
@@ -67,9 +74,9 @@ impl ListQuery {
         let limit = parse::page_size(&mut violations, request.page_size);
         let mut after = request.after_sequence;
         if let Some(cursor) = page::decode(&mut violations, "page_token", &binding, &request.page_token) {
-            match <[u8; 8]>::try_from(cursor.as_slice()) {
-                Ok(bytes) => after = i64::from_be_bytes(bytes),
-                Err(_) => violations.add("page_token", "is no token of this service"),
+            match <[u8; 8]>::try_from(cursor.as_slice()).map(i64::from_be_bytes) {
+                Ok(sequence) if sequence >= 0 => after = sequence,
+                Ok(_) | Err(_) => violations.add("page_token", "is no token of this service"),
             }
         }
         violations.or(Self { job, after, kinds, limit, binding })
@@ -120,13 +127,54 @@ pub(super) fn watch_request(
         Some(RawStart::FromNow(_)) => Start::Now,
     };
     let (shortest, default, longest) = limits::HEARTBEAT;
-    let heartbeat = match request.heartbeat_interval.map(Duration::try_from) {
+    let heartbeat = match request.heartbeat_interval.map(parse::not_negative) {
         None => default,
-        Some(Ok(interval)) => interval.clamp(shortest, longest),
-        Some(Err(_)) => {
+        Some(Some(interval)) => interval.clamp(shortest, longest),
+        Some(None) => {
             violations.add("heartbeat_interval", "must not be negative");
             default
         }
     };
     violations.or((scope, kinds, start, heartbeat))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_heartbeat_interval_is_cut_to_5_to_60_seconds() {
+        let parsed = |heartbeat_interval| {
+            let scope = Some(pb::watch_events_request::Scope::AllJobs(pb::AllJobs::default()));
+            let request = pb::WatchEventsRequest { scope, heartbeat_interval, ..Default::default() };
+            watch_request(request).map(|(.., heartbeat)| heartbeat.as_secs_f64())
+        };
+        let given = |seconds, nanos| parsed(Some(prost_types::Duration { seconds, nanos }));
+        assert_eq!(parsed(None).expect("valid"), 15.0);
+        for (seconds, nanos, cut) in [
+            (0, 0, 5.0),
+            (4, 999_999_999, 5.0),
+            (5, 0, 5.0),
+            (5, 500_000_000, 5.5),
+            (60, 0, 60.0),
+            (60, 1, 60.0),
+            (i64::MAX, i32::MAX, 60.0),
+        ] {
+            assert_eq!(given(seconds, nanos).expect("valid"), cut, "{seconds} {nanos}");
+        }
+        assert!(given(-1, 0).is_err() && given(i64::MIN, i32::MIN).is_err());
+    }
+
+    #[test]
+    fn a_page_starts_after_a_sequence_that_there_may_be() {
+        let job = Some(pb::list_events_request::Job::JobId(Uuid::nil().to_string()));
+        let request = pb::ListEventsRequest { job, ..Default::default() };
+        let binding = page::query("ListEvents", Uuid::nil(), &request);
+        let parsed = |sequence: i64| {
+            let page_token = page::encode(&binding, &sequence.to_be_bytes());
+            ListQuery::parse(Uuid::nil(), pb::ListEventsRequest { page_token, ..request.clone() })
+        };
+        assert_eq!(parsed(7).expect("valid").after, 7);
+        assert!(parsed(-1).is_err() && parsed(i64::MIN).is_err());
+    }
 }

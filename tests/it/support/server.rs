@@ -29,6 +29,9 @@ pub const TRUSTED_PROXY: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 9));
 /// Most streams of one user at once.
 pub const STREAMS_PER_USER: usize = 40;
 
+/// Most streams of one connection at once.
+pub const STREAMS_PER_CONNECTION: u32 = 1000;
+
 /// A server on a database of its own, or a replica of another. It stops when
 /// it is dropped.
 #[derive(Debug)]
@@ -119,7 +122,7 @@ fn settings(tls: Option<Tls>) -> ServerSettings {
     ServerSettings {
         request_timeout: Duration::from_secs(10),
         drain_deadline: Duration::from_secs(5),
-        streams_per_connection: 1000,
+        streams_per_connection: STREAMS_PER_CONNECTION,
         keepalive_interval: Duration::from_secs(20),
         keepalive_timeout: Duration::from_secs(20),
         tls,

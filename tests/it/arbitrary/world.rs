@@ -1,0 +1,188 @@
+//! Two providers and two customers, whose things arbitrary messages are about.
+
+use milepost::{
+    pb::{self, ApiKeyScope, MetadataKind, watch_events_request::Start},
+    progress::{EventKind, JobState, Weights},
+};
+use uuid::Uuid;
+
+use super::generate::{Known, Random};
+use crate::support::{PASSWORD, TestServer, User, complete, info, registration, step};
+
+/// Who calls, and with what.
+pub type Callers = Vec<(&'static str, Option<String>)>;
+
+pub struct World {
+    pub callers: Callers,
+    pub known: Known,
+    /// Calls with keys that no message can be about.
+    keepers: [User; 2],
+}
+
+impl World {
+    pub async fn new(server: &TestServer, random: &mut Random) -> Self {
+        let (mut provider, customer) = (server.provider().await, server.customer().await);
+        let (mut other, stranger) = (server.provider().await, server.customer().await);
+        other.configuration(&[("load", 1)]).await;
+        let foreign = other.job(&stranger).await;
+        let mut request = registration("1.0.0", &[("load", 3), ("report", 1)]);
+        request.steps[0].metadata = vec![
+            declared("mean", MetadataKind::Number),
+            declared("source", MetadataKind::Link),
+            declared("comment", MetadataKind::Text),
+        ];
+        let configuration = provider.register(request).await;
+        let mut jobs = Vec::new();
+        let mut ids = vec![String::new(), random.uuid(), random.uuid(), configuration.id];
+        for job in 0..3 {
+            let job_of = provider.job(&customer).await;
+            let mut events = vec![step("load"), info("x")];
+            events.extend((job == 0).then(complete));
+            ids.extend(events.iter().map(|event| event.id.clone()));
+            provider.append(&job_of, events).await;
+            jobs.push(job_of);
+        }
+        let mut watch = provider.watch_from(&jobs[1], Some(Start::FromNow(pb::FromNow {}))).await;
+        watch.caught_up().await;
+        let manager =
+            key(&mut provider, &[ApiKeyScope::Read, ApiKeyScope::Append, ApiKeyScope::Manage]).await;
+        let token = watch_token(&mut provider, &jobs[1]).await;
+        let foreign_token = watch_token(&mut other, &foreign).await;
+        let callers = vec![
+            ("the provider's session", Some(session(server, &provider).await)),
+            ("the provider's key", Some(provider.key_secret.clone())),
+            ("the provider's manager", Some(manager.1)),
+            ("the provider's other session", Some(session(server, &provider).await)),
+            ("the customer's session", Some(session(server, &customer).await)),
+            ("the customer's key", Some(customer.key_secret.clone())),
+            ("a watch token", Some(token.1)),
+            ("somebody else's watch token", Some(foreign_token.1)),
+            ("nobody", None),
+            ("garbage", Some("mpk_garbage".to_owned())),
+        ];
+        let mut known = Known::new();
+        let mut know = |field, values: &[&str]| {
+            known.insert(field, values.iter().map(|value| (*value).to_owned()).collect());
+        };
+        let new = random.uuid();
+        let [first, second, third] = [0, 1, 2].map(|job: usize| &jobs[job]);
+        know("job_id", &[&second.id, &third.id, &second.id, &third.id, &first.id, &foreign.id, &new]);
+        let names = [&second.provider_job_id, &third.provider_job_id, &first.provider_job_id];
+        know("provider_job_id", &[names[0], names[1], names[2], &foreign.provider_job_id, "new", &new]);
+        let people = [&customer.id, &provider.id, &stranger.id];
+        know("customer_id", &[people[0], people[0], people[1], people[2], &new]);
+        know("counterpart_id", &["", people[0], people[1], people[2], &new]);
+        for tag in ["tag", "configuration_tag"] {
+            know(tag, &["analysis", "analysis", "load", "report", "another", ""]);
+        }
+        know("step_tag", &["load", "report", "load", "", "none"]);
+        for version in ["version", "configuration_version"] {
+            know(version, &["", "1.0.0", "1.1.0", "2.0.0-rc.1", "1.0.0+build", "18446744073709551615.0.0"]);
+        }
+        let email = format!("{}@example.com", random.uuid());
+        know("email", &[&provider.email, &customer.email, &email]);
+        for password in ["password", "current_password", "new_password"] {
+            know(password, &[PASSWORD, PASSWORD, "another horse"]);
+        }
+        know("api_key_id", &[&manager.0, &key(&mut provider, &[]).await.0, &new]);
+        know("watch_token_id", &[&token.0, &foreign_token.0, &new]);
+        know("page_token", &[""]);
+        know("resume_token", &[&watch.resume_token]);
+        know("paths", &["first_name", "last_name"]);
+        know("key", &["mean", "source", "comment", "undeclared"]);
+        know("string_value", &["https://example.com/a", "a text", ""]);
+        for optional in ["provider_job_id_prefix", "provider_job_name_prefix", "note", "units", "name"] {
+            know(optional, &["", "A", "%", "_\\", "new"]);
+        }
+        known.insert("id", ids);
+        let keepers = [keeper(server, provider).await, keeper(server, other).await];
+        Self { callers, known, keepers }
+    }
+
+    /// Whether all jobs are what their logs say.
+    pub async fn check(&mut self) -> Result<(), String> {
+        for keeper in &mut self.keepers {
+            let mut request = pb::ListJobsRequest { page_size: 500, ..Default::default() };
+            loop {
+                let page =
+                    keeper.jobs.list_jobs(request.clone()).await.map_err(|e| e.to_string())?.into_inner();
+                for job in page.jobs {
+                    check(keeper, &job).await?;
+                }
+                request.page_token = page.next_page_token;
+                if request.page_token.is_empty() {
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Holds the job against what follows from its log.
+async fn check(keeper: &mut User, listed: &pb::Job) -> Result<(), String> {
+    let by_id = Some(pb::get_job_request::Job::JobId(listed.id.clone()));
+    let found = keeper.jobs.get_job(pb::GetJobRequest { job: by_id }).await.map_err(|e| e.to_string())?;
+    let found = found.into_inner();
+    let (job, configuration) = (found.job.unwrap(), found.job_configuration.unwrap());
+    let weights = Weights::new(configuration.steps.iter().map(|step| step.points));
+    let mut state = JobState::pending(&weights);
+    for event in keeper.list(&job).await {
+        let step = configuration.steps.iter().position(|step| step.tag == event.step_tag);
+        let kind = match event.kind() {
+            pb::EventKind::Step => EventKind::Step,
+            pb::EventKind::Error => EventKind::Error,
+            pb::EventKind::Info => EventKind::Info,
+            pb::EventKind::Complete => EventKind::Complete,
+            pb::EventKind::Close => EventKind::Close,
+            pb::EventKind::Unspecified => return Err(format!("an event of no kind: {event:?}")),
+        };
+        state.apply(kind, step, &weights).map_err(|closed| format!("{closed:?}, and then: {event:?}"))?;
+        let expected = (state.last_sequence, pb::JobStatus::from(state.status), Some(state.progress.into()));
+        if (event.sequence, event.status(), event.progress) != expected {
+            return Err(format!("{expected:?} was expected of {event:?}"));
+        }
+    }
+    let expected = (state.last_sequence, pb::JobStatus::from(state.status), Some(state.progress.into()));
+    if (job.last_sequence, job.status(), job.progress) != expected || job.closed_at.is_some() != state.closed
+    {
+        return Err(format!("{expected:?} was expected of {job:?}"));
+    }
+    Ok(())
+}
+
+fn declared(name: &str, kind: MetadataKind) -> pb::MetadataConfiguration {
+    pb::MetadataConfiguration { name: name.to_owned(), kind: kind.into(), units: String::new() }
+}
+
+/// Id and secret of a new key.
+async fn key(user: &mut User, scopes: &[ApiKeyScope]) -> (String, String) {
+    let scopes = scopes.iter().map(|scope| i32::from(*scope)).collect();
+    let request = pb::CreateApiKeyRequest { scopes, ..Default::default() };
+    let created = user.session.auth.create_api_key(request).await.unwrap().into_inner();
+    (created.api_key.unwrap().id, created.secret)
+}
+
+/// Id and secret of a new watch token.
+async fn watch_token(provider: &mut User, job: &pb::Job) -> (String, String) {
+    let job = Some(pb::create_watch_token_request::Job::JobId(job.id.clone()));
+    let request = pb::CreateWatchTokenRequest { job, ..Default::default() };
+    let created = provider.auth.create_watch_token(request).await.unwrap().into_inner();
+    (created.watch_token.unwrap().id, created.secret)
+}
+
+/// The secret of a session. By way of a sign-up's, since log-ins get slow where
+/// many fail.
+async fn session(server: &TestServer, user: &User) -> String {
+    // From an address of its own, which nobody fails from.
+    let [.., b, c, d] = Uuid::now_v7().into_bytes();
+    let quiet = server.from(std::net::Ipv4Addr::new(127, b | 1, c, d | 1));
+    let request = pb::LogInRequest { email: user.email.clone(), password: PASSWORD.to_owned() };
+    quiet.anonymous().auth.log_in(request).await.unwrap().into_inner().session.unwrap().secret
+}
+
+/// The same user, with another key.
+async fn keeper(server: &TestServer, mut user: User) -> User {
+    let (_, secret) = key(&mut user, &[]).await;
+    User { key: server.with_secret(secret), ..user }
+}

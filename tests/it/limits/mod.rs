@@ -1,0 +1,367 @@
+//! Every limit: what is at it passes, what is one past it is refused, and told
+//! the limit.
+
+mod rows;
+mod texts;
+
+use std::{collections::BTreeSet, time::Duration};
+
+use bytes::Bytes;
+use diesel_async::SimpleAsyncConnection as _;
+use milepost::{
+    db::{Database, DatabaseSettings},
+    error::Error,
+    limits::{MESSAGE_BYTES, METADATA_BYTES, TEXT_CHARS},
+    pb::{self, ErrorReason, EventKind},
+};
+use prost::Message as _;
+use prost_types::Value;
+use tonic::{Code, Status};
+use uuid::Uuid;
+
+use crate::support::{
+    PASSWORD, TestDatabase, TestServer, User, assert_refused, assert_violations, info, noted, raw,
+    registration, within_patience,
+};
+
+/// Limits of `src/limits.rs` and `src/config.rs` that have no row below: who
+/// tests them.
+const ELSEWHERE: [(&str, &str, &str); 28] = [
+    ("TEXT_CHARS", "tests/it/limits/texts.rs", "every_text_has_at_most_256_characters"),
+    ("MESSAGE_BYTES", "tests/it/limits/mod.rs", "a_message_has_at_most_a_mebibyte"),
+    ("MESSAGE_BYTES", "tests/it/limits/mod.rs", "no_page_is_larger_than_a_mebibyte"),
+    ("PASSWORD_WAIT", "src/auth/password.rs", "the_wait_for_a_turn_is_bounded"),
+    ("PAGE_DEFAULT", "tests/it/validation.rs", "a_page_size_is_cut_and_a_negative_one_refused"),
+    ("PAGE_MAX", "tests/it/validation.rs", "a_page_size_is_cut_and_a_negative_one_refused"),
+    ("TOKEN_BYTES", "tests/it/limits/mod.rs", "a_token_that_is_too_long_is_none"),
+    ("ERROR_DETAILS_BYTES", "tests/it/validation.rs", "five_hundred_wrong_events_get_an_answer_that_arrives"),
+    ("ERROR_QUOTE_CHARS", "tests/it/errors.rs", "quoted_values_are_cut"),
+    (
+        "HEARTBEAT",
+        "tests/it/watch.rs",
+        "a_heartbeat_comes_when_nothing_was_sent_for_the_interval_which_is_5_seconds_at_least",
+    ),
+    ("HEARTBEAT", "src/services/events/requests.rs", "a_heartbeat_interval_is_cut_to_5_to_60_seconds"),
+    (
+        "PENDING_RESET_STREAMS",
+        "tests/it/http2.rs",
+        "who_resets_what_they_asked_for_again_and_again_is_cut_off",
+    ),
+    ("FAULTY_STREAMS", "tests/it/http2.rs", "who_sends_faulty_requests_again_and_again_is_cut_off"),
+    (
+        "CREDENTIAL_CONFIRMED_WITHIN",
+        "tests/it/guarantees/confined.rs",
+        "what_is_held_back_while_the_credential_is_not_confirmed_is_not_skipped_by_the_end",
+    ),
+    ("CREDENTIALS", "src/auth/cache.rs", "only_what_nobody_holds_makes_room"),
+    (
+        "PAIR_FREE",
+        "tests/it/log_in.rs",
+        "guessing_gets_slow_on_every_replica_and_locks_nobody_out_who_is_known",
+    ),
+    ("OTHER_FREE", "tests/it/log_in.rs", "guessing_from_many_addresses_gets_slow_as_well"),
+    ("bcrypt_parallel", "src/auth/password.rs", "the_wait_for_a_turn_is_bounded"),
+    ("request_timeout_s", "src/server/calls.rs", "a_handler_that_takes_too_long_is_past_its_deadline"),
+    ("drain_deadline_s", "tests/it/operations.rs", "on_sigterm_watchers_are_told_and_the_exit_is_clean"),
+    (
+        "streams_per_connection",
+        "tests/it/http2.rs",
+        "a_connection_tells_how_many_streams_it_may_have_and_refuses_one_more",
+    ),
+    (
+        "streams_per_user",
+        "tests/it/watch.rs",
+        "a_stream_too_many_is_refused_with_an_answer_and_makes_room_when_it_closes",
+    ),
+    (
+        "publish_window",
+        "tests/it/publish.rs",
+        "with_as_many_batches_unanswered_as_the_window_allows_reading_stops",
+    ),
+    ("retention_s", "tests/it/retention.rs", "events_are_removed_a_set_time_after_their_job_closed"),
+    ("session_lifetime_s", "tests/it/limits/mod.rs", "a_session_lives_for_its_lifetime"),
+    (
+        "statement_timeout_s",
+        "tests/it/limits/mod.rs",
+        "a_statement_a_lock_and_an_idle_transaction_have_as_long_as_is_set",
+    ),
+    ("database_connect_timeout_s", "tests/it/limits/mod.rs", "a_connection_is_waited_for_as_long_as_is_set"),
+    ("database_connections", "tests/it/limits/mod.rs", "a_connection_is_waited_for_as_long_as_is_set"),
+];
+
+/// A provider with a job whose one step's tag is as long as may be.
+struct Scene {
+    server: TestServer,
+    provider: User,
+    secret: String,
+    customer_id: String,
+    job: pb::Job,
+    api_key_id: String,
+}
+
+impl Scene {
+    async fn new() -> Self {
+        let server = TestServer::start().await;
+        let (mut provider, customer) = (server.provider().await, server.customer().await);
+        let mut request = registration("1.0.0", &[("load", 1)]);
+        request.steps[0].tag = "ü".repeat(TEXT_CHARS);
+        provider.register(request).await;
+        let job = provider.job(&customer).await;
+        let claim = pb::LogInRequest { email: provider.email.clone(), password: PASSWORD.to_owned() };
+        let session = server.anonymous().auth.log_in(claim).await.unwrap().into_inner().session;
+        let key = provider.session.auth.create_api_key(pb::CreateApiKeyRequest::default()).await.unwrap();
+        Self {
+            provider,
+            secret: session.unwrap().secret,
+            customer_id: customer.id,
+            job,
+            api_key_id: key.into_inner().api_key.unwrap().id,
+            server,
+        }
+    }
+
+    async fn call(&self, method: &str, message: Vec<u8>) -> Result<Bytes, Status> {
+        let first = async {
+            let channel = self.server.channel.clone();
+            let mut answers = raw::open(channel, Some(&self.secret), method, [message]).await?;
+            Ok::<_, Status>(answers.message().await?.expect("an answer"))
+        };
+        let answer = within_patience("an answer", first).await?;
+        if method == "EventService/PublishEvents" {
+            let answer = pb::PublishEventsResponse::decode(answer.clone()).unwrap();
+            if let Some(pb::publish_events_response::Outcome::Refused(status)) = answer.outcome {
+                let details = status.encode_to_vec().into();
+                return Err(Status::with_details(Code::from(status.code), status.message, details));
+            }
+        }
+        Ok(answer)
+    }
+
+    fn batch(&self, events: Vec<pb::NewEvent>) -> pb::AppendEventsRequest {
+        let job = Some(pb::append_events_request::Job::JobId(self.job.id.clone()));
+        pb::AppendEventsRequest { job, expected_sequence: None, events }
+    }
+
+    fn token(&self, lifetime: prost_types::Duration) -> pb::CreateWatchTokenRequest {
+        let job = Some(pb::create_watch_token_request::Job::JobId(self.job.id.clone()));
+        pb::CreateWatchTokenRequest { job, note: String::new(), lifetime: Some(lifetime) }
+    }
+}
+
+/// An event with metadata of exactly so many bytes.
+fn large(bytes: usize) -> pb::NewEvent {
+    let mut sized = (0..64).map(|less| noted(info("x"), [("text", Value::from("x".repeat(bytes - less)))]));
+    sized.find(|event| event.metadata.as_ref().unwrap().encoded_len() == bytes).unwrap()
+}
+
+fn sign_up(password_bytes: usize) -> pb::SignUpRequest {
+    pb::SignUpRequest {
+        role: pb::UserRole::Customer.into(),
+        email: format!("{}@example.com", Uuid::now_v7()),
+        password: "x".repeat(password_bytes),
+        ..Default::default()
+    }
+}
+
+fn exactly(duration: Duration) -> prost_types::Duration {
+    duration.try_into().unwrap()
+}
+
+/// The refusal of what is past a limit tells its field and the limit.
+#[track_caller]
+fn assert_told(answer: Result<Bytes, Status>, what: &str, field: &str, told: &str) {
+    let Err(status) = answer else { panic!("{what}: what is past the limit of {field} passed") };
+    let refusal =
+        assert_refused(Err::<(), _>(status.clone()), Code::InvalidArgument, ErrorReason::FieldInvalid);
+    assert_eq!(refusal.fields, [field], "{what}: {status:?}");
+    let description = &refusal.details.bad_request().unwrap().field_violations[0].description;
+    let words: BTreeSet<&str> = description.split([' ', ',']).collect();
+    assert!(words.contains(told), "{what}: {description:?} does not tell {told}");
+}
+
+#[test]
+fn every_limit_has_its_test() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let read = |file: &str| std::fs::read_to_string(root.join(file)).unwrap();
+    let (limits, config) = (read("src/limits.rs"), read("src/config.rs"));
+    for (limit, file, test) in ELSEWHERE {
+        assert!(read(file).contains(&format!("fn {test}()")), "{limit}: {file} has no {test}");
+    }
+    let rows = read("tests/it/limits/rows.rs");
+    for limit in limits.lines().filter_map(|line| line.strip_prefix("pub const ")?.split(':').next()) {
+        let elsewhere = ELSEWHERE.iter().any(|(name, ..)| *name == limit);
+        assert!(elsewhere || rows.contains(&format!("&[\"{limit}\"]")), "{limit} has no test");
+    }
+    // Of the settings, those that are numbers.
+    let numbers = config.lines().filter_map(|line| line.trim().strip_prefix("pub ")?.split_once(": "));
+    for (setting, kind) in numbers.filter(|(_, kind)| kind.contains("u32") || kind.contains("u64")) {
+        let known = ELSEWHERE.iter().any(|(name, ..)| *name == setting);
+        let no_limit = ["bcrypt_cost", "keepalive_interval_s", "keepalive_timeout_s"].contains(&setting);
+        assert!(known || no_limit, "{setting}: {kind} has no test");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_has_at_most_a_mebibyte() {
+    let scene = Scene::new().await;
+    // A field that nobody knows.
+    let padded = |bytes: usize| {
+        let mut message = vec![0xFA, 0x7F];
+        prost::encoding::encode_varint((bytes - 5) as u64, &mut message);
+        message.resize(bytes, 0);
+        message
+    };
+    scene.call("AuthService/GetCurrentUser", padded(MESSAGE_BYTES)).await.unwrap();
+    let status = scene.call("AuthService/GetCurrentUser", padded(MESSAGE_BYTES + 1)).await.unwrap_err();
+    // Refused below us, as gRPC has it.
+    assert_eq!(status.code(), Code::OutOfRange);
+    assert!(status.message().contains(&MESSAGE_BYTES.to_string()), "{status:?}");
+
+    // In a stream it is what ends it, after what came before was answered.
+    let batches = [scene.good("EventService/PublishEvents"), padded(MESSAGE_BYTES + 1)];
+    let channel = scene.server.channel.clone();
+    let opened = raw::open(channel, Some(&scene.secret), "EventService/PublishEvents", batches);
+    let mut answers = opened.await.unwrap();
+    assert!(within_patience("an answer", answers.message()).await.unwrap().is_some());
+    let status = within_patience("the end", answers.message()).await.unwrap_err();
+    assert_eq!(status.code(), Code::OutOfRange);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_page_is_larger_than_a_mebibyte() {
+    let mut scene = Scene::new().await;
+    let (count, batch) = (120, 40);
+    for _ in 0..count / batch {
+        scene.provider.append(&scene.job, (0..batch).map(|_| large(METADATA_BYTES))).await;
+    }
+    let mut request = pb::ListEventsRequest {
+        job: Some(pb::list_events_request::Job::JobId(scene.job.id.clone())),
+        page_size: 500,
+        ..Default::default()
+    };
+    let mut sequences = Vec::new();
+    loop {
+        let page = scene.call("EventService/ListEvents", request.encode_to_vec()).await.unwrap();
+        assert!(page.len() <= MESSAGE_BYTES, "{}", page.len());
+        let page = pb::ListEventsResponse::decode(page).unwrap();
+        sequences.extend(page.events.into_iter().map(|event| event.sequence));
+        if page.next_page_token.is_empty() {
+            break;
+        }
+        assert!(sequences.len() < count, "the first pages are full");
+        request.page_token = page.next_page_token;
+    }
+    assert_eq!(sequences, (1..=i64::try_from(count).unwrap()).collect::<Vec<_>>());
+
+    let watch = pb::WatchEventsRequest {
+        scope: Some(pb::watch_events_request::Scope::JobId(scene.job.id.clone())),
+        ..Default::default()
+    };
+    let channel = scene.server.channel.clone();
+    let opened = raw::open(channel, Some(&scene.secret), "EventService/WatchEvents", [watch.encode_to_vec()]);
+    let mut messages = opened.await.unwrap();
+    let mut seen = 0;
+    while seen < count {
+        let message = within_patience("events", messages.message()).await.unwrap().unwrap();
+        assert!(message.len() <= MESSAGE_BYTES, "{}", message.len());
+        match pb::WatchEventsResponse::decode(message).unwrap().message.unwrap() {
+            pb::watch_events_response::Message::Events(watched) => seen += watched.events.len(),
+            other => panic!("{other:?} after {seen} events"),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_that_is_too_long_is_none() {
+    let mut scene = Scene::new().await;
+    for token in ["A".repeat(1024), "A".repeat(1025), "A".repeat(1_000_000)] {
+        let jobs = pb::ListJobsRequest { page_token: token.clone(), ..Default::default() };
+        let refused = scene.provider.jobs.list_jobs(jobs).await;
+        assert_violations(refused, &["page_token"]);
+        let watch = pb::WatchEventsRequest {
+            scope: Some(pb::watch_events_request::Scope::JobId(scene.job.id.clone())),
+            start: Some(pb::watch_events_request::Start::ResumeToken(token)),
+            ..Default::default()
+        };
+        let refused = scene.call("EventService/WatchEvents", watch.encode_to_vec()).await;
+        assert_violations(refused, &["resume_token"]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_lives_for_its_lifetime() {
+    let scene = Scene::new().await;
+    let lifetime =
+        "SELECT DISTINCT extract(epoch FROM expires_at - created_at)::int::text AS text FROM sessions";
+    assert_eq!(scene.server.database.texts(lifetime).await, ["3600"]);
+    scene.server.database.execute("UPDATE sessions SET expires_at = now() WHERE expires_at > now()").await;
+    let replica = scene.server.replica().await;
+    let refused =
+        replica.with_secret(&scene.secret).auth.get_current_user(pb::GetCurrentUserRequest {}).await;
+    assert_refused(refused, Code::Unauthenticated, ErrorReason::CredentialInvalid);
+}
+
+async fn database(connections: usize, statement_timeout: Duration) -> (TestDatabase, Database) {
+    let created = TestDatabase::migrated().await;
+    let settings = DatabaseSettings {
+        url: created.url.clone(),
+        connections,
+        statement_timeout,
+        connect_timeout: Duration::from_millis(500),
+        synchronous_commit: "on".to_owned(),
+    };
+    (created, Database::new(settings).unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_statement_a_lock_and_an_idle_transaction_have_as_long_as_is_set() {
+    let (created, database) = database(2, Duration::from_millis(300)).await;
+    let ended = async |sql: &str| {
+        let mut conn = database.get().await.unwrap();
+        let done = within_patience("the time-out", conn.batch_execute(sql)).await;
+        Error::from(done.unwrap_err())
+    };
+    let error = ended("SELECT pg_sleep(60)").await;
+    assert!(matches!(error, Error::Unavailable(_)), "{error:?}");
+    let mut holder = created.connect().await;
+    holder.batch_execute("BEGIN; LOCK TABLE users").await.unwrap();
+    let error = ended("SET statement_timeout = 0; SELECT 1 FROM users").await;
+    assert!(matches!(error, Error::Unavailable(_)), "{error:?}");
+
+    let mut idle = database.get().await.unwrap();
+    idle.batch_execute("BEGIN").await.unwrap();
+    let gone = async {
+        let idle = "SELECT pid::text AS text FROM pg_stat_activity
+            WHERE datname = current_database() AND state = 'idle in transaction' AND application_name = 'milepost'";
+        while !created.texts(idle).await.is_empty() {}
+    };
+    within_patience("the end of the idle transaction", gone).await;
+    let error = Error::from(idle.batch_execute("SELECT 1").await.unwrap_err());
+    assert!(matches!(error, Error::Unavailable(_)), "{error:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_is_waited_for_as_long_as_is_set() {
+    let (_created, database) = database(2, Duration::from_secs(5)).await;
+    let held = (database.get().await.unwrap(), database.get().await.unwrap());
+    let refused = within_patience("a refusal", database.get()).await;
+    assert!(matches!(refused, Err(Error::Unavailable(_))));
+    drop(held);
+    drop(database.get().await.unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_filter_lists_each_kind_once_at_most() {
+    let mut scene = Scene::new().await;
+    let kinds = |count: usize| pb::ListEventsRequest {
+        job: Some(pb::list_events_request::Job::JobId(scene.job.id.clone())),
+        kinds: vec![EventKind::Step.into(); count],
+        ..Default::default()
+    };
+    let (at, past, far) = (kinds(5), kinds(6), kinds(900_000));
+    scene.provider.events.list_events(at).await.unwrap();
+    for past in [past, far] {
+        let refused = scene.provider.events.list_events(past).await;
+        assert_violations(refused, &["kinds"]);
+    }
+}

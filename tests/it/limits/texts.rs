@@ -1,0 +1,186 @@
+//! Texts: every string of every request that is one.
+
+use std::time::Duration;
+
+use milepost::{
+    limits::{PASSWORD_MIN_BYTES, TEXT_CHARS},
+    pb,
+};
+use prost::Message as _;
+use prost_reflect::{DynamicMessage, Kind, MessageDescriptor, ReflectMessage as _, Value};
+use tonic::Code;
+use uuid::Uuid;
+
+use super::{Scene, assert_told, exactly, sign_up};
+use crate::support::{PASSWORD, info, raw, registration};
+
+impl Scene {
+    /// A request of the method that is good, with one of each thing in it.
+    pub(super) fn good(&self, method: &str) -> Vec<u8> {
+        let job_id = self.job.id.clone();
+        let event = || info("x");
+        let metadata = pb::MetadataConfiguration { name: "mean".to_owned(), ..Default::default() };
+        match method.split('/').nth(1).unwrap() {
+            "SignUp" => sign_up(PASSWORD_MIN_BYTES).encode_to_vec(),
+            "LogIn" => {
+                pb::LogInRequest { email: "nobody@example.com".to_owned(), password: PASSWORD.to_owned() }
+                    .encode_to_vec()
+            }
+            "UpdateCurrentUser" => pb::UpdateCurrentUserRequest {
+                user: Some(pb::User { first_name: "Ada".to_owned(), ..Default::default() }),
+                update_mask: None,
+            }
+            .encode_to_vec(),
+            "ChangePassword" => pb::ChangePasswordRequest {
+                current_password: "not this one".to_owned(),
+                new_password: PASSWORD.to_owned(),
+            }
+            .encode_to_vec(),
+            "RegisterJobConfiguration" => {
+                let mut request = registration("3.0.0", &[("load", 1)]);
+                // Each is another one.
+                request.tag = Uuid::now_v7().to_string();
+                request.steps[0].metadata.push(metadata);
+                request.encode_to_vec()
+            }
+            "CreateJob" => pb::CreateJobRequest {
+                provider_job_id: Uuid::now_v7().to_string(),
+                customer_id: self.customer_id.clone(),
+                configuration_tag: self.job.configuration_tag.clone(),
+                ..Default::default()
+            }
+            .encode_to_vec(),
+            "GetJobConfiguration" => pb::GetJobConfigurationRequest {
+                key: Some(pb::get_job_configuration_request::Key::Tag(self.job.configuration_tag.clone())),
+                ..Default::default()
+            }
+            .encode_to_vec(),
+            "CloseJob" => pb::CloseJobRequest {
+                // Not this one's own: it is needed.
+                job: Some(pb::close_job_request::Job::ProviderJobId("none".to_owned())),
+                reason: String::new(),
+            }
+            .encode_to_vec(),
+            "AppendEvents" => self.batch(vec![event()]).encode_to_vec(),
+            "PublishEvents" => pb::PublishEventsRequest {
+                job: Some(pb::publish_events_request::Job::JobId(job_id)),
+                events: vec![event()],
+                ..Default::default()
+            }
+            .encode_to_vec(),
+            "WatchEvents" => pb::WatchEventsRequest {
+                scope: Some(pb::watch_events_request::Scope::AllJobs(pb::AllJobs::default())),
+                ..Default::default()
+            }
+            .encode_to_vec(),
+            "CreateWatchToken" => self.token(exactly(Duration::from_secs(60))).encode_to_vec(),
+            "ListEvents"
+            | "GetJob"
+            | "ListWatchTokens"
+            | "ListJobs"
+            | "ListJobConfigurations"
+            | "CreateApiKey" => Vec::new(),
+            other => panic!("{other} has texts, but no request here"),
+        }
+    }
+}
+
+/// Strings that are no texts: ids, tokens, names of fields, and passwords to
+/// be, which are measured in bytes.
+fn is_no_text(method: &str, path: &str) -> bool {
+    let name = path.rsplit('.').next().unwrap();
+    path.starts_with("update_mask")
+        || ["user.id", "user.email"].contains(&path)
+        || (name == "id" && method != "ListJobs")
+        || [
+            "job_id",
+            "customer_id",
+            "counterpart_id",
+            "api_key_id",
+            "watch_token_id",
+            "page_token",
+            "resume_token",
+            "new_password",
+        ]
+        .contains(&name)
+        || (method, path) == ("SignUp", "password")
+}
+
+/// The paths of all strings of a message, one of each list.
+fn strings(message: &MessageDescriptor, within: &str, paths: &mut Vec<String>) {
+    for field in message.fields() {
+        let index = if field.is_list() { "[0]" } else { "" };
+        let path = format!("{within}{}{index}", field.name());
+        match field.kind() {
+            Kind::String => paths.push(path),
+            // Metadata has limits of its own.
+            Kind::Message(inner) if !inner.full_name().starts_with("google.protobuf.Struct") => {
+                strings(&inner, &format!("{path}."), paths);
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Sets what is at the path, and makes what is missing on the way.
+fn set(message: &mut DynamicMessage, path: &str, value: Value) {
+    let (first, rest) = path.split_once('.').map_or((path, None), |(first, rest)| (first, Some(rest)));
+    let (name, is_list) = first.strip_suffix("[0]").map_or((first, false), |name| (name, true));
+    let Some(rest) = rest else {
+        let value = if is_list { Value::List(vec![value]) } else { value };
+        return message.set_field_by_name(name, value);
+    };
+    let field = message.descriptor().get_field_by_name(name).unwrap();
+    let Kind::Message(kind) = field.kind() else { panic!("{path}") };
+    let inner = match message.get_field_mut(&field) {
+        Value::List(items) => {
+            if items.is_empty() {
+                items.push(Value::Message(DynamicMessage::new(kind)));
+            }
+            &mut items[0]
+        }
+        inner => inner,
+    };
+    set(inner.as_message_mut().unwrap(), rest, value);
+}
+
+/// A text of so many characters that is good at this place.
+fn text(path: &str, chars: usize) -> String {
+    match path.rsplit('.').next().unwrap() {
+        "email" => format!("{}@example.com", "a".repeat(chars - 12)),
+        "version" | "configuration_version" => format!("1.0.0-{}", "a".repeat(chars - 6)),
+        "password" | "current_password" => "x".repeat(chars),
+        _ => "ü".repeat(chars),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_text_has_at_most_256_characters() {
+    let scene = Scene::new().await;
+    let mut texts = 0;
+    for method in raw::methods() {
+        let mut paths = Vec::new();
+        strings(&method.input(), "", &mut paths);
+        for path in paths.into_iter().filter(|path| !is_no_text(method.name(), path)) {
+            texts += 1;
+            let name = raw::name(&method);
+            let what = format!("{name} {path}");
+            let with = |chars| {
+                let good = scene.good(&name);
+                let mut message = DynamicMessage::decode(method.input(), good.as_slice()).unwrap();
+                set(&mut message, &path, Value::String(text(&path, chars)));
+                message.encode_to_vec()
+            };
+            let past = scene.call(&name, with(TEXT_CHARS + 1)).await;
+            assert_told(past, &what, &path, &TEXT_CHARS.to_string());
+            let at = scene.call(&name, with(TEXT_CHARS)).await;
+            // There need not be such a thing, nor such a password.
+            if let Err(status) = at {
+                let wrong = status.code() == Code::InvalidArgument;
+                let wrong = wrong && (path != "current_password" || status.message().contains("256"));
+                assert!(!wrong, "{what}: {status:?}");
+            }
+        }
+    }
+    assert!(texts > 40, "{texts}");
+}
