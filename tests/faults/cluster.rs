@@ -2,8 +2,7 @@
 //! connections, and started again.
 
 use std::{
-    fs::{self, File},
-    io::{ErrorKind, Write as _},
+    fs,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -29,6 +28,8 @@ pub struct Cluster {
     postgres: Option<Embedded>,
     url: String,
     disk: Option<PathBuf>,
+    /// Of the disk.
+    size: String,
 }
 
 impl Cluster {
@@ -36,8 +37,9 @@ impl Cluster {
     pub async fn start(folder: &TemporaryFolder, seconds: u64) -> Self {
         let path = folder.path().join("disk");
         fs::create_dir(&path).unwrap();
-        let size = format!("size={}m,mode=0755", 384 + seconds / 2);
-        let arguments = ["-t", "tmpfs", "-o", &size, "milepost-faults"];
+        let size = format!("{}m", 384 + seconds / 2);
+        let options = format!("size={size},mode=0755");
+        let arguments = ["-t", "tmpfs", "-o", &options, "milepost-faults"];
         let mount = Command::new("mount").args(arguments).arg(&path).output().await;
         let mounted = mount.is_ok_and(|output| output.status.success());
         let options = [
@@ -56,7 +58,7 @@ impl Cluster {
         let postgres = Embedded::start(settings.clone()).await.unwrap();
         let url = postgres.url(DATABASE);
         migrations::migrate(&url).await.unwrap();
-        Self { settings, postgres: Some(postgres), url, disk: mounted.then_some(path) }
+        Self { settings, postgres: Some(postgres), url, disk: mounted.then_some(path), size }
     }
 
     /// The socket that it listens on.
@@ -136,26 +138,32 @@ impl Cluster {
         file.lines().next().map(str::to_owned)
     }
 
-    /// Leaves not a byte of room on its disk.
-    pub fn fill_disk(&self) {
-        let mut filler = File::options().create(true).append(true).open(self.filler()).unwrap();
-        for chunk in [1 << 20, 4096] {
-            let zeros = vec![0; chunk];
-            loop {
-                match filler.write_all(&zeros) {
-                    Ok(()) => {}
-                    Err(error) if error.kind() == ErrorKind::StorageFull => break,
-                    Err(error) => panic!("cannot fill the disk: {error}"),
-                }
+    /// Leaves not a page of room on its disk: it becomes as small as what is on
+    /// it.
+    pub async fn fill_disk(&self) {
+        loop {
+            let output =
+                Command::new("df").args(["--output=used", "-k"]).arg(self.disk()).output().await.unwrap();
+            let text = String::from_utf8(output.stdout).unwrap();
+            let used_kib: u64 = text.lines().last().unwrap().trim().parse().unwrap();
+            // In between, something may have been written.
+            if self.remount(&format!("{used_kib}k")).await {
+                return;
             }
         }
     }
 
-    pub fn free_disk(&self) {
-        fs::remove_file(self.filler()).unwrap();
+    pub async fn free_disk(&self) {
+        assert!(self.remount(&self.size).await, "the disk does not grow again");
     }
 
-    fn filler(&self) -> PathBuf {
-        self.disk.as_deref().unwrap_or(Path::new("/nowhere")).join("filler")
+    async fn remount(&self, size: &str) -> bool {
+        let options = format!("remount,size={size}");
+        let mount = Command::new("mount").args(["-o", &options]).arg(self.disk()).output().await;
+        mount.unwrap().status.success()
+    }
+
+    fn disk(&self) -> &Path {
+        self.disk.as_deref().expect("it has a disk of its own")
     }
 }

@@ -180,7 +180,10 @@ pub struct History {
 /// Keeps one copy of each event, however often it is received; of one that is
 /// received with different content, one of each.
 #[derive(Default)]
-pub struct Events(Mutex<HashMap<(String, i64), Vec<Arc<pb::Event>>>>);
+pub struct Events(Mutex<HashMap<Place, Vec<Arc<pb::Event>>>>);
+
+/// A job's id and a sequence.
+type Place = (String, i64);
 
 impl Events {
     pub fn one_of(&self, event: pb::Event) -> Arc<pb::Event> {

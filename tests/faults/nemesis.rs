@@ -317,7 +317,7 @@ impl Bed {
 
     async fn disturb_connections(&mut self, fault: Fault, lasts: Duration) -> String {
         let which = [[true, false], [false, true], [true, true]][self.random.usize(..3)];
-        let delay = Duration::from_millis(self.random.u64(5..150));
+        let delay = Duration::from_millis(self.random.u64(20..250));
         let proxies = || (0..2).filter(|&proxy| which[proxy]);
         for proxy in proxies() {
             let proxy = &mut self.proxies[proxy];
@@ -344,18 +344,18 @@ impl Bed {
         let servers = which.join(" and ");
         match fault {
             Fault::CutConnections => format!("of server {servers}"),
-            Fault::DelayBytes => format!("by {delay:?}, of server {servers}, for {lasts:?}"),
+            Fault::DelayBytes => format!("by up to {delay:?}, of server {servers}, for {lasts:?}"),
             _ => format!("of server {servers}, for {lasts:?}"),
         }
     }
 
     async fn fill_disk(&mut self, lasts: Duration) -> String {
-        self.cluster.fill_disk();
+        self.cluster.fill_disk().await;
         tokio::time::sleep(lasts).await;
-        // What came free meanwhile is taken as well.
-        self.cluster.fill_disk();
+        // What was let go of meanwhile is taken as well.
+        self.cluster.fill_disk().await;
         tokio::time::sleep(lasts / 2).await;
-        self.cluster.free_disk();
+        self.cluster.free_disk().await;
         let died = !self.cluster.is_running();
         if died {
             self.cluster.start_again().await;

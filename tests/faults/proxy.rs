@@ -17,6 +17,8 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flow {
     Free,
+    /// Each time by another while up to this, so that what was sent on one
+    /// connection overtakes what was sent on another.
     Delayed(Duration),
     /// Nothing passes; what came goes on its way when it is free again.
     Held,
@@ -99,8 +101,8 @@ async fn carry(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut flow: watch:
     let mut buffer = vec![0; 32 * 1024];
     while let Ok(read @ 1..) = from.read(&mut buffer).await {
         let now = *flow.borrow();
-        if let Flow::Delayed(delay) = now {
-            tokio::time::sleep(delay).await;
+        if let Flow::Delayed(longest) = now {
+            tokio::time::sleep(longest.mul_f64(fastrand::f64())).await;
         }
         if flow.wait_for(|flow| *flow != Flow::Held).await.is_err() {
             return;

@@ -168,7 +168,7 @@ impl Writer {
                 return;
             }
         }
-        if completes >= 4 && completes < 9 {
+        if (4..9).contains(&completes) {
             self.world.close_job(&mut self.callers, &mut self.random, job).await;
         }
         // Whatever became of the job, what is stored is answered as it is.

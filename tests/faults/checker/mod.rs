@@ -135,14 +135,22 @@ pub fn biography(history: &History, id: &str) -> Vec<String> {
             history.jobs[batch.job].id,
             batch.expected
         ));
-        for Attempt { replica, sent, over, outcome } in &batch.attempts {
+        let mut again = 0;
+        for (number, Attempt { replica, sent, over, outcome }) in batch.attempts.iter().enumerate() {
             let said = match outcome {
                 Outcome::Appended(events) => format!("appended: {:?}", events.get(place)),
                 Outcome::Refused(refusal) => format!("refused: {refusal:?}"),
+                Outcome::Unknown(_) if number > 2 => {
+                    again += 1;
+                    continue;
+                }
                 Outcome::Unknown(what) => format!("unknown: {what}"),
             };
             let (sent, over) = (sent.as_secs_f64(), over.as_secs_f64());
             lines.push(format!("  {sent:.3} s to {over:.3} s, server {replica}: {said}"));
+        }
+        if again > 0 {
+            lines.push(format!("  and {again} more times, unknown"));
         }
     }
     for read in &history.reads {

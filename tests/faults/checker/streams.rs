@@ -88,7 +88,7 @@ impl Watch<'_> {
         }
     }
 
-    fn from_now(&self) -> bool {
+    fn starts_now(&self) -> bool {
         self.chain.streams.first().is_some_and(|stream| stream.start == Start::Now)
     }
 
@@ -132,7 +132,7 @@ impl Watch<'_> {
                     } else {
                         self.check_caught_up(stream, &position, violations);
                     }
-                    if self.from_now() {
+                    if self.starts_now() {
                         self.live_since.get_or_insert(message.at);
                     }
                     self.check_state(stream, state.as_ref(), violations);
@@ -234,7 +234,7 @@ impl Watch<'_> {
 
     /// For a watch from now: whether an event may have been there before.
     fn is_past(&self, job: usize, place: usize) -> bool {
-        if !self.from_now() {
+        if !self.starts_now() {
             return false;
         }
         let batch = self.case.logs[job].batches[place];
