@@ -34,7 +34,7 @@ use std::{env, io::Write as _, str::FromStr, time::Duration};
 
 /// How long things fail unless told otherwise; longer if not everything has
 /// failed once by then.
-const SECONDS: u64 = 50;
+const SECONDS: u64 = 45;
 /// What all else may take, beside what fails: twice as much in a long run.
 const SLACK: Duration = Duration::from_secs(240);
 

@@ -71,7 +71,7 @@ pub fn events(world: &World, random: &mut fastrand::Rng, job: usize) -> Vec<pb::
         0..60 => 1,
         60..92 => random.usize(2..=5),
         92..99 => random.usize(6..=40),
-        _ => random.usize(41..=300),
+        _ => random.usize(41..=150),
     };
     (0..count).map(|_| event(world, random, job)).collect()
 }
