@@ -340,6 +340,11 @@ impl Bed {
                 _ => proxy.cut(),
             }
         }
+        let lasts = match fault {
+            // Long enough for many to come and go meanwhile.
+            Fault::DelayBytes => lasts + Duration::from_secs(1),
+            _ => lasts,
+        };
         if fault != Fault::CutConnections {
             tokio::time::sleep(lasts).await;
         }
