@@ -8,12 +8,13 @@ use std::{
     },
 };
 
-use milepost::pb::{self, AppendedEvent, Event, NewEvent, publish_events_response::Outcome};
+use milepost::pb::{self, AppendedEvent, ErrorReason, Event, NewEvent, publish_events_response::Outcome};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::Code;
 
 use super::assert_gap_free;
-use crate::support::{ServerProcess, User, info, within_patience};
+use crate::support::{ServerProcess, User, assert_refused, info, within_patience};
 
 /// Batches acknowledged, over all writers, before the blow.
 const ENOUGH: usize = 150;
@@ -156,6 +157,26 @@ async fn durable_over_kill_9_of_the_server() {
 #[tokio::test(flavor = "multi_thread")]
 async fn durable_over_kill_9_of_postgres() {
     survives(Blow::Postgres).await;
+}
+
+/// The rows of a statement arrive together with the error of its commit.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_acknowledged_whose_commit_fails() {
+    let server = crate::support::TestServer::start().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[("load", 1)]).await;
+    let job = provider.job(&customer).await;
+    let refuse_at_the_commit = "
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+            BEGIN RAISE EXCEPTION 'no room' USING ERRCODE = 'disk_full'; END $$;
+        CREATE CONSTRAINT TRIGGER refuse AFTER INSERT ON events DEFERRABLE INITIALLY DEFERRED
+            FOR EACH ROW WHEN (NEW.name = 'doomed') EXECUTE FUNCTION refuse();";
+    server.database.execute(refuse_at_the_commit).await;
+    let doomed = provider.try_append(&job, [info("doomed")]).await;
+    assert_refused(doomed, Code::Unavailable, ErrorReason::DatabaseUnavailable);
+    provider.append(&job, [info("fine")]).await;
+    let log = provider.list(&job).await;
+    assert_eq!(log.iter().map(|event| event.name.as_str()).collect::<Vec<_>>(), ["fine"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -304,6 +304,7 @@ async fn a_session_lives_for_its_lifetime() {
 async fn database(connections: usize, statement_timeout: Duration) -> (TestDatabase, Database) {
     let created = TestDatabase::migrated().await;
     let settings = DatabaseSettings {
+        ca: None,
         url: created.url.clone(),
         connections,
         statement_timeout,

@@ -13,8 +13,8 @@ use uuid::Uuid;
 
 /// Waits until its input ends, which it does when we let go of it or die, even
 /// by SIGKILL. Then ends the servers whose process ids it has read, and every
-/// Postgres that runs in the folder (SIGQUIT is its immediate shutdown), and
-/// removes the folder.
+/// Postgres that runs in the folder (SIGQUIT is its immediate shutdown), unmounts
+/// what is mounted there, and removes the folder.
 const WATCHDOG: &str = r#"
 pids=$(cat)
 for pid in $pids; do
@@ -28,6 +28,9 @@ find "$1" -name postmaster.pid | while read -r file; do
         tries=$((tries + 1))
     done
 done
+while read -r _ mount _; do
+    case "$mount" in "$1"/*) umount -l "$mount" ;; esac
+done </proc/mounts
 rm -rf "$1"
 "#;
 

@@ -1,0 +1,63 @@
+//! Status and progress, computed anew from the rules.
+
+use std::collections::HashSet;
+
+use milepost::pb::{EventKind, JobStatus, Progress};
+
+use crate::history::Configuration;
+
+/// A job after some of its events.
+pub struct Film<'a> {
+    steps: &'a Configuration,
+    done: HashSet<String>,
+    pub status: JobStatus,
+    pub progress: Progress,
+    pub closed: bool,
+}
+
+impl<'a> Film<'a> {
+    pub fn new(steps: &'a Configuration) -> Self {
+        let mut film = Self {
+            steps,
+            done: HashSet::new(),
+            status: JobStatus::Pending,
+            progress: Progress::default(),
+            closed: false,
+        };
+        film.progress.points_total = steps.iter().map(|(tag, _)| film.weight(tag)).sum();
+        film
+    }
+
+    fn weight(&self, tag: &str) -> i64 {
+        if self.steps.iter().all(|(_, points)| *points == 0) {
+            return 1;
+        }
+        self.steps.iter().find(|(known, _)| known == tag).map_or(0, |(_, points)| *points)
+    }
+
+    /// One event on.
+    pub fn play(&mut self, kind: EventKind, step_tag: &str) {
+        if kind == EventKind::Step && self.done.insert(step_tag.to_owned()) {
+            self.progress.points_done += self.weight(step_tag);
+        }
+        let failed = self.status == JobStatus::Failed;
+        self.status = match kind {
+            EventKind::Error => JobStatus::Failed,
+            EventKind::Complete => JobStatus::Complete,
+            EventKind::Info | EventKind::Close if failed => JobStatus::Failed,
+            EventKind::Close => JobStatus::Cancelled,
+            EventKind::Step | EventKind::Info => JobStatus::Running,
+            EventKind::Unspecified => self.status,
+        };
+        let Progress { points_done, points_total, .. } = self.progress;
+        match kind {
+            EventKind::Complete => self.progress.percent = 100,
+            EventKind::Close => {}
+            _ if points_total > 0 => {
+                self.progress.percent = i32::try_from((points_done * 100 / points_total).min(99)).unwrap();
+            }
+            _ => {}
+        }
+        self.closed = matches!(kind, EventKind::Complete | EventKind::Close);
+    }
+}
