@@ -78,6 +78,9 @@ const ELSEWHERE: [(&str, &str, &str); 28] = [
         "tests/it/publish.rs",
         "with_as_many_batches_unanswered_as_the_window_allows_reading_stops",
     ),
+    ("HANDSHAKE", "tests/it/tls.rs", "who_says_nothing_keeps_nobody_waiting_and_is_let_go"),
+    ("HANDSHAKES", "src/server/incoming.rs", "where_too_many_shake_hands_the_oldest_is_let_go"),
+    ("database_start_timeout_s", "tests/it/starts.rs", "a_start_waits_no_longer_than_it_is_told"),
     ("retention_s", "tests/it/retention.rs", "events_are_removed_a_set_time_after_their_job_closed"),
     ("session_lifetime_s", "tests/it/limits/mod.rs", "a_session_lives_for_its_lifetime"),
     (
