@@ -19,13 +19,13 @@ use opentelemetry::{
         TracerProvider as _,
     },
 };
-use opentelemetry_otlp::{SpanExporter, WithExportConfig as _};
+use opentelemetry_otlp::{SpanExporter, WithExportConfig as _, WithTonicConfig as _};
 use opentelemetry_sdk::{
     Resource,
     propagation::TraceContextPropagator,
     trace::{Sampler, SamplingDecision, SamplingResult, SdkTracer, SdkTracerProvider, ShouldSample, Span},
 };
-use tonic::Code;
+use tonic::{Code, transport::ClientTlsConfig};
 
 use crate::error::BoxError;
 
@@ -58,7 +58,12 @@ impl Traces {
     /// Exports from now on, from a runtime that goes on. Nothing waits for the
     /// collector: what does not fit into the queue is dropped.
     pub fn start(settings: &TraceSettings) -> Result<Self, BoxError> {
-        let exporter = SpanExporter::builder().with_tonic().with_endpoint(&settings.endpoint).build()?;
+        let exporter = SpanExporter::builder().with_tonic().with_endpoint(&settings.endpoint);
+        let exporter = if settings.endpoint.starts_with("https:") {
+            exporter.with_tls_config(ClientTlsConfig::new().with_native_roots()).build()?
+        } else {
+            exporter.build()?
+        };
         let mut resource = Resource::builder();
         let named = Resource::builder().build().get(&"service.name".into());
         if named.is_none_or(|name| name.as_str().starts_with("unknown_service")) {

@@ -20,11 +20,13 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Status, Streaming};
 
 use crate::support::{
-    A_MOMENT, Authority, Caller, Clients, Files, PASSWORD, TestServer, User, Watch, Wire, assert_refused,
-    info, noted, operate, within_patience,
+    Authority, Caller, Clients, Files, Mode, PASSWORD, Proxy, TestServer, User, Watch, assert_refused, info,
+    noted, operate, within_patience,
 };
 
 const EVERYWHERE: Duration = Duration::from_secs(5);
+/// Long enough for what must not happen to happen.
+const A_MOMENT: Duration = Duration::from_secs(1);
 /// Pause between two calls of those who go on until they are refused.
 const PACE: Duration = Duration::from_millis(50);
 
@@ -279,8 +281,8 @@ async fn unconfirmed(uses: &Uses) {
 #[tokio::test(flavor = "multi_thread")]
 async fn confined_while_the_database_is_away_from_one_replica() {
     let mut scene = Scene::new().await;
-    let wire = Wire::to(&scene.server.database).await;
-    let severed = TestServer::on(wire.database.clone()).await;
+    let proxy = Proxy::to(&scene.server.database.url).await;
+    let severed = TestServer::on(scene.server.database.through(proxy.url.clone())).await;
     let [ending, staying] = [
         scene.key(pb::CreateApiKeyRequest::default()).await,
         scene.key(pb::CreateApiKeyRequest::default()).await,
@@ -291,7 +293,7 @@ async fn confined_while_the_database_is_away_from_one_replica() {
     while timeout(A_MOMENT, ends.watch.next()).await.is_ok() {}
     while timeout(A_MOMENT, stays.watch.next()).await.is_ok() {}
 
-    wire.cut();
+    proxy.set(Mode::Refuse);
     let request = pb::ExpireApiKeyRequest { api_key_id: ending.api_key.unwrap().id };
     scene.provider.session.auth.expire_api_key(request).await.unwrap();
     let ended_at = Instant::now();
@@ -313,7 +315,7 @@ async fn confined_while_the_database_is_away_from_one_replica() {
     assert!(!names(&mut scene.provider).await.contains(&"unconfirmed".to_owned()));
 
     // One is confirmed and goes on, the other never was.
-    wire.mend();
+    proxy.set(Mode::Pass);
     let answer = within_patience("the answer", stays.answers.message()).await.unwrap().unwrap();
     assert_eq!(answer.batch_id, "unconfirmed");
     let told: Vec<String> = stays.watch.events(2).await.into_iter().map(|event| event.name).collect();

@@ -26,7 +26,7 @@ use crate::support::{
 
 /// Limits of `src/limits.rs` and `src/config.rs` that have no row below: who
 /// tests them.
-const ELSEWHERE: [(&str, &str, &str); 28] = [
+const ELSEWHERE: [(&str, &str, &str); 31] = [
     ("TEXT_CHARS", "tests/it/limits/texts.rs", "every_text_has_at_most_256_characters"),
     ("MESSAGE_BYTES", "tests/it/limits/mod.rs", "a_message_has_at_most_a_mebibyte"),
     ("MESSAGE_BYTES", "tests/it/limits/mod.rs", "no_page_is_larger_than_a_mebibyte"),

@@ -12,7 +12,6 @@ mod refused;
 mod server;
 mod temporary;
 mod watch;
-mod wire;
 
 pub use certificates::{Authority, Files, Pair};
 pub use clients::{Caller, Clients, PASSWORD, User, registration};
@@ -24,7 +23,6 @@ pub use refused::{assert_refused, assert_violations};
 pub use server::{STREAMS_PER_CONNECTION, STREAMS_PER_USER, TRUSTED_PROXY, TestServer};
 pub use temporary::TemporaryFolder;
 pub use watch::Watch;
-pub use wire::{A_MOMENT, Wire};
 
 use std::{fmt::Display, time::Duration};
 
