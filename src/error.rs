@@ -106,7 +106,7 @@ pub enum Error {
     /// This server shuts down.
     #[error("this server is shutting down")]
     Draining,
-    /// The server's limit of time for a call passed.
+    /// The server's limit of time for a call passed, or the client's deadline.
     #[error("the call took too long")]
     DeadlineExceeded,
     /// A fault of ours.

@@ -12,14 +12,14 @@
 //! |---|---|---|
 //! | 7 | `main.rs` | parse the command line, call it, exit code |
 //! | 6 | [`cli`] | serve, migrate, demo, watch, user |
-//! | 5 | [`server`] | the router, its limits, health, reflection, the drain |
+//! | 5 | [`server`] | the router, its limits, encryption, health, reflection, `/metrics`, the drain |
 //! | 4 | [`services`] | the four gRPC services; requests become values, errors become statuses |
 //! | 3 | [`event_log`] | the heart: `append`, `tail`, `watch`, `wire`, `expiry` |
 //! | 3 | [`auth`] | a secret becomes a caller, and a signal of its end |
 //! | 2 | [`models`] | rows, their queries, and who may see them |
-//! | 2 | [`db`] | pool, migrations, embedded Postgres, doorbell |
-//! | 2 | [`client`], [`telemetry`] | the Rust client that resumes by itself; logs, metrics, traces |
-//! | 1 | [`config`], [`error`], [`limits`], [`progress`], [`secret`], [`tls`], [`pb`] | plain values and rules |
+//! | 2 | [`db`] | pool, connections, whether the database is there, migrations, embedded Postgres, doorbell |
+//! | 2 | [`client`], [`telemetry`] | the Rust client that resumes by itself; log, metrics, traces |
+//! | 1 | [`config`], [`error`], [`limits`], [`progress`], [`secret`], [`tls`], [`pb`], [`codec`] | plain values and rules |
 //!
 //! # Two walks through it
 //!

@@ -1,5 +1,6 @@
-//! The router and what every call passes: limits, keepalive, health,
-//! reflection, and the drain at the end. Shared by the binary and by tests.
+//! The router and what every call passes: encryption, limits, keepalive,
+//! health, reflection, and the drain at the end; and beside it the metrics.
+//! Shared by the binary and by tests.
 
 mod calls;
 mod connection;

@@ -22,7 +22,7 @@ const ENDINGS: usize = 1_024;
 /// What has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ending {
-    /// One session or API key.
+    /// One session, API key or watch token.
     Credential(CredentialId),
     /// All sessions of a user, but for one that is kept.
     OtherSessions {

@@ -1,6 +1,6 @@
 //! Who asks. The only way to a tenant's data: model functions take one of the
 //! proofs below, [`Caller`] alone hands them out, and only the look-ups of
-//! sessions and API keys can make a [`Caller`].
+//! sessions, API keys and watch tokens can make a [`Caller`].
 
 use diesel::{deserialize::FromSqlRow, expression::AsExpression};
 use uuid::Uuid;

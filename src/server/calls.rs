@@ -1,5 +1,6 @@
-//! What every call passes on its way in and out: an id, a span, a limit of
-//! time, a net under panics, and one line in the log when it is over.
+//! What every call passes on its way in and out: an id, a span in the log and
+//! one in its trace, a limit of time, a net under panics, and when it is over
+//! one line in the log and one more in the metrics.
 //!
 //! **Time.** A call has the server's limit until its answer starts, and the
 //! client's deadline, where it sent one, until its answer ends, as gRPC has it:

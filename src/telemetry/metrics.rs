@@ -103,7 +103,7 @@ pub(crate) struct Watches {
     pub(crate) sweep_finds: Counter,
 }
 
-/// How things stand; set when somebody asks, but for the first two.
+/// How things stand; set when somebody asks, but for the first.
 #[derive(Debug)]
 pub(crate) struct State {
     pub(crate) ready: Gauge,

@@ -1,4 +1,5 @@
-//! The real binary, in a process of its own with a durable database of its own.
+//! The real binary, in a process of its own: with a durable database of its own
+//! unless it is given one.
 
 use std::{
     fs::{self, File},
