@@ -2,6 +2,9 @@
 //! follow the tail. A watcher whose mailbox overflowed reads the log again from
 //! where it is; nothing is held for it, and nothing is lost.
 
+mod end;
+mod query;
+
 use std::{
     collections::VecDeque,
     sync::Arc,
@@ -9,24 +12,20 @@ use std::{
 };
 
 use tokio_util::sync::CancellationToken;
-use uuid::Uuid;
 
+use self::end::{LogEnd, before_oldest};
+pub(crate) use self::query::{Body, EndReason, Message, Scope, Start, WatchQuery};
 use super::{
     EventLog,
-    directory::JobIdentity,
     tail::{Delivery, Subscription, log_events},
     token::{Binding, Place},
     wire::LogEvent,
 };
 use crate::{
     auth::Credential,
-    error::{Error, Resource, Result},
+    error::{Error, Result},
     limits::MESSAGE_BYTES,
-    models::{
-        caller::{Sight, Viewer},
-        event::{Event, JobHead},
-        retention::{self, Removed},
-    },
+    models::{event::Event, retention::Removed},
     progress::{EventKind, JobState},
     telemetry::metrics::Open,
 };
@@ -39,99 +38,6 @@ const WINDOW: i64 = 10_000;
 const RETRY: Duration = Duration::from_millis(250);
 /// Room in a message for all but its events.
 const MESSAGE_MARGIN: usize = 1024;
-
-/// What is watched.
-#[derive(Debug)]
-pub(crate) enum Scope {
-    /// One job.
-    Job(Arc<JobIdentity>),
-    /// All jobs in sight.
-    All {
-        viewer: Viewer,
-        /// Only of this configuration tag; empty: all.
-        configuration_tag: String,
-        /// Only with this user on the other side.
-        counterpart_id: Option<Uuid>,
-    },
-}
-
-impl Scope {
-    fn topic(&self) -> Uuid {
-        match self {
-            Self::Job(job) => job.id,
-            Self::All { viewer, .. } => viewer.id(),
-        }
-    }
-
-    /// What is compared with the cursor.
-    fn place(&self, event: &LogEvent) -> i64 {
-        match self {
-            Self::Job(_) => event.sequence,
-            Self::All { .. } => event.position,
-        }
-    }
-
-    fn contains(&self, event: &LogEvent) -> bool {
-        let job = &event.job;
-        match self {
-            Self::Job(own) => own.id == job.id,
-            Self::All { viewer, configuration_tag, counterpart_id } => {
-                viewer.sees(job.id, job.provider_id, job.customer_id)
-                    && (configuration_tag.is_empty() || *configuration_tag == job.configuration.tree.tag)
-                    && counterpart_id.is_none_or(|id| match viewer.sight() {
-                        Sight::Provider(_) => id == job.customer_id,
-                        Sight::Customer(_) | Sight::Job(_) => id == job.provider_id,
-                    })
-            }
-        }
-    }
-}
-
-/// Where a watch starts.
-#[derive(Debug)]
-pub(crate) enum Start {
-    Beginning,
-    /// Of one job.
-    AfterSequence(i64),
-    Resume(String),
-    Now,
-}
-
-/// What to watch, and how.
-#[derive(Debug)]
-pub(crate) struct WatchQuery {
-    pub(crate) scope: Scope,
-    /// Empty: all.
-    pub(crate) kinds: Vec<EventKind>,
-    pub(crate) start: Start,
-    pub(crate) heartbeat: Duration,
-}
-
-/// A message of a watch.
-#[derive(Debug)]
-pub(crate) struct Message {
-    pub(crate) resume_token: String,
-    pub(crate) body: Body,
-}
-
-/// What a message says. The job's state is that of a watch of one job.
-#[derive(Debug)]
-pub(crate) enum Body {
-    Events(Vec<Arc<LogEvent>>),
-    CaughtUp(Option<JobState>),
-    Heartbeat,
-    End(EndReason, Option<JobState>),
-}
-
-/// Why a watch ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum EndReason {
-    JobClosed,
-    Draining,
-    CredentialEnded,
-    /// Retention removed events before they could be sent.
-    EventsExpired,
-}
 
 /// An open watch.
 #[derive(Debug)]
@@ -484,42 +390,6 @@ impl Watch {
     fn message(&self, body: Body) -> Message {
         let place = Place { cursor: self.cursor, removals: self.removals };
         Message { resume_token: self.binding.token(place), body }
-    }
-}
-
-/// Where the scope's log ends now.
-struct LogEnd {
-    place: Place,
-    /// The state of the one job there.
-    job: Option<JobState>,
-}
-
-impl LogEnd {
-    async fn look(log: &EventLog, scope: &Scope) -> Result<Self> {
-        let mut connection = log.0.database.get().await?;
-        match scope {
-            Scope::Job(job) => {
-                let head = JobHead::load(&mut connection, &[job.id]).await?.pop();
-                let state = head.ok_or_else(|| Error::not_found(Resource::Job, &job.id))?.state();
-                Ok(Self { place: Place { cursor: state.last_sequence, removals: 0 }, job: Some(state) })
-            }
-            Scope::All { .. } => {
-                let (cursor, removals) = retention::log_end(&mut connection).await?;
-                Ok(Self { place: Place { cursor, removals }, job: None })
-            }
-        }
-    }
-}
-
-/// Where a watch from the beginning starts: for all jobs, before the oldest
-/// event that is kept.
-async fn before_oldest(log: &EventLog, scope: &Scope, end: &LogEnd) -> Result<i64> {
-    match scope {
-        Scope::Job(_) => Ok(0),
-        Scope::All { .. } => {
-            let oldest = Event::oldest_kept(&mut *log.0.database.get().await?).await?;
-            Ok(oldest.map_or(end.place.cursor, |position| position - 1).min(end.place.cursor))
-        }
     }
 }
 

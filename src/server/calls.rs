@@ -256,11 +256,11 @@ impl CallBody {
         self.inner = Body::empty();
         self.deadline = None;
         self.end = None;
-        self.call.status = Some(status.code());
         let mut trailers = HeaderMap::new();
         if status.add_header(&mut trailers).is_err() {
             trailers.insert("grpc-status", HeaderValue::from_static("13"));
         }
+        self.call.note(&trailers);
         Frame::trailers(trailers)
     }
 }
