@@ -37,7 +37,7 @@ impl Cluster {
     pub async fn start(folder: &TemporaryFolder, seconds: u64) -> Self {
         let path = folder.path().join("disk");
         fs::create_dir(&path).unwrap();
-        let size = format!("{}m", 384 + seconds / 2);
+        let size = format!("{}m", 384 + 4 * seconds);
         let options = format!("size={size},mode=0755");
         let arguments = ["-t", "tmpfs", "-o", &options, "milepost-faults"];
         let mount = Command::new("mount").args(arguments).arg(&path).output().await;
