@@ -22,7 +22,7 @@ use tonic::Code;
 
 use crate::pb::{self, ErrorReason};
 
-/// Format of what [`Metrics::text`] gives.
+/// Format of the metrics as text.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// Bounds of what a caller waits for, in seconds.
