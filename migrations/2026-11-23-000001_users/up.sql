@@ -11,7 +11,7 @@ CREATE TABLE schema_compatibility (
     CONSTRAINT schema_compatibility_id_check CHECK (id = 1)
 );
 
-INSERT INTO schema_compatibility (oldest_server) VALUES ('20261123000008');
+INSERT INTO schema_compatibility (oldest_server) VALUES ('20261123000004');
 
 CREATE FUNCTION set_updated_at() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN

@@ -1,3 +1,4 @@
+UPDATE schema_compatibility SET oldest_server = '20261123000004' WHERE id = 1;
 DROP FUNCTION remove_expired_events(interval, integer, integer);
 DROP TRIGGER events_refuse_truncate ON events;
 DROP TRIGGER events_refuse_delete ON events;

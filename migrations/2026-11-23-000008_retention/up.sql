@@ -117,3 +117,6 @@ BEGIN
     UPDATE retention SET deleted = place.deleted WHERE id = 1;
 END;
 $$;
+
+-- Older servers would pass over what was removed.
+UPDATE schema_compatibility SET oldest_server = '20261123000008' WHERE id = 1;

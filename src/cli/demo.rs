@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     client::{Client, is_transient},
-    config::{ClientTls, Config},
+    config::{ClientTls, Config, ServerConfig},
     db::embedded::Served,
     error::BoxError,
     pb::{
@@ -90,7 +90,8 @@ impl Demo {
         let listen = self.config.server.listen;
         match TcpListener::bind(listen).await {
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-                Ok(TcpListener::bind((listen.ip(), 0)).await?)
+                let elsewhere = SocketAddr::new(listen.ip(), 0);
+                bind(&ServerConfig { listen: elsewhere, ..self.config.server.clone() }).await
             }
             Ok(listener) => {
                 drop(listener);

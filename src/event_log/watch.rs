@@ -223,7 +223,11 @@ impl Watch {
                 let through = self.past_end;
                 let rows =
                     Event::list_of_job(&mut connection, job.id, self.cursor, through, &[], PAGE).await?;
-                if count(&rows) < PAGE.min(through - self.cursor) {
+                // A log is removed from its beginning on: a page may be full and
+                // yet not be the next one.
+                let whole = PAGE.min(through - self.cursor);
+                if count(&rows) < whole || rows.last().is_some_and(|row| row.sequence != self.cursor + whole)
+                {
                     drop((connection, turn));
                     // It may have gone on before it was closed and removed.
                     self.job = LogEnd::look(&self.log, &self.scope).await?.job;

@@ -207,11 +207,13 @@ impl User {
 
     /// Sets the caller's names.
     pub async fn rename(conn: &mut AsyncPgConnection, account: Account, names: &Names) -> Result<Self> {
-        Ok(diesel::update(users::table.find(account.user_id()))
+        // Read to its end, which is after the commit.
+        let renamed: Vec<Self> = diesel::update(users::table.find(account.user_id()))
             .set(names)
             .returning(Self::as_returning())
-            .get_result(conn)
-            .await?)
+            .get_results(conn)
+            .await?;
+        Ok(renamed.into_iter().next().ok_or(diesel::NotFound)?)
     }
 
     /// Sets the caller's password, as what the attempt came to, and ends their

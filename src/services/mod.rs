@@ -134,12 +134,14 @@ impl App {
         // Each hop adds whom it heard from; what comes before the last that is
         // not ours may be anybody's invention.
         let hops = request.metadata().get_all("x-forwarded-for").iter();
-        let hops: Vec<IpAddr> = hops
-            .filter_map(|hop| hop.to_str().ok())
-            .flat_map(|hops| hops.split(','))
-            .filter_map(|hop| hop.trim().parse().ok())
+        let hops: Vec<Option<IpAddr>> = hops
+            .flat_map(|hops| hops.to_str().unwrap_or("?").split(','))
+            .map(|hop| hop.trim().parse().ok())
             .collect();
-        hops.into_iter().rev().find(|hop| !trusted.contains(hop)).or(Some(direct))
+        let last = hops.into_iter().rev().find(|hop| hop.is_none_or(|hop| !trusted.contains(&hop)));
+        // What cannot be read is nobody's address, and what is before it nobody's
+        // word.
+        last.flatten().or(Some(direct))
     }
 
     /// Does work to its end, even if the caller leaves meanwhile.

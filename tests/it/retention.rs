@@ -316,6 +316,22 @@ async fn an_open_watcher_that_is_overtaken_is_told() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_log_that_is_half_removed_is_not_told_from_its_middle() {
+    let server = TestServer::start().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[("load", 1)]).await;
+    let job = completed(&mut provider, &customer, 999).await;
+    assert_eq!((remove(&server, 1, 300).await, remove(&server, 1, 300).await), ((1, 0), (0, 300)));
+    let after = |sequence| Some(Start::AfterSequence(sequence));
+    for start in [None, after(150), after(299)] {
+        let mut watch = customer.clone().watch_from(&job, start).await;
+        assert_eq!(overtaken(&mut watch, Some("1001")).await, []);
+    }
+    let film = customer.clone().watch_from(&job, after(300)).await.film().await;
+    assert_eq!((film.events.len(), film.events[0].sequence), (700, 301), "what is there is told whole");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_came_and_went_unseen_is_not_passed_over() {
     let server = TestServer::start().await;
     let (mut provider, mut customer) = (server.provider().await, server.customer().await);
