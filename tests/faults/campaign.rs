@@ -12,22 +12,26 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     checker::{self, Violation},
     cluster::Cluster,
-    history::{History, Read, Scope, Start},
+    history::{Disturbance, History, Read, Scope},
     nemesis::{Bed, Episode, PROMISE},
     probes::{Successes, probe},
     proxy::Proxy,
     publishers::publish,
+    readers::look_around,
     replica::{Clock, Replica},
     say,
     temporary::TemporaryFolder,
-    watchers::{Habit, Watcher, watch_jobs},
-    world::{Caller, World, within},
+    watchers::{Habit, Watcher, watch_from_now, watch_jobs},
+    world::{Caller, PROVIDERS, Pace, World, within},
     writers::{Slots, Writer},
 };
 
-const WRITERS: usize = 8;
+/// By provider.
+const WRITERS: [usize; PROVIDERS] = [8, 2];
+const READERS: usize = 2;
 const PUBLISHERS: usize = 4;
 const JOB_WATCHERS: usize = 5;
+const LATE_WATCHERS: usize = 3;
 /// Jobs that several write to at once.
 const SHARED: usize = 3;
 /// Jobs that are watched once more when all is over, at each server.
@@ -37,6 +41,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// From so many seconds on, everybody takes more time, so that what is
 /// remembered for the checker fits into memory.
 const LONG_S: u64 = 300;
+const SHORT: Pace = Pace { slower: 1, rest_ms: 100, fault_ms: 2_500 };
+const LONG: Pace = Pace { slower: 3, rest_ms: 4_000, fault_ms: 8_000 };
 
 /// What came of a campaign.
 pub struct Finding {
@@ -69,34 +75,38 @@ pub async fn run(seed: u64, seconds: u64) -> Finding {
         Replica::start("server-1", second, &mut folder, Some(clock)).await,
     ];
     let addresses = [replicas[0].address, replicas[1].address];
-    let pace = if seconds > LONG_S { 3 } else { 1 };
+    let pace = if seconds > LONG_S { LONG } else { SHORT };
     let world = Arc::new(World::new(addresses, random.u64(..), pace).await);
     let successes = [Successes::default(), Successes::default()];
 
     let over = CancellationToken::new();
     let mut load = start_load(&world, &successes);
     let mut watchers = start_watchers(&world, &over);
-    let longest_ms = if seconds > LONG_S { 8_000 } else { 2_500 };
-    let mut bed =
-        Bed { folder, cluster, proxies, replicas, world: Arc::clone(&world), successes, random, longest_ms };
+    let mut bed = Bed { folder, cluster, proxies, replicas, world: Arc::clone(&world), successes, random };
     let episodes = bed.torment(Duration::from_secs(seconds)).await;
 
     world.finishing.cancel();
     within(PATIENCE, "everything to be answered", join(&mut load)).await;
-    say(format!("{:8.3} s  everything is answered", world.now().as_secs_f64()));
+    let answered = world.now();
+    say(format!("{:8.3} s  everything is answered", answered.as_secs_f64()));
     let jobs = world.history.lock().unwrap().jobs.len();
     for replica in 0..2 {
         within(PATIENCE * 5, "every job to be read", read_all(&world, replica, jobs)).await;
         watch_again(&world, replica, jobs, &over, &mut watchers);
     }
-    say(format!("{:8.3} s  every job was read", world.now().as_secs_f64()));
+    let read = world.now();
+    say(format!("{:8.3} s  every job was read", read.as_secs_f64()));
     within(PATIENCE * 5, "watchers to have seen everything", until_quiet(&world)).await;
     say(format!("{:8.3} s  watchers saw everything", world.now().as_secs_f64()));
     over.cancel();
     within(PATIENCE, "watchers to leave", join(&mut watchers)).await;
 
     say(format!("{:8.3} s  watchers left", world.now().as_secs_f64()));
-    let history = std::mem::take(&mut *world.history.lock().unwrap());
+    let mut history = std::mem::take(&mut *world.history.lock().unwrap());
+    history.name_nameless();
+    history.disturbances = episodes.iter().map(Episode::disturbance).collect();
+    // Whoever reads everything at once takes it from all others.
+    history.disturbances.push(Disturbance { from: answered, to: read, touches: [true; 2] });
     let violations = checker::check(&history);
     say(format!("{:8.3} s  everything is checked", world.now().as_secs_f64()));
     Finding { history, episodes, messages: world.messages.load(Ordering::Relaxed), violations }
@@ -111,9 +121,17 @@ async fn join(tasks: &mut JoinSet<()>) {
 
 fn start_load(world: &Arc<World>, successes: &[Successes; 2]) -> JoinSet<()> {
     let mut load = JoinSet::new();
-    let slots: Arc<Slots> = Arc::new(Mutex::new(vec![None; SHARED]));
-    for n in 0..WRITERS {
-        load.spawn(Writer::new(world, format!("writer {n}")).write(Arc::clone(&slots)));
+    for (provider, writers) in WRITERS.into_iter().enumerate() {
+        let slots: Arc<Slots> = Arc::new(Mutex::new(vec![None; SHARED]));
+        for n in 0..writers {
+            let writer = Writer::new(world, format!("writer {n} of {provider}"), provider);
+            load.spawn(writer.write(Arc::clone(&slots)));
+        }
+        let careless = Writer::new(world, format!("careless writer of {provider}"), provider);
+        load.spawn(careless.write_carelessly());
+    }
+    for _ in 0..READERS {
+        load.spawn(look_around(Arc::clone(world)));
     }
     for n in 0..PUBLISHERS {
         load.spawn(publish(Arc::clone(world), format!("publisher {n}")));
@@ -128,15 +146,19 @@ fn start_watchers(world: &Arc<World>, over: &CancellationToken) -> JoinSet<()> {
     let watcher = |name: &str, scope, habit| Watcher::new(world, name, scope, habit);
     let rare = [EventKind::Error, EventKind::Complete, EventKind::Close];
     let all = [
-        watcher("the provider", Scope::All, Habit::Patient),
+        watcher("the provider", Scope::OfProvider(0), Habit::Patient),
+        watcher("the other provider", Scope::OfProvider(1), Habit::Patient),
         watcher("a customer", Scope::OfCustomer(0), Habit::Patient),
-        watcher("a restless provider", Scope::All, Habit::Restless),
-        watcher("another restless provider", Scope::All, Habit::Restless),
+        watcher("a restless provider", Scope::OfProvider(0), Habit::Restless),
+        watcher("the other restless provider", Scope::OfProvider(1), Habit::Restless),
         watcher("a restless customer", Scope::OfCustomer(1), Habit::Restless),
-        watcher("a slow provider", Scope::All, Habit::Slow),
+        watcher("a slow provider", Scope::OfProvider(0), Habit::Slow),
         watcher("a slow customer", Scope::OfCustomer(1), Habit::Slow),
-        watcher("a provider who looks for trouble", Scope::All, Habit::Restless).of_kinds(&rare),
-        watcher("a late provider", Scope::All, Habit::Restless).from(Start::Now),
+        watcher("a provider who looks for trouble", Scope::OfProvider(0), Habit::Restless).of_kinds(&rare),
+        watcher("a provider with one configuration", Scope::OfProvider(0), Habit::Restless)
+            .only(Some(1), None),
+        watcher("a customer with one provider", Scope::OfCustomer(1), Habit::Patient).only(None, Some(1)),
+        watcher("a customer with little time", Scope::OfCustomer(0), Habit::Slow).only(Some(2), Some(0)),
     ];
     let mut watchers = JoinSet::new();
     for watcher in all {
@@ -144,6 +166,9 @@ fn start_watchers(world: &Arc<World>, over: &CancellationToken) -> JoinSet<()> {
     }
     for n in 0..JOB_WATCHERS {
         watchers.spawn(watch_jobs(Arc::clone(world), format!("job watcher {n}"), over.clone()));
+    }
+    for n in 0..LATE_WATCHERS {
+        watchers.spawn(watch_from_now(Arc::clone(world), format!("late watcher {n}"), over.clone()));
     }
     watchers
 }
@@ -156,8 +181,10 @@ fn watch_again(
     over: &CancellationToken,
     watchers: &mut JoinSet<()>,
 ) {
-    let all = Watcher::new(world, "the last watcher", Scope::All, Habit::Patient).at(replica);
-    watchers.spawn(all.watch(over.clone()));
+    for provider in 0..PROVIDERS {
+        let all = Watcher::new(world, "a last watcher", Scope::OfProvider(provider), Habit::Patient);
+        watchers.spawn(all.at(replica).watch(over.clone()));
+    }
     for job in (0..jobs).rev().take(WATCHED_AGAIN) {
         let one = Watcher::new(world, "a last watcher", Scope::Job(job), Habit::Patient).at(replica);
         watchers.spawn(one.watch(over.clone()));
@@ -181,10 +208,13 @@ async fn until_quiet(world: &World) {
 async fn read_all(world: &Arc<World>, replica: usize, jobs: usize) {
     let mut readers = JoinSet::new();
     for first in 0..8 {
-        let (world, mut caller) = (Arc::clone(world), world.caller(replica, &world.provider));
+        let world = Arc::clone(world);
+        let mut callers: Vec<_> =
+            world.providers.iter().map(|provider| world.caller(replica, provider)).collect();
         readers.spawn(async move {
             for job in (first..jobs).step_by(8) {
-                let read = read(&world, &mut caller, replica, job).await;
+                let provider = world.history.lock().unwrap().jobs[job].provider;
+                let read = read(&world, &mut callers[provider], replica, job).await;
                 world.history.lock().unwrap().reads.push(read);
             }
         });

@@ -29,7 +29,7 @@ pub struct Cluster {
     url: String,
     disk: Option<PathBuf>,
     /// Of the disk.
-    size: String,
+    size_mib: u64,
 }
 
 impl Cluster {
@@ -37,8 +37,8 @@ impl Cluster {
     pub async fn start(folder: &TemporaryFolder, seconds: u64) -> Self {
         let path = folder.path().join("disk");
         fs::create_dir(&path).unwrap();
-        let size = format!("{}m", 384 + 4 * seconds);
-        let options = format!("size={size},mode=0755");
+        let size_mib = 384 + 4 * seconds;
+        let options = format!("size={size_mib}m,mode=0755");
         let arguments = ["-t", "tmpfs", "-o", &options, "milepost-faults"];
         let mount = Command::new("mount").args(arguments).arg(&path).output().await;
         let mounted = mount.is_ok_and(|output| output.status.success());
@@ -46,7 +46,8 @@ impl Cluster {
             // What survives a crash is looked at, so nothing here is made fast.
             ("fsync", "on"),
             ("full_page_writes", "on"),
-            ("synchronous_commit", "on"),
+            // Servers set it for themselves.
+            ("synchronous_commit", "off"),
             ("max_wal_size", "64MB"),
             ("min_wal_size", "32MB"),
             ("checkpoint_timeout", "30s"),
@@ -58,7 +59,7 @@ impl Cluster {
         let postgres = Embedded::start(settings.clone()).await.unwrap();
         let url = postgres.url(DATABASE);
         migrations::migrate(&url, None).await.unwrap();
-        Self { settings, postgres: Some(postgres), url, disk: mounted.then_some(path), size }
+        Self { settings, postgres: Some(postgres), url, disk: mounted.then_some(path), size_mib }
     }
 
     /// The socket that it listens on.
@@ -142,10 +143,7 @@ impl Cluster {
     /// it.
     pub async fn fill_disk(&self) {
         loop {
-            let output =
-                Command::new("df").args(["--output=used", "-k"]).arg(self.disk()).output().await.unwrap();
-            let text = String::from_utf8(output.stdout).unwrap();
-            let used_kib: u64 = text.lines().last().unwrap().trim().parse().unwrap();
+            let used_kib = used_kib(self.disk()).await;
             // In between, something may have been written.
             if self.remount(&format!("{used_kib}k")).await {
                 return;
@@ -153,8 +151,14 @@ impl Cluster {
         }
     }
 
+    /// What is taken of its disk, in words.
+    pub async fn room(&self) -> String {
+        let Some(disk) = &self.disk else { return "no disk of its own".to_owned() };
+        format!("{} of {} MiB taken", used_kib(disk).await / 1024, self.size_mib)
+    }
+
     pub async fn free_disk(&self) {
-        assert!(self.remount(&self.size).await, "the disk does not grow again");
+        assert!(self.remount(&format!("{}m", self.size_mib)).await, "the disk does not grow again");
     }
 
     async fn remount(&self, size: &str) -> bool {
@@ -166,4 +170,10 @@ impl Cluster {
     fn disk(&self) -> &Path {
         self.disk.as_deref().expect("it has a disk of its own")
     }
+}
+
+async fn used_kib(disk: &Path) -> u64 {
+    let output = Command::new("df").args(["--output=used", "-k"]).arg(disk).output().await.unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    text.lines().last().unwrap().trim().parse().unwrap()
 }

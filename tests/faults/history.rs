@@ -19,6 +19,7 @@ pub type Configuration = Vec<(String, i64)>;
 pub struct Job {
     pub id: String,
     pub configuration: usize,
+    pub provider: usize,
     pub customer: usize,
 }
 
@@ -50,8 +51,17 @@ pub struct Attempt {
 pub enum Outcome {
     Appended(Vec<pb::AppendedEvent>),
     Refused(Refusal),
-    /// Lost, or the server said that it cannot tell or could not do it.
-    Unknown(String),
+    Unknown(Lost),
+}
+
+/// Why it is not known what became of a request.
+#[derive(Clone, Debug)]
+pub enum Lost {
+    /// The connection broke, or the server said that it cannot tell or could not
+    /// do it.
+    Broken(String),
+    /// The client did not wait any longer.
+    GaveUp,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -80,16 +90,31 @@ impl Batch {
 pub struct Close {
     pub job: usize,
     pub reason: String,
+    /// For the first time.
     pub sent: Moment,
-    pub outcome: Result<(), Refusal>,
+    pub over: Moment,
+    pub outcome: Result<Closed, Refusal>,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct Closed {
+    pub last_sequence: i64,
+    pub existed: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope {
-    /// Of the provider.
-    All,
+    OfProvider(usize),
     OfCustomer(usize),
     Job(usize),
+}
+
+/// Which of all jobs.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Only {
+    pub configuration: Option<usize>,
+    /// A customer for a provider, and the other way round.
+    pub counterpart: Option<usize>,
 }
 
 /// Streams of one watcher, each resuming one before it.
@@ -97,6 +122,9 @@ pub enum Scope {
 pub struct Chain {
     pub name: String,
     pub scope: Scope,
+    pub only: Only,
+    /// Delivery to it is not held up by itself.
+    pub prompt: bool,
     pub kinds: Vec<pb::EventKind>,
     pub streams: Vec<Stream>,
     /// It was read until nothing more could come: what it lacks is missing.
@@ -122,6 +150,7 @@ pub struct Stream {
     pub opened: Moment,
     pub messages: Vec<Message>,
     pub end: End,
+    pub over: Moment,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -130,10 +159,21 @@ pub enum End {
     Ok,
     /// Nothing came for so long that the watcher gave up.
     Silent,
-    /// The watcher left, or the connection broke, or the server said so.
+    /// By the watcher.
+    Left,
+    /// The connection broke, or the server said so.
     Broken(String),
     /// It was not opened at all, for what it asked for.
     Refused(Refusal),
+}
+
+impl From<Lost> for End {
+    fn from(lost: Lost) -> Self {
+        match lost {
+            Lost::Broken(why) => Self::Broken(why),
+            Lost::GaveUp => Self::Left,
+        }
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -148,6 +188,8 @@ pub enum Body {
     CaughtUp(Option<pb::JobState>),
     Heartbeat,
     Ended(pb::WatchEndReason, Option<pb::JobState>),
+    /// Of pages, not of a watch: there is no more.
+    Listed,
 }
 
 /// What a replica said of a job when all was over.
@@ -157,6 +199,24 @@ pub struct Read {
     pub job: usize,
     pub found: pb::Job,
     pub log: Vec<Arc<pb::Event>>,
+}
+
+/// What a replica said of a job, by its id, in between.
+#[derive(Clone, Debug)]
+pub struct Glance {
+    pub replica: usize,
+    pub sent: Moment,
+    pub over: Moment,
+    pub found: pb::Job,
+}
+
+/// A time in which something was broken, or was just being mended.
+#[derive(Clone, Copy, Debug)]
+pub struct Disturbance {
+    pub from: Moment,
+    pub to: Moment,
+    /// By server.
+    pub touches: [bool; 2],
 }
 
 /// An answer that no fault excuses.
@@ -174,7 +234,29 @@ pub struct History {
     pub closes: Vec<Close>,
     pub chains: Vec<Chain>,
     pub reads: Vec<Read>,
+    pub glances: Vec<Glance>,
+    pub disturbances: Vec<Disturbance>,
     pub unexcused: Vec<Unexcused>,
+}
+
+impl History {
+    /// Gives events that were sent without an id, and never answered, the one
+    /// under which they are stored, if they are: by their name, which nothing
+    /// else has.
+    pub fn name_nameless(&mut self) {
+        let logs: HashMap<usize, &Read> =
+            self.reads.iter().filter(|read| read.replica == 0).map(|read| (read.job, read)).collect();
+        for batch in &mut self.batches {
+            for event in batch.events.iter_mut().filter(|event| event.id.is_empty()) {
+                let stored = logs
+                    .get(&batch.job)
+                    .and_then(|read| read.log.iter().find(|stored| stored.name == event.name));
+                if let Some(stored) = stored {
+                    event.id.clone_from(&stored.id);
+                }
+            }
+        }
+    }
 }
 
 /// Keeps one copy of each event, however often it is received; of one that is

@@ -22,6 +22,7 @@ mod nemesis;
 mod probes;
 mod proxy;
 mod publishers;
+mod readers;
 mod replica;
 mod report;
 #[path = "../it/support/temporary.rs"]

@@ -11,7 +11,7 @@ use uuid::Uuid;
 use crate::{
     campaign::read,
     cluster::{Cluster, MAX_CONNECTIONS},
-    history::Moment,
+    history::{Disturbance, Moment},
     probes::Successes,
     proxy::{Flow, Proxy},
     replica::Replica,
@@ -22,6 +22,11 @@ use crate::{
 
 /// Longest that the service may need to be back; past it, the campaign fails.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// How long after a fault some still feel it.
+const RECOVERY: Duration = Duration::from_secs(3);
+/// One calm in so many is a long one: what is stuck then is so for no fault.
+const LONG_CALM_IN: u32 = 10;
+const LONG_CALM: Duration = Duration::from_secs(13);
 /// A server looks where its clock was moved to once a second.
 const LOOKED_UP: Duration = Duration::from_millis(1_100);
 /// How soon it is promised to be back once Postgres accepts connections.
@@ -110,10 +115,20 @@ impl Fault {
 pub struct Episode {
     pub fault: Fault,
     pub what: String,
+    /// The one that alone is struck.
+    pub server: Option<usize>,
     pub began: Moment,
     /// Everything was healed, and Postgres accepted connections.
     pub healed: Moment,
     pub outages: [Outage; 2],
+}
+
+impl Episode {
+    /// When nobody can be blamed for what fails.
+    pub fn disturbance(&self) -> Disturbance {
+        let touches = self.server.map_or([true; 2], |server| [server == 0, server == 1]);
+        Disturbance { from: self.began, to: self.healed + RECOVERY, touches }
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -133,8 +148,6 @@ pub struct Bed {
     pub world: Arc<World>,
     pub successes: [Successes; 2],
     pub random: fastrand::Rng,
-    /// Longest that a fault lasts.
-    pub longest_ms: u64,
 }
 
 impl Bed {
@@ -155,14 +168,15 @@ impl Bed {
             }
             let fault = due.unwrap_or_else(|| faults[self.random.usize(..faults.len())]);
             let calm = Duration::from_millis(self.random.u64(300..1_500));
-            tokio::time::sleep(calm).await;
+            let is_long = self.random.u32(..LONG_CALM_IN) == 0;
+            tokio::time::sleep(if is_long { LONG_CALM } else { calm }).await;
             episodes.push(self.strike(fault).await);
         }
     }
 
     async fn strike(&mut self, fault: Fault) -> Episode {
         let began = self.world.now();
-        let what = self.inflict(fault).await;
+        let (what, server) = self.inflict(fault).await;
         let undone = self.world.now();
         self.cluster.answers().await;
         let healed = self.world.now();
@@ -174,10 +188,11 @@ impl Bed {
         let undone = (undone - began).as_secs_f64();
         let answered = (healed - began).as_secs_f64();
         say(format!(
-            "{:8.3} s  {what}; undone after {undone:.3} s, Postgres there after {answered:.3} s, service {first} and {second} ms later",
-            began.as_secs_f64()
+            "{:8.3} s  {what}; undone after {undone:.3} s, Postgres there after {answered:.3} s, service {first} and {second} ms later; {}",
+            began.as_secs_f64(),
+            self.cluster.room().await,
         ));
-        Episode { fault, what, began, healed, outages }
+        Episode { fault, what, server, began, healed, outages }
     }
 
     /// Waits for a success of an append that was sent after the end, and looks
@@ -201,7 +216,11 @@ impl Bed {
         })
         .await;
         let Ok(back) = back else {
-            panic!("server {replica} has appended nothing for {PATIENCE:?} after all was healed");
+            panic!(
+                "server {replica} has appended nothing for {PATIENCE:?} after all was healed; {}; it said last:\n{}",
+                self.cluster.room().await,
+                self.replicas[replica].last_words(),
+            );
         };
         let successes = self.successes[replica].lock().unwrap();
         let within = successes.iter().rev().take_while(|(_, answered)| *answered >= began);
@@ -211,10 +230,17 @@ impl Bed {
         Outage { without, until_back: back - healed }
     }
 
-    /// Does it and heals it; what it was, in words.
-    async fn inflict(&mut self, fault: Fault) -> String {
+    /// Does it and heals it; what it was, in words, and to which server, if to one
+    /// alone.
+    async fn inflict(&mut self, fault: Fault) -> (String, Option<usize>) {
         let one = self.random.usize(..2);
-        let lasts = Duration::from_millis(self.random.u64(200..self.longest_ms));
+        let server = match fault {
+            Fault::KillServer | Fault::TerminateServer | Fault::StopServer => Some(one),
+            // The only one with a clock of its own.
+            Fault::MoveClock => Some(1),
+            _ => None,
+        };
+        let lasts = Duration::from_millis(self.random.u64(200..self.world.pace.fault_ms));
         let detail = match fault {
             Fault::KillServer => {
                 self.replicas[one].kill().await;
@@ -257,7 +283,7 @@ impl Bed {
             Fault::UseUpConnections => self.use_up_connections(lasts).await,
             Fault::HoldLocks => self.hold_locks(lasts).await,
         };
-        format!("{}: {detail}", fault.name())
+        (format!("{}: {detail}", fault.name()), server)
     }
 
     async fn move_clock(&mut self, lasts: Duration) -> String {
@@ -282,8 +308,8 @@ impl Bed {
     /// that it makes.
     async fn seconds_ahead_of_us(&mut self) -> i64 {
         let mut callers =
-            [self.world.caller(1, &self.world.provider), self.world.caller(1, &self.world.provider)];
-        let job = self.world.new_job(&mut callers, &mut self.random).await;
+            [self.world.caller(1, &self.world.providers[0]), self.world.caller(1, &self.world.providers[0])];
+        let job = self.world.new_job(0, &mut callers, &mut self.random).await;
         self.world.close_job(&mut callers, &mut self.random, job).await;
         let log = read(&self.world, &mut callers[1], 1, job).await.log;
         let id: Uuid = log[0].id.parse().unwrap();

@@ -9,8 +9,8 @@ use std::{
 use milepost::pb;
 
 use crate::{
-    history::{Attempt, Batch, Moment, Outcome},
-    world::{Failure, World},
+    history::{Attempt, Moment, Outcome},
+    world::{World, outcome},
     writers::{Writer, event},
 };
 
@@ -25,24 +25,16 @@ const EVENTS: usize = 1_000;
 pub type Successes = Arc<Mutex<Vec<(Moment, Moment)>>>;
 
 pub async fn probe(world: Arc<World>, replica: usize, successes: Successes) {
-    let mut writer = Writer::new(&world, format!("probe {replica}"));
-    let mut job = world.new_job(&mut writer.callers, &mut writer.random).await;
+    let mut writer = Writer::new(&world, format!("probe {replica}"), 0);
+    let mut job = writer.new_job().await;
     let mut appended = 0;
     while !world.is_finishing() {
         if appended == EVENTS {
-            job = world.new_job(&mut writer.callers, &mut writer.random).await;
+            job = writer.new_job().await;
             appended = 0;
         }
         let event = event(&world, &mut writer.random, job);
-        let mut batch = Batch {
-            writer: writer.name.clone(),
-            job,
-            expected: None,
-            repeats: 0,
-            events: vec![event],
-            attempts: Vec::new(),
-            order: None,
-        };
+        let mut batch = writer.batch(job, vec![event]);
         let request = pb::AppendEventsRequest {
             job: Some(pb::append_events_request::Job::JobId(world.job_id(job))),
             expected_sequence: None,
@@ -51,11 +43,7 @@ pub async fn probe(world: Arc<World>, replica: usize, successes: Successes) {
         while batch.answer().is_none() {
             let sent = world.now();
             let call = writer.callers[replica].events.append_events(request.clone());
-            let outcome = match world.answer_within(PATIENCE, "AppendEvents", call).await {
-                Ok(answer) => Outcome::Appended(answer.events),
-                Err(Failure::Refused(refusal)) => Outcome::Refused(refusal),
-                Err(Failure::Unknown(what)) => Outcome::Unknown(what),
-            };
+            let outcome = outcome(world.answer_within(PATIENCE, "AppendEvents", call).await);
             let over = world.now();
             if let Outcome::Appended(_) = outcome {
                 successes.lock().unwrap().push((sent, over));

@@ -9,7 +9,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Streaming};
 
 use crate::{
-    history::{Attempt, Batch, Moment, Outcome, Refusal},
+    history::{Attempt, Batch, Lost, Moment, Outcome, Refusal},
     world::{Failure, World},
     writers::{Writer, complete, events},
 };
@@ -37,11 +37,12 @@ struct Publisher {
 /// Publishes to jobs of its own until the end, and then until everything is
 /// answered.
 pub async fn publish(world: Arc<World>, name: String) {
-    let writer = Writer::new(&world, name);
+    let writer = Writer::new(&world, name, 0);
     let mut publisher = Publisher { writer, jobs: Vec::new(), sent: VecDeque::new(), next: 0 };
     while !(world.is_finishing() && publisher.sent.is_empty()) {
         publisher.stream().await;
-        tokio::time::sleep(Duration::from_millis(publisher.writer.random.u64(5..100))).await;
+        let rest = Duration::from_millis(publisher.writer.random.u64(5..world.pace.rest_ms));
+        let _ = timeout(rest, world.finishing.cancelled()).await;
     }
 }
 
@@ -62,7 +63,7 @@ impl Publisher {
             Err(Failure::Refused(refusal)) => {
                 panic!("a publish stream was refused: {refusal:?}");
             }
-            Err(Failure::Unknown(what)) => what,
+            Err(Failure::Unknown(lost)) => lost,
         };
         let over = world.now();
         for batch in &mut self.sent {
@@ -75,21 +76,22 @@ impl Publisher {
         }
     }
 
-    /// Sends and hears until the stream is over; why it is.
+    /// Sends and hears until the stream is over; what that is to what was not
+    /// answered.
     async fn converse(
         &mut self,
         world: &World,
         replica: usize,
         batches: mpsc::Sender<pb::PublishEventsRequest>,
         mut answers: Streaming<pb::PublishEventsResponse>,
-    ) -> String {
+    ) -> Lost {
         let mut left = self.writer.random.u32(5..400);
         let half_closes = self.writer.random.bool();
         let mut batches = Some(batches);
         loop {
             if left == 0 || world.is_finishing() {
                 if !half_closes && !world.is_finishing() {
-                    return "the client left".to_owned();
+                    return Lost::GaveUp;
                 }
                 batches = None;
             } else if self.sent.len() < WINDOW
@@ -104,25 +106,25 @@ impl Publisher {
                 let _ = batches.try_send(request);
             }
             let patience = if self.sent.len() < WINDOW && batches.is_some() {
-                Duration::from_millis(self.writer.random.u64(..60)) * world.pace
+                Duration::from_millis(self.writer.random.u64(..60)) * world.pace.slower
             } else {
                 PATIENCE
             };
             match timeout(patience, answers.message()).await {
                 Err(_) if patience < PATIENCE && !self.is_overdue(world) => {}
-                Err(_) => return "no answer came".to_owned(),
+                Err(_) => return Lost::GaveUp,
                 Ok(Ok(Some(answer))) => self.hear(world, answer),
                 Ok(Ok(None)) => {
                     if batches.is_some() || !self.sent.is_empty() {
                         self.complain(world, "a stream of answers ended with OK and answers were missing");
                     }
-                    return "the stream ended".to_owned();
+                    return Lost::GaveUp;
                 }
                 Ok(Err(status)) => match world.failure("PublishEvents", &status) {
-                    Failure::Unknown(what) => return what,
+                    Failure::Unknown(lost) => return lost,
                     Failure::Refused(refusal) => {
                         self.complain(world, &format!("a stream ended with {refusal:?}"));
-                        return "refused".to_owned();
+                        return Lost::GaveUp;
                     }
                 },
             }
@@ -163,11 +165,11 @@ impl Publisher {
     /// A batch for any of its jobs; as it alone writes to them, it knows where
     /// each will end.
     async fn next_batch(&mut self, world: &World) -> Batch {
-        let Writer { callers, random, name, .. } = &mut self.writer;
         while self.jobs.len() < 3 {
-            let job = world.new_job(callers, random).await;
-            self.jobs.push(Own { job, last: 0, batches_left: random.u32(3..40) });
+            let job = self.writer.new_job().await;
+            self.jobs.push(Own { job, last: 0, batches_left: self.writer.random.u32(3..40) });
         }
+        let random = &mut self.writer.random;
         let chosen = random.usize(..self.jobs.len());
         let own = &mut self.jobs[chosen];
         own.batches_left -= 1;
@@ -175,15 +177,8 @@ impl Publisher {
         if own.batches_left == 0 {
             events.push(complete());
         }
-        let batch = Batch {
-            writer: name.clone(),
-            job: own.job,
-            expected: random.bool().then_some(own.last),
-            repeats: 0,
-            attempts: Vec::new(),
-            order: Some(self.next),
-            events,
-        };
+        let expected = random.bool().then_some(own.last);
+        let batch = Batch { expected, order: Some(self.next), ..self.writer.batch(own.job, events) };
         self.next += 1;
         own.last += i64::try_from(batch.events.len()).unwrap();
         if own.batches_left == 0 {
@@ -204,7 +199,7 @@ fn request(world: &World, batch: &Batch) -> pb::PublishEventsRequest {
 
 /// It goes out; whatever comes of it is filled in later.
 fn begin(batch: &mut Batch, replica: usize, sent: Moment) {
-    let outcome = Outcome::Unknown("not answered".to_owned());
+    let outcome = Outcome::Unknown(Lost::GaveUp);
     batch.attempts.push(Attempt { replica, sent, over: Moment::MAX, outcome });
 }
 

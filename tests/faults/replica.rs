@@ -20,6 +20,8 @@ use crate::{
 
 /// Few, so that they are used up when the database is slow.
 const DATABASE_CONNECTIONS: &str = "4";
+/// Lines of its log that are told of a server that does not recover.
+const LAST_LINES: usize = 30;
 
 pub struct Replica {
     pub address: SocketAddr,
@@ -66,6 +68,13 @@ impl Replica {
     pub async fn terminate(&mut self) -> ExitStatus {
         self.signal("TERM").await;
         within(Duration::from_secs(30), "a server's exit", self.child.wait()).await.unwrap()
+    }
+
+    /// The end of its log.
+    pub fn last_words(&self) -> String {
+        let log = fs::read_to_string(&self.log).unwrap();
+        let lines: Vec<&str> = log.lines().collect();
+        lines[lines.len().saturating_sub(LAST_LINES)..].join("\n")
     }
 
     /// STOP or CONT.

@@ -10,7 +10,7 @@ use crate::{
 };
 
 /// Violations of one guarantee that are told in full.
-const TOLD: usize = 3;
+const TOLD: usize = 5;
 
 pub fn report(finding: &Finding) -> String {
     let mut text = String::new();
@@ -37,7 +37,7 @@ fn operations(finding: &Finding, text: &mut String) {
     let seen: usize = messages
         .map(|message| match &message.body {
             Body::Events(events) => events.len(),
-            Body::CaughtUp(_) | Body::Heartbeat | Body::Ended(..) => 0,
+            Body::CaughtUp(_) | Body::Heartbeat | Body::Ended(..) | Body::Listed => 0,
         })
         .sum();
     let _ = write!(
@@ -102,7 +102,10 @@ fn violations(finding: &Finding, text: &mut String) {
     let _ = writeln!(text, "\n{} violations", finding.violations.len());
     for (guarantee, violations) in kinds {
         let _ = writeln!(text, "\n{guarantee}: {} violations", violations.len());
-        for violation in violations.iter().take(TOLD) {
+        // One message may make many of the same.
+        let mut told = violations.clone();
+        told.dedup_by_key(|violation| &violation.what);
+        for violation in told.into_iter().take(TOLD) {
             let event = violation.event.as_deref();
             let _ = writeln!(
                 text,

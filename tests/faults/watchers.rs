@@ -12,8 +12,8 @@ use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
 
 use crate::{
-    history::{Body, Chain, End, Message, Moment, Scope, Start, Stream},
-    world::{Caller, Failure, User, World},
+    history::{Body, Chain, End, Message, Moment, Only, Scope, Start, Stream},
+    world::{Caller, Failure, User, World, tag},
 };
 
 /// How a watcher behaves.
@@ -29,7 +29,7 @@ pub enum Habit {
 
 /// Longest silence before a watcher looks elsewhere; heartbeats come every 5 s,
 /// but not while the database is away.
-const SILENCE: Duration = Duration::from_secs(12);
+pub const SILENCE: Duration = Duration::from_secs(9);
 
 pub struct Watcher {
     pub world: Arc<World>,
@@ -48,8 +48,15 @@ pub struct Watcher {
 
 impl Watcher {
     pub fn new(world: &Arc<World>, name: &str, scope: Scope, habit: Habit) -> Self {
-        let chain =
-            Chain { name: name.to_owned(), scope, kinds: Vec::new(), streams: Vec::new(), whole: false };
+        let chain = Chain {
+            name: name.to_owned(),
+            scope,
+            only: Only::default(),
+            prompt: habit != Habit::Slow,
+            kinds: Vec::new(),
+            streams: Vec::new(),
+            whole: false,
+        };
         let random = world.random();
         Self {
             world: Arc::clone(world),
@@ -71,6 +78,11 @@ impl Watcher {
 
     pub fn until(mut self, moment: Moment) -> Self {
         self.until = moment;
+        self
+    }
+
+    pub fn only(mut self, configuration: Option<usize>, counterpart: Option<usize>) -> Self {
+        self.chain.only = Only { configuration, counterpart };
         self
     }
 
@@ -109,13 +121,26 @@ impl Watcher {
 
     fn user(&self) -> User {
         match self.chain.scope {
-            Scope::All => self.world.provider.clone(),
+            Scope::OfProvider(provider) => self.world.providers[provider].clone(),
             Scope::OfCustomer(customer) => self.world.customers[customer].clone(),
             Scope::Job(job) => {
-                let customer = self.world.history.lock().unwrap().jobs[job].customer;
-                [&self.world.provider, &self.world.customers[customer]][job % 2].clone()
+                let of = self.world.history.lock().unwrap().jobs[job].clone();
+                [&self.world.providers[of.provider], &self.world.customers[of.customer]][job % 2].clone()
             }
         }
+    }
+
+    fn asked(&self) -> Asked {
+        let Only { configuration, counterpart } = self.chain.only;
+        let others = match self.chain.scope {
+            Scope::Job(job) => return Asked::JobId(self.world.job_id(job)),
+            Scope::OfProvider(_) => &self.world.customers,
+            Scope::OfCustomer(_) => &self.world.providers,
+        };
+        Asked::AllJobs(pb::AllJobs {
+            configuration_tag: configuration.map(tag).unwrap_or_default(),
+            counterpart_id: counterpart.map(|other| others[other].id.clone()).unwrap_or_default(),
+        })
     }
 
     /// Where the next stream starts: mostly after the last message, now and then
@@ -138,30 +163,26 @@ impl Watcher {
 
     async fn stream(&mut self, replica: usize, callers: &mut [Caller; 2], over: &CancellationToken) {
         let (start, from) = self.start();
-        let scope = match self.chain.scope {
-            Scope::All | Scope::OfCustomer(_) => Asked::AllJobs(pb::AllJobs::default()),
-            Scope::Job(job) => Asked::JobId(self.world.job_id(job)),
-        };
         let request = pb::WatchEventsRequest {
-            scope: Some(scope),
+            scope: Some(self.asked()),
             kinds: self.chain.kinds.iter().map(|&kind| kind.into()).collect(),
             start: from,
             heartbeat_interval: Some(prost_types::Duration { seconds: 5, nanos: 0 }),
         };
         let opened = self.world.now();
-        let end = End::Broken(String::new());
-        self.chain.streams.push(Stream { replica, start, opened, messages: Vec::new(), end });
+        let (messages, end) = (Vec::new(), End::Left);
+        self.chain.streams.push(Stream { replica, start, opened, messages, end, over: opened });
         self.tokens.push(Vec::new());
         let call = callers[replica].events.watch_events(request);
         let end = match self.world.answer("WatchEvents", call).await {
             Ok(stream) => self.read(stream, over).await,
             Err(Failure::Refused(refusal)) => End::Refused(refusal),
-            Err(Failure::Unknown(what)) => End::Broken(what),
+            Err(Failure::Unknown(lost)) => lost.into(),
         };
         // What it was told is that nothing more comes.
         let refused = matches!(end, End::Refused(_));
         let stream = self.chain.streams.last_mut().expect("just pushed");
-        stream.end = end;
+        (stream.end, stream.over) = (end, self.world.now());
         let ended = matches!(
             stream.messages.last().map(|message| &message.body),
             Some(Body::Ended(pb::WatchEndReason::JobClosed, _))
@@ -191,10 +212,10 @@ impl Watcher {
         loop {
             let finishing = self.world.is_finishing();
             if !ended && ((left == 0 && !finishing) || self.is_leaving()) {
-                return End::Broken("the watcher left".to_owned());
+                return End::Left;
             }
             if self.habit == Habit::Restless && !ended && !finishing && self.world.now() > leave_at {
-                return End::Broken("the watcher left in time".to_owned());
+                return End::Left;
             }
             if self.habit == Habit::Slow && !finishing && self.random.u32(..40) == 0 {
                 self.world.pause(&mut self.random, 3_000).await;
@@ -204,7 +225,7 @@ impl Watcher {
                 message = tokio::time::timeout(SILENCE, stream.message()) => message,
                 () = over.cancelled(), if caught_up => {
                     self.chain.whole = true;
-                    return End::Broken("all was over".to_owned());
+                    return End::Left;
                 }
             };
             match message {
@@ -213,7 +234,7 @@ impl Watcher {
                 Ok(Err(status)) => {
                     return match self.world.failure("WatchEvents", &status) {
                         Failure::Refused(refusal) => End::Refused(refusal),
-                        Failure::Unknown(what) => End::Broken(what),
+                        Failure::Unknown(lost) => lost.into(),
                     };
                 }
                 Ok(Ok(Some(message))) => {
@@ -248,15 +269,16 @@ pub async fn watch_jobs(world: Arc<World>, name: String, over: CancellationToken
     let mut random = world.random();
     while !world.is_finishing() {
         let jobs = world.history.lock().unwrap().jobs.len();
-        if jobs == 0 {
+        let Some((known, sequence)) = world.recently_acknowledged(&mut random) else {
             world.pause(&mut random, 50).await;
             continue;
-        }
-        let job = jobs - 1 - random.usize(..jobs.min(12));
-        let start = match random.u32(..4) {
-            0 => Start::AfterSequence(0),
-            1 => Start::Now,
-            _ => Start::Beginning,
+        };
+        let latest = jobs - 1 - random.usize(..jobs.min(12));
+        let (job, start) = match random.u32(..5) {
+            0 => (latest, Start::AfterSequence(0)),
+            1 => (known, Start::AfterSequence(sequence)),
+            2 => (latest, Start::Now),
+            _ => (latest, Start::Beginning),
         };
         let habit = if random.bool() { Habit::Restless } else { Habit::Patient };
         let until = world.now() + Duration::from_millis(random.u64(3_000..20_000));
@@ -265,5 +287,18 @@ pub async fn watch_jobs(world: Arc<World>, name: String, over: CancellationToken
             watcher = watcher.of_kinds(&[EventKind::Step, EventKind::Complete]);
         }
         watcher.watch(over.clone()).await;
+    }
+}
+
+/// Watches all jobs of somebody from now on, for a while, again and again.
+pub async fn watch_from_now(world: Arc<World>, name: String, over: CancellationToken) {
+    let mut random = world.random();
+    while !world.is_finishing() {
+        let one = |random: &mut fastrand::Rng| random.bool().then(|| random.usize(..2));
+        let scope = [Scope::OfProvider, Scope::OfCustomer][random.usize(..2)](random.usize(..2));
+        let habit = if random.bool() { Habit::Restless } else { Habit::Patient };
+        let until = world.now() + Duration::from_millis(random.u64(3_000..20_000));
+        let watcher = Watcher::new(&world, &name, scope, habit).from(Start::Now).until(until);
+        watcher.only(one(&mut random), one(&mut random)).watch(over.clone()).await;
     }
 }

@@ -26,13 +26,16 @@ use tonic::{
 use tonic_types::StatusExt as _;
 use uuid::Uuid;
 
-use crate::history::{Close, Configuration, Events, History, Job, Moment, Refusal, Unexcused};
+use crate::history::{
+    Close, Closed, Configuration, Events, History, Job, Lost, Moment, Outcome, Refusal, Unexcused,
+};
 
 /// Longest that a client waits for an answer before it asks again.
 const PATIENCE: Duration = Duration::from_secs(3);
 const TAG: &str = "faults";
 const PASSWORD: &str = "correct horse battery";
-/// How many customers the jobs are run for.
+/// How many run jobs, and for how many.
+pub const PROVIDERS: usize = 2;
 pub const CUSTOMERS: usize = 2;
 
 #[derive(Clone)]
@@ -59,7 +62,16 @@ pub enum Failure {
     /// For what it said.
     Refused(Refusal),
     /// Perhaps it was done, perhaps not.
-    Unknown(String),
+    Unknown(Lost),
+}
+
+/// What became of a request to append.
+pub fn outcome(answer: Result<pb::AppendEventsResponse, Failure>) -> Outcome {
+    match answer {
+        Ok(answer) => Outcome::Appended(answer.events),
+        Err(Failure::Refused(refusal)) => Outcome::Refused(refusal),
+        Err(Failure::Unknown(lost)) => Outcome::Unknown(lost),
+    }
 }
 
 #[derive(Clone)]
@@ -68,12 +80,23 @@ pub struct User {
     secret: String,
 }
 
+/// How hard everybody goes at it.
+#[derive(Clone, Copy, Debug)]
+pub struct Pace {
+    /// How many times slower than is sensible in a short run.
+    pub slower: u32,
+    /// Longest that a publisher rests between two streams. While it does not, it
+    /// sends as fast as it is answered.
+    pub rest_ms: u64,
+    /// Longest that a fault lasts.
+    pub fault_ms: u64,
+}
+
 pub struct World {
     begun: Instant,
-    /// How much slower than as fast as is sensible everybody is.
-    pub pace: u32,
+    pub pace: Pace,
     replicas: [SocketAddr; 2],
-    pub provider: User,
+    pub providers: Vec<User>,
     pub customers: Vec<User>,
     pub history: Mutex<History>,
     pub events: Events,
@@ -86,9 +109,11 @@ pub struct World {
 
 impl World {
     /// Signs everybody up and registers configurations.
-    pub async fn new(replicas: [SocketAddr; 2], seed: u64, pace: u32) -> Self {
-        let provider = sign_up(replicas[0], pb::UserRole::Provider).await;
-        let mut customers = Vec::new();
+    pub async fn new(replicas: [SocketAddr; 2], seed: u64, pace: Pace) -> Self {
+        let (mut providers, mut customers) = (Vec::new(), Vec::new());
+        for _ in 0..PROVIDERS {
+            providers.push(sign_up(replicas[0], pb::UserRole::Provider).await);
+        }
         for _ in 0..CUSTOMERS {
             customers.push(sign_up(replicas[0], pb::UserRole::Customer).await);
         }
@@ -96,7 +121,7 @@ impl World {
             begun: Instant::now(),
             pace,
             replicas,
-            provider,
+            providers,
             customers,
             history: Mutex::default(),
             events: Events::default(),
@@ -122,13 +147,16 @@ impl World {
             metadata: Vec::new(),
         };
         let request = pb::RegisterJobConfigurationRequest {
-            tag: format!("{TAG}-{number}"),
+            tag: tag(number),
             name: "Faults".to_owned(),
             version: "1.0.0".to_owned(),
             steps: steps.iter().map(step).collect(),
         };
-        let service = service(self.replicas[0], &self.provider.secret);
-        ConfigurationServiceClient::new(service).register_job_configuration(request).await.unwrap();
+        for provider in &self.providers {
+            let service = service(self.replicas[0], &provider.secret);
+            let mut client = ConfigurationServiceClient::new(service);
+            client.register_job_configuration(request.clone()).await.unwrap();
+        }
         self.history.lock().unwrap().configurations.push(steps);
     }
 
@@ -147,7 +175,7 @@ impl World {
 
     /// Waits somewhere between none of it and all of it, or until the end.
     pub async fn pause(&self, random: &mut fastrand::Rng, longest_ms: u64) {
-        let pause = Duration::from_millis(random.u64(0..=longest_ms)) * self.pace;
+        let pause = Duration::from_millis(random.u64(0..=longest_ms)) * self.pace.slower;
         let _ = tokio::time::timeout(pause, self.finishing.cancelled()).await;
     }
 
@@ -186,13 +214,14 @@ impl World {
         match tokio::time::timeout(patience, call).await {
             Ok(Ok(response)) => Ok(response.into_inner()),
             Ok(Err(status)) => Err(self.failure(what, &status)),
-            Err(_) => Err(Failure::Unknown(format!("no answer within {patience:?}"))),
+            Err(_) => Err(Failure::Unknown(Lost::GaveUp)),
         }
     }
 
     /// What a status says, noted where no fault excuses it.
     pub fn failure(&self, what: impl Display, status: &Status) -> Failure {
         let broken = std::error::Error::source(status).is_some();
+        let lost = Lost::Broken(format!("{:?}: {}", status.code(), status.message()));
         match status.code() {
             Code::InvalidArgument
             | Code::NotFound
@@ -200,28 +229,29 @@ impl World {
             | Code::FailedPrecondition
             | Code::Aborted
             | Code::OutOfRange => Failure::Refused(refusal(status)),
-            Code::Unavailable | Code::DeadlineExceeded | Code::ResourceExhausted => {
-                Failure::Unknown(format!("{:?}: {}", status.code(), status.message()))
-            }
-            code if broken || code == Code::Cancelled => {
-                Failure::Unknown(format!("{code:?}: {}", status.message()))
-            }
+            Code::Unavailable | Code::DeadlineExceeded => Failure::Unknown(lost),
+            code if broken || code == Code::Cancelled => Failure::Unknown(lost),
             code => {
                 let what = format!("{what}: {code:?}: {}", status.message());
-                self.history.lock().unwrap().unexcused.push(Unexcused { at: self.now(), what: what.clone() });
-                Failure::Unknown(what)
+                self.history.lock().unwrap().unexcused.push(Unexcused { at: self.now(), what });
+                Failure::Unknown(lost)
             }
         }
     }
 
-    /// Creates a job, however long that takes.
-    pub async fn new_job(&self, callers: &mut [Caller; 2], random: &mut fastrand::Rng) -> usize {
+    /// Creates a job of the provider who calls, however long that takes.
+    pub async fn new_job(
+        &self,
+        provider: usize,
+        callers: &mut [Caller; 2],
+        random: &mut fastrand::Rng,
+    ) -> usize {
         let configuration = random.usize(..self.history.lock().unwrap().configurations.len());
         let customer = random.usize(..CUSTOMERS);
         let request = pb::CreateJobRequest {
             provider_job_id: Uuid::now_v7().to_string(),
             customer_id: self.customers[customer].id.clone(),
-            configuration_tag: format!("{TAG}-{configuration}"),
+            configuration_tag: tag(configuration),
             configuration_version: String::new(),
             provider_job_name: "A job".to_owned(),
         };
@@ -231,7 +261,7 @@ impl World {
                 Ok(created) => {
                     let id = created.job.expect("a job").id;
                     let mut history = self.history.lock().unwrap();
-                    history.jobs.push(Job { id, configuration, customer });
+                    history.jobs.push(Job { id, configuration, provider, customer });
                     return history.jobs.len() - 1;
                 }
                 Err(Failure::Refused(refusal)) => panic!("a job was refused: {refusal:?}"),
@@ -255,13 +285,26 @@ impl World {
         let outcome = loop {
             let caller = &mut callers[random.usize(..2)];
             match self.answer("CloseJob", caller.jobs.close_job(request.clone())).await {
-                Ok(_) => break Ok(()),
+                Ok(closed) => {
+                    let last_sequence = closed.job.expect("a job").last_sequence;
+                    break Ok(Closed { last_sequence, existed: closed.existed });
+                }
                 Err(Failure::Refused(refusal)) => break Err(refusal),
                 Err(Failure::Unknown(_)) => tokio::time::sleep(Duration::from_millis(50)).await,
             }
         };
-        let close = Close { job, reason, sent, outcome };
+        let close = Close { job, reason, sent, over: self.now(), outcome };
         self.history.lock().unwrap().closes.push(close);
+    }
+
+    /// A batch that was acknowledged not long ago: its job, and one of its
+    /// sequences.
+    pub fn recently_acknowledged(&self, random: &mut fastrand::Rng) -> Option<(usize, i64)> {
+        let history = self.history.lock().unwrap();
+        let recent = history.batches.iter().rev().take(200);
+        let answered: Vec<_> = recent.filter_map(|batch| Some((batch.job, batch.answer()?.1))).collect();
+        let (job, events) = random.choice(answered)?;
+        Some((job, random.choice(events)?.sequence))
     }
 
     /// Counts what a watcher received.
@@ -271,6 +314,11 @@ impl World {
             self.seen.fetch_add(watched.events.len() as u64, Ordering::Relaxed);
         }
     }
+}
+
+/// Of a configuration, by its number.
+pub fn tag(configuration: usize) -> String {
+    format!("{TAG}-{configuration}")
 }
 
 /// What a status refuses, and where it says that the log ends.

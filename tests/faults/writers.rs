@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 use crate::{
     history::{Attempt, Batch, Outcome},
-    world::{Caller, Failure, World},
+    world::{Caller, World, outcome},
 };
 
 /// How many batches of a job its writer remembers, to send them once more.
@@ -90,13 +90,18 @@ pub struct Writer {
     pub world: Arc<World>,
     pub name: String,
     pub random: fastrand::Rng,
+    provider: usize,
     pub callers: [Caller; 2],
 }
 
 impl Writer {
-    pub fn new(world: &Arc<World>, name: String) -> Self {
-        let callers = world.callers(&world.provider);
-        Self { world: Arc::clone(world), name, random: world.random(), callers }
+    pub fn new(world: &Arc<World>, name: String, provider: usize) -> Self {
+        let callers = world.callers(&world.providers[provider]);
+        Self { world: Arc::clone(world), name, random: world.random(), provider, callers }
+    }
+
+    pub async fn new_job(&mut self) -> usize {
+        self.world.new_job(self.provider, &mut self.callers, &mut self.random).await
     }
 
     /// Writes to jobs of its own and to shared ones until the end.
@@ -116,7 +121,7 @@ impl Writer {
         let shared = match known {
             Some(shared) => shared,
             None => {
-                let job = self.world.new_job(&mut self.callers, &mut self.random).await;
+                let job = self.new_job().await;
                 let shared = Arc::new(Shared { job, last: AtomicI64::new(0) });
                 slots.lock().unwrap()[slot] = Some(Arc::clone(&shared));
                 shared
@@ -157,7 +162,7 @@ impl Writer {
     }
 
     async fn write_own(&mut self) {
-        let job = self.world.new_job(&mut self.callers, &mut self.random).await;
+        let job = self.new_job().await;
         let mut acknowledged = VecDeque::new();
         let (batches, completes) = (self.random.usize(2..25), self.random.u32(..10));
         for n in 0..batches {
@@ -176,8 +181,24 @@ impl Writer {
             let Some(mut batch) = acknowledged.pop_front() else { return };
             batch.attempts = Vec::new();
             batch.repeats = batch.events.len();
-            self.send(&mut batch).await;
+            self.send(&mut batch, false).await;
             self.world.history.lock().unwrap().batches.push(batch);
+        }
+    }
+
+    /// Gives its events no ids, and so sends none of them a second time.
+    pub async fn write_carelessly(mut self) {
+        while !self.world.is_finishing() {
+            let job = self.new_job().await;
+            for _ in 0..self.random.usize(3..15) {
+                let id = String::new();
+                let event = pb::NewEvent { id, ..event(&self.world, &mut self.random, job) };
+                let mut batch = self.batch(job, vec![event]);
+                self.send(&mut batch, true).await;
+                let told = batch.answer().map(|(_, told)| told[0].id.clone());
+                batch.events[0].id = told.unwrap_or_default();
+                self.record(batch, &mut VecDeque::new()).await;
+            }
         }
     }
 
@@ -193,15 +214,7 @@ impl Writer {
         if closes {
             fresh.push(complete());
         }
-        let mut batch = Batch {
-            writer: self.name.clone(),
-            job,
-            expected,
-            repeats: 0,
-            events: Vec::new(),
-            attempts: Vec::new(),
-            order: None,
-        };
+        let mut batch = Batch { expected, ..self.batch(job, Vec::new()) };
         if let Some(old) = acknowledged.back()
             && self.random.u32(..12) == 0
         {
@@ -209,12 +222,26 @@ impl Writer {
             batch.repeats = 1;
         }
         batch.events.append(&mut fresh);
-        self.send(&mut batch).await;
+        let leaves = self.random.u32(..40) == 0;
+        self.send(&mut batch, leaves).await;
         batch
     }
 
-    async fn send(&mut self, batch: &mut Batch) {
-        let leaves = self.random.u32(..40) == 0;
+    /// One to be sent for the first time.
+    pub fn batch(&self, job: usize, events: Vec<pb::NewEvent>) -> Batch {
+        Batch {
+            writer: self.name.clone(),
+            job,
+            expected: None,
+            repeats: 0,
+            events,
+            attempts: Vec::new(),
+            order: None,
+        }
+    }
+
+    /// Sends it until it is answered, or if it `leaves` until an answer is lost.
+    async fn send(&mut self, batch: &mut Batch, leaves: bool) {
         let mut replica = self.random.usize(..2);
         let request = pb::AppendEventsRequest {
             job: Some(pb::append_events_request::Job::JobId(self.world.job_id(batch.job))),
@@ -224,14 +251,10 @@ impl Writer {
         loop {
             let sent = self.world.now();
             let call = self.callers[replica].events.append_events(request.clone());
-            let outcome = match self.world.answer("AppendEvents", call).await {
-                Ok(answer) => Outcome::Appended(answer.events),
-                Err(Failure::Refused(refusal)) => Outcome::Refused(refusal),
-                Err(Failure::Unknown(what)) => Outcome::Unknown(what),
-            };
+            let outcome = outcome(self.world.answer("AppendEvents", call).await);
             let lost = matches!(outcome, Outcome::Unknown(_));
             batch.attempts.push(Attempt { replica, sent, over: self.world.now(), outcome });
-            // One that crashes leaves it unanswered.
+            // As one that crashes.
             if !lost || leaves {
                 return;
             }

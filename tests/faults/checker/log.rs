@@ -1,12 +1,12 @@
 //! What writers sent and were told, against what is stored in the end.
 
-use std::{collections::HashMap, time::Duration};
+use std::collections::HashMap;
 
 use milepost::pb;
 use tonic::Code;
 
-use super::{Case, Guarantee, Log, Violations};
-use crate::history::{Attempt, Batch, Outcome, Refusal};
+use super::{Case, Guarantee, Log, Origin, Violations};
+use crate::history::{Attempt, Batch, Close, Lost, Moment, Outcome, Refusal};
 
 pub fn check(case: &Case<'_>, violations: &mut Violations) {
     for (job, log) in case.logs.iter().enumerate() {
@@ -24,24 +24,33 @@ pub fn check(case: &Case<'_>, violations: &mut Violations) {
         check_published(case, &batches, violations);
     }
     for close in &case.history.closes {
-        let last = case.logs[close.job].events.last();
-        let kind = last.map(|event| event.kind());
-        let id = last.map(|event| event.id.as_str());
-        match &close.outcome {
-            Ok(()) if kind != Some(pb::EventKind::Close) => {
-                violations.add(
-                    Guarantee::Durable,
-                    id,
-                    "CloseJob was answered and the job's last event is no `close`",
-                );
+        check_close(&case.logs[close.job], close, violations);
+    }
+}
+
+fn check_close(log: &Log, close: &Close, violations: &mut Violations) {
+    let last = log.events.last();
+    let kind = last.map(|event| event.kind());
+    let id = last.map(|event| event.id.as_str());
+    match &close.outcome {
+        Ok(_) if kind != Some(pb::EventKind::Close) => {
+            let what = "CloseJob was answered and the job's last event is no `close`";
+            violations.add(Guarantee::Durable, id, what);
+        }
+        Ok(closed) => {
+            if !closed.existed && last.is_some_and(|event| event.name != close.reason) {
+                let what = format!("closed for {:?}, it was said, and it was not so before", close.reason);
+                violations.add(Guarantee::Unique, id, what);
             }
-            Err(Refusal { code: Code::FailedPrecondition, .. }) if kind == Some(pb::EventKind::Complete) => {}
-            Err(refusal) => violations.add(
-                Guarantee::Contract,
-                id,
-                format!("CloseJob was refused by {refusal:?}, and the job ends with {kind:?}"),
-            ),
-            Ok(()) => {}
+            if usize::try_from(closed.last_sequence) != Ok(log.events.len()) {
+                let what = format!("CloseJob was answered as {closed:?} of {} events", log.events.len());
+                violations.add(Guarantee::Terminating, id, what);
+            }
+        }
+        Err(Refusal { code: Code::FailedPrecondition, .. }) if kind == Some(pb::EventKind::Complete) => {}
+        Err(refusal) => {
+            let what = format!("CloseJob was refused by {refusal:?}, and the job ends with {kind:?}");
+            violations.add(Guarantee::Contract, id, what);
         }
     }
 }
@@ -56,7 +65,7 @@ fn check_log(case: &Case<'_>, job: usize, log: &Log, violations: &mut Violations
         );
     }
     let mut film = case.film(job);
-    let mut later = Duration::MAX;
+    let mut later = Moment::MAX;
     for (place, event) in log.events.iter().enumerate() {
         let id = Some(event.id.as_str());
         if event.sequence != i64::try_from(place + 1).unwrap() {
@@ -77,24 +86,22 @@ fn check_log(case: &Case<'_>, job: usize, log: &Log, violations: &mut Violations
             );
             violations.add(Guarantee::Deterministic, id, what);
         }
-        let closed_by = |reason: &str| {
-            let mut closes = case.history.closes.iter();
-            closes.any(|close| close.job == job && close.reason == reason)
-        };
-        if log.batches[place].is_none() && !(event.kind() == pb::EventKind::Close && closed_by(&event.name)) {
+        if let Origin::Nobody = log.origins[place] {
             violations.add(Guarantee::Unique, id, "stored, and nobody sent it");
         }
     }
     // From the end: what was acknowledged before another was sent is before it.
-    for (event, batch) in log.events.iter().zip(&log.batches).rev() {
-        let Some(batch) = batch.map(|number| &case.history.batches[number]) else { continue };
-        if batch.first_sent() > later {
+    for (event, &origin) in log.events.iter().zip(&log.origins).rev() {
+        if case.first_sent(origin) > later {
             let what = "stands before an event that had been acknowledged when it was first sent";
             violations.add(Guarantee::Ordered, Some(&event.id), what);
         }
-        if let Some((answered, _)) = batch.answer() {
-            later = later.min(answered.over);
-        }
+        let answered = match origin {
+            Origin::Batch(number) => case.history.batches[number].answer().map(|(attempt, _)| attempt.over),
+            Origin::Close(number) => Some(case.history.closes[number].over),
+            Origin::Nobody => None,
+        };
+        later = later.min(answered.unwrap_or(Moment::MAX));
     }
 }
 
@@ -128,6 +135,12 @@ fn check_batch(case: &Case<'_>, batch: &Batch, violations: &mut Violations) {
         match &attempt.outcome {
             Outcome::Appended(answer) => check_answer(case, batch, number, answer, violations),
             Outcome::Refused(refusal) => check_refusal(case, batch, attempt, refusal, violations),
+            Outcome::Unknown(Lost::Broken(why))
+                if case.is_calm(attempt.replica, attempt.sent, attempt.over) =>
+            {
+                let what = format!("an append came to nothing when all was well: {why}");
+                violations.add(Guarantee::Contract, first, what);
+            }
             Outcome::Unknown(_) => {}
         }
     }
@@ -199,14 +212,18 @@ fn check_refusal(
     }
     let excused = match refusal.code {
         Code::Aborted => match (batch.expected, refusal.last_sequence) {
-            (Some(expected), Some(last)) => expected != last,
+            (Some(expected), Some(last)) => {
+                let can_be =
+                    case.acknowledged(batch.job, attempt.sent)..=case.possible(batch.job, attempt.over);
+                expected != last && can_be.contains(&last)
+            }
             // A publish stream's refusal tells it elsewhere; but who alone
             // writes to a job knows where it ends.
             _ => false,
         },
         Code::FailedPrecondition => {
-            let closing = log.events.last().filter(|event| is_closing(event));
-            closing.is_some_and(|event| was_sent_before(case, batch.job, event, attempt.over))
+            let last = log.events.last().zip(log.origins.last());
+            last.is_some_and(|(event, &origin)| is_closing(event) && case.first_sent(origin) < attempt.over)
         }
         _ => false,
     };
@@ -215,19 +232,8 @@ fn check_refusal(
     }
 }
 
-fn is_closing(event: &pb::Event) -> bool {
+pub(super) fn is_closing(event: &pb::Event) -> bool {
     matches!(event.kind(), pb::EventKind::Complete | pb::EventKind::Close)
-}
-
-/// Whether the last event of a log had been sent by then.
-fn was_sent_before(case: &Case<'_>, job: usize, last: &pb::Event, moment: Duration) -> bool {
-    match case.logs[job].batches.last().copied().flatten() {
-        Some(number) => case.history.batches[number].first_sent() < moment,
-        None => {
-            let mut closes = case.history.closes.iter();
-            closes.any(|close| close.job == job && close.reason == last.name && close.sent < moment)
-        }
-    }
 }
 
 /// Batches of one writer for one job, in the order sent: each is before the

@@ -17,7 +17,7 @@ use std::{
 use milepost::pb;
 
 use self::film::Film;
-use crate::history::{Attempt, History, Outcome};
+use crate::history::{Attempt, History, Moment, Outcome};
 
 /// What a violation is one of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -30,7 +30,8 @@ pub enum Guarantee {
     Resumable,
     Terminating,
     Deterministic,
-    /// `expected_sequence`, refusals, codes: what the API says beyond the eight.
+    /// `expected_sequence`, refusals, codes, availability: what the API says
+    /// beyond the eight.
     Contract,
 }
 
@@ -62,18 +63,34 @@ impl fmt::Display for Guarantee {
     }
 }
 
+/// Whose an event is.
+#[derive(Clone, Copy)]
+enum Origin {
+    Batch(usize),
+    Close(usize),
+    Nobody,
+}
+
 /// A job's log as it was found in the end, and where each of its events is.
+#[derive(Default)]
 struct Log {
     events: Vec<Arc<pb::Event>>,
     places: HashMap<String, usize>,
-    /// Each event's batch, by place; none for what was not appended by one.
-    batches: Vec<Option<usize>>,
+    /// By place.
+    origins: Vec<Origin>,
+    /// By place: when it can have been there at the earliest.
+    earliest: Vec<Moment>,
+    /// When each sequence was first acknowledged: a moment, and the highest
+    /// sequence acknowledged until then.
+    acknowledged: Vec<(Moment, i64)>,
 }
 
 /// The history, and what was found in the end.
 struct Case<'a> {
     history: &'a History,
     logs: Vec<Log>,
+    /// Of jobs, by their ids.
+    numbers: HashMap<&'a str, usize>,
 }
 
 /// Everything that is wrong with a history.
@@ -93,32 +110,97 @@ pub fn check(history: &History) -> Vec<Violation> {
 impl<'a> Case<'a> {
     fn new(history: &'a History) -> Self {
         let mut logs: Vec<Log> = Vec::new();
-        logs.resize_with(history.jobs.len(), || Log {
-            events: Vec::new(),
-            places: HashMap::new(),
-            batches: Vec::new(),
-        });
+        logs.resize_with(history.jobs.len(), Log::default);
         // What another replica reads must be the same, see `reads`.
         for read in history.reads.iter().filter(|read| read.replica == 0) {
             let log = &mut logs[read.job];
             log.events.clone_from(&read.log);
-            log.batches = vec![None; log.events.len()];
+            log.origins = vec![Origin::Nobody; log.events.len()];
             log.places =
                 read.log.iter().enumerate().map(|(place, event)| (event.id.clone(), place)).collect();
         }
         for (number, batch) in history.batches.iter().enumerate() {
             let log = &mut logs[batch.job];
             for event in &batch.events[batch.repeats..] {
-                if let Some(&place) = log.places.get(&event.id) {
-                    log.batches[place].get_or_insert(number);
+                if let Some(&place) = log.places.get(&event.id)
+                    && let Origin::Nobody = log.origins[place]
+                {
+                    log.origins[place] = Origin::Batch(number);
+                }
+            }
+            for attempt in &batch.attempts {
+                if let Outcome::Appended(events) = &attempt.outcome
+                    && let Some(last) = events.iter().map(|event| event.sequence).max()
+                {
+                    log.acknowledged.push((attempt.over, last));
                 }
             }
         }
-        Self { history, logs }
+        for (number, close) in history.closes.iter().enumerate() {
+            let log = &mut logs[close.job];
+            if let Some((last, origin)) = log.events.last().zip(log.origins.last_mut())
+                && (last.kind(), &last.name) == (pb::EventKind::Close, &close.reason)
+            {
+                *origin = Origin::Close(number);
+            }
+            if let Ok(closed) = &close.outcome {
+                log.acknowledged.push((close.over, closed.last_sequence));
+            }
+        }
+        for log in &mut logs {
+            let mut earliest = Moment::ZERO;
+            for &origin in &log.origins {
+                earliest = earliest.max(first_sent(history, origin));
+                log.earliest.push(earliest);
+            }
+            log.acknowledged.sort_unstable();
+            let mut highest = 0;
+            for (_, sequence) in &mut log.acknowledged {
+                highest = highest.max(*sequence);
+                *sequence = highest;
+            }
+        }
+        let numbers =
+            history.jobs.iter().enumerate().map(|(number, job)| (job.id.as_str(), number)).collect();
+        Self { history, logs, numbers }
+    }
+
+    fn first_sent(&self, origin: Origin) -> Moment {
+        first_sent(self.history, origin)
+    }
+
+    /// The highest sequence of a job that was acknowledged before a moment.
+    fn acknowledged(&self, job: usize, before: Moment) -> i64 {
+        let moments = &self.logs[job].acknowledged;
+        let known = moments.partition_point(|(moment, _)| *moment < before);
+        known.checked_sub(1).map_or(0, |last| moments[last].1)
+    }
+
+    /// The highest sequence of a job that can have been there by a moment.
+    fn possible(&self, job: usize, by: Moment) -> i64 {
+        let there = self.logs[job].earliest.partition_point(|earliest| *earliest <= by);
+        i64::try_from(there).unwrap()
+    }
+
+    /// Whether nothing was broken that a server needs, all the time.
+    fn is_calm(&self, replica: usize, from: Moment, to: Moment) -> bool {
+        let mut disturbances = self.history.disturbances.iter();
+        !disturbances.any(|disturbance| {
+            disturbance.touches[replica] && disturbance.from <= to && disturbance.to >= from
+        })
     }
 
     fn film(&self, job: usize) -> Film<'a> {
         Film::new(&self.history.configurations[self.history.jobs[job].configuration])
+    }
+}
+
+/// Never before then; for what nobody sent, any time.
+fn first_sent(history: &History, origin: Origin) -> Moment {
+    match origin {
+        Origin::Batch(number) => history.batches[number].first_sent(),
+        Origin::Close(number) => history.closes[number].sent,
+        Origin::Nobody => Moment::ZERO,
     }
 }
 
@@ -144,7 +226,7 @@ pub fn biography(history: &History, id: &str) -> Vec<String> {
                     again += 1;
                     continue;
                 }
-                Outcome::Unknown(what) => format!("unknown: {what}"),
+                Outcome::Unknown(lost) => format!("unknown: {lost:?}"),
             };
             let (sent, over) = (sent.as_secs_f64(), over.as_secs_f64());
             lines.push(format!("  {sent:.3} s to {over:.3} s, server {replica}: {said}"));

@@ -1,56 +1,32 @@
 //! What each watcher saw, stream by stream, against what is stored.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use milepost::pb::{Event, JobState, WatchEndReason};
 
-use super::{Case, Guarantee, Violations};
-use crate::history::{Body, Chain, End, Moment, Outcome, Scope, Start, Stream};
+use super::{Case, Guarantee, Violations, log::is_closing};
+use crate::{
+    history::{Body, Chain, End, Message, Moment, Scope, Start, Stream},
+    watchers::SILENCE,
+};
+
+/// How recent an event may be that is not there yet when a heartbeat says that all
+/// is: far from what is promised, but everybody here shares a small machine.
+const LATE: Duration = Duration::from_secs(3);
 
 /// How far each job was watched: the sequence of the last event received, or
 /// from where on it was to be.
 type Position = HashMap<usize, i64>;
 
 pub fn check(case: &Case<'_>, violations: &mut Violations) {
-    let acknowledged = acknowledged(case);
-    let numbers: HashMap<&str, usize> =
-        case.history.jobs.iter().enumerate().map(|(number, job)| (job.id.as_str(), number)).collect();
     for chain in &case.history.chains {
-        let mut watch =
-            Watch { case, chain, numbers: &numbers, acknowledged: &acknowledged, live_since: None };
-        watch.check(violations);
+        Watch { case, chain, live_since: None }.check(violations);
     }
-}
-
-/// By job, when each sequence was first acknowledged: a moment, and the highest
-/// sequence acknowledged until then.
-fn acknowledged(case: &Case<'_>) -> Vec<Vec<(Moment, i64)>> {
-    let mut all: Vec<Vec<(Moment, i64)>> = vec![Vec::new(); case.logs.len()];
-    for batch in &case.history.batches {
-        for attempt in &batch.attempts {
-            if let Outcome::Appended(events) = &attempt.outcome
-                && let Some(last) = events.iter().map(|event| event.sequence).max()
-            {
-                all[batch.job].push((attempt.over, last));
-            }
-        }
-    }
-    for moments in &mut all {
-        moments.sort_unstable();
-        let mut highest = 0;
-        for (_, sequence) in moments {
-            highest = highest.max(*sequence);
-            *sequence = highest;
-        }
-    }
-    all
 }
 
 struct Watch<'a> {
     case: &'a Case<'a>,
     chain: &'a Chain,
-    numbers: &'a HashMap<&'a str, usize>,
-    acknowledged: &'a [Vec<(Moment, i64)>],
     /// For one that started from now: when it first had caught up. What was
     /// sent later is not in its past.
     live_since: Option<Moment>,
@@ -73,7 +49,7 @@ impl Watch<'_> {
                 Start::After { stream, messages } => positions[stream][&messages].clone(),
                 Start::AfterSequence(sequence) => match self.chain.scope {
                     Scope::Job(job) => Position::from([(job, sequence)]),
-                    Scope::All | Scope::OfCustomer(_) => Position::new(),
+                    Scope::OfProvider(_) | Scope::OfCustomer(_) => Position::new(),
                 },
                 Start::Beginning | Start::Now => Position::new(),
             };
@@ -130,18 +106,23 @@ impl Watch<'_> {
                             position.insert(job, state.last_sequence);
                         }
                     } else {
-                        self.check_caught_up(stream, &position, violations);
+                        self.check_known(stream, &position, stream.opened, "`caught_up` came", violations);
                     }
                     if self.starts_now() {
                         self.live_since.get_or_insert(message.at);
                     }
                     self.check_state(stream, state.as_ref(), violations);
                 }
-                Body::Heartbeat => {}
+                Body::Listed => {
+                    self.check_known(stream, &position, stream.opened, "the list ended", violations);
+                }
+                Body::Heartbeat => {
+                    self.check_heartbeat(stream, message, caught_up, &position, violations);
+                }
                 Body::Ended(reason, state) => {
                     ended = true;
                     self.check_state(stream, state.as_ref(), violations);
-                    self.check_end(stream, *reason, state.as_ref(), &position, violations);
+                    self.check_end(stream, message, *reason, state.as_ref(), &position, violations);
                 }
             }
             if wanted.contains(&(number + 1)) {
@@ -162,9 +143,42 @@ impl Watch<'_> {
                 let what = format!("{}: is not over after `end`", self.name(stream));
                 violations.add(Guarantee::Terminating, None, what);
             }
-            End::Ok | End::Silent | End::Broken(_) => {}
+            End::Silent => {
+                let since = stream.messages.last().map_or(stream.opened, |message| message.at);
+                if self.case.is_calm(stream.replica, since, stream.over) {
+                    let what = format!("{}: {SILENCE:?} without a heartbeat", self.name(stream));
+                    violations.add(Guarantee::Complete, None, what);
+                }
+            }
+            End::Broken(why) if self.case.is_calm(stream.replica, stream.over, stream.over) => {
+                let what = format!("{}: broke off when all was well: {why}", self.name(stream));
+                violations.add(Guarantee::Contract, None, what);
+            }
+            End::Ok | End::Left | End::Broken(_) => {}
         }
         (kept, position)
+    }
+
+    /// After `caught_up` it says that all is there; and ever, that more may come.
+    fn check_heartbeat(
+        &self,
+        stream: &Stream,
+        message: &Message,
+        caught_up: bool,
+        position: &Position,
+        violations: &mut Violations,
+    ) {
+        if caught_up && self.chain.prompt {
+            let known = message.at.saturating_sub(LATE);
+            self.check_known(stream, position, known, "a heartbeat came", violations);
+        }
+        if let Scope::Job(job) = self.chain.scope
+            && let Some(last) = self.case.logs[job].events.last().filter(|event| is_closing(event))
+            && position.get(&job) == Some(&last.sequence)
+        {
+            let what = format!("{}: a heartbeat after the job was closed", self.name(stream));
+            violations.add(Guarantee::Terminating, Some(&last.id), what);
+        }
     }
 
     fn receive(
@@ -175,7 +189,8 @@ impl Watch<'_> {
         violations: &mut Violations,
     ) {
         let id = Some(event.id.as_str());
-        let Some(&job) = self.numbers.get(event.job_id.as_str()).filter(|&&job| self.contains(job)) else {
+        let Some(&job) = self.case.numbers.get(event.job_id.as_str()).filter(|&&job| self.contains(job))
+        else {
             let what = format!("{}: {event:?} is not in its scope", self.name(stream));
             return violations.add(Guarantee::Complete, id, what);
         };
@@ -237,26 +252,22 @@ impl Watch<'_> {
         if !self.starts_now() {
             return false;
         }
-        let batch = self.case.logs[job].batches[place];
-        let sent = batch.map_or(Moment::ZERO, |number| self.case.history.batches[number].first_sent());
+        let sent = self.case.first_sent(self.case.logs[job].origins[place]);
         self.live_since.is_none_or(|live_since| sent <= live_since)
     }
 
-    /// What was acknowledged before the stream was opened was received by then.
-    fn check_caught_up(&self, stream: &Stream, position: &Position, violations: &mut Violations) {
-        for (job, moments) in self.acknowledged.iter().enumerate().filter(|(job, _)| self.contains(*job)) {
-            let known = moments.partition_point(|(moment, _)| *moment < stream.opened);
-            let Some(&(_, through)) = known.checked_sub(1).and_then(|last| moments.get(last)) else {
-                continue;
-            };
-            self.check_received(
-                stream,
-                job,
-                position.get(&job).copied(),
-                through,
-                "`caught_up` came",
-                violations,
-            );
+    /// What was acknowledged before a moment has been received.
+    fn check_known(
+        &self,
+        stream: &Stream,
+        position: &Position,
+        before: Moment,
+        then: &str,
+        violations: &mut Violations,
+    ) {
+        for job in (0..self.case.logs.len()).filter(|&job| self.contains(job)) {
+            let through = self.case.acknowledged(job, before);
+            self.check_received(stream, job, position.get(&job).copied(), through, then, violations);
         }
     }
 
@@ -308,13 +319,19 @@ impl Watch<'_> {
     fn check_end(
         &self,
         stream: &Stream,
+        message: &Message,
         reason: WatchEndReason,
         state: Option<&JobState>,
         position: &Position,
         violations: &mut Violations,
     ) {
         match (reason, self.chain.scope) {
-            (WatchEndReason::Draining, _) => {}
+            (WatchEndReason::Draining, _) => {
+                if self.case.is_calm(stream.replica, message.at, message.at) || stream.end == End::Ok {
+                    let what = format!("{}: drained, and is over with {:?}", self.name(stream), stream.end);
+                    violations.add(Guarantee::Terminating, None, what);
+                }
+            }
             (WatchEndReason::JobClosed, Scope::Job(job)) => {
                 let length = i64::try_from(self.case.logs[job].events.len()).unwrap();
                 if state.map(|state| state.last_sequence) != Some(length) {
@@ -350,11 +367,16 @@ impl Watch<'_> {
     }
 
     fn contains(&self, job: usize) -> bool {
-        match self.chain.scope {
-            Scope::All => true,
-            Scope::OfCustomer(customer) => self.case.history.jobs[job].customer == customer,
-            Scope::Job(own) => own == job,
-        }
+        let of = &self.case.history.jobs[job];
+        let (in_sight, counterpart) = match self.chain.scope {
+            Scope::OfProvider(provider) => (of.provider == provider, of.customer),
+            Scope::OfCustomer(customer) => (of.customer == customer, of.provider),
+            Scope::Job(own) => return own == job,
+        };
+        let only = &self.chain.only;
+        in_sight
+            && only.configuration.is_none_or(|configuration| configuration == of.configuration)
+            && only.counterpart.is_none_or(|wanted| wanted == counterpart)
     }
 
     fn wants(&self, event: &Event) -> bool {

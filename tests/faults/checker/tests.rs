@@ -8,8 +8,8 @@ use tonic::Code;
 
 use super::{Guarantee, check};
 use crate::history::{
-    Attempt, Batch, Body, Chain, Close, End, History, Job, Message, Moment, Outcome, Read, Refusal, Scope,
-    Start, Stream,
+    Attempt, Batch, Body, Chain, Close, Closed, Disturbance, End, Glance, History, Job, Lost, Message,
+    Moment, Only, Outcome, Read, Refusal, Scope, Start, Stream,
 };
 
 const JOB: usize = 0;
@@ -107,7 +107,7 @@ fn history() -> History {
         .collect();
     let other_log: Vec<_> =
         [&f, &g].into_iter().zip(other_film).map(|(event, state)| stored("other", event, state)).collect();
-    let lost = Outcome::Unknown("lost".to_owned());
+    let lost = Outcome::Unknown(Lost::Broken("lost".to_owned()));
     let first = vec![told("a", true, film[0]), told("b", true, film[1])];
     let mut third = batch(
         JOB,
@@ -135,18 +135,25 @@ fn history() -> History {
         batch(OTHER, vec![f], vec![attempt(1, 2, Outcome::Appended(vec![told("f", false, other_film[0])]))]),
     ];
     let events = |events: &[Arc<pb::Event>]| Body::Events(events.to_vec());
-    let stream =
-        |start, opened, messages, end| Stream { replica: 0, start, opened: at(opened), messages, end };
-    let broken = || End::Broken("left".to_owned());
+    let stream = |start, opened, messages, end| Stream {
+        replica: 0,
+        start,
+        opened: at(opened),
+        messages,
+        end,
+        over: at(9),
+    };
     let chain = |scope, streams| Chain {
         name: "a watcher".to_owned(),
         scope,
+        only: Only::default(),
+        prompt: true,
         kinds: Vec::new(),
         streams,
         whole: true,
     };
     let of_all = chain(
-        Scope::All,
+        Scope::OfProvider(0),
         vec![
             stream(
                 Start::Beginning,
@@ -159,7 +166,7 @@ fn history() -> History {
                     message(5, Body::CaughtUp(None)),
                     message(7, events(&log[3..4])),
                 ],
-                broken(),
+                End::Left,
             ),
             stream(
                 Start::After { stream: 0, messages: 2 },
@@ -169,7 +176,7 @@ fn history() -> History {
                     message(8, Body::CaughtUp(None)),
                     message(9, events(&[log[4].clone(), other_log[1].clone()])),
                 ],
-                broken(),
+                End::Left,
             ),
         ],
     );
@@ -187,12 +194,13 @@ fn history() -> History {
             End::Ok,
         )],
     );
-    let job = |id: &str| Job { id: id.to_owned(), configuration: 0, customer: 0 };
+    let job = |id: &str| Job { id: id.to_owned(), configuration: 0, provider: 0, customer: 0 };
     let found = |log: &[Arc<pb::Event>]| {
         let last = log.last().expect("an event");
-        let closed_at = Some(prost_types::Timestamp::default());
+        let closes = matches!(last.kind(), Complete | EventKind::Close);
+        let closed_at = closes.then(prost_types::Timestamp::default);
         let (last_sequence, status, progress) = (last.sequence, last.status, last.progress);
-        pb::Job { last_sequence, status, progress, closed_at, ..Default::default() }
+        pb::Job { id: last.job_id.clone(), last_sequence, status, progress, closed_at, ..Default::default() }
     };
     let reads = (0..2).flat_map(|replica| {
         [(JOB, &log), (OTHER, &other_log)].map(|(job, log)| Read {
@@ -205,10 +213,18 @@ fn history() -> History {
     History {
         configurations: vec![vec![("one".to_owned(), 1), ("two".to_owned(), 3)]],
         jobs: vec![job("job"), job("other")],
-        closes: vec![Close { job: OTHER, reason: "a reason".to_owned(), sent: at(8), outcome: Ok(()) }],
+        closes: vec![Close {
+            job: OTHER,
+            reason: "a reason".to_owned(),
+            sent: at(8),
+            over: at(9),
+            outcome: Ok(Closed { last_sequence: 2, existed: false }),
+        }],
         batches,
         chains: vec![of_all, of_job],
+        glances: vec![Glance { replica: 1, sent: at(6), over: at(7), found: found(&log[..3]) }],
         reads: reads.collect(),
+        disturbances: vec![Disturbance { from: at(0), to: at(3), touches: [true; 2] }],
         unexcused: Vec::new(),
     }
 }
@@ -290,7 +306,7 @@ fn a_gap_in_the_numbers_is_caught() {
 #[test]
 fn an_event_before_one_that_had_been_acknowledged_is_caught() {
     assert_caught(Guarantee::Ordered, |history| {
-        history.batches[0].attempts = vec![attempt(10, 11, Outcome::Unknown(String::new()))];
+        history.batches[0].attempts = vec![attempt(10, 11, Outcome::Unknown(Lost::GaveUp))];
     });
 }
 
@@ -458,6 +474,13 @@ fn another_status_or_progress_is_caught() {
 fn an_expected_sequence_that_was_not_is_caught() {
     assert_caught(Guarantee::Contract, |history| history.batches[1].expected = Some(1));
     assert_caught(Guarantee::Contract, |history| history.batches[3].expected = Some(2));
+    // More had been acknowledged by then; so much had not even been sent.
+    for (sent, over, said) in [(5, 6, 1), (4, 5, 4)] {
+        assert_caught(Guarantee::Contract, |history| {
+            history.batches[3].expected = Some(9);
+            history.batches[3].attempts[0] = attempt(sent, over, refused(Code::Aborted, Some(said)));
+        });
+    }
 }
 
 #[test]
@@ -472,4 +495,112 @@ fn a_refusal_without_a_reason_is_caught() {
         history.closes[0].outcome =
             Err(Refusal { code: Code::FailedPrecondition, message: String::new(), last_sequence: None });
     });
+}
+
+#[test]
+fn a_close_that_was_answered_falsely_is_caught() {
+    let closed = |last_sequence, existed| Ok(Closed { last_sequence, existed });
+    assert_eq!(found(|history| history.closes[0].outcome = closed(2, true)), []);
+    assert_caught(Guarantee::Terminating, |history| history.closes[0].outcome = closed(1, false));
+    assert_caught(Guarantee::Unique, |history| {
+        let again = Close { reason: "another".to_owned(), ..history.closes[0].clone() };
+        history.closes.push(again);
+    });
+    // It was closed before the other event was sent.
+    assert_caught(Guarantee::Ordered, |history| {
+        history.batches[6].attempts = vec![attempt(10, 11, Outcome::Unknown(Lost::GaveUp))];
+    });
+    assert_caught(Guarantee::Complete, |history| {
+        history.closes[0].over = at(8);
+        history.chains[0].streams[1].opened = at(9);
+        let event = seen(history, 1, 2).pop().expect("an event");
+        history.chains[0].streams[1].messages.push(message(9, Body::Events(vec![event])));
+        history.chains[0].streams[1].messages.swap(1, 2);
+    });
+}
+
+#[test]
+fn what_cannot_be_at_a_time_and_is_said_is_caught() {
+    assert_caught(Guarantee::Durable, |history| history.glances[0].found.last_sequence = 2);
+    assert_caught(Guarantee::Durable, |history| {
+        history.glances[0].found = history.reads[0].found.clone();
+    });
+    assert_caught(Guarantee::Deterministic, |history| {
+        history.glances[0].found.status = JobStatus::Running.into();
+    });
+}
+
+#[test]
+fn a_watch_that_is_stuck_when_all_is_well_is_caught() {
+    let stuck = |history: &mut History| {
+        let stream = &mut history.chains[0].streams[1];
+        (stream.end, stream.over) = (End::Silent, at(20));
+        history.chains[0].whole = false;
+    };
+    assert_caught(Guarantee::Complete, stuck);
+    let disturbance = |server| Disturbance { from: at(15), to: at(16), touches: [server == 0, server == 1] };
+    for (server, expected) in [(0, vec![]), (1, vec![Guarantee::Complete])] {
+        let found = found(|history| {
+            stuck(history);
+            history.disturbances.push(disturbance(server));
+        });
+        assert_eq!(found, expected);
+    }
+}
+
+#[test]
+fn what_fails_when_all_is_well_is_caught() {
+    assert_caught(Guarantee::Contract, |history| {
+        history.chains[0].streams[1].end = End::Broken("UNAVAILABLE".to_owned());
+    });
+    assert_caught(Guarantee::Contract, |history| {
+        let lost = Outcome::Unknown(Lost::Broken("UNAVAILABLE".to_owned()));
+        history.batches[3].attempts.insert(0, attempt(4, 5, lost));
+    });
+    assert_caught(Guarantee::Terminating, |history| {
+        let drained = Body::Ended(pb::WatchEndReason::Draining, None);
+        history.chains[0].streams[1].messages.push(message(9, drained));
+    });
+}
+
+#[test]
+fn a_heartbeat_that_lies_is_caught() {
+    let beat = |seconds| message(seconds, Body::Heartbeat);
+    assert_eq!(found(|history| history.chains[1].streams[0].messages.insert(2, beat(6))), []);
+    assert_eq!(found(|history| history.chains[1].streams[0].messages.insert(0, beat(20))), []);
+    assert_caught(Guarantee::Complete, |history| {
+        history.chains[1].streams[0].messages.insert(2, beat(20));
+    });
+    assert_caught(Guarantee::Terminating, |history| {
+        history.chains[1].streams[0].messages.insert(3, beat(9));
+    });
+}
+
+#[test]
+fn an_event_of_another_scope_is_caught() {
+    for (configuration, counterpart) in [(Some(1), None), (None, Some(1))] {
+        assert_caught(Guarantee::Complete, |history| {
+            history.chains[0].only = Only { configuration, counterpart };
+        });
+    }
+    assert_caught(Guarantee::Complete, |history| history.jobs[OTHER].provider = 1);
+    assert_eq!(
+        found(|history| {
+            history.chains[0].only = Only { configuration: Some(0), counterpart: Some(0) };
+        }),
+        []
+    );
+}
+
+#[test]
+fn events_without_an_id_are_told_apart_by_their_names() {
+    let nameless = |name: &str| {
+        let event = pb::NewEvent { id: String::new(), name: name.to_owned(), ..Default::default() };
+        batch(OTHER, vec![event], vec![attempt(2, 3, Outcome::Unknown(Lost::GaveUp))])
+    };
+    let mut history = history();
+    history.batches.extend([nameless("a reason"), nameless("elsewhere")]);
+    history.name_nameless();
+    let ids: Vec<&str> = history.batches[7..].iter().map(|batch| batch.events[0].id.as_str()).collect();
+    assert_eq!(ids, ["g", ""]);
 }
