@@ -5,7 +5,7 @@
 
 use std::{
     fmt,
-    net::{IpAddr, SocketAddr},
+    net::{AddrParseError, IpAddr, SocketAddr},
     path::PathBuf,
     str::FromStr,
 };
@@ -112,16 +112,18 @@ pub struct ServerConfig {
 
     /// Most calls and streams at once on one HTTP/2 connection
     #[arg(long, env = "MILEPOST_STREAMS_PER_CONNECTION", default_value_t = 1000, value_name = "COUNT",
-          value_parser = clap::value_parser!(u32).range(1..=100_000))]
+          value_parser = clap::value_parser!(u32).range(2..=100_000))]
     pub streams_per_connection: u32,
 
-    /// Most streams of one user, or under watch tokens of one job, that are open on this replica
+    /// Most streams of one user, or under watch tokens of one job, that are open on this replica; fewer than one
+    /// connection may have
     #[arg(long, env = "MILEPOST_STREAMS_PER_USER", default_value_t = 500, value_name = "COUNT",
-          value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+          value_parser = clap::value_parser!(u32).range(1..=99_999))]
     pub streams_per_user: u32,
 
     /// Addresses of proxies whose x-forwarded-for tells where a call comes from; separated by commas
-    #[arg(long, env = "MILEPOST_TRUSTED_PROXY", value_name = "ADDRESSES", value_delimiter = ',')]
+    #[arg(long, env = "MILEPOST_TRUSTED_PROXY", value_name = "ADDRESSES", value_delimiter = ',',
+          value_parser = address)]
     pub trusted_proxy: Vec<IpAddr>,
 
     /// A connection is asked whether it lives after so many silent seconds
@@ -143,6 +145,21 @@ pub struct ServerConfig {
     #[arg(long, env = "MILEPOST_RETENTION_S", value_name = "SECONDS",
           value_parser = clap::value_parser!(u64).range(1..=3_153_600_000))]
     pub retention_s: Option<u64>,
+}
+
+impl ServerConfig {
+    /// An error for settings that are each fine but contradict each other.
+    pub fn check(&self) -> Result<(), String> {
+        let Self { streams_per_user: of_user, streams_per_connection: of_connection, .. } = self;
+        if of_user >= of_connection {
+            // HTTP/2 would keep the one too many waiting without a word.
+            return Err(format!(
+                "--streams-per-user {of_user} must be less than --streams-per-connection {of_connection}, or \
+                 nobody would be told that they have too many"
+            ));
+        }
+        Ok(())
+    }
 }
 
 /// What the server shows of itself and asks of its clients.
@@ -249,6 +266,11 @@ pub struct MonitoringConfig {
     /// Share of the calls that are traced, 0 to 1, of those whose callers did not decide it
     #[arg(long, env = "MILEPOST_TRACE_SHARE", default_value_t = 1.0, value_name = "SHARE", value_parser = share)]
     pub trace_share: f64,
+}
+
+/// An IPv4 address that is written as one of IPv6 is that of IPv4.
+fn address(text: &str) -> Result<IpAddr, AddrParseError> {
+    text.parse().map(|address: IpAddr| address.to_canonical())
 }
 
 fn share(text: &str) -> Result<f64, String> {

@@ -258,7 +258,10 @@ impl Resource {
 
 /// Fields of a request and what is wrong with each, in field order.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Violations(Vec<Violation>);
+pub struct Violations {
+    noted: Vec<Violation>,
+    known_step_tags: Option<usize>,
+}
 
 /// A field of a request and what is wrong with it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -272,33 +275,44 @@ pub struct Violation {
 impl Violations {
     /// Notes one more.
     pub fn add(&mut self, field: impl fmt::Display, description: impl Into<String>) {
-        self.0.push(Violation { field: field.to_string(), description: description.into() });
+        self.noted.push(Violation { field: field.to_string(), description: description.into() });
+    }
+
+    /// Notes how many tags of steps there are to choose from, where descriptions
+    /// name the first ones only.
+    pub fn know_step_tags(&mut self, total: usize) {
+        self.known_step_tags = Some(total);
+    }
+
+    /// See [`know_step_tags`](Self::know_step_tags).
+    pub fn known_step_tags(&self) -> Option<usize> {
+        self.known_step_tags
     }
 
     /// `value`, unless anything was noted.
     pub fn or<T>(self, value: T) -> Result<T> {
-        if self.0.is_empty() { Ok(value) } else { Err(Error::Invalid(self)) }
+        if self.noted.is_empty() { Ok(value) } else { Err(Error::Invalid(self)) }
     }
 
     /// Whether nothing was noted.
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.noted.is_empty()
     }
 
     /// In field order.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = &Violation> {
-        self.0.iter()
+        self.noted.iter()
     }
 
     fn count(&self) -> String {
-        match self.0.len() {
+        match self.noted.len() {
             1 => "a field".to_owned(),
             n => format!("{n} fields"),
         }
     }
 
     fn first(&self) -> String {
-        self.0.first().map_or_else(String::new, |v| format!("{}: {}", v.field, v.description))
+        self.noted.first().map_or_else(String::new, |v| format!("{}: {}", v.field, v.description))
     }
 }
 

@@ -23,14 +23,14 @@
 //!
 //! # Two walks through it
 //!
-//! **AppendEvents.** [`services`] asks [`auth`] who calls and makes the request
-//! a valid batch; `event_log::append` lets it join the batches of other callers
+//! **AppendEvents.** [`server`] asks [`auth`] who calls before the message is
+//! read, [`services`] makes it a valid batch; `event_log::append` lets it join the batches of other callers
 //! that wait, computes what each event does to its job, and has one SQL
 //! function compare, number and store them all in one transaction; then the
 //! callers are answered, and `event_log::tail` is handed what was committed.
 //!
-//! **WatchEvents.** [`services`] asks who calls, which scope, from where;
-//! `event_log::watch` subscribes to the tail first, then reads the past from
+//! **WatchEvents.** [`server`] asks who calls, [`services`] which scope, from
+//! where; `event_log::watch` subscribes to the tail first, then reads the past from
 //! the database, then hands on what the tail delivers. A watcher that falls
 //! behind forgets what waits for it and reads the log again from where it is.
 

@@ -56,7 +56,10 @@ pub const FAULTY_STREAMS: usize = 1024;
 /// How long a credential may go unconfirmed by the database before nothing is
 /// sent or accepted under it.
 pub const CREDENTIAL_CONFIRMED_WITHIN: Duration = Duration::from_secs(5);
-/// Longest that a client may take for the handshake of TLS.
+/// Most connections at once; one more is closed.
+pub const CONNECTIONS: usize = 10_000;
+/// Longest that a client may take for the handshake of TLS, and then to say that
+/// it speaks HTTP/2.
 pub const HANDSHAKE: Duration = Duration::from_secs(10);
 /// Most handshakes of TLS under way at once; one more ends the oldest.
 pub const HANDSHAKES: usize = 1000;

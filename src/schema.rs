@@ -183,6 +183,7 @@ diesel::table! {
         configuration_tag -> Text,
         position -> Int8,
         created_at -> Timestamptz,
+        first_position -> Int8,
     }
 }
 

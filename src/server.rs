@@ -4,6 +4,7 @@
 
 mod calls;
 mod connection;
+mod gate;
 mod incoming;
 mod metrics;
 mod tls;
@@ -20,7 +21,7 @@ use tonic::transport::Server;
 use tonic_health::{ServingStatus, server::HealthReporter};
 use tower::layer::layer_fn;
 
-use self::{calls::Calls, connection::Connections, incoming::incoming};
+use self::{calls::Calls, connection::Connections, gate::Gate, incoming::incoming};
 pub use self::{metrics::serve_metrics, tls::Tls};
 use crate::{
     error::{Error, Result},
@@ -77,7 +78,8 @@ pub async fn serve(
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
     let draining = app.draining.clone();
-    let (connections, calls) = (Connections::default(), TaskTracker::new());
+    let connections = Connections::new(limits::CONNECTIONS, limits::HANDSHAKE);
+    let calls = TaskTracker::new();
     let stopping = CancellationToken::new();
     let (reporter, health) = tonic_health::server::health_reporter();
     reporter.set_service_status(LIVENESS, ServingStatus::Serving).await;
@@ -89,9 +91,10 @@ pub async fn serve(
 
     let layer = {
         let (draining, request_timeout) = (draining.clone(), settings.request_timeout);
-        let calls = calls.clone();
+        let (app, calls) = (app.clone(), calls.clone());
         layer_fn(move |routes| {
-            Calls::new(routes, request_timeout, draining.clone(), calls.clone(), telemetry.clone())
+            let gate = Gate::new(routes, app.clone());
+            Calls::new(gate, request_timeout, draining.clone(), calls.clone(), telemetry.clone())
         })
     };
     // Pages are made to fit; a single item may be larger than any page.

@@ -89,8 +89,8 @@ impl Bed {
             .env("MILEPOST_LOG_LEVEL", "warn")
             .env("MILEPOST_BCRYPT_COST", "4")
             // A watch and a load share a connection in some rows.
-            .env("MILEPOST_STREAMS_PER_CONNECTION", "10000")
-            .env("MILEPOST_STREAMS_PER_USER", "100000")
+            .env("MILEPOST_STREAMS_PER_CONNECTION", "100000")
+            .env("MILEPOST_STREAMS_PER_USER", "99999")
             .stdout(Stdio::piped())
             .stderr(File::create(&log)?);
         let mut process = self.spawn(command, address)?;

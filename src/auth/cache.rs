@@ -2,7 +2,7 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    sync::Arc,
+    sync::{Arc, Weak},
     time::Duration,
 };
 
@@ -62,6 +62,15 @@ pub(super) enum Looked {
     TooEarly,
 }
 
+/// A credential that is remembered, in the hands of somebody who does not keep
+/// it from making room.
+#[derive(Debug)]
+pub(super) struct Known {
+    pub(super) hash: SecretHash,
+    pub(super) id: CredentialId,
+    pub(super) credential: Weak<Credential>,
+}
+
 #[derive(Debug, Default)]
 pub(super) struct Cache {
     entries: HashMap<SecretHash, Arc<Credential>>,
@@ -107,11 +116,7 @@ impl Cache {
 
     /// Ends what this concerns, and what look-ups in flight may yet find.
     pub(super) fn end(&mut self, ending: Ending) {
-        if self.endings.len() == ENDINGS {
-            self.endings.pop_front();
-        }
-        self.endings.push_back(ending);
-        self.endings_ever += 1;
+        self.note(ending);
         self.entries.retain(|_, credential| {
             let ended = ending.concerns(credential.caller());
             if ended {
@@ -119,6 +124,23 @@ impl Cache {
             }
             !ended
         });
+    }
+
+    /// Has a credential end then, unless it ends before. Look-ups in flight may
+    /// not have heard of that.
+    pub(super) fn end_at(&mut self, id: CredentialId, at: Moment) {
+        let ending = Ending::Credential(id);
+        self.note(ending);
+        let concerned = self.entries.values().filter(|credential| ending.concerns(credential.caller()));
+        concerned.for_each(|credential| credential.end_at(at));
+    }
+
+    fn note(&mut self, ending: Ending) {
+        if self.endings.len() == ENDINGS {
+            self.endings.pop_front();
+        }
+        self.endings.push_back(ending);
+        self.endings_ever += 1;
     }
 
     /// Ends what the database says is not good.
@@ -142,10 +164,15 @@ impl Cache {
     }
 
     /// All of them. Those that somebody holds, as open streams do, are used.
-    pub(super) fn all(&self) -> Vec<(SecretHash, Arc<Credential>)> {
+    pub(super) fn all(&self) -> Vec<Known> {
         let held = self.entries.values().filter(|credential| Arc::strong_count(credential) > 1);
         held.for_each(|credential| credential.touch());
-        self.entries.iter().map(|(hash, credential)| (*hash, credential.clone())).collect()
+        let known = |(hash, credential): (&SecretHash, &Arc<Credential>)| Known {
+            hash: *hash,
+            id: credential.caller().credential(),
+            credential: Arc::downgrade(credential),
+        };
+        self.entries.iter().map(known).collect()
     }
 
     /// Forgets what was not used for a while, and ends what has expired.
@@ -232,6 +259,18 @@ mod tests {
     }
 
     #[test]
+    fn what_is_to_end_sooner_ends_then_though_it_is_only_being_looked_up() {
+        let (mut cache, hash, user) = (Cache::default(), hash(), Uuid::now_v7());
+        let [key, other] = [(); 2].map(|()| CredentialId::ApiKey(Uuid::now_v7()));
+        let mark = cache.mark();
+        let cached = look_up(&mut cache, hash, credential(user, key), mark).expect("no endings");
+        let others = look_up(&mut cache, super::tests::hash(), credential(user, other), mark);
+        cache.end_at(key, Moment::now());
+        assert!(!cached.is_good() && others.is_some_and(|other| other.is_good()));
+        assert!(look_up(&mut cache, hash, credential(user, key), mark).is_none(), "asked too early");
+    }
+
+    #[test]
     fn a_new_password_ends_the_users_other_sessions_only() {
         let (mut cache, user, kept) = (Cache::default(), Uuid::now_v7(), Uuid::now_v7());
         let ids = [
@@ -272,15 +311,18 @@ mod tests {
         for _ in 4..CREDENTIALS {
             fill(&mut cache).expect("room");
         }
+        // As a round of confirmation has them.
+        let all = cache.all();
         let last = fill(&mut cache).expect("room");
         assert!(cache.entries.len() < CREDENTIALS);
+        assert!(all.iter().any(|known| known.credential.upgrade().is_none()));
         for looked in held.iter().chain([&last]) {
             let Looked::Good(credential) = looked else { panic!("too early") };
             assert!(cache.entries.values().any(|known| Arc::ptr_eq(known, credential)));
         }
-        let all = cache.all();
+        let all: Vec<_> = cache.entries.values().cloned().collect();
         while cache.entries.len() < CREDENTIALS {
-            cache.entries.insert(hash(), all[0].1.clone());
+            cache.entries.insert(hash(), all[0].clone());
         }
         assert!(matches!(fill(&mut cache), Err(Error::Overloaded { .. })), "all are held");
     }

@@ -2,6 +2,8 @@
 
 use std::{
     collections::HashMap,
+    future::poll_fn,
+    pin::pin,
     sync::{
         Arc, LazyLock, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -33,6 +35,11 @@ const LONG_AGO: u64 = 60 * 60 * 1_000;
 pub(super) struct Moment(pub(super) u64);
 
 impl Moment {
+    /// Before all others.
+    const PAST: Self = Self(0);
+    /// Does not come.
+    const NEVER: Self = Self(u64::MAX);
+
     pub(super) fn now() -> Self {
         static START: LazyLock<Instant> = LazyLock::new(Instant::now);
         Self(LONG_AGO).plus(START.elapsed())
@@ -46,7 +53,7 @@ impl Moment {
         Duration::from_millis(self.0.saturating_sub(earlier.0))
     }
 
-    fn plus(self, duration: Duration) -> Self {
+    pub(super) fn plus(self, duration: Duration) -> Self {
         Self(self.0.saturating_add(u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)))
     }
 }
@@ -55,9 +62,11 @@ impl Moment {
 #[derive(Debug)]
 pub struct Credential {
     caller: Caller,
-    /// By the clock of this process, from what was left by the database's.
-    expires: Option<Moment>,
-    ended: CancellationToken,
+    /// When it ends, by the clock of this process, from what was left by the
+    /// database's; it only ever comes sooner. The past: it was ended.
+    ends_at: AtomicU64,
+    /// Wakes those that wait for the end when that comes sooner.
+    sooner: Notify,
     /// When the database was asked that last said it is good.
     confirmed_at: AtomicU64,
     /// Wakes those that wait for the next confirmation.
@@ -75,8 +84,8 @@ impl Credential {
     pub(super) fn new(caller: Caller, lifetime: Option<Duration>, asked_at: Moment) -> Self {
         Self {
             caller,
-            expires: lifetime.map(|lifetime| asked_at.plus(lifetime)),
-            ended: CancellationToken::new(),
+            ends_at: AtomicU64::new(lifetime.map_or(Moment::NEVER, |lifetime| asked_at.plus(lifetime)).0),
+            sooner: Notify::new(),
             confirmed_at: AtomicU64::new(asked_at.0),
             confirmations: Notify::new(),
             used_at: AtomicU64::new(Moment::now().0),
@@ -93,18 +102,22 @@ impl Credential {
 
     /// Returns once the credential has expired or was revoked.
     pub async fn ended(&self) {
-        let expired = async {
-            while let Some(left) = self.expires.map(|at| at.since(Moment::now())) {
-                if left.is_zero() {
-                    return;
-                }
-                sleep(left.min(LONGEST_SLEEP)).await;
+        loop {
+            // Listens first, so that nothing sooner falls between.
+            let sooner = self.sooner.notified();
+            let ends_at = self.ends_at();
+            let left = ends_at.since(Moment::now());
+            if left.is_zero() {
+                return;
             }
-            std::future::pending().await
-        };
-        tokio::select! {
-            () = self.ended.cancelled() => {}
-            () = expired => {}
+            if ends_at == Moment::NEVER {
+                sooner.await;
+                continue;
+            }
+            tokio::select! {
+                () = sooner => {}
+                () = sleep(left.min(LONGEST_SLEEP)) => {}
+            }
         }
     }
 
@@ -129,9 +142,41 @@ impl Credential {
         Err(Error::CredentialInvalid)
     }
 
+    /// [`Error::CredentialInvalid`] if it has ended, [`Error::Unavailable`] if that
+    /// was not confirmed for too long.
+    pub fn still_good(&self) -> Result<()> {
+        match (self.is_good(), self.is_confirmed()) {
+            (false, _) => Err(Error::CredentialInvalid),
+            (true, false) => Err(Error::unavailable("the credential cannot be confirmed")),
+            (true, true) => Ok(()),
+        }
+    }
+
+    /// Does work that may have to wait for its turn, no step of it unless the
+    /// credential is [`still_good`](Self::still_good) by then.
+    pub async fn while_good<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        let mut work = pin!(work);
+        poll_fn(|context| {
+            self.still_good()?;
+            work.as_mut().poll(context)
+        })
+        .await
+    }
+
     /// Neither revoked nor expired, as far as this process knows.
     pub(super) fn is_good(&self) -> bool {
-        !self.ended.is_cancelled() && self.expires.is_none_or(|at| Moment::now() < at)
+        Moment::now() < self.ends_at()
+    }
+
+    fn ends_at(&self) -> Moment {
+        Moment(self.ends_at.load(Relaxed))
+    }
+
+    /// It ends then, unless before.
+    pub(super) fn end_at(&self, at: Moment) {
+        if at.0 < self.ends_at.fetch_min(at.0, Relaxed) {
+            self.sooner.notify_waiters();
+        }
     }
 
     /// Whether what this process knows is fresh enough to act on.
@@ -151,7 +196,7 @@ impl Credential {
     /// For good. Streams under it say so and end; those that cannot, since
     /// nobody reads them, are cut with their connections.
     pub(super) fn end(self: &Arc<Self>) {
-        self.ended.cancel();
+        self.end_at(Moment::PAST);
         if !self.streams().is_empty() {
             self.cut_after_grace();
         }
@@ -170,7 +215,7 @@ impl Credential {
         let number = self.next_stream.fetch_add(1, Relaxed);
         self.streams().insert(number, connection);
         // Whoever ended it a moment ago saw no stream to cut.
-        if self.ended.is_cancelled() {
+        if self.ends_at() == Moment::PAST {
             self.cut_after_grace();
         }
         number
@@ -256,6 +301,43 @@ mod tests {
         credential.ended().await;
         assert!(!credential.is_good());
         assert!(matches!(credential.confirmed().await, Err(Error::CredentialInvalid)));
+    }
+
+    #[tokio::test]
+    async fn an_end_may_come_sooner_but_not_later() {
+        let lifetime = Some(Duration::from_secs(3_600));
+        for credential in [credential(None, Moment::now()), credential(lifetime, Moment::now())] {
+            let mut ended = std::pin::pin!(credential.ended());
+            assert!((&mut ended).now_or_never().is_none());
+            credential.end_at(Moment::now().plus(Duration::from_millis(20)));
+            credential.end_at(Moment::now().plus(Duration::from_secs(60)));
+            assert!(credential.is_good());
+            tokio::time::timeout(Duration::from_secs(20), ended).await.expect("its end");
+            assert!(!credential.is_good());
+        }
+    }
+
+    #[tokio::test]
+    async fn what_waited_for_its_turn_is_not_done_under_a_credential_that_is_not_good_by_then() {
+        let stops: [fn(&Arc<Credential>); 2] = [
+            |credential| credential.end(),
+            |credential| credential.confirmed_at.store(Moment::PAST.0, Relaxed),
+        ];
+        for stop in stops {
+            let credential = Arc::new(credential(None, Moment::now()));
+            let (turn, comes) = tokio::sync::oneshot::channel();
+            let done = std::cell::Cell::new(false);
+            let mut work = std::pin::pin!(credential.while_good(async {
+                comes.await.map_err(Error::internal)?;
+                done.set(true);
+                Ok(())
+            }));
+            assert!((&mut work).now_or_never().is_none(), "it is not its turn");
+            stop(&credential);
+            turn.send(()).expect("it waits");
+            assert!(work.await.is_err(), "too late");
+            assert!(!done.get());
+        }
     }
 
     #[tokio::test]

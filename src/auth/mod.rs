@@ -24,7 +24,7 @@ use std::{
 
 use diesel_async::AsyncPgConnection;
 use tokio::{
-    sync::Notify,
+    sync::{Notify, Semaphore},
     time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
@@ -32,7 +32,7 @@ use uuid::Uuid;
 
 pub use self::{cache::Ending, credential::Credential, password::Passwords, streams::OpenStream};
 use self::{
-    cache::{Cache, Looked},
+    cache::{Cache, Known, Looked},
     credential::Moment,
     streams::Streams,
 };
@@ -82,6 +82,9 @@ struct Inner {
     passwords: Passwords,
     streams: Streams,
     cache: Mutex<Cache>,
+    /// Turns of those whose secret is not known: half of the pool, so that however
+    /// many strangers ask, others find a connection.
+    look_ups: Semaphore,
     /// When the last round of confirmation began that came to its end.
     confirmed_at: AtomicU64,
     /// Rings for a round of confirmation before its time.
@@ -94,11 +97,12 @@ impl Auth {
     pub fn start(database: Database, settings: AuthSettings) -> Self {
         let bell = Arc::new(Notify::new());
         let inner = Arc::new(Inner {
-            database,
             passwords: Passwords::new(settings.bcrypt_cost, settings.bcrypt_parallel),
             streams: Streams::new(settings.streams_per_user),
             settings,
             cache: Mutex::default(),
+            look_ups: Semaphore::new((database.settings().connections / 2).max(1)),
+            database,
             confirmed_at: AtomicU64::new(Moment::now().0),
             bell: bell.clone(),
         });
@@ -156,6 +160,12 @@ impl Auth {
         self.inner.cache().end(ending);
     }
 
+    /// Has a credential end on this replica once as much time has passed: then
+    /// as at [`Auth::end`], though nobody says so once more.
+    pub fn end_after(&self, id: CredentialId, left: Duration) {
+        self.inner.cache().end_at(id, Moment::now().plus(left));
+    }
+
     /// Asks the database now which credentials are still good, rather than at
     /// the next round: for whoever hears that one has ended elsewhere.
     pub fn reconfirm_now(&self) {
@@ -170,6 +180,7 @@ impl Inner {
     }
 
     async fn look_up(&self, kind: SecretKind, hash: SecretHash) -> Result<Arc<Credential>> {
+        let _turn = self.look_ups.acquire().await.map_err(Error::internal)?;
         loop {
             let mark = self.cache().mark();
             let mut conn = self.database.get().await?;
@@ -192,28 +203,32 @@ impl Inner {
         }
     }
 
-    /// One round: what the database says of all that is remembered.
-    async fn confirm(&self) -> Result<()> {
+    /// One round: what the database says of all that is remembered. Over a
+    /// connection of its own: what strangers ask for must not keep everybody
+    /// waiting.
+    async fn confirm(&self, kept: &mut Option<AsyncPgConnection>) -> Result<()> {
         let asked_at = Moment::now();
         let known = self.cache().all();
         if !known.is_empty() {
-            let mut conn = self.database.get().await?;
-            let ids = Ids::of(known.iter().map(|(_, credential)| &**credential));
-            let good = ids.still_good(&mut conn).await?;
-            for (hash, credential) in &known {
-                if good.contains(&credential.caller().credential()) {
+            let mut conn = self.database.kept_or_new(kept).await?;
+            let good = Ids::of(&known).still_good(&mut conn).await?;
+            let mut used = Vec::new();
+            for known in known {
+                // Forgotten meanwhile, and nobody's.
+                let Some(credential) = known.credential.upgrade() else { continue };
+                if good.contains(&known.id) {
                     credential.confirm(asked_at);
                 } else {
-                    self.cache().drop_ended(hash, credential);
+                    self.cache().drop_ended(&known.hash, &credential);
+                }
+                if credential.use_to_note(NOTE_EVERY) {
+                    used.push(known);
                 }
             }
-            let used: Vec<_> = known
-                .iter()
-                .map(|(_, credential)| credential)
-                .filter(|c| c.use_to_note(NOTE_EVERY))
-                .collect();
-            Ids::of(used.iter().map(|credential| &***credential)).note_use(&mut conn).await?;
-            used.into_iter().for_each(|credential| credential.noted(asked_at));
+            Ids::of(&used).note_use(&mut conn).await?;
+            let noted = used.iter().filter_map(|known| known.credential.upgrade());
+            noted.for_each(|credential| credential.noted(asked_at));
+            *kept = Some(conn);
         }
         self.confirmed_at.store(asked_at.0, Relaxed);
         Ok(())
@@ -230,10 +245,10 @@ struct Ids {
 }
 
 impl Ids {
-    fn of<'a>(credentials: impl Iterator<Item = &'a Credential>) -> Self {
+    fn of(credentials: &[Known]) -> Self {
         let mut ids = Self::default();
-        for credential in credentials {
-            match credential.caller().credential() {
+        for known in credentials {
+            match known.id {
                 CredentialId::Session(id) => ids.sessions.push(id),
                 CredentialId::ApiKey(id) => ids.api_keys.push(id),
                 CredentialId::WatchToken(id) => ids.watch_tokens.push(id),
@@ -279,6 +294,7 @@ impl Ids {
 async fn keep_confirmed(inner: Weak<Inner>, bell: Arc<Notify>) {
     let mut wait = CONFIRM_EVERY;
     let mut failing = false;
+    let mut connection = None;
     loop {
         tokio::select! {
             () = sleep(wait) => {}
@@ -286,7 +302,7 @@ async fn keep_confirmed(inner: Weak<Inner>, bell: Arc<Notify>) {
         }
         let Some(inner) = inner.upgrade() else { return };
         // A connection whose peer is gone answers nothing, for minutes.
-        let round = timeout(CREDENTIAL_CONFIRMED_WITHIN, inner.confirm()).await;
+        let round = timeout(CREDENTIAL_CONFIRMED_WITHIN, inner.confirm(&mut connection)).await;
         inner.cache().drop_idle(NOTE_EVERY);
         match round.unwrap_or_else(|elapsed| Err(Error::unavailable(elapsed))) {
             Ok(()) => (wait, failing) = (CONFIRM_EVERY, false),

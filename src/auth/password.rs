@@ -3,7 +3,11 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::{sync::Semaphore, task::spawn_blocking, time::timeout};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    task::spawn_blocking,
+    time::timeout,
+};
 
 use crate::{
     error::{Error, Result},
@@ -19,21 +23,46 @@ const NO_SALT: [u8; 16] = [0; 16];
 pub struct Passwords {
     cost: u32,
     turns: Arc<Semaphore>,
+    strangers: Arc<Semaphore>,
     wait: Duration,
 }
 
 impl Passwords {
-    /// With bcrypt's `cost`, 4 to 31, and at most `parallel` at work.
+    /// With bcrypt's `cost`, 4 to 31, and at most `parallel` at work; for
+    /// strangers at most half as many, and at least one.
     pub fn new(cost: u32, parallel: usize) -> Self {
-        let turns = Arc::new(Semaphore::new(parallel.clamp(1, Semaphore::MAX_PERMITS)));
-        Self { cost, turns, wait: PASSWORD_WAIT }
+        let turns = |count: usize| Arc::new(Semaphore::new(count.clamp(1, Semaphore::MAX_PERMITS)));
+        Self { cost, turns: turns(parallel), strangers: turns(parallel / 2), wait: PASSWORD_WAIT }
+    }
+
+    /// A stranger's place, to be held until the work is done: for those who sign
+    /// up and those whose log-in is in doubt, of whom there may be any number. Only
+    /// who has one waits for a turn, so that log-ins have the other half of the
+    /// turns, or every second where there is only one. Overloaded as
+    /// [`Self::hash`].
+    pub async fn stranger(&self) -> Result<OwnedSemaphorePermit> {
+        self.wait_for(&self.strangers).await
     }
 
     /// A hash to store. [`Error::Overloaded`] where no turn comes within
     /// [`PASSWORD_WAIT`].
     pub async fn hash(&self, password: Password) -> Result<PasswordHash> {
+        self.hash_holding((), password).await
+    }
+
+    /// The same for a stranger, who has left their place only when it is done,
+    /// even if the caller leaves before.
+    pub async fn hash_for(&self, stranger: OwnedSemaphorePermit, password: Password) -> Result<PasswordHash> {
+        self.hash_holding(stranger, password).await
+    }
+
+    async fn hash_holding(&self, held: impl Send + 'static, password: Password) -> Result<PasswordHash> {
         let cost = self.cost;
-        self.work(move || bcrypt::non_truncating_hash(password.as_bytes(), cost)).await.map(PasswordHash::new)
+        let hash = move || {
+            let _held = held;
+            bcrypt::non_truncating_hash(password.as_bytes(), cost)
+        };
+        self.work(hash).await.map(PasswordHash::new)
     }
 
     /// Whether the password is that of the hash. Without the one or the other
@@ -65,10 +94,7 @@ impl Passwords {
         T: Send + 'static,
         F: FnOnce() -> bcrypt::BcryptResult<T> + Send + 'static,
     {
-        let turn = timeout(self.wait, self.turns.clone().acquire_owned())
-            .await
-            .map_err(|_| Error::Overloaded { what: "password checks", retry_after: Duration::from_secs(1) })?
-            .map_err(Error::internal)?;
+        let turn = self.wait_for(&self.turns).await?;
         // The turn goes along: the work does not end when its caller leaves.
         spawn_blocking(move || {
             let _turn = turn;
@@ -77,6 +103,13 @@ impl Passwords {
         .await
         .map_err(Error::internal)?
         .map_err(Error::internal)
+    }
+
+    async fn wait_for(&self, turns: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit> {
+        timeout(self.wait, Arc::clone(turns).acquire_owned())
+            .await
+            .map_err(|_| Error::Overloaded { what: "password checks", retry_after: Duration::from_secs(1) })?
+            .map_err(Error::internal)
     }
 }
 
@@ -128,5 +161,32 @@ mod tests {
         let _turn = passwords.turns.clone().acquire_owned().await.expect("a turn");
         let refused = passwords.hash(password("12345678")).await;
         assert!(matches!(refused, Err(Error::Overloaded { .. })), "{refused:?}");
+    }
+
+    #[tokio::test]
+    async fn strangers_have_at_most_half_of_the_turns() {
+        for (parallel, strangers) in [(1, 1), (2, 1), (3, 1), (4, 2), (9, 4)] {
+            assert_eq!(Passwords::new(4, parallel).strangers.available_permits(), strangers, "{parallel}");
+        }
+        let passwords = Passwords { wait: Duration::from_millis(1), ..Passwords::new(4, 2) };
+        let _stranger = passwords.stranger().await.expect("a place");
+        let refused = passwords.stranger().await;
+        assert!(matches!(refused, Err(Error::Overloaded { .. })), "{refused:?}");
+        passwords.hash(password("12345678")).await.expect("a turn of the others");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_stranger_who_leaves_makes_room_when_the_work_is_done() {
+        let passwords = Passwords::new(12, 2);
+        let stranger = passwords.stranger().await.expect("a place");
+        let leaving = passwords.clone();
+        let hash = tokio::spawn(async move { leaving.hash_for(stranger, password("12345678")).await });
+        while passwords.turns.available_permits() == 2 {
+            tokio::task::yield_now().await;
+        }
+        hash.abort();
+        assert!(hash.await.is_err_and(|error| error.is_cancelled()));
+        assert_eq!((passwords.turns.available_permits(), passwords.strangers.available_permits()), (1, 0));
+        drop(passwords.stranger().await.expect("a place, in the end"));
     }
 }

@@ -55,6 +55,7 @@ pub(super) async fn run(config: &Config) -> Result<ExitCode, BoxError> {
 /// Listens where the settings say, beyond loopback only if they say so
 /// outright.
 pub(super) async fn bind(config: &ServerConfig) -> Result<TcpListener, BoxError> {
+    config.check()?;
     if !config.listen.ip().is_loopback() && !config.insecure_listen && !config.tls.is_on()? {
         return Err(format!(
             "{} is not loopback and nothing would be encrypted: encrypt with --tls-cert and --tls-key, or listen \

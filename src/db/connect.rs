@@ -6,7 +6,7 @@
 //! as well say that it cannot; with an authority of its own it is `require`.
 //! Sockets are never encrypted.
 
-use std::{error::Error as _, fmt, path::Path, sync::Arc};
+use std::{error::Error as _, fmt, path::Path, sync::Arc, time::Duration};
 
 use diesel::{ConnectionError, ConnectionResult};
 use diesel_async::AsyncPgConnection;
@@ -25,6 +25,16 @@ use tokio_rustls::rustls::{
 };
 
 use crate::tls::{TlsError, provider, trusted};
+
+/// Longest that bytes may be on their way without an acknowledgement.
+const UNACKNOWLEDGED: Duration = Duration::from_secs(5);
+/// After how long a silence a connection is asked whether it lives, how often
+/// then, and how many times in vain.
+const KEEPALIVES_IDLE: Duration = Duration::from_secs(10);
+const KEEPALIVES_INTERVAL: Duration = Duration::from_secs(2);
+const KEEPALIVES_RETRIES: u32 = 3;
+/// tokio-postgres's, where the URL says nothing.
+const KEEPALIVES_IDLE_BY_DEFAULT: Duration = Duration::from_secs(2 * 60 * 60);
 
 /// What moves a connection's bytes.
 type Driver = Connection<Socket, <MakeRustlsConnect as MakeTlsConnect<Socket>>::Stream>;
@@ -107,8 +117,24 @@ pub(super) async fn dial(url: &str, ca: Option<&Path>) -> Result<(Client, Driver
         }
         config.ssl_mode(SslMode::Require);
     }
+    notice_silence(&mut config);
     let tls = tls(config.get_ssl_mode(), ca).await.map_err(|error| DialError::Settings(error.to_string()))?;
     config.connect(MakeRustlsConnect::new(tls)).await.map_err(DialError::Postgres)
+}
+
+/// Where the way to the database is lost, nobody says so: what is sent and not
+/// acknowledged, and who is silent, ends the connection soon, unless the URL says
+/// otherwise.
+fn notice_silence(config: &mut Config) {
+    if config.get_tcp_user_timeout().is_none() {
+        config.tcp_user_timeout(UNACKNOWLEDGED);
+    }
+    if config.get_keepalives_idle() == KEEPALIVES_IDLE_BY_DEFAULT {
+        config.keepalives_idle(KEEPALIVES_IDLE);
+    }
+    if config.get_keepalives_interval().is_none() && config.get_keepalives_retries().is_none() {
+        config.keepalives_interval(KEEPALIVES_INTERVAL).keepalives_retries(KEEPALIVES_RETRIES);
+    }
 }
 
 async fn tls(mode: SslMode, ca: Option<&Path>) -> Result<ClientConfig, TlsError> {

@@ -5,6 +5,7 @@ mod connect;
 pub mod doorbell;
 pub mod embedded;
 pub mod migrations;
+mod pool;
 mod presence;
 
 use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
@@ -12,11 +13,7 @@ use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 use deadpool::{Runtime, Status, managed::Timeouts};
 use diesel::{ConnectionError, ConnectionResult};
 use diesel_async::{
-    AsyncPgConnection, SimpleAsyncConnection as _,
-    pooled_connection::{
-        AsyncDieselConnectionManager, ManagerConfig, RecyclingMethod,
-        deadpool::{Object, Pool},
-    },
+    AsyncPgConnection, SimpleAsyncConnection as _, pooled_connection::PoolableConnection as _,
 };
 
 use tokio::sync::watch;
@@ -24,16 +21,15 @@ use tokio_util::sync::CancellationToken;
 
 pub use self::{
     connect::DialError,
+    pool::Connection,
     presence::{StartError, wait_until_it_answers},
 };
 use self::{
     connect::{dial, establish},
+    pool::{Manager, Pool, watch_holds},
     presence::Presence,
 };
 use crate::error::{BoxError, Error, Result};
-
-/// A connection out of the pool.
-pub type Connection = Object<AsyncPgConnection>;
 
 /// How connections are made and how long anything may take on them.
 #[derive(Clone)]
@@ -63,7 +59,7 @@ impl fmt::Debug for DatabaseSettings {
 /// The pool of connections.
 #[derive(Clone)]
 pub struct Database {
-    pool: Pool<AsyncPgConnection>,
+    pool: Pool,
     settings: DatabaseSettings,
     presence: Arc<Presence>,
 }
@@ -77,16 +73,8 @@ impl fmt::Debug for Database {
 impl Database {
     /// A pool that connects when it is first used.
     pub fn new(settings: DatabaseSettings) -> Result<Self> {
-        let mut config = ManagerConfig::<AsyncPgConnection>::default();
-        // Whether the connection is whole is known without asking the server.
-        config.recycling_method = RecyclingMethod::Fast;
         let presence = Presence::new();
-        let hook = (settings.clone(), Arc::clone(&presence));
-        config.custom_setup = Box::new(move |_| {
-            let (settings, outage) = (hook.0.clone(), hook.1.outage());
-            Box::pin(async move { connect(&settings, Some(outage)).await })
-        });
-        let manager = AsyncDieselConnectionManager::new_with_config(settings.url.clone(), config);
+        let manager = Manager::new(settings.clone(), Arc::clone(&presence));
         let wait = Some(settings.connect_timeout);
         let pool = Pool::builder(manager)
             .max_size(settings.connections)
@@ -98,8 +86,10 @@ impl Database {
     }
 
     /// Starts to ask the database whether it answers, and cuts all connections
-    /// when it does not; until the last clone of this is dropped.
+    /// when it does not, and single ones that do not; until the last clone of
+    /// this is dropped.
     pub fn keep_asking(&self) {
+        tokio::spawn(watch_holds(self.pool.weak(), self.settings.statement_timeout));
         let presence = Arc::downgrade(&self.presence);
         tokio::spawn(presence::keep_asking(self.settings.clone(), presence));
     }
@@ -118,7 +108,17 @@ impl Database {
     /// A connection of one's own, outside the pool. Like those of the pool it is
     /// cut when the database is known to be away.
     pub async fn connect(&self) -> Result<AsyncPgConnection> {
-        self.unless_away(connect(&self.settings, Some(self.presence.outage()))).await
+        self.unless_away(Box::pin(connect(&self.settings, Some(self.presence.outage())))).await
+    }
+
+    /// A connection of one's own that is kept from one use to the next, or a new
+    /// one: one that broke while it was idle had nothing to lose. It is given back
+    /// after a use that went well.
+    pub async fn kept_or_new(&self, kept: &mut Option<AsyncPgConnection>) -> Result<AsyncPgConnection> {
+        match kept.take_if(|connection| !connection.is_broken()) {
+            Some(connection) => Ok(connection),
+            None => self.connect().await,
+        }
     }
 
     /// A connection to LISTEN on; not cut, see [`Self::unless_away`].
@@ -182,6 +182,7 @@ async fn connect(
         connection
             .batch_execute(&format!(
                 "SET application_name = 'milepost'; SET timezone = 'UTC'; SET jit = off; \
+                 SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 2; SET tcp_keepalives_count = 3; \
                  SET synchronous_commit = '{}'; SET statement_timeout = {}; \
                  SET lock_timeout = {}; SET idle_in_transaction_session_timeout = {}",
                 settings.synchronous_commit,

@@ -13,6 +13,11 @@ use std::{
 
 use diesel::{ConnectionError, ConnectionResult};
 use diesel_async::{AsyncPgConnection, SimpleAsyncConnection as _};
+use futures_util::{
+    StreamExt as _,
+    future::{BoxFuture, FutureExt as _},
+    stream::FuturesUnordered,
+};
 use tokio::{
     sync::watch,
     time::{Instant, sleep, timeout},
@@ -26,6 +31,9 @@ use super::{
 
 /// How often the database is asked whether it answers, and how long it has.
 const ASK_EVERY: Duration = Duration::from_secs(1);
+/// More than the ways there and back that a new connection takes (TCP, TLS, a
+/// password, settings): to one far away it takes longer than an answer may.
+const CONNECT_ROUND_TRIPS: u32 = 16;
 /// How soon it is asked again after it did not answer.
 const ASK_AGAIN: Duration = Duration::from_millis(250);
 /// How often a start tries again to connect, and how often it says so.
@@ -82,9 +90,12 @@ impl Presence {
 
 /// Asks until nobody wants to know any more.
 pub(super) async fn keep_asking(settings: DatabaseSettings, presence: Weak<Presence>) {
-    let mut kept = None;
+    let attempts = FuturesUnordered::new();
+    // Where nothing is known of the way, it may be a long one.
+    let patience = settings.connect_timeout;
+    let mut probe = Probe { settings, kept: None, attempts, last: Duration::MAX, patience };
     loop {
-        let asked = ask(&settings, &mut kept).await;
+        let asked = probe.ask().await;
         let pause = if asked.is_ok() { ASK_EVERY } else { ASK_AGAIN };
         let Some(presence) = presence.upgrade() else { return };
         presence.note(asked);
@@ -93,26 +104,75 @@ pub(super) async fn keep_asking(settings: DatabaseSettings, presence: Weak<Prese
     }
 }
 
-/// Over the connection there is and, where that does not answer, over a new
-/// one: one that broke is not the database's end.
-async fn ask(settings: &DatabaseSettings, kept: &mut Option<AsyncPgConnection>) -> ConnectionResult<()> {
-    if let Some(connection) = kept.take() {
-        *kept = in_time(ping(connection)).await.ok();
-    }
-    if kept.is_none() {
-        *kept = Some(in_time(async { ping(connect(settings, None).await?).await }).await?);
-    }
-    Ok(())
+/// Who asks.
+struct Probe {
+    settings: DatabaseSettings,
+    kept: Option<AsyncPgConnection>,
+    /// On their way to a new connection since then, each for the connect time-out
+    /// at most.
+    attempts: FuturesUnordered<BoxFuture<'static, (Instant, ConnectionResult<Answered>)>>,
+    /// How long the last answer took, and how long a connection may take to make.
+    last: Duration,
+    patience: Duration,
 }
 
-async fn ping(mut connection: AsyncPgConnection) -> ConnectionResult<AsyncPgConnection> {
+impl Probe {
+    /// Over the connection there is and, where that does not answer, over a new
+    /// one: one that broke is not the database's end.
+    async fn ask(&mut self) -> ConnectionResult<()> {
+        let answered = match self.kept.take() {
+            Some(connection) => in_time(ASK_EVERY, ping(connection)).await.ok(),
+            None => None,
+        };
+        let (connection, took) = match answered {
+            Some(answered) => answered,
+            None => self.connect().await?,
+        };
+        self.kept = Some(connection);
+        // One answer that is late does not make the way longer.
+        let round_trip = std::mem::replace(&mut self.last, took).min(took);
+        self.patience = ASK_EVERY.max(round_trip * CONNECT_ROUND_TRIPS);
+        Ok(())
+    }
+
+    /// Another attempt beside those that had too little time: the database may
+    /// be far away, or have come back to a connection that hears nothing of it.
+    async fn connect(&mut self) -> ConnectionResult<Answered> {
+        let (settings, begun) = (self.settings.clone(), Instant::now());
+        let limit = settings.connect_timeout;
+        let attempt = async move { ping(connect(&settings, None).await?).await };
+        self.attempts.push(in_time(limit, attempt).map(move |made| (begun, made)).boxed());
+        let attempts = &mut self.attempts;
+        let first = async {
+            while let Some((since, made)) = attempts.next().await {
+                // What becomes of an earlier one only matters if it is good.
+                if made.is_ok() || since == begun {
+                    return made;
+                }
+            }
+            silence()
+        };
+        let answered = in_time(self.patience.min(limit), first).await?;
+        self.attempts.clear();
+        Ok(answered)
+    }
+}
+
+/// A connection, and how long it took to answer.
+type Answered = (AsyncPgConnection, Duration);
+
+async fn ping(mut connection: AsyncPgConnection) -> ConnectionResult<Answered> {
+    let asked = Instant::now();
     connection.batch_execute("SELECT 1").await.map_err(ConnectionError::CouldntSetupConfiguration)?;
-    Ok(connection)
+    Ok((connection, asked.elapsed()))
 }
 
-async fn in_time<T>(work: impl Future<Output = ConnectionResult<T>>) -> ConnectionResult<T> {
-    let silence = |_| Err(ConnectionError::BadConnection("it is silent".to_owned()));
-    timeout(ASK_EVERY, work).await.unwrap_or_else(silence)
+async fn in_time<T>(limit: Duration, work: impl Future<Output = ConnectionResult<T>>) -> ConnectionResult<T> {
+    timeout(limit, work).await.unwrap_or_else(|_| silence())
+}
+
+fn silence<T>() -> ConnectionResult<T> {
+    Err(ConnectionError::BadConnection("it is silent".to_owned()))
 }
 
 /// Why a start does not go on; for the operator.

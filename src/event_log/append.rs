@@ -23,7 +23,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use diesel_async::{AsyncPgConnection, pooled_connection::PoolableConnection as _};
+use diesel_async::AsyncPgConnection;
 use futures_util::future::try_join_all;
 use moka::sync::Cache;
 use tokio::{
@@ -262,7 +262,7 @@ impl Task {
     /// The states of the requests' jobs, and then which events of those in
     /// doubt are stored.
     async fn try_look_up(&mut self, requests: &mut [Request]) -> Result<HashMap<Uuid, JobState>> {
-        let mut connection = connect(&self.database, &mut self.connection).await?;
+        let mut connection = self.database.kept_or_new(&mut self.connection).await?;
         let mut jobs: Vec<Uuid> = requests.iter().map(|request| request.batch.job.id).collect();
         jobs.sort_unstable();
         jobs.dedup();
@@ -361,18 +361,6 @@ impl Task {
     }
 }
 
-/// The connection there is, or a new one.
-async fn connect(
-    database: &Database,
-    connection: &mut Option<AsyncPgConnection>,
-) -> Result<AsyncPgConnection> {
-    // One that broke while it was idle had nothing to lose.
-    match connection.take_if(|connection| !connection.is_broken()) {
-        Some(connection) => Ok(connection),
-        None => database.connect().await,
-    }
-}
-
 /// Appends a round, on this connection or a new one.
 async fn send(
     database: Database,
@@ -382,7 +370,7 @@ async fn send(
     metrics: Arc<Metrics>,
 ) -> Sent {
     let appended = async {
-        let mut connection = connect(&database, &mut connection).await?;
+        let mut connection = database.kept_or_new(&mut connection).await?;
         let sent_at = Instant::now();
         let statement = round.span.as_ref().map(TransactionSpan::statement);
         let outcomes = round.append(&mut connection).await?;

@@ -35,6 +35,7 @@ use self::{
 pub(crate) use self::{
     directory::{Configuration, JobIdentity},
     round::Lane,
+    token::ResumeToken,
 };
 use crate::{
     auth::Credential,

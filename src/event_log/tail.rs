@@ -151,7 +151,11 @@ impl Tail {
     /// Reads from the head to the log's end; unasked, if this is a sweep.
     async fn catch_up(&self, sweeps: bool) -> Result<()> {
         let at = Instant::now();
+        let before = self.lock().head;
         let (end, removals) = log_end(&mut *self.database.get().await?).await?;
+        if end < before {
+            self.go_back(end);
+        }
         loop {
             let head = {
                 let mut inner = self.lock();
@@ -180,6 +184,15 @@ impl Tail {
             events.iter().for_each(|(row, job)| inner.deliver(row, job, heard));
             inner.head = inner.head.max(through);
         }
+    }
+
+    /// The database is of an earlier time than what was sent from it, as after the
+    /// restore of a back-up: all who watch have to look what that is to them.
+    fn go_back(&self, end: i64) {
+        tracing::error!(end, "the log is shorter than it was");
+        let mut inner = self.lock();
+        inner.head = end;
+        inner.mailboxes.values().for_each(|mailbox| mailbox.overflow());
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {

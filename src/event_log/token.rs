@@ -69,27 +69,34 @@ impl Binding {
     }
 
     /// Where a token goes on, if it is one of this binding.
-    pub(crate) fn place(self, token: &str) -> Result<Place> {
-        let at_fault = |description| Err(Error::invalid("resume_token", description));
+    pub(crate) fn place(self, token: &ResumeToken) -> Result<Place> {
+        if token.binding != self {
+            return Err(Error::invalid("resume_token", "is of a watch with another scope or filter"));
+        }
+        Ok(token.place)
+    }
+}
+
+/// A token that a watch may have given, of whatever scope and filter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ResumeToken {
+    binding: Binding,
+    place: Place,
+}
+
+impl ResumeToken {
+    /// None for what is no token of this service.
+    pub(crate) fn parse(token: &str) -> Option<Self> {
         if token.len() > TOKEN_BYTES {
-            return at_fault("is no token of this service");
+            return None;
         }
-        let Ok(bytes) = URL_SAFE_NO_PAD.decode(token) else {
-            return at_fault("is no token of this service");
+        let bytes = URL_SAFE_NO_PAD.decode(token).ok()?;
+        let (VERSION, rest) = (*bytes.first()?, <&[u8; 24]>::try_from(bytes.get(1..)?).ok()?) else {
+            return None;
         };
-        match bytes.split_first() {
-            Some((&VERSION, rest)) if rest.len() == 24 => {
-                if rest[..8] != self.0 {
-                    return at_fault("is of a watch with another scope or filter");
-                }
-                let number = |at| i64::from_be_bytes(std::array::from_fn(|index| rest[at + index]));
-                let place = Place { cursor: number(8), removals: number(16) };
-                if place.cursor < 0 || place.removals < 0 {
-                    return at_fault("is no token of this service");
-                }
-                Ok(place)
-            }
-            _ => at_fault("is no token of this service"),
-        }
+        let part = |at| std::array::from_fn(|index| rest[at + index]);
+        let [cursor, removals] = [8, 16].map(|at| i64::from_be_bytes(part(at)));
+        let token = Self { binding: Binding(part(0)), place: Place { cursor, removals } };
+        (cursor >= 0 && removals >= 0).then_some(token)
     }
 }

@@ -30,8 +30,10 @@ use crate::{
     telemetry::metrics::Open,
 };
 
-/// Events of the past read at once.
+/// Events of the past read at once, and most bytes of them that wait to be sent:
+/// fewer are read where they are large.
 const PAGE: i64 = 200;
+const PENDING_BYTES: usize = 256 * 1024;
 /// Positions of the log that one query looks through for those in sight.
 const WINDOW: i64 = 10_000;
 /// Pause before the database is asked again after it did not answer.
@@ -58,6 +60,10 @@ pub(crate) struct Watch {
     pending: VecDeque<Arc<LogEvent>>,
     /// Where the cursor moves once nothing is pending.
     read_to: i64,
+    /// Most events of the next page.
+    page: i64,
+    /// It was asked for everything that is kept.
+    from_beginning: bool,
     /// The past ends here; beyond, the subscription delivers.
     past_end: i64,
     caught_up: bool,
@@ -82,6 +88,7 @@ impl Watch {
         draining: CancellationToken,
     ) -> Result<Self> {
         let WatchQuery { scope, kinds, start, heartbeat } = query;
+        let from_beginning = matches!(start, Start::Beginning);
         let binding = Binding::new(&scope, &kinds);
         let resumed = match &start {
             Start::Resume(token) => Some(binding.place(token)?),
@@ -119,6 +126,8 @@ impl Watch {
             removals,
             pending: VecDeque::new(),
             read_to: cursor,
+            page: PAGE,
+            from_beginning,
             past_end,
             caught_up: false,
             missed: false,
@@ -174,7 +183,7 @@ impl Watch {
                 Box::pin(self.look_again()).await?;
                 return Ok(None);
             }
-            if self.cursor < self.past_end {
+            if self.is_behind() && !self.is_silent() {
                 Box::pin(self.read_past()).await?;
                 return Ok(None);
             }
@@ -194,6 +203,16 @@ impl Watch {
         !self.pending.is_empty() || self.cursor < self.read_to
     }
 
+    fn is_behind(&self) -> bool {
+        self.cursor < self.past_end
+    }
+
+    /// Whether reading a past of which nothing is to be sent takes so long that
+    /// the client might take the watch for dead.
+    fn is_silent(&self) -> bool {
+        !self.caught_up && self.beat_at <= Instant::now() && self.log.0.tail.current().is_some()
+    }
+
     /// Whether the one job's log was sent to its very end.
     fn is_over(&self) -> bool {
         self.job.is_some_and(|job| job.closed && job.last_sequence <= self.cursor)
@@ -203,6 +222,8 @@ impl Watch {
     fn say(&mut self) -> Option<Message> {
         if self.has_pending() {
             self.take_pending()
+        } else if self.is_behind() {
+            Some(self.message(Body::Heartbeat))
         } else if !self.caught_up {
             self.caught_up = true;
             Some(self.message(Body::CaughtUp(self.job)))
@@ -216,16 +237,27 @@ impl Watch {
     /// Reads a page of the log from the cursor towards the end of the past;
     /// [`Error::EventsExpired`] if not all of it is there any more.
     async fn read_past(&mut self) -> Result<()> {
-        let turn = self.log.0.readers.acquire().await.map_err(Error::internal)?;
+        let turn = self.log.0.readers.acquire();
+        let turn = if self.caught_up || self.beat_at <= Instant::now() {
+            turn.await
+        } else {
+            match tokio::time::timeout_at(self.beat_at.into(), turn).await {
+                Ok(turn) => turn,
+                // Others take long: the client is to hear that it is not forgotten.
+                Err(_) => return Ok(()),
+            }
+        };
+        let turn = turn.map_err(Error::internal)?;
         let mut connection = self.log.0.database.get().await?;
-        let (rows, through) = match &self.scope {
+        let page = self.page;
+        let (rows, read_to) = match &self.scope {
             Scope::Job(job) => {
                 let through = self.past_end;
                 let rows =
-                    Event::list_of_job(&mut connection, job.id, self.cursor, through, &[], PAGE).await?;
+                    Event::list_of_job(&mut connection, job.id, self.cursor, through, &[], page).await?;
                 // A log is removed from its beginning on: a page may be full and
                 // yet not be the next one.
-                let whole = PAGE.min(through - self.cursor);
+                let whole = page.min(through - self.cursor);
                 if count(&rows) < whole || rows.last().is_some_and(|row| row.sequence != self.cursor + whole)
                 {
                     drop((connection, turn));
@@ -233,24 +265,32 @@ impl Watch {
                     self.job = LogEnd::look(&self.log, &self.scope).await?.job;
                     return Err(Error::EventsExpired { first_sequence: None });
                 }
-                (rows, through)
+                let read_to = rows.last().map_or(through, |row| row.sequence);
+                (rows, read_to)
             }
             Scope::All { viewer, configuration_tag, counterpart_id } => {
                 let through = self.past_end.min(self.cursor + WINDOW);
                 let sight = viewer.sight();
-                let rows = if through - self.cursor <= PAGE && self.removals == 0 {
+                let rows = if through - self.cursor <= page && self.removals == 0 {
                     // So few are read whole: to plan for those in sight costs
                     // more than to leave the others out.
-                    Event::list_of_log(&mut connection, self.cursor, through, PAGE).await?
+                    Event::list_of_log(&mut connection, self.cursor, through, page).await?
                 } else {
-                    Event::list_in_sight(&mut connection, sight, self.cursor, through, PAGE).await?
+                    Event::list_in_sight(&mut connection, sight, self.cursor, through, page).await?
                 };
+                let whole = count(&rows) < page;
+                let read_to =
+                    if whole { None } else { rows.last().map(|row| row.position) }.unwrap_or(through);
                 let removed = Removed {
                     sight,
                     configuration_tag,
                     counterpart_id: *counterpart_id,
                     after_position: self.cursor,
                     since: self.removals,
+                    // Who asked for what is kept misses nothing of a log that went
+                    // before they came to it, unless the tail has the rest of it.
+                    except_between: (self.from_beginning && !self.caught_up)
+                        .then_some((read_to, self.past_end)),
                 };
                 // After the page: logs are marked as removed before any event
                 // of theirs is.
@@ -259,14 +299,26 @@ impl Watch {
                     return Err(Error::EventsExpired { first_sequence: None });
                 }
                 self.removals = removals;
-                (rows, through)
+                (rows, read_to)
             }
         };
         drop((connection, turn));
-        let whole = count(&rows) < PAGE;
-        let events = log_events(&self.log.0.directory, rows).await?;
-        let last = events.last().map_or(through, |event| self.scope.place(event));
-        self.read_to = if whole { through } else { last };
+        let mut events = log_events(&self.log.0.directory, rows).await?;
+        let mut bytes = 0;
+        let fit = events.iter().take_while(|event| {
+            let room = bytes < PENDING_BYTES;
+            bytes += event.encoded.len();
+            room
+        });
+        let fit = fit.count();
+        if fit < events.len() {
+            events.truncate(fit);
+            self.page = i64::try_from(fit).unwrap_or(PAGE).min(PAGE);
+            self.read_to = events.last().map_or(read_to, |event| self.scope.place(event));
+        } else {
+            self.page = (page * 2).min(PAGE);
+            self.read_to = read_to;
+        }
         self.pending = events.into_iter().filter(|event| self.scope.contains(event)).collect();
         Ok(())
     }
@@ -276,7 +328,10 @@ impl Watch {
         let turn = self.log.0.readers.acquire().await.map_err(Error::internal)?;
         let end = LogEnd::look(&self.log, &self.scope).await?;
         drop(turn);
-        self.past_end = end.place.cursor.max(self.cursor);
+        if end.place.cursor < self.cursor {
+            return Err(Error::PositionBeyondLog);
+        }
+        self.past_end = end.place.cursor;
         self.job = end.job;
         self.missed = false;
         Ok(())

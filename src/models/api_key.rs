@@ -198,7 +198,8 @@ impl ApiKey {
 
     /// A new key in the place of one of the manager's, with the same note,
     /// scopes and expiry; the old one ends after `overlap`, unless it ends
-    /// before. Both of them: the new one, the old one.
+    /// before. Both of them, the new one and the old one, and how long the old
+    /// one is still good, where that ends.
     ///
     /// [`Error::ScopeRequired`] if the manager lacks a scope of the key's,
     /// [`Error::ApiKeyAlreadyExpired`] if it had ended.
@@ -210,7 +211,7 @@ impl ApiKey {
         key_prefix: String,
         overlap: Duration,
         origin: &Origin,
-    ) -> Result<(Self, Self)> {
+    ) -> Result<(Self, Self, Duration)> {
         let overlap = i64::try_from(overlap.as_micros()).unwrap_or(i64::MAX).microseconds();
         let (rotated, entry) = conn
             .transaction(async |conn| {
@@ -223,12 +224,12 @@ impl ApiKey {
                     .await
                     .optional()?;
                 let (old, good) = old.ok_or_else(|| Error::not_found(Resource::ApiKey, &id))?;
-                if good != Some(true) {
-                    return Err(Error::ApiKeyAlreadyExpired(id));
-                }
                 let scopes: Vec<Scope> = old.scopes().collect();
                 if let Some(missing) = scopes.iter().find(|scope| !manager.scopes().contains(scope)) {
                     return Err(Error::ScopeRequired(missing.name()));
+                }
+                if good != Some(true) {
+                    return Err(Error::ApiKeyAlreadyExpired(id));
                 }
                 let (note, expires_at) = (old.note, old.expires_at);
                 let new = NewApiKey { key_hash, key_prefix, note, scopes, expires_at };
@@ -239,14 +240,16 @@ impl ApiKey {
                     .set(api_keys::expires_at.eq(end()))
                     .execute(conn)
                     .await?;
-                let old = own.select(Self::as_select()).get_result(conn).await?;
+                let (old, at): (Self, DateTime<Utc>) =
+                    own.select((Self::as_select(), now.into_sql::<Timestamptz>())).get_result(conn).await?;
+                let left = old.expires_at.and_then(|ends| (ends - at).to_std().ok()).unwrap_or_default();
                 let entry = AuditEntry {
                     user_id: Some(manager.user_id()),
                     api_key_id: Some(id),
                     new_api_key_id: Some(new.id),
                     ..origin.entry(AuditAct::ApiKeyRotated)
                 };
-                Ok(((new, old), entry.insert(conn).await?))
+                Ok(((new, old, left), entry.insert(conn).await?))
             })
             .await?;
         entry.committed();

@@ -177,28 +177,24 @@ impl Job {
     }
 
     /// Creates a job, and tells whether it had been created before. With other
-    /// content: [`Error::Differs`]. Without such a customer or configuration:
-    /// [`Error::NotFound`].
+    /// content: [`Error::Differs`], whatever it refers to. Without such a customer
+    /// or configuration: [`Error::NotFound`].
     pub async fn create(
         conn: &mut AsyncPgConnection,
         provider: Provider,
         new: &NewJob,
     ) -> Result<(Self, bool)> {
-        let before = Self::find_by_provider_job_id(conn, provider.id(), &new.provider_job_id).await?;
         // The same again stays the same, also when its customer has been
         // disabled since.
-        if let Some(job) = before.filter(|job| new.differences(job).is_empty()) {
-            return Ok((job, true));
+        if let Some(stored) = Self::find_by_provider_job_id(conn, provider.id(), &new.provider_job_id).await?
+        {
+            return new.repeats(stored);
         }
         let inserted = new.insert(conn, provider).await?;
         let job = Self::find_by_provider_job_id(conn, provider.id(), &new.provider_job_id)
             .await?
             .ok_or_else(|| Error::internal("a created job is not there"))?;
-        let differences = new.differences(&job);
-        if inserted || differences.is_empty() {
-            return Ok((job, !inserted));
-        }
-        Err(Error::Differs { resource: Resource::Job, name: new.provider_job_id.clone(), differences })
+        if inserted { Ok((job, false)) } else { new.repeats(job) }
     }
 }
 
@@ -247,6 +243,15 @@ impl NewJob {
             .execute(conn)
             .await?;
         Ok(inserted == 1)
+    }
+
+    /// The stored one of the same key, unless this one says otherwise.
+    fn repeats(&self, stored: Job) -> Result<(Job, bool)> {
+        let differences = self.differences(&stored);
+        if differences.is_empty() {
+            return Ok((stored, true));
+        }
+        Err(Error::Differs { resource: Resource::Job, name: self.provider_job_id.clone(), differences })
     }
 
     /// What would have to change in this one for it to be the stored one, which

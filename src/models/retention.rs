@@ -62,6 +62,9 @@ pub struct Removed<'a> {
     pub after_position: i64,
     /// Removed after this many others.
     pub since: i64,
+    /// But those that lay between two positions, whole: after the first, and up
+    /// to the second.
+    pub except_between: Option<(i64, i64)>,
 }
 
 impl Removed<'_> {
@@ -72,6 +75,10 @@ impl Removed<'_> {
             .filter(removed_logs::number.gt(self.since))
             .filter(removed_logs::position.gt(self.after_position))
             .into_boxed();
+        if let Some((after, through)) = self.except_between {
+            let touches = removed_logs::first_position.le(after).or(removed_logs::position.gt(through));
+            these = these.filter(touches);
+        }
         if !self.configuration_tag.is_empty() {
             these = these.filter(removed_logs::configuration_tag.eq(self.configuration_tag));
         }

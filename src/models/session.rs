@@ -66,17 +66,17 @@ impl NewSession {
             .await?)
     }
 
-    /// Stores it, as what the attempt came to, if the user's password is still
-    /// the one that was verified, and the user not disabled; otherwise
-    /// [`Error::LogInFailed`]. The user's row stays locked meanwhile, so that
-    /// whoever changes it afterwards finds this session and ends it.
+    /// Stores it, as what the attempt came to, if the user's password still has
+    /// the hash that was verified, and the user is not disabled; otherwise none.
+    /// The user's row stays locked meanwhile, so that whoever changes it
+    /// afterwards finds this session and ends it.
     pub async fn log_in(
         self,
         conn: &mut AsyncPgConnection,
         verified: &PasswordHash,
         attempt: &LogInAttempt,
-    ) -> Result<Session> {
-        let (session, entry) = conn
+    ) -> Result<Option<Session>> {
+        let done = conn
             .transaction(async |conn| {
                 let user: Option<Uuid> = users::table
                     .find(self.user_id)
@@ -88,7 +88,7 @@ impl NewSession {
                     .await
                     .optional()?;
                 if user.is_none() {
-                    return Ok((None, attempt.failed_entry(Some(self.user_id)).insert(conn).await?));
+                    return Ok(None);
                 }
                 let session = self.insert(conn).await?;
                 attempt.finish(conn).await?;
@@ -97,11 +97,13 @@ impl NewSession {
                     session_id: Some(session.id),
                     ..attempt.origin().entry(AuditAct::LogIn)
                 };
-                Ok::<_, Error>((Some(session), entry.insert(conn).await?))
+                Ok::<_, Error>(Some((session, entry.insert(conn).await?)))
             })
             .await?;
-        entry.committed();
-        session.ok_or(Error::LogInFailed)
+        Ok(done.map(|(session, entry)| {
+            entry.committed();
+            session
+        }))
     }
 }
 

@@ -14,7 +14,7 @@ use crate::{
         api_key::ApiKey,
         audit_entry::{AuditAct, AuditEntry, Inserted, Origin},
         caller::{Account, Caller, Subject, UserRole},
-        log_in_attempt::LogInAttempt,
+        log_in_attempt::{LogInAttempt, LogInClaim},
         session::{NewSession, Session},
     },
     schema::users,
@@ -22,7 +22,8 @@ use crate::{
 };
 
 define_sql_function! {
-    /// In lower case, by the database's locale.
+    /// In lower case, by the database's locale: the form in which e-mails are
+    /// unique, looked up, and counted by the throttle of log-ins.
     fn lower(text: Text) -> Text;
 }
 
@@ -123,7 +124,8 @@ impl NewUser {
             })
     }
 
-    /// Stores it with its first session; [`Error::EmailTaken`] as above.
+    /// Stores it with its first session, as somebody who is known where they
+    /// sign up; [`Error::EmailTaken`] as above.
     pub async fn sign_up(
         self,
         conn: &mut AsyncPgConnection,
@@ -131,10 +133,12 @@ impl NewUser {
         lifetime: Duration,
         origin: &Origin,
     ) -> Result<(User, Session)> {
+        let claim = LogInClaim::new(&self.email.0, *origin);
         let (user, session, entry) = conn
             .transaction(async |conn| {
                 let user = self.insert(conn).await?;
                 let session = NewSession { user_id: user.id, secret_hash, lifetime }.insert(conn).await?;
+                claim.is_right(conn, None).await?;
                 let entry = AuditEntry {
                     user_id: Some(user.id),
                     session_id: Some(session.id),
@@ -218,8 +222,7 @@ impl User {
 
     /// Sets the caller's password, as what the attempt came to, and ends their
     /// other sessions: how many of them, and how many API keys are still good.
-    /// None, and a failed attempt, if the password is no longer the one that
-    /// hashes to `old`: somebody was faster.
+    /// None if the password no longer has the hash `old`: somebody was faster.
     pub async fn change_password(
         conn: &mut AsyncPgConnection,
         account: Account,
@@ -227,7 +230,7 @@ impl User {
         new: &PasswordHash,
         attempt: &LogInAttempt,
     ) -> Result<Option<(usize, i64)>> {
-        let (changed, entry) = conn
+        let done = conn
             .transaction(async |conn| {
                 let user = users::table
                     .find(account.user_id())
@@ -236,7 +239,7 @@ impl User {
                 let changed =
                     diesel::update(user).set(users::password_hash.eq(new.as_str())).execute(conn).await?;
                 if changed == 0 {
-                    return Ok((None, attempt.failed_entry(Some(account.user_id())).insert(conn).await?));
+                    return Ok(None);
                 }
                 let ended = Session::end_all(conn, account.user_id(), Some(account.session_id())).await?;
                 let keys = ApiKey::count_good(conn, account.user_id()).await?;
@@ -245,11 +248,13 @@ impl User {
                     user_id: Some(account.user_id()),
                     ..attempt.origin().entry(AuditAct::PasswordChanged)
                 };
-                Ok::<_, Error>((Some((ended, keys)), entry.insert(conn).await?))
+                Ok::<_, Error>(Some(((ended, keys), entry.insert(conn).await?)))
             })
             .await?;
-        entry.committed();
-        Ok(changed)
+        Ok(done.map(|(changed, entry)| {
+            entry.committed();
+            changed
+        }))
     }
 
     /// For operators: sets a password and ends all sessions of that user.

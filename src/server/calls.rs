@@ -27,7 +27,7 @@ use tokio_util::{
     sync::{CancellationToken, WaitForCancellationFutureOwned},
     task::{TaskTracker, task_tracker::TaskTrackerToken},
 };
-use tonic::{Code, Status, body::Body, service::Routes};
+use tonic::{Code, Status, body::Body};
 use tower::Service;
 use tracing::{Instrument as _, Span, field};
 use uuid::Uuid;
@@ -47,35 +47,39 @@ const METHOD_BYTES: usize = 128;
 
 /// All services, within what every call passes.
 #[derive(Clone, Debug)]
-pub(super) struct Calls {
-    routes: Routes,
+pub(super) struct Calls<S> {
+    services: S,
     request_timeout: Duration,
     draining: CancellationToken,
     under_way: TaskTracker,
     telemetry: Telemetry,
 }
 
-impl Calls {
+impl<S> Calls<S> {
     /// Each call is counted in `under_way` until the last of its answer was
     /// taken.
     pub(super) fn new(
-        routes: Routes,
+        services: S,
         request_timeout: Duration,
         draining: CancellationToken,
         under_way: TaskTracker,
         telemetry: Telemetry,
     ) -> Self {
-        Self { routes, request_timeout, draining, under_way, telemetry }
+        Self { services, request_timeout, draining, under_way, telemetry }
     }
 }
 
-impl Service<Request<Body>> for Calls {
+impl<S> Service<Request<Body>> for Calls<S>
+where
+    S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>,
+    S::Future: Send + 'static,
+{
     type Response = Response<Body>;
     type Error = Infallible;
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        Service::<Request<Body>>::poll_ready(&mut self.routes, cx)
+        self.services.poll_ready(cx)
     }
 
     fn call(&mut self, mut request: Request<Body>) -> Self::Future {
@@ -87,7 +91,7 @@ impl Service<Request<Body>> for Calls {
         let limit = now + self.request_timeout;
         let deadline = timeout(request.headers()).and_then(|timeout| now.checked_add(timeout));
         let draining = self.draining.clone();
-        let response = self.routes.call(request);
+        let response = self.services.call(request);
         let answer = async move {
             let until = deadline.map_or(limit, |deadline| deadline.min(limit));
             let response = match before(until, AssertUnwindSafe(response).catch_unwind()).await {
@@ -315,7 +319,7 @@ impl http_body::Body for CallBody {
 
 #[cfg(test)]
 mod tests {
-    use tonic::server::NamedService;
+    use tonic::{server::NamedService, service::Routes};
     use tower::ServiceExt as _;
 
     use super::*;

@@ -9,6 +9,9 @@
 //!
 //! **They can be cut**, where a stream does not take its end, and all of them
 //! at the end of the drain.
+//!
+//! **They are counted**, and who connects and says nothing is let go: HTTP/2
+//! looks after a connection only once the client has greeted.
 
 use std::{
     io,
@@ -19,11 +22,14 @@ use std::{
         atomic::{AtomicUsize, Ordering::Relaxed},
     },
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::{Sleep, sleep},
 };
 use tokio_rustls::server::TlsStream;
 use tokio_util::{
@@ -36,23 +42,34 @@ use crate::services::Peer;
 
 /// What is worth a write of its own, in bytes: a replay is made of such.
 const LARGE: usize = 4 * 1024;
+/// What a client says first (RFC 9113, 3.4), in bytes.
+const PREFACE: usize = 24;
 
 /// All connections of a server.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(super) struct Connections {
     cut: CancellationToken,
     /// How often something was read from one of them or written to it.
     moved: Arc<AtomicUsize>,
+    room: Arc<Semaphore>,
+    greeting: Duration,
 }
 
 impl Connections {
-    pub(super) fn plain(&self, stream: TcpStream) -> Connection {
+    /// At most so many, of which each client has so long to greet.
+    pub(super) fn new(most: usize, greeting: Duration) -> Self {
+        let room = Arc::new(Semaphore::new(most));
+        Self { cut: CancellationToken::new(), moved: Arc::default(), room, greeting }
+    }
+
+    /// Nothing if there are as many as may be.
+    pub(super) fn plain(&self, stream: TcpStream) -> Option<Connection> {
         let address = stream.peer_addr().ok();
         self.open(Either::Left(stream), address)
     }
 
     /// What is written together is also encrypted together.
-    pub(super) fn encrypted(&self, stream: TlsStream<TcpStream>) -> Connection {
+    pub(super) fn encrypted(&self, stream: TlsStream<TcpStream>) -> Option<Connection> {
         let address = stream.get_ref().0.peer_addr().ok();
         self.open(Either::Right(Box::new(stream)), address)
     }
@@ -61,11 +78,26 @@ impl Connections {
         &self,
         stream: Either<TcpStream, Box<TlsStream<TcpStream>>>,
         address: Option<SocketAddr>,
-    ) -> Connection {
+    ) -> Option<Connection> {
+        let Ok(room) = Arc::clone(&self.room).try_acquire_owned() else {
+            tracing::warn!("too many connections: one more is closed");
+            return None;
+        };
         let cut = self.cut.child_token();
         let is_cut = Box::pin(cut.clone().cancelled_owned());
         let moved = Arc::clone(&self.moved);
-        Connection { stream, address, moved, waited: false, large: false, cut, is_cut }
+        let greeting = Some(Greeting { missing: PREFACE, until: Box::pin(sleep(self.greeting)) });
+        Some(Connection {
+            stream,
+            address,
+            moved,
+            waited: false,
+            large: false,
+            greeting,
+            cut,
+            is_cut,
+            _room: room,
+        })
     }
 
     /// Cuts them all.
@@ -89,8 +121,18 @@ pub(super) struct Connection {
     waited: bool,
     /// The last write was one that needs no company.
     large: bool,
+    /// Until the client has said what it says first.
+    greeting: Option<Greeting>,
     cut: CancellationToken,
     is_cut: Pin<Box<WaitForCancellationFutureOwned>>,
+    _room: OwnedSemaphorePermit,
+}
+
+#[derive(Debug)]
+struct Greeting {
+    /// Bytes.
+    missing: usize,
+    until: Pin<Box<Sleep>>,
 }
 
 impl Connected for Connection {
@@ -110,7 +152,17 @@ impl AsyncRead for Connection {
         if self.is_cut.as_mut().poll(cx).is_ready() {
             return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
         }
-        ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
+        let before = buf.filled().len();
+        let read = Pin::new(&mut self.stream).poll_read(cx, buf);
+        if let Some(greeting) = &mut self.greeting {
+            greeting.missing = greeting.missing.saturating_sub(buf.filled().len() - before);
+            if greeting.missing == 0 {
+                self.greeting = None;
+            } else if greeting.until.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+            }
+        }
+        ready!(read)?;
         self.moved.fetch_add(1, Relaxed);
         Poll::Ready(Ok(()))
     }

@@ -7,7 +7,11 @@
 
 use std::{collections::VecDeque, io, pin::pin, time::Duration};
 
-use futures_util::{Stream, StreamExt as _, future::Either, stream};
+use futures_util::{
+    Stream, StreamExt as _,
+    future::{Either, ready},
+    stream,
+};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::mpsc,
@@ -42,7 +46,7 @@ pub(super) fn incoming(
         accepted.ok()
     });
     let Some(tls) = tls else {
-        return Either::Left(accepted.map(move |stream| Ok(connections.plain(stream))));
+        return Either::Left(accepted.filter_map(move |stream| ready(connections.plain(stream).map(Ok))));
     };
     let (ready, shaken) = mpsc::channel(1);
     let shaking = AbortOnDropHandle::new(tokio::spawn(shake_hands(
@@ -80,11 +84,15 @@ async fn shake_hands(
             under_way.pop_front();
         }
         let handshake = acceptor().accept(stream);
-        let (ready, connections) = (ready.clone(), connections.clone());
+        let (shaken, connections) = (ready.clone(), connections.clone());
         under_way.push_back(AbortOnDropHandle::new(tokio::spawn(async move {
             match timeout(limits::HANDSHAKE, handshake).await {
                 // Where nobody takes it any more, the server shuts down.
-                Ok(Ok(stream)) => drop(ready.send(connections.encrypted(stream)).await),
+                Ok(Ok(stream)) => {
+                    if let Some(connection) = connections.encrypted(stream) {
+                        drop(shaken.send(connection).await);
+                    }
+                }
                 // Anybody can make these.
                 Ok(Err(error)) => tracing::debug!(%error, "a handshake failed"),
                 Err(_) => tracing::debug!("a handshake took too long"),
@@ -118,7 +126,7 @@ mod tests {
         let _shaking = AbortOnDropHandle::new(tokio::spawn(shake_hands(
             accepted,
             move || acceptor.clone(),
-            Connections::default(),
+            Connections::new(2, limits::HANDSHAKE),
             ready,
             2,
         )));
@@ -134,5 +142,26 @@ mod tests {
             let read = stream.try_read(&mut [0]);
             assert!(read.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock));
         }
+    }
+    #[tokio::test]
+    async fn who_connects_when_there_are_too_many_is_closed_and_who_says_nothing_makes_room() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address: SocketAddr = listener.local_addr().expect("its address");
+        let mut incoming = pin!(incoming(listener, None, Connections::new(1, Duration::from_millis(50))));
+        let connect = move || async move { TcpStream::connect(address).await.expect("it listens") };
+        let mut first = connect().await;
+        let mut accepted = incoming.next().await.expect("a connection").expect("no error");
+        let mut refused = connect().await;
+        let mut byte = [0];
+        tokio::select! {
+            _ = incoming.next() => panic!("there is no room"),
+            end = refused.read(&mut byte) => assert!(matches!(end, Ok(0) | Err(_)), "{end:?}"),
+        }
+
+        tokio::io::AsyncWriteExt::write_all(&mut first, b"PRI * HTTP/2.0").await.expect("it is open");
+        let mut greeting = [0; 64];
+        assert_eq!(accepted.read(&mut greeting).await.expect("what was said"), 14);
+        let end = accepted.read(&mut greeting).await;
+        assert_eq!(end.expect_err("too late").kind(), io::ErrorKind::TimedOut);
     }
 }

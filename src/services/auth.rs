@@ -4,21 +4,23 @@ mod accounts;
 mod keys;
 mod watch_tokens;
 
+use std::time::{Duration, Instant};
+
 use tonic::{Request, Response, Status};
 
 use self::{
-    accounts::{Claim, NewAccount, NewPassword, session_with},
+    accounts::{Claim, NewAccount, NewPassword, begin_attempt, session_with},
     keys::{KeyTerms, key_page, rotation},
     watch_tokens::{TokenTerms, token_id, token_page},
 };
-use super::{App, parse};
+use super::{App, credential_of, parse};
 use crate::{
     auth::Ending,
     error::{Error, Result, Violations},
     models::{
         api_key::{ApiKey, NewApiKey},
         caller::{CredentialId, Scope, Subject},
-        log_in_attempt::LogInAttempt,
+        log_in_attempt::{LogInClaim, begin_sign_up},
         session::{NewSession, Session},
         user::{Names, NewUser, User},
         watch_token::{NewWatchToken, WatchToken},
@@ -43,7 +45,9 @@ impl pb::auth_service_server::AuthService for AuthApi {
         }
         let origin = self.0.stranger(&request);
         let NewAccount { role, email, password, first_name, last_name } = request.into_inner().try_into()?;
-        let password_hash = auth.passwords().hash(password).await?;
+        begin_sign_up(&mut *database.get().await?, &origin).await?;
+        let stranger = auth.passwords().stranger().await?;
+        let password_hash = auth.passwords().hash_for(stranger, password).await?;
         let secret = Secret::generate(SecretKind::Session)?;
         let (secret_hash, lifetime) = (secret.hash(), auth.settings().session_lifetime);
         let (user, session) = database
@@ -63,35 +67,38 @@ impl pb::auth_service_server::AuthService for AuthApi {
         let App { database, auth, .. } = self.0.clone();
         let origin = self.0.stranger(&request);
         let Claim { email, password } = request.into_inner().try_into()?;
-        let attempt = LogInAttempt::new(&email, origin);
-        // One way for all who fail: three queries, the work of one comparison.
-        let found = {
-            let mut conn = database.get().await?;
-            attempt.begin(&mut conn).await?;
-            User::find_by_email(&mut conn, &email).await?
-        };
+        let (attempt, place) = begin_attempt(&self.0, LogInClaim::new(&email, origin)).await?;
+        // One way for all who fail: as many queries, the work of one comparison.
         let log_in = async move {
-            let (claimed, hash) = found.as_ref().map(|(user, hash)| (user.id, hash.clone())).unzip();
-            let good = auth.passwords().verify(password.clone(), hash).await?;
-            let Some((user, hash)) = found.filter(|(user, _)| good && user.disabled_at.is_none()) else {
-                attempt.fail(&mut *database.get().await?, claimed).await?;
-                return Err(Error::LogInFailed);
-            };
-            // Today's cost, if it changed since.
-            let outdated = password.filter(|_| auth.passwords().is_outdated(&hash));
-            let rehashed = match outdated {
-                Some(password) => Some(auth.passwords().hash(password).await?),
-                None => None,
-            };
-            let secret = Secret::generate(SecretKind::Session)?;
-            let (secret_hash, lifetime) = (secret.hash(), auth.settings().session_lifetime);
-            let session = NewSession { user_id: user.id, secret_hash, lifetime };
-            let mut conn = database.get().await?;
-            let session = session.log_in(&mut conn, &hash, &attempt).await?;
-            if let Some(new) = rehashed {
-                User::rehash(&mut conn, user.id, &hash, &new).await?;
+            let _place = place;
+            let mut claimed = None;
+            // Once more where another log-in has made the hash anew meanwhile.
+            for _ in 0..2 {
+                let found = User::find_by_email(&mut *database.get().await?, &email).await?;
+                let hash = found.as_ref().map(|(_, hash)| hash.clone());
+                claimed = found.as_ref().map(|(user, _)| user.id);
+                let good = auth.passwords().verify(password.clone(), hash).await? && attempt.admits();
+                let Some((user, hash)) = found.filter(|(user, _)| good && user.disabled_at.is_none()) else {
+                    break;
+                };
+                // Today's cost, if it changed since.
+                let outdated = password.clone().filter(|_| auth.passwords().is_outdated(&hash));
+                let rehashed = match outdated {
+                    Some(password) => Some(auth.passwords().hash(password).await?),
+                    None => None,
+                };
+                let secret = Secret::generate(SecretKind::Session)?;
+                let (secret_hash, lifetime) = (secret.hash(), auth.settings().session_lifetime);
+                let session = NewSession { user_id: user.id, secret_hash, lifetime };
+                let mut conn = database.get().await?;
+                let Some(session) = session.log_in(&mut conn, &hash, &attempt).await? else { continue };
+                if let Some(new) = rehashed {
+                    User::rehash(&mut conn, user.id, &hash, &new).await?;
+                }
+                return Ok((user, session_with(secret.reveal(), &session)));
             }
-            Ok((user, session_with(secret.reveal(), &session)))
+            attempt.fail(&mut *database.get().await?, claimed).await?;
+            Err(Error::LogInFailed)
         };
         // Nobody leaves before it is written down how their attempt went.
         let (user, session) = self.0.to_the_end(log_in).await?;
@@ -102,7 +109,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
         &self,
         request: Request<pb::LogOutRequest>,
     ) -> Result<Response<pb::LogOutResponse>, Status> {
-        let credential = self.0.authenticate(request.metadata()).await?;
+        let credential = credential_of(&request)?;
         let account = credential.caller().account()?;
         let origin = self.0.origin(&request, credential.caller());
         let (app, ending) = (self.0.clone(), Ending::Credential(credential.caller().credential()));
@@ -122,7 +129,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
         request: Request<pb::GetCurrentUserRequest>,
     ) -> Result<Response<pb::GetCurrentUserResponse>, Status> {
         use pb::get_current_user_response::Credential;
-        let credential = self.0.authenticate(request.metadata()).await?;
+        let credential = credential_of(&request)?;
         let caller = credential.caller();
         let mut conn = self.0.database.get().await?;
         let user = match caller.subject() {
@@ -146,7 +153,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
         &self,
         request: Request<pb::UpdateCurrentUserRequest>,
     ) -> Result<Response<pb::UpdateCurrentUserResponse>, Status> {
-        let credential = self.0.authenticate(request.metadata()).await?;
+        let credential = credential_of(&request)?;
         let account = credential.caller().account()?;
         let names: Names = request.into_inner().try_into()?;
         let mut conn = self.0.database.get().await?;
@@ -159,31 +166,33 @@ impl pb::auth_service_server::AuthService for AuthApi {
         request: Request<pb::ChangePasswordRequest>,
     ) -> Result<Response<pb::ChangePasswordResponse>, Status> {
         let app = self.0.clone();
-        let credential = app.authenticate(request.metadata()).await?;
+        let credential = credential_of(&request)?;
         let account = credential.caller().account()?;
         let origin = app.origin(&request, credential.caller());
         let NewPassword { current, new } = request.into_inner().try_into()?;
         // A wrong one is a failed log-in.
-        let (attempt, old) = {
-            let mut conn = app.database.get().await?;
-            let (email, old) = User::password_hash(&mut conn, account).await?;
-            let attempt = LogInAttempt::new(&email, origin);
-            attempt.begin(&mut conn).await?;
-            (attempt, old)
-        };
-        let wrong = || Error::invalid("current_password", "is not the current password");
+        let (email, mut old) = User::password_hash(&mut *app.database.get().await?, account).await?;
+        let (attempt, place) = begin_attempt(&app, LogInClaim::new(email, origin)).await?;
         let change = async move {
+            let _place = place;
             let passwords = app.auth.passwords();
-            if !passwords.verify(current, Some(old.clone())).await? {
-                attempt.fail(&mut *app.database.get().await?, Some(account.user_id())).await?;
-                return Err(wrong());
+            // Once more where a log-in has made the hash anew meanwhile.
+            for _ in 0..2 {
+                if !passwords.verify(current.clone(), Some(old.clone())).await? || !attempt.admits() {
+                    break;
+                }
+                let new = passwords.hash(new.clone()).await?;
+                let mut conn = app.database.get().await?;
+                let changed = User::change_password(&mut conn, account, &old, &new, &attempt).await?;
+                if let Some(changed) = changed {
+                    let kept = account.session_id();
+                    app.end(Ending::OtherSessions { user_id: account.user_id(), kept });
+                    return Ok(changed);
+                }
+                (_, old) = User::password_hash(&mut conn, account).await?;
             }
-            let new = passwords.hash(new).await?;
-            let mut conn = app.database.get().await?;
-            let changed = User::change_password(&mut conn, account, &old, &new, &attempt).await?;
-            let changed = changed.ok_or_else(wrong)?;
-            app.end(Ending::OtherSessions { user_id: account.user_id(), kept: account.session_id() });
-            Ok(changed)
+            attempt.fail(&mut *app.database.get().await?, Some(account.user_id())).await?;
+            Err(Error::invalid("current_password", "is not the current password"))
         };
         let (ended, keys) = self.0.to_the_end(change).await?;
         Ok(Response::new(pb::ChangePasswordResponse {
@@ -196,7 +205,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
         &self,
         request: Request<pb::CreateApiKeyRequest>,
     ) -> Result<Response<pb::CreateApiKeyResponse>, Status> {
-        let credential = self.0.authenticate(request.metadata()).await?;
+        let credential = credential_of(&request)?;
         let manager = credential.caller().key_manager()?;
         let origin = self.0.origin(&request, credential.caller());
         let KeyTerms { note, expires_at, scopes } = KeyTerms::parse(request.into_inner(), &manager)?;
@@ -216,7 +225,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
         &self,
         request: Request<pb::ListApiKeysRequest>,
     ) -> Result<Response<pb::ListApiKeysResponse>, Status> {
-        let credential = self.0.authenticate(request.metadata()).await?;
+        let credential = credential_of(&request)?;
         let manager = credential.caller().key_manager()?;
         let page = key_page(request.get_ref(), &manager)?;
         let mut conn = self.0.database.get().await?;
@@ -231,7 +240,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
         &self,
         request: Request<pb::ExpireApiKeyRequest>,
     ) -> Result<Response<pb::ExpireApiKeyResponse>, Status> {
-        let credential = self.0.authenticate(request.metadata()).await?;
+        let credential = credential_of(&request)?;
         let manager = credential.caller().key_manager()?;
         let origin = self.0.origin(&request, credential.caller());
         let mut violations = Violations::default();
@@ -242,9 +251,13 @@ impl pb::auth_service_server::AuthService for AuthApi {
             .0
             .database
             .detached(async move |mut conn| {
-                let key = ApiKey::expire(&mut conn, &manager, id, &origin).await?;
-                app.end(Ending::Credential(CredentialId::ApiKey(id)));
-                Ok(key)
+                let expired = ApiKey::expire(&mut conn, &manager, id, &origin).await;
+                // Had it ended before, then whoever ended it may not have lived to
+                // say so here.
+                if let Ok(_) | Err(Error::ApiKeyAlreadyExpired(_)) = expired {
+                    app.end(Ending::Credential(CredentialId::ApiKey(id)));
+                }
+                expired
             })
             .await?;
         Ok(Response::new(pb::ExpireApiKeyResponse { api_key: Some(key.into()) }))
@@ -254,22 +267,30 @@ impl pb::auth_service_server::AuthService for AuthApi {
         &self,
         request: Request<pb::RotateApiKeyRequest>,
     ) -> Result<Response<pb::RotateApiKeyResponse>, Status> {
-        let credential = self.0.authenticate(request.metadata()).await?;
+        let credential = credential_of(&request)?;
         let manager = credential.caller().key_manager()?;
         let origin = self.0.origin(&request, credential.caller());
         let (id, overlap) = rotation(request.get_ref())?;
         let secret = Secret::generate(SecretKind::ApiKey)?;
         let (hash, prefix) = (secret.hash(), secret.display_prefix().to_owned());
         let app = self.0.clone();
-        let (new, old) = self
+        let (new, old, _) = self
             .0
             .database
             .detached(async move |mut conn| {
-                let rotated = ApiKey::rotate(&mut conn, &manager, id, hash, prefix, overlap, &origin).await?;
-                if overlap.is_zero() {
-                    app.end(Ending::Credential(CredentialId::ApiKey(id)));
+                let (began, old) = (Instant::now(), CredentialId::ApiKey(id));
+                let rotated = ApiKey::rotate(&mut conn, &manager, id, hash, prefix, overlap, &origin).await;
+                let left = match rotated {
+                    Ok((_, _, left)) => left.saturating_sub(began.elapsed()),
+                    Err(Error::ApiKeyAlreadyExpired(_)) => Duration::ZERO,
+                    Err(_) => return rotated,
+                };
+                if left.is_zero() {
+                    app.end(Ending::Credential(old));
+                } else {
+                    app.auth.end_after(old, left);
                 }
-                Ok(rotated)
+                rotated
             })
             .await?;
         let (api_key, old_api_key) = (Some(new.into()), Some(old.into()));
@@ -280,7 +301,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
         &self,
         request: Request<pb::CreateWatchTokenRequest>,
     ) -> Result<Response<pb::CreateWatchTokenResponse>, Status> {
-        let credential = self.0.authenticate(request.metadata()).await?;
+        let credential = credential_of(&request)?;
         let provider = credential.caller().provider(Scope::Append)?;
         let origin = self.0.origin(&request, credential.caller());
         let TokenTerms { job, note, lifetime } = TokenTerms::parse(request.into_inner())?;
@@ -301,7 +322,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
         &self,
         request: Request<pb::ListWatchTokensRequest>,
     ) -> Result<Response<pb::ListWatchTokensResponse>, Status> {
-        let credential = self.0.authenticate(request.metadata()).await?;
+        let credential = credential_of(&request)?;
         let provider = credential.caller().provider(Scope::Append)?;
         let (job, page) = token_page(request.into_inner(), provider)?;
         let job_id = self.0.log.find_own_job(provider, &job).await?.id;
@@ -317,7 +338,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
         &self,
         request: Request<pb::ExpireWatchTokenRequest>,
     ) -> Result<Response<pb::ExpireWatchTokenResponse>, Status> {
-        let credential = self.0.authenticate(request.metadata()).await?;
+        let credential = credential_of(&request)?;
         let provider = credential.caller().provider(Scope::Append)?;
         let origin = self.0.origin(&request, credential.caller());
         let id = token_id(request.get_ref())?;
@@ -326,9 +347,12 @@ impl pb::auth_service_server::AuthService for AuthApi {
             .0
             .database
             .detached(async move |mut conn| {
-                let token = WatchToken::expire(&mut conn, provider, id, &origin).await?;
-                app.end(Ending::Credential(CredentialId::WatchToken(id)));
-                Ok(token)
+                let expired = WatchToken::expire(&mut conn, provider, id, &origin).await;
+                // As with keys.
+                if let Ok(_) | Err(Error::WatchTokenAlreadyExpired(_)) = expired {
+                    app.end(Ending::Credential(CredentialId::WatchToken(id)));
+                }
+                expired
             })
             .await?;
         Ok(Response::new(pb::ExpireWatchTokenResponse { watch_token: Some(token.into()) }))

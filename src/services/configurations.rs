@@ -7,7 +7,7 @@ use tonic::{Request, Response, Status};
 use uuid::Uuid;
 
 use super::{
-    App,
+    App, credential_of,
     page::{self, Page},
     parse,
 };
@@ -40,7 +40,7 @@ impl ConfigurationService for ConfigurationApi {
         &self,
         request: Request<pb::RegisterJobConfigurationRequest>,
     ) -> Result<Response<pb::RegisterJobConfigurationResponse>, Status> {
-        let credential = self.0.authenticate(request.metadata()).await?;
+        let credential = credential_of(&request)?;
         let provider = credential.caller().provider(Scope::Append)?;
         let new = NewJobConfiguration::try_from(request.into_inner())?;
         let (configuration, existed) = self
@@ -58,7 +58,7 @@ impl ConfigurationService for ConfigurationApi {
         &self,
         request: Request<pb::GetJobConfigurationRequest>,
     ) -> Result<Response<pb::GetJobConfigurationResponse>, Status> {
-        let credential = self.0.authenticate(request.metadata()).await?;
+        let credential = credential_of(&request)?;
         let viewer = credential.caller().user_viewer()?;
         let key = ConfigurationKey::try_from(request.into_inner())?;
         let mut conn = self.0.database.get().await?;
@@ -73,7 +73,7 @@ impl ConfigurationService for ConfigurationApi {
         &self,
         request: Request<pb::ListJobConfigurationsRequest>,
     ) -> Result<Response<pb::ListJobConfigurationsResponse>, Status> {
-        let credential = self.0.authenticate(request.metadata()).await?;
+        let credential = credential_of(&request)?;
         let provider = credential.caller().provider(Scope::Read)?;
         let list = List::parse(provider, request.into_inner())?;
         let mut conn = self.0.database.get().await?;

@@ -17,10 +17,11 @@ use self::{
     requests::{ListQuery, UncheckedScope, watch_request},
 };
 use super::{
-    App, Peer,
+    App, Peer, credential_of,
     page::{self, Page},
 };
 use crate::{
+    auth::Credential,
     error::{Error, Result},
     event_log::{
         Lane, answered,
@@ -48,10 +49,10 @@ impl EventService for EventApi {
         &self,
         request: Request<pb::AppendEventsRequest>,
     ) -> Result<Response<pb::AppendEventsResponse>, Status> {
-        let credential = self.0.authenticate(request.metadata()).await?;
+        let credential = credential_of(&request)?;
         let provider = credential.caller().provider(caller::Scope::Append)?;
         let batch = UncheckedBatch::try_from(request.into_inner())?;
-        let answer = self.admit(provider, batch, Lane::default()).await?;
+        let answer = self.admit(&credential, provider, batch, Lane::default()).await?;
         Ok(Response::new(answered(answer).await?.into()))
     }
 
@@ -61,7 +62,7 @@ impl EventService for EventApi {
         &self,
         request: Request<Streaming<pb::PublishEventsRequest>>,
     ) -> Result<Response<Self::PublishEventsStream>, Status> {
-        let credential = self.0.authenticate(request.metadata()).await?;
+        let credential = credential_of(&request)?;
         let provider = credential.caller().provider(caller::Scope::Append)?;
         let open = self.0.auth.open_stream(Arc::clone(&credential), Peer::of(&request).cut)?;
         // One more than fits is the one whose answer is awaited.
@@ -71,24 +72,26 @@ impl EventService for EventApi {
         // Its batches are traced as this call's.
         tokio::spawn(accepting.with_current_context());
         let metrics = &self.0.telemetry.metrics;
-        let counted = (Open::of(&metrics.appends.streams), Arc::clone(metrics.method(PUBLISH)));
-        let open = (open, counted);
-        Ok(Response::new(Box::pin(stream::unfold(Some((answers, credential, open)), |state| async move {
-            let (mut answers, credential, open) = state?;
-            let answer = answers.recv().await?.answer(&open.1.1).await;
+        let (counted, method) = (Open::of(&metrics.appends.streams), Arc::clone(metrics.method(PUBLISH)));
+        let answers = stream::unfold(Some((answers, credential, method)), |state| async move {
+            let (mut answers, credential, method) = state?;
+            let answer = answers.recv().await?.answer(&method).await;
             // Nothing is sent, either, under a credential that may have ended.
             match credential.confirmed().await.map_err(Status::from).and(answer) {
-                Ok(answer) => Some((Ok(answer), Some((answers, credential, open)))),
+                Ok(answer) => Some((Ok(answer), Some((answers, credential, method)))),
                 Err(status) => Some((Err(status), None)),
             }
-        }))))
+        });
+        // Counts until the last answer was taken.
+        let answers = answers.inspect(move |_| _ = (&open, &counted));
+        Ok(Response::new(Box::pin(answers)))
     }
 
     async fn list_events(
         &self,
         request: Request<pb::ListEventsRequest>,
     ) -> Result<Response<pb::ListEventsResponse>, Status> {
-        let credential = self.0.authenticate(request.metadata()).await?;
+        let credential = credential_of(&request)?;
         let viewer = credential.caller().viewer()?;
         let query = ListQuery::parse(viewer.id(), request.into_inner())?;
         let job = self.0.log.find_job(viewer, &query.job).await?;
@@ -111,7 +114,7 @@ impl EventService for EventApi {
         &self,
         request: Request<pb::WatchEventsRequest>,
     ) -> Result<Response<Self::WatchEventsStream>, Status> {
-        let credential = self.0.authenticate(request.metadata()).await?;
+        let credential = credential_of(&request)?;
         let viewer = match request.get_ref().scope {
             Some(pb::watch_events_request::Scope::AllJobs(_)) => credential.caller().user_viewer()?,
             _ => credential.caller().viewer()?,
@@ -135,15 +138,17 @@ impl EventService for EventApi {
 }
 
 impl EventApi {
-    /// Hands a batch of valid shape to the log.
+    /// Hands a batch of valid shape to the log, unless the credential is not good
+    /// any more when the log has room for it.
     async fn admit(
         &self,
+        credential: &Credential,
         provider: Provider,
         batch: UncheckedBatch,
         lane: Lane,
     ) -> Result<oneshot::Receiver<Result<Vec<Appended>>>> {
         let job = self.0.log.find_own_job(provider, &batch.job).await?;
-        self.0.log.submit(batch.for_job(job), lane).await
+        credential.while_good(self.0.log.submit(batch.for_job(job), lane)).await
     }
 }
 

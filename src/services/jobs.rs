@@ -6,6 +6,7 @@ use uuid::Uuid;
 use super::{
     App,
     configurations::optional_version,
+    credential_of,
     page::{self, Page},
     parse,
 };
@@ -30,7 +31,7 @@ impl JobService for JobApi {
         &self,
         request: Request<pb::CreateJobRequest>,
     ) -> Result<Response<pb::CreateJobResponse>, Status> {
-        let credential = self.0.authenticate(request.metadata()).await?;
+        let credential = credential_of(&request)?;
         let provider = credential.caller().provider(Scope::Append)?;
         let new = NewJob::try_from(request.into_inner())?;
         let mut conn = self.0.database.get().await?;
@@ -42,7 +43,7 @@ impl JobService for JobApi {
         &self,
         request: Request<pb::GetJobRequest>,
     ) -> Result<Response<pb::GetJobResponse>, Status> {
-        let credential = self.0.authenticate(request.metadata()).await?;
+        let credential = credential_of(&request)?;
         let viewer = credential.caller().viewer()?;
         let key = JobKey::try_from(request.into_inner())?;
         let job = Job::find(&mut *self.0.database.get().await?, viewer, &key).await?;
@@ -55,7 +56,7 @@ impl JobService for JobApi {
         &self,
         request: Request<pb::ListJobsRequest>,
     ) -> Result<Response<pb::ListJobsResponse>, Status> {
-        let credential = self.0.authenticate(request.metadata()).await?;
+        let credential = credential_of(&request)?;
         let viewer = credential.caller().user_viewer()?;
         let List { filters, page_size, after, query } = List::parse(viewer, request.into_inner())?;
         let mut conn = self.0.database.get().await?;
@@ -81,7 +82,7 @@ impl JobService for JobApi {
         &self,
         request: Request<pb::CloseJobRequest>,
     ) -> Result<Response<pb::CloseJobResponse>, Status> {
-        let credential = self.0.authenticate(request.metadata()).await?;
+        let credential = credential_of(&request)?;
         let provider = credential.caller().provider(Scope::Append)?;
         let origin = self.0.origin(&request, credential.caller());
         let Close { key, reason } = Close::try_from(request.into_inner())?;

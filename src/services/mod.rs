@@ -1,5 +1,5 @@
-//! The gRPC services. A request is authenticated, parsed once into a valid
-//! value and handed to a model or to the event log.
+//! The gRPC services. A request, authenticated before it was read, is parsed once
+//! into a valid value and handed to a model or to the event log.
 
 pub mod auth;
 pub mod configurations;
@@ -14,8 +14,9 @@ use std::{
     sync::Arc,
 };
 
+use http::HeaderMap;
 use tokio_util::sync::CancellationToken;
-use tonic::{Request, metadata::MetadataMap};
+use tonic::Request;
 use tracing::Instrument as _;
 use uuid::Uuid;
 
@@ -52,6 +53,14 @@ impl RequestId {
     fn of<T>(request: &Request<T>) -> Option<Uuid> {
         request.extensions().get::<Self>().map(|id| id.0)
     }
+}
+
+/// Whose call this is. It was asked before the message was read, which may take a
+/// while; [`Error::CredentialInvalid`] where it was not asked.
+fn credential_of<T>(request: &Request<T>) -> Result<Arc<Credential>> {
+    let credential = request.extensions().get::<Arc<Credential>>().ok_or(Error::CredentialInvalid)?;
+    credential.still_good()?;
+    Ok(Arc::clone(credential))
 }
 
 /// What every service works with.
@@ -103,8 +112,8 @@ impl App {
     }
 
     /// Whose call this is, by `authorization: Bearer SECRET`.
-    pub(crate) async fn authenticate(&self, metadata: &MetadataMap) -> Result<Arc<Credential>> {
-        let secret = metadata
+    pub(crate) async fn authenticate(&self, headers: &HeaderMap) -> Result<Arc<Credential>> {
+        let secret = headers
             .get("authorization")
             .and_then(|value| value.to_str().ok())
             .and_then(|value| value.split_once(' '))
@@ -126,7 +135,8 @@ impl App {
 
     /// Where a request comes from: behind a proxy that is trusted, as that says.
     fn address<T>(&self, request: &Request<T>) -> Option<IpAddr> {
-        let direct = Peer::of(request).address?.ip();
+        // A socket for both IPv6 and IPv4 has IPv4's addresses as IPv6's.
+        let direct = Peer::of(request).address?.ip().to_canonical();
         let trusted = &self.auth.settings().trusted_proxies;
         if !trusted.contains(&direct) {
             return Some(direct);
@@ -136,7 +146,7 @@ impl App {
         let hops = request.metadata().get_all("x-forwarded-for").iter();
         let hops: Vec<Option<IpAddr>> = hops
             .flat_map(|hops| hops.to_str().unwrap_or("?").split(','))
-            .map(|hop| hop.trim().parse().ok())
+            .map(|hop| hop.trim().parse().ok().map(|hop: IpAddr| hop.to_canonical()))
             .collect();
         let last = hops.into_iter().rev().find(|hop| hop.is_none_or(|hop| !trusted.contains(&hop)));
         // What cannot be read is nobody's address, and what is before it nobody's

@@ -96,8 +96,12 @@ impl<'a> Answer<'a> {
     }
 
     fn violations(self, violations: Cow<'a, Violations>) -> Self {
-        let total = violations.iter().len();
-        Self { violations: Some(violations), ..self }.metadata("violations", &total)
+        let answer = self.metadata("violations", &violations.iter().len());
+        let answer = match violations.known_step_tags() {
+            Some(total) => answer.metadata("known_step_tags", &total),
+            None => answer,
+        };
+        Self { violations: Some(violations), ..answer }
     }
 
     fn resource(mut self, resource: Resource, name: &str, description: &str) -> Self {

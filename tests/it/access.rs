@@ -1,10 +1,15 @@
 //! Who may call what: every method of the descriptor set, called by everybody.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
-use milepost::pb::{self, ApiKeyScope};
+use diesel_async::SimpleAsyncConnection as _;
+use milepost::{
+    pb::{self, ApiKeyScope},
+    secret::{Secret, SecretKind},
+};
 use prost::Message as _;
-use tonic::{Code, transport::Channel};
+use tokio::{net::TcpStream, time::timeout};
+use tonic::{Code, Status, transport::Channel};
 use uuid::Uuid;
 
 use crate::support::{PASSWORD, TestServer, User, raw, registration, within_patience};
@@ -310,4 +315,61 @@ async fn everybody_may_call_what_the_table_says() {
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     assert_eq!(methods().len(), expected.len(), "a row of the table is of no method");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stranger_is_refused_before_their_message_is_read() {
+    let server = TestServer::start().await;
+    let (client, connection) =
+        h2::client::handshake(TcpStream::connect(server.address).await.unwrap()).await.unwrap();
+    tokio::spawn(connection);
+    let closed = EXPECTED.into_iter().chain([PUBLISH]).filter(|(_, expected)| expected.starts_with('U'));
+    for (method, _) in closed {
+        for secret in ["", "Bearer garbage"] {
+            let request = http::Request::post(format!("http://{}/milepost.v1.{method}", server.address))
+                .header("content-type", "application/grpc")
+                .header("te", "trailers")
+                .header("authorization", secret)
+                .body(())
+                .unwrap();
+            // Which never comes.
+            let mut client = client.clone().ready().await.unwrap();
+            let (answer, _message) = client.send_request(request, false).unwrap();
+            let answer = within_patience(format!("{method} to answer"), answer).await.unwrap();
+            let status = Status::from_header_map(answer.headers()).expect("a status without more ado");
+            assert_eq!(status.code(), Code::Unauthenticated, "{method}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn however_many_strangers_ask_others_find_a_connection() {
+    let server = TestServer::start().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[]).await;
+    let job = provider.job(&customer).await;
+    let mut locker = server.database.connect().await;
+    locker.batch_execute("BEGIN; LOCK TABLE watch_tokens IN ACCESS EXCLUSIVE MODE").await.unwrap();
+    let strangers: Vec<_> = (0..30)
+        .map(|_| {
+            let (channel, secret) = (server.channel.clone(), Secret::generate(SecretKind::WatchToken));
+            let secret = secret.unwrap().reveal();
+            tokio::spawn(async move {
+                let call = raw::open(channel, Some(&secret), "JobService/GetJob", [vec![]]);
+                call.await.map(drop)
+            })
+        })
+        .collect();
+    let waiting = "SELECT pid::text AS text FROM pg_stat_activity
+        WHERE datname = current_database() AND wait_event_type = 'Lock'";
+    within_patience("strangers that wait", async { while server.database.texts(waiting).await.len() < 4 {} })
+        .await;
+    for _ in 0..20 {
+        let read = timeout(Duration::from_secs(2), provider.get(&job)).await;
+        assert!(read.is_ok(), "strangers hold all connections");
+    }
+    drop(locker);
+    for stranger in strangers {
+        assert_eq!(stranger.await.unwrap().unwrap_err().code(), Code::Unauthenticated);
+    }
 }

@@ -36,6 +36,26 @@ async fn the_demo_ends_in_a_watched_completed_job() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_demo_plays_on_a_server_that_runs_named_or_found_by_its_data() {
+    let server = ServerProcess::start().await;
+    let address = server.address.to_string();
+    let named = milepost(&["demo", "--seconds", "1", "--server", &address]);
+    let mut found = milepost(&["demo", "--seconds", "1"]);
+    found.env("MILEPOST_DATA_DIR", server.data_dir());
+    for (played, command) in [named, found].into_iter().enumerate() {
+        let (code, text) = output(command).await;
+        assert_eq!(code, 0, "{text}");
+        for words in [address.as_str(), "found running", "Analysis complete", "100 %"] {
+            assert!(text.contains(words), "{words} in {text}");
+        }
+        let jobs = server.database().texts("SELECT status::text AS text FROM jobs").await;
+        assert_eq!(jobs, vec!["complete"; played + 1]);
+    }
+    // It is none of theirs to stop.
+    server.ready().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_watch_survives_a_restart_of_the_server_and_tells_how_the_job_ended() {
     let mut server = ServerProcess::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);

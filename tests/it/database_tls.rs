@@ -200,15 +200,20 @@ async fn a_bell_is_heard_over_tls() {
 async fn a_database_is_migrated_and_served_by_two_over_tls_alone() {
     let postgres = Postgres::start().await;
     let (url, ca) = (postgres.url("sslmode=require"), postgres.files.path("ca.pem"));
-    let migrate = Command::new(env!("CARGO_BIN_EXE_milepost"))
-        .arg("migrate")
-        .env("DATABASE_URL", &url)
-        .env("MILEPOST_DATABASE_CA", &ca)
-        .stdin(Stdio::null())
-        .kill_on_drop(true)
-        .output();
-    let migrated = within_patience("the migration", migrate).await.unwrap();
-    assert!(migrated.status.success(), "{migrated:?}");
+    // An authority of its own, and the system's.
+    for (authority, said) in [("MILEPOST_DATABASE_CA", "applied"), ("SSL_CERT_FILE", "nothing to do")] {
+        let migrate = Command::new(env!("CARGO_BIN_EXE_milepost"))
+            .arg("migrate")
+            .env("DATABASE_URL", &url)
+            .env_remove("SSL_CERT_DIR")
+            .env(authority, &ca)
+            .stdin(Stdio::null())
+            .kill_on_drop(true)
+            .output();
+        let migrated = within_patience("the migration", migrate).await.unwrap();
+        assert!(migrated.status.success(), "{authority}: {migrated:?}");
+        assert!(String::from_utf8(migrated.stdout).unwrap().contains(said), "{authority}");
+    }
 
     let server = TestServer::on(TestDatabase::at(url, ca)).await;
     let replica = server.replica().await;

@@ -58,7 +58,15 @@ async fn a_database_that_is_away_is_told_at_once_and_comes_back_without_a_restar
     assert!(retry_after > Duration::ZERO);
 
     server.database.bring_back().await;
-    let appended = provider.append(&job, [event]).await;
+    let appended = within_patience("the database to be back", async {
+        loop {
+            match provider.try_append(&job, [event.clone()]).await {
+                Err(status) if status.code() == Code::Unavailable => {}
+                appended => break appended.unwrap(),
+            }
+        }
+    })
+    .await;
     assert_eq!(appended[0].sequence, 1);
 }
 

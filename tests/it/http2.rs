@@ -7,7 +7,7 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 use diesel_async::SimpleAsyncConnection as _;
 use h2::{
     RecvStream,
-    client::{Connection, SendRequest},
+    client::{Connection, ResponseFuture, SendRequest},
 };
 use http::{HeaderMap, Request};
 use milepost::{
@@ -21,7 +21,10 @@ use tokio::{
 };
 use tonic::{Code, Status};
 
-use crate::support::{STREAMS_PER_CONNECTION, TestServer, User, assert_refused, info, within_patience};
+use crate::support::{
+    STREAMS_PER_CONNECTION, ServerProcess, TestDatabase, TestServer, User, assert_refused, info,
+    within_patience,
+};
 
 /// Kinds of frames, flags and codes (RFC 9113).
 const HEADERS: u8 = 1;
@@ -48,20 +51,30 @@ async fn call(
 ) -> http::Response<RecvStream> {
     let (client, connection) = connect(server.address).await;
     tokio::spawn(connection);
-    let request = Request::post(format!("http://{}/milepost.v1.EventService/{method}", server.address))
+    let mut request = request(server.address, user, method);
+    request.headers_mut().insert("grpc-timeout", timeout.parse().unwrap());
+    let answer = send(client.ready().await.unwrap(), request, message);
+    within_patience("an answer", answer).await.unwrap()
+}
+
+fn request(address: SocketAddr, user: &User, method: &str) -> Request<()> {
+    Request::post(format!("http://{address}/milepost.v1.EventService/{method}"))
         .header("content-type", "application/grpc")
         .header("te", "trailers")
         .header("authorization", format!("Bearer {}", user.key_secret))
-        .header("grpc-timeout", timeout)
         .body(())
-        .unwrap();
-    let (answer, mut body) = client.ready().await.unwrap().send_request(request, false).unwrap();
+        .unwrap()
+}
+
+/// Sends the request with its one message.
+fn send(mut client: SendRequest<Bytes>, request: Request<()>, message: &impl Message) -> ResponseFuture {
+    let (answer, mut body) = client.send_request(request, false).unwrap();
     let mut frame = BytesMut::new();
     frame.put_u8(0);
     frame.put_u32(message.encoded_len().try_into().unwrap());
     message.encode(&mut frame).unwrap();
     body.send_data(frame.freeze(), true).unwrap();
-    within_patience("an answer", answer).await.unwrap()
+    answer
 }
 
 /// The status in headers or trailers.
@@ -142,6 +155,53 @@ async fn a_connection_tells_how_many_streams_it_may_have_and_refuses_one_more() 
     }
     let last = client.open(END_HEADERS).await;
     assert_eq!(client.until(RST_STREAM).await, (last, REFUSED_STREAM));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_is_gone_without_a_word_is_let_go_and_its_streams_count_no_longer() {
+    let database = TestDatabase::migrated().await;
+    let settings = [
+        ("DATABASE_URL", database.url.as_str()),
+        ("MILEPOST_UNSAFE_DATABASE", "true"),
+        ("MILEPOST_KEEPALIVE_INTERVAL_S", "1"),
+        ("MILEPOST_KEEPALIVE_TIMEOUT_S", "1"),
+        ("MILEPOST_STREAMS_PER_USER", "1"),
+    ];
+    let settings = settings.map(|(name, value)| (name, value.to_owned())).to_vec();
+    let server = ServerProcess::start_with("127.0.0.1", settings).await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[]).await;
+    let job = provider.job(&customer).await;
+    let scope = Some(pb::watch_events_request::Scope::JobId(job.id.clone()));
+    let watch = pb::WatchEventsRequest { scope, ..Default::default() };
+    let mut lives = customer.clone().watch(&job).await;
+    lives.caught_up().await;
+
+    // Nobody turns the crank of this one any more, which answers PINGs, once it
+    // has its stream.
+    let (client, mut connection) = connect(server.address).await;
+    let opening = async {
+        let client = client.ready().await.unwrap();
+        within_patience("a stream", send(client, request(server.address, &provider, "WatchEvents"), &watch))
+            .await
+            .unwrap()
+    };
+    let opened = tokio::select! {
+        opened = opening => opened,
+        closed = &mut connection => panic!("{closed:?}"),
+    };
+    assert_eq!(opened.status(), 200);
+    let one_more = provider.watch_by(watch.clone()).await;
+    assert_refused(one_more, Code::ResourceExhausted, ErrorReason::Overloaded);
+    let room = async { while provider.watch_by(watch.clone()).await.is_err() {} };
+    within_patience("the end of who does not answer", room).await;
+    let end = within_patience("the end of the connection", connection).await;
+    // Closed, with or without a word.
+    drop((end, opened));
+
+    // Who answers stays.
+    provider.append(&job, [info("later")]).await;
+    assert_eq!(lives.events(1).await[0].name, "later");
 }
 
 #[tokio::test(flavor = "multi_thread")]

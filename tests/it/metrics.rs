@@ -228,6 +228,7 @@ async fn calls_and_refusals_are_counted_by_method() {
         let wrong = server.anonymous().auth.log_in(claim.clone()).await;
         assert_refused(wrong, Code::Unauthenticated, ErrorReason::LogInFailed);
     }
+    server.database.block_log_ins_for(30).await;
     let slow = server.anonymous().auth.log_in(claim).await;
     assert_refused(slow, Code::ResourceExhausted, ErrorReason::LogInThrottled);
     let log_in = |reason| {
@@ -266,12 +267,16 @@ async fn batches_that_a_stream_refuses_are_refusals_as_well() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_path_that_nothing_is_served_on_adds_no_series() {
     let server = TestServer::start().await;
+    // Who calls is asked before what for.
+    let bearer = format!("Bearer {}", server.provider().await.key_secret);
     let unknown = async |path: String| {
         let mut grpc = tonic::client::Grpc::new(server.channel.clone());
         grpc.ready().await.unwrap();
         let codec = tonic_prost::ProstCodec::<(), ()>::default();
         let path = path.parse().unwrap();
-        grpc.unary(tonic::Request::new(()), path, codec).await.unwrap_err().code()
+        let mut request = tonic::Request::new(());
+        request.metadata_mut().insert("authorization", bearer.parse().unwrap());
+        grpc.unary(request, path, codec).await.unwrap_err().code()
     };
     assert_eq!(unknown("/secret/path".to_owned()).await, Code::Unimplemented);
     let series = "milepost_calls_total{method=\"other\",code=\"UNIMPLEMENTED\"}";

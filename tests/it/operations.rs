@@ -1,13 +1,17 @@
 //! What an operator meets: health, reflection, signals, restarts.
 
+use std::time::Duration;
+
+use diesel_async::SimpleAsyncConnection as _;
 use milepost::pb;
+use tokio::time::timeout;
 use tokio_stream::StreamExt as _;
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 use tonic_reflection::pb::{v1, v1alpha};
 
-use crate::support::{ServerProcess, TestServer, complete, info, step, within_patience};
+use crate::support::{ServerProcess, TestDatabase, TestServer, complete, info, step, within_patience};
 
 const SERVICES: [&str; 4] = [
     "milepost.v1.AuthService",
@@ -142,6 +146,42 @@ async fn on_sigterm_watchers_are_told_and_the_exit_is_clean() {
     provider.append(&job, [complete()]).await;
     let film = watch.film().await;
     assert_eq!(film.events.iter().map(|event| event.sequence).collect::<Vec<_>>(), [2]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn on_sigterm_health_says_so_first_and_calls_under_way_are_finished() {
+    let database = TestDatabase::migrated().await;
+    let mut server = ServerProcess::on(&database).await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[]).await;
+    let job = provider.job(&customer).await;
+    let mut client = HealthClient::new(server.other_clients().channel);
+    let mut statuses = client.watch(asked("")).await.unwrap().into_inner();
+    within_patience("readiness", async {
+        while statuses.next().await.expect("the stream goes on").unwrap().status() != ServingStatus::Serving {
+        }
+    })
+    .await;
+    let mut holder = database.connect().await;
+    let hold = format!("BEGIN; SELECT 1 FROM jobs WHERE id = '{}' FOR UPDATE", job.id);
+    holder.batch_execute(&hold).await.unwrap();
+    let appending = tokio::spawn(async move { provider.try_append(&job, [info("under way")]).await });
+    let waiting = "SELECT pid::text AS text FROM pg_stat_activity
+        WHERE datname = current_database() AND wait_event_type = 'Lock'";
+    within_patience("an append that waits", async { while database.texts(waiting).await.is_empty() {} })
+        .await;
+
+    server.terminate().await;
+    let told = within_patience("a word about it", statuses.next()).await.expect("the stream goes on");
+    assert_eq!(told.expect("it is told before the stream ends").status(), ServingStatus::NotServing);
+    // Longer than it would stay for nobody.
+    let ended = timeout(Duration::from_secs(3), server.exit()).await;
+    assert!(ended.is_err(), "it went with a call under way: {ended:?}");
+    holder.batch_execute("COMMIT").await.unwrap();
+    let appended = within_patience("the answer", appending).await.unwrap().unwrap();
+    assert_eq!(appended[0].sequence, 1);
+    assert_eq!(server.exit().await.code(), Some(0));
+    assert!(!server.log().contains("deadline passed"), "{}", server.log());
 }
 
 #[tokio::test(flavor = "multi_thread")]

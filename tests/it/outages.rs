@@ -23,6 +23,11 @@ const AT_ONCE: Duration = Duration::from_secs(1);
 const KNOWN: Duration = Duration::from_secs(4);
 /// Longest until all is well after its return.
 const BACK: Duration = Duration::from_secs(2);
+/// The same after a silence: whoever had begun to connect meanwhile hears
+/// nothing any more, and first waits in vain.
+const BACK_FROM_SILENCE: Duration = Duration::from_secs(3);
+/// As the tests' servers have them in their pools.
+const CONNECTIONS: usize = 8;
 
 async fn health(server: &TestServer, service: &str) -> ServingStatus {
     let asked = HealthCheckRequest { service: service.to_owned() };
@@ -150,7 +155,8 @@ async fn goes_away_and_comes_back(mode: Mode) {
         provider.list(&job).await
     };
     let log = within_patience("the return", service).await;
-    assert!(returned.elapsed() < BACK, "back after {:?}", returned.elapsed());
+    let limit = if mode == Mode::Swallow { BACK_FROM_SILENCE } else { BACK };
+    assert!(returned.elapsed() < limit, "back after {:?}", returned.elapsed());
     assert_eq!(log.iter().map(|event| event.name.as_str()).collect::<Vec<_>>(), ["meanwhile", "back"]);
 }
 
@@ -167,6 +173,31 @@ async fn while_the_database_is_silent_calls_are_refused_and_then_all_goes_on() {
 #[tokio::test(flavor = "multi_thread")]
 async fn while_the_database_starts_calls_are_refused_and_then_all_goes_on() {
     goes_away_and_comes_back(Mode::Starting).await;
+}
+
+const END_CONNECTIONS: &str = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+    WHERE datname = current_database() AND pid <> pg_backend_pid()";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_is_far_away_is_there_nonetheless() {
+    let (server, proxy) = TestServer::through_proxy().await;
+    within_patience("readiness", wait_for_readiness(&server, ServingStatus::Serving)).await;
+    proxy.set(Mode::Refuse);
+    within_patience("not to be ready", wait_for_readiness(&server, ServingStatus::NotServing)).await;
+    let nearby = server.replica().await;
+    let users = [nearby.provider().await, nearby.provider().await];
+
+    // To connect takes longer now than it may take to answer.
+    proxy.set(Mode::Far);
+    for user in users {
+        within_patience("readiness", wait_for_readiness(&server, ServingStatus::Serving)).await;
+        let who = pb::GetCurrentUserRequest {};
+        server.same(&user).auth.get_current_user(who).await.unwrap();
+        // A broken connection is not the database's end, there as anywhere.
+        server.database.execute(END_CONNECTIONS).await;
+        let lost = timeout(KNOWN, wait_for_readiness(&server, ServingStatus::NotServing)).await;
+        assert!(lost.is_err(), "a database that is far away was given up");
+    }
 }
 
 /// Sessions of servers that have something locked, or a transaction open.
@@ -245,6 +276,39 @@ async fn callers_that_leave_in_the_middle_leave_no_lock_behind() {
     }
 }
 
+/// Backends that wait for a lock.
+const WAITING: &str = "SELECT pid::text AS text FROM pg_stat_activity
+    WHERE datname = current_database() AND wait_event_type = 'Lock'";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_whose_connections_are_all_in_use_is_there_nonetheless() {
+    let server = TestServer::start().await;
+    within_patience("readiness", wait_for_readiness(&server, ServingStatus::Serving)).await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[]).await;
+    let job = provider.job(&customer).await;
+    let mut locker = server.database.connect().await;
+    locker.batch_execute("BEGIN; LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE").await.unwrap();
+    let reading: Vec<_> = (0..2 * CONNECTIONS)
+        .map(|_| {
+            let (mut provider, job) = (provider.clone(), job.clone());
+            tokio::spawn(async move { provider.get(&job).await })
+        })
+        .collect();
+    within_patience("readers that have all connections", async {
+        while server.database.texts(WAITING).await.len() < CONNECTIONS {}
+    })
+    .await;
+    // For as long as the database is asked a few times.
+    let lost = timeout(Duration::from_secs(3), wait_for_readiness(&server, ServingStatus::NotServing)).await;
+    assert!(lost.is_err(), "a database that is busy was given up");
+    assert!(server.database.texts(WAITING).await.len() >= CONNECTIONS, "it was busy all the time");
+    drop(locker);
+    for read in reading {
+        assert_eq!(within_patience("an answer", read).await.unwrap(), job);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn however_many_watchers_read_the_past_calls_find_a_connection() {
     let server = TestServer::start().await;
@@ -258,10 +322,8 @@ async fn however_many_watchers_read_the_past_calls_find_a_connection() {
     for _ in 0..30 {
         watches.push(customer.clone().watch(&job).await);
     }
-    let waiting = "SELECT pid::text AS text FROM pg_stat_activity
-        WHERE datname = current_database() AND wait_event_type = 'Lock'";
     within_patience("readers of the past that wait", async {
-        while server.database.texts(waiting).await.len() < 4 {}
+        while server.database.texts(WAITING).await.len() < 4 {}
     })
     .await;
     for _ in 0..20 {
@@ -271,5 +333,40 @@ async fn however_many_watchers_read_the_past_calls_find_a_connection() {
     drop(locker);
     for mut watch in watches {
         assert_eq!(watch.caught_up().await.0.len(), 1);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn however_many_watchers_look_where_the_log_ends_calls_find_a_connection() {
+    let server = TestServer::start().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[]).await;
+    let job = provider.job(&customer).await;
+    let mut watches = Vec::new();
+    for _ in 0..30 {
+        let mut watch = customer.clone().watch(&job).await;
+        watch.caught_up().await;
+        watches.push(watch);
+    }
+    let mut locker = server.database.connect().await;
+    locker.batch_execute("BEGIN; LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE").await.unwrap();
+    // As if retention had been faster than the tail: all who watch are told that
+    // something may have passed them by.
+    server.database.execute("UPDATE event_log SET position = position + 1").await;
+    within_patience("watchers that wait", async {
+        while server.database.texts(WAITING).await.len() < CONNECTIONS / 2 {}
+    })
+    .await;
+    for _ in 0..20 {
+        let claim =
+            pb::LogInRequest { email: customer.email.clone(), password: crate::support::PASSWORD.to_owned() };
+        let mut stranger = server.anonymous();
+        let logged_in = timeout(Duration::from_secs(2), stranger.auth.log_in(claim)).await;
+        logged_in.expect("watchers hold all connections").unwrap();
+    }
+    drop(locker);
+    provider.append(&job, [info("after")]).await;
+    for mut watch in watches {
+        assert_eq!(events_until(&mut watch, "after").await, ["after"]);
     }
 }

@@ -12,7 +12,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming};
 
 use crate::support::{
-    TestDatabase, TestServer, User, assert_refused, complete, info, named, noted, step, within_patience,
+    STREAMS_PER_USER, TestDatabase, TestServer, User, assert_refused, complete, info, named, noted,
+    registration, step, within_patience,
 };
 
 /// As the tests' servers are set.
@@ -44,6 +45,22 @@ impl Publisher {
         let answer = self.next().await.unwrap().expect("the stream goes on");
         assert_eq!(answer.batch_id, batch_id);
         answer.outcome.expect("an answer says what became of the batch")
+    }
+
+    /// Returns once the server has handed in what was sent before: it reads batch
+    /// by batch, and looks for the configuration of this last one's job, which
+    /// nobody gets to see meanwhile.
+    async fn handed_in(&self, database: &TestDatabase, unknown: &pb::Job) {
+        const WAITING: &str = "SELECT pid::text AS text FROM pg_locks
+            WHERE NOT granted AND relation = 'job_configurations'::regclass
+              AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
+        let mut locked = database.connect().await;
+        locked.batch_execute("BEGIN; LOCK TABLE job_configurations IN ACCESS EXCLUSIVE MODE").await.unwrap();
+        self.send(batch("last", unknown, [info("last")])).await;
+        within_patience("the last batch to be read", async {
+            while database.texts(WAITING).await.is_empty() {}
+        })
+        .await;
     }
 
     /// The sequences at which the next batch, of this id, was appended.
@@ -99,11 +116,10 @@ impl Held {
     }
 }
 
-/// Returns once the server has read what was sent on this connection before.
-async fn round_trip(provider: &mut User, job: &pb::Job) {
-    for _ in 0..5 {
-        provider.get(job).await;
-    }
+/// A job of a configuration that the server has not looked up yet.
+async fn unknown_job(provider: &mut User, customer: &User, version: &str) -> pb::Job {
+    provider.register(registration(version, &[])).await;
+    provider.job(customer).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -204,6 +220,7 @@ async fn a_server_that_drains_answers_what_it_accepted_and_then_says_so() {
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
     let job = provider.job(&customer).await;
+    let unknown = unknown_job(&mut provider, &customer, "2.0.0").await;
     let mut watch = customer.clone().watch(&job).await;
     watch.caught_up().await;
     let database = server.database.clone();
@@ -213,7 +230,7 @@ async fn a_server_that_drains_answers_what_it_accepted_and_then_says_so() {
         publisher.send(batch(n.to_string(), &job, [info(&format!("{n}"))])).await;
     }
     held.waiting(&database).await;
-    round_trip(&mut provider, &job).await;
+    publisher.handed_in(&database, &unknown).await;
 
     drop(server);
     // Told that the server drains.
@@ -223,6 +240,7 @@ async fn a_server_that_drains_answers_what_it_accepted_and_then_says_so() {
     for n in 0..3_i64 {
         assert_eq!(publisher.appended(&n.to_string()).await, [n + 1]);
     }
+    assert_eq!(publisher.appended("last").await, [1]);
     assert_refused(publisher.next().await, Code::Unavailable, ErrorReason::Draining);
 }
 
@@ -273,8 +291,9 @@ async fn nothing_after_a_failed_batch_of_the_same_job_is_committed() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
-    for _ in 0..5 {
+    for round in 0..5 {
         let job = provider.job(&customer).await;
+        let unknown = unknown_job(&mut provider, &customer, &format!("2.0.{round}")).await;
         let held = Held::job(&server.database, &job).await;
         let mut publisher = Publisher::open(&mut provider).await;
         let batches: Vec<_> = (0..5).map(|n| batch(n.to_string(), &job, [info(&format!("{n}"))])).collect();
@@ -283,7 +302,7 @@ async fn nothing_after_a_failed_batch_of_the_same_job_is_committed() {
         for batch in &batches[1..] {
             publisher.send(batch.clone()).await;
         }
-        round_trip(&mut provider, &job).await;
+        publisher.handed_in(&server.database, &unknown).await;
         // The first one's transaction is lost; the database is there for those
         // that wait behind it.
         for pid in waiting {
@@ -318,4 +337,29 @@ async fn a_publish_stream_ends_with_its_credential() {
     // Whether or not the client goes on sending.
     let _ = publisher.batches.send(batch("after", &job, [info("after")])).await;
     assert_refused(publisher.next().await, Code::Unauthenticated, ErrorReason::CredentialInvalid);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_publish_stream_too_many_is_refused_with_an_answer_and_makes_room_when_it_closes() {
+    let server = TestServer::start().await;
+    let (mut provider, mut other) = (server.provider().await, server.provider().await);
+    let mut publishers = Vec::new();
+    for _ in 0..STREAMS_PER_USER {
+        publishers.push(Publisher::open(&mut provider).await);
+    }
+    let empty = || ReceiverStream::new(mpsc::channel(1).1);
+    let refused = provider.events.publish_events(empty()).await;
+    let refusal = assert_refused(refused, Code::ResourceExhausted, ErrorReason::Overloaded);
+    assert!(refusal.details.retry_info().is_some() && refusal.details.quota_failure().is_some());
+    // They are streams like those that watch.
+    let scope = pb::watch_events_request::Scope::AllJobs(pb::AllJobs::default());
+    let watch = pb::WatchEventsRequest { scope: Some(scope), ..Default::default() };
+    let refused = provider.watch_by(watch).await;
+    assert_refused(refused, Code::ResourceExhausted, ErrorReason::Overloaded);
+    // Somebody else's is not counted.
+    Publisher::open(&mut other).await;
+
+    drop(publishers.pop());
+    let room = async { while provider.events.publish_events(empty()).await.is_err() {} };
+    within_patience("room for another stream", room).await;
 }

@@ -42,6 +42,15 @@ async fn completed(provider: &mut User, customer: &User, events: usize) -> pb::J
     job
 }
 
+/// More than is on its way to a client that does not read.
+async fn append_large(provider: &mut User, job: &pb::Job, events: usize) {
+    let large = || Value { kind: Some(Kind::StringValue("x".repeat(16_000))) };
+    for n in 0..events / 40 {
+        let batch = (0..40).map(|m| noted(info(&format!("{}", n * 40 + m)), [("large", large())]));
+        provider.append(job, batch.collect::<Vec<_>>()).await;
+    }
+}
+
 fn all_jobs(start: Option<Start>) -> pb::WatchEventsRequest {
     pb::WatchEventsRequest {
         scope: Some(Scope::AllJobs(pb::AllJobs::default())),
@@ -294,12 +303,8 @@ async fn an_open_watcher_that_is_overtaken_is_told() {
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
     let job = provider.job(&customer).await;
-    let large = || Value { kind: Some(Kind::StringValue("x".repeat(16_000))) };
-    let events = 1_200_usize;
-    for n in 0..events / 40 {
-        let batch = (0..40).map(|m| noted(info(&format!("{}", n * 40 + m)), [("large", large())]));
-        provider.append(&job, batch.collect::<Vec<_>>()).await;
-    }
+    let events = 1_200;
+    append_large(&mut provider, &job, events).await;
     let reader = || server.other_clients().same(&provider);
     // Both have the first message, and most of it all to come.
     let (mut all, mut one) = (reader().watch_all().await, reader().watch(&job).await);
@@ -313,6 +318,38 @@ async fn an_open_watcher_that_is_overtaken_is_told() {
         let sequences: Vec<_> = told.iter().map(|event| event.sequence).collect();
         assert_eq!(sequences, (1..).take(told.len()).collect::<Vec<_>>(), "without a gap up to the end");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_watch_from_the_beginning_passes_over_what_is_removed_before_it_comes_there() {
+    let server = TestServer::start().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[("load", 1)]).await;
+    let job = provider.job(&customer).await;
+    append_large(&mut provider, &job, 1_200).await;
+    let (before, spans) = (completed(&mut provider, &customer, 3).await, provider.job(&customer).await);
+    provider.append(&spans, [info("past")]).await;
+    let reader = || server.other_clients().same(&provider);
+    // All have the first message, and most of it all to come.
+    let mut from_beginning = reader().watch_all().await;
+    let mut told = from_beginning.events(1).await;
+    let resumed = all_jobs(Some(Start::ResumeToken(from_beginning.resume_token.clone())));
+    let mut resumed = reader().watch_by(resumed).await.unwrap();
+    resumed.events(1).await;
+    let mut overlapped = reader().watch_all().await;
+    overlapped.events(1).await;
+    remove_all(&server).await;
+    told.extend(from_beginning.caught_up().await.0);
+    assert!(told.iter().all(|event| event.job_id != before.id), "a log that is gone is told");
+    assert_eq!(told.len(), 1_201, "and nothing else is left out");
+    // It is live now, and as strict as any.
+    overtaken(&mut resumed, None).await;
+
+    // Its past is gone, and the rest waits for a watch to come there.
+    provider.append(&spans, [complete()]).await;
+    remove_all(&server).await;
+    overtaken(&mut overlapped, None).await;
+    assert_eq!(from_beginning.events(1).await[0].kind(), pb::EventKind::Complete);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,14 +1,39 @@
-//! Servers that start before their database does.
+//! Servers that start before their database does, or in a place where it
+//! cannot.
 
-use std::process::Stdio;
+use std::{
+    fs::{self, Permissions},
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _},
+    process::{Output, Stdio},
+};
 
 use tokio::{
     io::{AsyncBufReadExt as _, BufReader},
-    process::Command,
+    process::{Child, Command},
     time::Instant,
 };
 
-use crate::support::{Mode, PATIENCE, Proxy, ServerProcess, TestDatabase, within_patience};
+use crate::support::{Mode, PATIENCE, Proxy, ServerProcess, TemporaryFolder, TestDatabase, within_patience};
+
+/// A server on its way, once it has said that it waits for the database.
+async fn waiting(proxy: &Proxy) -> Child {
+    let mut server = Command::new(env!("CARGO_BIN_EXE_milepost"))
+        .arg("serve")
+        .env("DATABASE_URL", &proxy.url)
+        .env("MILEPOST_UNSAFE_DATABASE", "true")
+        .env("MILEPOST_LISTEN", "127.0.0.1:0")
+        .env("MILEPOST_LOG_FORMAT", "json")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let mut log = BufReader::new(server.stderr.as_mut().unwrap()).lines();
+    let waits = within_patience("a word about it", log.next_line()).await.unwrap().unwrap();
+    assert!(waits.contains("waiting for the database"), "{waits}");
+    server
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_starts_before_its_database_waits_for_it() {
@@ -16,26 +41,27 @@ async fn a_server_that_starts_before_its_database_waits_for_it() {
     for mode in [Mode::Refuse, Mode::Starting] {
         let proxy = Proxy::to(&database.url).await;
         proxy.set(mode);
-        let mut server = Command::new(env!("CARGO_BIN_EXE_milepost"))
-            .arg("serve")
-            .env("DATABASE_URL", &proxy.url)
-            .env("MILEPOST_UNSAFE_DATABASE", "true")
-            .env("MILEPOST_LISTEN", "127.0.0.1:0")
-            .env("MILEPOST_LOG_FORMAT", "json")
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .kill_on_drop(true)
-            .spawn()
-            .unwrap();
-        let mut log = BufReader::new(server.stderr.take().unwrap()).lines();
+        let mut server = waiting(&proxy).await;
         let mut said = BufReader::new(server.stdout.take().unwrap()).lines();
-        let waits = within_patience("a word about it", log.next_line()).await.unwrap().unwrap();
-        assert!(waits.contains("waiting for the database"), "{waits}");
         proxy.set(Mode::Pass);
         let serves = within_patience("the server", said.next_line()).await.unwrap();
         assert!(serves.is_some_and(|line| line.contains("listens")));
         server.kill().await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_waits_for_its_database_can_be_told_to_go() {
+    let proxy = Proxy::to(&TestDatabase::migrated().await.url).await;
+    proxy.set(Mode::Refuse);
+    for signal in ["TERM", "INT"] {
+        let mut server = waiting(&proxy).await;
+        let (told, pid) = (Instant::now(), server.id().expect("it runs").to_string());
+        let sent = Command::new("kill").args(["-s", signal, &pid]).status().await.unwrap();
+        assert!(sent.success());
+        let ended = within_patience("the exit", server.wait()).await.unwrap();
+        assert_eq!(ended.code(), Some(0), "{signal}");
+        assert!(told.elapsed() < PATIENCE / 4, "it waited");
     }
 }
 
@@ -62,4 +88,35 @@ async fn what_waiting_does_not_cure_is_told_at_once_in_one_line() {
         assert!(refusal.contains(word) && refusal.lines().count() == 1, "{refusal}");
         assert!(started.elapsed() < PATIENCE / 2, "it waited");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn root_is_told_which_folder_keeps_postgres_out_and_what_to_do() {
+    if fs::metadata("/proc/self").unwrap().uid() != 0 {
+        eprintln!("skipped: only root runs Postgres as somebody else");
+        return;
+    }
+    let folder = TemporaryFolder::new();
+    let closed = folder.path().join("closed");
+    fs::create_dir(&closed).unwrap();
+    let migrate = async |mode| {
+        fs::set_permissions(&closed, Permissions::from_mode(mode)).unwrap();
+        let migrating = Command::new(env!("CARGO_BIN_EXE_milepost"))
+            .arg("migrate")
+            .env_remove("DATABASE_URL")
+            .env("MILEPOST_DATA_DIR", closed.join("data"))
+            .stdin(Stdio::null())
+            .kill_on_drop(true)
+            .output();
+        let Output { status, stderr, .. } = within_patience("its end", migrating).await.unwrap();
+        (status.code(), String::from_utf8(stderr).unwrap())
+    };
+    let (code, told) = migrate(0o700).await;
+    assert_eq!((code, told.lines().count()), (Some(1), 1), "{told}");
+    for word in [format!(" {}: ", closed.display()).as_str(), "chmod o+x", "--data-dir"] {
+        assert!(told.contains(word), "{word} in {told}");
+    }
+    // Who does what it says is helped.
+    let (code, told) = migrate(0o711).await;
+    assert_eq!(code, Some(0), "{told}");
 }

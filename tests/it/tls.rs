@@ -28,8 +28,8 @@ use tokio_rustls::{
 use tonic::{Code, Status, transport::ClientTlsConfig};
 
 use crate::support::{
-    Authority, Clients, Files, PASSWORD, ServerProcess, TestServer, assert_refused, complete, info, step,
-    within_patience,
+    Authority, Clients, Files, PASSWORD, ServerProcess, TestDatabase, TestServer, assert_refused, complete,
+    info, step, within_patience,
 };
 
 /// What somebody without a credential is told by a server that they reach.
@@ -217,6 +217,51 @@ async fn on_sighup_a_pair_that_does_not_match_is_told_and_changes_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn every_sighup_is_a_look_of_its_own_whose_outcome_is_told() {
+    let authority = Authority::new();
+    let files = Files::new(&authority);
+    let (server, _) = process(&files).await;
+    // The looks that nobody asks for say nothing of what is as it was.
+    for times in [1, 2] {
+        server.hang_up().await;
+        server.logged("the certificate is the one in use already", times).await;
+    }
+    files.write("server.pem", "");
+    for times in [1, 2] {
+        server.hang_up().await;
+        server.logged("the certificate in use stays", times).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn beyond_loopback_a_server_speaks_without_encryption_only_if_that_is_said_outright() {
+    let files = Files::new(&Authority::new());
+    let serving = Command::new(env!("CARGO_BIN_EXE_milepost"))
+        .args(["serve", "--listen", "0.0.0.0:0"])
+        .env_remove("DATABASE_URL")
+        .env("MILEPOST_DATA_DIR", files.path("data"))
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .output();
+    let Output { status, stderr, .. } = within_patience("a refusal", serving).await.unwrap();
+    let stderr = String::from_utf8(stderr).unwrap();
+    assert_eq!(status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("--insecure-listen") && stderr.lines().count() == 1, "{stderr}");
+    assert!(!files.path("data").exists(), "nothing was started");
+
+    let database = TestDatabase::migrated().await;
+    let settings = [
+        ("DATABASE_URL", database.url.as_str()),
+        ("MILEPOST_UNSAFE_DATABASE", "true"),
+        ("MILEPOST_INSECURE_LISTEN", "true"),
+    ];
+    let settings = settings.map(|(name, value)| (name, value.to_owned())).to_vec();
+    let server = ServerProcess::start_with("0.0.0.0", settings).await;
+    let reached = asked(&Clients::of(([127, 0, 0, 1], server.address.port()).into())).await;
+    assert_refused(reached, Code::Unauthenticated, ErrorReason::CredentialInvalid);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn encrypted_a_server_listens_everywhere_and_strangers_may_not_sign_up() {
     let authority = Authority::new();
     let (_server, address) = process(&Files::new(&authority)).await;
@@ -308,7 +353,7 @@ async fn silent_connections_do_not_keep_a_server_from_its_end() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_job_is_watched_in_the_terminal_over_tls() {
+async fn a_job_is_watched_in_the_terminal_over_tls_of_a_named_authority_or_the_systems() {
     let authority = Authority::new();
     let files = Files::new(&authority);
     let server = TestServer::encrypted(&files.server(), &authority).await;
@@ -316,22 +361,26 @@ async fn a_job_is_watched_in_the_terminal_over_tls() {
     provider.configuration(&[("load", 1)]).await;
     let job = provider.job(&customer).await;
     provider.append(&job, [step("load"), complete()]).await;
-    let watch = |ca: &str| {
+    let watch = |authority: &str, file: &str| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_milepost"));
         command
             .args(["watch", &job.id, "--server", &format!("https://{}", server.address)])
             .env("MILEPOST_API_KEY", &customer.key_secret)
-            .env("MILEPOST_TLS_CA", files.path(ca))
+            .env_remove("SSL_CERT_DIR")
+            .env(authority, files.path(file))
             .stdin(Stdio::null())
             .kill_on_drop(true);
         async move { within_patience("the watch's end", command.output()).await.unwrap() }
     };
-    let watched = watch("ca.pem").await;
-    assert_eq!(watched.status.code(), Some(0), "{watched:?}");
-    assert!(String::from_utf8(watched.stdout).unwrap().contains("100 %"));
     files.write("foreign.pem", &Authority::new().pem());
-    let refused = watch("foreign.pem").await;
-    assert_eq!(refused.status.code(), Some(1));
-    let told = String::from_utf8(refused.stderr).unwrap();
-    assert!(told.contains("certificate") && told.lines().count() == 1, "{told}");
+    // The second is where a system says that it keeps its own.
+    for authority in ["MILEPOST_TLS_CA", "SSL_CERT_FILE"] {
+        let watched = watch(authority, "ca.pem").await;
+        assert_eq!(watched.status.code(), Some(0), "{authority}: {watched:?}");
+        assert!(String::from_utf8(watched.stdout).unwrap().contains("100 %"));
+        let refused = watch(authority, "foreign.pem").await;
+        assert_eq!(refused.status.code(), Some(1));
+        let told = String::from_utf8(refused.stderr).unwrap();
+        assert!(told.contains("certificate") && told.lines().count() == 1, "{told}");
+    }
 }

@@ -22,6 +22,9 @@ use crate::support::{ServerProcess, TestDatabase, TestServer, User, info, within
 
 /// How many migrations there are.
 const APPLIED: &str = "SELECT version AS text FROM __diesel_schema_migrations ORDER BY version";
+/// Of all tables.
+const COLUMNS: &str = "SELECT table_name || '.' || column_name AS text FROM information_schema.columns
+    WHERE table_schema = 'public' ORDER BY 1";
 /// Of a release to come.
 const NEXT: &str = "20991231000001";
 /// Longest that an append may take while a migration waits for a table: one
@@ -81,6 +84,19 @@ async fn processes_that_migrate_at_once_take_turns() {
     let partly = TestDatabase::migrated().await;
     migrations::revert(&partly.url, None, 2).await.unwrap();
     all_at_once(&partly, 2).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_is_not_told_to_migrate_refuses_an_older_schema_and_leaves_it_as_it_is() {
+    let empty = TestDatabase::empty().await;
+    let partly = TestDatabase::migrated().await;
+    migrations::revert(&partly.url, None, 2).await.unwrap();
+    for database in [empty, partly] {
+        let before = database.texts(COLUMNS).await;
+        let refusal = ServerProcess::refused_with(&database.url, &["--unsafe-database"]).await;
+        assert!(refusal.contains("`milepost migrate`") && refusal.lines().count() == 1, "{refusal}");
+        assert_eq!(database.texts(COLUMNS).await, before);
+    }
 }
 
 /// Appends, reads and lists until it is told to stop; how often, and how long

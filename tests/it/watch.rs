@@ -229,3 +229,31 @@ async fn a_stream_too_many_is_refused_with_an_answer_and_makes_room_when_it_clos
     let room = async { while customer.watch_by(request()).await.is_err() {} };
     within_patience("room for another stream", room).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_provider_watches_a_job_under_its_own_name_for_it() {
+    let server = TestServer::start().await;
+    let (mut provider, mut other) = (server.provider().await, server.provider().await);
+    let mut customer = server.customer().await;
+    let mut jobs = Vec::new();
+    for (user, past) in [(&mut provider, "past"), (&mut other, "another's past")] {
+        user.configuration(&[]).await;
+        let scan = pb::CreateJobRequest { provider_job_id: "scan".to_owned(), ..user.new_job(&customer) };
+        let job = user.jobs.create_job(scan).await.unwrap().into_inner().job.unwrap();
+        user.append(&job, [info(past)]).await;
+        jobs.push(job);
+    }
+    let scan = || every(Some(Scope::ProviderJobId("scan".to_owned())), None);
+    let mut watch = provider.watch_by(scan()).await.unwrap();
+    let (past, caught_up) = watch.caught_up().await;
+    assert_eq!(past.iter().map(|event| event.name.as_str()).collect::<Vec<_>>(), ["past"]);
+    assert_eq!(caught_up.job.unwrap().last_sequence, 1);
+    other.append(&jobs[1], [info("another's")]).await;
+    provider.append(&jobs[0], [info("live"), complete()]).await;
+    let film = watch.film().await;
+    assert!(film.events.iter().all(|event| event.job_id == jobs[0].id));
+    assert_eq!(film.events.iter().map(|event| event.sequence).collect::<Vec<_>>(), [2, 3]);
+    // Nobody else knows it by that name.
+    let refused = customer.watch_by(scan()).await;
+    assert_refused(refused, Code::NotFound, ErrorReason::ResourceNotFound);
+}

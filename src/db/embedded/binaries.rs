@@ -30,6 +30,24 @@ pub(super) struct Owner {
     pub(super) gid: u32,
 }
 
+impl Owner {
+    /// The first folder on the way there that they may not enter.
+    fn shut_out_of(self, folder: &Path) -> Option<EmbeddedError> {
+        let way: Vec<&Path> = folder.ancestors().collect();
+        let closed = way.into_iter().rev().find(|folder| {
+            fs::metadata(folder).is_ok_and(|found| {
+                let enter = match (found.uid() == self.uid, found.gid() == self.gid) {
+                    (true, _) => 0o100,
+                    (false, true) => 0o010,
+                    (false, false) => 0o001,
+                };
+                found.mode() & enter == 0
+            })
+        })?;
+        Some(EmbeddedError::ShutOut { folder: closed.to_owned(), uid: self.uid })
+    }
+}
+
 impl Binaries {
     /// Those of this major version, or of the newest where none is asked for.
     pub(super) async fn find(major: Option<u32>) -> Result<Self, EmbeddedError> {
@@ -76,7 +94,10 @@ impl Binaries {
         if let Some(Owner { uid, gid }) = owner {
             command.uid(uid).gid(gid);
         }
-        command.output().await.map_err(|source| io_error(format!("cannot run {name}"), source))
+        command.output().await.map_err(|source| match owner.and_then(|owner| owner.shut_out_of(folder)) {
+            Some(shut_out) if source.kind() == io::ErrorKind::PermissionDenied => shut_out,
+            _ => io_error(format!("cannot run {name}"), source),
+        })
     }
 }
 

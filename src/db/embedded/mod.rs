@@ -58,6 +58,17 @@ pub enum EmbeddedError {
     /// Root has nobody to run Postgres as.
     #[error("Postgres does not run as root, and there is no user postgres or nobody to run it as")]
     NoUser,
+    /// A folder on the way to the data keeps out whom root runs Postgres as.
+    #[error(
+        "user {uid}, whom Postgres runs as, may not enter {}: permit it (chmod o+x) or say where else the \
+         data go with --data-dir", .folder.display()
+    )]
+    ShutOut {
+        /// Which folder.
+        folder: PathBuf,
+        /// Whom it keeps out.
+        uid: u32,
+    },
     /// Nowhere to put the data by default.
     #[error("there is no HOME to keep the data in: say where with --data-dir")]
     NoHome,

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use uuid::Uuid;
 
 use crate::{
-    event_log::{directory::JobIdentity, wire::LogEvent},
+    event_log::{directory::JobIdentity, token::ResumeToken, wire::LogEvent},
     models::caller::{Sight, Viewer},
     progress::{EventKind, JobState},
 };
@@ -63,7 +63,7 @@ pub(crate) enum Start {
     Beginning,
     /// Of one job.
     AfterSequence(i64),
-    Resume(String),
+    Resume(ResumeToken),
     Now,
 }
 

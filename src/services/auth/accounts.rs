@@ -1,17 +1,23 @@
 //! Accounts: what requests say of them, and how a user is told.
 
+use tokio::sync::OwnedSemaphorePermit;
+
 use crate::{
     error::{Error, Result, Violations, quoted},
     event_log::wire,
     models::{
         caller::UserRole,
+        log_in_attempt::{LogInAttempt, LogInClaim},
         session::Session,
         user::{Email, Names, User},
     },
     pb,
     secret::Password,
-    services::parse,
+    services::{App, parse},
 };
+
+/// Most paths of a mask: there are two, and room to be wrong.
+const MASK_PATHS: usize = 64;
 
 /// Who signs up.
 pub(super) struct NewAccount {
@@ -68,6 +74,20 @@ impl TryFrom<pb::LogInRequest> for Claim {
     }
 }
 
+/// Counts a claim as failed, before its password is looked at; where it is in
+/// doubt, once it has a stranger's place, which is to be held until the end.
+pub(super) async fn begin_attempt(
+    app: &App,
+    claim: LogInClaim,
+) -> Result<(LogInAttempt, Option<OwnedSemaphorePermit>)> {
+    let begun = claim.begin(&mut *app.database.get().await?).await?;
+    if let Some(attempt) = begun {
+        return Ok((attempt, None));
+    }
+    let place = app.auth.passwords().stranger().await?;
+    Ok((claim.begin_in_doubt(&mut *app.database.get().await?).await?, Some(place)))
+}
+
 pub(super) struct NewPassword {
     pub(super) current: Option<Password>,
     pub(super) new: Password,
@@ -107,8 +127,12 @@ impl TryFrom<pb::UpdateCurrentUserRequest> for Names {
             violations.add("user", "must be given");
             pb::User::default()
         });
-        let paths = request.update_mask.unwrap_or_default().paths;
-        if let Some(path) = paths.iter().find(|path| !matches!(path.as_str(), "first_name" | "last_name")) {
+        let mut paths = request.update_mask.unwrap_or_default().paths;
+        if paths.len() > MASK_PATHS {
+            violations.add("update_mask", format!("must have at most {MASK_PATHS} paths"));
+            paths.truncate(MASK_PATHS);
+        }
+        for path in paths.iter().filter(|path| !matches!(path.as_str(), "first_name" | "last_name")) {
             let description = format!("{} is neither first_name nor last_name", quoted(path));
             violations.add("update_mask", description);
         }

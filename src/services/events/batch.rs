@@ -146,6 +146,7 @@ impl UncheckedBatch {
                     None => {
                         at_fault
                             .add(format!("events[{index}].step_tag"), unknown_step(&step_tag, configuration));
+                        at_fault.know_step_tags(configuration.tree.steps.len());
                         Step::Unknown
                     }
                     Some((position, step)) => {
@@ -167,19 +168,25 @@ impl UncheckedBatch {
     }
 }
 
-/// Names the steps that there are, as far as an error has room for them.
+/// Most bytes of known tags that an error names after the first.
+const KNOWN_TAGS_BYTES: usize = 256;
+
+/// Names the steps that there are, the first ones, as far as an error has room
+/// for them.
 fn unknown_step(tag: &str, configuration: &Configuration) -> String {
     let tree = &configuration.tree;
     let mut known = String::new();
     for step in &tree.steps {
-        let separator = if known.is_empty() { "" } else { ", " };
-        if known.len() + step.tag.len() > 4 * limits::ERROR_QUOTE_CHARS {
-            known.push_str(separator);
-            known.push('…');
+        let tag = quoted(&step.tag);
+        if known.is_empty() {
+            known = tag;
+        } else if known.len() + tag.len() > KNOWN_TAGS_BYTES {
+            known.push_str(", …");
             break;
+        } else {
+            known.push_str(", ");
+            known.push_str(&tag);
         }
-        known.push_str(separator);
-        known.push_str(&quoted(&step.tag));
     }
     if known.is_empty() {
         known.push_str("none");

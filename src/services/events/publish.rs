@@ -10,6 +10,7 @@ use crate::{
     auth::Credential,
     error::{Error, Result},
     event_log::{Lane, answered, plan::Appended},
+    limits::{ERROR_QUOTE_CHARS, TEXT_CHARS},
     models::caller::Provider,
     pb,
     services::status::{reason, rpc_status},
@@ -79,13 +80,19 @@ pub(super) async fn accept(
         let (batch_id, outcome) = match batch {
             Err(error) => (String::new(), Err(error)),
             Ok(batch) => {
-                let batch_id = batch.batch_id.clone();
+                let batch_id = echo(&batch.batch_id);
                 let handed_in = async {
                     credential.confirmed().await?;
                     let batch = UncheckedBatch::try_from(batch)?;
-                    api.admit(provider, batch, lane.clone()).await
+                    api.admit(&credential, provider, batch, lane.clone()).await
                 };
-                (batch_id, handed_in.await)
+                // The job's configuration and the log may keep it waiting.
+                let handed_in = tokio::select! {
+                    biased;
+                    () = credential.ended() => Err(Error::CredentialInvalid),
+                    handed_in = handed_in => handed_in,
+                };
+                (batch_id, handed_in)
             }
         };
         let ends = outcome.as_ref().is_err_and(|error| !error.is_about_content());
@@ -93,6 +100,30 @@ pub(super) async fn accept(
         room.send(Accepted { batch_id, outcome });
         if ends {
             return;
+        }
+    }
+}
+
+/// A batch's id as its answer has it: cut where it is refused for its length, so
+/// that batches in flight cannot fill memory with their ids.
+fn echo(batch_id: &str) -> String {
+    if batch_id.chars().nth(TEXT_CHARS).is_none() {
+        return batch_id.to_owned();
+    }
+    batch_id.chars().take(ERROR_QUOTE_CHARS).chain(['…']).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_that_is_too_long_is_echoed_shortly() {
+        for character in ["x", "\u{1F9E0}"] {
+            assert_eq!(echo(&character.repeat(256)), character.repeat(256));
+            for length in [257, 100_000] {
+                assert_eq!(echo(&character.repeat(length)), format!("{}…", character.repeat(64)));
+            }
         }
     }
 }

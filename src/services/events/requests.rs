@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use crate::{
     error::{Result, Violations},
-    event_log::watch::Start,
+    event_log::{ResumeToken, watch::Start},
     limits,
     models::job::JobKey,
     pb,
@@ -123,7 +123,13 @@ pub(super) fn watch_request(
             }
             Start::AfterSequence(sequence)
         }
-        Some(RawStart::ResumeToken(token)) => Start::Resume(token),
+        Some(RawStart::ResumeToken(token)) => ResumeToken::parse(&token).map_or_else(
+            || {
+                violations.add("resume_token", "is no token of this service");
+                Start::Beginning
+            },
+            Start::Resume,
+        ),
         Some(RawStart::FromNow(_)) => Start::Now,
     };
     let (shortest, default, longest) = limits::HEARTBEAT;

@@ -6,6 +6,7 @@
 
 use std::time::{Duration, Instant, SystemTime};
 
+use futures_util::stream::{self, StreamExt as _};
 use milepost::pb::{
     self, ErrorReason, WatchEndReason,
     event_service_client::EventServiceClient,
@@ -15,7 +16,10 @@ use milepost::pb::{
     watch_events_response::Message,
 };
 use prost_types::{Value, value::Kind};
-use tokio::{sync::mpsc, time::timeout};
+use tokio::{
+    sync::mpsc,
+    time::{sleep, timeout},
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Status, Streaming};
 
@@ -94,7 +98,7 @@ impl Uses {
         let refused = within_patience("a call to be refused", async {
             loop {
                 match caller.auth.get_current_user(pb::GetCurrentUserRequest {}).await {
-                    Ok(_) => tokio::time::sleep(PACE).await,
+                    Ok(_) => sleep(PACE).await,
                     refused => break refused,
                 }
             }
@@ -107,7 +111,7 @@ impl Uses {
     async fn publishing_ends(&mut self) {
         let refused = loop {
             match self.publish().await {
-                Ok(()) => tokio::time::sleep(PACE).await,
+                Ok(()) => sleep(PACE).await,
                 refused => break refused,
             }
         };
@@ -272,7 +276,7 @@ async fn unconfirmed(uses: &Uses) {
     let wrong = pb::WatchEventsRequest::default;
     within_patience("a credential that is not confirmed", async {
         while caller.events.watch_events(wrong()).await.unwrap_err().code() == Code::InvalidArgument {
-            tokio::time::sleep(PACE).await;
+            sleep(PACE).await;
         }
     })
     .await;
@@ -343,9 +347,7 @@ async fn what_is_held_back_while_the_credential_is_not_confirmed_is_not_skipped_
     }
     // Takes in less than one of them before it is read.
     let channel = server.endpoint.clone().initial_stream_window_size(65_535).connect_lazy();
-    let mut request = Request::new(of(&job));
-    let bearer = format!("Bearer {}", customer.key_secret).parse().unwrap();
-    request.metadata_mut().insert("authorization", bearer);
+    let request = bearing(&customer.key_secret, of(&job));
     let stream = EventServiceClient::new(channel).watch_events(request).await.unwrap().into_inner();
     let mut watch = Watch::new(stream);
     let mut seen = watch.events(1).await;
@@ -401,6 +403,20 @@ async fn over_tls_a_stream_that_does_not_take_its_end_is_cut_too() {
     unread_streams_are_cut(&TestServer::encrypted(&files.server(), &authority).await).await;
 }
 
+/// Expires the key that the user calls with.
+async fn expire_key(user: &mut User) {
+    let me = user.auth.get_current_user(pb::GetCurrentUserRequest {}).await.unwrap().into_inner();
+    let Some(Credential::ApiKey(key)) = me.credential else { panic!("{:?}", me.credential) };
+    user.session.auth.expire_api_key(pb::ExpireApiKeyRequest { api_key_id: key.id }).await.unwrap();
+}
+
+/// The request of somebody with this secret.
+fn bearing<T>(secret: &str, message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    request.metadata_mut().insert("authorization", format!("Bearer {secret}").parse().unwrap());
+    request
+}
+
 async fn unread_streams_are_cut(server: &TestServer) {
     let (mut provider, mut customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
@@ -410,19 +426,15 @@ async fn unread_streams_are_cut(server: &TestServer) {
     let channel = server.endpoint.clone().initial_stream_window_size(4_096).connect().await.unwrap();
     let mut streams = Vec::new();
     for secret in [&customer.key_secret, &provider.key_secret] {
-        let mut request = Request::new(of(&job));
-        request.metadata_mut().insert("authorization", format!("Bearer {secret}").parse().unwrap());
         let mut client = EventServiceClient::new(channel.clone());
-        streams.push(client.watch_events(request).await.unwrap().into_inner());
+        streams.push(client.watch_events(bearing(secret, of(&job))).await.unwrap().into_inner());
     }
     let [mut unread, mut other] = streams.try_into().unwrap();
     for _ in 0..20 {
         provider.append(&job, (0..50).map(|_| info("x"))).await;
     }
 
-    let me = customer.auth.get_current_user(pb::GetCurrentUserRequest {}).await.unwrap().into_inner();
-    let Some(Credential::ApiKey(key)) = me.credential else { panic!("{:?}", me.credential) };
-    customer.session.auth.expire_api_key(pb::ExpireApiKeyRequest { api_key_id: key.id }).await.unwrap();
+    expire_key(&mut customer).await;
     within_patience("the cut", async { while other.message().await.is_ok() {} }).await;
     let mut events = 0;
     let end = loop {
@@ -436,4 +448,46 @@ async fn unread_streams_are_cut(server: &TestServer) {
         }
     };
     assert!(end.is_err() && events < 1_000, "{end:?} after {events} events");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_publish_stream_whose_answers_nobody_takes_is_cut_after_its_end() {
+    let server = TestServer::start().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[("load", 1)]).await;
+    let job = provider.job(&customer).await;
+    // Two streams on one connection: one whose first answer already fills its
+    // window, and one that tells how the connection is.
+    let channel = server.endpoint.clone().initial_stream_window_size(4_096).connect().await.unwrap();
+    let mut client = EventServiceClient::new(channel);
+    let (batches, events) = (20, 100);
+    let batch = {
+        let job = pb::publish_events_request::Job::JobId(job.id.clone());
+        move |n: i64| pb::PublishEventsRequest {
+            batch_id: n.to_string(),
+            job: Some(job.clone()),
+            expected_sequence: None,
+            events: (0..events).map(|_| info("x")).collect(),
+        }
+    };
+    let sent = stream::iter((0..batches).map(batch)).chain(stream::pending());
+    let unread = client.publish_events(bearing(&provider.key_secret, sent)).await.unwrap();
+    let other = client.watch_events(bearing(&customer.key_secret, of(&job))).await.unwrap();
+    let (mut unread, mut other) = (unread.into_inner(), other.into_inner());
+    // As many as the window of the server allows.
+    within_patience("the batches", async { while provider.get(&job).await.last_sequence < 8 * events {} })
+        .await;
+    // Nothing tells when the first answer is on its way; a moment is plenty.
+    sleep(PACE).await;
+
+    expire_key(&mut provider).await;
+    within_patience("the cut", async { while other.message().await.is_ok() {} }).await;
+    let mut answers = 0;
+    let end = loop {
+        match unread.message().await {
+            Ok(Some(_)) => answers += 1,
+            end => break end,
+        }
+    };
+    assert!(end.is_err() && answers < batches, "{end:?} after {answers} answers");
 }

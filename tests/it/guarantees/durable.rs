@@ -6,15 +6,21 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
-use milepost::pb::{self, AppendedEvent, ErrorReason, Event, NewEvent, publish_events_response::Outcome};
+use diesel::{dsl::sql, sql_types::Text};
+use diesel_async::AsyncPgConnection;
+use milepost::{
+    db::{Database, DatabaseSettings},
+    pb::{self, AppendedEvent, ErrorReason, Event, NewEvent, publish_events_response::Outcome},
+};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Code;
 
 use super::assert_gap_free;
-use crate::support::{ServerProcess, User, assert_refused, info, within_patience};
+use crate::support::{ServerProcess, TestDatabase, User, assert_refused, info, within_patience};
 
 /// Batches acknowledged, over all writers, before the blow.
 const ENOUGH: usize = 150;
@@ -185,4 +191,26 @@ async fn a_server_refuses_a_database_that_may_lose_what_it_acknowledged() {
     // The tests' own database runs with fsync off.
     let refusal = ServerProcess::refused_on(&server.database.url).await;
     assert!(refusal.contains("fsync"), "{refusal}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn durable_on_every_connection_whatever_the_database_is_set_to() {
+    let created = TestDatabase::migrated().await;
+    let setting = "current_setting('synchronous_commit')";
+    assert_eq!(created.texts(&format!("SELECT {setting} AS text")).await, ["off"]);
+    let database = Database::new(DatabaseSettings {
+        url: created.url.clone(),
+        ca: None,
+        connections: 1,
+        statement_timeout: Duration::from_secs(5),
+        connect_timeout: Duration::from_secs(5),
+        synchronous_commit: "on".to_owned(),
+    })
+    .unwrap();
+    let set = async |connection: &mut AsyncPgConnection| -> String {
+        diesel_async::RunQueryDsl::get_result(diesel::select(sql::<Text>(setting)), connection).await.unwrap()
+    };
+    assert_eq!(set(&mut *database.get().await.unwrap()).await, "on");
+    assert_eq!(set(&mut database.connect().await.unwrap()).await, "on");
+    assert_eq!(set(&mut database.connect_to_listen().await.unwrap()).await, "on");
 }

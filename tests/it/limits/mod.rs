@@ -1,6 +1,7 @@
 //! Every limit: what is at it passes, what is one past it is refused, and told
 //! the limit.
 
+mod pages;
 mod rows;
 mod texts;
 
@@ -11,7 +12,7 @@ use diesel_async::SimpleAsyncConnection as _;
 use milepost::{
     db::{Database, DatabaseSettings},
     error::Error,
-    limits::{MESSAGE_BYTES, METADATA_BYTES, TEXT_CHARS},
+    limits::{MESSAGE_BYTES, TEXT_CHARS},
     pb::{self, ErrorReason, EventKind},
 };
 use prost::Message as _;
@@ -26,14 +27,16 @@ use crate::support::{
 
 /// Limits of `src/limits.rs` and `src/config.rs` that have no row below: who
 /// tests them.
-const ELSEWHERE: [(&str, &str, &str); 31] = [
+const ELSEWHERE: [(&str, &str, &str); 35] = [
     ("TEXT_CHARS", "tests/it/limits/texts.rs", "every_text_has_at_most_256_characters"),
     ("MESSAGE_BYTES", "tests/it/limits/mod.rs", "a_message_has_at_most_a_mebibyte"),
-    ("MESSAGE_BYTES", "tests/it/limits/mod.rs", "no_page_is_larger_than_a_mebibyte"),
+    ("MESSAGE_BYTES", "tests/it/limits/pages.rs", "no_page_of_events_is_larger_than_a_mebibyte"),
+    ("MESSAGE_BYTES", "tests/it/limits/pages.rs", "no_page_of_jobs_is_larger_than_a_mebibyte"),
+    ("MESSAGE_BYTES", "tests/it/limits/pages.rs", "no_page_of_configurations_is_larger_than_a_mebibyte"),
     ("PASSWORD_WAIT", "src/auth/password.rs", "the_wait_for_a_turn_is_bounded"),
     ("PAGE_DEFAULT", "tests/it/validation.rs", "a_page_size_is_cut_and_a_negative_one_refused"),
     ("PAGE_MAX", "tests/it/validation.rs", "a_page_size_is_cut_and_a_negative_one_refused"),
-    ("TOKEN_BYTES", "tests/it/limits/mod.rs", "a_token_that_is_too_long_is_none"),
+    ("TOKEN_BYTES", "tests/it/limits/pages.rs", "a_token_that_is_too_long_is_not_looked_at"),
     ("ERROR_DETAILS_BYTES", "tests/it/validation.rs", "five_hundred_wrong_events_get_an_answer_that_arrives"),
     ("ERROR_QUOTE_CHARS", "tests/it/errors.rs", "quoted_values_are_cut"),
     (
@@ -74,9 +77,19 @@ const ELSEWHERE: [(&str, &str, &str); 31] = [
         "a_stream_too_many_is_refused_with_an_answer_and_makes_room_when_it_closes",
     ),
     (
+        "streams_per_user",
+        "tests/it/publish.rs",
+        "a_publish_stream_too_many_is_refused_with_an_answer_and_makes_room_when_it_closes",
+    ),
+    (
         "publish_window",
         "tests/it/publish.rs",
         "with_as_many_batches_unanswered_as_the_window_allows_reading_stops",
+    ),
+    (
+        "CONNECTIONS",
+        "src/server/incoming.rs",
+        "who_connects_when_there_are_too_many_is_closed_and_who_says_nothing_makes_room",
     ),
     ("HANDSHAKE", "tests/it/tls.rs", "who_says_nothing_keeps_nobody_waiting_and_is_let_go"),
     ("HANDSHAKES", "src/server/incoming.rs", "where_too_many_shake_hands_the_oldest_is_let_go"),
@@ -228,67 +241,6 @@ async fn a_message_has_at_most_a_mebibyte() {
     assert!(within_patience("an answer", answers.message()).await.unwrap().is_some());
     let status = within_patience("the end", answers.message()).await.unwrap_err();
     assert_eq!(status.code(), Code::OutOfRange);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn no_page_is_larger_than_a_mebibyte() {
-    let mut scene = Scene::new().await;
-    let (count, batch) = (120, 40);
-    for _ in 0..count / batch {
-        scene.provider.append(&scene.job, (0..batch).map(|_| large(METADATA_BYTES))).await;
-    }
-    let mut request = pb::ListEventsRequest {
-        job: Some(pb::list_events_request::Job::JobId(scene.job.id.clone())),
-        page_size: 500,
-        ..Default::default()
-    };
-    let mut sequences = Vec::new();
-    loop {
-        let page = scene.call("EventService/ListEvents", request.encode_to_vec()).await.unwrap();
-        assert!(page.len() <= MESSAGE_BYTES, "{}", page.len());
-        let page = pb::ListEventsResponse::decode(page).unwrap();
-        sequences.extend(page.events.into_iter().map(|event| event.sequence));
-        if page.next_page_token.is_empty() {
-            break;
-        }
-        assert!(sequences.len() < count, "the first pages are full");
-        request.page_token = page.next_page_token;
-    }
-    assert_eq!(sequences, (1..=i64::try_from(count).unwrap()).collect::<Vec<_>>());
-
-    let watch = pb::WatchEventsRequest {
-        scope: Some(pb::watch_events_request::Scope::JobId(scene.job.id.clone())),
-        ..Default::default()
-    };
-    let channel = scene.server.channel.clone();
-    let opened = raw::open(channel, Some(&scene.secret), "EventService/WatchEvents", [watch.encode_to_vec()]);
-    let mut messages = opened.await.unwrap();
-    let mut seen = 0;
-    while seen < count {
-        let message = within_patience("events", messages.message()).await.unwrap().unwrap();
-        assert!(message.len() <= MESSAGE_BYTES, "{}", message.len());
-        match pb::WatchEventsResponse::decode(message).unwrap().message.unwrap() {
-            pb::watch_events_response::Message::Events(watched) => seen += watched.events.len(),
-            other => panic!("{other:?} after {seen} events"),
-        }
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_token_that_is_too_long_is_none() {
-    let mut scene = Scene::new().await;
-    for token in ["A".repeat(1024), "A".repeat(1025), "A".repeat(1_000_000)] {
-        let jobs = pb::ListJobsRequest { page_token: token.clone(), ..Default::default() };
-        let refused = scene.provider.jobs.list_jobs(jobs).await;
-        assert_violations(refused, &["page_token"]);
-        let watch = pb::WatchEventsRequest {
-            scope: Some(pb::watch_events_request::Scope::JobId(scene.job.id.clone())),
-            start: Some(pb::watch_events_request::Start::ResumeToken(token)),
-            ..Default::default()
-        };
-        let refused = scene.call("EventService/WatchEvents", watch.encode_to_vec()).await;
-        assert_violations(refused, &["resume_token"]);
-    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -115,6 +115,16 @@ impl TestDatabase {
         milepost::error::violated(&done.err()?).map(str::to_owned)
     }
 
+    /// Blocks of log-ins last for so many seconds from now: the first one is a
+    /// second long, which a busy machine takes to look at it.
+    pub async fn block_log_ins_for(&self, seconds: u32) {
+        let sql = format!(
+            "UPDATE log_in_attempts SET blocked_until = clock_timestamp() + interval '{seconds} seconds'
+             WHERE blocked_until IS NOT NULL"
+        );
+        self.execute(&sql).await;
+    }
+
     /// From now on, new connections have the plan of each statement logged, with
     /// what came of it.
     pub async fn log_plans(&self) {

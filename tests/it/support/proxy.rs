@@ -1,9 +1,9 @@
 //! A way to the database that can be closed.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _, copy, copy_bidirectional, sink},
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, copy, copy_bidirectional, sink},
     net::{TcpListener, TcpStream, UnixStream},
     sync::watch,
 };
@@ -14,6 +14,8 @@ use tokio_postgres::config::Host;
 pub enum Mode {
     /// What is said is passed on.
     Pass,
+    /// The same, but each way takes its time.
+    Far,
     /// There are none, and no new ones.
     Refuse,
     /// What is said is swallowed. A connection that lived through it is silent
@@ -31,6 +33,9 @@ pub struct Proxy {
     pub url: String,
     mode: watch::Sender<Mode>,
 }
+
+/// How long what is said takes to come [`Mode::Far`], one way.
+pub const WAY: Duration = Duration::from_millis(120);
 
 /// ErrorResponse, in Postgres's protocol.
 const STARTING: &[u8] = b"SFATAL\0VFATAL\0C57P03\0Mthe database system is starting up\0\0";
@@ -84,15 +89,23 @@ async fn run(
 async fn pass(mut client: TcpStream, socket: PathBuf, mut modes: watch::Receiver<Mode>) {
     let mode = *modes.borrow_and_update();
     match mode {
-        Mode::Pass => {
+        Mode::Pass | Mode::Far => {
             let mut postgres = UnixStream::connect(socket).await.unwrap();
             let passing = async {
-                // Either end may break off.
-                let _ = copy_bidirectional(&mut client, &mut postgres).await;
+                if mode == Mode::Far {
+                    let ((near_in, near_out), (far_in, far_out)) = (client.split(), postgres.split());
+                    tokio::select! {
+                        () = carry(near_in, far_out) => {}
+                        () = carry(far_in, near_out) => {}
+                    }
+                } else {
+                    // Either end may break off.
+                    let _ = copy_bidirectional(&mut client, &mut postgres).await;
+                }
             };
             tokio::select! {
                 () = passing => return,
-                changed = modes.wait_for(|mode| *mode != Mode::Pass) => {
+                changed = modes.wait_for(|now| *now != mode) => {
                     if changed.is_err() || matches!(*changed.unwrap(), Mode::Refuse | Mode::Starting) {
                         return;
                     }
@@ -116,5 +129,16 @@ async fn pass(mut client: TcpStream, socket: PathBuf, mut modes: watch::Receiver
     tokio::select! {
         _ = copy(&mut client, &mut nowhere) => {}
         _ = closed => {}
+    }
+}
+
+/// Until either end is gone.
+async fn carry(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin) {
+    let mut buffer = [0; 8 * 1024];
+    while let Ok(read @ 1..) = from.read(&mut buffer).await {
+        tokio::time::sleep(WAY).await;
+        if to.write_all(&buffer[..read]).await.is_err() {
+            return;
+        }
     }
 }

@@ -1,0 +1,114 @@
+//! The same for who watches all jobs of a configuration tag or with somebody.
+
+use milepost::pb::{self, Event, watch_events_request::Scope};
+
+use super::{by_job, collect};
+use crate::support::{TestServer, User, info, registration};
+
+/// Jobs of two providers, two configurations of each and two customers, whose
+/// events are named by whose they are: `first scan ada`.
+struct Mixture {
+    providers: [User; 2],
+    customers: [User; 2],
+    /// With its name, and which provider's it is.
+    jobs: Vec<(String, usize, pb::Job)>,
+}
+
+impl Mixture {
+    async fn new(server: &TestServer) -> Self {
+        let mut providers = [server.provider().await, server.provider().await];
+        for provider in &mut providers {
+            for tag in ["scan", "study"] {
+                let tag = tag.to_owned();
+                let request = pb::RegisterJobConfigurationRequest { tag, ..registration("1.0.0", &[]) };
+                provider.register(request).await;
+            }
+        }
+        let customers = [server.customer().await, server.customer().await];
+        Self { providers, customers, jobs: Vec::new() }
+    }
+
+    /// One more of each.
+    async fn create_jobs(&mut self) {
+        for (index, of_whom) in ["first", "second"].into_iter().enumerate() {
+            let provider = &mut self.providers[index];
+            for tag in ["scan", "study"] {
+                for (customer, for_whom) in self.customers.iter().zip(["ada", "grace"]) {
+                    let configuration_tag = tag.to_owned();
+                    let request = pb::CreateJobRequest { configuration_tag, ..provider.new_job(customer) };
+                    let job = provider.jobs.create_job(request).await.unwrap().into_inner().job.unwrap();
+                    self.jobs.push((format!("{of_whom} {tag} {for_whom}"), index, job));
+                }
+            }
+        }
+    }
+
+    /// One event to each job there is.
+    async fn append(&mut self) {
+        for (name, provider, job) in &self.jobs {
+            self.providers[*provider].append(job, [info(name)]).await;
+        }
+    }
+
+    /// The names of so many events of each job whose name has all these words.
+    fn names(&self, of: &[&str], each: usize) -> Vec<String> {
+        let names = self.jobs.iter().map(|(name, ..)| name);
+        let names = names.filter(|name| of.iter().all(|word| name.split(' ').any(|own| own == *word)));
+        sorted(names.flat_map(|name| std::iter::repeat_n(name.clone(), each)))
+    }
+}
+
+fn sorted(names: impl IntoIterator<Item = String>) -> Vec<String> {
+    let mut names: Vec<String> = names.into_iter().collect();
+    names.sort();
+    names
+}
+
+fn names(events: &[Event]) -> Vec<String> {
+    sorted(events.iter().map(|event| event.name.clone()))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn complete_with_jobs_that_are_created_later_and_filters() {
+    let server = TestServer::start().await;
+    let mut mixture = Mixture::new(&server).await;
+    mixture.create_jobs().await;
+    mixture.append().await;
+    let [first, second] = mixture.providers.each_ref().map(|user| user.id.clone());
+    let [ada, grace] = mixture.customers.each_ref().map(|user| user.id.clone());
+    let (of_first, of_ada) = (mixture.providers[0].clone(), mixture.customers[0].clone());
+    let mut watches = Vec::new();
+    for (user, tag, counterpart, expected) in [
+        (&of_first, "", "", vec!["first"]),
+        (&of_first, "scan", "", vec!["first", "scan"]),
+        (&of_first, "study", "", vec!["first", "study"]),
+        (&of_first, "another", "", vec!["nobody's"]),
+        (&of_first, "", ada.as_str(), vec!["first", "ada"]),
+        (&of_first, "study", grace.as_str(), vec!["first", "study", "grace"]),
+        (&of_ada, "", "", vec!["ada"]),
+        (&of_ada, "scan", "", vec!["scan", "ada"]),
+        (&of_ada, "", second.as_str(), vec!["second", "ada"]),
+        (&of_ada, "study", first.as_str(), vec!["first", "study", "ada"]),
+        (&of_ada, "", grace.as_str(), vec!["nobody's"]),
+    ] {
+        let (configuration_tag, counterpart_id) = (tag.to_owned(), counterpart.to_owned());
+        let scope = Some(Scope::AllJobs(pb::AllJobs { configuration_tag, counterpart_id }));
+        let request = pb::WatchEventsRequest { scope, ..Default::default() };
+        let mut watch = user.clone().watch_by(request).await.unwrap();
+        let (past, _) = watch.caught_up().await;
+        assert_eq!(names(&past), mixture.names(&expected, 1));
+        watches.push((watch, expected));
+    }
+    mixture.create_jobs().await;
+    // Twice, so that something in sight follows what is not.
+    mixture.append().await;
+    mixture.append().await;
+    for (watch, expected) in watches {
+        let expected = mixture.names(&expected, 2);
+        if !expected.is_empty() {
+            let live = collect(watch, expected.len()).await;
+            by_job(&live);
+            assert_eq!(names(&live), expected);
+        }
+    }
+}

@@ -1,0 +1,334 @@
+//! Settings: `--help` tells them all, and each reaches what it sets.
+
+use std::{
+    collections::BTreeMap,
+    net::{Ipv4Addr, SocketAddr, TcpListener},
+    process::Stdio,
+    time::Duration,
+};
+
+use clap::CommandFactory as _;
+use diesel_async::{AsyncPgConnection, SimpleAsyncConnection as _};
+use futures_util::future::join_all;
+use milepost::{
+    cli::Cli,
+    pb::{self, ErrorReason, NewEvent, publish_events_request::Job},
+};
+use prost_types::{Value, value::Kind};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    process::Command,
+    sync::mpsc,
+    time::timeout,
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Request, Streaming};
+
+use crate::support::{
+    PASSWORD, ServerProcess, TestServer, User, assert_refused, complete, info, noted, within_patience,
+};
+
+/// Values that a server may well go without.
+const OPTIONAL: [&str; 3] = ["FILE", "URL", "ADDRESSES"];
+
+#[tokio::test]
+async fn help_lists_every_setting_with_its_flag_its_variable_and_its_default_or_unit() {
+    let mut cli = Cli::command();
+    cli.build();
+    let serve = cli.find_subcommand("serve").unwrap();
+    let mut help = Command::new(env!("CARGO_BIN_EXE_milepost"));
+    let help = help.args(["serve", "--help"]).stdin(Stdio::null()).kill_on_drop(true).output();
+    let help = String::from_utf8(within_patience("help", help).await.unwrap().stdout).unwrap();
+    let mut told: BTreeMap<&str, String> = BTreeMap::new();
+    let mut flag = "";
+    for line in help.lines() {
+        if let Some(name) = line.split_whitespace().find(|word| word.starts_with("--"))
+            && line.trim_start().starts_with('-')
+        {
+            flag = name;
+        }
+        told.entry(flag).or_default().push_str(line);
+    }
+    for setting in serve.get_arguments().filter(|argument| argument.get_id() != "help") {
+        let flag = format!("--{}", setting.get_long().expect("a flag"));
+        let words = told.get(flag.as_str()).unwrap_or_else(|| panic!("{flag} in {help}"));
+        let variable = match flag.as_str() {
+            "--database-url" => "DATABASE_URL".to_owned(),
+            _ => format!("MILEPOST_{}", flag[2..].replace('-', "_").to_uppercase()),
+        };
+        assert!(words.contains(&format!("[env: {variable}")), "{variable} in {words}");
+        // What takes no value is off by default.
+        let value = words.split_once(&format!("{flag} <")).and_then(|(_, rest)| rest.split_once('>'));
+        if let Some((value, _)) = value {
+            assert!(OPTIONAL.contains(&value) || words.contains("default"), "{words}");
+            assert_eq!(value == "SECONDS", flag.ends_with("-s"), "{words}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn more_streams_of_a_user_than_a_connection_could_refuse_are_a_contradiction_told_at_the_start() {
+    let mut serve = Command::new(env!("CARGO_BIN_EXE_milepost"));
+    serve
+        .args(["serve", "--streams-per-user", "7", "--streams-per-connection", "7"])
+        .env_remove("DATABASE_URL")
+        .env("MILEPOST_DATA_DIR", "/dev/null/nowhere")
+        .stdin(Stdio::null())
+        .kill_on_drop(true);
+    let output = within_patience("a refusal", serve.output()).await.unwrap();
+    let told = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{told}");
+    assert!(told.contains("--streams-per-user 7 must be less than") && told.lines().count() == 1, "{told}");
+}
+
+/// A server that is set otherwise than by default, beside one that all is made
+/// on.
+struct Scene {
+    server: TestServer,
+    odd: ServerProcess,
+    metrics: SocketAddr,
+    collector: TcpListener,
+    /// They call the odd one.
+    provider: User,
+    customer: User,
+    job: pb::Job,
+}
+
+impl Scene {
+    async fn start() -> Self {
+        let server = TestServer::start().await;
+        let (mut provider, customer) = (server.provider().await, server.customer().await);
+        provider.configuration(&[]).await;
+        let job = provider.job(&customer).await;
+        // Free again when the server takes it.
+        let metrics = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let collector = TcpListener::bind("127.0.0.1:0").unwrap();
+        let (metrics_listen, otlp_endpoint) =
+            (metrics.to_string(), format!("http://{}", collector.local_addr().unwrap()));
+        let settings = [
+            ("DATABASE_URL", server.database.url.as_str()),
+            ("MILEPOST_UNSAFE_DATABASE", "true"),
+            ("MILEPOST_DATABASE_CONNECTIONS", "4"),
+            ("MILEPOST_DATABASE_CONNECT_TIMEOUT_S", "1"),
+            ("MILEPOST_REQUEST_TIMEOUT_S", "2"),
+            ("MILEPOST_STATEMENT_TIMEOUT_S", "4"),
+            ("MILEPOST_SYNCHRONOUS_COMMIT", "remote_apply"),
+            ("MILEPOST_SIGN_UP", "closed"),
+            ("MILEPOST_SESSION_LIFETIME_S", "77"),
+            ("MILEPOST_BCRYPT_COST", "5"),
+            ("MILEPOST_TRUSTED_PROXY", "127.0.0.8,127.0.0.9"),
+            ("MILEPOST_STREAMS_PER_CONNECTION", "7"),
+            ("MILEPOST_STREAMS_PER_USER", "2"),
+            ("MILEPOST_PUBLISH_WINDOW", "2"),
+            ("MILEPOST_RETENTION_S", "1"),
+            ("MILEPOST_DRAIN_DEADLINE_S", "1"),
+            ("MILEPOST_METRICS_LISTEN", &metrics_listen),
+            ("MILEPOST_OTLP_ENDPOINT", &otlp_endpoint),
+            ("MILEPOST_LOG_FORMAT", "text"),
+            ("MILEPOST_LOG_LEVEL", "warn"),
+        ];
+        let settings = settings.map(|(name, value)| (name, value.to_owned())).to_vec();
+        let odd = ServerProcess::start_with("127.0.0.1", settings).await;
+        let (provider, customer) = (odd.same(&provider), odd.same(&customer));
+        Self { server, odd, metrics, collector, provider, customer, job }
+    }
+
+    async fn texts(&self, sql: &str) -> Vec<String> {
+        self.server.database.texts(sql).await
+    }
+
+    /// Keeps whoever appends to the job waiting until it is dropped.
+    async fn hold(&self) -> AsyncPgConnection {
+        let mut holder = self.server.database.connect().await;
+        let hold = format!("BEGIN; SELECT 1 FROM jobs WHERE id = '{}' FOR UPDATE", self.job.id);
+        holder.batch_execute(&hold).await.unwrap();
+        holder
+    }
+
+    /// A publish stream over a connection of its own, both of its ends.
+    async fn publish(
+        &self,
+    ) -> (mpsc::Sender<pb::PublishEventsRequest>, Streaming<pb::PublishEventsResponse>) {
+        let (batches, stream) = mpsc::channel(1);
+        let mut provider = self.odd.other_clients().same(&self.provider);
+        let answers = provider.events.publish_events(ReceiverStream::new(stream)).await.unwrap();
+        (batches, answers.into_inner())
+    }
+
+    fn batch(&self, events: impl IntoIterator<Item = NewEvent>) -> pb::PublishEventsRequest {
+        pb::PublishEventsRequest {
+            batch_id: "a batch".to_owned(),
+            job: Some(Job::JobId(self.job.id.clone())),
+            expected_sequence: None,
+            events: events.into_iter().collect(),
+        }
+    }
+
+    async fn sign_up(&self) {
+        let request = pb::SignUpRequest {
+            role: pb::UserRole::Customer.into(),
+            email: "stranger@example.com".to_owned(),
+            password: PASSWORD.to_owned(),
+            ..Default::default()
+        };
+        let answer = self.odd.anonymous().auth.sign_up(request).await;
+        assert_refused(answer, Code::PermissionDenied, ErrorReason::SignUpClosed);
+    }
+
+    /// Lifetime, cost and trusted proxies; and what a connection to the database
+    /// is set to, as a trigger sees it.
+    async fn log_in(&self) {
+        self.server
+            .database
+            .execute(
+                "CREATE TABLE seen (setting text);
+                 CREATE FUNCTION look() RETURNS trigger LANGUAGE plpgsql AS $$
+                 BEGIN
+                     INSERT INTO seen SELECT name || ' ' || current_setting(name) FROM unnest(ARRAY[
+                         'statement_timeout', 'lock_timeout', 'idle_in_transaction_session_timeout',
+                         'synchronous_commit']) AS name;
+                     RETURN NEW;
+                 END $$;
+                 CREATE TRIGGER look BEFORE INSERT ON sessions FOR EACH ROW EXECUTE FUNCTION look()",
+            )
+            .await;
+        let claim = pb::LogInRequest { email: self.customer.email.clone(), password: PASSWORD.to_owned() };
+        let mut request = Request::new(claim);
+        request.metadata_mut().insert("x-forwarded-for", "10.1.2.3".parse().unwrap());
+        let proxy = self.odd.from(Ipv4Addr::new(127, 0, 0, 8));
+        proxy.anonymous().auth.log_in(request).await.unwrap();
+
+        let seen = self.texts("SELECT setting AS text FROM seen ORDER BY setting").await;
+        let expected = [
+            "idle_in_transaction_session_timeout 4s",
+            "lock_timeout 4s",
+            "statement_timeout 4s",
+            "synchronous_commit remote_apply",
+        ];
+        assert_eq!(seen, expected);
+        let lifetime = "SELECT extract(epoch FROM expires_at - created_at)::integer::text AS text
+            FROM sessions ORDER BY created_at DESC LIMIT 1";
+        assert_eq!(self.texts(lifetime).await, ["77"]);
+        let hash =
+            format!("SELECT left(password_hash, 7) AS text FROM users WHERE id = '{}'", self.customer.id);
+        assert_eq!(self.texts(&hash).await, ["$2b$05$"]);
+        let address = "SELECT host(client_address) AS text FROM audit_entries
+            ORDER BY created_at DESC LIMIT 1";
+        assert_eq!(self.texts(address).await, ["10.1.2.3"]);
+    }
+
+    async fn streams(&self) {
+        let stream = TcpStream::connect(self.odd.address).await.unwrap();
+        let (client, connection) = h2::client::handshake(stream).await.unwrap();
+        tokio::spawn(connection);
+        within_patience("7 streams a connection to be told", async {
+            while client.current_max_send_streams() != 7 {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
+        let mut customer = self.customer.clone();
+        let _two = (customer.watch(&self.job).await, customer.watch(&self.job).await);
+        let scope = Some(pb::watch_events_request::Scope::JobId(self.job.id.clone()));
+        let third = customer.watch_by(pb::WatchEventsRequest { scope, ..Default::default() }).await;
+        assert_refused(third, Code::ResourceExhausted, ErrorReason::Overloaded);
+    }
+
+    /// How many connections there are, how long somebody waits for one, and how
+    /// long for an answer.
+    async fn waits(&self) {
+        let list = async || {
+            let mut configurations = self.provider.configurations.clone();
+            configurations.list_job_configurations(pb::ListJobConfigurationsRequest::default()).await
+        };
+        // Known from here on, so that each needs one connection and no more.
+        list().await.unwrap();
+        let mut locker = self.server.database.connect().await;
+        locker.batch_execute("BEGIN; LOCK TABLE job_configurations IN ACCESS EXCLUSIVE MODE").await.unwrap();
+        let answers = within_patience("refusals", join_all((0..6).map(|_| list()))).await;
+        drop(locker);
+        let (late, away): (Vec<_>, Vec<_>) = answers
+            .into_iter()
+            .partition(|answer| answer.as_ref().is_err_and(|status| status.code() == Code::DeadlineExceeded));
+        assert_eq!((late.len(), away.len()), (4, 2), "{late:?} {away:?}");
+        for answer in away {
+            assert_refused(answer, Code::Unavailable, ErrorReason::DatabaseUnavailable);
+        }
+    }
+
+    async fn publish_window(&self) {
+        const MOST: usize = 16;
+        let holder = self.hold().await;
+        let (batches, _answers) = self.publish().await;
+        let text = Value { kind: Some(Kind::StringValue("x".repeat(15_000))) };
+        let mut sent = 0;
+        while sent < MOST {
+            // 900 KB, so that the connection itself takes one or two.
+            let events = (0..60).map(|_| noted(info("large"), [("text", text.clone())]));
+            let sending = batches.send(self.batch(events));
+            if timeout(Duration::from_secs(1), sending).await.is_err() {
+                break;
+            }
+            sent += 1;
+        }
+        assert!((2..MOST / 2).contains(&sent), "{sent} batches were taken");
+        drop(holder);
+    }
+
+    async fn retention(&self) {
+        let mut provider = self.provider.clone();
+        let job = provider.job(&self.customer).await;
+        provider.append(&job, [complete()]).await;
+        let kept = format!("SELECT id::text AS text FROM events WHERE job_id = '{}'", job.id);
+        within_patience("the events to go", async {
+            while !self.texts(&kept).await.is_empty() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        })
+        .await;
+    }
+
+    async fn monitoring(&self) {
+        let mut scrape = TcpStream::connect(self.metrics).await.unwrap();
+        let request = format!("GET /metrics HTTP/1.1\r\nhost: {}\r\n\r\n", self.metrics);
+        scrape.write_all(request.as_bytes()).await.unwrap();
+        let mut samples = String::new();
+        within_patience("metrics", scrape.read_to_string(&mut samples)).await.unwrap();
+        assert!(samples.contains("\nmilepost_database_connections_max 4\n"), "{samples}");
+
+        self.collector.set_nonblocking(true).unwrap();
+        let collector = tokio::net::TcpListener::from_std(self.collector.try_clone().unwrap()).unwrap();
+        within_patience("traces", collector.accept()).await.unwrap();
+    }
+
+    /// Bounded, though something is under way for longer; and what the log says
+    /// of it.
+    async fn drain(mut self) {
+        let _holder = self.hold().await;
+        let (batches, _answers) = self.publish().await;
+        batches.send(self.batch([info("under way")])).await.unwrap();
+        let waiting = "SELECT pid::text AS text FROM pg_stat_activity
+            WHERE datname = current_database() AND wait_event_type = 'Lock'";
+        within_patience("an append that waits", async { while self.texts(waiting).await.is_empty() {} })
+            .await;
+        self.odd.terminate().await;
+        assert_eq!(self.odd.exit().await.code(), Some(0));
+        let log = self.odd.log();
+        assert!(log.contains("WARN") && log.contains("deadline passed"), "{log}");
+        assert!(!log.contains("INFO") && !log.starts_with('{'), "{log}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_setting_reaches_what_it_sets() {
+    let scene = Scene::start().await;
+    scene.sign_up().await;
+    scene.log_in().await;
+    scene.streams().await;
+    scene.waits().await;
+    scene.publish_window().await;
+    scene.retention().await;
+    scene.monitoring().await;
+    scene.drain().await;
+}
