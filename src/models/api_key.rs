@@ -3,11 +3,7 @@
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use diesel::{
-    dsl::{IntervalDsl as _, now},
-    prelude::*,
-    sql_types::Timestamptz,
-};
+use diesel::{dsl::now, prelude::*, sql_types::Timestamptz};
 use diesel_async::{AsyncConnection as _, AsyncPgConnection, RunQueryDsl};
 use uuid::Uuid;
 
@@ -16,6 +12,7 @@ use crate::{
     models::{
         audit_entry::{AuditAct, AuditEntry, Origin},
         caller::{Caller, CredentialId, KeyManager, Scope, Subject, UserRole},
+        interval,
     },
     schema::{api_keys, users},
     secret::SecretHash,
@@ -212,7 +209,7 @@ impl ApiKey {
         overlap: Duration,
         origin: &Origin,
     ) -> Result<(Self, Self, Duration)> {
-        let overlap = i64::try_from(overlap.as_micros()).unwrap_or(i64::MAX).microseconds();
+        let overlap = interval(overlap);
         let (rotated, entry) = conn
             .transaction(async |conn| {
                 let own = api_keys::table.find(id).filter(api_keys::user_id.eq(manager.user_id()));

@@ -13,7 +13,10 @@ use uuid::Uuid;
 
 use crate::{
     error::{Error, Result},
-    models::audit_entry::{AuditAct, AuditEntry, Origin},
+    models::{
+        audit_entry::{AuditAct, AuditEntry, Origin},
+        interval,
+    },
 };
 
 /// Failures in a row of one user from one address before the next has to wait.
@@ -169,10 +172,6 @@ pub async fn begin_sign_up(conn: &mut AsyncPgConnection, origin: &Origin) -> Res
         None => Ok(()),
         Some(retry_after) => Err(Error::Overloaded { what: "sign-ups from one address", retry_after }),
     }
-}
-
-fn interval(duration: Duration) -> PgInterval {
-    PgInterval::from_microseconds(i64::try_from(duration.as_micros()).unwrap_or(i64::MAX))
 }
 
 /// Of a wait, which is never as long as a day.

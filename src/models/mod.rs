@@ -1,6 +1,10 @@
 //! Rows, their queries, and who may see them. Knows neither tonic nor
 //! protobuf; a tenant's data is opened only by what [`caller`] hands out.
 
+use std::time::Duration;
+
+use diesel::data_types::PgInterval;
+
 /// What keeps a kind of credential confirmed: `still_good` and `note_use` of a
 /// row whose table has `id`, `expires_at`, `last_used_at` and the user whom it
 /// stands and falls with.
@@ -60,3 +64,8 @@ pub mod session;
 pub mod user;
 pub mod version;
 pub mod watch_token;
+
+/// As Postgres has it: in microseconds.
+fn interval(duration: Duration) -> PgInterval {
+    PgInterval::from_microseconds(i64::try_from(duration.as_micros()).unwrap_or(i64::MAX))
+}

@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use diesel::{
-    data_types::PgInterval,
     dsl::exists,
     prelude::*,
     sql_types::{Integer, Interval},
@@ -13,6 +12,7 @@ use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use super::caller::Sight;
 use crate::{
     error::Result,
+    models::interval,
     schema::{event_log, removed_logs, retention},
 };
 
@@ -32,8 +32,7 @@ diesel::define_sql_function! {
 /// One small step towards the removal of all events of jobs that closed longer
 /// ago than `age`. Whether it did anything: then there may be more to do.
 pub async fn remove_step(connection: &mut AsyncPgConnection, age: Duration) -> Result<bool> {
-    let age = PgInterval::from_microseconds(i64::try_from(age.as_micros()).unwrap_or(i64::MAX));
-    let step = remove_expired_events(age, STEP_JOBS, STEP_EVENTS);
+    let step = remove_expired_events(interval(age), STEP_JOBS, STEP_EVENTS);
     let (marked, deleted): (i64, i64) = diesel::select(step).get_result(connection).await?;
     if marked > 0 || deleted > 0 {
         tracing::debug!(jobs = marked, events = deleted, "removed what has expired");

@@ -3,11 +3,7 @@
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use diesel::{
-    dsl::{IntervalDsl as _, now},
-    prelude::*,
-    sql_types::Timestamptz,
-};
+use diesel::{dsl::now, prelude::*, sql_types::Timestamptz};
 use diesel_async::{AsyncConnection as _, AsyncPgConnection, RunQueryDsl};
 use uuid::Uuid;
 
@@ -16,6 +12,7 @@ use crate::{
     models::{
         audit_entry::{AuditAct, AuditEntry, Origin},
         caller::{Account, Caller, CredentialId, Scope, Subject, UserRole},
+        interval,
         log_in_attempt::LogInAttempt,
     },
     schema::{sessions, users},
@@ -53,7 +50,7 @@ pub struct NewSession {
 
 impl NewSession {
     pub(super) async fn insert(self, conn: &mut AsyncPgConnection) -> Result<Session> {
-        let lifetime = i64::try_from(self.lifetime.as_micros()).unwrap_or(i64::MAX).microseconds();
+        let lifetime = interval(self.lifetime);
         Ok(diesel::insert_into(sessions::table)
             .values((
                 sessions::id.eq(Uuid::now_v7()),

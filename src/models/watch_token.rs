@@ -3,11 +3,7 @@
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use diesel::{
-    dsl::{IntervalDsl as _, now},
-    prelude::*,
-    sql_types::Timestamptz,
-};
+use diesel::{dsl::now, prelude::*, sql_types::Timestamptz};
 use diesel_async::{AsyncConnection as _, AsyncPgConnection, RunQueryDsl};
 use uuid::Uuid;
 
@@ -16,6 +12,7 @@ use crate::{
     models::{
         audit_entry::{AuditAct, AuditEntry, Origin},
         caller::{Caller, CredentialId, Provider, Scope, Subject},
+        interval,
     },
     schema::{users, watch_tokens},
     secret::SecretHash,
@@ -76,7 +73,7 @@ impl NewWatchToken {
     }
 
     async fn insert(self, conn: &mut AsyncPgConnection, provider: Provider) -> Result<WatchToken> {
-        let lifetime = i64::try_from(self.lifetime.as_micros()).unwrap_or(i64::MAX).microseconds();
+        let lifetime = interval(self.lifetime);
         Ok(diesel::insert_into(watch_tokens::table)
             .values((
                 watch_tokens::id.eq(Uuid::now_v7()),

@@ -360,10 +360,10 @@ async fn however_many_strangers_ask_others_find_a_connection() {
             })
         })
         .collect();
-    let waiting = "SELECT pid::text AS text FROM pg_stat_activity
-        WHERE datname = current_database() AND wait_event_type = 'Lock'";
-    within_patience("strangers that wait", async { while server.database.texts(waiting).await.len() < 4 {} })
-        .await;
+    within_patience("strangers that wait", async {
+        while server.database.waiting_for_locks().await.len() < 4 {}
+    })
+    .await;
     for _ in 0..20 {
         let read = timeout(Duration::from_secs(2), provider.get(&job)).await;
         assert!(read.is_ok(), "strangers hold all connections");

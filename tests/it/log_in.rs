@@ -11,9 +11,6 @@ use crate::support::{Clients, PASSWORD, TRUSTED_PROXY, TestServer, assert_refuse
 
 const STRANGER: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
 
-const WAITING: &str = "SELECT pid::text AS text FROM pg_stat_activity
-    WHERE datname = current_database() AND wait_event_type = 'Lock'";
-
 fn claim(email: &str, password: &str) -> pb::LogInRequest {
     pb::LogInRequest { email: email.to_owned(), password: password.to_owned() }
 }
@@ -166,7 +163,7 @@ async fn many_guesses_at_once_are_slowed_down_like_those_one_after_the_other() {
     let mut counting = server.database.connect().await;
     counting.batch_execute("BEGIN; SELECT 1 FROM log_in_attempts FOR UPDATE").await.unwrap();
     let counted = async {
-        while server.database.texts(WAITING).await.len() < 2 {}
+        while server.database.waiting_for_locks().await.len() < 2 {}
         counting.batch_execute("COMMIT").await.unwrap();
     };
     let both = join(join_all(guesses), counted);

@@ -166,9 +166,7 @@ async fn on_sigterm_health_says_so_first_and_calls_under_way_are_finished() {
     let hold = format!("BEGIN; SELECT 1 FROM jobs WHERE id = '{}' FOR UPDATE", job.id);
     holder.batch_execute(&hold).await.unwrap();
     let appending = tokio::spawn(async move { provider.try_append(&job, [info("under way")]).await });
-    let waiting = "SELECT pid::text AS text FROM pg_stat_activity
-        WHERE datname = current_database() AND wait_event_type = 'Lock'";
-    within_patience("an append that waits", async { while database.texts(waiting).await.is_empty() {} })
+    within_patience("an append that waits", async { while database.waiting_for_locks().await.is_empty() {} })
         .await;
 
     server.terminate().await;

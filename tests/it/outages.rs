@@ -276,10 +276,6 @@ async fn callers_that_leave_in_the_middle_leave_no_lock_behind() {
     }
 }
 
-/// Backends that wait for a lock.
-const WAITING: &str = "SELECT pid::text AS text FROM pg_stat_activity
-    WHERE datname = current_database() AND wait_event_type = 'Lock'";
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_database_whose_connections_are_all_in_use_is_there_nonetheless() {
     let server = TestServer::start().await;
@@ -296,13 +292,13 @@ async fn a_database_whose_connections_are_all_in_use_is_there_nonetheless() {
         })
         .collect();
     within_patience("readers that have all connections", async {
-        while server.database.texts(WAITING).await.len() < CONNECTIONS {}
+        while server.database.waiting_for_locks().await.len() < CONNECTIONS {}
     })
     .await;
     // For as long as the database is asked a few times.
     let lost = timeout(Duration::from_secs(3), wait_for_readiness(&server, ServingStatus::NotServing)).await;
     assert!(lost.is_err(), "a database that is busy was given up");
-    assert!(server.database.texts(WAITING).await.len() >= CONNECTIONS, "it was busy all the time");
+    assert!(server.database.waiting_for_locks().await.len() >= CONNECTIONS, "it was busy all the time");
     drop(locker);
     for read in reading {
         assert_eq!(within_patience("an answer", read).await.unwrap(), job);
@@ -323,7 +319,7 @@ async fn however_many_watchers_read_the_past_calls_find_a_connection() {
         watches.push(customer.clone().watch(&job).await);
     }
     within_patience("readers of the past that wait", async {
-        while server.database.texts(WAITING).await.len() < 4 {}
+        while server.database.waiting_for_locks().await.len() < 4 {}
     })
     .await;
     for _ in 0..20 {
@@ -354,7 +350,7 @@ async fn however_many_watchers_look_where_the_log_ends_calls_find_a_connection()
     // something may have passed them by.
     server.database.execute("UPDATE event_log SET position = position + 1").await;
     within_patience("watchers that wait", async {
-        while server.database.texts(WAITING).await.len() < CONNECTIONS / 2 {}
+        while server.database.waiting_for_locks().await.len() < CONNECTIONS / 2 {}
     })
     .await;
     for _ in 0..20 {

@@ -102,11 +102,9 @@ impl Held {
 
     /// The backends of those who wait, of whom there is at least one.
     async fn waiting(&self, database: &TestDatabase) -> Vec<String> {
-        const WAITING: &str = "SELECT pid::text AS text FROM pg_stat_activity
-            WHERE datname = current_database() AND wait_event_type = 'Lock'";
         within_patience("an append that waits", async {
             loop {
-                let pids = database.texts(WAITING).await;
+                let pids = database.waiting_for_locks().await;
                 if !pids.is_empty() {
                     return pids;
                 }

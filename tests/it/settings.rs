@@ -308,10 +308,10 @@ impl Scene {
         let _holder = self.hold().await;
         let (batches, _answers) = self.publish().await;
         batches.send(self.batch([info("under way")])).await.unwrap();
-        let waiting = "SELECT pid::text AS text FROM pg_stat_activity
-            WHERE datname = current_database() AND wait_event_type = 'Lock'";
-        within_patience("an append that waits", async { while self.texts(waiting).await.is_empty() {} })
-            .await;
+        within_patience("an append that waits", async {
+            while self.server.database.waiting_for_locks().await.is_empty() {}
+        })
+        .await;
         self.odd.terminate().await;
         assert_eq!(self.odd.exit().await.code(), Some(0));
         let log = self.odd.log();

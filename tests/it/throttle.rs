@@ -13,9 +13,6 @@ use crate::support::{Clients, PASSWORD, TRUSTED_PROXY, TestServer, User, assert_
 const STRANGER: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
 const GUESS: &str = "a wrong guess";
 
-const WAITING: &str = "SELECT pid::text AS text FROM pg_stat_activity
-    WHERE datname = current_database() AND wait_event_type = 'Lock'";
-
 async fn log_in(clients: &Clients, email: &str, password: &str) -> Result<(), Status> {
     let request = pb::LogInRequest { email: email.to_owned(), password: password.to_owned() };
     clients.anonymous().auth.log_in(request).await.map(drop)
@@ -160,7 +157,7 @@ async fn of_many_guesses_at_once_as_many_are_looked_at_as_of_those_one_after_the
     let mut counting = server.database.connect().await;
     counting.batch_execute("BEGIN; SELECT 1 FROM log_in_attempts FOR UPDATE").await.unwrap();
     let counted = async {
-        while server.database.texts(WAITING).await.len() < 4 {}
+        while server.database.waiting_for_locks().await.len() < 4 {}
         counting.batch_execute("COMMIT").await.unwrap();
     };
     let (answers, ()) = within_patience("the answers", join(join_all(guesses), counted)).await;
@@ -238,7 +235,7 @@ async fn with_the_hash_made_anew<T>(server: &TestServer, work: impl Future<Outpu
     let mut other = server.database.connect().await;
     other.batch_execute(&format!("BEGIN; UPDATE users SET password_hash = '{newer}'")).await.unwrap();
     let made_anew = async {
-        while server.database.texts(WAITING).await.is_empty() {}
+        while server.database.waiting_for_locks().await.is_empty() {}
         other.batch_execute("COMMIT").await.unwrap();
     };
     within_patience("the work", join(work, made_anew)).await.0

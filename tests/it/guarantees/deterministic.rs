@@ -94,10 +94,8 @@ async fn deterministic_when_another_replica_appends_as_many_events_first() {
         tokio::spawn(async move { caller.append(&job, [event]).await })
     };
     let first = append(step("load"));
-    let waiting = "SELECT pid::text AS text FROM pg_stat_activity
-                   WHERE datname = current_database() AND wait_event_type = 'Lock'";
     within_patience("the first append to be under way", async {
-        while server.database.texts(waiting).await.is_empty() {}
+        while server.database.waiting_for_locks().await.is_empty() {}
     })
     .await;
     let second = append(info("planned on the first"));

@@ -109,6 +109,13 @@ impl TestDatabase {
         rows.into_iter().map(|row| row.text).collect()
     }
 
+    /// Process ids of the backends that wait for a lock.
+    pub async fn waiting_for_locks(&self) -> Vec<String> {
+        let sql = "SELECT pid::text AS text FROM pg_stat_activity
+            WHERE datname = current_database() AND wait_event_type = 'Lock'";
+        self.texts(sql).await
+    }
+
     /// The constraint that a statement violates; otherwise it is done.
     pub async fn violated_by(&self, sql: &str) -> Option<String> {
         let done = diesel::sql_query(sql).execute(&mut self.connect().await).await;
