@@ -50,6 +50,14 @@ pub struct DatabaseSettings {
     pub synchronous_commit: String,
 }
 
+impl DatabaseSettings {
+    /// How long a use of a connection may take that no more than a statement is
+    /// waited for in: past this the connection, not the statement, is at fault.
+    pub(crate) fn longest_use(&self) -> Duration {
+        self.statement_timeout + Duration::from_secs(1)
+    }
+}
+
 impl fmt::Debug for DatabaseSettings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("DatabaseSettings").field("connections", &self.connections).finish_non_exhaustive()

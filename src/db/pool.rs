@@ -19,7 +19,10 @@ use std::{
 
 use deadpool::managed::{self, Metrics, RecycleError, RecycleResult};
 use diesel::ConnectionError;
-use diesel_async::{AsyncPgConnection, pooled_connection::PoolableConnection as _};
+use diesel_async::{
+    AsyncPgConnection, SimpleAsyncConnection as _, pooled_connection::PoolableConnection as _,
+};
+use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
 use super::{DatabaseSettings, connect, presence::Presence};
@@ -52,8 +55,10 @@ pub(super) struct Pooled {
 }
 
 /// A connection out of the pool, for one use: it is cut if that takes longer
-/// than two statements may.
-pub struct Connection(managed::Object<Manager>);
+/// than two statements may. A use that took long is over once the connection has
+/// answered: whoever had it may have left without waiting for that, and so may
+/// the next.
+pub struct Connection(Option<managed::Object<Manager>>);
 
 impl Manager {
     pub(super) fn new(settings: DatabaseSettings, presence: Arc<Presence>) -> Self {
@@ -129,13 +134,23 @@ fn now_ms() -> u64 {
 impl From<managed::Object<Manager>> for Connection {
     fn from(object: managed::Object<Manager>) -> Self {
         object.hold.since_ms.store(now_ms(), Relaxed);
-        Self(object)
+        Self(Some(object))
     }
 }
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        self.0.hold.since_ms.store(0, Relaxed);
+        let Some(mut pooled) = self.0.take() else { return };
+        let took_long = pooled.hold.lasts().is_some_and(|lasts| lasts > LOOK_EVERY);
+        match Handle::try_current() {
+            Ok(runtime) if took_long => drop(runtime.spawn(async move {
+                // If it fails, the connection is broken, which is seen when it
+                // is taken.
+                let _ = pooled.connection.batch_execute("SELECT 1").await;
+                pooled.hold.since_ms.store(0, Relaxed);
+            })),
+            _ => pooled.hold.since_ms.store(0, Relaxed),
+        }
     }
 }
 
@@ -143,13 +158,13 @@ impl Deref for Connection {
     type Target = AsyncPgConnection;
 
     fn deref(&self) -> &AsyncPgConnection {
-        &self.0.connection
+        &self.0.as_ref().expect("it is gone when dropped").connection
     }
 }
 
 impl DerefMut for Connection {
     fn deref_mut(&mut self) -> &mut AsyncPgConnection {
-        &mut self.0.connection
+        &mut self.0.as_mut().expect("it is gone when dropped").connection
     }
 }
 

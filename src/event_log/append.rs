@@ -83,7 +83,7 @@ impl Appender {
         Telemetry { metrics, traces }: Telemetry,
     ) -> io::Result<Self> {
         let (inbox, requests) = mpsc::channel(INBOX);
-        let limit = database.settings().statement_timeout + Duration::from_secs(1);
+        let limit = database.settings().longest_use();
         let task = Task {
             database,
             tail,

@@ -86,7 +86,11 @@ impl Directory {
     }
 
     /// Those of these jobs that exist. Looks at no tenant.
-    pub(crate) async fn list(&self, ids: &[Uuid]) -> Result<HashMap<Uuid, Arc<JobIdentity>>> {
+    pub(crate) async fn list(
+        &self,
+        connection: &mut AsyncPgConnection,
+        ids: &[Uuid],
+    ) -> Result<HashMap<Uuid, Arc<JobIdentity>>> {
         let mut found = HashMap::with_capacity(ids.len());
         let mut missing = Vec::new();
         for id in ids {
@@ -96,9 +100,8 @@ impl Directory {
             }
         }
         if !missing.is_empty() {
-            let mut connection = self.database.get().await?;
-            let heads = JobHead::load(&mut connection, &missing).await?;
-            for job in self.remember(&mut connection, heads).await? {
+            let heads = JobHead::load(connection, &missing).await?;
+            for job in self.remember(connection, heads).await? {
                 found.insert(job.id, job);
             }
         }
@@ -108,7 +111,7 @@ impl Directory {
     async fn find_by_id(&self, id: Uuid) -> Result<Option<Arc<JobIdentity>>> {
         match self.jobs.get(&id) {
             Some(job) => Ok(Some(job)),
-            None => Ok(self.list(&[id]).await?.remove(&id)),
+            None => Ok(self.list(&mut *self.database.get().await?, &[id]).await?.remove(&id)),
         }
     }
 

@@ -232,10 +232,9 @@ impl EventLog {
         {
             return Err(Error::EventsExpired { first_sequence: Some(end + 1) });
         }
-        drop(connection);
         let full = i64::try_from(rows.len()).is_ok_and(|read| read >= limit);
         let looked = if full { rows.last().map_or(through, |row| row.sequence) } else { through };
-        let events = log_events(&self.0.directory, rows).await?;
+        let events = log_events(&mut connection, &self.0.directory, rows).await?;
         Ok((events, (looked < end).then_some(looked)))
     }
 

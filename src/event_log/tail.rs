@@ -12,6 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use diesel_async::AsyncPgConnection;
 use tokio::sync::Notify;
 use uuid::Uuid;
 
@@ -79,10 +80,14 @@ impl Tail {
             Arc::new(Self { inner: Mutex::new(inner), bell: Notify::new(), database, directory, metrics });
         let reader = Arc::downgrade(&tail);
         tokio::spawn(async move {
+            // Its own: what all watchers wait for does not wait behind calls.
+            let mut kept = None;
             let mut reads = true;
             let mut sweeps = false;
             while let Some(tail) = reader.upgrade() {
-                match tail.catch_up(sweeps).await {
+                let limit = tail.database.settings().longest_use();
+                let caught_up = tokio::time::timeout(limit, tail.catch_up(&mut kept, sweeps)).await;
+                match caught_up.unwrap_or_else(|_| Err(Error::unavailable("a look took too long"))) {
                     Ok(()) => reads = true,
                     // Told once, not at every look.
                     Err(error) => {
@@ -149,10 +154,11 @@ impl Tail {
     }
 
     /// Reads from the head to the log's end; unasked, if this is a sweep.
-    async fn catch_up(&self, sweeps: bool) -> Result<()> {
+    async fn catch_up(&self, kept: &mut Option<AsyncPgConnection>, sweeps: bool) -> Result<()> {
         let at = Instant::now();
         let before = self.lock().head;
-        let (end, removals) = log_end(&mut *self.database.get().await?).await?;
+        let mut connection = self.database.kept_or_new(kept).await?;
+        let (end, removals) = log_end(&mut connection).await?;
         if end < before {
             self.go_back(end);
         }
@@ -162,15 +168,16 @@ impl Tail {
                 if inner.head >= end {
                     inner.read_through = at;
                     inner.removals = removals;
+                    *kept = Some(connection);
                     return Ok(());
                 }
                 inner.head
             };
-            let rows = Event::list_of_log(&mut *self.database.get().await?, head, end, PAGE).await?;
+            let rows = Event::list_of_log(&mut connection, head, end, PAGE).await?;
             let read = i64::try_from(rows.len()).map_err(Error::internal)?;
             let whole = read < PAGE;
             let through = if whole { end } else { rows.last().map_or(end, |row| row.position) };
-            let events = with_jobs(&self.directory, rows).await?;
+            let events = with_jobs(&mut connection, &self.directory, rows).await?;
             let mut inner = self.lock();
             if read < through - head {
                 // Positions have no gaps but where retention was faster: all
@@ -222,13 +229,14 @@ impl Inner {
 
 /// Rows of the log, each with what never changes about its job.
 pub(crate) async fn with_jobs(
+    connection: &mut AsyncPgConnection,
     directory: &Directory,
     rows: Vec<Event>,
 ) -> Result<Vec<(Event, Arc<JobIdentity>)>> {
     let mut ids: Vec<Uuid> = rows.iter().map(|row| row.job_id).collect();
     ids.sort_unstable();
     ids.dedup();
-    let jobs = directory.list(&ids).await?;
+    let jobs = directory.list(connection, &ids).await?;
     rows.into_iter()
         .map(|row| {
             let job = jobs.get(&row.job_id).ok_or_else(|| Error::internal("an event without its job"))?;
@@ -238,8 +246,12 @@ pub(crate) async fn with_jobs(
 }
 
 /// The same, as watchers receive them.
-pub(crate) async fn log_events(directory: &Directory, rows: Vec<Event>) -> Result<Vec<Arc<LogEvent>>> {
-    let rows = with_jobs(directory, rows).await?;
+pub(crate) async fn log_events(
+    connection: &mut AsyncPgConnection,
+    directory: &Directory,
+    rows: Vec<Event>,
+) -> Result<Vec<Arc<LogEvent>>> {
+    let rows = with_jobs(connection, directory, rows).await?;
     Ok(rows.into_iter().map(|(row, job)| Arc::new(LogEvent::new(&row, job, None))).collect())
 }
 

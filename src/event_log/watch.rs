@@ -302,8 +302,8 @@ impl Watch {
                 (rows, read_to)
             }
         };
+        let mut events = log_events(&mut connection, &self.log.0.directory, rows).await?;
         drop((connection, turn));
-        let mut events = log_events(&self.log.0.directory, rows).await?;
         let mut bytes = 0;
         let fit = events.iter().take_while(|event| {
             let room = bytes < PENDING_BYTES;

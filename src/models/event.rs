@@ -1,6 +1,7 @@
 //! Events, and where the logs of jobs end.
 
 mod append;
+mod in_sight;
 
 use chrono::{DateTime, Utc};
 use diesel::prelude::*;
@@ -8,6 +9,7 @@ use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use uuid::Uuid;
 
 pub use self::append::{Append, AppendOutcome, NewRow};
+use self::in_sight::EventsInSight;
 use crate::{
     error::Result,
     models::caller::Sight,
@@ -98,21 +100,7 @@ impl Event {
         through: i64,
         limit: i64,
     ) -> Result<Vec<Self>> {
-        let mut query = events::table
-            .inner_join(jobs::table.on(jobs::id.eq(events::job_id)))
-            .filter(events::position.gt(after))
-            .filter(events::position.le(through))
-            .filter(jobs::events_removed.eq(false))
-            .order(events::position)
-            .limit(limit)
-            .select(Self::as_select())
-            .into_boxed();
-        query = match sight {
-            Sight::Provider(id) => query.filter(jobs::provider_id.eq(id)),
-            Sight::Customer(id) => query.filter(jobs::customer_id.eq(id)),
-            Sight::Job(id) => query.filter(jobs::id.eq(id)),
-        };
-        Ok(query.load(connection).await?)
+        Ok(EventsInSight::new(sight, after, through, limit).load(connection).await?)
     }
 
     /// The position of the oldest event of the log that is kept.

@@ -306,6 +306,34 @@ async fn a_database_whose_connections_are_all_in_use_is_there_nonetheless() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn watchers_hear_of_events_while_calls_have_all_connections() {
+    let server = TestServer::start().await;
+    let replica = server.replica().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[]).await;
+    let job = provider.job(&customer).await;
+    let mut elsewhere = replica.same(&provider);
+    elsewhere.append(&job, [info("before")]).await;
+    let mut watch = customer.clone().watch(&job).await;
+    watch.caught_up().await;
+    let mut locker = server.database.connect().await;
+    locker.batch_execute("BEGIN; LOCK TABLE job_configurations IN ACCESS EXCLUSIVE MODE").await.unwrap();
+    for _ in 0..2 * CONNECTIONS {
+        let mut provider = provider.clone();
+        let request = pb::ListJobConfigurationsRequest::default();
+        tokio::spawn(async move { provider.configurations.list_job_configurations(request).await });
+    }
+    within_patience("calls that have all connections", async {
+        while server.database.waiting_for_locks().await.len() < CONNECTIONS {}
+    })
+    .await;
+    elsewhere.append(&job, [info("meanwhile")]).await;
+    let heard = timeout(Duration::from_secs(1), watch.events(1)).await;
+    assert_eq!(heard.expect("it is not held up by calls")[0].name, "meanwhile");
+    assert!(server.database.waiting_for_locks().await.len() >= CONNECTIONS, "they had them all the time");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn however_many_watchers_read_the_past_calls_find_a_connection() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);

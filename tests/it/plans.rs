@@ -1,6 +1,6 @@
 //! How pages are read: along an index, and within a bound.
 
-use milepost::pb::{self, list_events_request};
+use milepost::pb::{self, list_events_request, watch_events_request::Scope};
 use serde_json::Value;
 
 use crate::support::{TestDatabase, TestServer, User};
@@ -181,5 +181,50 @@ async fn a_page_of_events_is_a_range_of_an_index() {
         let before = database.plans().await.len();
         provider.events.list_events(request).await.unwrap();
         assert_read_by_ranges(&database, asked, before, most).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_of_a_watch_is_a_range_of_the_log_whatever_is_known_of_the_tables() {
+    const JOBS: u64 = 2_000;
+    const PAGE: f64 = 200.0;
+    let database = TestDatabase::migrated().await;
+    let server = TestServer::on(database.clone()).await;
+    let customer = server.customer().await;
+    for mut provider in [server.provider().await, server.provider().await] {
+        provider.configuration(&[]).await;
+        provider.job(&customer).await;
+    }
+    // Interleaved, as in life; and nothing is analysed.
+    database
+        .execute(&format!(
+            "INSERT INTO jobs (id, provider_id, customer_id, job_configuration_id, configuration_tag,
+                               provider_job_id, provider_job_name, points_total, status, last_sequence)
+             SELECT gen_random_uuid(), provider_id, customer_id, job_configuration_id, configuration_tag,
+                    'scan-' || n, '', points_total, 'running', 20
+             FROM jobs, generate_series(1, {JOBS}) AS n;
+             INSERT INTO events (job_id, sequence, position, id, kind, name, event_metadata, status,
+                                 points_done, percent, created_at)
+             SELECT id, n, row_number() OVER (ORDER BY n, id), gen_random_uuid(), 'info', '', '', 'running',
+                    0, 0, now()
+             FROM jobs, generate_series(1, 20) AS n WHERE last_sequence = 20;
+             UPDATE event_log SET position = (SELECT count(*) FROM events)"
+        ))
+        .await;
+    database.log_plans().await;
+    let provider = database.texts("SELECT provider_id::text AS text FROM jobs LIMIT 1").await.remove(0);
+    let server = server.replica().await;
+    for counterpart_id in [String::new(), provider] {
+        let before = database.plans().await.len();
+        let scope = pb::AllJobs { counterpart_id, ..Default::default() };
+        let request = pb::WatchEventsRequest { scope: Some(Scope::AllJobs(scope)), ..Default::default() };
+        let mut watch = server.same(&customer).watch_by(request).await.unwrap();
+        watch.events(2_000).await;
+        for plan in &database.plans().await[before..] {
+            let mut read = Vec::new();
+            reads(&plan["Plan"], &mut read);
+            let of_the_log = read.iter().any(|(table, ..)| table == "events");
+            assert!(!of_the_log || read.iter().all(|(.., rows)| *rows <= 3.0 * PAGE), "{read:?}");
+        }
     }
 }

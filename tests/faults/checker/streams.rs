@@ -146,7 +146,12 @@ impl Watch<'_> {
             End::Silent => {
                 let since = stream.messages.last().map_or(stream.opened, |message| message.at);
                 if self.case.is_calm(stream.replica, since, stream.over) {
-                    let what = format!("{}: {SILENCE:?} without a heartbeat", self.name(stream));
+                    let what = format!(
+                        "{}: {SILENCE:?} without a heartbeat, from {:.3} s on, {} `caught_up`",
+                        self.name(stream),
+                        since.as_secs_f64(),
+                        if caught_up { "after" } else { "before" },
+                    );
                     violations.add(Guarantee::Complete, None, what);
                 }
             }

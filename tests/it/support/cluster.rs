@@ -156,7 +156,11 @@ impl TestDatabase {
         while lines.any(|line| line.starts_with(&ours)) {
             let plan: String =
                 lines.by_ref().take_while(|line| !line.ends_with('}') || line.starts_with("\t ")).collect();
-            plans.push(serde_json::from_str(&(plan + "}")).unwrap());
+            match serde_json::from_str(&(plan + "}")) {
+                // It is being written.
+                Err(error) if error.is_eof() => break,
+                parsed => plans.push(parsed.unwrap()),
+            }
         }
         plans
     }

@@ -1,0 +1,75 @@
+//! Events of the log that belong to jobs in sight, by a plan that does not
+//! depend on what Postgres knows of the tables.
+
+use diesel::{
+    dsl::AsSelect,
+    expression::Expression,
+    pg::Pg,
+    prelude::*,
+    query_builder::{AstPass, Query, QueryFragment, QueryId},
+    sql_types::{BigInt, Uuid},
+};
+
+use super::Event;
+use crate::models::caller::Sight;
+
+/// Those of the log's events after a position and up to another that belong to
+/// jobs in sight whose logs are not being removed, ascending.
+///
+/// Each event's job is looked up, in the order of the log, until there are
+/// enough. A mere join is planned by statistics, and by those of tables that
+/// have grown since they were last analysed, the events of every job in sight
+/// are gathered and sorted, for each page again. `OFFSET 0` keeps Postgres from
+/// making one of it, and `(SELECT …)` from seeing the range when it plans, which
+/// it would take for so short that all of it may be gathered and sorted.
+pub(super) struct EventsInSight {
+    columns: AsSelect<Event, Pg>,
+    sight: Sight,
+    after: i64,
+    through: i64,
+    limit: i64,
+}
+
+impl EventsInSight {
+    pub(super) fn new(sight: Sight, after: i64, through: i64, limit: i64) -> Self {
+        Self { columns: Event::as_select(), sight, after, through, limit }
+    }
+}
+
+impl QueryFragment<Pg> for EventsInSight {
+    fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
+        let (column, id) = match &self.sight {
+            Sight::Provider(id) => ("provider_id", id),
+            Sight::Customer(id) => ("customer_id", id),
+            Sight::Job(id) => ("id", id),
+        };
+        out.push_sql("SELECT ");
+        self.columns.walk_ast(out.reborrow())?;
+        out.push_sql(
+            " FROM events CROSS JOIN LATERAL (SELECT FROM jobs \
+             WHERE jobs.id = events.job_id AND NOT jobs.events_removed AND jobs.",
+        );
+        out.push_sql(column);
+        out.push_sql(" = ");
+        out.push_bind_param::<Uuid, _>(id)?;
+        out.push_sql(" OFFSET 0) AS in_sight WHERE events.position > (SELECT ");
+        out.push_bind_param::<BigInt, _>(&self.after)?;
+        out.push_sql(") AND events.position <= (SELECT ");
+        out.push_bind_param::<BigInt, _>(&self.through)?;
+        out.push_sql(") ORDER BY events.position LIMIT (SELECT ");
+        out.push_bind_param::<BigInt, _>(&self.limit)?;
+        out.push_sql(")");
+        Ok(())
+    }
+}
+
+impl Query for EventsInSight {
+    type SqlType = <AsSelect<Event, Pg> as Expression>::SqlType;
+}
+
+// Which text it is depends on the sight: statements are told apart by it.
+impl QueryId for EventsInSight {
+    type QueryId = ();
+
+    const HAS_STATIC_QUERY_ID: bool = false;
+}
