@@ -15,6 +15,10 @@
 //! states that the latter is expected to lead to, so that the database never
 //! waits for a plan. What turns out otherwise is planned anew before it is
 //! sent.
+//!
+//! Where another replica appends to the same job all the time, what is read of
+//! it is stale by the time a plan is sent. Such a job is locked while one round
+//! of it alone is planned.
 
 use std::{
     collections::HashMap,
@@ -95,6 +99,7 @@ impl Appender {
             connection: None,
             next: Round::default(),
             waiting: HashMap::new(),
+            locks: false,
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         std::thread::Builder::new()
@@ -117,8 +122,16 @@ impl Appender {
         let room = Arc::clone(&self.room).acquire_many_owned(kib).await.map_err(Error::internal)?;
         let (to, answer) = oneshot::channel();
         let reply = Reply { to, since };
-        let request =
-            Request { batch, lane, stored: HashMap::new(), in_doubt: false, reply, span, _room: room };
+        let request = Request {
+            batch,
+            lane,
+            stored: HashMap::new(),
+            in_doubt: false,
+            outrun: false,
+            reply,
+            span,
+            _room: room,
+        };
         self.inbox.send(request).await.map_err(|_| Error::Draining)?;
         Ok(answer)
     }
@@ -144,6 +157,8 @@ struct Task {
     next: Round,
     /// What cannot be planned from memory, by job.
     waiting: HashMap<Uuid, Vec<Request>>,
+    /// Whether it is the turn of a job that is outrun.
+    locks: bool,
 }
 
 impl Task {
@@ -199,11 +214,41 @@ impl Task {
         }
     }
 
-    /// Sends the next round. Nothing is under way.
+    /// Sends a round. Nothing is under way.
     async fn start(&mut self) -> Option<JoinHandle<Sent>> {
-        if !self.waiting.is_empty() {
-            self.look_up().await;
+        // In turns, or others would wait for as long as some are outrun.
+        self.locks = !self.locks;
+        let is_outrun = |requests: &Vec<Request>| requests.iter().any(|request| request.outrun);
+        let outrun = self.waiting.iter().find_map(|(id, requests)| is_outrun(requests).then_some(*id));
+        if let Some(id) = outrun.filter(|_| self.locks) {
+            return self.start_locked(id).await;
         }
+        if !self.waiting.is_empty() {
+            self.look_up(false).await;
+        }
+        self.send_next()
+    }
+
+    /// Sends a round of one job to which another replica appends so fast that it
+    /// has always moved before a look at it has led to a plan: it is locked from
+    /// the look on. Only where that is so, since whoever stops in between keeps
+    /// others waiting.
+    async fn start_locked(&mut self, id: Uuid) -> Option<JoinHandle<Sent>> {
+        let mut others = std::mem::take(&mut self.waiting);
+        self.waiting.extend(others.remove_entry(&id));
+        let next = std::mem::replace(&mut self.next, Round { locked: true, ..Round::default() });
+        self.look_up(true).await;
+        let sent = self.send_next();
+        if sent.is_none() {
+            // With it the transaction ends.
+            self.connection = None;
+        }
+        self.next = next;
+        self.waiting.extend(others);
+        sent
+    }
+
+    fn send_next(&mut self) -> Option<JoinHandle<Sent>> {
         let mut round = std::mem::take(&mut self.next);
         if round.order.is_empty() {
             let mut settled = Settled::default();
@@ -223,7 +268,7 @@ impl Task {
 
     /// Looks up what waits and plans it, but for jobs that are in the next
     /// round already: their turn comes after it.
-    async fn look_up(&mut self) {
+    async fn look_up(&mut self, locks: bool) {
         let (planned, waiting) = std::mem::take(&mut self.waiting)
             .into_iter()
             .partition::<HashMap<_, _>, _>(|(id, _)| self.next.groups.contains_key(id));
@@ -232,7 +277,7 @@ impl Task {
         if requests.is_empty() {
             return;
         }
-        let states = match tokio::time::timeout(self.limit, self.try_look_up(&mut requests)).await {
+        let states = match tokio::time::timeout(self.limit, self.try_look_up(&mut requests, locks)).await {
             Ok(Ok(states)) => states,
             failed => {
                 let error = match failed {
@@ -260,13 +305,20 @@ impl Task {
     }
 
     /// The states of the requests' jobs, and then which events of those in
-    /// doubt are stored.
-    async fn try_look_up(&mut self, requests: &mut [Request]) -> Result<HashMap<Uuid, JobState>> {
+    /// doubt are stored. `locks` the job, which is one.
+    async fn try_look_up(
+        &mut self,
+        requests: &mut [Request],
+        locks: bool,
+    ) -> Result<HashMap<Uuid, JobState>> {
         let mut connection = self.database.kept_or_new(&mut self.connection).await?;
         let mut jobs: Vec<Uuid> = requests.iter().map(|request| request.batch.job.id).collect();
         jobs.sort_unstable();
         jobs.dedup();
-        let heads = JobHead::load(&mut connection, &jobs).await?;
+        let heads = match jobs[..] {
+            [id] if locks => Vec::from_iter(JobHead::lock(&mut connection, id).await?),
+            _ => JobHead::load(&mut connection, &jobs).await?,
+        };
         let shared = &connection;
         let in_doubt = requests.iter_mut().filter(|request| request.in_doubt).map(|request| async move {
             let ids: Vec<Uuid> = request.batch.client_ids().collect();
@@ -326,6 +378,7 @@ impl Task {
                         let may_be_stored =
                             outcome == AppendOutcome::Stored && request.batch.client_ids().next().is_some();
                         request.in_doubt = plan.is_err() || may_be_stored;
+                        request.outrun |= group.fresh && outcome == AppendOutcome::Moved;
                         request
                     }));
                 }

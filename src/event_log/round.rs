@@ -47,6 +47,8 @@ pub(super) struct Request {
     /// Events of the batch that were found stored.
     pub(super) stored: HashMap<Uuid, Event>,
     pub(super) in_doubt: bool,
+    /// Its job had moved although its state had just been read.
+    pub(super) outrun: bool,
     pub(super) reply: Reply,
     pub(super) span: Option<Box<AppendSpan>>,
     pub(super) _room: OwnedSemaphorePermit,
@@ -91,6 +93,9 @@ pub(super) struct Round {
     /// What clients made the ids of, among what it appends.
     pub(super) ids: HashSet<(Uuid, Uuid)>,
     pub(super) events: usize,
+    /// It appends to one job at most, locked by the transaction that is open on
+    /// the connection.
+    pub(super) locked: bool,
     pub(super) span: Option<TransactionSpan>,
 }
 
@@ -172,7 +177,10 @@ impl Round {
             }
             append
         };
-        match of(&self.order).execute(connection).await {
+        let all = of(&self.order);
+        let appended =
+            if self.locked { all.execute_locked(connection).await } else { all.execute(connection).await };
+        match appended {
             Ok(outcomes) => return Ok(outcomes.into_iter().map(Ok).collect()),
             Err(Error::Internal(_)) if self.order.len() > 1 => {}
             Err(error) => return Err(error),

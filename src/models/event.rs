@@ -5,7 +5,7 @@ mod in_sight;
 
 use chrono::{DateTime, Utc};
 use diesel::prelude::*;
-use diesel_async::{AsyncPgConnection, RunQueryDsl};
+use diesel_async::{AsyncPgConnection, RunQueryDsl, SimpleAsyncConnection as _};
 use uuid::Uuid;
 
 pub use self::append::{Append, AppendOutcome, NewRow};
@@ -176,6 +176,15 @@ impl JobHead {
             ids => query.filter(jobs::id.eq_any(ids)),
         };
         Ok(query.load(connection).await?)
+    }
+
+    /// A job, whose row is locked by a transaction that begins here and is ended
+    /// by [`Append::execute_locked`]; or by the database, if that is not asked for
+    /// within a second. Looks at no tenant.
+    pub async fn lock(connection: &mut AsyncPgConnection, id: Uuid) -> Result<Option<Self>> {
+        connection.batch_execute("BEGIN; SET LOCAL idle_in_transaction_session_timeout = '1s'").await?;
+        let job = jobs::table.filter(jobs::id.eq(id)).select(Self::as_select()).for_update();
+        Ok(job.first(connection).await.optional()?)
     }
 
     /// A provider's job by the provider's id for it. Looks at no tenant beyond

@@ -5,7 +5,10 @@ use std::time::Duration;
 
 use diesel_async::SimpleAsyncConnection as _;
 use milepost::pb::{self, ErrorReason, watch_events_response::Message};
-use tokio::time::{Instant, timeout};
+use tokio::{
+    task::JoinSet,
+    time::{Instant, timeout},
+};
 use tokio_stream::StreamExt as _;
 use tonic::{Code, Status};
 use tonic_health::pb::{
@@ -188,7 +191,7 @@ async fn a_database_that_is_far_away_is_there_nonetheless() {
     let users = [nearby.provider().await, nearby.provider().await];
 
     // To connect takes longer now than it may take to answer.
-    proxy.set(Mode::Far);
+    proxy.set(Mode::Far(Duration::from_millis(120)));
     for user in users {
         within_patience("readiness", wait_for_readiness(&server, ServingStatus::Serving)).await;
         let who = pb::GetCurrentUserRequest {};
@@ -197,6 +200,38 @@ async fn a_database_that_is_far_away_is_there_nonetheless() {
         server.database.execute(END_CONNECTIONS).await;
         let lost = timeout(KNOWN, wait_for_readiness(&server, ServingStatus::NotServing)).await;
         assert!(lost.is_err(), "a database that is far away was given up");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_far_from_the_database_appends_to_a_job_that_another_is_busy_with() {
+    let (far, proxy) = TestServer::through_proxy().await;
+    within_patience("readiness", wait_for_readiness(&far, ServingStatus::Serving)).await;
+    proxy.set(Mode::Refuse);
+    within_patience("not to be ready", wait_for_readiness(&far, ServingStatus::NotServing)).await;
+    proxy.set(Mode::Far(Duration::from_millis(30)));
+    let near = far.replica().await;
+    let (mut provider, customer) = (near.provider().await, near.customer().await);
+    provider.configuration(&[]).await;
+    let job = provider.job(&customer).await;
+    let mut writers = JoinSet::new();
+    for _ in 0..16 {
+        let (mut provider, job) = (provider.clone(), job.clone());
+        writers.spawn(async move {
+            loop {
+                provider.append(&job, [info("busy")]).await;
+            }
+        });
+    }
+    within_patience("readiness", wait_for_readiness(&far, ServingStatus::Serving)).await;
+    let mut provider = far.same(&provider);
+    for _ in 0..2 {
+        // While it asks where the job is, the other appends many times.
+        provider.append(&job, [info("from afar")]).await;
+    }
+    writers.abort_all();
+    while let Some(ended) = writers.join_next().await {
+        assert!(ended.unwrap_err().is_cancelled(), "an append failed");
     }
 }
 

@@ -2,7 +2,7 @@
 
 use chrono::{DateTime, Utc};
 use diesel::QueryResult;
-use diesel_async::{AsyncPgConnection, RunQueryDsl};
+use diesel_async::{AsyncPgConnection, RunQueryDsl, SimpleAsyncConnection as _};
 use uuid::Uuid;
 
 use crate::{
@@ -182,12 +182,24 @@ impl<'a> Append<'a> {
     /// The outcome of each job, in the order in which they were added, which is
     /// to be that of their ids, so that nobody deadlocks.
     pub async fn execute(&self, connection: &mut AsyncPgConnection) -> Result<Vec<AppendOutcome>> {
-        let (position, at, outcomes) = match self.call(connection, false).await {
+        let answer = match self.call(connection, false).await {
             Err(error) if violated(&error) == Some("events_job_id_id_key") => {
                 self.call(connection, true).await?
             }
             answer => answer?,
         };
+        Ok(self.outcomes(answer))
+    }
+
+    /// The same in the transaction that [`JobHead::lock`](super::JobHead::lock)
+    /// began, which ends with it.
+    pub async fn execute_locked(&self, connection: &mut AsyncPgConnection) -> Result<Vec<AppendOutcome>> {
+        let answer = self.call(connection, true).await?;
+        connection.batch_execute("COMMIT").await?;
+        Ok(self.outcomes(answer))
+    }
+
+    fn outcomes(&self, (position, at, outcomes): Answer) -> Vec<AppendOutcome> {
         let (mut position, at) = (position.unwrap_or_default(), at.unwrap_or_default());
         let outcomes =
             outcomes.into_iter().zip(&self.jobs.event_counts).map(|(outcome, count)| match outcome {
@@ -199,7 +211,7 @@ impl<'a> Append<'a> {
                 1 => AppendOutcome::Moved,
                 _ => AppendOutcome::Stored,
             });
-        Ok(outcomes.collect())
+        outcomes.collect()
     }
 
     /// `check_ids` finds out which jobs have an event stored already; without

@@ -14,8 +14,8 @@ use tokio_postgres::config::Host;
 pub enum Mode {
     /// What is said is passed on.
     Pass,
-    /// The same, but each way takes its time.
-    Far,
+    /// The same, but it takes so long, each way.
+    Far(Duration),
     /// There are none, and no new ones.
     Refuse,
     /// What is said is swallowed. A connection that lived through it is silent
@@ -33,9 +33,6 @@ pub struct Proxy {
     pub url: String,
     mode: watch::Sender<Mode>,
 }
-
-/// How long what is said takes to come [`Mode::Far`], one way.
-pub const WAY: Duration = Duration::from_millis(120);
 
 /// ErrorResponse, in Postgres's protocol.
 const STARTING: &[u8] = b"SFATAL\0VFATAL\0C57P03\0Mthe database system is starting up\0\0";
@@ -89,14 +86,14 @@ async fn run(
 async fn pass(mut client: TcpStream, socket: PathBuf, mut modes: watch::Receiver<Mode>) {
     let mode = *modes.borrow_and_update();
     match mode {
-        Mode::Pass | Mode::Far => {
+        Mode::Pass | Mode::Far(_) => {
             let mut postgres = UnixStream::connect(socket).await.unwrap();
             let passing = async {
-                if mode == Mode::Far {
+                if let Mode::Far(way) = mode {
                     let ((near_in, near_out), (far_in, far_out)) = (client.split(), postgres.split());
                     tokio::select! {
-                        () = carry(near_in, far_out) => {}
-                        () = carry(far_in, near_out) => {}
+                        () = carry(near_in, far_out, way) => {}
+                        () = carry(far_in, near_out, way) => {}
                     }
                 } else {
                     // Either end may break off.
@@ -133,10 +130,10 @@ async fn pass(mut client: TcpStream, socket: PathBuf, mut modes: watch::Receiver
 }
 
 /// Until either end is gone.
-async fn carry(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin) {
+async fn carry(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin, way: Duration) {
     let mut buffer = [0; 8 * 1024];
     while let Ok(read @ 1..) = from.read(&mut buffer).await {
-        tokio::time::sleep(WAY).await;
+        tokio::time::sleep(way).await;
         if to.write_all(&buffer[..read]).await.is_err() {
             return;
         }
