@@ -182,6 +182,15 @@ pub struct Message {
     pub body: Body,
 }
 
+impl Message {
+    pub fn last_event(&self) -> Option<&pb::Event> {
+        match &self.body {
+            Body::Events(events) => events.last().map(Arc::as_ref),
+            Body::CaughtUp(_) | Body::Heartbeat | Body::Ended(..) | Body::Listed => None,
+        }
+    }
+}
+
 #[derive(Clone, Debug)]
 pub enum Body {
     Events(Vec<Arc<pb::Event>>),

@@ -155,8 +155,10 @@ impl Watch<'_> {
                     violations.add(Guarantee::Complete, None, what);
                 }
             }
-            End::Broken(why) if self.case.is_calm(stream.replica, stream.over, stream.over) => {
-                let what = format!("{}: broke off when all was well: {why}", self.name(stream));
+            End::Broken(why) if self.was_calm_at_end(stream, stream.over) => {
+                let over = stream.over.as_secs_f64();
+                let what =
+                    format!("{}: broke off when all was well, at {over:.3} s: {why}", self.name(stream));
                 violations.add(Guarantee::Contract, None, what);
             }
             End::Ok | End::Left | End::Broken(_) => {}
@@ -332,7 +334,7 @@ impl Watch<'_> {
     ) {
         match (reason, self.chain.scope) {
             (WatchEndReason::Draining, _) => {
-                if self.case.is_calm(stream.replica, message.at, message.at) || stream.end == End::Ok {
+                if self.was_calm_at_end(stream, message.at) || stream.end == End::Ok {
                     let what = format!("{}: drained, and is over with {:?}", self.name(stream), stream.end);
                     violations.add(Guarantee::Terminating, None, what);
                 }
@@ -351,6 +353,26 @@ impl Watch<'_> {
                 violations.add(Guarantee::Terminating, None, what);
             }
         }
+    }
+
+    /// Whether nothing was broken when the server ended a stream. Who reads slowly
+    /// hears of it late, behind all that came before it, and so it may have been
+    /// at any time since the last event received was sent.
+    fn was_calm_at_end(&self, stream: &Stream, heard: Moment) -> bool {
+        let last = || stream.messages.iter().rev().find_map(Message::last_event);
+        let from = if self.chain.prompt {
+            heard
+        } else {
+            last().map_or(stream.opened, |event| self.earliest(event)).max(stream.opened)
+        };
+        self.case.is_calm(stream.replica, from, heard)
+    }
+
+    /// When an event can have been there at the earliest.
+    fn earliest(&self, event: &Event) -> Moment {
+        let log = self.case.numbers.get(event.job_id.as_str()).map(|&job| &self.case.logs[job]);
+        let place = usize::try_from(event.sequence - 1).ok();
+        log.zip(place).and_then(|(log, place)| log.earliest.get(place)).copied().unwrap_or_default()
     }
 
     fn check_whole(&self, position: &Position, violations: &mut Violations) {

@@ -564,6 +564,29 @@ fn what_fails_when_all_is_well_is_caught() {
 }
 
 #[test]
+fn who_reads_slowly_may_hear_late_of_what_broke() {
+    // Its last event was sent at 6 s, and it heard of the end at 9 s.
+    let cases = [(false, 7, 0, true), (false, 7, 1, false), (false, 5, 0, false)];
+    for (prompt, second, server, excused) in
+        cases.into_iter().chain([(true, 7, 0, false), (true, 9, 0, true)])
+    {
+        for (drained, guarantee) in [(false, Guarantee::Contract), (true, Guarantee::Terminating)] {
+            let found = found(|history| {
+                history.chains[0].prompt = prompt;
+                let stream = &mut history.chains[0].streams[0];
+                stream.end = End::Broken("UNAVAILABLE".to_owned());
+                if drained {
+                    stream.messages.push(message(9, Body::Ended(pb::WatchEndReason::Draining, None)));
+                }
+                let (from, touches) = (at(second), [server == 0, server == 1]);
+                history.disturbances.push(Disturbance { from, to: from, touches });
+            });
+            assert_eq!(!found.contains(&guarantee), excused, "{prompt} {second} {server} {drained}");
+        }
+    }
+}
+
+#[test]
 fn a_heartbeat_that_lies_is_caught() {
     let beat = |seconds| message(seconds, Body::Heartbeat);
     assert_eq!(found(|history| history.chains[1].streams[0].messages.insert(2, beat(6))), []);
