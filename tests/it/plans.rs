@@ -69,10 +69,12 @@ async fn scene() -> Scene {
 /// many, how many of them for nothing).
 fn reads(plan: &Value, reads: &mut Vec<(String, String, f64)>) {
     let number = |key: &str| plan[key].as_f64().unwrap_or_default();
-    if let Some(table) = plan["Relation Name"].as_str().filter(|table| ["jobs", "events"].contains(table)) {
+    let way = plan["Node Type"].as_str().unwrap();
+    if let Some(table) = plan["Relation Name"].as_str().filter(|table| ["jobs", "events"].contains(table))
+        && way.ends_with("Scan")
+    {
         let rows = number("Actual Rows") + number("Rows Removed by Filter");
         let rows = rows * number("Actual Loops");
-        let way = plan["Node Type"].as_str().unwrap();
         reads.push((table.to_owned(), way.to_owned(), rows));
     }
     for below in plan["Plans"].as_array().into_iter().flatten() {
@@ -227,4 +229,44 @@ async fn a_page_of_a_watch_is_a_range_of_the_log_whatever_is_known_of_the_tables
             assert!(!of_the_log || read.iter().all(|(.., rows)| *rows <= 3.0 * PAGE), "{read:?}");
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_has_expired_is_removed_by_ranges_whatever_is_known_of_the_tables() {
+    const KEPT: u64 = 20_000;
+    const EXPIRED: u64 = 3;
+    const STEP: f64 = 1_000.0;
+    let database = TestDatabase::migrated().await;
+    let server = TestServer::on(database.clone()).await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[]).await;
+    provider.job(&customer).await;
+    // Nothing is analysed.
+    database
+        .execute(&format!(
+            "INSERT INTO jobs (id, provider_id, customer_id, job_configuration_id, configuration_tag,
+                               provider_job_id, provider_job_name, points_total, status, last_sequence,
+                               percent, closed_at)
+             SELECT gen_random_uuid(), provider_id, customer_id, job_configuration_id, configuration_tag,
+                    'scan-' || n, '', points_total, 'complete', CASE WHEN n > {KEPT} THEN 4000 ELSE 1 END, 100,
+                    now() - CASE WHEN n > {KEPT} THEN interval '2 h' ELSE interval '0' END
+             FROM jobs, generate_series(1, {KEPT} + {EXPIRED}) AS n;
+             INSERT INTO events (job_id, sequence, position, id, kind, name, event_metadata, status,
+                                 points_done, percent, created_at)
+             SELECT id, n, row_number() OVER (), gen_random_uuid(), 'info', '', '', 'running', 0, 0, now()
+             FROM jobs, generate_series(1, last_sequence) AS n;
+             UPDATE event_log SET position = (SELECT count(*) FROM events)"
+        ))
+        .await;
+    database.log_plans().await;
+    let steps = EXPIRED * 4 + 1;
+    database
+        .execute(&format!(
+            "DO $$ BEGIN
+                 FOR step IN 1..{steps} LOOP PERFORM remove_expired_events(interval '1 h', 100, 1000); END LOOP;
+             END $$"
+        ))
+        .await;
+    assert_read_by_ranges(&database, "what has expired", 0, STEP).await;
+    assert_eq!(database.texts("SELECT count(*)::text AS text FROM events").await, [KEPT.to_string()]);
 }

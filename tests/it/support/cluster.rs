@@ -139,6 +139,7 @@ impl TestDatabase {
             ("session_preload_libraries", "auto_explain"),
             ("auto_explain.log_min_duration", "0"),
             ("auto_explain.log_analyze", "on"),
+            ("auto_explain.log_nested_statements", "on"),
             ("auto_explain.log_format", "json"),
         ];
         for (name, value) in settings {
