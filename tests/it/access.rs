@@ -65,8 +65,8 @@ const EXPECTED: [(&str, &str); 23] = [
 const PUBLISH: (&str, &str) = ("EventService/PublishEvents", "UUUUUU P PP PP ON");
 
 /// Two tenants, and a job of the first.
-struct World {
-    server: TestServer,
+pub struct World {
+    pub server: TestServer,
     provider: User,
     customer: User,
     other_provider: User,
@@ -79,8 +79,7 @@ struct World {
 }
 
 impl World {
-    async fn new() -> Self {
-        let server = TestServer::start().await;
+    pub async fn new(server: TestServer) -> Self {
         let (mut provider, customer) = (server.provider().await, server.customer().await);
         let (mut other_provider, other_customer) = (server.provider().await, server.customer().await);
         let configuration_id = provider.configuration(&[("load", 1)]).await.id;
@@ -103,7 +102,7 @@ impl World {
     }
 
     /// What this caller sends; none for nobody.
-    async fn secret(&mut self, caller: &str, method: &str) -> Option<String> {
+    pub async fn secret(&mut self, caller: &str, method: &str) -> Option<String> {
         let provider = &mut self.provider;
         Some(match caller {
             "nobody" => return None,
@@ -160,7 +159,7 @@ impl World {
     }
 
     /// A request that is good in the hands of whom it concerns.
-    async fn request(&mut self, caller: &str, method: &str) -> Vec<u8> {
+    pub async fn request(&mut self, caller: &str, method: &str) -> Vec<u8> {
         let job_id = self.job.id.clone();
         let fresh = Uuid::now_v7().to_string();
         let event =
@@ -269,7 +268,7 @@ async fn session(server: &TestServer, user: &User) -> String {
 }
 
 /// What a call comes to: OK once there is an answer.
-async fn call(channel: Channel, secret: Option<String>, method: &str, message: Vec<u8>) -> Code {
+pub async fn call(channel: Channel, secret: Option<String>, method: &str, message: Vec<u8>) -> Code {
     let first = async { raw::open(channel, secret.as_deref(), method, [message]).await?.message().await };
     match within_patience("an answer", first).await {
         Err(status) => status.code(),
@@ -284,7 +283,7 @@ async fn call(channel: Channel, secret: Option<String>, method: &str, message: V
     }
 }
 
-fn methods() -> Vec<String> {
+pub fn methods() -> Vec<String> {
     raw::methods().iter().map(raw::name).collect()
 }
 
@@ -296,7 +295,7 @@ async fn everybody_may_call_what_the_table_says() {
         let Some(row) = expected.get(method.as_str()) else { panic!("{method} has no row in the table") };
         let row: Vec<char> = row.chars().filter(|cell| *cell != ' ').collect();
         assert_eq!(row.len(), CALLERS.len(), "{method}");
-        let mut world = World::new().await;
+        let mut world = World::new(TestServer::start().await).await;
         for (caller, cell) in CALLERS.into_iter().zip(row) {
             let secret = world.secret(caller, &method).await;
             let message = world.request(caller, &method).await;

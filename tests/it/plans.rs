@@ -3,6 +3,7 @@
 use milepost::pb::{self, list_events_request, watch_events_request::Scope};
 use serde_json::Value;
 
+use crate::access::{World, call, methods};
 use crate::support::{TestDatabase, TestServer, User};
 
 /// Jobs of the provider asked, and of another one; a hundredth of them are open.
@@ -269,4 +270,38 @@ async fn what_has_expired_is_removed_by_ranges_whatever_is_known_of_the_tables()
         .await;
     assert_read_by_ranges(&database, "what has expired", 0, STEP).await;
     assert_eq!(database.texts("SELECT count(*)::text AS text FROM events").await, [KEPT.to_string()]);
+}
+
+/// Whole tables that a plan reads.
+fn read_whole(plan: &Value, whole: &mut Vec<String>) {
+    if plan["Node Type"] == "Seq Scan" {
+        whole.push(plan["Relation Name"].as_str().unwrap().to_owned());
+    }
+    for below in plan["Plans"].as_array().into_iter().flatten() {
+        read_whole(below, whole);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_call_reads_a_whole_table_however_small_it_is() {
+    let database = TestDatabase::migrated().await;
+    database.log_plans().await;
+    for method in methods() {
+        let mut world = World::new(TestServer::on(database.clone()).await).await;
+        database.execute("ANALYZE").await;
+        for caller in ["nobody", "a watch token of the job", "the customer", "the provider"] {
+            let secret = world.secret(caller, &method).await;
+            let message = world.request(caller, &method).await;
+            call(world.server.channel.clone(), secret, &method, message).await;
+        }
+    }
+    let plans = database.plans().await;
+    assert!(plans.len() > 100, "{} plans", plans.len());
+    for plan in plans {
+        let mut whole = Vec::new();
+        read_whole(&plan["Plan"], &mut whole);
+        // They have one row.
+        whole.retain(|table| !["event_log", "retention"].contains(&table.as_str()));
+        assert!(whole.is_empty(), "{whole:?} by {}", plan["Query Text"]);
+    }
 }
