@@ -19,6 +19,8 @@ mod checker;
 mod cluster;
 mod history;
 mod nemesis;
+#[path = "../it/support/port.rs"]
+mod port;
 mod probes;
 mod proxy;
 mod publishers;

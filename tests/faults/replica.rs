@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    net::{SocketAddr, TcpListener},
+    net::SocketAddr,
     path::{Path, PathBuf},
     process::{ExitStatus, Stdio},
     time::Duration,
@@ -14,6 +14,7 @@ use tokio::{
 };
 
 use crate::{
+    port::own_address,
     temporary::TemporaryFolder,
     world::{signal, within},
 };
@@ -38,8 +39,7 @@ impl Replica {
         folder: &mut TemporaryFolder,
         clock: Option<Clock>,
     ) -> Self {
-        // Free again when the server takes it, and the same over its restarts.
-        let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let address = own_address("127.0.0.1");
         let log = folder.path().join(format!("{name}.log"));
         let child = serve(address, &database_url, &log, clock.as_ref(), folder);
         let mut replica = Self { address, database_url, log, clock, child };

@@ -26,7 +26,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Streaming};
 
 use crate::support::{
-    PASSWORD, ServerProcess, TestServer, User, assert_refused, complete, info, noted, within_patience,
+    PASSWORD, ServerProcess, TestServer, User, assert_refused, complete, info, noted, own_address,
+    within_patience,
 };
 
 /// Values that a server may well go without.
@@ -101,8 +102,7 @@ impl Scene {
         let (mut provider, customer) = (server.provider().await, server.customer().await);
         provider.configuration(&[]).await;
         let job = provider.job(&customer).await;
-        // Free again when the server takes it.
-        let metrics = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let metrics = own_address("127.0.0.1");
         let collector = TcpListener::bind("127.0.0.1:0").unwrap();
         let (metrics_listen, otlp_endpoint) =
             (metrics.to_string(), format!("http://{}", collector.local_addr().unwrap()));

@@ -3,7 +3,7 @@
 
 use std::{
     fs::{self, File},
-    net::{SocketAddr, TcpListener},
+    net::SocketAddr,
     ops::Deref,
     process::{ExitStatus, Stdio},
     time::Duration,
@@ -18,7 +18,7 @@ use milepost::{db::embedded::Embedded, pb::LogInRequest};
 use tonic::Code;
 use tonic_types::StatusExt as _;
 
-use super::{Clients, PASSWORD, TestDatabase, temporary::TemporaryFolder, within_patience};
+use super::{Clients, PASSWORD, TestDatabase, own_address, temporary::TemporaryFolder, within_patience};
 
 /// Longest that a server process takes to drain.
 pub const DRAIN_DEADLINE: Duration = Duration::from_secs(6);
@@ -58,9 +58,7 @@ impl ServerProcess {
 
     /// The same, on any address of this machine's and with more settings.
     pub async fn start_with(host: &str, settings: Vec<(&'static str, String)>) -> Self {
-        // The port is free again when the server takes it, and stays the same
-        // over its restarts.
-        let address = TcpListener::bind((host, 0)).unwrap().local_addr().unwrap();
+        let address = own_address(host);
         let mut folder = TemporaryFolder::new();
         let child = serve(address, &mut folder, &settings).await;
         Self { address, clients: Clients::of(address), child, folder, settings }
