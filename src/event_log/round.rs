@@ -7,11 +7,11 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use chrono::{DateTime, Utc};
-use diesel_async::AsyncPgConnection;
+use diesel_async::{AsyncPgConnection, pooled_connection::PoolableConnection as _};
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use uuid::Uuid;
 
@@ -28,6 +28,10 @@ use crate::{
     progress::JobState,
     telemetry::traces::{AppendSpan, TransactionSpan},
 };
+
+/// A database that does not answer within this is slow for all, whatever it was
+/// asked.
+const REFUSED_WITHIN: Duration = Duration::from_secs(1);
 
 /// Whom to answer, and since when they wait.
 #[derive(Debug)]
@@ -177,20 +181,24 @@ impl Round {
             }
             append
         };
-        let all = of(&self.order);
+        let (all, since) = (of(&self.order), Instant::now());
         let appended =
             if self.locked { all.execute_locked(connection).await } else { all.execute(connection).await };
         match appended {
             Ok(outcomes) => return Ok(outcomes.into_iter().map(Ok).collect()),
-            Err(Error::Internal(_)) if self.order.len() > 1 => {}
-            Err(error) => return Err(error),
+            Err(error) => {
+                let slow = !matches!(error, Error::Internal(_)) && since.elapsed() > REFUSED_WITHIN;
+                if slow || self.order.len() == 1 || connection.is_broken() {
+                    return Err(error);
+                }
+            }
         }
         let mut outcomes = Vec::with_capacity(self.order.len());
         for job in self.order.chunks(1) {
             outcomes.push(match of(job).execute(connection).await {
                 Ok(outcome) => outcome.into_iter().next().ok_or_else(|| Error::internal("no outcome")),
-                Err(error @ Error::Internal(_)) => Err(error),
-                Err(error) => return Err(error),
+                Err(error) if connection.is_broken() => return Err(error),
+                Err(error) => Err(error),
             });
         }
         Ok(outcomes)

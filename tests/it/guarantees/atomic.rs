@@ -1,11 +1,12 @@
 //! A batch is committed whole or not at all, with no stranger between, and
 //! whoever reads on from one of its events finds the rest.
 
-use milepost::pb::{ErrorReason, Event, watch_events_request::Start};
+use diesel_async::SimpleAsyncConnection as _;
+use milepost::pb::{self, ErrorReason, Event, watch_events_request::Start};
 use tonic::Code;
 
 use super::assert_gap_free;
-use crate::support::{TestServer, assert_refused, complete, info, step};
+use crate::support::{TestServer, assert_refused, complete, info, step, within_patience};
 
 /// Each batch names its events `batch/index/count`.
 fn assert_batches_whole(log: &[Event]) {
@@ -88,4 +89,49 @@ async fn a_batch_that_is_refused_leaves_nothing_and_takes_nobody_with_it() {
     let refused = provider.try_append(&job, [complete(), info("late/0/1")]).await;
     assert_refused(refused, Code::FailedPrecondition, ErrorReason::JobClosed);
     assert_eq!(provider.list(&job).await, log, "not even its first half");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_fails_for_the_sake_of_another_in_the_same_transaction() {
+    let server = TestServer::start().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[]).await;
+    let [first, doomed, fine] =
+        [provider.job(&customer).await, provider.job(&customer).await, provider.job(&customer).await];
+    server
+        .database
+        .execute(
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+                 BEGIN RAISE EXCEPTION 'refused' USING ERRCODE = NEW.name; END $$;
+             CREATE TRIGGER refuse BEFORE INSERT ON events
+                 FOR EACH ROW WHEN (NEW.name LIKE '_____') EXECUTE FUNCTION refuse()",
+        )
+        .await;
+    // A fault of ours, one that nobody knows, and a full disk.
+    for (state, code) in
+        [("23514", Code::Internal), ("P0001", Code::Unavailable), ("53100", Code::Unavailable)]
+    {
+        let mut holder = server.database.connect().await;
+        holder.batch_execute("BEGIN; SELECT FROM event_log FOR UPDATE").await.unwrap();
+        let append = |job: &pb::Job, name: &str| {
+            let (mut provider, job, event) = (provider.clone(), job.clone(), info(name));
+            tokio::spawn(async move { provider.try_append(&job, [event]).await })
+        };
+        let under_way = append(&first, "under way");
+        within_patience("an append that waits", async {
+            while server.database.waiting_for_locks().await.is_empty() {}
+        })
+        .await;
+        let (refused, appended) = (append(&doomed, state), append(&fine, "all is well"));
+        // By the time that these are answered, both line up for the next transaction.
+        for _ in 0..20 {
+            provider.get(&fine).await;
+        }
+        holder.batch_execute("COMMIT").await.unwrap();
+        under_way.await.unwrap().unwrap();
+        assert_eq!(refused.await.unwrap().unwrap_err().code(), code, "{state}");
+        appended.await.unwrap().unwrap_or_else(|status| panic!("beside {state}: {status}"));
+    }
+    assert!(provider.list(&doomed).await.is_empty());
+    assert_eq!(provider.list(&fine).await.len(), 3);
 }
