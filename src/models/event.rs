@@ -1,6 +1,7 @@
 //! Events, and where the logs of jobs end.
 
 mod append;
+mod by_ids;
 mod in_sight;
 
 use chrono::{DateTime, Utc};
@@ -9,7 +10,7 @@ use diesel_async::{AsyncPgConnection, RunQueryDsl, SimpleAsyncConnection as _};
 use uuid::Uuid;
 
 pub use self::append::{Append, AppendOutcome, NewRow};
-use self::in_sight::EventsInSight;
+use self::{by_ids::EventsByIds, in_sight::EventsInSight};
 use crate::{
     error::Result,
     models::caller::Sight,
@@ -116,12 +117,7 @@ impl Event {
         job_id: Uuid,
         ids: &[Uuid],
     ) -> Result<Vec<Self>> {
-        Ok(events::table
-            .filter(events::job_id.eq(job_id))
-            .filter(events::id.eq_any(ids))
-            .select(Self::as_select())
-            .load(&mut connection)
-            .await?)
+        Ok(EventsByIds::new(job_id, ids).load(&mut connection).await?)
     }
 }
 

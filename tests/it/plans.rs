@@ -1,6 +1,6 @@
 //! How pages are read: along an index, and within a bound.
 
-use milepost::pb::{self, list_events_request, watch_events_request::Scope};
+use milepost::pb::{self, append_events_request, list_events_request, watch_events_request::Scope};
 use serde_json::Value;
 
 use crate::access::{World, call, methods};
@@ -187,19 +187,18 @@ async fn a_page_of_events_is_a_range_of_an_index() {
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_page_of_a_watch_is_a_range_of_the_log_whatever_is_known_of_the_tables() {
+/// Jobs of a customer with two providers, of 20 events each: interleaved, as in
+/// life; and nothing is analysed.
+async fn small_jobs(server: &TestServer) -> (User, User) {
     const JOBS: u64 = 2_000;
-    const PAGE: f64 = 200.0;
-    let database = TestDatabase::migrated().await;
-    let server = TestServer::on(database.clone()).await;
     let customer = server.customer().await;
-    for mut provider in [server.provider().await, server.provider().await] {
+    let providers = [server.provider().await, server.provider().await];
+    for mut provider in providers.clone() {
         provider.configuration(&[]).await;
         provider.job(&customer).await;
     }
-    // Interleaved, as in life; and nothing is analysed.
-    database
+    server
+        .database
         .execute(&format!(
             "INSERT INTO jobs (id, provider_id, customer_id, job_configuration_id, configuration_tag,
                                provider_job_id, provider_job_name, points_total, status, last_sequence)
@@ -214,10 +213,19 @@ async fn a_page_of_a_watch_is_a_range_of_the_log_whatever_is_known_of_the_tables
              UPDATE event_log SET position = (SELECT count(*) FROM events)"
         ))
         .await;
+    let [provider, _] = providers;
+    (provider, customer)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_of_a_watch_is_a_range_of_the_log_whatever_is_known_of_the_tables() {
+    const PAGE: f64 = 200.0;
+    let server = TestServer::on(TestDatabase::migrated().await).await;
+    let (provider, customer) = small_jobs(&server).await;
+    let database = &server.database;
     database.log_plans().await;
-    let provider = database.texts("SELECT provider_id::text AS text FROM jobs LIMIT 1").await.remove(0);
     let server = server.replica().await;
-    for counterpart_id in [String::new(), provider] {
+    for counterpart_id in [String::new(), provider.id] {
         let before = database.plans().await.len();
         let scope = pb::AllJobs { counterpart_id, ..Default::default() };
         let request = pb::WatchEventsRequest { scope: Some(Scope::AllJobs(scope)), ..Default::default() };
@@ -230,6 +238,43 @@ async fn a_page_of_a_watch_is_a_range_of_the_log_whatever_is_known_of_the_tables
             assert!(!of_the_log || read.iter().all(|(.., rows)| *rows <= 3.0 * PAGE), "{read:?}");
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn events_that_are_sent_again_are_looked_up_one_by_one_however_long_their_job_has_grown() {
+    const SENT: usize = 300;
+    let server = TestServer::on(TestDatabase::migrated().await).await;
+    let (provider, _) = small_jobs(&server).await;
+    let database = &server.database;
+    database
+        .execute(&format!(
+            "ANALYZE;
+             INSERT INTO events (job_id, sequence, position, id, kind, name, event_metadata, status,
+                                 points_done, percent, created_at)
+             SELECT jobs.id, n, position + n, gen_random_uuid(), 'info', '', '', 'running', 0, 0, now()
+             FROM jobs, event_log, generate_series(21, {EVENTS}) AS n
+             WHERE provider_job_id = 'scan-7' AND provider_id = '{0}';
+             UPDATE jobs SET last_sequence = {EVENTS}
+             WHERE provider_job_id = 'scan-7' AND provider_id = '{0}';
+             UPDATE event_log SET position = (SELECT max(position) FROM events)",
+            provider.id
+        ))
+        .await;
+    let ids = format!(
+        "SELECT events.id::text AS text FROM events JOIN jobs ON jobs.id = job_id
+         WHERE last_sequence = {EVENTS} AND sequence % 50 = 0 LIMIT {SENT}"
+    );
+    let kind = pb::EventKind::Info.into();
+    let events = database.texts(&ids).await.into_iter();
+    let events = events.map(|id| pb::NewEvent { id, kind, ..Default::default() }).collect();
+    let job = Some(append_events_request::Job::ProviderJobId("scan-7".to_owned()));
+    let request = pb::AppendEventsRequest { job, events, ..Default::default() };
+    database.log_plans().await;
+    let server = server.replica().await;
+    let before = database.plans().await.len();
+    let appended = server.same(&provider).events.append_events(request).await.unwrap().into_inner();
+    assert_eq!(appended.events.iter().filter(|event| event.existed).count(), SENT);
+    assert_read_by_ranges(database, "events sent again", before, 300.0).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
