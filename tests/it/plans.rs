@@ -1,10 +1,12 @@
-//! How pages are read: along an index, and within a bound.
+//! How things are looked up: along an index, and within a bound.
 
 use milepost::pb::{self, append_events_request, list_events_request, watch_events_request::Scope};
 use serde_json::Value;
 
-use crate::access::{World, call, methods};
-use crate::support::{TestDatabase, TestServer, User};
+use crate::{
+    access::{World, call, methods},
+    support::{TestDatabase, TestServer, User},
+};
 
 /// Jobs of the provider asked, and of another one; a hundredth of them are open.
 const JOBS: u64 = 30_000;
