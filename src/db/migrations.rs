@@ -26,6 +26,9 @@ const MIGRATIONS: EmbeddedMigrations = embed_migrations!("migrations");
 const LOCK_KEY: i64 = 0x6d69_6c65_706f_7374;
 /// Longest wait for another replica's migrations.
 const TURN_TIMEOUT: &str = "10min";
+/// Longest that a migration may stop half-way: whoever holds tables locked and is
+/// gone is not waited for.
+const IDLE_TIMEOUT: &str = "10s";
 /// Longest wait for a table's lock at a time: whoever appends meanwhile queues up
 /// behind it, and must not for long.
 const TABLE_LOCK_TIMEOUT: &str = "1s";
@@ -121,6 +124,8 @@ async fn lock(url: &str, ca: Option<&Path>) -> Result<AsyncPgConnection, SchemaE
     connection
         .batch_execute(&format!(
             "SET application_name = 'milepost migrate'; SET client_min_messages = warning; \
+             SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 2; SET tcp_keepalives_count = 3; \
+             SET idle_in_transaction_session_timeout = '{IDLE_TIMEOUT}'; \
              SET lock_timeout = '{TURN_TIMEOUT}'; SELECT pg_advisory_lock({LOCK_KEY}); \
              SET lock_timeout = '{TABLE_LOCK_TIMEOUT}'"
         ))

@@ -28,7 +28,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use diesel_async::AsyncPgConnection;
+use diesel_async::{AsyncPgConnection, SimpleAsyncConnection as _};
 use futures_util::future::try_join_all;
 use moka::sync::Cache;
 use tokio::{
@@ -247,9 +247,12 @@ impl Task {
         let next = std::mem::replace(&mut self.next, Round { locked: true, ..Round::default() });
         self.look_up(true).await;
         let sent = self.send_next();
-        if sent.is_none() {
-            // With it the transaction ends.
-            self.connection = None;
+        if sent.is_none()
+            && let Some(mut connection) = self.connection.take()
+        {
+            // A connection of which the transaction does not end is given up.
+            let ended = tokio::time::timeout(self.limit, connection.batch_execute("ROLLBACK")).await;
+            self.connection = matches!(ended, Ok(Ok(()))).then_some(connection);
         }
         self.next = next;
         self.waiting.extend(others);

@@ -16,7 +16,10 @@ mod token;
 pub(crate) mod watch;
 pub(crate) mod wire;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use chrono::{DateTime, Utc};
 use tokio::sync::{Semaphore, oneshot};
@@ -56,6 +59,9 @@ use crate::{
 
 /// Sequences that one page of a filtered list looks through.
 const LIST_WINDOW: i64 = 5_000;
+
+/// A job that is open has all its events for so long at least.
+const SHORTEST_RETENTION: Duration = Duration::from_secs(1);
 
 /// What the operator decides about the log.
 #[derive(Clone, Debug)]
@@ -217,6 +223,7 @@ impl EventLog {
         limit: i64,
     ) -> Result<(Vec<Arc<LogEvent>>, Option<i64>)> {
         let mut connection = self.0.database.get().await?;
+        let since = Instant::now();
         let missing = || Error::not_found(Resource::Job, &job.id);
         let state = JobHead::load(&mut connection, &[job.id]).await?.pop().ok_or_else(missing)?.state();
         let end = state.last_sequence;
@@ -226,7 +233,7 @@ impl EventLog {
         let through = end.min(after + LIST_WINDOW);
         let rows = Event::list_of_job(&mut connection, job.id, after, through, kinds, limit).await?;
         // After the page: a log is marked as removed before any event of it is.
-        if state.closed
+        if (state.closed || since.elapsed() >= SHORTEST_RETENTION)
             && after < end
             && JobHead::load(&mut connection, &[job.id]).await?.pop().ok_or_else(missing)?.events_removed
         {

@@ -225,15 +225,31 @@ async fn a_replica_far_from_the_database_appends_to_a_job_that_another_is_busy_w
     }
     within_patience("readiness", wait_for_readiness(&far, ServingStatus::Serving)).await;
     let mut provider = far.same(&provider);
-    for _ in 0..2 {
-        // While it asks where the job is, the other appends many times.
-        provider.append(&job, [info("from afar")]).await;
+    let from_afar = async {
+        for _ in 0..5 {
+            // While it asks where the job is, the other appends many times.
+            provider.append(&job, [info("from afar")]).await;
+        }
+    };
+    let looking = async {
+        loop {
+            let holding = near.database.texts(HOLDING_THE_LOG).await;
+            assert!(holding.is_empty(), "appends to all jobs wait for what is under way to {holding:?}");
+        }
+    };
+    tokio::select! {
+        () = from_afar => {}
+        () = looking => {}
     }
     writers.abort_all();
     while let Some(ended) = writers.join_next().await {
         assert!(ended.unwrap_err().is_cancelled(), "an append failed");
     }
 }
+
+/// Sessions that have the log locked and wait for their client.
+const HOLDING_THE_LOG: &str = "SELECT query AS text FROM pg_stat_activity AS a JOIN pg_locks AS l USING (pid)
+    WHERE a.datname = current_database() AND a.state LIKE 'idle%' AND l.relation = 'event_log'::regclass";
 
 /// Sessions of servers that have something locked, or a transaction open.
 const HOLDING: &str = "SELECT pid::text || ' ' || state || ' ' || query AS text FROM pg_stat_activity AS a

@@ -3,10 +3,11 @@
 use chrono::{DateTime, Utc};
 use diesel::QueryResult;
 use diesel_async::{AsyncPgConnection, RunQueryDsl, SimpleAsyncConnection as _};
+use futures_util::future::join;
 use uuid::Uuid;
 
 use crate::{
-    error::{Result, violated},
+    error::{Error, Result, violated},
     models::audit_entry::AuditEntry,
     progress::{EventKind, JobState, JobStatus},
 };
@@ -181,25 +182,35 @@ impl<'a> Append<'a> {
     /// Appends all that was added, in one statement and so in one transaction.
     /// The outcome of each job, in the order in which they were added, which is
     /// to be that of their ids, so that nobody deadlocks.
-    pub async fn execute(&self, connection: &mut AsyncPgConnection) -> Result<Vec<AppendOutcome>> {
+    pub async fn execute(&self, connection: &AsyncPgConnection) -> Result<Vec<AppendOutcome>> {
         let answer = match self.call(connection, false).await {
             Err(error) if violated(&error) == Some("events_job_id_id_key") => {
                 self.call(connection, true).await?
             }
             answer => answer?,
         };
-        Ok(self.outcomes(answer))
+        self.outcomes(answer)
     }
 
     /// The same in the transaction that [`JobHead::lock`](super::JobHead::lock)
     /// began, which ends with it.
-    pub async fn execute_locked(&self, connection: &mut AsyncPgConnection) -> Result<Vec<AppendOutcome>> {
-        let answer = self.call(connection, true).await?;
-        connection.batch_execute("COMMIT").await?;
-        Ok(self.outcomes(answer))
+    ///
+    /// The end is sent behind the statement without waiting for its answer, so
+    /// that the log, which is everybody's, is not locked for a round trip. On a
+    /// connection on which nothing was appended before, the statement is still to
+    /// be prepared and the end overtakes it: then it is a transaction of its own,
+    /// and compares the job's state as any other does.
+    pub async fn execute_locked(&self, connection: &AsyncPgConnection) -> Result<Vec<AppendOutcome>> {
+        let mut shared = connection;
+        let (answer, ended) = join(self.call(connection, true), shared.batch_execute("COMMIT")).await;
+        ended?;
+        self.outcomes(answer?)
     }
 
-    fn outcomes(&self, (position, at, outcomes): Answer) -> Vec<AppendOutcome> {
+    fn outcomes(&self, (position, at, outcomes): Answer) -> Result<Vec<AppendOutcome>> {
+        if outcomes.len() != self.jobs.ids.len() {
+            return Err(Error::internal("not as many outcomes as jobs"));
+        }
         let (mut position, at) = (position.unwrap_or_default(), at.unwrap_or_default());
         let outcomes =
             outcomes.into_iter().zip(&self.jobs.event_counts).map(|(outcome, count)| match outcome {
@@ -211,12 +222,12 @@ impl<'a> Append<'a> {
                 1 => AppendOutcome::Moved,
                 _ => AppendOutcome::Stored,
             });
-        outcomes.collect()
+        Ok(outcomes.collect())
     }
 
     /// `check_ids` finds out which jobs have an event stored already; without
     /// it, such an event violates a constraint.
-    async fn call(&self, connection: &mut AsyncPgConnection, check_ids: bool) -> QueryResult<Answer> {
+    async fn call(&self, mut connection: &AsyncPgConnection, check_ids: bool) -> QueryResult<Answer> {
         let (jobs, events) = (&self.jobs, &self.events);
         let append = sql::append_events(
             &jobs.ids,
@@ -242,7 +253,7 @@ impl<'a> Append<'a> {
             check_ids,
         );
         if self.audit.is_empty() {
-            return whole(diesel::select(append).load(connection).await?);
+            return whole(diesel::select(append).load(&mut connection).await?);
         }
         let entries = || self.audit.iter().map(|(_, entry)| entry);
         let audited = diesel::select(sql::audit_closed_jobs(
@@ -256,7 +267,7 @@ impl<'a> Append<'a> {
             entries().map(|entry| entry.client_address).collect::<Vec<_>>(),
             entries().map(|entry| entry.request_id).collect::<Vec<_>>(),
         ));
-        whole(audited.load(connection).await?)
+        whole(audited.load(&mut connection).await?)
     }
 }
 
