@@ -215,7 +215,10 @@ impl pb::auth_service_server::AuthService for AuthApi {
         let key = self
             .0
             .database
-            .detached(async move |mut conn| key.create(&mut conn, &manager, &origin).await)
+            .detached(async move |mut conn| {
+                credential.still_good()?;
+                key.create(&mut conn, &manager, &origin).await
+            })
             .await?;
         let api_key = Some(key.into());
         Ok(Response::new(pb::CreateApiKeyResponse { api_key, secret: secret.reveal() }))
@@ -251,6 +254,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
             .0
             .database
             .detached(async move |mut conn| {
+                credential.still_good()?;
                 let expired = ApiKey::expire(&mut conn, &manager, id, &origin).await;
                 // Had it ended before, then whoever ended it may not have lived to
                 // say so here.
@@ -278,6 +282,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
             .0
             .database
             .detached(async move |mut conn| {
+                credential.still_good()?;
                 let (began, old) = (Instant::now(), CredentialId::ApiKey(id));
                 let rotated = ApiKey::rotate(&mut conn, &manager, id, hash, prefix, overlap, &origin).await;
                 let left = match rotated {
@@ -312,7 +317,10 @@ impl pb::auth_service_server::AuthService for AuthApi {
         let token = self
             .0
             .database
-            .detached(async move |mut conn| token.create(&mut conn, provider, &origin).await)
+            .detached(async move |mut conn| {
+                credential.still_good()?;
+                token.create(&mut conn, provider, &origin).await
+            })
             .await?;
         let watch_token = Some(token.into());
         Ok(Response::new(pb::CreateWatchTokenResponse { watch_token, secret: secret.reveal() }))
@@ -347,6 +355,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
             .0
             .database
             .detached(async move |mut conn| {
+                credential.still_good()?;
                 let expired = WatchToken::expire(&mut conn, provider, id, &origin).await;
                 // As with keys.
                 if let Ok(_) | Err(Error::WatchTokenAlreadyExpired(_)) = expired {

@@ -46,9 +46,10 @@ impl ConfigurationService for ConfigurationApi {
         let (configuration, existed) = self
             .0
             .database
-            .detached(
-                move |mut conn| async move { JobConfiguration::register(&mut conn, provider, &new).await },
-            )
+            .detached(async move |mut conn| {
+                credential.still_good()?;
+                JobConfiguration::register(&mut conn, provider, &new).await
+            })
             .await?;
         let job_configuration = Some(configuration.into());
         Ok(Response::new(pb::RegisterJobConfigurationResponse { job_configuration, existed }))

@@ -35,6 +35,7 @@ impl JobService for JobApi {
         let provider = credential.caller().provider(Scope::Append)?;
         let new = NewJob::try_from(request.into_inner())?;
         let mut conn = self.0.database.get().await?;
+        credential.still_good()?;
         let (job, existed) = Job::create(&mut conn, provider, &new).await?;
         Ok(Response::new(pb::CreateJobResponse { job: Some(job.into()), existed }))
     }
@@ -86,7 +87,7 @@ impl JobService for JobApi {
         let provider = credential.caller().provider(Scope::Append)?;
         let origin = self.0.origin(&request, credential.caller());
         let Close { key, reason } = Close::try_from(request.into_inner())?;
-        let (id, existed) = self.0.log.close(provider, key, reason, &origin).await?;
+        let (id, existed) = credential.while_good(self.0.log.close(provider, key, reason, &origin)).await?;
         let mut conn = self.0.database.get().await?;
         let job = Job::find(&mut conn, provider.into(), &JobKey::Id(id)).await?;
         Ok(Response::new(pb::CloseJobResponse { job: Some(job.into()), existed }))

@@ -257,6 +257,7 @@ async fn a_rotated_key_and_its_successor_are_both_good_for_the_overlap() {
     // Without an overlap the old one ends at once.
     let now = pb::RotateApiKeyRequest { api_key_id: new.id, ..rotate(0) };
     let rotated = user.session.auth.rotate_api_key(now).await.unwrap().into_inner();
+    assert_eq!(rotated.api_key.unwrap().expires_at, None, "it does not end with the first one");
     assert_refused(who(&mut successor).await, Code::Unauthenticated, ErrorReason::CredentialInvalid);
     who(&mut server.with_secret(&rotated.secret)).await.unwrap();
 }

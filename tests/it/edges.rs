@@ -194,6 +194,25 @@ async fn what_waits_is_not_accepted_once_its_credential_has_ended() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_job_is_not_closed_once_the_credential_has_ended() {
+    let mut scene = Scene::new().await;
+    let database = scene.server.database.clone();
+    let job = scene.unknown_job().await;
+    let holder = hold_configurations(&database).await;
+    let (mut provider, to) = (scene.provider.clone(), job.clone());
+    let closing = tokio::spawn(async move {
+        let job = Some(pb::close_job_request::Job::JobId(to.id));
+        provider.jobs.close_job(pb::CloseJobRequest { job, ..Default::default() }).await
+    });
+    somebody_waits(&database).await;
+    scene.expire_key().await.unwrap();
+    drop(holder);
+    let refused = within_patience("an answer", closing).await.unwrap();
+    assert_refused(refused, Code::Unauthenticated, ErrorReason::CredentialInvalid);
+    assert_eq!(scene.event_names(&job).await, [""; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_publish_stream_ends_with_its_credential_also_while_a_batch_waits() {
     let mut scene = Scene::new().await;
     let database = scene.server.database.clone();

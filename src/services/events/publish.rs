@@ -90,6 +90,7 @@ pub(super) async fn accept(
                 let handed_in = tokio::select! {
                     biased;
                     () = credential.ended() => Err(Error::CredentialInvalid),
+                    () = accepted.closed() => return,
                     handed_in = handed_in => handed_in,
                 };
                 (batch_id, handed_in)
