@@ -135,6 +135,15 @@ struct Greeting {
     until: Pin<Box<Sleep>>,
 }
 
+impl Connection {
+    /// Whoever waits for the client to read does not read meanwhile, and would not
+    /// hear of a cut there.
+    fn wait_unless_cut<T>(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<T>> {
+        ready!(self.is_cut.as_mut().poll(cx));
+        Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()))
+    }
+}
+
 impl Connected for Connection {
     type ConnectInfo = Peer;
 
@@ -176,19 +185,59 @@ impl AsyncWrite for Connection {
             cx.waker().wake_by_ref();
             return Poll::Pending;
         }
-        let written = ready!(Pin::new(&mut self.stream).poll_write(cx, buf))?;
+        let Poll::Ready(written) = Pin::new(&mut self.stream).poll_write(cx, buf)? else {
+            return self.wait_unless_cut(cx);
+        };
         self.large = written >= LARGE;
         self.moved.fetch_add(1, Relaxed);
         Poll::Ready(Ok(written))
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        ready!(Pin::new(&mut self.stream).poll_flush(cx))?;
+        if Pin::new(&mut self.stream).poll_flush(cx)?.is_pending() {
+            return self.wait_unless_cut(cx);
+        }
         self.waited = self.large;
         Poll::Ready(Ok(()))
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::AsyncWriteExt as _,
+        net::TcpListener,
+        time::{Instant, timeout},
+    };
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_connection_whose_client_reads_nothing_is_cut_all_the_same() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let _client = TcpStream::connect(listener.local_addr().expect("it listens")).await.expect("a client");
+        let (stream, _) = listener.accept().await.expect("a client");
+        let connections = Connections::new(1, Duration::from_secs(60));
+        let mut connection = connections.plain(stream).expect("there is room");
+        let chunk = vec![0; 64 * 1024];
+        let written = Arc::clone(&connection.moved);
+        let writing = async { while connection.write_all(&chunk).await.is_ok() {} };
+        let cutting = async {
+            // Until nothing goes any more.
+            let mut last = (0, Instant::now());
+            while last.1.elapsed() < Duration::from_millis(200) {
+                sleep(Duration::from_millis(10)).await;
+                let now = written.load(Relaxed);
+                if now != last.0 {
+                    last = (now, Instant::now());
+                }
+            }
+            connections.cut();
+        };
+        timeout(Duration::from_secs(10), async { tokio::join!(writing, cutting) }).await.expect("the end");
     }
 }
