@@ -17,7 +17,7 @@ use diesel::{
 use diesel_async::{AsyncMigrationHarness, AsyncPgConnection, RunQueryDsl as _, SimpleAsyncConnection as _};
 use diesel_migrations::{EmbeddedMigrations, MigrationHarness as _, embed_migrations};
 
-use super::{Database, connect::establish, embedded::OLDEST_MAJOR};
+use super::{Database, KEEPALIVES, connect::establish, embedded::OLDEST_MAJOR};
 use crate::{error::BoxError, schema::schema_compatibility};
 
 const MIGRATIONS: EmbeddedMigrations = embed_migrations!("migrations");
@@ -124,8 +124,7 @@ async fn lock(url: &str, ca: Option<&Path>) -> Result<AsyncPgConnection, SchemaE
     connection
         .batch_execute(&format!(
             "SET application_name = 'milepost migrate'; SET client_min_messages = warning; \
-             SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 2; SET tcp_keepalives_count = 3; \
-             SET idle_in_transaction_session_timeout = '{IDLE_TIMEOUT}'; \
+             {KEEPALIVES}; SET idle_in_transaction_session_timeout = '{IDLE_TIMEOUT}'; \
              SET lock_timeout = '{TURN_TIMEOUT}'; SELECT pg_advisory_lock({LOCK_KEY}); \
              SET lock_timeout = '{TABLE_LOCK_TIMEOUT}'"
         ))

@@ -31,6 +31,11 @@ use self::{
 };
 use crate::error::{BoxError, Error, Result};
 
+/// How soon the database finds that nobody is there any more, and lets go what was
+/// locked.
+const KEEPALIVES: &str =
+    "SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 2; SET tcp_keepalives_count = 3";
+
 /// How connections are made and how long anything may take on them.
 #[derive(Clone)]
 pub struct DatabaseSettings {
@@ -193,7 +198,7 @@ async fn connect(
         connection
             .batch_execute(&format!(
                 "SET application_name = 'milepost'; SET timezone = 'UTC'; SET jit = off; SET enable_seqscan = off; \
-                 SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 2; SET tcp_keepalives_count = 3; \
+                 {KEEPALIVES}; \
                  SET synchronous_commit = '{}'; SET statement_timeout = {}; \
                  SET lock_timeout = {}; SET idle_in_transaction_session_timeout = {}",
                 settings.synchronous_commit,

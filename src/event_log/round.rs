@@ -195,11 +195,11 @@ impl Round {
         }
         let mut outcomes = Vec::with_capacity(self.order.len());
         for job in self.order.chunks(1) {
-            outcomes.push(match of(job).execute(connection).await {
-                Ok(outcome) => outcome.into_iter().next().ok_or_else(|| Error::internal("no outcome")),
+            match of(job).execute(connection).await {
+                Ok(outcome) => outcomes.extend(outcome.into_iter().map(Ok)),
                 Err(error) if connection.is_broken() => return Err(error),
-                Err(error) => Err(error),
-            });
+                Err(error) => outcomes.push(Err(error)),
+            }
         }
         Ok(outcomes)
     }

@@ -214,11 +214,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
         let key = NewApiKey { key_hash: secret.hash(), key_prefix, note, scopes, expires_at };
         let key = self
             .0
-            .database
-            .detached(async move |mut conn| {
-                credential.still_good()?;
-                key.create(&mut conn, &manager, &origin).await
-            })
+            .detached(credential, async move |mut conn| key.create(&mut conn, &manager, &origin).await)
             .await?;
         let api_key = Some(key.into());
         Ok(Response::new(pb::CreateApiKeyResponse { api_key, secret: secret.reveal() }))
@@ -252,9 +248,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
         let app = self.0.clone();
         let key = self
             .0
-            .database
-            .detached(async move |mut conn| {
-                credential.still_good()?;
+            .detached(credential, async move |mut conn| {
                 let expired = ApiKey::expire(&mut conn, &manager, id, &origin).await;
                 // Had it ended before, then whoever ended it may not have lived to
                 // say so here.
@@ -280,9 +274,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
         let app = self.0.clone();
         let (new, old, _) = self
             .0
-            .database
-            .detached(async move |mut conn| {
-                credential.still_good()?;
+            .detached(credential, async move |mut conn| {
                 let (began, old) = (Instant::now(), CredentialId::ApiKey(id));
                 let rotated = ApiKey::rotate(&mut conn, &manager, id, hash, prefix, overlap, &origin).await;
                 let left = match rotated {
@@ -316,11 +308,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
         let token = NewWatchToken { job_id, secret_hash: secret.hash(), secret_prefix, note, lifetime };
         let token = self
             .0
-            .database
-            .detached(async move |mut conn| {
-                credential.still_good()?;
-                token.create(&mut conn, provider, &origin).await
-            })
+            .detached(credential, async move |mut conn| token.create(&mut conn, provider, &origin).await)
             .await?;
         let watch_token = Some(token.into());
         Ok(Response::new(pb::CreateWatchTokenResponse { watch_token, secret: secret.reveal() }))
@@ -353,9 +341,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
         let app = self.0.clone();
         let token = self
             .0
-            .database
-            .detached(async move |mut conn| {
-                credential.still_good()?;
+            .detached(credential, async move |mut conn| {
                 let expired = WatchToken::expire(&mut conn, provider, id, &origin).await;
                 // As with keys.
                 if let Ok(_) | Err(Error::WatchTokenAlreadyExpired(_)) = expired {

@@ -45,9 +45,7 @@ impl ConfigurationService for ConfigurationApi {
         let new = NewJobConfiguration::try_from(request.into_inner())?;
         let (configuration, existed) = self
             .0
-            .database
-            .detached(async move |mut conn| {
-                credential.still_good()?;
+            .detached(credential, async move |mut conn| {
                 JobConfiguration::register(&mut conn, provider, &new).await
             })
             .await?;

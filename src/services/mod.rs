@@ -22,7 +22,7 @@ use uuid::Uuid;
 
 use crate::{
     auth::{Auth, AuthSettings, Credential, Ending},
-    db::Database,
+    db::{Connection, Database},
     error::{Error, Result},
     event_log::{EventLog, EventLogSettings},
     models::{audit_entry::Origin, caller::Caller},
@@ -92,6 +92,21 @@ impl App {
         let confirm = auth.clone();
         let log = EventLog::start(database.clone(), log, &telemetry, move || confirm.reconfirm_now()).await?;
         Ok(Self { database, auth, log, draining: CancellationToken::new(), telemetry })
+    }
+
+    /// Runs `work` to its end, see [`Database::detached`], unless the credential has
+    /// ended by the time that there is a connection for it.
+    async fn detached<T, W, F>(&self, credential: Arc<Credential>, work: W) -> Result<T>
+    where
+        T: Send + 'static,
+        W: FnOnce(Connection) -> F + Send + 'static,
+        F: Future<Output = Result<T>> + Send,
+    {
+        let work = async move |connection| {
+            credential.still_good()?;
+            work(connection).await
+        };
+        self.database.detached(work).await
     }
 
     /// What Prometheus is told, as things stand now. Asks nobody but this

@@ -2,6 +2,7 @@
 //! answers that are both right, at the far end of a limit.
 
 use std::{
+    fmt::Debug,
     net::{Ipv4Addr, SocketAddr},
     time::{Duration, SystemTime},
 };
@@ -177,39 +178,41 @@ async fn somebody_waits(database: &TestDatabase) {
     within_patience("somebody to wait", async { while database.texts(WAITING).await.is_empty() {} }).await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn what_waits_is_not_accepted_once_its_credential_has_ended() {
+/// That a call for a job, which has to wait while its key is expired, is refused
+/// and leaves nothing.
+async fn assert_not_done_once_ended<T, F>(call: impl FnOnce(User, pb::Job) -> F)
+where
+    T: Debug + Send + 'static,
+    F: Future<Output = Result<T, Status>> + Send + 'static,
+{
     let mut scene = Scene::new().await;
     let database = scene.server.database.clone();
     let job = scene.unknown_job().await;
     let holder = hold_configurations(&database).await;
-    let (mut provider, to) = (scene.provider.clone(), job.clone());
-    let appending = tokio::spawn(async move { provider.try_append(&to, [info("late")]).await });
+    let calling = tokio::spawn(call(scene.provider.clone(), job.clone()));
     somebody_waits(&database).await;
     scene.expire_key().await.unwrap();
     drop(holder);
-    let refused = within_patience("an answer", appending).await.unwrap();
+    let refused = within_patience("an answer", calling).await.unwrap();
     assert_refused(refused, Code::Unauthenticated, ErrorReason::CredentialInvalid);
     assert_eq!(scene.event_names(&job).await, [""; 0]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_waits_is_not_accepted_once_its_credential_has_ended() {
+    assert_not_done_once_ended(
+        |mut provider, job| async move { provider.try_append(&job, [info("late")]).await },
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_job_is_not_closed_once_the_credential_has_ended() {
-    let mut scene = Scene::new().await;
-    let database = scene.server.database.clone();
-    let job = scene.unknown_job().await;
-    let holder = hold_configurations(&database).await;
-    let (mut provider, to) = (scene.provider.clone(), job.clone());
-    let closing = tokio::spawn(async move {
-        let job = Some(pb::close_job_request::Job::JobId(to.id));
+    assert_not_done_once_ended(|mut provider, job| async move {
+        let job = Some(pb::close_job_request::Job::JobId(job.id));
         provider.jobs.close_job(pb::CloseJobRequest { job, ..Default::default() }).await
-    });
-    somebody_waits(&database).await;
-    scene.expire_key().await.unwrap();
-    drop(holder);
-    let refused = within_patience("an answer", closing).await.unwrap();
-    assert_refused(refused, Code::Unauthenticated, ErrorReason::CredentialInvalid);
-    assert_eq!(scene.event_names(&job).await, [""; 0]);
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

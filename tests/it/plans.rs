@@ -68,31 +68,35 @@ async fn scene() -> Scene {
     Scene { database, _server: server, provider, customer, long_job }
 }
 
+/// A plan's node, and all below it.
+fn nodes(node: &Value) -> Vec<&Value> {
+    let below = node["Plans"].as_array().into_iter().flatten().flat_map(nodes);
+    std::iter::once(node).chain(below).collect()
+}
+
 /// Rows that a plan took from these tables: (from which, by which way, how
 /// many, how many of them for nothing).
-fn reads(plan: &Value, reads: &mut Vec<(String, String, f64)>) {
-    let number = |key: &str| plan[key].as_f64().unwrap_or_default();
-    let way = plan["Node Type"].as_str().unwrap();
-    if let Some(table) = plan["Relation Name"].as_str().filter(|table| ["jobs", "events"].contains(table))
-        && way.ends_with("Scan")
-    {
-        let rows = number("Actual Rows") + number("Rows Removed by Filter");
-        let rows = rows * number("Actual Loops");
-        reads.push((table.to_owned(), way.to_owned(), rows));
+fn reads(plan: &Value) -> Vec<(String, String, f64)> {
+    let mut reads = Vec::new();
+    for node in nodes(&plan["Plan"]) {
+        let number = |key: &str| node[key].as_f64().unwrap_or_default();
+        let way = node["Node Type"].as_str().unwrap();
+        if let Some(table) = node["Relation Name"].as_str().filter(|table| ["jobs", "events"].contains(table))
+            && way.ends_with("Scan")
+        {
+            let rows = number("Actual Rows") + number("Rows Removed by Filter");
+            let rows = rows * number("Actual Loops");
+            reads.push((table.to_owned(), way.to_owned(), rows));
+        }
     }
-    for below in plan["Plans"].as_array().into_iter().flatten() {
-        self::reads(below, reads);
-    }
+    reads
 }
 
 /// That what was just asked was read by ranges of indexes, none of which had
 /// more rows than that.
 async fn assert_read_by_ranges(database: &TestDatabase, asked: &str, before: usize, most: f64) {
     let plans = database.plans().await;
-    let mut read = Vec::new();
-    for plan in &plans[before..] {
-        reads(&plan["Plan"], &mut read);
-    }
+    let read: Vec<_> = plans[before..].iter().flat_map(reads).collect();
     assert!(!read.is_empty(), "{asked}: nothing was read");
     for (table, way, rows) in &read {
         let by_index = ["Index Scan", "Index Only Scan", "Bitmap Heap Scan"].contains(&way.as_str());
@@ -234,8 +238,7 @@ async fn a_page_of_a_watch_is_a_range_of_the_log_whatever_is_known_of_the_tables
         let mut watch = server.same(&customer).watch_by(request).await.unwrap();
         watch.events(2_000).await;
         for plan in &database.plans().await[before..] {
-            let mut read = Vec::new();
-            reads(&plan["Plan"], &mut read);
+            let read = reads(plan);
             let of_the_log = read.iter().any(|(table, ..)| table == "events");
             assert!(!of_the_log || read.iter().all(|(.., rows)| *rows <= 3.0 * PAGE), "{read:?}");
         }
@@ -244,7 +247,7 @@ async fn a_page_of_a_watch_is_a_range_of_the_log_whatever_is_known_of_the_tables
 
 #[tokio::test(flavor = "multi_thread")]
 async fn events_that_are_sent_again_are_looked_up_one_by_one_however_long_their_job_has_grown() {
-    const SENT: usize = 300;
+    const SENT: u16 = 300;
     let server = TestServer::on(TestDatabase::migrated().await).await;
     let (provider, _) = small_jobs(&server).await;
     let database = &server.database;
@@ -275,8 +278,8 @@ async fn events_that_are_sent_again_are_looked_up_one_by_one_however_long_their_
     let server = server.replica().await;
     let before = database.plans().await.len();
     let appended = server.same(&provider).events.append_events(request).await.unwrap().into_inner();
-    assert_eq!(appended.events.iter().filter(|event| event.existed).count(), SENT);
-    assert_read_by_ranges(database, "events sent again", before, 300.0).await;
+    assert_eq!(appended.events.iter().filter(|event| event.existed).count(), usize::from(SENT));
+    assert_read_by_ranges(database, "events sent again", before, f64::from(SENT)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -319,16 +322,6 @@ async fn what_has_expired_is_removed_by_ranges_whatever_is_known_of_the_tables()
     assert_eq!(database.texts("SELECT count(*)::text AS text FROM events").await, [KEPT.to_string()]);
 }
 
-/// Whole tables that a plan reads.
-fn read_whole(plan: &Value, whole: &mut Vec<String>) {
-    if plan["Node Type"] == "Seq Scan" {
-        whole.push(plan["Relation Name"].as_str().unwrap().to_owned());
-    }
-    for below in plan["Plans"].as_array().into_iter().flatten() {
-        read_whole(below, whole);
-    }
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn no_call_reads_a_whole_table_however_small_it_is() {
     let database = TestDatabase::migrated().await;
@@ -345,10 +338,10 @@ async fn no_call_reads_a_whole_table_however_small_it_is() {
     let plans = database.plans().await;
     assert!(plans.len() > 100, "{} plans", plans.len());
     for plan in plans {
-        let mut whole = Vec::new();
-        read_whole(&plan["Plan"], &mut whole);
+        let whole = nodes(&plan["Plan"]).into_iter().filter(|node| node["Node Type"] == "Seq Scan");
+        let whole = whole.map(|node| node["Relation Name"].as_str().unwrap());
         // They have one row.
-        whole.retain(|table| !["event_log", "retention"].contains(&table.as_str()));
+        let whole: Vec<_> = whole.filter(|table| !["event_log", "retention"].contains(table)).collect();
         assert!(whole.is_empty(), "{whole:?} by {}", plan["Query Text"]);
     }
 }
