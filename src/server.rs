@@ -13,7 +13,7 @@ use std::{pin::pin, sync::Arc, time::Duration};
 
 use tokio::{
     net::TcpListener,
-    sync::watch,
+    sync::{Semaphore, watch},
     time::{sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -92,8 +92,9 @@ pub async fn serve(
     let layer = {
         let (draining, request_timeout) = (draining.clone(), settings.request_timeout);
         let (app, calls) = (app.clone(), calls.clone());
+        let strangers = Arc::new(Semaphore::new(limits::STRANGERS));
         layer_fn(move |routes| {
-            let gate = Gate::new(routes, app.clone());
+            let gate = Gate::new(routes, app.clone(), Arc::clone(&strangers));
             Calls::new(gate, request_timeout, draining.clone(), calls.clone(), telemetry.clone())
         })
     };

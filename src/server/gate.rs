@@ -1,34 +1,46 @@
 //! Who calls is asked before what they say is read: a stranger's message takes no
 //! more room than what the connection holds back.
+//!
+//! Where nobody is asked, which is to sign up, to log in, and what health and
+//! reflection answer, so many calls may be open and each may say so much.
 
 use std::{
     convert::Infallible,
     future::Future,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll},
+    time::Duration,
 };
 
 use http::{Request, Response};
+use http_body_util::{BodyExt as _, LengthLimitError, Limited};
+use tokio::sync::Semaphore;
 use tonic::{Status, body::Body, service::Routes};
 use tower::Service;
 
-use crate::services::App;
+use crate::{error::Error, limits::STRANGER_BYTES, services::App};
 
 /// Our methods, and those of them for whoever has no credential yet. Health and
 /// reflection ask for none.
 const OURS: &str = "/milepost.";
 const OPEN: [&str; 2] = ["/milepost.v1.AuthService/SignUp", "/milepost.v1.AuthService/LogIn"];
+/// Never refused: a server that strangers keep busy is not ill, and whoever looks
+/// after it must not be told so. It takes no longer than any call.
+const HEALTH: &str = "/grpc.health.v1.Health/Check";
 
 /// All services, and the credential in front of them.
 #[derive(Clone, Debug)]
 pub(super) struct Gate {
     routes: Routes,
     app: App,
+    strangers: Arc<Semaphore>,
 }
 
 impl Gate {
-    pub(super) fn new(routes: Routes, app: App) -> Self {
-        Self { routes, app }
+    /// `strangers` has a place for each call of those who are not asked.
+    pub(super) fn new(routes: Routes, app: App, strangers: Arc<Semaphore>) -> Self {
+        Self { routes, app, strangers }
     }
 }
 
@@ -42,16 +54,46 @@ impl Service<Request<Body>> for Gate {
     }
 
     fn call(&mut self, mut request: Request<Body>) -> Self::Future {
-        let Self { mut routes, app } = self.clone();
+        let Self { mut routes, app, strangers } = self.clone();
         Box::pin(async move {
             let path = request.uri().path();
             if path.starts_with(OURS) && !OPEN.contains(&path) {
-                match app.authenticate(request.headers()).await {
-                    Ok(credential) => drop(request.extensions_mut().insert(credential)),
-                    Err(error) => return Ok(Status::from(error).into_http()),
-                }
+                return match app.authenticate(request.headers()).await {
+                    Ok(credential) => {
+                        request.extensions_mut().insert(credential);
+                        routes.call(request).await
+                    }
+                    Err(error) => Ok(Status::from(error).into_http()),
+                };
             }
-            routes.call(request).await
+            let place = match strangers.try_acquire_owned() {
+                Ok(place) => Some(place),
+                Err(_) if path == HEALTH => None,
+                Err(_) => {
+                    let retry_after = Duration::from_secs(1);
+                    let full = Error::Overloaded { what: "calls without a credential", retry_after };
+                    return Ok(Status::from(full).into_http());
+                }
+            };
+            let request =
+                request.map(|body| Body::new(Limited::new(body, STRANGER_BYTES).map_err(too_large)));
+            // Until the last of the answer was taken.
+            let until_the_end = |body: Body| {
+                Body::new(body.map_frame(move |frame| {
+                    let _place = &place;
+                    frame
+                }))
+            };
+            routes.call(request).await.map(|response| response.map(until_the_end))
         })
+    }
+}
+
+/// As gRPC has it where a message is larger than is read.
+fn too_large(error: Box<dyn std::error::Error + Send + Sync>) -> Status {
+    if error.is::<LengthLimitError>() {
+        Status::out_of_range(format!("a call without a credential has at most {STRANGER_BYTES} bytes"))
+    } else {
+        Status::from_error(error)
     }
 }

@@ -12,22 +12,23 @@ use diesel_async::SimpleAsyncConnection as _;
 use milepost::{
     db::{Database, DatabaseSettings},
     error::Error,
-    limits::{MESSAGE_BYTES, TEXT_CHARS},
+    limits::{MESSAGE_BYTES, PASSWORD_MIN_BYTES, STRANGER_BYTES, STRANGERS, TEXT_CHARS},
     pb::{self, ErrorReason, EventKind},
 };
 use prost::Message as _;
 use prost_types::Value;
 use tonic::{Code, Status};
+use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 use uuid::Uuid;
 
 use crate::support::{
-    PASSWORD, TestDatabase, TestServer, User, assert_refused, assert_violations, info, noted, raw,
-    registration, within_patience,
+    Clients, PASSWORD, STREAMS_PER_CONNECTION, TestDatabase, TestServer, User, assert_refused,
+    assert_violations, info, noted, raw, registration, within_patience,
 };
 
 /// Limits of `src/limits.rs` and `src/config.rs` that have no row below: who
 /// tests them.
-const ELSEWHERE: [(&str, &str, &str); 35] = [
+const ELSEWHERE: [(&str, &str, &str); 37] = [
     ("TEXT_CHARS", "tests/it/limits/texts.rs", "every_text_has_at_most_256_characters"),
     ("MESSAGE_BYTES", "tests/it/limits/mod.rs", "a_message_has_at_most_a_mebibyte"),
     ("MESSAGE_BYTES", "tests/it/limits/pages.rs", "no_page_of_events_is_larger_than_a_mebibyte"),
@@ -91,6 +92,8 @@ const ELSEWHERE: [(&str, &str, &str); 35] = [
         "src/server/incoming.rs",
         "who_connects_when_there_are_too_many_is_closed_and_who_says_nothing_makes_room",
     ),
+    ("STRANGERS", "tests/it/limits/mod.rs", "so_many_calls_without_a_credential_are_open_at_once"),
+    ("STRANGER_BYTES", "tests/it/limits/mod.rs", "a_call_without_a_credential_says_at_most_64_kib"),
     ("HANDSHAKE", "tests/it/tls.rs", "who_says_nothing_keeps_nobody_waiting_and_is_let_go"),
     ("HANDSHAKES", "src/server/incoming.rs", "where_too_many_shake_hands_the_oldest_is_let_go"),
     ("database_start_timeout_s", "tests/it/starts.rs", "a_start_waits_no_longer_than_it_is_told"),
@@ -217,16 +220,20 @@ fn every_limit_has_its_test() {
     }
 }
 
+/// A message made so long by a field that nobody knows.
+fn padded(mut message: Vec<u8>, bytes: usize) -> Vec<u8> {
+    message.extend([0xFA, 0x7F]);
+    // Its length in three bytes, however small.
+    let rest = bytes - message.len() - 3;
+    message.extend([rest & 0x7F | 0x80, rest >> 7 & 0x7F | 0x80, rest >> 14].map(|byte| byte as u8));
+    message.resize(bytes, 0);
+    message
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_message_has_at_most_a_mebibyte() {
     let scene = Scene::new().await;
-    // A field that nobody knows.
-    let padded = |bytes: usize| {
-        let mut message = vec![0xFA, 0x7F];
-        prost::encoding::encode_varint((bytes - 5) as u64, &mut message);
-        message.resize(bytes, 0);
-        message
-    };
+    let padded = |bytes| padded(Vec::new(), bytes);
     scene.call("AuthService/GetCurrentUser", padded(MESSAGE_BYTES)).await.unwrap();
     let status = scene.call("AuthService/GetCurrentUser", padded(MESSAGE_BYTES + 1)).await.unwrap_err();
     // Refused below us, as gRPC has it.
@@ -241,6 +248,60 @@ async fn a_message_has_at_most_a_mebibyte() {
     assert!(within_patience("an answer", answers.message()).await.unwrap().is_some());
     let status = within_patience("the end", answers.message()).await.unwrap_err();
     assert_eq!(status.code(), Code::OutOfRange);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_without_a_credential_says_at_most_64_kib() {
+    let server = TestServer::start().await;
+    // With the five bytes that are before each message.
+    let asked = HealthCheckRequest { service: "x".repeat(STRANGER_BYTES - 5 - 4) };
+    assert_eq!(asked.encoded_len(), STRANGER_BYTES - 5);
+    let mut past = asked.clone();
+    past.service.push('x');
+    let mut health = HealthClient::new(server.channel.clone());
+    assert_eq!(health.check(asked).await.unwrap_err().code(), Code::NotFound);
+    let sign_up = async |bytes| {
+        let message = padded(sign_up(PASSWORD_MIN_BYTES).encode_to_vec(), bytes - 5);
+        let mut answers = raw::open(server.channel.clone(), None, "AuthService/SignUp", [message]).await?;
+        within_patience("an answer", answers.message()).await
+    };
+    assert!(sign_up(STRANGER_BYTES).await.unwrap().is_some());
+    for refused in [sign_up(STRANGER_BYTES + 1).await.map(drop), health.check(past).await.map(drop)] {
+        let status = refused.unwrap_err();
+        assert_eq!(status.code(), Code::OutOfRange);
+        assert!(status.message().contains(&STRANGER_BYTES.to_string()), "{status:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn so_many_calls_without_a_credential_are_open_at_once() {
+    let server = TestServer::start().await;
+    let user = server.customer().await;
+    let watch = async |clients: &Clients| {
+        HealthClient::new(clients.channel.clone()).watch(HealthCheckRequest::default()).await
+    };
+    let (mut connections, mut watching) = (Vec::new(), Vec::new());
+    for n in 0..STRANGERS {
+        if n % STREAMS_PER_CONNECTION as usize == 0 {
+            connections.push(server.other_clients());
+        }
+        watching.push(watch(connections.last().unwrap()).await.unwrap().into_inner());
+    }
+    let claim = || pb::LogInRequest { email: user.email.clone(), password: PASSWORD.to_owned() };
+    for refused in [
+        watch(&server).await.map(drop),
+        server.anonymous().auth.sign_up(sign_up(PASSWORD_MIN_BYTES)).await.map(drop),
+        server.anonymous().auth.log_in(claim()).await.map(drop),
+    ] {
+        let refusal = assert_refused(refused, Code::ResourceExhausted, ErrorReason::Overloaded);
+        assert!(refusal.details.retry_info().is_some());
+    }
+    let check = HealthCheckRequest::default();
+    HealthClient::new(server.channel.clone()).check(check).await.unwrap();
+    user.clone().session.auth.get_current_user(pb::GetCurrentUserRequest {}).await.unwrap();
+
+    watching.pop();
+    within_patience("room", async { while server.anonymous().auth.log_in(claim()).await.is_err() {} }).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
