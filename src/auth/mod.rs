@@ -24,7 +24,7 @@ use std::{
 
 use diesel_async::AsyncPgConnection;
 use tokio::{
-    sync::{Notify, Semaphore},
+    sync::Notify,
     time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
@@ -49,6 +49,10 @@ use crate::{
 const CONFIRM_EVERY: Duration = Duration::from_millis(1_500);
 /// How soon it is asked again after it did not answer.
 const CONFIRM_AGAIN: Duration = Duration::from_millis(250);
+/// Least time from one round to the next, however often the bell rings.
+const PAUSE: Duration = Duration::from_millis(100);
+/// How often what has expired is ended, whether the database answers or not.
+const END_EXPIRED_EVERY: Duration = Duration::from_secs(1);
 /// How often the use of one credential is written down.
 const NOTE_EVERY: Duration = Duration::from_secs(60);
 
@@ -82,9 +86,6 @@ struct Inner {
     passwords: Passwords,
     streams: Streams,
     cache: Mutex<Cache>,
-    /// Turns of those whose secret is not known: half of the pool, so that however
-    /// many strangers ask, others find a connection.
-    look_ups: Semaphore,
     /// When the last round of confirmation began that came to its end.
     confirmed_at: AtomicU64,
     /// Rings for a round of confirmation before its time.
@@ -92,8 +93,9 @@ struct Inner {
 }
 
 impl Auth {
-    /// Starts the task that keeps credentials confirmed, on the runtime that
-    /// this is called on. It ends after the last clone of this has gone.
+    /// Starts the tasks that keep credentials confirmed and end those that expire, on
+    /// the runtime that this is called on. They end after the last clone of this has
+    /// gone.
     pub fn start(database: Database, settings: AuthSettings) -> Self {
         let bell = Arc::new(Notify::new());
         let inner = Arc::new(Inner {
@@ -101,12 +103,12 @@ impl Auth {
             streams: Streams::new(settings.streams_per_user),
             settings,
             cache: Mutex::default(),
-            look_ups: Semaphore::new((database.settings().connections / 2).max(1)),
             database,
             confirmed_at: AtomicU64::new(Moment::now().0),
             bell: bell.clone(),
         });
         tokio::spawn(keep_confirmed(Arc::downgrade(&inner), bell));
+        tokio::spawn(end_expired(Arc::downgrade(&inner)));
         Self { inner }
     }
 
@@ -180,10 +182,9 @@ impl Inner {
     }
 
     async fn look_up(&self, kind: SecretKind, hash: SecretHash) -> Result<Arc<Credential>> {
-        let _turn = self.look_ups.acquire().await.map_err(Error::internal)?;
         loop {
             let mark = self.cache().mark();
-            let mut conn = self.database.get().await?;
+            let mut conn = self.database.get_for_stranger().await?;
             let asked_at = Moment::now();
             let found = match kind {
                 SecretKind::Session => Session::authenticate(&mut conn, &hash).await?,
@@ -296,6 +297,7 @@ async fn keep_confirmed(inner: Weak<Inner>, bell: Arc<Notify>) {
     let mut failing = false;
     let mut connection = None;
     loop {
+        sleep(PAUSE).await;
         tokio::select! {
             () = sleep(wait) => {}
             () = bell.notified() => {}
@@ -303,7 +305,6 @@ async fn keep_confirmed(inner: Weak<Inner>, bell: Arc<Notify>) {
         let Some(inner) = inner.upgrade() else { return };
         // A connection whose peer is gone answers nothing, for minutes.
         let round = timeout(CREDENTIAL_CONFIRMED_WITHIN, inner.confirm(&mut connection)).await;
-        inner.cache().drop_idle(NOTE_EVERY);
         match round.unwrap_or_else(|elapsed| Err(Error::unavailable(elapsed))) {
             Ok(()) => (wait, failing) = (CONFIRM_EVERY, false),
             Err(error) => {
@@ -315,5 +316,13 @@ async fn keep_confirmed(inner: Weak<Inner>, bell: Arc<Notify>) {
                 failing = true;
             }
         }
+    }
+}
+
+async fn end_expired(inner: Weak<Inner>) {
+    while let Some(inner) = inner.upgrade() {
+        inner.cache().drop_idle(NOTE_EVERY);
+        drop(inner);
+        sleep(END_EXPIRED_EVERY).await;
     }
 }

@@ -16,7 +16,10 @@ use diesel_async::{
     AsyncPgConnection, SimpleAsyncConnection as _, pooled_connection::PoolableConnection as _,
 };
 
-use tokio::sync::watch;
+use tokio::{
+    sync::{Semaphore, watch},
+    time::timeout,
+};
 use tokio_util::sync::CancellationToken;
 
 pub use self::{
@@ -73,6 +76,8 @@ impl fmt::Debug for DatabaseSettings {
 #[derive(Clone)]
 pub struct Database {
     pool: Pool,
+    /// Turns of strangers.
+    strangers: Arc<Semaphore>,
     settings: DatabaseSettings,
     presence: Arc<Presence>,
 }
@@ -95,7 +100,8 @@ impl Database {
             .timeouts(Timeouts { wait, create: wait, recycle: wait })
             .build()
             .map_err(Error::internal)?;
-        Ok(Self { pool, settings, presence })
+        let strangers = Arc::new(Semaphore::new((settings.connections / 2).max(1)));
+        Ok(Self { pool, strangers, settings, presence })
     }
 
     /// Starts to ask the database whether it answers, and cuts all connections
@@ -116,6 +122,14 @@ impl Database {
     /// database is known to be away.
     pub async fn get(&self) -> Result<Connection> {
         self.unless_away(self.pool.get()).await
+    }
+
+    /// The same for those of whom nobody knows yet who they are: half of the pool, so
+    /// that however many strangers ask, others find a connection.
+    pub async fn get_for_stranger(&self) -> Result<Connection> {
+        let turn = timeout(self.settings.connect_timeout, Arc::clone(&self.strangers).acquire_owned());
+        let turn = self.unless_away(turn).await?.map_err(Error::internal)?;
+        Ok(self.get().await?.with_turn(turn))
     }
 
     /// A connection of one's own, outside the pool. Like those of the pool it is
@@ -210,7 +224,7 @@ async fn connect(
             .map_err(ConnectionError::CouldntSetupConfiguration)?;
         Ok(connection)
     };
-    tokio::time::timeout(settings.connect_timeout, set_up)
+    timeout(settings.connect_timeout, set_up)
         .await
         .unwrap_or_else(|_| Err(ConnectionError::BadConnection("timed out".to_owned())))
 }

@@ -22,7 +22,7 @@ use diesel::ConnectionError;
 use diesel_async::{
     AsyncPgConnection, SimpleAsyncConnection as _, pooled_connection::PoolableConnection as _,
 };
-use tokio::runtime::Handle;
+use tokio::{runtime::Handle, sync::OwnedSemaphorePermit};
 use tokio_util::sync::CancellationToken;
 
 use super::{DatabaseSettings, connect, presence::Presence};
@@ -58,7 +58,19 @@ pub(super) struct Pooled {
 /// than two statements may. A use that took long is over once the connection has
 /// answered: whoever had it may have left without waiting for that, and so may
 /// the next.
-pub struct Connection(Option<managed::Object<Manager>>);
+pub struct Connection {
+    pooled: Option<managed::Object<Manager>>,
+    /// Of those who may not have all of the pool.
+    turn: Option<OwnedSemaphorePermit>,
+}
+
+impl Connection {
+    /// Keeps the turn until the connection is back in the pool.
+    pub(super) fn with_turn(mut self, turn: OwnedSemaphorePermit) -> Self {
+        self.turn = Some(turn);
+        self
+    }
+}
 
 impl Manager {
     pub(super) fn new(settings: DatabaseSettings, presence: Arc<Presence>) -> Self {
@@ -134,13 +146,14 @@ fn now_ms() -> u64 {
 impl From<managed::Object<Manager>> for Connection {
     fn from(object: managed::Object<Manager>) -> Self {
         object.hold.since_ms.store(now_ms(), Relaxed);
-        Self(Some(object))
+        Self { pooled: Some(object), turn: None }
     }
 }
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        let Some(mut pooled) = self.0.take() else { return };
+        let Some(mut pooled) = self.pooled.take() else { return };
+        let turn = self.turn.take();
         let took_long = pooled.hold.lasts().is_some_and(|lasts| lasts > LOOK_EVERY);
         match Handle::try_current() {
             Ok(runtime) if took_long => drop(runtime.spawn(async move {
@@ -148,6 +161,7 @@ impl Drop for Connection {
                 // is taken.
                 let _ = pooled.connection.batch_execute("SELECT 1").await;
                 pooled.hold.since_ms.store(0, Relaxed);
+                drop((pooled, turn));
             })),
             _ => pooled.hold.since_ms.store(0, Relaxed),
         }
@@ -158,13 +172,13 @@ impl Deref for Connection {
     type Target = AsyncPgConnection;
 
     fn deref(&self) -> &AsyncPgConnection {
-        &self.0.as_ref().expect("it is gone when dropped").connection
+        &self.pooled.as_ref().expect("it is gone when dropped").connection
     }
 }
 
 impl DerefMut for Connection {
     fn deref_mut(&mut self) -> &mut AsyncPgConnection {
-        &mut self.0.as_mut().expect("it is gone when dropped").connection
+        &mut self.pooled.as_mut().expect("it is gone when dropped").connection
     }
 }
 

@@ -30,7 +30,8 @@ const SIGN_UPS_FREE: i32 = 100;
 /// The longest wait; the first is a second, each further one twice as long.
 const LONGEST: Duration = Duration::from_secs(60);
 
-/// See migrations/2026-11-25-000002_log_in_throttle/up.sql.
+/// See migrations/2026-11-25-000002_log_in_throttle/up.sql, and
+/// 2026-11-26-000001_log_ins_not_looked_at.
 mod sql {
     use diesel::{
         pg::sql_types::Timestamptz,
@@ -53,6 +54,11 @@ mod sql {
     diesel::define_sql_function! {
         /// Always true.
         fn finish_log_in_attempt(address: Text, email: Text, counted_at: Nullable<Timestamptz>) -> Bool;
+    }
+
+    diesel::define_sql_function! {
+        /// Always true.
+        fn withdraw_log_in_attempt(address: Text, email: Text, counted_at: Nullable<Timestamptz>) -> Bool;
     }
 
     diesel::define_sql_function! {
@@ -145,6 +151,14 @@ impl LogInAttempt {
         }
         let entry = AuditEntry { user_id, ..self.origin().entry(AuditAct::LogInFailed) };
         entry.insert(conn).await?.committed();
+        Ok(())
+    }
+
+    /// The password could not be looked at: it is not counted any more.
+    pub async fn withdraw(&self, conn: &mut AsyncPgConnection) -> Result<()> {
+        let LogInClaim { address, email, .. } = &self.claim;
+        let call = sql::withdraw_log_in_attempt(address, email, self.counted_at);
+        let _done: bool = diesel::select(call).get_result(conn).await?;
         Ok(())
     }
 

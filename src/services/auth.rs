@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use tonic::{Request, Response, Status};
 
 use self::{
-    accounts::{Claim, NewAccount, NewPassword, begin_attempt, session_with},
+    accounts::{Claim, NewAccount, NewPassword, WrongFor, begin_attempt, session_with, settle},
     keys::{KeyTerms, key_page, rotation},
     watch_tokens::{TokenTerms, token_id, token_page},
 };
@@ -45,7 +45,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
         }
         let origin = self.0.stranger(&request);
         let NewAccount { role, email, password, first_name, last_name } = request.into_inner().try_into()?;
-        begin_sign_up(&mut *database.get().await?, &origin).await?;
+        begin_sign_up(&mut *database.get_for_stranger().await?, &origin).await?;
         let stranger = auth.passwords().stranger().await?;
         let password_hash = auth.passwords().hash_for(stranger, password).await?;
         let secret = Secret::generate(SecretKind::Session)?;
@@ -71,34 +71,39 @@ impl pb::auth_service_server::AuthService for AuthApi {
         // One way for all who fail: as many queries, the work of one comparison.
         let log_in = async move {
             let _place = place;
-            let mut claimed = None;
-            // Once more where another log-in has made the hash anew meanwhile.
-            for _ in 0..2 {
-                let found = User::find_by_email(&mut *database.get().await?, &email).await?;
-                let hash = found.as_ref().map(|(_, hash)| hash.clone());
-                claimed = found.as_ref().map(|(user, _)| user.id);
-                let good = auth.passwords().verify(password.clone(), hash).await? && attempt.admits();
-                let Some((user, hash)) = found.filter(|(user, _)| good && user.disabled_at.is_none()) else {
-                    break;
-                };
-                // Today's cost, if it changed since.
-                let outdated = password.clone().filter(|_| auth.passwords().is_outdated(&hash));
-                let rehashed = match outdated {
-                    Some(password) => Some(auth.passwords().hash(password).await?),
-                    None => None,
-                };
-                let secret = Secret::generate(SecretKind::Session)?;
-                let (secret_hash, lifetime) = (secret.hash(), auth.settings().session_lifetime);
-                let session = NewSession { user_id: user.id, secret_hash, lifetime };
-                let mut conn = database.get().await?;
-                let Some(session) = session.log_in(&mut conn, &hash, &attempt).await? else { continue };
-                if let Some(new) = rehashed {
-                    User::rehash(&mut conn, user.id, &hash, &new).await?;
+            let looked_at = async {
+                let mut claimed = None;
+                // Once more where another log-in has made the hash anew meanwhile.
+                for _ in 0..2 {
+                    let found = User::find_by_email(&mut *database.get_for_stranger().await?, &email).await?;
+                    let hash = found.as_ref().map(|(_, hash)| hash.clone());
+                    claimed = found.as_ref().map(|(user, _)| user.id);
+                    let good = auth.passwords().verify(password.clone(), hash).await? && attempt.admits();
+                    let Some((user, hash)) = found.filter(|(user, _)| good && user.disabled_at.is_none())
+                    else {
+                        break;
+                    };
+                    // Today's cost, if it changed since.
+                    let outdated = password.clone().filter(|_| auth.passwords().is_outdated(&hash));
+                    let rehashed = match outdated {
+                        Some(password) => Some(auth.passwords().hash(password).await?),
+                        None => None,
+                    };
+                    let secret = Secret::generate(SecretKind::Session)?;
+                    let (secret_hash, lifetime) = (secret.hash(), auth.settings().session_lifetime);
+                    let session = NewSession { user_id: user.id, secret_hash, lifetime };
+                    let mut conn = database.get().await?;
+                    let Some(session) = session.log_in(&mut conn, &hash, &attempt).await? else { continue };
+                    if let Some(new) = rehashed
+                        && let Err(error) = User::rehash(&mut conn, user.id, &hash, &new).await
+                    {
+                        tracing::warn!(cause = ?error, "a password keeps its old hash until the next log-in");
+                    }
+                    return Ok(Ok((user, session_with(secret.reveal(), &session))));
                 }
-                return Ok((user, session_with(secret.reveal(), &session)));
-            }
-            attempt.fail(&mut *database.get().await?, claimed).await?;
-            Err(Error::LogInFailed)
+                Ok(Err(WrongFor(claimed)))
+            };
+            settle(&database, &attempt, looked_at.await).await?.ok_or(Error::LogInFailed)
         };
         // Nobody leaves before it is written down how their attempt went.
         let (user, session) = self.0.to_the_end(log_in).await?;
@@ -175,24 +180,27 @@ impl pb::auth_service_server::AuthService for AuthApi {
         let (attempt, place) = begin_attempt(&app, LogInClaim::new(email, origin)).await?;
         let change = async move {
             let _place = place;
-            let passwords = app.auth.passwords();
-            // Once more where a log-in has made the hash anew meanwhile.
-            for _ in 0..2 {
-                if !passwords.verify(current.clone(), Some(old.clone())).await? || !attempt.admits() {
-                    break;
+            let looked_at = async {
+                let passwords = app.auth.passwords();
+                // Once more where a log-in has made the hash anew meanwhile.
+                for _ in 0..2 {
+                    if !passwords.verify(current.clone(), Some(old.clone())).await? || !attempt.admits() {
+                        break;
+                    }
+                    let new = passwords.hash(new.clone()).await?;
+                    let mut conn = app.database.get().await?;
+                    let changed = User::change_password(&mut conn, account, &old, &new, &attempt).await?;
+                    if let Some(changed) = changed {
+                        let kept = account.session_id();
+                        app.end(Ending::OtherSessions { user_id: account.user_id(), kept });
+                        return Ok(Ok(changed));
+                    }
+                    (_, old) = User::password_hash(&mut conn, account).await?;
                 }
-                let new = passwords.hash(new.clone()).await?;
-                let mut conn = app.database.get().await?;
-                let changed = User::change_password(&mut conn, account, &old, &new, &attempt).await?;
-                if let Some(changed) = changed {
-                    let kept = account.session_id();
-                    app.end(Ending::OtherSessions { user_id: account.user_id(), kept });
-                    return Ok(changed);
-                }
-                (_, old) = User::password_hash(&mut conn, account).await?;
-            }
-            attempt.fail(&mut *app.database.get().await?, Some(account.user_id())).await?;
-            Err(Error::invalid("current_password", "is not the current password"))
+                Ok(Err(WrongFor(Some(account.user_id()))))
+            };
+            let wrong = || Error::invalid("current_password", "is not the current password");
+            settle(&app.database, &attempt, looked_at.await).await?.ok_or_else(wrong)
         };
         let (ended, keys) = self.0.to_the_end(change).await?;
         Ok(Response::new(pb::ChangePasswordResponse {

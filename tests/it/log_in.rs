@@ -235,3 +235,16 @@ async fn a_hash_of_another_cost_is_made_anew_at_the_next_log_in() {
     assert!(newer.starts_with("$2b$04$"), "{newer}");
     log_in(&server, &user.email, PASSWORD).await.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hash_that_cannot_be_made_anew_keeps_nobody_out() {
+    let server = TestServer::start().await;
+    let user = server.customer().await;
+    let older = bcrypt::hash(PASSWORD, 5).unwrap();
+    let fixed = format!(
+        "UPDATE users SET password_hash = '{older}';
+         ALTER TABLE users ADD CONSTRAINT fixed CHECK (password_hash = '{older}')"
+    );
+    server.database.connect().await.batch_execute(&fixed).await.unwrap();
+    log_in(&server, &user.email, PASSWORD).await.unwrap();
+}

@@ -257,6 +257,31 @@ async fn a_password_is_right_though_its_hash_is_made_anew_meanwhile() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_log_in_that_cannot_be_looked_at_is_not_a_failure() {
+    let server = TestServer::start().await;
+    let user = server.customer().await;
+    for in_doubt in [false, true] {
+        failed(log_in(&server, &user.email, GUESS).await);
+        // With one more everything is blocked for a minute; or the address and the
+        // e-mail are already.
+        let blocked = if in_doubt { "now() + interval '1 hour'" } else { "NULL" };
+        let counted = format!(
+            "UPDATE log_in_attempts SET failures = 3;
+             UPDATE log_in_attempts SET failures = 24, blocked_until = {blocked} WHERE succeeded_at IS NULL"
+        );
+        server.database.connect().await.batch_execute(&counted).await.unwrap();
+        let mut holder = server.database.connect().await;
+        holder.batch_execute("BEGIN; LOCK TABLE users IN ACCESS EXCLUSIVE MODE").await.unwrap();
+        let refused = within_patience("a refusal", log_in(&server, &user.email, PASSWORD)).await;
+        assert_refused(refused, Code::Unavailable, ErrorReason::DatabaseUnavailable);
+        holder.batch_execute("COMMIT").await.unwrap();
+        let counted = "SELECT failures::text AS text FROM log_in_attempts ORDER BY failures";
+        assert_eq!(server.database.texts(counted).await, ["3", "24", "24"]);
+        log_in(&server, &user.email, PASSWORD).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn counts_that_are_forgotten_are_removed_and_who_is_known_is_kept() {
     let server = TestServer::start().await;
     let user = server.customer().await;

@@ -1,8 +1,10 @@
 //! Accounts: what requests say of them, and how a user is told.
 
 use tokio::sync::OwnedSemaphorePermit;
+use uuid::Uuid;
 
 use crate::{
+    db::Database,
     error::{Error, Result, Violations, quoted},
     event_log::wire,
     models::{
@@ -80,12 +82,38 @@ pub(super) async fn begin_attempt(
     app: &App,
     claim: LogInClaim,
 ) -> Result<(LogInAttempt, Option<OwnedSemaphorePermit>)> {
-    let begun = claim.begin(&mut *app.database.get().await?).await?;
+    let begun = claim.begin(&mut *app.database.get_for_stranger().await?).await?;
     if let Some(attempt) = begun {
         return Ok((attempt, None));
     }
     let place = app.auth.passwords().stranger().await?;
-    Ok((claim.begin_in_doubt(&mut *app.database.get().await?).await?, Some(place)))
+    Ok((claim.begin_in_doubt(&mut *app.database.get_for_stranger().await?).await?, Some(place)))
+}
+
+/// The password was wrong; for whom, where there is such a user.
+pub(super) struct WrongFor(pub(super) Option<Uuid>);
+
+/// Has it written down how an attempt went: none where the password was wrong.
+/// One whose password could not be looked at is no failure.
+pub(super) async fn settle<T>(
+    database: &Database,
+    attempt: &LogInAttempt,
+    looked_at: Result<Result<T, WrongFor>>,
+) -> Result<Option<T>> {
+    match looked_at {
+        Ok(Ok(right)) => Ok(Some(right)),
+        Ok(Err(WrongFor(user_id))) => {
+            attempt.fail(&mut *database.get_for_stranger().await?, user_id).await?;
+            Ok(None)
+        }
+        Err(error) => {
+            let withdrawn = async { attempt.withdraw(&mut *database.get_for_stranger().await?).await };
+            if let Err(error) = withdrawn.await {
+                tracing::warn!(cause = ?error, "a log-in that was not looked at stays counted as failed");
+            }
+            Err(error)
+        }
+    }
 }
 
 pub(super) struct NewPassword {

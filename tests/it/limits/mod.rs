@@ -225,7 +225,8 @@ fn padded(mut message: Vec<u8>, bytes: usize) -> Vec<u8> {
     message.extend([0xFA, 0x7F]);
     // Its length in three bytes, however small.
     let rest = bytes - message.len() - 3;
-    message.extend([rest & 0x7F | 0x80, rest >> 7 & 0x7F | 0x80, rest >> 14].map(|byte| byte as u8));
+    let groups = [rest & 0x7F | 0x80, rest >> 7 & 0x7F | 0x80, rest >> 14];
+    message.extend(groups.map(|group| u8::try_from(group).unwrap()));
     message.resize(bytes, 0);
     message
 }

@@ -1,0 +1,1 @@
+DROP FUNCTION withdraw_log_in_attempt;
