@@ -50,7 +50,7 @@ pub struct DatabaseConfig {
     #[arg(long, env = "MILEPOST_DATA_DIR", value_name = "FOLDER")]
     pub data_dir: Option<PathBuf>,
 
-    /// Most connections to the database at once
+    /// Most connections of the pool; a server has five more beside it
     #[arg(long, env = "MILEPOST_DATABASE_CONNECTIONS", default_value_t = 16, value_name = "COUNT",
           value_parser = clap::value_parser!(u32).range(2..=1000))]
     pub database_connections: u32,
@@ -235,7 +235,7 @@ pub struct AuthConfig {
 #[derive(Args, Clone, Copy, Debug)]
 #[command(next_help_heading = "Users")]
 pub struct BcryptConfig {
-    /// bcrypt's cost: each step doubles the work of a log-in
+    /// bcrypt's cost: each step doubles the work of a log-in. After it was lowered, users with an older hash are told by the time of a refusal, until they log in
     #[arg(long, env = "MILEPOST_BCRYPT_COST", default_value_t = 12, value_name = "COST",
           value_parser = clap::value_parser!(u32).range(4..=31))]
     pub bcrypt_cost: u32,

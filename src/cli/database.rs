@@ -5,10 +5,11 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
-    config::DatabaseConfig,
+    config::{Config, DatabaseConfig},
     db::{
         DatabaseSettings, StartError,
         embedded::{Embedded, EmbeddedError, EmbeddedSettings, default_data_dir},
+        migrations::{self, SchemaError},
         wait_until_it_answers,
     },
     error::BoxError,
@@ -51,6 +52,18 @@ impl OpenDatabase {
         wait_until_it_answers(&settings(config, url.reveal().to_owned()), patience).await
     }
 
+    /// The same before it is served: its schema is brought up to date, too, if it is
+    /// to be. Nothing is left of what was under way if this is dropped.
+    pub(super) async fn ready(Config { database, server, .. }: &Config) -> Result<(), BoxError> {
+        Self::wait(database).await?;
+        if let Some(url) = database.database_url.as_ref().filter(|_| server.migrate) {
+            let settings = settings(database, url.reveal().to_owned());
+            // It blocks its thread, where nobody else would get a turn.
+            AbortOnDropHandle::new(tokio::spawn(async move { migrate(&settings).await })).await??;
+        }
+        Ok(())
+    }
+
     fn outer(settings: DatabaseSettings) -> Self {
         Self { settings, embedded: None, supervisor: None }
     }
@@ -71,6 +84,14 @@ impl OpenDatabase {
         }
         Ok(())
     }
+}
+
+/// Brings the schema up to date.
+pub(super) async fn migrate(DatabaseSettings { url, ca, .. }: &DatabaseSettings) -> Result<(), SchemaError> {
+    for version in migrations::migrate(url, ca.as_deref()).await? {
+        tracing::info!(version, "migrated");
+    }
+    Ok(())
 }
 
 /// The embedded database's folder.

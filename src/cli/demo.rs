@@ -10,7 +10,7 @@ use tokio::net::TcpListener;
 use uuid::Uuid;
 
 use super::{
-    database::data_dir,
+    database::{OpenDatabase, data_dir},
     refused, say,
     serve::{Server, bind},
     watch::{exit_code, follow},
@@ -75,6 +75,7 @@ impl Demo {
             }
         }
         say(&format!("  {}", style("starting a server of its own …").dim()))?;
+        OpenDatabase::ready(&self.config).await?;
         let server = Server::start(&self.config, self.listen().await?).await?;
         Ok((self.url(server.address)?, Some(server)))
     }

@@ -10,7 +10,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use super::{
-    database::{OpenDatabase, data_dir},
+    database::{OpenDatabase, data_dir, migrate},
     say,
 };
 use crate::{
@@ -35,7 +35,7 @@ pub(super) async fn run(config: &Config) -> Result<ExitCode, BoxError> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     // Before anybody can connect: until then this server is not ready.
     tokio::select! {
-        answers = OpenDatabase::wait(&config.database) => answers?,
+        ready = OpenDatabase::ready(config) => ready?,
         _ = terminate.recv() => return Ok(ExitCode::SUCCESS),
         _ = interrupt.recv() => return Ok(ExitCode::SUCCESS),
     }
@@ -114,7 +114,7 @@ pub(super) struct Server {
 }
 
 impl Server {
-    /// Opens the database, migrates it if it is to be, and serves.
+    /// Opens the database, which is ready if it is another's, and serves.
     pub(super) async fn start(config: &Config, listener: TcpListener) -> Result<Self, BoxError> {
         let settings = server_settings(&config.server).await?;
         let metrics = bind_metrics(&config.monitoring).await?;
@@ -149,11 +149,8 @@ impl Server {
         telemetry: Telemetry,
     ) -> Result<(SocketAddr, App), BoxError> {
         let address = listener.local_addr()?;
-        if config.server.migrate || open.embedded.is_some() {
-            let (url, ca) = (&open.settings.url, open.settings.ca.as_deref());
-            for version in migrations::migrate(url, ca).await? {
-                tracing::info!(version, "migrated");
-            }
+        if open.embedded.is_some() {
+            migrate(&open.settings).await?;
         }
         let database = Database::new(open.settings.clone())?;
         migrations::check(&database, config.server.unsafe_database).await?;

@@ -56,7 +56,7 @@ enum Command {
         #[command(flatten)]
         user: Whom,
     },
-    /// End a user's sessions and keys, and let them in no more
+    /// End a user's sessions, keys and watch tokens, and let them in no more
     Disable {
         #[command(flatten)]
         user: Whom,

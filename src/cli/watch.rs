@@ -43,7 +43,7 @@ pub(super) struct Watch {
 /// As whom. Its own type, so that it is not shown by accident.
 #[derive(Args, Clone)]
 struct Credential {
-    /// Secret of an API key (scope READ) or of a session
+    /// Secret of an API key (scope READ), of a session or of a watch token
     #[arg(long, env = "MILEPOST_API_KEY", hide_env_values = true, value_name = "SECRET")]
     api_key: String,
 }

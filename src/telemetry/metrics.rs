@@ -219,7 +219,7 @@ impl Method {
     fn new(name: &str, unary: bool, families: &CallFamilies) -> Self {
         let name: Arc<str> = name.into();
         let labels = [("method", Arc::clone(&name))];
-        Self {
+        let method = Self {
             duration: unary.then(|| families.duration.get_or_create_owned(&labels)),
             answered: Default::default(),
             answered_family: families.answered.clone(),
@@ -227,7 +227,12 @@ impl Method {
             refused: (0..).map_while(|n| ErrorReason::try_from(n).ok()).map(|_| OnceLock::new()).collect(),
             refused_family: families.refused.clone(),
             name,
+        };
+        // There from 0 on, so that the first of them is a rise.
+        for fault in [ErrorReason::Internal, ErrorReason::DatabaseUnavailable] {
+            method.refusals(fault);
         }
+        method
     }
 
     /// `package.Service/Method`, or that it is none of ours.
@@ -250,15 +255,18 @@ impl Method {
 
     /// A call, or a batch of a stream, was refused for this reason.
     pub(crate) fn refused(&self, reason: ErrorReason) {
-        let Some(counter) = usize::try_from(i32::from(reason)).ok().and_then(|n| self.refused.get(n)) else {
-            return;
-        };
-        let counter = counter.get_or_init(|| {
+        if let Some(counter) = self.refusals(reason) {
+            counter.inc();
+        }
+    }
+
+    fn refusals(&self, reason: ErrorReason) -> Option<&Counter> {
+        let counter = usize::try_from(i32::from(reason)).ok().and_then(|n| self.refused.get(n))?;
+        Some(counter.get_or_init(|| {
             let name = reason.as_str_name().trim_start_matches("ERROR_REASON_");
             let labels = [("method", Arc::clone(&self.name)), ("reason", name.into())];
             self.refused_family.get_or_create_owned(&labels)
-        });
-        counter.inc();
+        }))
     }
 }
 

@@ -413,3 +413,15 @@ async fn beyond_loopback_metrics_are_served_only_if_that_is_said_outright() {
     let words = String::from_utf8(output.stderr).unwrap();
     assert!(words.contains("--insecure-metrics-listen"), "{words}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_first_fault_of_a_method_is_a_rise() {
+    let samples = scrape(&TestServer::start().await).await;
+    for method in ["EventService/AppendEvents", "AuthService/LogIn"] {
+        for reason in ["INTERNAL", "DATABASE_UNAVAILABLE"] {
+            let series =
+                format!("milepost_refusals_total{{method=\"milepost.v1.{method}\",reason=\"{reason}\"}}");
+            assert_eq!(samples.get(&series), Some(&0.0), "{series}");
+        }
+    }
+}
