@@ -57,9 +57,7 @@ impl OpenDatabase {
     pub(super) async fn ready(Config { database, server, .. }: &Config) -> Result<(), BoxError> {
         Self::wait(database).await?;
         if let Some(url) = database.database_url.as_ref().filter(|_| server.migrate) {
-            let settings = settings(database, url.reveal().to_owned());
-            // It blocks its thread, where nobody else would get a turn.
-            AbortOnDropHandle::new(tokio::spawn(async move { migrate(&settings).await })).await??;
+            migrate(&settings(database, url.reveal().to_owned())).await?;
         }
         Ok(())
     }
