@@ -1,11 +1,19 @@
 //! Users, sessions and API keys.
 
-use milepost::pb::{self, ApiKeyScope, ErrorReason, UserRole, get_current_user_response::Credential};
+use std::time::Duration;
+
+use diesel_async::SimpleAsyncConnection as _;
+use milepost::{
+    pb::{self, ApiKeyScope, ErrorReason, UserRole, get_current_user_response::Credential},
+    secret::{Secret, SecretKind},
+};
 use prost_types::{FieldMask, Timestamp};
+use tokio::time::timeout;
 use tonic::{Code, Status};
 
 use crate::support::{
-    Caller, PASSWORD, TestServer, User, assert_refused, assert_violations, registration, within_patience,
+    Caller, Mode, PASSWORD, TestServer, User, assert_refused, assert_violations, registration,
+    within_patience,
 };
 
 fn sign_up(email: &str) -> pb::SignUpRequest {
@@ -110,6 +118,12 @@ async fn a_log_in_works_whatever_the_case_of_the_email() {
     assert_eq!(who(&mut caller).await.unwrap().user.unwrap().email, "Ada@Example.com");
 }
 
+/// A secret whose last character is another.
+fn mistyped(secret: &str) -> String {
+    let (rest, last) = secret.split_at(secret.len() - 1);
+    format!("{rest}{}", if last == "x" { "y" } else { "x" })
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_call_without_a_good_credential_is_refused_the_same_way_whatever_is_wrong_with_it() {
     let server = TestServer::start().await;
@@ -117,14 +131,12 @@ async fn a_call_without_a_good_credential_is_refused_the_same_way_whatever_is_wr
     let ended = user.session.clone();
     user.session.auth.log_out(pb::LogOutRequest {}).await.unwrap();
 
-    let (rest, last) = user.key_secret.split_at(user.key_secret.len() - 1);
-    let almost = format!("{rest}{}", if last == "x" { "y" } else { "x" });
     let callers = [
         server.anonymous(),
         server.with_secret(""),
         server.with_secret("nonsense"),
         server.with_secret("mpk_nonsense"),
-        server.with_secret(almost),
+        server.with_secret(mistyped(&user.key_secret)),
         ended,
     ];
     let mut answers = Vec::new();
@@ -135,6 +147,33 @@ async fn a_call_without_a_good_credential_is_refused_the_same_way_whatever_is_wr
     }
     answers.dedup();
     assert_eq!(answers.len(), 1, "one message and one reason: {answers:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mistyped_key_is_refused_without_asking_the_database() {
+    let (server, proxy) = TestServer::through_proxy().await;
+    let user = server.customer().await;
+    let mut mistyped = server.with_secret(mistyped(&user.key_secret));
+    let mut unknown = server.with_secret(Secret::generate(SecretKind::ApiKey).unwrap().reveal());
+    let refused_at_once = async |caller: &mut Caller| {
+        let refused = timeout(Duration::from_secs(1), who(caller)).await.expect("it asks nobody");
+        assert_refused(refused, Code::Unauthenticated, ErrorReason::CredentialInvalid);
+    };
+
+    // Who asks for it has to wait.
+    let mut locker = server.database.connect().await;
+    locker.batch_execute("BEGIN; LOCK TABLE api_keys IN ACCESS EXCLUSIVE MODE").await.unwrap();
+    let mut asks = unknown.clone();
+    let asking = tokio::spawn(async move { who(&mut asks).await });
+    within_patience("a question", async { while server.database.waiting_for_locks().await.is_empty() {} })
+        .await;
+    refused_at_once(&mut mistyped).await;
+    drop(locker);
+    assert_refused(asking.await.unwrap(), Code::Unauthenticated, ErrorReason::CredentialInvalid);
+
+    proxy.set(Mode::Refuse);
+    assert_refused(who(&mut unknown).await, Code::Unavailable, ErrorReason::DatabaseUnavailable);
+    refused_at_once(&mut mistyped).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
