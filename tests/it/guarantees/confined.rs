@@ -6,7 +6,10 @@
 
 use std::time::{Duration, Instant, SystemTime};
 
-use futures_util::stream::{self, StreamExt as _};
+use futures_util::{
+    future::join_all,
+    stream::{self, StreamExt as _},
+};
 use milepost::pb::{
     self, ErrorReason, WatchEndReason,
     event_service_client::EventServiceClient,
@@ -18,7 +21,7 @@ use milepost::pb::{
 use prost_types::{Value, value::Kind};
 use tokio::{
     sync::mpsc,
-    time::{sleep, timeout},
+    time::{sleep, sleep_until, timeout},
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Status, Streaming};
@@ -38,11 +41,58 @@ fn of(job: &pb::Job) -> pb::WatchEventsRequest {
     pb::WatchEventsRequest { scope: Some(Scope::JobId(job.id.clone())), ..Default::default() }
 }
 
+/// Calls until that is refused.
+async fn calls_end(caller: &Caller) {
+    let mut caller = caller.clone();
+    let refused = within_patience("a call to be refused", async {
+        loop {
+            match caller.auth.get_current_user(pb::GetCurrentUserRequest {}).await {
+                Ok(_) => sleep(PACE).await,
+                refused => break refused,
+            }
+        }
+    });
+    assert_refused(refused.await, Code::Unauthenticated, ErrorReason::CredentialInvalid);
+}
+
+/// Somebody who looks at a job on one replica: at what happens, and at who they
+/// are.
+struct Viewer {
+    caller: Caller,
+    watch: Watch,
+}
+
+impl Viewer {
+    async fn open(clients: &Clients, secret: &str, job: &pb::Job) -> Self {
+        let mut caller = clients.other_clients().with_secret(secret);
+        let mut watch = Watch::new(caller.events.watch_events(of(job)).await.unwrap().into_inner());
+        watch.caught_up().await;
+        Self { caller, watch }
+    }
+
+    /// Watches to the end: what came before it.
+    async fn watching_ends(&mut self) -> Vec<Message> {
+        let mut messages = self.watch.until(|message| matches!(message, Message::End(_))).await;
+        let Some(Message::End(end)) = messages.pop() else { unreachable!("just matched") };
+        assert_eq!(end.reason(), WatchEndReason::CredentialEnded);
+        assert_refused(self.watch.next().await, Code::Unauthenticated, ErrorReason::CredentialInvalid);
+        messages
+    }
+
+    /// Goes on with both until they are refused, which they are in time.
+    async fn ends_within(mut self, time: Duration, ended_at: Instant) {
+        calls_end(&self.caller).await;
+        let called = ended_at.elapsed();
+        self.watching_ends().await;
+        let watched = ended_at.elapsed();
+        assert!(watched < time, "{called:?} {watched:?}");
+    }
+}
+
 /// All that one replica does under a credential.
 struct Uses {
-    caller: Caller,
+    viewer: Viewer,
     job: pb::Job,
-    watch: Watch,
     batches: mpsc::Sender<pb::PublishEventsRequest>,
     answers: Streaming<pb::PublishEventsResponse>,
 }
@@ -50,20 +100,18 @@ struct Uses {
 impl Uses {
     /// A watch, a publish stream and a call, all of which work.
     async fn open(clients: &Clients, secret: &str, job: &pb::Job) -> Self {
-        let mut caller = clients.other_clients().with_secret(secret);
-        let mut watch = Watch::new(caller.events.watch_events(of(job)).await.unwrap().into_inner());
-        watch.caught_up().await;
+        let mut viewer = Viewer::open(clients, secret, job).await;
         let (batches, stream) = mpsc::channel(1);
-        let answers = caller.events.publish_events(ReceiverStream::new(stream)).await.unwrap().into_inner();
-        let mut uses = Self { caller, job: job.clone(), watch, batches, answers };
+        let answers = viewer.caller.events.publish_events(ReceiverStream::new(stream)).await;
+        let mut uses = Self { viewer, job: job.clone(), batches, answers: answers.unwrap().into_inner() };
         uses.publish().await.unwrap();
         uses.append().await.unwrap();
-        uses.watch.events(1).await;
+        uses.viewer.watch.events(1).await;
         uses
     }
 
     fn append(&self) -> impl Future<Output = Result<(), Status>> + use<> {
-        let mut caller = self.caller.clone();
+        let mut caller = self.viewer.caller.clone();
         let request = pb::AppendEventsRequest {
             job: Some(pb::append_events_request::Job::JobId(self.job.id.clone())),
             expected_sequence: None,
@@ -94,16 +142,7 @@ impl Uses {
 
     /// Calls until that is refused.
     async fn calls_end(&self) {
-        let mut caller = self.caller.clone();
-        let refused = within_patience("a call to be refused", async {
-            loop {
-                match caller.auth.get_current_user(pb::GetCurrentUserRequest {}).await {
-                    Ok(_) => sleep(PACE).await,
-                    refused => break refused,
-                }
-            }
-        });
-        assert_refused(refused.await, Code::Unauthenticated, ErrorReason::CredentialInvalid);
+        calls_end(&self.viewer.caller).await;
         assert_refused(self.append().await, Code::Unauthenticated, ErrorReason::CredentialInvalid);
     }
 
@@ -118,21 +157,13 @@ impl Uses {
         assert_refused(refused, Code::Unauthenticated, ErrorReason::CredentialInvalid);
     }
 
-    /// Watches to the end.
-    async fn watching_ends(&mut self) {
-        let end = self.watch.until(|message| matches!(message, Message::End(_))).await.pop();
-        let Some(Message::End(end)) = end else { unreachable!("just matched") };
-        assert_eq!(end.reason(), WatchEndReason::CredentialEnded);
-        assert_refused(self.watch.next().await, Code::Unauthenticated, ErrorReason::CredentialInvalid);
-    }
-
     /// Goes on with everything until it is refused, which it is in time.
     async fn ends_within(mut self, time: Duration, ended_at: Instant) {
         self.calls_end().await;
         let called = ended_at.elapsed();
         self.publishing_ends().await;
         let published = ended_at.elapsed();
-        self.watching_ends().await;
+        self.viewer.watching_ends().await;
         let watched = ended_at.elapsed();
         assert!(watched < time, "{called:?} {published:?} {watched:?}");
     }
@@ -166,6 +197,21 @@ impl Scene {
         self.provider.session.auth.create_api_key(request).await.unwrap().into_inner()
     }
 
+    /// A key that ends by itself.
+    async fn key_for(&mut self, lifetime: Duration) -> String {
+        let expires_at = Some((SystemTime::now() + lifetime).into());
+        self.key(pb::CreateApiKeyRequest { expires_at, ..Default::default() }).await.secret
+    }
+
+    async fn watch_token(&mut self, lifetime: Option<Duration>) -> pb::CreateWatchTokenResponse {
+        let request = pb::CreateWatchTokenRequest {
+            job: Some(pb::create_watch_token_request::Job::JobId(self.job.id.clone())),
+            lifetime: lifetime.map(|lifetime| lifetime.try_into().unwrap()),
+            ..Default::default()
+        };
+        self.provider.auth.create_watch_token(request).await.unwrap().into_inner()
+    }
+
     /// On both replicas.
     async fn open(&self, secret: &str) -> [Uses; 2] {
         let (here, there) = tokio::join!(
@@ -179,7 +225,7 @@ impl Scene {
 /// The replica that handled the end refuses the very next call and ends its
 /// streams at once, the other one in time.
 async fn confined([here, there]: [Uses; 2], ended_at: Instant) {
-    let mut caller = here.caller.clone();
+    let mut caller = here.viewer.caller.clone();
     let next = caller.auth.get_current_user(pb::GetCurrentUserRequest {}).await;
     assert_refused(next, Code::Unauthenticated, ErrorReason::CredentialInvalid);
     tokio::join!(here.ends_within(Duration::from_secs(1), ended_at), there.ends_within(EVERYWHERE, ended_at));
@@ -188,13 +234,11 @@ async fn confined([here, there]: [Uses; 2], ended_at: Instant) {
 #[tokio::test(flavor = "multi_thread")]
 async fn confined_after_expiry() {
     let mut scene = Scene::new().await;
-    let (lifetime, from) = (Duration::from_secs(6), (Instant::now(), SystemTime::now()));
-    let expires_at = Some((from.1 + lifetime).into());
-    let created = scene.key(pb::CreateApiKeyRequest { expires_at, ..Default::default() }).await;
-    let uses = scene.open(&created.secret).await;
-    let ended_at = from.0 + lifetime;
-    tokio::time::sleep_until(ended_at.into()).await;
-    let [here, there] = uses;
+    let (lifetime, from) = (Duration::from_secs(6), Instant::now());
+    let secret = scene.key_for(lifetime).await;
+    let [here, there] = scene.open(&secret).await;
+    let ended_at = from + lifetime;
+    sleep_until(ended_at.into()).await;
     tokio::join!(here.ends_within(EVERYWHERE, ended_at), there.ends_within(EVERYWHERE, ended_at));
 }
 
@@ -217,6 +261,20 @@ async fn confined_after_a_rotation_without_an_overlap() {
     let request = pb::RotateApiKeyRequest { api_key_id: created.api_key.unwrap().id, overlap };
     scene.provider.session.auth.rotate_api_key(request).await.unwrap();
     confined(uses, Instant::now()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn confined_after_revocation_of_a_watch_token() {
+    let mut scene = Scene::new().await;
+    let created = scene.watch_token(None).await;
+    let here = Viewer::open(&scene.server, &created.secret, &scene.job).await;
+    let there = Viewer::open(&scene.replica, &created.secret, &scene.job).await;
+    let request = pb::ExpireWatchTokenRequest { watch_token_id: created.watch_token.unwrap().id };
+    scene.provider.auth.expire_watch_token(request).await.unwrap();
+    let ended_at = Instant::now();
+    let next = here.caller.clone().auth.get_current_user(pb::GetCurrentUserRequest {}).await;
+    assert_refused(next, Code::Unauthenticated, ErrorReason::CredentialInvalid);
+    tokio::join!(here.ends_within(Duration::from_secs(1), ended_at), there.ends_within(EVERYWHERE, ended_at));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -272,7 +330,7 @@ async fn confined_after_the_user_is_disabled() {
 /// Once a request that is wrong in its shape is no longer told so, the replica
 /// does not know any more whether the credential is good.
 async fn unconfirmed(uses: &Uses) {
-    let mut caller = uses.caller.clone();
+    let mut caller = uses.viewer.caller.clone();
     let wrong = pb::WatchEventsRequest::default;
     within_patience("a credential that is not confirmed", async {
         while caller.events.watch_events(wrong()).await.unwrap_err().code() == Code::InvalidArgument {
@@ -294,8 +352,8 @@ async fn confined_while_the_database_is_away_from_one_replica() {
     let mut ends = Uses::open(&severed, &ending.secret, &scene.job).await;
     let mut stays = Uses::open(&severed, &staying.secret, &scene.job).await;
     // What the other one's use told them.
-    while timeout(A_MOMENT, ends.watch.next()).await.is_ok() {}
-    while timeout(A_MOMENT, stays.watch.next()).await.is_ok() {}
+    while timeout(A_MOMENT, ends.viewer.watch.next()).await.is_ok() {}
+    while timeout(A_MOMENT, stays.viewer.watch.next()).await.is_ok() {}
 
     proxy.set(Mode::Refuse);
     let request = pb::ExpireApiKeyRequest { api_key_id: ending.api_key.unwrap().id };
@@ -311,7 +369,7 @@ async fn confined_while_the_database_is_away_from_one_replica() {
         assert_eq!(uses.append().await.unwrap_err().code(), Code::Unavailable);
         uses.send("unconfirmed").await;
         assert!(timeout(A_MOMENT, uses.answers.message()).await.is_err());
-        assert!(timeout(A_MOMENT, uses.watch.next()).await.is_err());
+        assert!(timeout(A_MOMENT, uses.viewer.watch.next()).await.is_err());
     }
     let names = async |provider: &mut User| -> Vec<String> {
         provider.list(&scene.job).await.into_iter().map(|event| event.name).collect()
@@ -322,14 +380,56 @@ async fn confined_while_the_database_is_away_from_one_replica() {
     proxy.set(Mode::Pass);
     let answer = within_patience("the answer", stays.answers.message()).await.unwrap().unwrap();
     assert_eq!(answer.batch_id, "unconfirmed");
-    let told: Vec<String> = stays.watch.events(2).await.into_iter().map(|event| event.name).collect();
+    let told: Vec<String> = stays.viewer.watch.events(2).await.into_iter().map(|event| event.name).collect();
     assert_eq!(told, ["meanwhile", "unconfirmed"]);
     let refused = within_patience("the end", ends.answers.message()).await;
     assert_refused(refused, Code::Unauthenticated, ErrorReason::CredentialInvalid);
     ends.calls_end().await;
-    ends.watching_ends().await;
+    ends.viewer.watching_ends().await;
     let stored = names(&mut scene.provider).await;
     assert_eq!(stored.iter().filter(|name| *name == "unconfirmed").count(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn confined_after_expiry_while_the_database_is_away() {
+    let mut scene = Scene::new().await;
+    let proxy = Proxy::to(&scene.server.database.url).await;
+    let severed = TestServer::on(scene.server.database.through(proxy.url.clone())).await;
+    let mut viewers = Vec::new();
+    // While it is still confirmed, and when it is no more.
+    for lifetime in [4, 9].map(Duration::from_secs) {
+        let from = Instant::now();
+        let secrets = [scene.key_for(lifetime).await, scene.watch_token(Some(lifetime)).await.secret];
+        for secret in secrets {
+            viewers.push((Viewer::open(&severed, &secret, &scene.job).await, from + lifetime));
+        }
+    }
+
+    proxy.set(Mode::Refuse);
+    scene.provider.append(&scene.job, [info("meanwhile")]).await;
+    let ends = viewers.iter_mut().map(async |(viewer, ended_at)| {
+        assert_eq!(viewer.watching_ends().await, []);
+        let now = Instant::now();
+        assert!(now > *ended_at - A_MOMENT && now < *ended_at + EVERYWHERE, "{now:?} {ended_at:?}");
+        // Wrong in its shape, which it is not told.
+        let refused = viewer.caller.events.watch_events(pb::WatchEventsRequest::default()).await;
+        let code = refused.unwrap_err().code();
+        assert!(matches!(code, Code::Unauthenticated | Code::Unavailable), "{code:?}");
+    });
+    join_all(ends).await;
+
+    proxy.set(Mode::Pass);
+    for (viewer, _) in viewers {
+        let refused = within_patience("the database to be back", async {
+            loop {
+                match viewer.caller.clone().events.watch_events(of(&scene.job)).await {
+                    Err(status) if status.code() == Code::Unavailable => sleep(PACE).await,
+                    answer => break answer.map(drop),
+                }
+            }
+        });
+        assert_refused(refused.await, Code::Unauthenticated, ErrorReason::CredentialInvalid);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
