@@ -264,6 +264,25 @@ async fn confined_after_a_rotation_without_an_overlap() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn confined_after_the_overlap_of_a_rotation() {
+    let mut scene = Scene::new().await;
+    let created = scene.key(pb::CreateApiKeyRequest::default()).await;
+    let [here, there] = scene.open(&created.secret).await;
+    let overlap = Duration::from_secs(3);
+    let api_key_id = created.api_key.unwrap().id;
+    let request = pb::RotateApiKeyRequest { api_key_id, overlap: Some(overlap.try_into().unwrap()) };
+    scene.provider.session.auth.rotate_api_key(request).await.unwrap();
+    let ended_at = Instant::now() + overlap;
+    // Good to the last.
+    sleep_until((ended_at - A_MOMENT).into()).await;
+    for uses in [&here, &there] {
+        uses.append().await.unwrap();
+    }
+    sleep_until(ended_at.into()).await;
+    tokio::join!(here.ends_within(EVERYWHERE, ended_at), there.ends_within(EVERYWHERE, ended_at));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn confined_after_revocation_of_a_watch_token() {
     let mut scene = Scene::new().await;
     let created = scene.watch_token(None).await;
