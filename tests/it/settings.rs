@@ -23,10 +23,10 @@ use tokio::{
     time::timeout,
 };
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, Request, Streaming};
+use tonic::{Code, Request, Status, Streaming};
 
 use crate::support::{
-    PASSWORD, ServerProcess, TestServer, User, assert_refused, complete, info, noted, own_address,
+    Clients, PASSWORD, ServerProcess, TestServer, User, assert_refused, complete, info, noted, own_address,
     within_patience,
 };
 
@@ -318,6 +318,55 @@ impl Scene {
         assert!(log.contains("WARN") && log.contains("deadline passed"), "{log}");
         assert!(!log.contains("INFO") && !log.starts_with('{'), "{log}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn as_many_passwords_are_hashed_at_once_as_is_set() {
+    let server = TestServer::start().await;
+    let (slow, quick) = (server.customer().await, server.customer().await);
+    // To verify it takes minutes.
+    let cost = format!(
+        "UPDATE users SET password_hash = overlay(password_hash PLACING '20' FROM 5) WHERE id = '{}'",
+        slow.id
+    );
+    server.database.execute(&cost).await;
+    let start = async |parallel: &str, busy: usize| {
+        let settings = [
+            ("DATABASE_URL", server.database.url.as_str()),
+            ("MILEPOST_UNSAFE_DATABASE", "true"),
+            ("MILEPOST_BCRYPT_PARALLEL", parallel),
+        ];
+        let settings = settings.map(|(name, value)| (name, value.to_owned())).to_vec();
+        let odd = ServerProcess::start_with("127.0.0.1", settings).await;
+        for _ in 0..busy {
+            tokio::spawn(log_in(&odd, &slow));
+        }
+        odd
+    };
+
+    let odd = start("1", 1).await;
+    let refused = within_patience("a refusal", async {
+        loop {
+            if let Err(status) = log_in(&odd, &quick).await {
+                break Err::<(), _>(status);
+            }
+        }
+    });
+    assert_refused(refused.await, Code::ResourceExhausted, ErrorReason::Overloaded);
+
+    drop(odd);
+
+    // Whatever the default is here, one of the two is another.
+    let odd = start("3", 2).await;
+    for _ in 0..100 {
+        log_in(&odd, &quick).await.expect("the third of three at once");
+    }
+}
+
+fn log_in(clients: &Clients, user: &User) -> impl Future<Output = Result<(), Status>> + use<> {
+    let request = pb::LogInRequest { email: user.email.clone(), password: PASSWORD.to_owned() };
+    let mut caller = clients.anonymous();
+    async move { caller.auth.log_in(request).await.map(drop) }
 }
 
 #[tokio::test(flavor = "multi_thread")]

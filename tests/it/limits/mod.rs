@@ -28,7 +28,7 @@ use crate::support::{
 
 /// Limits of `src/limits.rs` and `src/config.rs` that have no row below: who
 /// tests them.
-const ELSEWHERE: [(&str, &str, &str); 37] = [
+const ELSEWHERE: [(&str, &str, &str); 38] = [
     ("TEXT_CHARS", "tests/it/limits/texts.rs", "every_text_has_at_most_256_characters"),
     ("MESSAGE_BYTES", "tests/it/limits/mod.rs", "a_message_has_at_most_a_mebibyte"),
     ("MESSAGE_BYTES", "tests/it/limits/pages.rs", "no_page_of_events_is_larger_than_a_mebibyte"),
@@ -65,6 +65,7 @@ const ELSEWHERE: [(&str, &str, &str); 37] = [
     ),
     ("OTHER_FREE", "tests/it/log_in.rs", "guessing_from_many_addresses_gets_slow_as_well"),
     ("bcrypt_parallel", "src/auth/password.rs", "the_wait_for_a_turn_is_bounded"),
+    ("bcrypt_parallel", "tests/it/settings.rs", "as_many_passwords_are_hashed_at_once_as_is_set"),
     ("request_timeout_s", "src/server/calls.rs", "a_handler_that_takes_too_long_is_past_its_deadline"),
     ("drain_deadline_s", "tests/it/operations.rs", "on_sigterm_watchers_are_told_and_the_exit_is_clean"),
     (
