@@ -8,6 +8,7 @@ use std::{
 };
 
 use diesel_async::{AsyncPgConnection, SimpleAsyncConnection as _};
+use futures_util::future::join_all;
 use milepost::pb::{
     self, ApiKeyScope, ErrorReason, WatchEndReason, publish_events_response::Outcome,
     watch_events_request::Scope, watch_events_response::Message,
@@ -18,9 +19,12 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Status};
 use uuid::Uuid;
 
-use crate::support::{
-    Caller, Clients, Mode, PASSWORD, Proxy, STREAMS_PER_USER, ServerProcess, TestDatabase, TestServer, User,
-    assert_refused, assert_violations, info, registration, step, within_patience,
+use crate::{
+    metrics::until,
+    support::{
+        CONNECTIONS, Caller, Clients, Mode, PASSWORD, Proxy, STREAMS_PER_USER, ServerProcess, TestDatabase,
+        TestServer, User, assert_refused, assert_violations, info, registration, step, within_patience,
+    },
 };
 
 struct Scene {
@@ -213,6 +217,60 @@ async fn a_job_is_not_closed_once_the_credential_has_ended() {
         provider.jobs.close_job(pb::CloseJobRequest { job, ..Default::default() }).await
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_made_once_the_credential_ended_while_its_call_waited_for_a_connection() {
+    let mut scene = Scene::new().await;
+    let database = scene.server.database.clone();
+    let scopes = [ApiKeyScope::Read, ApiKeyScope::Append, ApiKeyScope::Manage].map(i32::from).to_vec();
+    let request = pb::CreateApiKeyRequest { scopes, ..Default::default() };
+    let ending = scene.provider.session.auth.create_api_key(request).await.unwrap().into_inner();
+    let mut ending_user = scene.provider.clone();
+    ending_user.key = scene.server.with_secret(ending.secret);
+    let mut watch = ending_user.watch(&scene.job).await;
+    watch.caught_up().await;
+    let (api_key_id, job) = (scene.key_id().await, scene.job.id.clone());
+    let rotated = format!("api_keys WHERE id = '{api_key_id}' AND expires_at IS NOT NULL");
+    let made = async || {
+        let tables = ["api_keys", &rotated, "watch_tokens", "job_configurations", "audit_entries"];
+        join_all(tables.map(|table| scene.server.count(table))).await
+    };
+    let before = made().await;
+
+    let holder = hold_configurations(&database).await;
+    for _ in 0..CONNECTIONS {
+        let mut configurations = scene.provider.configurations.clone();
+        let request = pb::ListJobConfigurationsRequest::default();
+        tokio::spawn(async move { configurations.list_job_configurations(request).await });
+    }
+    within_patience("all connections to be in use", async {
+        while database.waiting_for_locks().await.len() < CONNECTIONS {}
+    })
+    .await;
+    let calling = tokio::spawn(async move {
+        let Caller { auth, mut configurations, .. } = ending_user.key;
+        let [mut creating, mut rotating, mut showing] = [(); 3].map(|()| auth.clone());
+        let rotate = pb::RotateApiKeyRequest { api_key_id, overlap: None };
+        let job = Some(pb::create_watch_token_request::Job::JobId(job));
+        let show = pb::CreateWatchTokenRequest { job, ..Default::default() };
+        let answers = tokio::join!(
+            creating.create_api_key(pb::CreateApiKeyRequest::default()),
+            rotating.rotate_api_key(rotate),
+            showing.create_watch_token(show),
+            configurations.register_job_configuration(registration("2.0.0", &[])),
+        );
+        [answers.0.map(drop), answers.1.map(drop), answers.2.map(drop), answers.3.map(drop)]
+    });
+    until(&scene.server, "milepost_database_connections_waiting", |calls| calls >= 4.0).await;
+    let end = format!("UPDATE api_keys SET expires_at = now() WHERE id = '{}'", ending.api_key.unwrap().id);
+    database.execute(&end).await;
+    watch.until(|message| matches!(message, Message::End(_))).await;
+    drop(holder);
+    let answers = within_patience("the answers", calling).await.unwrap();
+    let codes = answers.map(|answer| answer.map_err(|status| status.code()));
+    assert_eq!(codes, [Err(Code::Unauthenticated); 4]);
+    assert_eq!(made().await, before);
 }
 
 #[tokio::test(flavor = "multi_thread")]

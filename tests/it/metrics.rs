@@ -18,7 +18,7 @@ use crate::support::{
 };
 
 /// The samples of a scrape, by name and labels as they stand there.
-type Samples = BTreeMap<String, f64>;
+pub type Samples = BTreeMap<String, f64>;
 
 /// An answer over HTTP/1.1: status line and headers, and the body.
 async fn get(address: SocketAddr, path: &str) -> (String, String) {
@@ -39,7 +39,7 @@ async fn scrape(server: &TestServer) -> Samples {
 
 /// Scrapes until a sample is as it is wanted; counting follows the answer to a
 /// call by a moment.
-async fn until(server: &TestServer, series: &str, wanted: impl Fn(f64) -> bool) -> Samples {
+pub async fn until(server: &TestServer, series: &str, wanted: impl Fn(f64) -> bool) -> Samples {
     let mut last = None;
     let found = async {
         loop {

@@ -16,7 +16,7 @@ use tonic_health::pb::{
 };
 
 use crate::support::{
-    Caller, Mode, TestServer, User, Watch, assert_refused, info, registration, within_patience,
+    CONNECTIONS, Caller, Mode, TestServer, User, Watch, assert_refused, info, registration, within_patience,
 };
 
 /// Longest that a refusal may take once the database is known to be away: far
@@ -29,8 +29,6 @@ const BACK: Duration = Duration::from_secs(2);
 /// The same after a silence: whoever had begun to connect meanwhile hears
 /// nothing any more, and first waits in vain.
 const BACK_FROM_SILENCE: Duration = Duration::from_secs(3);
-/// As the tests' servers have them in their pools.
-const CONNECTIONS: usize = 8;
 
 async fn health(server: &TestServer, service: &str) -> ServingStatus {
     let asked = HealthCheckRequest { service: service.to_owned() };

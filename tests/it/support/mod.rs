@@ -22,7 +22,7 @@ pub use port::own_address;
 pub use process::{DRAIN_DEADLINE, ServerProcess, operate};
 pub use proxy::{Mode, Proxy};
 pub use refused::{assert_refused, assert_violations};
-pub use server::{STREAMS_PER_CONNECTION, STREAMS_PER_USER, TRUSTED_PROXY, TestServer};
+pub use server::{CONNECTIONS, STREAMS_PER_CONNECTION, STREAMS_PER_USER, TRUSTED_PROXY, TestServer};
 pub use temporary::TemporaryFolder;
 pub use watch::Watch;
 

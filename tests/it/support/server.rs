@@ -26,6 +26,8 @@ use super::{Authority, Clients, Proxy, cluster::TestDatabase};
 
 /// Whose word is taken for where a call comes from; nobody else calls from it.
 pub const TRUSTED_PROXY: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 9));
+/// Most connections to the database at once.
+pub const CONNECTIONS: usize = 8;
 /// Most streams of one user at once.
 pub const STREAMS_PER_USER: usize = 40;
 
@@ -167,7 +169,7 @@ impl Setup {
         let database = Database::new(DatabaseSettings {
             url: self.url.clone(),
             ca: self.database.ca.clone(),
-            connections: 8,
+            connections: CONNECTIONS,
             statement_timeout: Duration::from_secs(5),
             connect_timeout: Duration::from_secs(5),
             synchronous_commit: "on".to_owned(),
