@@ -29,6 +29,7 @@ use crate::support::{
 /// Kinds of frames, flags and codes (RFC 9113).
 const HEADERS: u8 = 1;
 const RST_STREAM: u8 = 3;
+const PING: u8 = 6;
 const GOAWAY: u8 = 7;
 const END_HEADERS: u8 = 4;
 const END_STREAM: u8 = 1;
@@ -207,15 +208,20 @@ async fn a_client_that_is_gone_without_a_word_is_let_go_and_its_streams_count_no
 #[tokio::test(flavor = "multi_thread")]
 async fn who_resets_what_they_asked_for_again_and_again_is_cut_off() {
     let server = TestServer::start().await;
-    let mut client = Frames::connect(server.address).await;
     // In one go, so that none is looked at in between.
-    let mut frames = BytesMut::new();
-    for _ in 0..10 * limits::PENDING_RESET_STREAMS {
-        let stream = client.next_stream();
-        frames.put(frame(HEADERS, END_HEADERS | END_STREAM, stream, REQUEST));
-        frames.put(frame(RST_STREAM, 0, stream, &CANCEL.to_be_bytes()));
-    }
-    client.send(&frames).await;
+    let reset = async |streams: usize| {
+        let mut client = Frames::connect(server.address).await;
+        let mut frames = BytesMut::new();
+        for _ in 0..streams {
+            let stream = client.next_stream();
+            frames.put(frame(HEADERS, END_HEADERS | END_STREAM, stream, REQUEST));
+            frames.put(frame(RST_STREAM, 0, stream, &CANCEL.to_be_bytes()));
+        }
+        client.send(&frames).await;
+        client
+    };
+    reset(limits::PENDING_RESET_STREAMS).await.is_answered().await;
+    let mut client = reset(limits::PENDING_RESET_STREAMS + 1).await;
     assert_eq!(client.until(GOAWAY).await.1, ENHANCE_YOUR_CALM);
     // Others are served.
     server.customer().await;
@@ -225,13 +231,11 @@ async fn who_resets_what_they_asked_for_again_and_again_is_cut_off() {
 async fn who_sends_faulty_requests_again_and_again_is_cut_off() {
     let server = TestServer::start().await;
     let mut client = Frames::connect(server.address).await;
-    let mut frames = BytesMut::new();
-    for _ in 0..=limits::FAULTY_STREAMS {
-        let stream = client.next_stream();
-        // `:status`, in a request.
-        frames.put(frame(HEADERS, END_HEADERS | END_STREAM, stream, &[0x88]));
+    for _ in 0..limits::FAULTY_STREAMS {
+        client.ask_faultily().await;
     }
-    client.send(&frames).await;
+    client.is_answered().await;
+    client.ask_faultily().await;
     assert_eq!(client.until(GOAWAY).await.1, ENHANCE_YOUR_CALM);
 }
 
@@ -289,6 +293,12 @@ impl Frames {
         stream
     }
 
+    /// With `:status`, in a request.
+    async fn ask_faultily(&mut self) {
+        let stream = self.next_stream();
+        self.send(&frame(HEADERS, END_HEADERS | END_STREAM, stream, &[0x88])).await;
+    }
+
     async fn read(&mut self) -> (u8, u32, Vec<u8>) {
         let read = async {
             let mut head = [0; 9];
@@ -299,6 +309,12 @@ impl Frames {
             (kind, u32::from_be_bytes(stream), payload)
         };
         within_patience("a frame", read).await
+    }
+
+    /// All that was sent was read, and was not too much.
+    async fn is_answered(&mut self) {
+        self.send(&frame(PING, 0, 0, &[0; 8])).await;
+        self.until(PING).await;
     }
 
     /// Stream and code of the next frame of this kind, which says why something
