@@ -23,7 +23,6 @@
 use std::{
     collections::HashMap,
     io,
-    panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -41,6 +40,7 @@ use super::{
     plan::{Appended, Batch},
     round::{Group, Lane, Reply, Request, Round, Settled},
     tail::Tail,
+    vital,
 };
 use crate::{
     db::{
@@ -104,14 +104,7 @@ impl Appender {
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         std::thread::Builder::new().name("append".to_owned()).spawn(move || {
-            let appending = AssertUnwindSafe(|| runtime.block_on(task.run(requests)));
-            if catch_unwind(appending).is_err() {
-                // A server that seems well and appends nothing is worse
-                // than none, and one that went on would have to guess what
-                // became of what it had sent.
-                tracing::error!("nothing can be appended any more: the process ends");
-                std::process::abort();
-            }
+            runtime.block_on(vital(task.run(requests)));
         })?;
         Ok(Self { inbox, room: Arc::new(Semaphore::new(INBOX_KIB as usize)), traces })
     }

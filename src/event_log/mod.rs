@@ -17,11 +17,13 @@ pub(crate) mod watch;
 pub(crate) mod wire;
 
 use std::{
+    panic::AssertUnwindSafe,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use chrono::{DateTime, Utc};
+use futures_util::FutureExt as _;
 use tokio::sync::{Semaphore, oneshot};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -253,6 +255,16 @@ impl EventLog {
         draining: CancellationToken,
     ) -> Result<Watch> {
         Watch::open(self.clone(), query, credential, draining).await
+    }
+}
+
+/// What the log lives by. If it panics, the process ends: a server that seems well
+/// and appends nothing, or tells nothing, is worse than none, and one that went on
+/// would have to guess what became of what it had begun.
+async fn vital(work: impl Future<Output = ()>) {
+    if AssertUnwindSafe(work).catch_unwind().await.is_err() {
+        tracing::error!("the log cannot go on: the process ends");
+        std::process::abort();
     }
 }
 

@@ -19,6 +19,8 @@ use uuid::Uuid;
 use super::{
     directory::{Directory, JobIdentity},
     token::Place,
+    vital,
+    watch::Interest,
     wire::LogEvent,
 };
 use crate::{
@@ -79,7 +81,7 @@ impl Tail {
         let tail =
             Arc::new(Self { inner: Mutex::new(inner), bell: Notify::new(), database, directory, metrics });
         let reader = Arc::downgrade(&tail);
-        tokio::spawn(async move {
+        tokio::spawn(vital(async move {
             // Its own: what all watchers wait for does not wait behind calls.
             let mut kept = None;
             let mut reads = true;
@@ -103,7 +105,7 @@ impl Tail {
                     tail.metrics.watches.sweep_finds.inc();
                 }
             }
-        });
+        }));
         Ok(tail)
     }
 
@@ -129,10 +131,10 @@ impl Tail {
 
     /// A mailbox into which everything is delivered that is committed on this
     /// topic from now on.
-    pub(crate) fn subscribe(self: &Arc<Self>, topic: Uuid) -> Subscription {
-        let mailbox = Arc::new(Mailbox::default());
+    pub(crate) fn subscribe(self: &Arc<Self>, interest: Arc<Interest>) -> Subscription {
         let mut inner = self.lock();
-        let key = (topic, inner.next_number);
+        let key = (interest.topic(), inner.next_number);
+        let mailbox = Arc::new(Mailbox { interest, inner: Mutex::default(), filled: Notify::new() });
         inner.next_number += 1;
         inner.mailboxes.insert(key, Arc::clone(&mailbox));
         Subscription { tail: Arc::clone(self), key, mailbox }
@@ -257,18 +259,29 @@ pub(crate) async fn log_events(
 
 /// What waits for one watcher. Bounded: one that does not keep up forgets it
 /// all and is told to read the log.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Mailbox {
+    interest: Arc<Interest>,
     inner: Mutex<Waiting>,
     filled: Notify,
 }
 
 #[derive(Debug, Default)]
 struct Waiting {
-    events: VecDeque<Arc<LogEvent>>,
+    events: VecDeque<Delivered>,
     bytes: usize,
     overflowed: bool,
     follows: Follows,
+}
+
+/// An event that waits; of those in a row that nobody asked for only the last, which
+/// tells how far the log is: however many they are, they take no room.
+#[derive(Debug)]
+pub(crate) struct Delivered {
+    pub(crate) event: Arc<LogEvent>,
+    /// Of the first of them.
+    pub(crate) first_sequence: i64,
+    wanted: bool,
 }
 
 /// How far a watcher is.
@@ -287,7 +300,7 @@ impl Waiting {
     fn waits_since(&self) -> Option<Instant> {
         match self.follows {
             Follows::NotYet => None,
-            Follows::Now => self.events.front()?.heard.map(|heard| heard.at),
+            Follows::Now => self.events.front()?.event.heard.map(|heard| heard.at),
             Follows::Since(at) => Some(at),
         }
     }
@@ -299,12 +312,19 @@ impl Mailbox {
         if waiting.overflowed {
             return;
         }
-        if waiting.events.len() >= MAILBOX_EVENTS || waiting.bytes + event.encoded.len() > MAILBOX_BYTES {
+        let wanted = self.interest.wants(event);
+        if !wanted && let Some(last) = waiting.events.back_mut().filter(|last| !last.wanted) {
+            last.event = Arc::clone(event);
+            return;
+        }
+        let bytes = if wanted { event.encoded.len() } else { 0 };
+        if waiting.events.len() >= MAILBOX_EVENTS || waiting.bytes + bytes > MAILBOX_BYTES {
             drop(waiting);
             return self.overflow();
         }
-        waiting.bytes += event.encoded.len();
-        waiting.events.push_back(Arc::clone(event));
+        waiting.bytes += bytes;
+        let (event, first_sequence) = (Arc::clone(event), event.sequence);
+        waiting.events.push_back(Delivered { event, first_sequence, wanted });
         drop(waiting);
         self.filled.notify_one();
     }
@@ -337,7 +357,7 @@ pub(crate) struct Subscription {
 #[derive(Debug)]
 pub(crate) enum Delivery {
     /// In the order of the log; never empty.
-    Events(VecDeque<Arc<LogEvent>>),
+    Events(VecDeque<Delivered>),
     /// More came than the mailbox holds, from now on it is delivered again:
     /// what was missed is in the log.
     Overflowed,

@@ -5,12 +5,11 @@ use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use sha2::{Digest as _, Sha256};
 use uuid::Uuid;
 
-use super::watch::Scope;
+use super::watch::{Interest, Scope};
 use crate::{
     error::{Error, Result},
     limits::TOKEN_BYTES,
     models::caller::Sight,
-    progress::EventKind,
 };
 
 /// Of the token's form; another one is refused.
@@ -32,7 +31,7 @@ pub(crate) struct Place {
 pub(crate) struct Binding([u8; 8]);
 
 impl Binding {
-    pub(crate) fn new(scope: &Scope, kinds: &[EventKind]) -> Self {
+    pub(crate) fn new(Interest { scope, kinds }: &Interest) -> Self {
         let mut digest = Sha256::new();
         let mut text = |text: &str| {
             digest.update(text.len().to_be_bytes());

@@ -14,10 +14,10 @@ use std::{
 use tokio_util::sync::CancellationToken;
 
 use self::end::{LogEnd, before_oldest};
-pub(crate) use self::query::{Body, EndReason, Message, Scope, Start, WatchQuery};
+pub(crate) use self::query::{Body, EndReason, Interest, Message, Scope, Start, WatchQuery};
 use super::{
     EventLog,
-    tail::{Delivery, Subscription, log_events},
+    tail::{Delivered, Delivery, Subscription, log_events},
     token::{Binding, Place},
     wire::LogEvent,
 };
@@ -26,7 +26,7 @@ use crate::{
     error::{Error, Result},
     limits::MESSAGE_BYTES,
     models::{event::Event, retention::Removed},
-    progress::{EventKind, JobState},
+    progress::JobState,
     telemetry::metrics::Open,
 };
 
@@ -47,8 +47,7 @@ pub(crate) struct Watch {
     log: EventLog,
     credential: Arc<Credential>,
     draining: CancellationToken,
-    scope: Scope,
-    kinds: Vec<EventKind>,
+    interest: Arc<Interest>,
     heartbeat: Duration,
     binding: Binding,
     subscription: Subscription,
@@ -87,19 +86,21 @@ impl Watch {
         credential: Arc<Credential>,
         draining: CancellationToken,
     ) -> Result<Self> {
-        let WatchQuery { scope, kinds, start, heartbeat } = query;
+        let WatchQuery { interest, start, heartbeat } = query;
         let from_beginning = matches!(start, Start::Beginning);
-        let binding = Binding::new(&scope, &kinds);
+        let binding = Binding::new(&interest);
         let resumed = match &start {
             Start::Resume(token) => Some(binding.place(token)?),
             Start::Beginning | Start::AfterSequence(_) | Start::Now => None,
         };
         // Before the log's end is looked up: whatever is committed after that
         // look is delivered.
-        let subscription = log.0.tail.subscribe(scope.topic());
-        let end = LogEnd::look(&log, &scope).await?;
+        let interest = Arc::new(interest);
+        let subscription = log.0.tail.subscribe(Arc::clone(&interest));
+        let scope = &interest.scope;
+        let end = LogEnd::look(&log, scope).await?;
         let Place { cursor, removals } = match (start, resumed) {
-            (Start::Beginning, _) => Place { cursor: before_oldest(&log, &scope, &end).await?, ..end.place },
+            (Start::Beginning, _) => Place { cursor: before_oldest(&log, scope, &end).await?, ..end.place },
             (Start::AfterSequence(cursor), _) => Place { cursor, ..end.place },
             (_, Some(place)) => place,
             _ => end.place,
@@ -109,7 +110,7 @@ impl Watch {
             return Err(Error::PositionBeyondLog);
         }
         let watches = &log.0.metrics.watches;
-        let counted = Open::of(match &scope {
+        let counted = Open::of(match scope {
             Scope::Job(_) => &watches.of_one_job,
             Scope::All { .. } => &watches.of_all_jobs,
         });
@@ -117,8 +118,7 @@ impl Watch {
             log,
             credential,
             draining,
-            scope,
-            kinds,
+            interest,
             heartbeat,
             binding,
             subscription,
@@ -250,7 +250,7 @@ impl Watch {
         let turn = turn.map_err(Error::internal)?;
         let mut connection = self.log.0.database.get().await?;
         let page = self.page;
-        let (rows, read_to) = match &self.scope {
+        let (rows, read_to) = match &self.interest.scope {
             Scope::Job(job) => {
                 let through = self.past_end;
                 let rows =
@@ -262,7 +262,7 @@ impl Watch {
                 {
                     drop((connection, turn));
                     // It may have gone on before it was closed and removed.
-                    self.job = LogEnd::look(&self.log, &self.scope).await?.job;
+                    self.job = LogEnd::look(&self.log, &self.interest.scope).await?.job;
                     return Err(Error::EventsExpired { first_sequence: None });
                 }
                 let read_to = rows.last().map_or(through, |row| row.sequence);
@@ -314,19 +314,19 @@ impl Watch {
         if fit < events.len() {
             events.truncate(fit);
             self.page = i64::try_from(fit).unwrap_or(PAGE).min(PAGE);
-            self.read_to = events.last().map_or(read_to, |event| self.scope.place(event));
+            self.read_to = events.last().map_or(read_to, |event| self.interest.scope.place(event));
         } else {
             self.page = (page * 2).min(PAGE);
             self.read_to = read_to;
         }
-        self.pending = events.into_iter().filter(|event| self.scope.contains(event)).collect();
+        self.pending = events.into_iter().filter(|event| self.interest.scope.contains(event)).collect();
         Ok(())
     }
 
     /// The past now ends where the log does.
     async fn look_again(&mut self) -> Result<()> {
         let turn = self.log.0.readers.acquire().await.map_err(Error::internal)?;
-        let end = LogEnd::look(&self.log, &self.scope).await?;
+        let end = LogEnd::look(&self.log, &self.interest.scope).await?;
         drop(turn);
         if end.place.cursor < self.cursor {
             return Err(Error::PositionBeyondLog);
@@ -375,7 +375,7 @@ impl Watch {
             self.receive(delivery);
             return None;
         }
-        if let Scope::All { .. } = self.scope {
+        if let Scope::All { .. } = self.interest.scope {
             self.cursor = self.cursor.max(head.cursor);
             self.read_to = self.cursor;
             self.removals = self.removals.max(head.removals);
@@ -385,20 +385,20 @@ impl Watch {
 
     /// Takes in what was delivered; what was read from the log already is
     /// dropped.
-    fn accept(&mut self, events: VecDeque<Arc<LogEvent>>) {
-        for event in events {
-            let place = self.scope.place(&event);
+    fn accept(&mut self, events: VecDeque<Delivered>) {
+        for Delivered { event, first_sequence, .. } in events {
+            let place = self.interest.scope.place(&event);
             if place <= self.read_to {
                 continue;
             }
-            if let Scope::Job(_) = self.scope
-                && place > self.read_to + 1
+            if let Scope::Job(_) = self.interest.scope
+                && first_sequence > self.read_to + 1
             {
                 self.missed = true;
                 return;
             }
             self.read_to = place;
-            if self.scope.contains(&event) {
+            if self.interest.scope.contains(&event) {
                 self.pending.push_back(event);
             }
         }
@@ -410,13 +410,13 @@ impl Watch {
         let mut events = Vec::new();
         let mut room = MESSAGE_BYTES - MESSAGE_MARGIN;
         while let Some(event) = self.pending.front() {
-            let wanted = self.kinds.is_empty() || self.kinds.contains(&event.kind);
+            let wanted = self.interest.wants(event);
             let bytes = event.encoded.len();
             if wanted && bytes > room && !events.is_empty() {
                 break;
             }
             let Some(event) = self.pending.pop_front() else { break };
-            self.cursor = self.scope.place(&event);
+            self.cursor = self.interest.scope.place(&event);
             self.note(&event);
             if wanted {
                 room = room.saturating_sub(bytes);

@@ -26,7 +26,7 @@ use crate::{
     event_log::{
         Lane, answered,
         plan::Appended,
-        watch::{Body, EndReason, Message, Scope, Watch, WatchQuery},
+        watch::{Body, EndReason, Interest, Message, Scope, Watch, WatchQuery},
     },
     models::caller::{self, Provider},
     pb::{self, event_service_server::EventService},
@@ -127,7 +127,7 @@ impl EventService for EventApi {
                 Scope::All { viewer, configuration_tag, counterpart_id }
             }
         };
-        let query = WatchQuery { scope, kinds, start, heartbeat };
+        let query = WatchQuery { interest: Interest { scope, kinds }, start, heartbeat };
         let open = self.0.auth.open_stream(Arc::clone(&credential), peer.cut)?;
         let watch = self.0.log.watch(query, credential, self.0.draining.clone()).await?;
         let messages = stream::unfold(Watching::Open(Box::new(watch)), watch_next);

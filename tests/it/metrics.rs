@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, net::SocketAddr};
 
-use milepost::pb::{self, ErrorReason};
+use milepost::pb::{self, ErrorReason, EventKind, watch_events_request::Scope};
 use prost_types::{Value, value::Kind};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -320,6 +320,46 @@ async fn a_watcher_that_falls_behind_is_seen_until_it_has_caught_up() {
     slow.film().await;
     let samples = until(&server, lag, |lag| lag == 0.0).await;
     assert!(samples["milepost_watch_overflows_total"] >= 1.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_falls_behind_for_what_they_did_not_ask_for() {
+    let server = TestServer::start().await;
+    let (mut provider, mut customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[]).await;
+    let (job, others) = (provider.job(&customer).await, provider.job(&server.customer().await).await);
+    let of_kinds = |scope, kinds: &[EventKind]| pb::WatchEventsRequest {
+        scope: Some(scope),
+        kinds: kinds.iter().map(|kind| (*kind).into()).collect(),
+        ..Default::default()
+    };
+    let all = pb::AllJobs { counterpart_id: customer.id.clone(), ..Default::default() };
+    let mut watches = [
+        customer.watch_by(of_kinds(Scope::JobId(job.id.clone()), &[EventKind::Error])).await.unwrap(),
+        provider.watch_by(of_kinds(Scope::AllJobs(all), &[EventKind::Error])).await.unwrap(),
+    ];
+    for watch in &mut watches {
+        watch.caught_up().await;
+    }
+    // Each batch is more than a mailbox holds.
+    for name in ["first", "second"] {
+        for job in [&job, &others] {
+            provider.append(job, (0..500).map(|_| info("passes"))).await;
+        }
+        provider.append(&job, [pb::NewEvent { kind: EventKind::Error.into(), ..info(name) }]).await;
+        provider.append(&others, (0..500).map(|_| info("passes"))).await;
+        for watch in &mut watches {
+            let [event] = watch.events(1).await.try_into().unwrap();
+            assert_eq!(event.name, name);
+        }
+    }
+    assert_eq!(scrape(&server).await["milepost_watch_overflows_total"], 0.0);
+    // Nothing is missing of what the end says.
+    provider.append(&job, (0..500).map(|_| info("passes"))).await;
+    provider.append(&job, [complete()]).await;
+    let [of_one, _] = watches;
+    let film = of_one.film().await;
+    assert_eq!((film.events, film.end.job.unwrap().last_sequence), (vec![], 1_503));
 }
 
 #[tokio::test(flavor = "multi_thread")]

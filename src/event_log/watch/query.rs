@@ -26,13 +26,6 @@ pub(crate) enum Scope {
 }
 
 impl Scope {
-    pub(super) fn topic(&self) -> Uuid {
-        match self {
-            Self::Job(job) => job.id,
-            Self::All { viewer, .. } => viewer.id(),
-        }
-    }
-
     /// What is compared with the cursor.
     pub(super) fn place(&self, event: &LogEvent) -> i64 {
         match self {
@@ -57,6 +50,27 @@ impl Scope {
     }
 }
 
+/// Which events a watch asks for.
+#[derive(Debug)]
+pub(crate) struct Interest {
+    pub(crate) scope: Scope,
+    /// Empty: all.
+    pub(crate) kinds: Vec<EventKind>,
+}
+
+impl Interest {
+    pub(crate) fn topic(&self) -> Uuid {
+        match &self.scope {
+            Scope::Job(job) => job.id,
+            Scope::All { viewer, .. } => viewer.id(),
+        }
+    }
+
+    pub(crate) fn wants(&self, event: &LogEvent) -> bool {
+        (self.kinds.is_empty() || self.kinds.contains(&event.kind)) && self.scope.contains(event)
+    }
+}
+
 /// Where a watch starts.
 #[derive(Debug)]
 pub(crate) enum Start {
@@ -70,9 +84,7 @@ pub(crate) enum Start {
 /// What to watch, and how.
 #[derive(Debug)]
 pub(crate) struct WatchQuery {
-    pub(crate) scope: Scope,
-    /// Empty: all.
-    pub(crate) kinds: Vec<EventKind>,
+    pub(crate) interest: Interest,
     pub(crate) start: Start,
     pub(crate) heartbeat: Duration,
 }
