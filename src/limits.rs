@@ -63,10 +63,10 @@ pub const CONNECTIONS: usize = 10_000;
 pub const HANDSHAKE: Duration = Duration::from_secs(10);
 /// Most handshakes of TLS under way at once; one more ends the oldest.
 pub const HANDSHAKES: usize = 1000;
-/// Most calls open at once that need no credential: sign-ups, log-ins, reflection
-/// and what watches health; as many as connections, each of which may watch it.
+/// Most sign-ups and log-ins at once, most streams of reflection and health, and most
+/// calls whose secret is looked up: as many as connections, each of which may have one.
 pub const STRANGERS: usize = CONNECTIONS;
-/// Most bytes that such a call may send.
+/// Most bytes that a call may send that needs no credential.
 pub const STRANGER_BYTES: usize = 64 * 1024;
 /// Most credentials that one process remembers.
 pub const CREDENTIALS: usize = 65_536;

@@ -13,7 +13,7 @@ use std::{pin::pin, sync::Arc, time::Duration};
 
 use tokio::{
     net::TcpListener,
-    sync::{Semaphore, watch},
+    sync::watch,
     time::{sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -21,7 +21,12 @@ use tonic::transport::Server;
 use tonic_health::{ServingStatus, server::HealthReporter};
 use tower::layer::layer_fn;
 
-use self::{calls::Calls, connection::Connections, gate::Gate, incoming::incoming};
+use self::{
+    calls::Calls,
+    connection::Connections,
+    gate::{Gate, Strangers},
+    incoming::incoming,
+};
 pub use self::{metrics::serve_metrics, tls::Tls};
 use crate::{
     error::{Error, Result},
@@ -92,9 +97,9 @@ pub async fn serve(
     let layer = {
         let (draining, request_timeout) = (draining.clone(), settings.request_timeout);
         let (app, calls) = (app.clone(), calls.clone());
-        let strangers = Arc::new(Semaphore::new(limits::STRANGERS));
+        let strangers = Strangers::new(limits::STRANGERS);
         layer_fn(move |routes| {
-            let gate = Gate::new(routes, app.clone(), Arc::clone(&strangers));
+            let gate = Gate::new(routes, app.clone(), strangers.clone());
             Calls::new(gate, request_timeout, draining.clone(), calls.clone(), telemetry.clone())
         })
     };

@@ -1,6 +1,6 @@
 -- A log-in whose password could not be looked at, since there was no turn at hashing
--- or the database went away, is no failure: it gives back what it counted on its
--- keys. A block goes with it, as in finish_log_in_attempt. One in doubt, which
+-- or the database was too slow, is no failure: it gives back what it counted on its
+-- keys, unless the database is away. A block goes with it, as in finish_log_in_attempt. One in doubt, which
 -- counted on its pair alone, leaves its pair blocked if it is: it may be by
 -- another.
 --

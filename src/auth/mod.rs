@@ -24,7 +24,7 @@ use std::{
 
 use diesel_async::AsyncPgConnection;
 use tokio::{
-    sync::Notify,
+    sync::{Notify, Semaphore},
     time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
@@ -37,9 +37,9 @@ use self::{
     streams::Streams,
 };
 use crate::{
-    db::Database,
+    db::{Asker, Database},
     error::{Error, Result},
-    limits::CREDENTIAL_CONFIRMED_WITHIN,
+    limits::{CREDENTIAL_CONFIRMED_WITHIN, STRANGERS},
     models::{api_key::ApiKey, caller::CredentialId, session::Session, watch_token::WatchToken},
     secret::{Secret, SecretHash, SecretKind},
 };
@@ -86,6 +86,8 @@ struct Inner {
     passwords: Passwords,
     streams: Streams,
     cache: Mutex<Cache>,
+    /// Places of those whose secret is looked up.
+    look_ups: Semaphore,
     /// When the last round of confirmation began that came to its end.
     confirmed_at: AtomicU64,
     /// Rings for a round of confirmation before its time.
@@ -103,6 +105,7 @@ impl Auth {
             streams: Streams::new(settings.streams_per_user),
             settings,
             cache: Mutex::default(),
+            look_ups: Semaphore::new(STRANGERS),
             database,
             confirmed_at: AtomicU64::new(Moment::now().0),
             bell: bell.clone(),
@@ -182,9 +185,13 @@ impl Inner {
     }
 
     async fn look_up(&self, kind: SecretKind, hash: SecretHash) -> Result<Arc<Credential>> {
+        let _place = self.look_ups.try_acquire().map_err(|_| Error::Overloaded {
+            what: "secrets to look up",
+            retry_after: Duration::from_secs(1),
+        })?;
         loop {
             let mark = self.cache().mark();
-            let mut conn = self.database.get_for_stranger().await?;
+            let mut conn = self.database.get_for(Asker::WithSecret).await?;
             let asked_at = Moment::now();
             let found = match kind {
                 SecretKind::Session => Session::authenticate(&mut conn, &hash).await?,

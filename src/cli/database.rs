@@ -53,7 +53,7 @@ impl OpenDatabase {
     }
 
     /// The same before it is served: its schema is brought up to date, too, if it is
-    /// to be. Nothing is left of what was under way if this is dropped.
+    /// to be. A migration that is under way leaves nothing if this is dropped.
     pub(super) async fn ready(Config { database, server, .. }: &Config) -> Result<(), BoxError> {
         Self::wait(database).await?;
         if let Some(url) = database.database_url.as_ref().filter(|_| server.migrate) {

@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::{
     database::{OpenDatabase, data_dir},
     refused, say,
-    serve::{Server, bind},
+    serve::{Server, bind, server_settings},
     watch::{exit_code, follow},
 };
 use crate::{
@@ -75,8 +75,9 @@ impl Demo {
             }
         }
         say(&format!("  {}", style("starting a server of its own …").dim()))?;
+        let settings = server_settings(&self.config.server).await?;
         OpenDatabase::ready(&self.config).await?;
-        let server = Server::start(&self.config, self.listen().await?).await?;
+        let server = Server::start(&self.config, settings, self.listen().await?).await?;
         Ok((self.url(server.address)?, Some(server)))
     }
 

@@ -25,7 +25,6 @@ use crate::{
         Telemetry,
         traces::{TraceSettings, Traces},
     },
-    tls::TlsError,
 };
 
 /// Serves until SIGTERM or SIGINT.
@@ -33,6 +32,7 @@ pub(super) async fn run(config: &Config) -> Result<ExitCode, BoxError> {
     // From here on a signal waits for its turn, so that whatever was started
     // is also stopped.
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let settings = server_settings(&config.server).await?;
     // Before anybody can connect: until then this server is not ready.
     tokio::select! {
         ready = OpenDatabase::ready(config) => ready?,
@@ -40,7 +40,7 @@ pub(super) async fn run(config: &Config) -> Result<ExitCode, BoxError> {
         _ = interrupt.recv() => return Ok(ExitCode::SUCCESS),
     }
     let listener = bind(&config.server).await?;
-    let server = Server::start(config, listener).await?;
+    let server = Server::start(config, settings, listener).await?;
     let data = match &config.database.database_url {
         Some(_) => "DATABASE_URL".to_owned(),
         None => data_dir(&config.database).await?.display().to_string(),
@@ -52,9 +52,15 @@ pub(super) async fn run(config: &Config) -> Result<ExitCode, BoxError> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Listens where the settings say, beyond loopback only if they say so
-/// outright.
+/// Listens where the settings say.
 pub(super) async fn bind(config: &ServerConfig) -> Result<TcpListener, BoxError> {
+    TcpListener::bind(config.listen)
+        .await
+        .map_err(|error| format!("cannot listen on {}: {error}", config.listen).into())
+}
+
+/// How to serve; beyond loopback only if the settings say so outright.
+pub(super) async fn server_settings(config: &ServerConfig) -> Result<ServerSettings, BoxError> {
     config.check()?;
     if !config.listen.ip().is_loopback() && !config.insecure_listen && !config.tls.is_on()? {
         return Err(format!(
@@ -64,9 +70,14 @@ pub(super) async fn bind(config: &ServerConfig) -> Result<TcpListener, BoxError>
         )
         .into());
     }
-    TcpListener::bind(config.listen)
-        .await
-        .map_err(|error| format!("cannot listen on {}: {error}", config.listen).into())
+    Ok(ServerSettings {
+        request_timeout: Duration::from_secs(config.request_timeout_s),
+        drain_deadline: Duration::from_secs(config.drain_deadline_s),
+        streams_per_connection: config.streams_per_connection,
+        keepalive_interval: Duration::from_secs(config.keepalive_interval_s),
+        keepalive_timeout: Duration::from_secs(config.keepalive_timeout_s),
+        tls: Tls::start(&config.tls).await?,
+    })
 }
 
 /// Where metrics are served, if they are to be; beyond loopback, too, only if
@@ -115,8 +126,11 @@ pub(super) struct Server {
 
 impl Server {
     /// Opens the database, which is ready if it is another's, and serves.
-    pub(super) async fn start(config: &Config, listener: TcpListener) -> Result<Self, BoxError> {
-        let settings = server_settings(&config.server).await?;
+    pub(super) async fn start(
+        config: &Config,
+        settings: ServerSettings,
+        listener: TcpListener,
+    ) -> Result<Self, BoxError> {
         let metrics = bind_metrics(&config.monitoring).await?;
         let telemetry = Telemetry { traces: traces(&config.monitoring)?, ..Telemetry::default() };
         let database = OpenDatabase::to_serve(&config.database).await?;
@@ -180,17 +194,6 @@ impl Server {
         self.database.close().await?;
         Ok(served??)
     }
-}
-
-async fn server_settings(config: &ServerConfig) -> Result<ServerSettings, TlsError> {
-    Ok(ServerSettings {
-        request_timeout: Duration::from_secs(config.request_timeout_s),
-        drain_deadline: Duration::from_secs(config.drain_deadline_s),
-        streams_per_connection: config.streams_per_connection,
-        keepalive_interval: Duration::from_secs(config.keepalive_interval_s),
-        keepalive_timeout: Duration::from_secs(config.keepalive_timeout_s),
-        tls: Tls::start(&config.tls).await?,
-    })
 }
 
 fn log_settings(config: &ServerConfig) -> EventLogSettings {

@@ -72,12 +72,25 @@ impl fmt::Debug for DatabaseSettings {
     }
 }
 
+/// Who wants a connection. Of whom nobody knows yet who they are there may be any
+/// number: each kind of them has a quarter of the pool, so that neither the other nor
+/// anybody else waits behind all of them.
+#[derive(Clone, Copy, Debug)]
+pub enum Asker {
+    /// Somebody whose credential is known, or ourselves.
+    Known,
+    /// Whose secret is to be looked up.
+    WithSecret,
+    /// Who logs in or signs up.
+    WithPassword,
+}
+
 /// The pool of connections.
 #[derive(Clone)]
 pub struct Database {
     pool: Pool,
-    /// Turns of strangers.
-    strangers: Arc<Semaphore>,
+    /// Turns of those with a secret, and of those with a password.
+    strangers: [Arc<Semaphore>; 2],
     settings: DatabaseSettings,
     presence: Arc<Presence>,
 }
@@ -100,7 +113,7 @@ impl Database {
             .timeouts(Timeouts { wait, create: wait, recycle: wait })
             .build()
             .map_err(Error::internal)?;
-        let strangers = Arc::new(Semaphore::new((settings.connections / 2).max(1)));
+        let strangers = [(); 2].map(|()| Arc::new(Semaphore::new((settings.connections / 4).max(1))));
         Ok(Self { pool, strangers, settings, presence })
     }
 
@@ -124,11 +137,18 @@ impl Database {
         self.unless_away(self.pool.get()).await
     }
 
-    /// The same for those of whom nobody knows yet who they are: half of the pool, so
-    /// that however many strangers ask, others find a connection.
-    pub async fn get_for_stranger(&self) -> Result<Connection> {
-        let turn = timeout(self.settings.connect_timeout, Arc::clone(&self.strangers).acquire_owned());
-        let turn = self.unless_away(turn).await?.map_err(Error::internal)?;
+    /// The same for whoever it is. [`Error::Overloaded`] where strangers of that kind
+    /// are too many.
+    pub async fn get_for(&self, asker: Asker) -> Result<Connection> {
+        let turns = match asker {
+            Asker::Known => return self.get().await,
+            Asker::WithSecret => &self.strangers[0],
+            Asker::WithPassword => &self.strangers[1],
+        };
+        let turn = timeout(self.settings.connect_timeout, Arc::clone(turns).acquire_owned());
+        let turn = self.unless_away(async { Ok::<_, BoxError>(turn.await) }).await?;
+        let overloaded = Error::Overloaded { what: "strangers", retry_after: Duration::from_secs(1) };
+        let turn = turn.map_err(|_| overloaded)?.map_err(Error::internal)?;
         Ok(self.get().await?.with_turn(turn))
     }
 

@@ -152,8 +152,8 @@ impl From<managed::Object<Manager>> for Connection {
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        let Some(mut pooled) = self.pooled.take() else { return };
         let turn = self.turn.take();
+        let Some(mut pooled) = self.pooled.take() else { return };
         let took_long = pooled.hold.lasts().is_some_and(|lasts| lasts > LOOK_EVERY);
         match Handle::try_current() {
             Ok(runtime) if took_long => drop(runtime.spawn(async move {

@@ -274,8 +274,8 @@ struct Waiting {
     follows: Follows,
 }
 
-/// An event that waits; of those in a row that nobody asked for only the last, which
-/// tells how far the log is: however many they are, they take no room.
+/// An event that waits; of those in a row that its watcher did not ask for only the
+/// last, which tells how far the log is.
 #[derive(Debug)]
 pub(crate) struct Delivered {
     pub(crate) event: Arc<LogEvent>,
@@ -300,7 +300,7 @@ impl Waiting {
     fn waits_since(&self) -> Option<Instant> {
         match self.follows {
             Follows::NotYet => None,
-            Follows::Now => self.events.front()?.event.heard.map(|heard| heard.at),
+            Follows::Now => self.events.iter().find(|waits| waits.wanted)?.event.heard.map(|heard| heard.at),
             Follows::Since(at) => Some(at),
         }
     }
@@ -312,19 +312,17 @@ impl Mailbox {
         if waiting.overflowed {
             return;
         }
-        let wanted = self.interest.wants(event);
-        if !wanted && let Some(last) = waiting.events.back_mut().filter(|last| !last.wanted) {
-            last.event = Arc::clone(event);
-            return;
+        let (wanted, mut first_sequence) = (self.interest.wants(event), event.sequence);
+        if !wanted && let Some(last) = waiting.events.pop_back_if(|last| !last.wanted) {
+            waiting.bytes -= last.event.encoded.len();
+            first_sequence = last.first_sequence;
         }
-        let bytes = if wanted { event.encoded.len() } else { 0 };
-        if waiting.events.len() >= MAILBOX_EVENTS || waiting.bytes + bytes > MAILBOX_BYTES {
+        if waiting.events.len() >= MAILBOX_EVENTS || waiting.bytes + event.encoded.len() > MAILBOX_BYTES {
             drop(waiting);
             return self.overflow();
         }
-        waiting.bytes += bytes;
-        let (event, first_sequence) = (Arc::clone(event), event.sequence);
-        waiting.events.push_back(Delivered { event, first_sequence, wanted });
+        waiting.bytes += event.encoded.len();
+        waiting.events.push_back(Delivered { event: Arc::clone(event), first_sequence, wanted });
         drop(waiting);
         self.filled.notify_one();
     }

@@ -2,7 +2,9 @@
 //! more room than what the connection holds back.
 //!
 //! Where nobody is asked, which is to sign up, to log in, and what health and
-//! reflection answer, so many calls may be open and each may say so much.
+//! reflection answer, so many calls may be open and each may say so much. Sign-ups
+//! and log-ins, which take no longer than any call, do not share their places with
+//! streams, which anybody can keep open for good.
 
 use std::{
     convert::Infallible,
@@ -26,7 +28,7 @@ use crate::{error::Error, limits::STRANGER_BYTES, services::App};
 const OURS: &str = "/milepost.";
 const OPEN: [&str; 2] = ["/milepost.v1.AuthService/SignUp", "/milepost.v1.AuthService/LogIn"];
 /// Never refused: a server that strangers keep busy is not ill, and whoever looks
-/// after it must not be told so. It takes no longer than any call.
+/// after it must not be told so.
 const HEALTH: &str = "/grpc.health.v1.Health/Check";
 
 /// All services, and the credential in front of them.
@@ -34,12 +36,27 @@ const HEALTH: &str = "/grpc.health.v1.Health/Check";
 pub(super) struct Gate {
     routes: Routes,
     app: App,
-    strangers: Arc<Semaphore>,
+    strangers: Strangers,
+}
+
+/// Places of those who are not asked.
+#[derive(Clone, Debug)]
+pub(super) struct Strangers {
+    /// Of sign-ups and log-ins.
+    calls: Arc<Semaphore>,
+    /// Of all else.
+    streams: Arc<Semaphore>,
+}
+
+impl Strangers {
+    /// So many of each.
+    pub(super) fn new(most: usize) -> Self {
+        Self { calls: Arc::new(Semaphore::new(most)), streams: Arc::new(Semaphore::new(most)) }
+    }
 }
 
 impl Gate {
-    /// `strangers` has a place for each call of those who are not asked.
-    pub(super) fn new(routes: Routes, app: App, strangers: Arc<Semaphore>) -> Self {
+    pub(super) fn new(routes: Routes, app: App, strangers: Strangers) -> Self {
         Self { routes, app, strangers }
     }
 }
@@ -57,7 +74,8 @@ impl Service<Request<Body>> for Gate {
         let Self { mut routes, app, strangers } = self.clone();
         Box::pin(async move {
             let path = request.uri().path();
-            if path.starts_with(OURS) && !OPEN.contains(&path) {
+            let ours = path.starts_with(OURS);
+            if ours && !OPEN.contains(&path) {
                 return match app.authenticate(request.headers()).await {
                     Ok(credential) => {
                         request.extensions_mut().insert(credential);
@@ -66,7 +84,8 @@ impl Service<Request<Body>> for Gate {
                     Err(error) => Ok(Status::from(error).into_http()),
                 };
             }
-            let place = match strangers.try_acquire_owned() {
+            let places = if ours { strangers.calls } else { strangers.streams };
+            let place = match places.try_acquire_owned() {
                 Ok(place) => Some(place),
                 Err(_) if path == HEALTH => None,
                 Err(_) => {
@@ -77,6 +96,10 @@ impl Service<Request<Body>> for Gate {
             };
             let request =
                 request.map(|body| Body::new(Limited::new(body, STRANGER_BYTES).map_err(too_large)));
+            let response = routes.call(request).await?;
+            if ours {
+                return Ok(response);
+            }
             // Until the last of the answer was taken.
             let until_the_end = |body: Body| {
                 Body::new(body.map_frame(move |frame| {
@@ -84,7 +107,7 @@ impl Service<Request<Body>> for Gate {
                     frame
                 }))
             };
-            routes.call(request).await.map(|response| response.map(until_the_end))
+            Ok(response.map(until_the_end))
         })
     }
 }

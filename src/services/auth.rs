@@ -16,6 +16,7 @@ use self::{
 use super::{App, credential_of, parse};
 use crate::{
     auth::Ending,
+    db::Asker,
     error::{Error, Result, Violations},
     models::{
         api_key::{ApiKey, NewApiKey},
@@ -45,7 +46,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
         }
         let origin = self.0.stranger(&request);
         let NewAccount { role, email, password, first_name, last_name } = request.into_inner().try_into()?;
-        begin_sign_up(&mut *database.get_for_stranger().await?, &origin).await?;
+        begin_sign_up(&mut *database.get_for(Asker::WithPassword).await?, &origin).await?;
         let stranger = auth.passwords().stranger().await?;
         let password_hash = auth.passwords().hash_for(stranger, password).await?;
         let secret = Secret::generate(SecretKind::Session)?;
@@ -67,7 +68,8 @@ impl pb::auth_service_server::AuthService for AuthApi {
         let App { database, auth, .. } = self.0.clone();
         let origin = self.0.stranger(&request);
         let Claim { email, password } = request.into_inner().try_into()?;
-        let (attempt, place) = begin_attempt(&self.0, LogInClaim::new(&email, origin)).await?;
+        let (attempt, place) =
+            begin_attempt(&self.0, Asker::WithPassword, LogInClaim::new(&email, origin)).await?;
         // One way for all who fail: as many queries, the work of one comparison.
         let log_in = async move {
             let _place = place;
@@ -75,7 +77,9 @@ impl pb::auth_service_server::AuthService for AuthApi {
                 let mut claimed = None;
                 // Once more where another log-in has made the hash anew meanwhile.
                 for _ in 0..2 {
-                    let found = User::find_by_email(&mut *database.get_for_stranger().await?, &email).await?;
+                    let found =
+                        User::find_by_email(&mut *database.get_for(Asker::WithPassword).await?, &email)
+                            .await?;
                     let hash = found.as_ref().map(|(_, hash)| hash.clone());
                     claimed = found.as_ref().map(|(user, _)| user.id);
                     let good = auth.passwords().verify(password.clone(), hash).await? && attempt.admits();
@@ -103,7 +107,8 @@ impl pb::auth_service_server::AuthService for AuthApi {
                 }
                 Ok(Err(WrongFor(claimed)))
             };
-            settle(&database, &attempt, looked_at.await).await?.ok_or(Error::LogInFailed)
+            let looked_at = looked_at.await;
+            settle(&database, Asker::WithPassword, attempt, looked_at).await?.ok_or(Error::LogInFailed)
         };
         // Nobody leaves before it is written down how their attempt went.
         let (user, session) = self.0.to_the_end(log_in).await?;
@@ -177,7 +182,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
         let NewPassword { current, new } = request.into_inner().try_into()?;
         // A wrong one is a failed log-in.
         let (email, mut old) = User::password_hash(&mut *app.database.get().await?, account).await?;
-        let (attempt, place) = begin_attempt(&app, LogInClaim::new(email, origin)).await?;
+        let (attempt, place) = begin_attempt(&app, Asker::Known, LogInClaim::new(email, origin)).await?;
         let change = async move {
             let _place = place;
             let looked_at = async {
@@ -200,7 +205,8 @@ impl pb::auth_service_server::AuthService for AuthApi {
                 Ok(Err(WrongFor(Some(account.user_id()))))
             };
             let wrong = || Error::invalid("current_password", "is not the current password");
-            settle(&app.database, &attempt, looked_at.await).await?.ok_or_else(wrong)
+            let looked_at = looked_at.await;
+            settle(&app.database, Asker::Known, attempt, looked_at).await?.ok_or_else(wrong)
         };
         let (ended, keys) = self.0.to_the_end(change).await?;
         Ok(Response::new(pb::ChangePasswordResponse {

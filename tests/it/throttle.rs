@@ -157,7 +157,7 @@ async fn of_many_guesses_at_once_as_many_are_looked_at_as_of_those_one_after_the
     let mut counting = server.database.connect().await;
     counting.batch_execute("BEGIN; SELECT 1 FROM log_in_attempts FOR UPDATE").await.unwrap();
     let counted = async {
-        while server.database.waiting_for_locks().await.len() < 4 {}
+        while server.database.waiting_for_locks().await.len() < 2 {}
         counting.batch_execute("COMMIT").await.unwrap();
     };
     let (answers, ()) = within_patience("the answers", join(join_all(guesses), counted)).await;
@@ -276,7 +276,10 @@ async fn a_log_in_that_cannot_be_looked_at_is_not_a_failure() {
         assert_refused(refused, Code::Unavailable, ErrorReason::DatabaseUnavailable);
         holder.batch_execute("COMMIT").await.unwrap();
         let counted = "SELECT failures::text AS text FROM log_in_attempts ORDER BY failures";
-        assert_eq!(server.database.texts(counted).await, ["3", "24", "24"]);
+        within_patience("the counts", async {
+            while server.database.texts(counted).await != ["3", "24", "24"] {}
+        })
+        .await;
         log_in(&server, &user.email, PASSWORD).await.unwrap();
     }
 }

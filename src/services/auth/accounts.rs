@@ -4,7 +4,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use uuid::Uuid;
 
 use crate::{
-    db::Database,
+    db::{Asker, Database},
     error::{Error, Result, Violations, quoted},
     event_log::wire,
     models::{
@@ -80,37 +80,44 @@ impl TryFrom<pb::LogInRequest> for Claim {
 /// doubt, once it has a stranger's place, which is to be held until the end.
 pub(super) async fn begin_attempt(
     app: &App,
+    asker: Asker,
     claim: LogInClaim,
 ) -> Result<(LogInAttempt, Option<OwnedSemaphorePermit>)> {
-    let begun = claim.begin(&mut *app.database.get_for_stranger().await?).await?;
+    let begun = claim.begin(&mut *app.database.get_for(asker).await?).await?;
     if let Some(attempt) = begun {
         return Ok((attempt, None));
     }
     let place = app.auth.passwords().stranger().await?;
-    Ok((claim.begin_in_doubt(&mut *app.database.get_for_stranger().await?).await?, Some(place)))
+    Ok((claim.begin_in_doubt(&mut *app.database.get_for(asker).await?).await?, Some(place)))
 }
 
 /// The password was wrong; for whom, where there is such a user.
 pub(super) struct WrongFor(pub(super) Option<Uuid>);
 
 /// Has it written down how an attempt went: none where the password was wrong.
-/// One whose password could not be looked at is no failure.
+/// One whose password could not be looked at is no failure, if the database takes
+/// that back.
 pub(super) async fn settle<T>(
     database: &Database,
-    attempt: &LogInAttempt,
+    asker: Asker,
+    attempt: LogInAttempt,
     looked_at: Result<Result<T, WrongFor>>,
 ) -> Result<Option<T>> {
     match looked_at {
         Ok(Ok(right)) => Ok(Some(right)),
         Ok(Err(WrongFor(user_id))) => {
-            attempt.fail(&mut *database.get_for_stranger().await?, user_id).await?;
+            attempt.fail(&mut *database.get_for(asker).await?, user_id).await?;
             Ok(None)
         }
         Err(error) => {
-            let withdrawn = async { attempt.withdraw(&mut *database.get_for_stranger().await?).await };
-            if let Err(error) = withdrawn.await {
-                tracing::warn!(cause = ?error, "a log-in that was not looked at stays counted as failed");
-            }
+            // The caller has waited for long.
+            let database = database.clone();
+            tokio::spawn(async move {
+                let withdrawn = async { attempt.withdraw(&mut *database.get_for(asker).await?).await };
+                if let Err(error) = withdrawn.await {
+                    tracing::warn!(cause = ?error, "a log-in that was not looked at stays counted as failed");
+                }
+            });
             Err(error)
         }
     }

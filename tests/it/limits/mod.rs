@@ -5,7 +5,7 @@ mod pages;
 mod rows;
 mod texts;
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{collections::BTreeSet, fmt::Debug, time::Duration};
 
 use bytes::Bytes;
 use diesel_async::SimpleAsyncConnection as _;
@@ -17,8 +17,9 @@ use milepost::{
 };
 use prost::Message as _;
 use prost_types::Value;
-use tonic::{Code, Status};
-use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
+use tokio::task::JoinSet;
+use tonic::{Code, Response, Status, Streaming};
+use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse, health_client::HealthClient};
 use uuid::Uuid;
 
 use crate::support::{
@@ -28,7 +29,7 @@ use crate::support::{
 
 /// Limits of `src/limits.rs` and `src/config.rs` that have no row below: who
 /// tests them.
-const ELSEWHERE: [(&str, &str, &str); 38] = [
+const ELSEWHERE: [(&str, &str, &str); 39] = [
     ("TEXT_CHARS", "tests/it/limits/texts.rs", "every_text_has_at_most_256_characters"),
     ("MESSAGE_BYTES", "tests/it/limits/mod.rs", "a_message_has_at_most_a_mebibyte"),
     ("MESSAGE_BYTES", "tests/it/limits/pages.rs", "no_page_of_events_is_larger_than_a_mebibyte"),
@@ -93,7 +94,8 @@ const ELSEWHERE: [(&str, &str, &str); 38] = [
         "src/server/incoming.rs",
         "who_connects_when_there_are_too_many_is_closed_and_who_says_nothing_makes_room",
     ),
-    ("STRANGERS", "tests/it/limits/mod.rs", "so_many_calls_without_a_credential_are_open_at_once"),
+    ("STRANGERS", "tests/it/limits/mod.rs", "so_many_streams_without_a_credential_are_open_at_once"),
+    ("STRANGERS", "tests/it/limits/mod.rs", "so_many_calls_without_a_credential_are_under_way_at_once"),
     ("STRANGER_BYTES", "tests/it/limits/mod.rs", "a_call_without_a_credential_says_at_most_64_kib"),
     ("HANDSHAKE", "tests/it/tls.rs", "who_says_nothing_keeps_nobody_waiting_and_is_let_go"),
     ("HANDSHAKES", "src/server/incoming.rs", "where_too_many_shake_hands_the_oldest_is_let_go"),
@@ -275,35 +277,65 @@ async fn a_call_without_a_credential_says_at_most_64_kib() {
     }
 }
 
+async fn watch_health(clients: &Clients) -> Result<Streaming<HealthCheckResponse>, Status> {
+    let mut health = HealthClient::new(clients.channel.clone());
+    health.watch(HealthCheckRequest::default()).await.map(Response::into_inner)
+}
+
+#[track_caller]
+fn assert_overloaded<T: Debug>(refused: Result<T, Status>) {
+    let refusal = assert_refused(refused, Code::ResourceExhausted, ErrorReason::Overloaded);
+    assert!(refusal.details.retry_info().is_some());
+}
+
 #[tokio::test(flavor = "multi_thread")]
-async fn so_many_calls_without_a_credential_are_open_at_once() {
+async fn so_many_streams_without_a_credential_are_open_at_once() {
     let server = TestServer::start().await;
     let user = server.customer().await;
-    let watch = async |clients: &Clients| {
-        HealthClient::new(clients.channel.clone()).watch(HealthCheckRequest::default()).await
-    };
     let (mut connections, mut watching) = (Vec::new(), Vec::new());
     for n in 0..STRANGERS {
         if n % STREAMS_PER_CONNECTION as usize == 0 {
             connections.push(server.other_clients());
         }
-        watching.push(watch(connections.last().unwrap()).await.unwrap().into_inner());
+        watching.push(watch_health(connections.last().unwrap()).await.unwrap());
     }
-    let claim = || pb::LogInRequest { email: user.email.clone(), password: PASSWORD.to_owned() };
-    for refused in [
-        watch(&server).await.map(drop),
-        server.anonymous().auth.sign_up(sign_up(PASSWORD_MIN_BYTES)).await.map(drop),
-        server.anonymous().auth.log_in(claim()).await.map(drop),
-    ] {
-        let refusal = assert_refused(refused, Code::ResourceExhausted, ErrorReason::Overloaded);
-        assert!(refusal.details.retry_info().is_some());
-    }
+    assert_overloaded(watch_health(&server).await);
+    // They keep nobody from anything else.
     let check = HealthCheckRequest::default();
     HealthClient::new(server.channel.clone()).check(check).await.unwrap();
     user.clone().session.auth.get_current_user(pb::GetCurrentUserRequest {}).await.unwrap();
+    let claim = pb::LogInRequest { email: user.email.clone(), password: PASSWORD.to_owned() };
+    server.anonymous().auth.log_in(claim).await.unwrap();
 
     watching.pop();
-    within_patience("room", async { while server.anonymous().auth.log_in(claim()).await.is_err() {} }).await;
+    within_patience("room", async { while watch_health(&server).await.is_err() {} }).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn so_many_calls_without_a_credential_are_under_way_at_once() {
+    let server = TestServer::start().await;
+    let user = server.customer().await;
+    let log_in = async || {
+        let claim = pb::LogInRequest { email: user.email.clone(), password: PASSWORD.to_owned() };
+        server.anonymous().auth.log_in(claim).await
+    };
+    let mut unfinished = JoinSet::new();
+    let mut connection = server.other_clients();
+    for n in 0..=STRANGERS {
+        if n % STREAMS_PER_CONNECTION as usize == 0 {
+            connection = server.other_clients();
+        }
+        let channel = connection.channel.clone();
+        unfinished.spawn(raw::begin(channel, "AuthService/LogIn"));
+    }
+    let one_more = within_patience("a refusal", unfinished.join_next()).await;
+    assert_overloaded(one_more.unwrap().unwrap());
+    assert_overloaded(log_in().await);
+    let me = user.clone().session.auth.get_current_user(pb::GetCurrentUserRequest {}).await;
+    me.unwrap();
+    watch_health(&server).await.unwrap();
+    drop(unfinished);
+    within_patience("room", async { while log_in().await.is_err() {} }).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -51,6 +51,14 @@ impl Decoder for Raw {
     }
 }
 
+/// Calls `SERVICE/METHOD` of the API and says nothing more.
+pub async fn begin(channel: Channel, method: &str) -> Result<(), Status> {
+    let mut grpc = Grpc::new(channel);
+    grpc.ready().await.unwrap();
+    let path = PathAndQuery::try_from(format!("/milepost.v1.{method}")).unwrap();
+    grpc.streaming(Request::new(stream::pending()), path, Raw).await.map(drop)
+}
+
 /// Calls `SERVICE/METHOD` of the API with these messages and then half-closes.
 pub async fn open(
     channel: Channel,
