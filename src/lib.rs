@@ -17,7 +17,7 @@
 //! | 3 | [`event_log`] | the heart: `append`, `tail`, `watch`, `wire`, `expiry` |
 //! | 3 | [`auth`] | a secret becomes a caller, and a signal of its end |
 //! | 2 | [`models`] | rows, their queries, and who may see them |
-//! | 2 | [`db`] | pool, connections, whether the database is there, migrations, embedded Postgres, doorbell |
+//! | 2 | [`db`] | pool, connections, whether the database is there, migrations, embedded Postgres, notifier |
 //! | 2 | [`client`], [`telemetry`] | the Rust client that resumes by itself; log, metrics, traces |
 //! | 1 | [`config`], [`error`], [`limits`], [`progress`], [`secret`], [`tls`], [`pb`], [`codec`] | plain values and rules |
 //!

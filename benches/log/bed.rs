@@ -18,17 +18,17 @@ use tokio::{
 };
 use tokio_postgres::NoTls;
 
-use crate::{Options, Result, etcd, folder::Folder};
+use crate::{Options, Result, data_dir::Dir, etcd};
 
 /// Longest that anything may take to start or stop.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Everything that the rows need; what runs ends with it.
 pub(crate) struct Bed {
     pub(crate) options: Options,
     admin: tokio_postgres::Client,
     embedded: Embedded,
-    folder: RefCell<Folder>,
+    dir: RefCell<Dir>,
     started: Cell<u32>,
 }
 
@@ -42,12 +42,12 @@ pub(crate) struct Process {
 
 impl Bed {
     pub(crate) async fn start(options: Options) -> Result<Self> {
-        let folder = Folder::new()?;
+        let dir = Dir::new()?;
         let settings =
-            EmbeddedSettings { data_dir: folder.path().join("postgres"), extra_options: options.set.clone() };
+            EmbeddedSettings { data_dir: dir.path().join("postgres"), extra_options: options.set.clone() };
         let embedded = Embedded::start(settings).await?;
         let admin = connect(&embedded.url("postgres")).await?;
-        Ok(Self { options, admin, embedded, folder: RefCell::new(folder), started: Cell::new(0) })
+        Ok(Self { options, admin, embedded, dir: RefCell::new(dir), started: Cell::new(0) })
     }
 
     /// Stops Postgres in order; servers and peers have ended with their rows.
@@ -79,7 +79,7 @@ impl Bed {
     }
 
     pub(crate) async fn server_at(&self, database_url: &str, address: SocketAddr) -> Result<Process> {
-        let log = self.folder.borrow().path().join(format!("server-{}.log", self.number()));
+        let log = self.dir.borrow().path().join(format!("server-{}.log", self.number()));
         let mut command = Command::new(env!("CARGO_BIN_EXE_milepost"));
         command
             .arg("serve")
@@ -96,7 +96,7 @@ impl Bed {
         let mut process = self.spawn(command, address)?;
         let mut stdout = BufReader::new(process.child.stdout.take().ok_or("stdout is piped")?);
         let mut line = String::new();
-        timeout(PATIENCE, stdout.read_line(&mut line)).await??;
+        timeout(TIMEOUT, stdout.read_line(&mut line)).await??;
         if !line.contains("listens on") {
             return Err(format!("the server did not listen:\n{}", fs::read_to_string(log)?).into());
         }
@@ -111,9 +111,9 @@ impl Bed {
         }
         let (address, peer) = (free_address()?, free_address()?);
         let (client, peer) = (format!("http://{address}"), format!("http://{peer}"));
-        let folder = self.folder.borrow().path().join(format!("etcd-{}", self.number()));
+        let dir = self.dir.borrow().path().join(format!("etcd-{}", self.number()));
         let mut command = Command::new("etcd");
-        command.arg("--data-dir").arg(&folder).args([
+        command.arg("--data-dir").arg(&dir).args([
             "--listen-client-urls",
             &client,
             "--advertise-client-urls",
@@ -130,9 +130,9 @@ impl Bed {
             "--log-level",
             "error",
         ]);
-        command.stdout(Stdio::null()).stderr(File::create(folder.with_extension("log"))?);
+        command.stdout(Stdio::null()).stderr(File::create(dir.with_extension("log"))?);
         let process = self.spawn(command, address)?;
-        let give_up_at = Instant::now() + PATIENCE;
+        let give_up_at = Instant::now() + TIMEOUT;
         while let Err(error) = etcd::probe(address).await {
             if Instant::now() > give_up_at {
                 return Err(error);
@@ -148,7 +148,7 @@ impl Bed {
         let mut command = Command::new(env::current_exe()?);
         command.arg("--serve-empty").arg(address.to_string()).stdout(Stdio::null());
         let process = self.spawn(command, address)?;
-        let give_up_at = Instant::now() + PATIENCE;
+        let give_up_at = Instant::now() + TIMEOUT;
         while let Err(error) = tokio::net::TcpStream::connect(address).await {
             if Instant::now() > give_up_at {
                 return Err(error.into());
@@ -173,7 +173,7 @@ impl Bed {
 
     /// Where files may go.
     pub(crate) fn write(&self, name: &str, text: &str) -> Result<std::path::PathBuf> {
-        let path = self.folder.borrow().path().join(name);
+        let path = self.dir.borrow().path().join(name);
         fs::write(&path, text)?;
         Ok(path)
     }
@@ -194,7 +194,7 @@ impl Bed {
     }
 
     fn guard(&self, child: &Child) -> Result<()> {
-        self.folder.borrow_mut().guard(child.id().ok_or("it has ended already")?)
+        self.dir.borrow_mut().guard(child.id().ok_or("it has ended already")?)
     }
 
     fn number(&self) -> u32 {
@@ -216,7 +216,7 @@ impl Process {
     pub(crate) async fn stop(mut self) -> Result<()> {
         let pid = self.child.id().ok_or("it has ended")?;
         Command::new("kill").arg(pid.to_string()).status().await?;
-        timeout(PATIENCE, self.child.wait()).await??;
+        timeout(TIMEOUT, self.child.wait()).await??;
         Ok(())
     }
 }

@@ -8,9 +8,9 @@
 
 mod bed;
 mod check;
+mod data_dir;
 mod empty;
 mod etcd;
-mod folder;
 mod load;
 mod machine;
 mod report;

@@ -48,8 +48,8 @@ impl OpenDatabase {
     /// one and as long as the settings say.
     pub(super) async fn wait(config: &DatabaseConfig) -> Result<(), StartError> {
         let Some(url) = &config.database_url else { return Ok(()) };
-        let patience = Duration::from_secs(config.database_start_timeout_s);
-        wait_until_it_answers(&settings(config, url.reveal().to_owned()), patience).await
+        let connect_limit = Duration::from_secs(config.database_start_timeout_s);
+        wait_until_it_answers(&settings(config, url.reveal().to_owned()), connect_limit).await
     }
 
     /// The same before it is served: its schema is brought up to date, too, if it is
@@ -95,7 +95,7 @@ pub(super) async fn migrate(DatabaseSettings { url, ca, .. }: &DatabaseSettings)
 /// The embedded database's folder.
 pub(super) async fn data_dir(config: &DatabaseConfig) -> Result<PathBuf, EmbeddedError> {
     match &config.data_dir {
-        Some(folder) => Ok(folder.clone()),
+        Some(dir) => Ok(dir.clone()),
         None => default_data_dir().await,
     }
 }

@@ -67,8 +67,8 @@ impl Demo {
             return Ok((server.clone(), None));
         }
         if self.config.database.database_url.is_none() {
-            let folder = data_dir(&self.config.database).await?;
-            match Served::of(&folder) {
+            let dir = data_dir(&self.config.database).await?;
+            match Served::of(&dir) {
                 Served::At(address) => return Ok((self.url(address)?, None)),
                 Served::Starting => return Err("a milepost is just starting here: try again".into()),
                 Served::No => {}

@@ -35,7 +35,7 @@ const TABLE_LOCK_TIMEOUT: &str = "1s";
 /// How long those who queued up have before the lock is asked for again, and for
 /// how long it is.
 const TABLE_LOCK_PAUSE: Duration = Duration::from_secs(1);
-const TABLE_LOCK_PATIENCE: Duration = Duration::from_secs(60);
+const TABLE_LOCK_RETRY_FOR: Duration = Duration::from_secs(60);
 
 /// Why a database is not migrated or not served; for the operator.
 #[derive(Debug, thiserror::Error)]
@@ -81,7 +81,9 @@ pub async fn migrate(url: &str, ca: Option<&Path>) -> Result<Vec<String>, Schema
     let mut harness = AsyncMigrationHarness::new(lock(url, ca).await?);
     let mut applied = Vec::new();
     while harness.has_pending_migration(MIGRATIONS).map_err(SchemaError::Migration)? {
-        applied.push(patiently(|| harness.run_next_migration(MIGRATIONS).map(|v| v.to_string())).await?);
+        applied.push(
+            retry_locked_tables(|| harness.run_next_migration(MIGRATIONS).map(|v| v.to_string())).await?,
+        );
     }
     Ok(applied)
 }
@@ -94,21 +96,25 @@ pub async fn revert(url: &str, ca: Option<&Path>, count: usize) -> Result<Vec<St
     let applied = harness.applied_migrations().map_err(SchemaError::Migration)?.len();
     let mut reverted = Vec::new();
     for _ in 0..count.min(applied) {
-        reverted.push(patiently(|| harness.revert_last_migration(MIGRATIONS).map(|v| v.to_string())).await?);
+        reverted.push(
+            retry_locked_tables(|| harness.revert_last_migration(MIGRATIONS).map(|v| v.to_string())).await?,
+        );
     }
     Ok(reverted)
 }
 
 /// Tries again for a while where a table is locked by somebody else's
 /// transaction.
-async fn patiently(mut step: impl FnMut() -> Result<String, BoxError>) -> Result<String, SchemaError> {
+async fn retry_locked_tables(
+    mut step: impl FnMut() -> Result<String, BoxError>,
+) -> Result<String, SchemaError> {
     let started = Instant::now();
     loop {
         match step() {
             // Diesel keeps the words alone, not the code. Those of a server that
             // speaks another language are an error like others.
             Err(error)
-                if error.to_string().contains("lock timeout") && started.elapsed() < TABLE_LOCK_PATIENCE =>
+                if error.to_string().contains("lock timeout") && started.elapsed() < TABLE_LOCK_RETRY_FOR =>
             {
                 tracing::info!("a table is in use, so a migration waits");
                 tokio::time::sleep(TABLE_LOCK_PAUSE).await;

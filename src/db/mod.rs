@@ -1,12 +1,12 @@
 //! The database: pool, connections, whether it is there, migrations, the
-//! embedded server and the doorbell between replicas.
+//! embedded server and the notifier between replicas.
 
+mod availability;
 mod connect;
-pub mod doorbell;
 pub mod embedded;
 pub mod migrations;
+pub mod notifier;
 mod pool;
-mod presence;
 
 use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 
@@ -22,15 +22,15 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-pub use self::{
-    connect::DialError,
-    pool::Connection,
-    presence::{StartError, wait_until_it_answers},
-};
 use self::{
+    availability::Availability,
     connect::{dial, establish},
     pool::{Manager, Pool, watch_holds},
-    presence::Presence,
+};
+pub use self::{
+    availability::{StartError, wait_until_it_answers},
+    connect::DialError,
+    pool::Connection,
 };
 use crate::error::{BoxError, Error, Result};
 
@@ -92,7 +92,7 @@ pub struct Database {
     /// Turns of those with a secret, and of those with a password.
     strangers: [Arc<Semaphore>; 2],
     settings: DatabaseSettings,
-    presence: Arc<Presence>,
+    availability: Arc<Availability>,
 }
 
 impl fmt::Debug for Database {
@@ -104,8 +104,8 @@ impl fmt::Debug for Database {
 impl Database {
     /// A pool that connects when it is first used.
     pub fn new(settings: DatabaseSettings) -> Result<Self> {
-        let presence = Presence::new();
-        let manager = Manager::new(settings.clone(), Arc::clone(&presence));
+        let availability = Availability::new();
+        let manager = Manager::new(settings.clone(), Arc::clone(&availability));
         let wait = Some(settings.connect_timeout);
         let pool = Pool::builder(manager)
             .max_size(settings.connections)
@@ -114,7 +114,7 @@ impl Database {
             .build()
             .map_err(Error::internal)?;
         let strangers = [(); 2].map(|()| Arc::new(Semaphore::new((settings.connections / 4).max(1))));
-        Ok(Self { pool, strangers, settings, presence })
+        Ok(Self { pool, strangers, settings, availability })
     }
 
     /// Starts to ask the database whether it answers, and cuts all connections
@@ -122,13 +122,13 @@ impl Database {
     /// this is dropped.
     pub fn keep_asking(&self) {
         tokio::spawn(watch_holds(self.pool.weak(), self.settings.statement_timeout));
-        let presence = Arc::downgrade(&self.presence);
-        tokio::spawn(presence::keep_asking(self.settings.clone(), presence));
+        let availability = Arc::downgrade(&self.availability);
+        tokio::spawn(availability::keep_asking(self.settings.clone(), availability));
     }
 
     /// Whether it answers, and each change of that; nothing before it was asked.
     pub fn answers(&self) -> watch::Receiver<Option<bool>> {
-        self.presence.answers()
+        self.availability.answers()
     }
 
     /// A connection, within the connect time-out; refused at once while the
@@ -155,7 +155,7 @@ impl Database {
     /// A connection of one's own, outside the pool. Like those of the pool it is
     /// cut when the database is known to be away.
     pub async fn connect(&self) -> Result<AsyncPgConnection> {
-        self.unless_away(Box::pin(connect(&self.settings, Some(self.presence.outage())))).await
+        self.unless_away(Box::pin(connect(&self.settings, Some(self.availability.outage())))).await
     }
 
     /// A connection of one's own that is kept from one use to the next, or a new
@@ -179,7 +179,7 @@ impl Database {
         &self,
         work: impl Future<Output = Result<T, E>>,
     ) -> Result<T> {
-        match self.presence.outage().run_until_cancelled(work).await {
+        match self.availability.outage().run_until_cancelled(work).await {
             Some(result) => result.map_err(Error::unavailable),
             None => Err(Error::unavailable("the database is away")),
         }

@@ -25,7 +25,7 @@ use diesel_async::{
 use tokio::{runtime::Handle, sync::OwnedSemaphorePermit};
 use tokio_util::sync::CancellationToken;
 
-use super::{DatabaseSettings, connect, presence::Presence};
+use super::{DatabaseSettings, availability::Availability, connect};
 
 /// How often it is looked who holds a connection for too long.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -38,7 +38,7 @@ pub(super) type WeakPool = managed::WeakPool<Manager>;
 /// Makes connections.
 pub(super) struct Manager {
     settings: DatabaseSettings,
-    presence: Arc<Presence>,
+    availability: Arc<Availability>,
     holds: Mutex<Vec<Weak<Hold>>>,
 }
 
@@ -73,8 +73,8 @@ impl Connection {
 }
 
 impl Manager {
-    pub(super) fn new(settings: DatabaseSettings, presence: Arc<Presence>) -> Self {
-        Self { settings, presence, holds: Mutex::default() }
+    pub(super) fn new(settings: DatabaseSettings, availability: Arc<Availability>) -> Self {
+        Self { settings, availability, holds: Mutex::default() }
     }
 
     fn holds(&self) -> MutexGuard<'_, Vec<Weak<Hold>>> {
@@ -104,7 +104,7 @@ impl managed::Manager for Manager {
     type Error = ConnectionError;
 
     async fn create(&self) -> Result<Pooled, ConnectionError> {
-        let cut = self.presence.outage().child_token();
+        let cut = self.availability.outage().child_token();
         // Boxed: whoever might have to connect would have room for all that it takes.
         let connection = Box::pin(connect(&self.settings, Some(cut.clone()))).await?;
         let hold = Arc::new(Hold { since_ms: AtomicU64::new(0), cut });

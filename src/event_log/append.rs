@@ -38,14 +38,14 @@ use uuid::Uuid;
 
 use super::{
     plan::{Appended, Batch},
-    round::{Group, Lane, Reply, Request, Round, Settled},
+    round::{Group, Reply, Request, Round, Settled, StreamOrder},
     tail::Tail,
     vital,
 };
 use crate::{
     db::{
         Database,
-        doorbell::{Bell, Doorbell},
+        notifier::{Notification, Notifier},
     },
     error::{Error, Resource, Result},
     models::event::{AppendOutcome, Event, JobHead},
@@ -84,7 +84,7 @@ impl Appender {
     pub(crate) fn start(
         database: Database,
         tail: Arc<Tail>,
-        doorbell: Doorbell,
+        notifier: Notifier,
         Telemetry { metrics, traces }: Telemetry,
     ) -> io::Result<Self> {
         let (inbox, requests) = mpsc::channel(INBOX);
@@ -92,7 +92,7 @@ impl Appender {
         let task = Task {
             database,
             tail,
-            doorbell,
+            notifier,
             metrics,
             traces: traces.clone(),
             limit,
@@ -114,7 +114,7 @@ impl Appender {
     pub(crate) async fn submit(
         &self,
         batch: Batch,
-        lane: Lane,
+        stream_order: StreamOrder,
     ) -> Result<oneshot::Receiver<Result<Vec<Appended>>>> {
         let (since, span) = (Instant::now(), self.traces.append());
         let bytes: usize =
@@ -125,7 +125,7 @@ impl Appender {
         let reply = Reply { to, since };
         let request = Request {
             batch,
-            lane,
+            stream_order,
             stored: HashMap::new(),
             in_doubt: false,
             outrun: false,
@@ -144,7 +144,7 @@ type Sent = (Round, Result<(AsyncPgConnection, Vec<Result<AppendOutcome>>)>);
 struct Task {
     database: Database,
     tail: Arc<Tail>,
-    doorbell: Doorbell,
+    notifier: Notifier,
     metrics: Arc<Metrics>,
     traces: Traces,
     /// Longest that a round may take.
@@ -337,17 +337,17 @@ impl Task {
 
     /// A round came back: sends the next one, then tells what became of this.
     async fn turn(&mut self, sent: Sent) -> Option<JoinHandle<Sent>> {
-        let heard_at = Instant::now();
+        let received_at = Instant::now();
         let settled = self.settle(sent);
         if !self.waiting.is_empty() {
             // Callers are told before others are looked up.
-            self.tell(settled, heard_at);
+            self.tell(settled, received_at);
             return None;
         }
         let next = self.start().await;
         // It goes out before anything else is done.
         tokio::task::yield_now().await;
-        self.tell(settled, heard_at);
+        self.tell(settled, received_at);
         next
     }
 
@@ -402,7 +402,7 @@ impl Task {
     }
 
     /// Answers, and tells watchers.
-    fn tell(&self, settled: Settled, heard_at: Instant) {
+    fn tell(&self, settled: Settled, received_at: Instant) {
         let now = Instant::now();
         for (reply, answer) in settled.answers {
             if answer.is_ok() {
@@ -412,8 +412,8 @@ impl Task {
             let _ = reply.to.send(answer);
         }
         if !settled.committed.is_empty() {
-            self.tail.offer(&settled.committed, heard_at);
-            self.doorbell.ring(Bell::Log);
+            self.tail.offer(&settled.committed, received_at);
+            self.notifier.ring(Notification::Log);
         }
     }
 }

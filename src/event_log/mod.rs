@@ -7,14 +7,14 @@
 //! retention does not keep.
 
 mod append;
-mod directory;
-mod expiry;
+pub(crate) mod event;
+mod job_cache;
 pub(crate) mod plan;
+mod position;
+mod retention;
 mod round;
 mod tail;
-mod token;
 pub(crate) mod watch;
-pub(crate) mod wire;
 
 use std::{
     panic::AssertUnwindSafe,
@@ -28,25 +28,25 @@ use tokio::sync::{Semaphore, oneshot};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-pub use self::wire::WatchedEvents;
+pub use self::event::WatchedEvents;
 use self::{
     append::Appender,
-    directory::Directory,
+    event::LogEvent,
+    job_cache::JobCache,
     plan::{Appended, Batch, NewEvent, Step},
     tail::{Tail, log_events},
     watch::{Watch, WatchQuery},
-    wire::LogEvent,
 };
 pub(crate) use self::{
-    directory::{Configuration, JobIdentity},
-    round::Lane,
-    token::ResumeToken,
+    job_cache::{Configuration, JobIdentity},
+    position::ResumeToken,
+    round::StreamOrder,
 };
 use crate::{
     auth::Credential,
     db::{
         Database,
-        doorbell::{Bell, Doorbell},
+        notifier::{Notification, Notifier},
     },
     error::{Error, Resource, Result, Violations},
     models::{
@@ -81,10 +81,10 @@ pub struct EventLog(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     database: Database,
-    directory: Directory,
+    job_cache: JobCache,
     tail: Arc<Tail>,
     appender: Appender,
-    doorbell: Doorbell,
+    notifier: Notifier,
     /// Turns of watches that read the past: half of the pool, so that however
     /// many have fallen behind, calls find a connection.
     readers: Semaphore,
@@ -102,31 +102,31 @@ impl EventLog {
         telemetry: &Telemetry,
         credentials_ended: impl Fn() + Send + Sync + 'static,
     ) -> Result<Self> {
-        let directory = Directory::new(database.clone());
-        let tail = Tail::start(database.clone(), directory.clone(), Arc::clone(&telemetry.metrics)).await?;
-        let heard = Arc::downgrade(&tail);
-        let doorbell = Doorbell::start(database.clone(), move |bell| match bell {
-            Bell::Log => {
-                if let Some(tail) = heard.upgrade() {
+        let job_cache = JobCache::new(database.clone());
+        let tail = Tail::start(database.clone(), job_cache.clone(), Arc::clone(&telemetry.metrics)).await?;
+        let received = Arc::downgrade(&tail);
+        let notifier = Notifier::start(database.clone(), move |bell| match bell {
+            Notification::Log => {
+                if let Some(tail) = received.upgrade() {
                     tail.ring();
                 }
             }
-            Bell::Credentials => credentials_ended(),
+            Notification::Credentials => credentials_ended(),
         });
         let appender =
-            Appender::start(database.clone(), Arc::clone(&tail), doorbell.clone(), telemetry.clone())
+            Appender::start(database.clone(), Arc::clone(&tail), notifier.clone(), telemetry.clone())
                 .map_err(Error::internal)?;
         let metrics = Arc::clone(&telemetry.metrics);
         if let Some(age) = settings.retention {
-            expiry::start(database.clone(), age, Arc::downgrade(&tail));
+            retention::start(database.clone(), age, Arc::downgrade(&tail));
         }
         let readers = Semaphore::new((database.settings().connections / 2).max(1));
         Ok(Self(Arc::new(Inner {
             database,
-            directory,
+            job_cache,
             tail,
             appender,
-            doorbell,
+            notifier,
             readers,
             metrics,
             settings,
@@ -140,8 +140,8 @@ impl EventLog {
     }
 
     /// Tells the other replicas that a credential was ended.
-    pub fn ring_credentials(&self) {
-        self.0.doorbell.ring(Bell::Credentials);
+    pub fn notify_credentials(&self) {
+        self.0.notifier.ring(Notification::Credentials);
     }
 
     /// Most unanswered batches of one publish stream.
@@ -151,17 +151,17 @@ impl EventLog {
 
     /// A job that the viewer sees.
     pub(crate) async fn find_job(&self, viewer: Viewer, key: &JobKey) -> Result<Arc<JobIdentity>> {
-        self.0.directory.find(viewer, key).await
+        self.0.job_cache.find(viewer, key).await
     }
 
     /// The configuration that a job is pinned to.
     pub(crate) async fn configuration(&self, id: Uuid) -> Result<Arc<Configuration>> {
-        self.0.directory.configuration(id).await
+        self.0.job_cache.configuration(id).await
     }
 
     /// A job that the provider may append to.
     pub(crate) async fn find_own_job(&self, provider: Provider, key: &JobKey) -> Result<Arc<JobIdentity>> {
-        self.0.directory.find(provider.into(), key).await
+        self.0.job_cache.find(provider.into(), key).await
     }
 
     /// Hands a batch in; the answer comes once it is durable. Batches of one
@@ -169,9 +169,9 @@ impl EventLog {
     pub(crate) async fn submit(
         &self,
         batch: Batch,
-        lane: Lane,
+        stream_order: StreamOrder,
     ) -> Result<oneshot::Receiver<Result<Vec<Appended>>>> {
-        self.0.appender.submit(batch, lane).await
+        self.0.appender.submit(batch, stream_order).await
     }
 
     /// Seals a job of this provider's by an event of kind `close`, named by the
@@ -206,7 +206,7 @@ impl EventLog {
             at_fault: Violations::default(),
             audit: Some(Box::new(entry)),
         };
-        match answered(self.submit(batch, Lane::default()).await?).await {
+        match answered(self.submit(batch, StreamOrder::default()).await?).await {
             Ok(_) => Ok((id, false)),
             // Only `close` closes a job that is not complete.
             Err(Error::JobClosed { status, .. }) if status != JobStatus::Complete => Ok((id, true)),
@@ -243,7 +243,7 @@ impl EventLog {
         }
         let full = i64::try_from(rows.len()).is_ok_and(|read| read >= limit);
         let looked = if full { rows.last().map_or(through, |row| row.sequence) } else { through };
-        let events = log_events(&mut connection, &self.0.directory, rows).await?;
+        let events = log_events(&mut connection, &self.0.job_cache, rows).await?;
         Ok((events, (looked < end).then_some(looked)))
     }
 

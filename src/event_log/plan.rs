@@ -6,7 +6,7 @@ use std::{collections::HashMap, sync::Arc};
 use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
-use super::directory::JobIdentity;
+use super::job_cache::JobIdentity;
 use crate::{
     error::{Error, Resource, Result, Violations},
     models::{

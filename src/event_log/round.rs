@@ -16,7 +16,7 @@ use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use uuid::Uuid;
 
 use super::{
-    directory::JobIdentity,
+    job_cache::JobIdentity,
     plan::{Appended, Batch},
 };
 use crate::{
@@ -42,12 +42,12 @@ pub(super) struct Reply {
 
 /// Batches of one stream, of which none may be appended after one failed.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Lane(Arc<AtomicBool>);
+pub(crate) struct StreamOrder(Arc<AtomicBool>);
 
 #[derive(Debug)]
 pub(super) struct Request {
     pub(super) batch: Batch,
-    pub(super) lane: Lane,
+    pub(super) stream_order: StreamOrder,
     /// Events of the batch that were found stored.
     pub(super) stored: HashMap<Uuid, Event>,
     pub(super) in_doubt: bool,
@@ -66,7 +66,7 @@ impl Request {
 
     /// Whoever lines up behind it in its lane fails as well.
     pub(super) fn fail(self, source: &Arc<Error>) {
-        self.lane.0.store(true, Ordering::Relaxed);
+        self.stream_order.0.store(true, Ordering::Relaxed);
         let source = Arc::clone(source);
         let ours = matches!(*source, Error::Internal(_));
         self.answer(Err(if ours { Error::internal(source) } else { Error::unavailable(source) }));
@@ -75,13 +75,13 @@ impl Request {
     /// Nothing if nobody waits for it any more, or if a batch before it in its
     /// lane failed or dropped out.
     pub(super) fn still_wanted(self) -> Option<Self> {
-        if self.lane.0.load(Ordering::Relaxed) {
+        if self.stream_order.0.load(Ordering::Relaxed) {
             self.answer(Err(Error::unavailable("a batch before this one failed")));
             return None;
         }
         if self.reply.to.is_closed() {
             // Nor may what was sent after it be appended without it.
-            self.lane.0.store(true, Ordering::Relaxed);
+            self.stream_order.0.store(true, Ordering::Relaxed);
             return None;
         }
         Some(self)

@@ -3,7 +3,7 @@
 //! The tail's head is the position through which it has handed everything to
 //! the mailboxes of those who watch. What this process committed itself is
 //! handed on directly if it is the next in line, which positions without gaps
-//! tell; anything else is read from the database: when the doorbell rings, and
+//! tell; anything else is read from the database: when the notifier rings, and
 //! by a sweep, since a bell may be lost.
 
 use std::{
@@ -17,17 +17,17 @@ use tokio::sync::Notify;
 use uuid::Uuid;
 
 use super::{
-    directory::{Directory, JobIdentity},
-    token::Place,
+    event::LogEvent,
+    job_cache::{JobCache, JobIdentity},
+    position::Position,
     vital,
-    watch::Interest,
-    wire::LogEvent,
+    watch::Filter,
 };
 use crate::{
     db::Database,
     error::{Error, Result},
     models::{event::Event, retention::log_end},
-    telemetry::metrics::{Heard, Metrics},
+    telemetry::metrics::{Metrics, Received},
 };
 
 /// How often the log is looked at without a bell. Half of the second within
@@ -47,7 +47,7 @@ pub(crate) struct Tail {
     inner: Mutex<Inner>,
     bell: Notify,
     database: Database,
-    directory: Directory,
+    job_cache: JobCache,
     metrics: Arc<Metrics>,
 }
 
@@ -71,7 +71,7 @@ impl Tail {
     /// is used.
     pub(crate) async fn start(
         database: Database,
-        directory: Directory,
+        job_cache: JobCache,
         metrics: Arc<Metrics>,
     ) -> Result<Arc<Self>> {
         let read_through = Instant::now();
@@ -79,7 +79,7 @@ impl Tail {
         let (mailboxes, next_number) = (BTreeMap::new(), 0);
         let inner = Inner { head, removals, read_through, mailboxes, next_number, unannounced: 0 };
         let tail =
-            Arc::new(Self { inner: Mutex::new(inner), bell: Notify::new(), database, directory, metrics });
+            Arc::new(Self { inner: Mutex::new(inner), bell: Notify::new(), database, job_cache, metrics });
         let reader = Arc::downgrade(&tail);
         tokio::spawn(vital(async move {
             // Its own: what all watchers wait for does not wait behind calls.
@@ -116,7 +116,7 @@ impl Tail {
 
     /// Hands on what this process committed, in the order of the log, as far as
     /// it is the next in line. Where others come first, the reader finds it all.
-    pub(crate) fn offer(&self, events: &[(Event, Arc<JobIdentity>)], heard_at: Instant) {
+    pub(crate) fn offer(&self, events: &[(Event, Arc<JobIdentity>)], received_at: Instant) {
         let mut inner = self.lock();
         for (row, job) in events {
             if row.position > inner.head + 1 {
@@ -125,16 +125,16 @@ impl Tail {
             if row.position <= inner.head {
                 inner.unannounced = inner.unannounced.saturating_sub(1);
             }
-            inner.deliver(row, job, Heard { at: heard_at, own: true });
+            inner.deliver(row, job, Received { at: received_at, own: true });
         }
     }
 
     /// A mailbox into which everything is delivered that is committed on this
     /// topic from now on.
-    pub(crate) fn subscribe(self: &Arc<Self>, interest: Arc<Interest>) -> Subscription {
+    pub(crate) fn subscribe(self: &Arc<Self>, filter: Arc<Filter>) -> Subscription {
         let mut inner = self.lock();
-        let key = (interest.topic(), inner.next_number);
-        let mailbox = Arc::new(Mailbox { interest, inner: Mutex::default(), filled: Notify::new() });
+        let key = (filter.topic(), inner.next_number);
+        let mailbox = Arc::new(Mailbox { filter, inner: Mutex::default(), filled: Notify::new() });
         inner.next_number += 1;
         inner.mailboxes.insert(key, Arc::clone(&mailbox));
         Subscription { tail: Arc::clone(self), key, mailbox }
@@ -142,9 +142,9 @@ impl Tail {
 
     /// Through where everything has been delivered, if the log was read to its
     /// end less than a second ago.
-    pub(crate) fn current(&self) -> Option<Place> {
+    pub(crate) fn current(&self) -> Option<Position> {
         let inner = self.lock();
-        let place = Place { cursor: inner.head, removals: inner.removals };
+        let place = Position { cursor: inner.head, removals: inner.removals };
         (inner.read_through.elapsed() < CURRENT).then_some(place)
     }
 
@@ -179,7 +179,7 @@ impl Tail {
             let read = i64::try_from(rows.len()).map_err(Error::internal)?;
             let whole = read < PAGE;
             let through = if whole { end } else { rows.last().map_or(end, |row| row.position) };
-            let events = with_jobs(&mut connection, &self.directory, rows).await?;
+            let events = with_jobs(&mut connection, &self.job_cache, rows).await?;
             let mut inner = self.lock();
             if read < through - head {
                 // Positions have no gaps but where retention was faster: all
@@ -189,8 +189,8 @@ impl Tail {
             if sweeps {
                 inner.unannounced += events.len();
             }
-            let heard = Heard { at, own: false };
-            events.iter().for_each(|(row, job)| inner.deliver(row, job, heard));
+            let received = Received { at, own: false };
+            events.iter().for_each(|(row, job)| inner.deliver(row, job, received));
             inner.head = inner.head.max(through);
         }
     }
@@ -213,16 +213,17 @@ impl Tail {
 impl Inner {
     /// To each mailbox, unless it has been already, and the head moves to it.
     /// Encoded only if anybody watches.
-    fn deliver(&mut self, row: &Event, job: &Arc<JobIdentity>, heard: Heard) {
+    fn deliver(&mut self, row: &Event, job: &Arc<JobIdentity>, received: Received) {
         if row.position <= self.head {
             return;
         }
         let mut event = None;
         for topic in [job.id, job.provider_id, job.customer_id] {
             for (_, mailbox) in self.mailboxes.range((topic, 0)..=(topic, u64::MAX)) {
-                let heard = Some(heard);
-                mailbox
-                    .put(event.get_or_insert_with(|| Arc::new(LogEvent::new(row, Arc::clone(job), heard))));
+                let received = Some(received);
+                mailbox.put(
+                    event.get_or_insert_with(|| Arc::new(LogEvent::new(row, Arc::clone(job), received))),
+                );
             }
         }
         self.head = row.position;
@@ -232,13 +233,13 @@ impl Inner {
 /// Rows of the log, each with what never changes about its job.
 pub(crate) async fn with_jobs(
     connection: &mut AsyncPgConnection,
-    directory: &Directory,
+    job_cache: &JobCache,
     rows: Vec<Event>,
 ) -> Result<Vec<(Event, Arc<JobIdentity>)>> {
     let mut ids: Vec<Uuid> = rows.iter().map(|row| row.job_id).collect();
     ids.sort_unstable();
     ids.dedup();
-    let jobs = directory.list(connection, &ids).await?;
+    let jobs = job_cache.list(connection, &ids).await?;
     rows.into_iter()
         .map(|row| {
             let job = jobs.get(&row.job_id).ok_or_else(|| Error::internal("an event without its job"))?;
@@ -250,10 +251,10 @@ pub(crate) async fn with_jobs(
 /// The same, as watchers receive them.
 pub(crate) async fn log_events(
     connection: &mut AsyncPgConnection,
-    directory: &Directory,
+    job_cache: &JobCache,
     rows: Vec<Event>,
 ) -> Result<Vec<Arc<LogEvent>>> {
-    let rows = with_jobs(connection, directory, rows).await?;
+    let rows = with_jobs(connection, job_cache, rows).await?;
     Ok(rows.into_iter().map(|(row, job)| Arc::new(LogEvent::new(&row, job, None))).collect())
 }
 
@@ -261,7 +262,7 @@ pub(crate) async fn log_events(
 /// all and is told to read the log.
 #[derive(Debug)]
 pub(crate) struct Mailbox {
-    interest: Arc<Interest>,
+    filter: Arc<Filter>,
     inner: Mutex<Waiting>,
     filled: Notify,
 }
@@ -300,7 +301,9 @@ impl Waiting {
     fn waits_since(&self) -> Option<Instant> {
         match self.follows {
             Follows::NotYet => None,
-            Follows::Now => self.events.iter().find(|waits| waits.wanted)?.event.heard.map(|heard| heard.at),
+            Follows::Now => {
+                self.events.iter().find(|waits| waits.wanted)?.event.received.map(|received| received.at)
+            }
             Follows::Since(at) => Some(at),
         }
     }
@@ -312,7 +315,7 @@ impl Mailbox {
         if waiting.overflowed {
             return;
         }
-        let (wanted, mut first_sequence) = (self.interest.wants(event), event.sequence);
+        let (wanted, mut first_sequence) = (self.filter.wants(event), event.sequence);
         if !wanted && let Some(last) = waiting.events.pop_back_if(|last| !last.wanted) {
             waiting.bytes -= last.event.encoded.len();
             first_sequence = last.first_sequence;

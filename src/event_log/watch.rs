@@ -14,12 +14,12 @@ use std::{
 use tokio_util::sync::CancellationToken;
 
 use self::end::{LogEnd, before_oldest};
-pub(crate) use self::query::{Body, EndReason, Interest, Message, Scope, Start, WatchQuery};
+pub(crate) use self::query::{Body, EndReason, Filter, Message, Scope, Start, WatchQuery};
 use super::{
     EventLog,
+    event::LogEvent,
+    position::{Binding, Position},
     tail::{Delivered, Delivery, Subscription, log_events},
-    token::{Binding, Place},
-    wire::LogEvent,
 };
 use crate::{
     auth::Credential,
@@ -47,13 +47,13 @@ pub(crate) struct Watch {
     log: EventLog,
     credential: Arc<Credential>,
     draining: CancellationToken,
-    interest: Arc<Interest>,
+    filter: Arc<Filter>,
     heartbeat: Duration,
     binding: Binding,
     subscription: Subscription,
     /// Everything in scope up to here was sent or filtered.
     cursor: i64,
-    /// See [`Place::removals`].
+    /// See [`Position::removals`].
     removals: i64,
     /// Read, beyond the cursor, in scope; not sent yet.
     pending: VecDeque<Arc<LogEvent>>,
@@ -86,22 +86,24 @@ impl Watch {
         credential: Arc<Credential>,
         draining: CancellationToken,
     ) -> Result<Self> {
-        let WatchQuery { interest, start, heartbeat } = query;
+        let WatchQuery { filter, start, heartbeat } = query;
         let from_beginning = matches!(start, Start::Beginning);
-        let binding = Binding::new(&interest);
+        let binding = Binding::new(&filter);
         let resumed = match &start {
             Start::Resume(token) => Some(binding.place(token)?),
             Start::Beginning | Start::AfterSequence(_) | Start::Now => None,
         };
         // Before the log's end is looked up: whatever is committed after that
         // look is delivered.
-        let interest = Arc::new(interest);
-        let subscription = log.0.tail.subscribe(Arc::clone(&interest));
-        let scope = &interest.scope;
+        let filter = Arc::new(filter);
+        let subscription = log.0.tail.subscribe(Arc::clone(&filter));
+        let scope = &filter.scope;
         let end = LogEnd::look(&log, scope).await?;
-        let Place { cursor, removals } = match (start, resumed) {
-            (Start::Beginning, _) => Place { cursor: before_oldest(&log, scope, &end).await?, ..end.place },
-            (Start::AfterSequence(cursor), _) => Place { cursor, ..end.place },
+        let Position { cursor, removals } = match (start, resumed) {
+            (Start::Beginning, _) => {
+                Position { cursor: before_oldest(&log, scope, &end).await?, ..end.place }
+            }
+            (Start::AfterSequence(cursor), _) => Position { cursor, ..end.place },
             (_, Some(place)) => place,
             _ => end.place,
         };
@@ -118,7 +120,7 @@ impl Watch {
             log,
             credential,
             draining,
-            interest,
+            filter,
             heartbeat,
             binding,
             subscription,
@@ -156,9 +158,9 @@ impl Watch {
                     self.beat_at = now + self.heartbeat;
                     // The first has waited longest.
                     if let Body::Events(events) = &message.body
-                        && let Some(heard) = events.first().and_then(|event| event.heard)
+                        && let Some(received) = events.first().and_then(|event| event.received)
                     {
-                        self.log.0.metrics.watches.sent(heard, now);
+                        self.log.0.metrics.watches.sent(received, now);
                     }
                     return Some(Ok(message));
                 }
@@ -250,7 +252,7 @@ impl Watch {
         let turn = turn.map_err(Error::internal)?;
         let mut connection = self.log.0.database.get().await?;
         let page = self.page;
-        let (rows, read_to) = match &self.interest.scope {
+        let (rows, read_to) = match &self.filter.scope {
             Scope::Job(job) => {
                 let through = self.past_end;
                 let rows =
@@ -262,7 +264,7 @@ impl Watch {
                 {
                     drop((connection, turn));
                     // It may have gone on before it was closed and removed.
-                    self.job = LogEnd::look(&self.log, &self.interest.scope).await?.job;
+                    self.job = LogEnd::look(&self.log, &self.filter.scope).await?.job;
                     return Err(Error::EventsExpired { first_sequence: None });
                 }
                 let read_to = rows.last().map_or(through, |row| row.sequence);
@@ -270,19 +272,19 @@ impl Watch {
             }
             Scope::All { viewer, configuration_tag, counterpart_id } => {
                 let through = self.past_end.min(self.cursor + WINDOW);
-                let sight = viewer.sight();
+                let visibility = viewer.visibility();
                 let rows = if through - self.cursor <= page && self.removals == 0 {
                     // So few are read whole: to plan for those in sight costs
                     // more than to leave the others out.
                     Event::list_of_log(&mut connection, self.cursor, through, page).await?
                 } else {
-                    Event::list_in_sight(&mut connection, sight, self.cursor, through, page).await?
+                    Event::list_visible(&mut connection, visibility, self.cursor, through, page).await?
                 };
                 let whole = count(&rows) < page;
                 let read_to =
                     if whole { None } else { rows.last().map(|row| row.position) }.unwrap_or(through);
                 let removed = Removed {
-                    sight,
+                    visibility,
                     configuration_tag,
                     counterpart_id: *counterpart_id,
                     after_position: self.cursor,
@@ -302,7 +304,7 @@ impl Watch {
                 (rows, read_to)
             }
         };
-        let mut events = log_events(&mut connection, &self.log.0.directory, rows).await?;
+        let mut events = log_events(&mut connection, &self.log.0.job_cache, rows).await?;
         drop((connection, turn));
         let mut bytes = 0;
         let fit = events.iter().take_while(|event| {
@@ -314,19 +316,19 @@ impl Watch {
         if fit < events.len() {
             events.truncate(fit);
             self.page = i64::try_from(fit).unwrap_or(PAGE).min(PAGE);
-            self.read_to = events.last().map_or(read_to, |event| self.interest.scope.place(event));
+            self.read_to = events.last().map_or(read_to, |event| self.filter.scope.place(event));
         } else {
             self.page = (page * 2).min(PAGE);
             self.read_to = read_to;
         }
-        self.pending = events.into_iter().filter(|event| self.interest.scope.contains(event)).collect();
+        self.pending = events.into_iter().filter(|event| self.filter.scope.contains(event)).collect();
         Ok(())
     }
 
     /// The past now ends where the log does.
     async fn look_again(&mut self) -> Result<()> {
         let turn = self.log.0.readers.acquire().await.map_err(Error::internal)?;
-        let end = LogEnd::look(&self.log, &self.interest.scope).await?;
+        let end = LogEnd::look(&self.log, &self.filter.scope).await?;
         drop(turn);
         if end.place.cursor < self.cursor {
             return Err(Error::PositionBeyondLog);
@@ -375,7 +377,7 @@ impl Watch {
             self.receive(delivery);
             return None;
         }
-        if let Scope::All { .. } = self.interest.scope {
+        if let Scope::All { .. } = self.filter.scope {
             self.cursor = self.cursor.max(head.cursor);
             self.read_to = self.cursor;
             self.removals = self.removals.max(head.removals);
@@ -387,18 +389,18 @@ impl Watch {
     /// dropped.
     fn accept(&mut self, events: VecDeque<Delivered>) {
         for Delivered { event, first_sequence, .. } in events {
-            let place = self.interest.scope.place(&event);
+            let place = self.filter.scope.place(&event);
             if place <= self.read_to {
                 continue;
             }
-            if let Scope::Job(_) = self.interest.scope
+            if let Scope::Job(_) = self.filter.scope
                 && first_sequence > self.read_to + 1
             {
                 self.missed = true;
                 return;
             }
             self.read_to = place;
-            if self.interest.scope.contains(&event) {
+            if self.filter.scope.contains(&event) {
                 self.pending.push_back(event);
             }
         }
@@ -410,13 +412,13 @@ impl Watch {
         let mut events = Vec::new();
         let mut room = MESSAGE_BYTES - MESSAGE_MARGIN;
         while let Some(event) = self.pending.front() {
-            let wanted = self.interest.wants(event);
+            let wanted = self.filter.wants(event);
             let bytes = event.encoded.len();
             if wanted && bytes > room && !events.is_empty() {
                 break;
             }
             let Some(event) = self.pending.pop_front() else { break };
-            self.cursor = self.interest.scope.place(&event);
+            self.cursor = self.filter.scope.place(&event);
             self.note(&event);
             if wanted {
                 room = room.saturating_sub(bytes);
@@ -447,7 +449,7 @@ impl Watch {
     }
 
     fn message(&self, body: Body) -> Message {
-        let place = Place { cursor: self.cursor, removals: self.removals };
+        let place = Position { cursor: self.cursor, removals: self.removals };
         Message { resume_token: self.binding.token(place), body }
     }
 }

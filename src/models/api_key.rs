@@ -11,7 +11,7 @@ use crate::{
     error::{Error, Resource, Result},
     models::{
         audit_entry::{AuditAct, AuditEntry, Origin},
-        caller::{Caller, CredentialId, KeyManager, Scope, Subject, UserRole},
+        caller::{Caller, CredentialId, KeyManager, KeyScope, Subject, UserRole},
         interval,
     },
     schema::{api_keys, users},
@@ -29,7 +29,7 @@ pub struct ApiKey {
     /// The owner's words about it; may be empty.
     pub note: String,
     /// Arrays of Postgres may hold NULL; a constraint says that this does not.
-    scopes: Vec<Option<Scope>>,
+    scopes: Vec<Option<KeyScope>>,
     /// From then on it is refused; none: never.
     pub expires_at: Option<DateTime<Utc>>,
     /// To the minute.
@@ -48,7 +48,7 @@ pub struct NewApiKey {
     /// May be empty.
     pub note: String,
     /// At least one, each once.
-    pub scopes: Vec<Scope>,
+    pub scopes: Vec<KeyScope>,
     /// None: never.
     pub expires_at: Option<DateTime<Utc>>,
 }
@@ -77,7 +77,7 @@ impl NewApiKey {
     }
 
     async fn insert(self, conn: &mut AsyncPgConnection, manager: &KeyManager) -> Result<ApiKey> {
-        let scopes: Vec<Option<Scope>> = self.scopes.into_iter().map(Some).collect();
+        let scopes: Vec<Option<KeyScope>> = self.scopes.into_iter().map(Some).collect();
         Ok(diesel::insert_into(api_keys::table)
             .values((
                 api_keys::id.eq(Uuid::now_v7()),
@@ -98,7 +98,7 @@ confirmable!(ApiKey, api_keys);
 
 impl ApiKey {
     /// What it may be used for.
-    pub fn scopes(&self) -> impl Iterator<Item = Scope> {
+    pub fn scopes(&self) -> impl Iterator<Item = KeyScope> {
         self.scopes.iter().copied().flatten()
     }
 
@@ -221,7 +221,7 @@ impl ApiKey {
                     .await
                     .optional()?;
                 let (old, good) = old.ok_or_else(|| Error::not_found(Resource::ApiKey, &id))?;
-                let scopes: Vec<Scope> = old.scopes().collect();
+                let scopes: Vec<KeyScope> = old.scopes().collect();
                 if let Some(missing) = scopes.iter().find(|scope| !manager.scopes().contains(scope)) {
                     return Err(Error::ScopeRequired(missing.name()));
                 }

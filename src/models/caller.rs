@@ -23,7 +23,7 @@ pub enum UserRole {
 /// What an API key may be used for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, AsExpression, FromSqlRow)]
 #[diesel(sql_type = sql_types::ApiKeyScope)]
-pub enum Scope {
+pub enum KeyScope {
     /// Methods that only read.
     Read,
     /// A provider's writes.
@@ -32,7 +32,7 @@ pub enum Scope {
     Manage,
 }
 
-impl Scope {
+impl KeyScope {
     /// As the API spells it.
     pub fn name(self) -> &'static str {
         match self {
@@ -73,11 +73,11 @@ pub enum Subject {
 pub struct Caller {
     subject: Subject,
     credential: CredentialId,
-    scopes: Vec<Scope>,
+    scopes: Vec<KeyScope>,
 }
 
 impl Caller {
-    pub(super) fn new(subject: Subject, credential: CredentialId, scopes: Vec<Scope>) -> Self {
+    pub(super) fn new(subject: Subject, credential: CredentialId, scopes: Vec<KeyScope>) -> Self {
         Self { subject, credential, scopes }
     }
 
@@ -91,9 +91,9 @@ impl Caller {
         self.credential
     }
 
-    /// Proof that a provider's data may be read or, with [`Scope::Append`],
+    /// Proof that a provider's data may be read or, with [`KeyScope::Append`],
     /// written.
-    pub fn provider(&self, scope: Scope) -> Result<Provider> {
+    pub fn provider(&self, scope: KeyScope) -> Result<Provider> {
         let Subject::User { id, role: UserRole::Provider } = self.subject else {
             return Err(Error::RoleRequired("provider"));
         };
@@ -111,11 +111,11 @@ impl Caller {
 
     /// Proof that jobs may be read: which ones is the viewer's matter.
     pub fn viewer(&self) -> Result<Viewer> {
-        self.require(Scope::Read)?;
+        self.require(KeyScope::Read)?;
         Ok(match self.subject {
-            Subject::User { id, role: UserRole::Provider } => Viewer(Sight::Provider(id)),
-            Subject::User { id, role: UserRole::Customer } => Viewer(Sight::Customer(id)),
-            Subject::Job(id) => Viewer(Sight::Job(id)),
+            Subject::User { id, role: UserRole::Provider } => Viewer(Visibility::Provider(id)),
+            Subject::User { id, role: UserRole::Customer } => Viewer(Visibility::Customer(id)),
+            Subject::Job(id) => Viewer(Visibility::Job(id)),
         })
     }
 
@@ -134,11 +134,11 @@ impl Caller {
         let Subject::User { id, role } = self.subject else {
             return Err(Error::RoleRequired("provider or customer"));
         };
-        self.require(Scope::Manage)?;
+        self.require(KeyScope::Manage)?;
         Ok(KeyManager { user_id: id, role, scopes: self.scopes.clone() })
     }
 
-    fn require(&self, scope: Scope) -> Result<()> {
+    fn require(&self, scope: KeyScope) -> Result<()> {
         if self.scopes.contains(&scope) { Ok(()) } else { Err(Error::ScopeRequired(scope.name())) }
     }
 }
@@ -158,11 +158,11 @@ impl Provider {
 
 /// See [`Caller::viewer`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Viewer(Sight);
+pub struct Viewer(Visibility);
 
 /// Which jobs a viewer sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Sight {
+pub enum Visibility {
     /// Those that this provider runs.
     Provider(Uuid),
     /// Those that are run for this customer.
@@ -173,30 +173,30 @@ pub enum Sight {
 
 impl Viewer {
     /// Which jobs.
-    pub fn sight(self) -> Sight {
+    pub fn visibility(self) -> Visibility {
         self.0
     }
 
     /// Of the user, or of the one job.
     pub fn id(self) -> Uuid {
         match self.0 {
-            Sight::Provider(id) | Sight::Customer(id) | Sight::Job(id) => id,
+            Visibility::Provider(id) | Visibility::Customer(id) | Visibility::Job(id) => id,
         }
     }
 
     /// Whether a job of this id, provider and customer is among them.
     pub fn sees(self, job_id: Uuid, provider_id: Uuid, customer_id: Uuid) -> bool {
         match self.0 {
-            Sight::Provider(id) => id == provider_id,
-            Sight::Customer(id) => id == customer_id,
-            Sight::Job(id) => id == job_id,
+            Visibility::Provider(id) => id == provider_id,
+            Visibility::Customer(id) => id == customer_id,
+            Visibility::Job(id) => id == job_id,
         }
     }
 }
 
 impl From<Provider> for Viewer {
     fn from(provider: Provider) -> Self {
-        Self(Sight::Provider(provider.id))
+        Self(Visibility::Provider(provider.id))
     }
 }
 
@@ -224,7 +224,7 @@ impl Account {
 pub struct KeyManager {
     user_id: Uuid,
     role: UserRole,
-    scopes: Vec<Scope>,
+    scopes: Vec<KeyScope>,
 }
 
 impl KeyManager {
@@ -239,7 +239,7 @@ impl KeyManager {
     }
 
     /// What may be passed on to a new key.
-    pub fn scopes(&self) -> &[Scope] {
+    pub fn scopes(&self) -> &[KeyScope] {
         &self.scopes
     }
 }

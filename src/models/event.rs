@@ -2,7 +2,7 @@
 
 mod append;
 mod by_ids;
-mod in_sight;
+mod visible;
 
 use chrono::{DateTime, Utc};
 use diesel::prelude::*;
@@ -10,10 +10,10 @@ use diesel_async::{AsyncPgConnection, RunQueryDsl, SimpleAsyncConnection as _};
 use uuid::Uuid;
 
 pub use self::append::{Append, AppendOutcome, NewRow};
-use self::{by_ids::EventsByIds, in_sight::EventsInSight};
+use self::{by_ids::EventsByIds, visible::VisibleEvents};
 use crate::{
     error::Result,
-    models::caller::Sight,
+    models::caller::Visibility,
     progress::{EventKind, JobState, JobStatus, Progress, StepSet},
     schema::{events, jobs},
 };
@@ -94,14 +94,14 @@ impl Event {
 
     /// Those of the log's events after a position and up to another that
     /// belong to jobs in sight whose logs are not being removed, ascending.
-    pub async fn list_in_sight(
+    pub async fn list_visible(
         connection: &mut AsyncPgConnection,
-        sight: Sight,
+        visibility: Visibility,
         after: i64,
         through: i64,
         limit: i64,
     ) -> Result<Vec<Self>> {
-        Ok(EventsInSight::new(sight, after, through, limit).load(connection).await?)
+        Ok(VisibleEvents::new(visibility, after, through, limit).load(connection).await?)
     }
 
     /// The position of the oldest event of the log that is kept.

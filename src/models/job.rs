@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 pub use self::list::{JobCursor, JobFilters, JobPage};
 use super::{
-    caller::{Provider, Sight, UserRole, Viewer},
+    caller::{Provider, UserRole, Viewer, Visibility},
     job_configuration::{ConfigurationKey, JobConfiguration},
 };
 use crate::{
@@ -150,12 +150,12 @@ impl Job {
     /// One that the viewer may see; [`Error::NotFound`] otherwise, and for a
     /// key that only a provider may use.
     pub async fn find(conn: &mut AsyncPgConnection, viewer: Viewer, key: &JobKey) -> Result<Self> {
-        let job = match (key, viewer.sight()) {
+        let job = match (key, viewer.visibility()) {
             (JobKey::Id(id), _) => Self::load(conn, &[*id]).await?.pop(),
-            (JobKey::ProviderJobId(name), Sight::Provider(provider_id)) => {
+            (JobKey::ProviderJobId(name), Visibility::Provider(provider_id)) => {
                 Self::find_by_provider_job_id(conn, provider_id, name).await?
             }
-            (JobKey::ProviderJobId(_), Sight::Customer(_) | Sight::Job(_)) => None,
+            (JobKey::ProviderJobId(_), Visibility::Customer(_) | Visibility::Job(_)) => None,
         };
         job.filter(|job| viewer.sees(job.id, job.provider.id, job.customer.id))
             .ok_or_else(|| Error::not_found(Resource::Job, key))

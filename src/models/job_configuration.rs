@@ -14,7 +14,7 @@ use diesel_async::{AsyncPgConnection, RunQueryDsl as _};
 use uuid::Uuid;
 
 pub use self::register::{NewJobConfiguration, NewStepConfiguration};
-use super::caller::{Provider, Sight, Viewer};
+use super::caller::{Provider, Viewer, Visibility};
 use crate::{
     error::Result,
     progress::Weights,
@@ -147,28 +147,28 @@ impl JobConfiguration {
             created_at, id, precedence, provider_id, release, table, tag as tag_, version as version_,
         };
         let query = table.select(id).into_boxed();
-        let query = match (viewer.sight(), key) {
-            (Sight::Provider(provider), ConfigurationKey::Id(wanted)) => {
+        let query = match (viewer.visibility(), key) {
+            (Visibility::Provider(provider), ConfigurationKey::Id(wanted)) => {
                 query.filter(provider_id.eq(provider).and(id.eq(wanted)))
             }
-            (Sight::Provider(provider), ConfigurationKey::Version { tag, version }) => {
+            (Visibility::Provider(provider), ConfigurationKey::Version { tag, version }) => {
                 query.filter(provider_id.eq(provider).and(tag_.eq(tag)).and(version_.eq(version)))
             }
-            (Sight::Provider(provider), ConfigurationKey::Latest { tag }) => query
+            (Visibility::Provider(provider), ConfigurationKey::Latest { tag }) => query
                 .filter(provider_id.eq(provider).and(tag_.eq(tag)))
                 .order((release.desc(), precedence.desc(), created_at.desc(), id.desc()))
                 .limit(1),
-            (Sight::Customer(customer), ConfigurationKey::Id(wanted)) => {
+            (Visibility::Customer(customer), ConfigurationKey::Id(wanted)) => {
                 let theirs = jobs::table
                     .filter(jobs::job_configuration_id.eq(wanted).and(jobs::customer_id.eq(customer)));
                 query.filter(id.eq(wanted).and(dsl::exists(theirs)))
             }
-            (Sight::Job(job), ConfigurationKey::Id(wanted)) => {
+            (Visibility::Job(job), ConfigurationKey::Id(wanted)) => {
                 let theirs = jobs::table.filter(jobs::job_configuration_id.eq(wanted).and(jobs::id.eq(job)));
                 query.filter(id.eq(wanted).and(dsl::exists(theirs)))
             }
             (
-                Sight::Customer(_) | Sight::Job(_),
+                Visibility::Customer(_) | Visibility::Job(_),
                 ConfigurationKey::Version { .. } | ConfigurationKey::Latest { .. },
             ) => return Ok(None),
         };

@@ -11,7 +11,7 @@ use diesel::{
 use crate::{
     models::{
         audit_entry::{AuditAct, AuditActor},
-        caller::{Scope, UserRole},
+        caller::{KeyScope, UserRole},
         job_configuration::MetadataKind,
     },
     progress::{EventKind, JobStatus},
@@ -46,7 +46,7 @@ macro_rules! pg_enum {
 }
 
 pg_enum!(UserRole, sql_types::UserRole { Customer = "customer", Provider = "provider" });
-pg_enum!(Scope, sql_types::ApiKeyScope { Read = "read", Append = "append", Manage = "manage" });
+pg_enum!(KeyScope, sql_types::ApiKeyScope { Read = "read", Append = "append", Manage = "manage" });
 pg_enum!(JobStatus, sql_types::JobStatus {
     Pending = "pending",
     Running = "running",

@@ -9,7 +9,7 @@ use diesel::{
 };
 use diesel_async::{AsyncPgConnection, RunQueryDsl};
 
-use super::caller::Sight;
+use super::caller::Visibility;
 use crate::{
     error::Result,
     models::interval,
@@ -52,7 +52,7 @@ pub async fn log_end(connection: &mut AsyncPgConnection) -> Result<(i64, i64)> {
 #[derive(Clone, Copy, Debug)]
 pub struct Removed<'a> {
     /// Of jobs in sight.
-    pub sight: Sight,
+    pub visibility: Visibility,
     /// Of this configuration tag; empty: of all.
     pub configuration_tag: &'a str,
     /// With this user on the other side.
@@ -81,15 +81,14 @@ impl Removed<'_> {
         if !self.configuration_tag.is_empty() {
             these = these.filter(removed_logs::configuration_tag.eq(self.configuration_tag));
         }
-        these = match (self.sight, self.counterpart_id) {
-            (Sight::Provider(id), None) => these.filter(removed_logs::provider_id.eq(id)),
-            (Sight::Customer(id), None) => these.filter(removed_logs::customer_id.eq(id)),
-            (Sight::Provider(provider), Some(customer)) | (Sight::Customer(customer), Some(provider)) => {
-                these
-                    .filter(removed_logs::provider_id.eq(provider))
-                    .filter(removed_logs::customer_id.eq(customer))
-            }
-            (Sight::Job(id), _) => these.filter(removed_logs::job_id.eq(id)),
+        these = match (self.visibility, self.counterpart_id) {
+            (Visibility::Provider(id), None) => these.filter(removed_logs::provider_id.eq(id)),
+            (Visibility::Customer(id), None) => these.filter(removed_logs::customer_id.eq(id)),
+            (Visibility::Provider(provider), Some(customer))
+            | (Visibility::Customer(customer), Some(provider)) => these
+                .filter(removed_logs::provider_id.eq(provider))
+                .filter(removed_logs::customer_id.eq(customer)),
+            (Visibility::Job(id), _) => these.filter(removed_logs::job_id.eq(id)),
         };
         Ok(retention::table.select((retention::removals, exists(these))).first(connection).await?)
     }

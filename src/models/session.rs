@@ -11,7 +11,7 @@ use crate::{
     error::{Error, Result},
     models::{
         audit_entry::{AuditAct, AuditEntry, Origin},
-        caller::{Account, Caller, CredentialId, Scope, Subject, UserRole},
+        caller::{Account, Caller, CredentialId, KeyScope, Subject, UserRole},
         interval,
         log_in_attempt::LogInAttempt,
     },
@@ -124,7 +124,7 @@ impl Session {
             .optional()?;
         Ok(row.map(|(session, asked_at, role)| {
             let subject = Subject::User { id: session.user_id, role };
-            let scopes = vec![Scope::Read, Scope::Append, Scope::Manage];
+            let scopes = vec![KeyScope::Read, KeyScope::Append, KeyScope::Manage];
             let caller = Caller::new(subject, CredentialId::Session(session.id), scopes);
             (caller, Some((session.expires_at - asked_at).to_std().unwrap_or_default()))
         }))
@@ -191,6 +191,6 @@ pub(crate) mod tests {
 
     /// Callers for tests of what remembers them.
     pub(crate) fn caller(user_id: Uuid, credential: CredentialId) -> Caller {
-        Caller::new(Subject::User { id: user_id, role: UserRole::Customer }, credential, vec![Scope::Read])
+        Caller::new(Subject::User { id: user_id, role: UserRole::Customer }, credential, vec![KeyScope::Read])
     }
 }

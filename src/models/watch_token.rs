@@ -11,7 +11,7 @@ use crate::{
     error::{Error, Resource, Result},
     models::{
         audit_entry::{AuditAct, AuditEntry, Origin},
-        caller::{Caller, CredentialId, Provider, Scope, Subject},
+        caller::{Caller, CredentialId, KeyScope, Provider, Subject},
         interval,
     },
     schema::{users, watch_tokens},
@@ -110,7 +110,7 @@ impl WatchToken {
             .optional()?;
         Ok(row.map(|(token, asked_at)| {
             let credential = CredentialId::WatchToken(token.id);
-            let caller = Caller::new(Subject::Job(token.job_id), credential, vec![Scope::Read]);
+            let caller = Caller::new(Subject::Job(token.job_id), credential, vec![KeyScope::Read]);
             (caller, Some((token.expires_at - asked_at).to_std().unwrap_or_default()))
         }))
     }

@@ -52,14 +52,14 @@ pub(super) struct Connections {
     /// How often something was read from one of them or written to it.
     moved: Arc<AtomicUsize>,
     room: Arc<Semaphore>,
-    greeting: Duration,
+    preface: Duration,
 }
 
 impl Connections {
     /// At most so many, of which each client has so long to greet.
-    pub(super) fn new(most: usize, greeting: Duration) -> Self {
+    pub(super) fn new(most: usize, preface: Duration) -> Self {
         let room = Arc::new(Semaphore::new(most));
-        Self { cut: CancellationToken::new(), moved: Arc::default(), room, greeting }
+        Self { cut: CancellationToken::new(), moved: Arc::default(), room, preface }
     }
 
     /// Nothing if there are as many as may be.
@@ -86,14 +86,14 @@ impl Connections {
         let cut = self.cut.child_token();
         let is_cut = Box::pin(cut.clone().cancelled_owned());
         let moved = Arc::clone(&self.moved);
-        let greeting = Some(Greeting { missing: PREFACE, until: Box::pin(sleep(self.greeting)) });
+        let preface = Some(Preface { missing: PREFACE, until: Box::pin(sleep(self.preface)) });
         Some(Connection {
             stream,
             address,
             moved,
             waited: false,
             large: false,
-            greeting,
+            preface,
             cut,
             is_cut,
             _room: room,
@@ -122,14 +122,14 @@ pub(super) struct Connection {
     /// The last write was one that needs no company.
     large: bool,
     /// Until the client has said what it says first.
-    greeting: Option<Greeting>,
+    preface: Option<Preface>,
     cut: CancellationToken,
     is_cut: Pin<Box<WaitForCancellationFutureOwned>>,
     _room: OwnedSemaphorePermit,
 }
 
 #[derive(Debug)]
-struct Greeting {
+struct Preface {
     /// Bytes.
     missing: usize,
     until: Pin<Box<Sleep>>,
@@ -163,11 +163,11 @@ impl AsyncRead for Connection {
         }
         let before = buf.filled().len();
         let read = Pin::new(&mut self.stream).poll_read(cx, buf);
-        if let Some(greeting) = &mut self.greeting {
-            greeting.missing = greeting.missing.saturating_sub(buf.filled().len() - before);
-            if greeting.missing == 0 {
-                self.greeting = None;
-            } else if greeting.until.as_mut().poll(cx).is_ready() {
+        if let Some(preface) = &mut self.preface {
+            preface.missing = preface.missing.saturating_sub(buf.filled().len() - before);
+            if preface.missing == 0 {
+                self.preface = None;
+            } else if preface.until.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
             }
         }

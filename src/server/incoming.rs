@@ -159,9 +159,9 @@ mod tests {
         }
 
         tokio::io::AsyncWriteExt::write_all(&mut first, b"PRI * HTTP/2.0").await.expect("it is open");
-        let mut greeting = [0; 64];
-        assert_eq!(accepted.read(&mut greeting).await.expect("what was said"), 14);
-        let end = accepted.read(&mut greeting).await;
+        let mut preface = [0; 64];
+        assert_eq!(accepted.read(&mut preface).await.expect("what was said"), 14);
+        let end = accepted.read(&mut preface).await;
         assert_eq!(end.expect_err("too late").kind(), io::ErrorKind::TimedOut);
     }
 }

@@ -20,7 +20,7 @@ use crate::{
     error::{Error, Result, Violations},
     models::{
         api_key::{ApiKey, NewApiKey},
-        caller::{CredentialId, Scope, Subject},
+        caller::{CredentialId, KeyScope, Subject},
         log_in_attempt::{LogInClaim, begin_sign_up},
         session::{NewSession, Session},
         user::{Names, NewUser, User},
@@ -313,7 +313,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
         request: Request<pb::CreateWatchTokenRequest>,
     ) -> Result<Response<pb::CreateWatchTokenResponse>, Status> {
         let credential = credential_of(&request)?;
-        let provider = credential.caller().provider(Scope::Append)?;
+        let provider = credential.caller().provider(KeyScope::Append)?;
         let origin = self.0.origin(&request, credential.caller());
         let TokenTerms { job, note, lifetime } = TokenTerms::parse(request.into_inner())?;
         let job_id = self.0.log.find_own_job(provider, &job).await?.id;
@@ -333,7 +333,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
         request: Request<pb::ListWatchTokensRequest>,
     ) -> Result<Response<pb::ListWatchTokensResponse>, Status> {
         let credential = credential_of(&request)?;
-        let provider = credential.caller().provider(Scope::Append)?;
+        let provider = credential.caller().provider(KeyScope::Append)?;
         let (job, page) = token_page(request.into_inner(), provider)?;
         let job_id = self.0.log.find_own_job(provider, &job).await?.id;
         let mut conn = self.0.database.get().await?;
@@ -349,7 +349,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
         request: Request<pb::ExpireWatchTokenRequest>,
     ) -> Result<Response<pb::ExpireWatchTokenResponse>, Status> {
         let credential = credential_of(&request)?;
-        let provider = credential.caller().provider(Scope::Append)?;
+        let provider = credential.caller().provider(KeyScope::Append)?;
         let origin = self.0.origin(&request, credential.caller());
         let id = token_id(request.get_ref())?;
         let app = self.0.clone();

@@ -13,10 +13,10 @@ use super::{
 };
 use crate::{
     error::{Error, Resource, Result, Violations, quoted},
-    event_log::wire,
+    event_log::event,
     limits::{CONFIGURATION_STEPS, STEP_METADATA, STEP_POINTS},
     models::{
-        caller::{Provider, Scope},
+        caller::{KeyScope, Provider},
         job_configuration::{
             ConfigurationKey, JobConfiguration, MetadataConfiguration, MetadataKind, NewJobConfiguration,
             NewStepConfiguration, StepConfiguration,
@@ -41,7 +41,7 @@ impl ConfigurationService for ConfigurationApi {
         request: Request<pb::RegisterJobConfigurationRequest>,
     ) -> Result<Response<pb::RegisterJobConfigurationResponse>, Status> {
         let credential = credential_of(&request)?;
-        let provider = credential.caller().provider(Scope::Append)?;
+        let provider = credential.caller().provider(KeyScope::Append)?;
         let new = NewJobConfiguration::try_from(request.into_inner())?;
         let (configuration, existed) = self
             .0
@@ -73,7 +73,7 @@ impl ConfigurationService for ConfigurationApi {
         request: Request<pb::ListJobConfigurationsRequest>,
     ) -> Result<Response<pb::ListJobConfigurationsResponse>, Status> {
         let credential = credential_of(&request)?;
-        let provider = credential.caller().provider(Scope::Read)?;
+        let provider = credential.caller().provider(KeyScope::Read)?;
         let list = List::parse(provider, request.into_inner())?;
         let mut conn = self.0.database.get().await?;
         // One more tells whether there is a next page.
@@ -271,7 +271,7 @@ impl From<JobConfiguration> for pb::JobConfiguration {
             name,
             version,
             steps: steps.into_iter().map(Into::into).collect(),
-            created_at: Some(wire::timestamp(created_at)),
+            created_at: Some(event::timestamp(created_at)),
             provider_id: provider_id.to_string(),
         }
     }

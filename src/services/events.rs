@@ -24,11 +24,11 @@ use crate::{
     auth::Credential,
     error::{Error, Result},
     event_log::{
-        Lane, answered,
+        StreamOrder, answered,
         plan::Appended,
-        watch::{Body, EndReason, Interest, Message, Scope, Watch, WatchQuery},
+        watch::{Body, EndReason, Filter, Message, Scope, Watch, WatchQuery},
     },
-    models::caller::{self, Provider},
+    models::caller::{KeyScope, Provider},
     pb::{self, event_service_server::EventService},
     progress::JobState,
     telemetry::metrics::Open,
@@ -50,9 +50,9 @@ impl EventService for EventApi {
         request: Request<pb::AppendEventsRequest>,
     ) -> Result<Response<pb::AppendEventsResponse>, Status> {
         let credential = credential_of(&request)?;
-        let provider = credential.caller().provider(caller::Scope::Append)?;
+        let provider = credential.caller().provider(KeyScope::Append)?;
         let batch = UncheckedBatch::try_from(request.into_inner())?;
-        let answer = self.admit(&credential, provider, batch, Lane::default()).await?;
+        let answer = self.admit(&credential, provider, batch, StreamOrder::default()).await?;
         Ok(Response::new(answered(answer).await?.into()))
     }
 
@@ -63,7 +63,7 @@ impl EventService for EventApi {
         request: Request<Streaming<pb::PublishEventsRequest>>,
     ) -> Result<Response<Self::PublishEventsStream>, Status> {
         let credential = credential_of(&request)?;
-        let provider = credential.caller().provider(caller::Scope::Append)?;
+        let provider = credential.caller().provider(KeyScope::Append)?;
         let open = self.0.auth.open_stream(Arc::clone(&credential), Peer::of(&request).cut)?;
         // One more than fits is the one whose answer is awaited.
         let (accepted, answers) = mpsc::channel(self.0.log.publish_window().max(2) - 1);
@@ -127,7 +127,7 @@ impl EventService for EventApi {
                 Scope::All { viewer, configuration_tag, counterpart_id }
             }
         };
-        let query = WatchQuery { interest: Interest { scope, kinds }, start, heartbeat };
+        let query = WatchQuery { filter: Filter { scope, kinds }, start, heartbeat };
         let open = self.0.auth.open_stream(Arc::clone(&credential), peer.cut)?;
         let watch = self.0.log.watch(query, credential, self.0.draining.clone()).await?;
         let messages = stream::unfold(Watching::Open(Box::new(watch)), watch_next);
@@ -145,10 +145,10 @@ impl EventApi {
         credential: &Credential,
         provider: Provider,
         batch: UncheckedBatch,
-        lane: Lane,
+        stream_order: StreamOrder,
     ) -> Result<oneshot::Receiver<Result<Vec<Appended>>>> {
         let job = self.0.log.find_own_job(provider, &batch.job).await?;
-        credential.while_good(self.0.log.submit(batch.for_job(job), lane)).await
+        credential.while_good(self.0.log.submit(batch.for_job(job), stream_order)).await
     }
 }
 

@@ -12,9 +12,9 @@ use super::{
 };
 use crate::{
     error::{Error, Result, Violations},
-    event_log::wire,
+    event_log::event,
     models::{
-        caller::{Scope, Viewer},
+        caller::{KeyScope, Viewer},
         job::{Job, JobCursor, JobFilters, JobKey, JobPage, NewJob, Party},
     },
     pb::{self, job_service_server::JobService},
@@ -32,7 +32,7 @@ impl JobService for JobApi {
         request: Request<pb::CreateJobRequest>,
     ) -> Result<Response<pb::CreateJobResponse>, Status> {
         let credential = credential_of(&request)?;
-        let provider = credential.caller().provider(Scope::Append)?;
+        let provider = credential.caller().provider(KeyScope::Append)?;
         let new = NewJob::try_from(request.into_inner())?;
         let mut conn = self.0.database.get().await?;
         credential.still_good()?;
@@ -84,7 +84,7 @@ impl JobService for JobApi {
         request: Request<pb::CloseJobRequest>,
     ) -> Result<Response<pb::CloseJobResponse>, Status> {
         let credential = credential_of(&request)?;
-        let provider = credential.caller().provider(Scope::Append)?;
+        let provider = credential.caller().provider(KeyScope::Append)?;
         let origin = self.0.origin(&request, credential.caller());
         let Close { key, reason } = Close::try_from(request.into_inner())?;
         let (id, existed) = credential.while_good(self.0.log.close(provider, key, reason, &origin)).await?;
@@ -280,9 +280,9 @@ impl From<Job> for pb::Job {
             status: pb::JobStatus::from(job.status).into(),
             progress: Some(job.progress.into()),
             last_sequence: job.last_sequence,
-            closed_at: job.closed_at.map(wire::timestamp),
-            created_at: Some(wire::timestamp(job.created_at)),
-            updated_at: Some(wire::timestamp(job.updated_at)),
+            closed_at: job.closed_at.map(event::timestamp),
+            created_at: Some(event::timestamp(job.created_at)),
+            updated_at: Some(event::timestamp(job.updated_at)),
         }
     }
 }

@@ -181,6 +181,6 @@ impl App {
     /// The database was told before.
     pub(crate) fn end(&self, ending: Ending) {
         self.auth.end(ending);
-        self.log.ring_credentials();
+        self.log.notify_credentials();
     }
 }

@@ -315,7 +315,7 @@ impl Appends {
 
 /// When this process learned of a commit.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Heard {
+pub(crate) struct Received {
     pub(crate) at: Instant,
     /// It is this process's own.
     pub(crate) own: bool,
@@ -355,9 +355,9 @@ impl Watches {
     }
 
     /// A message was handed on whose first event was heard of then.
-    pub(crate) fn sent(&self, heard: Heard, at: Instant) {
-        let delay = at.saturating_duration_since(heard.at).as_secs_f64();
-        if heard.own { &self.own } else { &self.others }.observe(delay);
+    pub(crate) fn sent(&self, received: Received, at: Instant) {
+        let delay = at.saturating_duration_since(received.at).as_secs_f64();
+        if received.own { &self.own } else { &self.others }.observe(delay);
     }
 }
 

@@ -20,7 +20,7 @@ use crate::{
     readers::look_around,
     replica::{Clock, Replica},
     say,
-    temporary::TemporaryFolder,
+    temporary::TemporaryDir,
     watchers::{Habit, Watcher, watch_from_now, watch_jobs},
     world::{Caller, PROVIDERS, Pace, World, within},
     writers::{Slots, Writer},
@@ -37,7 +37,7 @@ const SHARED: usize = 3;
 /// Jobs that are watched once more when all is over, at each server.
 const WATCHED_AGAIN: usize = 20;
 /// Longest that anything may take once all is healed.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 /// From so many seconds on, everybody takes more time, so that what is
 /// remembered for the checker fits into memory.
 const LONG_S: u64 = 300;
@@ -65,14 +65,14 @@ impl Finding {
 
 pub async fn run(seed: u64, seconds: u64) -> Finding {
     let mut random = fastrand::Rng::with_seed(seed);
-    let mut folder = TemporaryFolder::new();
-    let clock = Clock::new(&folder);
-    let cluster = Cluster::start(&folder, seconds).await;
-    let proxies = ["near-0", "near-1"].map(|name| Proxy::start(folder.path().join(name), cluster.socket()));
+    let mut dir = TemporaryDir::new();
+    let clock = Clock::new(&dir);
+    let cluster = Cluster::start(&dir, seconds).await;
+    let proxies = ["near-0", "near-1"].map(|name| Proxy::start(dir.path().join(name), cluster.socket()));
     let [first, second] = [0, 1].map(|n: usize| proxies[n].database_url());
     let replicas = [
-        Replica::start("server-0", first, &mut folder, None).await,
-        Replica::start("server-1", second, &mut folder, Some(clock)).await,
+        Replica::start("server-0", first, &mut dir, None).await,
+        Replica::start("server-1", second, &mut dir, Some(clock)).await,
     ];
     let addresses = [replicas[0].address, replicas[1].address];
     let pace = if seconds > LONG_S { LONG } else { SHORT };
@@ -82,24 +82,24 @@ pub async fn run(seed: u64, seconds: u64) -> Finding {
     let over = CancellationToken::new();
     let mut load = start_load(&world, &successes);
     let mut watchers = start_watchers(&world, &over);
-    let mut bed = Bed { folder, cluster, proxies, replicas, world: Arc::clone(&world), successes, random };
+    let mut bed = Bed { dir, cluster, proxies, replicas, world: Arc::clone(&world), successes, random };
     let episodes = bed.torment(Duration::from_secs(seconds)).await;
 
     world.finishing.cancel();
-    within(PATIENCE, "everything to be answered", join(&mut load)).await;
+    within(TIMEOUT, "everything to be answered", join(&mut load)).await;
     let answered = world.now();
     say(format!("{:8.3} s  everything is answered", answered.as_secs_f64()));
     let jobs = world.history.lock().unwrap().jobs.len();
     for replica in 0..2 {
-        within(PATIENCE * 5, "every job to be read", read_all(&world, replica, jobs)).await;
+        within(TIMEOUT * 5, "every job to be read", read_all(&world, replica, jobs)).await;
         watch_again(&world, replica, jobs, &over, &mut watchers);
     }
     let read = world.now();
     say(format!("{:8.3} s  every job was read", read.as_secs_f64()));
-    within(PATIENCE * 5, "watchers to have seen everything", until_quiet(&world)).await;
+    within(TIMEOUT * 5, "watchers to have seen everything", until_quiet(&world)).await;
     say(format!("{:8.3} s  watchers saw everything", world.now().as_secs_f64()));
     over.cancel();
-    within(PATIENCE, "watchers to leave", join(&mut watchers)).await;
+    within(TIMEOUT, "watchers to leave", join(&mut watchers)).await;
 
     say(format!("{:8.3} s  watchers left", world.now().as_secs_f64()));
     let mut history = std::mem::take(&mut *world.history.lock().unwrap());

@@ -15,7 +15,7 @@ use tokio::process::Command;
 use tokio_postgres::{Client, NoTls};
 
 use crate::{
-    temporary::TemporaryFolder,
+    temporary::TemporaryDir,
     world::{runs, signal, within},
 };
 
@@ -34,8 +34,8 @@ pub struct Cluster {
 
 impl Cluster {
     /// On a small disk of its own, where mounting one is permitted.
-    pub async fn start(folder: &TemporaryFolder, seconds: u64) -> Self {
-        let path = folder.path().join("disk");
+    pub async fn start(dir: &TemporaryDir, seconds: u64) -> Self {
+        let path = dir.path().join("disk");
         fs::create_dir(&path).unwrap();
         let size_mib = 384 + 4 * seconds;
         let options = format!("size={size_mib}m,mode=0755");

@@ -16,12 +16,12 @@ use crate::{
     proxy::{Flow, Proxy},
     replica::Replica,
     say,
-    temporary::TemporaryFolder,
+    temporary::TemporaryDir,
     world::{World, signal, within},
 };
 
 /// Longest that the service may need to be back; past it, the campaign fails.
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 /// How long after a fault some still feel it.
 const RECOVERY: Duration = Duration::from_secs(3);
 /// One calm in so many is a long one: what is stuck then is so for no fault.
@@ -141,7 +141,7 @@ pub struct Outage {
 
 /// All that can be broken.
 pub struct Bed {
-    pub folder: TemporaryFolder,
+    pub dir: TemporaryDir,
     pub cluster: Cluster,
     pub proxies: [Proxy; 2],
     pub replicas: [Replica; 2],
@@ -198,7 +198,7 @@ impl Bed {
     /// Waits for a success of an append that was sent after the end, and looks
     /// back.
     async fn outage(&self, replica: usize, began: Moment, healed: Moment) -> Outage {
-        let back = tokio::time::timeout(PATIENCE, async {
+        let back = tokio::time::timeout(TIMEOUT, async {
             loop {
                 let success = self.successes[replica]
                     .lock()
@@ -217,7 +217,7 @@ impl Bed {
         .await;
         let Ok(back) = back else {
             panic!(
-                "server {replica} has appended nothing for {PATIENCE:?} after all was healed; {}; it said last:\n{}",
+                "server {replica} has appended nothing for {TIMEOUT:?} after all was healed; {}; it said last:\n{}",
                 self.cluster.room().await,
                 self.replicas[replica].last_words(),
             );
@@ -245,14 +245,14 @@ impl Bed {
             Fault::KillServer => {
                 self.replicas[one].kill().await;
                 tokio::time::sleep(lasts / 4).await;
-                self.replicas[one].start_again(&mut self.folder);
+                self.replicas[one].start_again(&mut self.dir);
                 self.replicas[one].listens().await;
                 format!("server {one}")
             }
             Fault::TerminateServer => {
                 let exit = self.replicas[one].terminate().await;
                 assert!(exit.success(), "a server that was told to stop ended with {exit}");
-                self.replicas[one].start_again(&mut self.folder);
+                self.replicas[one].start_again(&mut self.dir);
                 self.replicas[one].listens().await;
                 format!("server {one}")
             }
@@ -290,7 +290,7 @@ impl Bed {
         let seconds = self.random.i64(120..900) * if self.random.bool() { 1 } else { -1 };
         for offset in [seconds, -seconds] {
             self.replicas[1].move_clock(offset);
-            within(PATIENCE, format!("a clock to move by {offset} s"), async {
+            within(TIMEOUT, format!("a clock to move by {offset} s"), async {
                 // Ids never go back in time.
                 while self.seconds_ahead_of_us().await < offset.max(0) - 5 {
                     tokio::time::sleep(LOOKED_UP).await;

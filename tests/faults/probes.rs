@@ -17,7 +17,7 @@ use crate::{
 /// Between one append and the next.
 const INTERVAL: Duration = Duration::from_millis(25);
 /// How long an answer may take before the event is sent again.
-const PATIENCE: Duration = Duration::from_millis(400);
+const TIMEOUT: Duration = Duration::from_millis(400);
 /// Events in one job, then comes another one.
 const EVENTS: usize = 1_000;
 
@@ -43,7 +43,7 @@ pub async fn probe(world: Arc<World>, replica: usize, successes: Successes) {
         while batch.answer().is_none() {
             let sent = world.now();
             let call = writer.callers[replica].events.append_events(request.clone());
-            let outcome = outcome(world.answer_within(PATIENCE, "AppendEvents", call).await);
+            let outcome = outcome(world.answer_within(TIMEOUT, "AppendEvents", call).await);
             let over = world.now();
             if let Outcome::Appended(_) = outcome {
                 successes.lock().unwrap().push((sent, over));

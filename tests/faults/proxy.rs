@@ -25,7 +25,7 @@ pub enum Flow {
 }
 
 pub struct Proxy {
-    folder: PathBuf,
+    dir: PathBuf,
     postgres: PathBuf,
     flow: watch::Sender<Flow>,
     /// Cancelled to cut all connections.
@@ -35,16 +35,16 @@ pub struct Proxy {
 
 impl Proxy {
     /// A socket in a new folder that leads to that of Postgres.
-    pub fn start(folder: PathBuf, postgres: PathBuf) -> Self {
-        fs::create_dir(&folder).unwrap();
+    pub fn start(dir: PathBuf, postgres: PathBuf) -> Self {
+        fs::create_dir(&dir).unwrap();
         let flow = watch::Sender::new(Flow::Free);
-        let mut proxy = Self { folder, postgres, flow, open: CancellationToken::new(), accepting: None };
+        let mut proxy = Self { dir, postgres, flow, open: CancellationToken::new(), accepting: None };
         proxy.accept();
         proxy
     }
 
     pub fn database_url(&self) -> String {
-        format!("postgresql://milepost@{}/milepost", self.folder.display().to_string().replace('/', "%2F"))
+        format!("postgresql://milepost@{}/milepost", self.dir.display().to_string().replace('/', "%2F"))
     }
 
     pub fn set_flow(&self, flow: Flow) {
@@ -82,7 +82,7 @@ impl Proxy {
     }
 
     fn socket(&self) -> PathBuf {
-        self.folder.join(".s.PGSQL.5432")
+        self.dir.join(".s.PGSQL.5432")
     }
 }
 

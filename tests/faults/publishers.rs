@@ -17,7 +17,7 @@ use crate::{
 /// Most batches that are unanswered at once.
 const WINDOW: usize = 12;
 /// How long an answer may take before a stream is given up.
-const PATIENCE: Duration = Duration::from_secs(4);
+const TIMEOUT: Duration = Duration::from_secs(4);
 
 struct Own {
     job: usize,
@@ -105,13 +105,13 @@ impl Publisher {
                 // If it is closed, the answers tell why.
                 let _ = batches.try_send(request);
             }
-            let patience = if self.sent.len() < WINDOW && batches.is_some() {
+            let longest = if self.sent.len() < WINDOW && batches.is_some() {
                 Duration::from_millis(self.writer.random.u64(..60)) * world.pace.slower
             } else {
-                PATIENCE
+                TIMEOUT
             };
-            match timeout(patience, answers.message()).await {
-                Err(_) if patience < PATIENCE && !self.is_overdue(world) => {}
+            match timeout(longest, answers.message()).await {
+                Err(_) if longest < TIMEOUT && !self.is_overdue(world) => {}
                 Err(_) => return Lost::GaveUp,
                 Ok(Ok(Some(answer))) => self.hear(world, answer),
                 Ok(Ok(None)) => {
@@ -133,7 +133,7 @@ impl Publisher {
 
     fn is_overdue(&self, world: &World) -> bool {
         let oldest = self.sent.front().and_then(|batch| batch.attempts.last());
-        oldest.is_some_and(|attempt| world.now() > attempt.sent + PATIENCE)
+        oldest.is_some_and(|attempt| world.now() > attempt.sent + TIMEOUT)
     }
 
     fn hear(&mut self, world: &World, answer: pb::PublishEventsResponse) {

@@ -15,7 +15,7 @@ use tokio::{
 
 use crate::{
     port::own_address,
-    temporary::TemporaryFolder,
+    temporary::TemporaryDir,
     world::{signal, within},
 };
 
@@ -36,20 +36,20 @@ impl Replica {
     pub async fn start(
         name: &str,
         database_url: String,
-        folder: &mut TemporaryFolder,
+        dir: &mut TemporaryDir,
         clock: Option<Clock>,
     ) -> Self {
         let address = own_address("127.0.0.1");
-        let log = folder.path().join(format!("{name}.log"));
-        let child = serve(address, &database_url, &log, clock.as_ref(), folder);
+        let log = dir.path().join(format!("{name}.log"));
+        let child = serve(address, &database_url, &log, clock.as_ref(), dir);
         let mut replica = Self { address, database_url, log, clock, child };
         replica.listens().await;
         replica
     }
 
     /// Starts again where the last one ended; it may not listen yet.
-    pub fn start_again(&mut self, folder: &mut TemporaryFolder) {
-        self.child = serve(self.address, &self.database_url, &self.log, self.clock.as_ref(), folder);
+    pub fn start_again(&mut self, dir: &mut TemporaryDir) {
+        self.child = serve(self.address, &self.database_url, &self.log, self.clock.as_ref(), dir);
     }
 
     /// Waits until it says that it listens.
@@ -93,7 +93,7 @@ fn serve(
     database_url: &str,
     log: &Path,
     clock: Option<&Clock>,
-    folder: &mut TemporaryFolder,
+    dir: &mut TemporaryDir,
 ) -> Child {
     let mut command = Command::new(env!("CARGO_BIN_EXE_milepost"));
     command
@@ -110,7 +110,7 @@ fn serve(
         clock.apply(&mut command);
     }
     let child = command.spawn().unwrap();
-    folder.guard(child.id().expect("it runs"));
+    dir.guard(child.id().expect("it runs"));
     child
 }
 
@@ -121,7 +121,7 @@ pub struct Clock {
 }
 
 impl Clock {
-    pub fn new(folder: &TemporaryFolder) -> Self {
+    pub fn new(dir: &TemporaryDir) -> Self {
         let library = fs::read_dir("/usr/lib").unwrap().flatten();
         let library = library.map(|entry| entry.path().join("faketime/libfaketimeMT.so.1"));
         let library =
@@ -131,7 +131,7 @@ impl Clock {
                 "a server's clock cannot be moved: install libfaketime (Debian: apt-get install faketime)"
             );
         };
-        let clock = Self { library, file: folder.path().join("clock") };
+        let clock = Self { library, file: dir.path().join("clock") };
         clock.set(0);
         clock
     }

@@ -31,7 +31,7 @@ use crate::history::{
 };
 
 /// Longest that a client waits for an answer before it asks again.
-const PATIENCE: Duration = Duration::from_secs(3);
+const TIMEOUT: Duration = Duration::from_secs(3);
 const TAG: &str = "faults";
 const PASSWORD: &str = "correct horse battery";
 /// How many run jobs, and for how many.
@@ -202,16 +202,16 @@ impl World {
         what: impl Display,
         call: impl Future<Output = Result<Response<T>, Status>>,
     ) -> Result<T, Failure> {
-        self.answer_within(PATIENCE, what, call).await
+        self.answer_within(TIMEOUT, what, call).await
     }
 
     pub async fn answer_within<T>(
         &self,
-        patience: Duration,
+        timeout: Duration,
         what: impl Display,
         call: impl Future<Output = Result<Response<T>, Status>>,
     ) -> Result<T, Failure> {
-        match tokio::time::timeout(patience, call).await {
+        match tokio::time::timeout(timeout, call).await {
             Ok(Ok(response)) => Ok(response.into_inner()),
             Ok(Err(status)) => Err(self.failure(what, &status)),
             Err(_) => Err(Failure::Unknown(Lost::GaveUp)),
@@ -352,10 +352,10 @@ async fn sign_up(address: SocketAddr, role: pb::UserRole) -> User {
 }
 
 /// `work`'s result, or a panic that names what was waited for in vain.
-pub async fn within<T>(patience: Duration, what: impl Display, work: impl Future<Output = T>) -> T {
-    match tokio::time::timeout(patience, work).await {
+pub async fn within<T>(timeout: Duration, what: impl Display, work: impl Future<Output = T>) -> T {
+    match tokio::time::timeout(timeout, work).await {
         Ok(result) => result,
-        Err(_) => panic!("waited {patience:?} in vain for {what}"),
+        Err(_) => panic!("waited {timeout:?} in vain for {what}"),
     }
 }
 

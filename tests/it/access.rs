@@ -13,7 +13,7 @@ use tokio::{net::TcpStream, time::timeout};
 use tonic::{Code, Status, transport::Channel};
 use uuid::Uuid;
 
-use crate::support::{PASSWORD, TestServer, User, raw, registration, within_patience};
+use crate::support::{PASSWORD, TestServer, User, raw, registration, within_timeout};
 
 /// Everybody. The thing that is called for is the first provider's and
 /// customer's; "other" are a second provider and customer.
@@ -271,7 +271,7 @@ async fn session(server: &TestServer, user: &User) -> String {
 /// What a call comes to: OK once there is an answer.
 pub async fn call(channel: Channel, secret: Option<String>, method: &str, message: Vec<u8>) -> Code {
     let first = async { raw::open(channel, secret.as_deref(), method, [message]).await?.message().await };
-    match within_patience("an answer", first).await {
+    match within_timeout("an answer", first).await {
         Err(status) => status.code(),
         Ok(None) => panic!("{method} answered nothing"),
         Ok(Some(answer)) if method == PUBLISH.0 => {
@@ -335,7 +335,7 @@ async fn a_stranger_is_refused_before_their_message_is_read() {
             // Which never comes.
             let mut client = client.clone().ready().await.unwrap();
             let (answer, _message) = client.send_request(request, false).unwrap();
-            let answer = within_patience(format!("{method} to answer"), answer).await.unwrap();
+            let answer = within_timeout(format!("{method} to answer"), answer).await.unwrap();
             let status = Status::from_header_map(answer.headers()).expect("a status without more ado");
             assert_eq!(status.code(), Code::Unauthenticated, "{method}");
         }
@@ -365,7 +365,7 @@ async fn assert_others_find_a_connection(
             })
         })
         .collect();
-    within_patience("strangers that wait", async {
+    within_timeout("strangers that wait", async {
         while server.database.waiting_for_locks().await.len() < 2 {}
     })
     .await;

@@ -10,7 +10,7 @@ use tonic::{Code, Request, Response, Status};
 
 use crate::support::{
     Caller, Clients, PASSWORD, ServerProcess, TRUSTED_PROXY, TestDatabase, TestServer, User, assert_refused,
-    complete, info, operate, within_patience,
+    complete, info, operate, within_timeout,
 };
 
 const NEW_PASSWORD: &str = "another horse battery";
@@ -449,10 +449,10 @@ async fn an_attempt_is_written_down_though_its_caller_has_left() {
     let before = entries(&server.database).await.len();
     let mut clients = server.other_clients().anonymous();
     let guess = tokio::spawn(async move { clients.auth.log_in(claim(&user.email, "a wrong guess")).await });
-    within_patience("the attempt", async { while server.count("log_in_attempts").await == 0 {} }).await;
+    within_timeout("the attempt", async { while server.count("log_in_attempts").await == 0 {} }).await;
     assert!(!guess.is_finished());
     guess.abort();
-    within_patience("its entry", async { while server.count("audit_entries").await == before {} }).await;
+    within_timeout("its entry", async { while server.count("audit_entries").await == before {} }).await;
     assert_eq!(entries(&server.database).await[before]["act"], "log_in_failed");
 }
 

@@ -12,8 +12,7 @@ use tokio::time::timeout;
 use tonic::{Code, Status};
 
 use crate::support::{
-    Caller, Mode, PASSWORD, TestServer, User, assert_refused, assert_violations, registration,
-    within_patience,
+    Caller, Mode, PASSWORD, TestServer, User, assert_refused, assert_violations, registration, within_timeout,
 };
 
 fn sign_up(email: &str) -> pb::SignUpRequest {
@@ -165,7 +164,7 @@ async fn a_mistyped_key_is_refused_without_asking_the_database() {
     locker.batch_execute("BEGIN; LOCK TABLE api_keys IN ACCESS EXCLUSIVE MODE").await.unwrap();
     let mut asks = unknown.clone();
     let asking = tokio::spawn(async move { who(&mut asks).await });
-    within_patience("a question", async { while server.database.waiting_for_locks().await.is_empty() {} })
+    within_timeout("a question", async { while server.database.waiting_for_locks().await.is_empty() {} })
         .await;
     refused_at_once(&mut mistyped).await;
     drop(locker);
@@ -287,7 +286,7 @@ async fn a_rotated_key_and_its_successor_are_both_good_for_the_overlap() {
 
     // The old one was good when it was asked last, and ends by itself.
     let ended = async { while who(&mut user.key).await.is_ok() {} };
-    within_patience("the end of the overlap", ended).await;
+    within_timeout("the end of the overlap", ended).await;
     assert_refused(who(&mut user.key).await, Code::Unauthenticated, ErrorReason::CredentialInvalid);
     who(&mut successor).await.unwrap();
     let again = user.session.auth.rotate_api_key(rotate(1)).await;

@@ -4,7 +4,7 @@ use std::process::{Command, Output};
 
 use milepost::pb::watch_events_request::Start;
 
-use crate::support::{TemporaryFolder, TestDatabase, TestServer, complete, info, step};
+use crate::support::{TemporaryDir, TestDatabase, TestServer, complete, info, step};
 
 fn succeed(command: &mut Command) {
     let Output { status, stderr, .. } = command.output().unwrap();
@@ -23,8 +23,8 @@ async fn a_restored_dump_is_served_and_goes_on_where_it_was_taken() {
     let mut watch = customer.watch(&job).await;
     let (_, caught_up) = watch.caught_up().await;
 
-    let folder = TemporaryFolder::new();
-    let dump = folder.path().join("milepost.dump");
+    let dir = TemporaryDir::new();
+    let dump = dir.path().join("milepost.dump");
     // While it is served.
     succeed(Command::new("pg_dump").args(["--format=custom", "--file"]).arg(&dump).arg(&server.database.url));
     provider.append(&job, [info("after the backup")]).await;

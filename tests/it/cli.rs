@@ -8,7 +8,7 @@ use tokio::{
     process::Command,
 };
 
-use crate::support::{ServerProcess, TemporaryFolder, complete, info, named, step, within_patience};
+use crate::support::{ServerProcess, TemporaryDir, complete, info, named, step, within_timeout};
 
 fn milepost(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_milepost"));
@@ -18,16 +18,16 @@ fn milepost(arguments: &[&str]) -> Command {
 
 async fn output(mut command: Command) -> (i32, String) {
     let Output { status, stdout, stderr } =
-        within_patience("the command's end", command.output()).await.unwrap();
+        within_timeout("the command's end", command.output()).await.unwrap();
     let text = [stdout, stderr].map(|bytes| String::from_utf8(bytes).unwrap()).concat();
     (status.code().unwrap(), text)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_demo_ends_in_a_watched_completed_job() {
-    let folder = TemporaryFolder::new();
+    let dir = TemporaryDir::new();
     let mut command = milepost(&["demo", "--seconds", "1"]);
-    command.env("MILEPOST_DATA_DIR", folder.path());
+    command.env("MILEPOST_DATA_DIR", dir.path());
     let (code, text) = output(command).await;
     assert_eq!(code, 0, "{text}");
     for line in ["Load the slice", "Segment the lungs", "Analysis complete", "100 %"] {
@@ -72,7 +72,7 @@ async fn a_watch_survives_a_restart_of_the_server_and_tells_how_the_job_ended() 
         let mut lines = BufReader::new(watch.stdout.take().unwrap()).lines();
         let mut seen = Vec::new();
         while !seen.iter().any(|line: &String| line.contains("first")) {
-            seen.push(within_patience("a line", lines.next_line()).await.unwrap().expect("it goes on"));
+            seen.push(within_timeout("a line", lines.next_line()).await.unwrap().expect("it goes on"));
         }
         server.kill().await;
         server.restart().await;
@@ -82,10 +82,10 @@ async fn a_watch_survives_a_restart_of_the_server_and_tells_how_the_job_ended() 
             Some(event) => drop(provider.append(&job, [event]).await),
             None => drop(provider.close(&job).await.unwrap()),
         }
-        while let Some(line) = within_patience("a line", lines.next_line()).await.unwrap() {
+        while let Some(line) = within_timeout("a line", lines.next_line()).await.unwrap() {
             seen.push(line);
         }
-        let status = within_patience("the watch's end", watch.wait()).await.unwrap();
+        let status = within_timeout("the watch's end", watch.wait()).await.unwrap();
         assert_eq!(status.code(), Some(expected), "{seen:?}");
         for name in ["first", "second"] {
             assert_eq!(seen.iter().filter(|line| line.contains(name)).count(), 1, "{name} in {seen:?}");
@@ -96,12 +96,12 @@ async fn a_watch_survives_a_restart_of_the_server_and_tells_how_the_job_ended() 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_operator_creates_renews_and_disables_a_user() {
     let mut server = ServerProcess::start().await;
-    let folder = server.data_dir();
+    let dir = server.data_dir();
     let user = |arguments: &[&str], password: Option<&str>| {
         let mut command = milepost(&[&["user"], arguments].concat());
-        command.env("MILEPOST_DATA_DIR", &folder).env("MILEPOST_BCRYPT_COST", "4");
+        command.env("MILEPOST_DATA_DIR", &dir).env("MILEPOST_BCRYPT_COST", "4");
         if let Some(password) = password {
-            let file = folder.join(format!("password-{}", uuid::Uuid::now_v7()));
+            let file = dir.join(format!("password-{}", uuid::Uuid::now_v7()));
             std::fs::write(&file, password).unwrap();
             command.arg("--password-file").arg(file);
         }

@@ -14,8 +14,8 @@ use diesel_async::{RunQueryDsl as _, SimpleAsyncConnection as _};
 use milepost::{
     db::{
         Database, DatabaseSettings,
-        doorbell::{Bell, Doorbell},
         embedded::{Embedded, EmbeddedSettings},
+        notifier::{Notification, Notifier},
     },
     error::Error,
 };
@@ -28,7 +28,7 @@ use tokio::{
 use uuid::Uuid;
 
 use crate::support::{
-    Authority, Files, TemporaryFolder, TestDatabase, TestServer, complete, step, within_patience,
+    Authority, Files, TemporaryDir, TestDatabase, TestServer, complete, step, within_timeout,
 };
 
 /// A Postgres that speaks with nobody but over TLS, save through its socket.
@@ -36,7 +36,7 @@ struct Postgres {
     embedded: Embedded,
     address: IpAddr,
     files: Files,
-    _folder: TemporaryFolder,
+    _dir: TemporaryDir,
 }
 
 impl Postgres {
@@ -44,17 +44,17 @@ impl Postgres {
         // Of this machine's addresses one that nobody else listens on.
         let random = Uuid::new_v4().into_bytes();
         let address = IpAddr::from([127, 100 + random[0] % 100, random[1], 1 + random[2] % 200]);
-        let folder = TemporaryFolder::new();
+        let dir = TemporaryDir::new();
         let extra_options = [("fsync", "off"), ("listen_addresses", &address.to_string())]
             .map(|(name, value)| (name.to_owned(), value.to_owned()))
             .to_vec();
-        let settings = EmbeddedSettings { data_dir: folder.path().to_owned(), extra_options };
+        let settings = EmbeddedSettings { data_dir: dir.path().to_owned(), extra_options };
         let embedded = Embedded::start(settings).await.unwrap();
 
         let authority = Authority::new();
         let files = Files::new(&authority);
         let pair = authority.server(&[&address.to_string()]);
-        let data = folder.path().join("cluster/data");
+        let data = dir.path().join("cluster/data");
         let owner = fs::metadata(&data).unwrap();
         for (name, content) in [
             ("server.crt", pair.certificate.as_str()),
@@ -66,11 +66,11 @@ impl Postgres {
             fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
             chown(&path, Some(owner.uid()), Some(owner.gid())).unwrap();
         }
-        let postgres = Self { embedded, address, files, _folder: folder };
+        let postgres = Self { embedded, address, files, _dir: dir };
         let mut admin = postgres.open(&postgres.embedded.database_url(), None).await.unwrap();
         admin.batch_execute("ALTER SYSTEM SET ssl = on").await.unwrap();
         admin.batch_execute("SELECT pg_reload_conf()").await.unwrap();
-        within_patience("Postgres to encrypt", async {
+        within_timeout("Postgres to encrypt", async {
             while postgres.open(&postgres.url("sslmode=require"), Some("ca.pem")).await.is_err() {
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
@@ -165,11 +165,11 @@ async fn who_does_not_encrypt_is_told_nothing_where_encryption_is_required() {
         let url = format!("postgresql://milepost@{address}/milepost?{parameters}");
         let database = database(&url, ca);
         let connecting = tokio::spawn(async move { database.connect().await.map(drop) });
-        let (mut stream, _) = within_patience("a connection", listener.accept()).await.unwrap();
+        let (mut stream, _) = within_timeout("a connection", listener.accept()).await.unwrap();
         // "Do you encrypt?" "No."
         stream.read_exact(&mut [0; 8]).await.unwrap();
         stream.write_all(b"N").await.unwrap();
-        let read = within_patience("what follows", stream.read(&mut [0; 8])).await;
+        let read = within_timeout("what follows", stream.read(&mut [0; 8])).await;
         assert_eq!(read.is_ok_and(|bytes| bytes > 0), told, "{parameters} {ca:?}");
         drop(stream);
         assert!(connecting.await.unwrap().is_err());
@@ -182,17 +182,17 @@ async fn a_bell_is_heard_over_tls() {
     let url = postgres.url("sslmode=require");
     let (heard, mut bells) = mpsc::unbounded_channel();
     let listening = postgres.database(&url, Some("ca.pem"));
-    let _listens = Doorbell::start(listening, move |bell| {
+    let _listens = Notifier::start(listening, move |bell| {
         let _over = heard.send(bell);
     });
-    let rings = Doorbell::start(postgres.database(&url, Some("ca.pem")), |_| {});
+    let rings = Notifier::start(postgres.database(&url, Some("ca.pem")), |_| {});
     // All of them are heard once it listens.
-    for bell in [Bell::Log, Bell::Credentials] {
-        assert_eq!(within_patience("listening", bells.recv()).await, Some(bell));
+    for bell in [Notification::Log, Notification::Credentials] {
+        assert_eq!(within_timeout("listening", bells.recv()).await, Some(bell));
     }
-    for bell in [Bell::Credentials, Bell::Log] {
+    for bell in [Notification::Credentials, Notification::Log] {
         rings.ring(bell);
-        assert_eq!(within_patience("the bell", bells.recv()).await, Some(bell));
+        assert_eq!(within_timeout("the bell", bells.recv()).await, Some(bell));
     }
 }
 
@@ -210,7 +210,7 @@ async fn a_database_is_migrated_and_served_by_two_over_tls_alone() {
             .stdin(Stdio::null())
             .kill_on_drop(true)
             .output();
-        let migrated = within_patience("the migration", migrate).await.unwrap();
+        let migrated = within_timeout("the migration", migrate).await.unwrap();
         assert!(migrated.status.success(), "{authority}: {migrated:?}");
         assert!(String::from_utf8(migrated.stdout).unwrap().contains(said), "{authority}");
     }

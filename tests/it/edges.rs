@@ -23,7 +23,7 @@ use crate::{
     metrics::until,
     support::{
         CONNECTIONS, Caller, Clients, Mode, PASSWORD, Proxy, STREAMS_PER_USER, ServerProcess, TestDatabase,
-        TestServer, User, assert_refused, assert_violations, info, registration, step, within_patience,
+        TestServer, User, assert_refused, assert_violations, info, registration, step, within_timeout,
     },
 };
 
@@ -179,7 +179,7 @@ async fn somebody_waits(database: &TestDatabase) {
     const WAITING: &str = "SELECT pid::text AS text FROM pg_locks
         WHERE NOT granted AND relation = 'job_configurations'::regclass
           AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
-    within_patience("somebody to wait", async { while database.texts(WAITING).await.is_empty() {} }).await;
+    within_timeout("somebody to wait", async { while database.texts(WAITING).await.is_empty() {} }).await;
 }
 
 /// That a call for a job, which has to wait while its key is expired, is refused
@@ -197,7 +197,7 @@ where
     somebody_waits(&database).await;
     scene.expire_key().await.unwrap();
     drop(holder);
-    let refused = within_patience("an answer", calling).await.unwrap();
+    let refused = within_timeout("an answer", calling).await.unwrap();
     assert_refused(refused, Code::Unauthenticated, ErrorReason::CredentialInvalid);
     assert_eq!(scene.event_names(&job).await, [""; 0]);
 }
@@ -244,7 +244,7 @@ async fn nothing_is_made_once_the_credential_ended_while_its_call_waited_for_a_c
         let request = pb::ListJobConfigurationsRequest::default();
         tokio::spawn(async move { configurations.list_job_configurations(request).await });
     }
-    within_patience("all connections to be in use", async {
+    within_timeout("all connections to be in use", async {
         while database.waiting_for_locks().await.len() < CONNECTIONS {}
     })
     .await;
@@ -267,7 +267,7 @@ async fn nothing_is_made_once_the_credential_ended_while_its_call_waited_for_a_c
     database.execute(&end).await;
     watch.until(|message| matches!(message, Message::End(_))).await;
     drop(holder);
-    let answers = within_patience("the answers", calling).await.unwrap();
+    let answers = within_timeout("the answers", calling).await.unwrap();
     let codes = answers.map(|answer| answer.map_err(|status| status.code()));
     assert_eq!(codes, [Err(Code::Unauthenticated); 4]);
     assert_eq!(made().await, before);
@@ -320,7 +320,7 @@ async fn a_batch_id_that_is_too_long_is_echoed_shortly() {
             events: vec![info("an event")],
         };
         batches.send(batch).await.unwrap();
-        let answer = within_patience("an answer", answers.message()).await.unwrap().unwrap();
+        let answer = within_timeout("an answer", answers.message()).await.unwrap().unwrap();
         assert_eq!(answer.batch_id, echo);
         assert_eq!(matches!(answer.outcome, Some(Outcome::Appended(_))), length == 256);
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use milepost::pb::{self, ErrorReason};
 use tonic::{Code, Status};
 
-use crate::support::{PASSWORD, TestServer, assert_refused, info, within_patience};
+use crate::support::{PASSWORD, TestServer, assert_refused, info, within_timeout};
 
 async fn failed_log_in(server: &TestServer, email: &str, password: &str) -> Status {
     let request = pb::LogInRequest { email: email.to_owned(), password: password.to_owned() };
@@ -52,13 +52,13 @@ async fn a_database_that_is_away_is_told_at_once_and_comes_back_without_a_restar
     let event = info("x");
 
     server.database.take_away().await;
-    let answer = within_patience("a refusal", provider.try_append(&job, [event.clone()])).await;
+    let answer = within_timeout("a refusal", provider.try_append(&job, [event.clone()])).await;
     let refusal = assert_refused(answer, Code::Unavailable, ErrorReason::DatabaseUnavailable);
     let retry_after = refusal.details.retry_info().unwrap().retry_delay.unwrap();
     assert!(retry_after > Duration::ZERO);
 
     server.database.bring_back().await;
-    let appended = within_patience("the database to be back", async {
+    let appended = within_timeout("the database to be back", async {
         loop {
             match provider.try_append(&job, [event.clone()]).await {
                 Err(status) if status.code() == Code::Unavailable => {}

@@ -23,7 +23,7 @@ use tonic::{Code, Status};
 
 use crate::support::{
     STREAMS_PER_CONNECTION, ServerProcess, TestDatabase, TestServer, User, assert_refused, info,
-    within_patience,
+    within_timeout,
 };
 
 /// Kinds of frames, flags and codes (RFC 9113).
@@ -55,7 +55,7 @@ async fn call(
     let mut request = request(server.address, user, method);
     request.headers_mut().insert("grpc-timeout", timeout.parse().unwrap());
     let answer = send(client.ready().await.unwrap(), request, message);
-    within_patience("an answer", answer).await.unwrap()
+    within_timeout("an answer", answer).await.unwrap()
 }
 
 fn request(address: SocketAddr, user: &User, method: &str) -> Request<()> {
@@ -89,12 +89,12 @@ fn status(headers: &HeaderMap) -> Result<(), Status> {
 /// Reads a stream of answers to its end: how many bytes, and with which status.
 async fn read(mut body: RecvStream) -> (usize, Result<(), Status>) {
     let mut bytes = 0;
-    while let Some(data) = within_patience("more of the stream", body.data()).await {
+    while let Some(data) = within_timeout("more of the stream", body.data()).await {
         let data = data.unwrap();
         bytes += data.len();
         body.flow_control().release_capacity(data.len()).unwrap();
     }
-    let trailers = within_patience("trailers", body.trailers()).await.unwrap().expect("trailers");
+    let trailers = within_timeout("trailers", body.trailers()).await.unwrap().expect("trailers");
     (bytes, status(&trailers))
 }
 
@@ -183,7 +183,7 @@ async fn a_client_that_is_gone_without_a_word_is_let_go_and_its_streams_count_no
     let (client, mut connection) = connect(server.address).await;
     let opening = async {
         let client = client.ready().await.unwrap();
-        within_patience("a stream", send(client, request(server.address, &provider, "WatchEvents"), &watch))
+        within_timeout("a stream", send(client, request(server.address, &provider, "WatchEvents"), &watch))
             .await
             .unwrap()
     };
@@ -195,8 +195,8 @@ async fn a_client_that_is_gone_without_a_word_is_let_go_and_its_streams_count_no
     let one_more = provider.watch_by(watch.clone()).await;
     assert_refused(one_more, Code::ResourceExhausted, ErrorReason::Overloaded);
     let room = async { while provider.watch_by(watch.clone()).await.is_err() {} };
-    within_patience("the end of who does not answer", room).await;
-    let end = within_patience("the end of the connection", connection).await;
+    within_timeout("the end of who does not answer", room).await;
+    let end = within_timeout("the end of the connection", connection).await;
     // Closed, with or without a word.
     drop((end, opened));
 
@@ -284,7 +284,7 @@ impl Frames {
 
     async fn send(&mut self, frames: &[u8]) {
         // It may have been cut off already.
-        let _ = within_patience("the server to read", self.stream.write_all(frames)).await;
+        let _ = within_timeout("the server to read", self.stream.write_all(frames)).await;
     }
 
     async fn open(&mut self, flags: u8) -> u32 {
@@ -308,7 +308,7 @@ impl Frames {
             self.stream.read_exact(&mut payload).await.unwrap();
             (kind, u32::from_be_bytes(stream), payload)
         };
-        within_patience("a frame", read).await
+        within_timeout("a frame", read).await
     }
 
     /// All that was sent was read, and was not too much.

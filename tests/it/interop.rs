@@ -16,13 +16,13 @@ const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 const GRPCURL: &str = "github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.3";
 
 /// Longest that a foreign process may take.
-const PATIENCE: Duration = Duration::from_secs(120);
+const TIMEOUT: Duration = Duration::from_secs(120);
 
 /// What a command says, and that it ended well.
 async fn output(command: &mut Command) -> Output {
     command.kill_on_drop(true).stdin(Stdio::null());
     let shown = format!("{command:?}");
-    let running = tokio::time::timeout(PATIENCE, command.output());
+    let running = tokio::time::timeout(TIMEOUT, command.output());
     running.await.unwrap_or_else(|_| panic!("{shown} does not end")).unwrap()
 }
 
@@ -194,7 +194,7 @@ async fn a_python_watcher_follows_a_job_live_and_fails_with_it() {
         BufReader::new(watcher.stdout.take().unwrap()).lines()
     };
     let mut next = async || {
-        let line = tokio::time::timeout(PATIENCE, lines.next_line()).await.expect("a line in time");
+        let line = tokio::time::timeout(TIMEOUT, lines.next_line()).await.expect("a line in time");
         line.unwrap().expect("the watcher goes on")
     };
 

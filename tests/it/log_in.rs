@@ -7,7 +7,7 @@ use futures_util::future::{join, join_all};
 use milepost::pb::{self, ErrorReason};
 use tonic::{Code, Request, Status};
 
-use crate::support::{Clients, PASSWORD, TRUSTED_PROXY, TestServer, assert_refused, within_patience};
+use crate::support::{Clients, PASSWORD, TRUSTED_PROXY, TestServer, assert_refused, within_timeout};
 
 const STRANGER: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
 
@@ -167,7 +167,7 @@ async fn many_guesses_at_once_are_slowed_down_like_those_one_after_the_other() {
         counting.batch_execute("COMMIT").await.unwrap();
     };
     let both = join(join_all(guesses), counted);
-    let (answers, ()) = within_patience("the answers", both).await;
+    let (answers, ()) = within_timeout("the answers", both).await;
     let (looked_at, refused): (Vec<_>, Vec<_>) = answers
         .into_iter()
         .partition(|answer| answer.as_ref().is_err_and(|status| status.code() == Code::Unauthenticated));

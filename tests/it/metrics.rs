@@ -14,7 +14,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Code;
 
 use crate::support::{
-    PASSWORD, TestDatabase, TestServer, assert_refused, complete, info, noted, step, within_patience,
+    PASSWORD, TestDatabase, TestServer, assert_refused, complete, info, noted, step, within_timeout,
 };
 
 /// The samples of a scrape, by name and labels as they stand there.
@@ -25,7 +25,7 @@ async fn get(address: SocketAddr, path: &str) -> (String, String) {
     let mut stream = TcpStream::connect(address).await.unwrap();
     stream.write_all(format!("GET {path} HTTP/1.1\r\nhost: {address}\r\n\r\n").as_bytes()).await.unwrap();
     let mut answer = String::new();
-    within_patience("the whole answer", stream.read_to_string(&mut answer)).await.unwrap();
+    within_timeout("the whole answer", stream.read_to_string(&mut answer)).await.unwrap();
     let (head, body) = answer.split_once("\r\n\r\n").unwrap();
     (head.to_owned(), body.to_owned())
 }
@@ -51,7 +51,7 @@ pub async fn until(server: &TestServer, series: &str, wanted: impl Fn(f64) -> bo
             tokio::time::sleep(std::time::Duration::from_millis(10)).await;
         }
     };
-    match tokio::time::timeout(crate::support::PATIENCE, found).await {
+    match tokio::time::timeout(crate::support::TIMEOUT, found).await {
         Ok(samples) => samples,
         Err(_) => panic!("{series} stays at {last:?}"),
     }
@@ -437,7 +437,7 @@ async fn clients_that_say_nothing_are_cut_and_keep_nobody_waiting() {
     for stream in [&mut silent, &mut slow] {
         let mut rest = Vec::new();
         // A reset is an end as well.
-        let _end = within_patience("the end", stream.read_to_end(&mut rest)).await;
+        let _end = within_timeout("the end", stream.read_to_end(&mut rest)).await;
         assert_eq!(rest, b"");
     }
     let (head, _) = get(server.metrics_address, "/").await;
@@ -448,7 +448,7 @@ async fn clients_that_say_nothing_are_cut_and_keep_nobody_waiting() {
 async fn beyond_loopback_metrics_are_served_only_if_that_is_said_outright() {
     let mut command = Command::new(env!("CARGO_BIN_EXE_milepost"));
     command.args(["serve", "--listen", "127.0.0.1:0", "--metrics-listen", "0.0.0.0:0"]).kill_on_drop(true);
-    let output = within_patience("a refusal", command.output()).await.unwrap();
+    let output = within_timeout("a refusal", command.output()).await.unwrap();
     assert!(!output.status.success());
     let words = String::from_utf8(output.stderr).unwrap();
     assert!(words.contains("--insecure-metrics-listen"), "{words}");

@@ -11,7 +11,7 @@ use tonic_health::pb::{
 };
 use tonic_reflection::pb::{v1, v1alpha};
 
-use crate::support::{ServerProcess, TestDatabase, TestServer, complete, info, step, within_patience};
+use crate::support::{ServerProcess, TestDatabase, TestServer, complete, info, step, within_timeout};
 
 const SERVICES: [&str; 4] = [
     "milepost.v1.AuthService",
@@ -28,7 +28,7 @@ fn asked(service: &str) -> HealthCheckRequest {
 async fn wait_for_health(server: &TestServer, service: &str, wanted: ServingStatus) {
     let mut client = HealthClient::new(server.channel.clone());
     let mut statuses = client.watch(asked(service)).await.unwrap().into_inner();
-    within_patience(format!("{service:?} to be {wanted:?}"), async {
+    within_timeout(format!("{service:?} to be {wanted:?}"), async {
         while statuses.next().await.expect("the stream goes on").unwrap().status() != wanted {}
     })
     .await;
@@ -157,7 +157,7 @@ async fn on_sigterm_health_says_so_first_and_calls_under_way_are_finished() {
     let job = provider.job(&customer).await;
     let mut client = HealthClient::new(server.other_clients().channel);
     let mut statuses = client.watch(asked("")).await.unwrap().into_inner();
-    within_patience("readiness", async {
+    within_timeout("readiness", async {
         while statuses.next().await.expect("the stream goes on").unwrap().status() != ServingStatus::Serving {
         }
     })
@@ -166,17 +166,17 @@ async fn on_sigterm_health_says_so_first_and_calls_under_way_are_finished() {
     let hold = format!("BEGIN; SELECT 1 FROM jobs WHERE id = '{}' FOR UPDATE", job.id);
     holder.batch_execute(&hold).await.unwrap();
     let appending = tokio::spawn(async move { provider.try_append(&job, [info("under way")]).await });
-    within_patience("an append that waits", async { while database.waiting_for_locks().await.is_empty() {} })
+    within_timeout("an append that waits", async { while database.waiting_for_locks().await.is_empty() {} })
         .await;
 
     server.terminate().await;
-    let told = within_patience("a word about it", statuses.next()).await.expect("the stream goes on");
+    let told = within_timeout("a word about it", statuses.next()).await.expect("the stream goes on");
     assert_eq!(told.expect("it is told before the stream ends").status(), ServingStatus::NotServing);
     // Longer than it would stay for nobody.
     let ended = timeout(Duration::from_secs(3), server.exit()).await;
     assert!(ended.is_err(), "it went with a call under way: {ended:?}");
     holder.batch_execute("COMMIT").await.unwrap();
-    let appended = within_patience("the answer", appending).await.unwrap().unwrap();
+    let appended = within_timeout("the answer", appending).await.unwrap().unwrap();
     assert_eq!(appended[0].sequence, 1);
     assert_eq!(server.exit().await.code(), Some(0));
     assert!(!server.log().contains("deadline passed"), "{}", server.log());

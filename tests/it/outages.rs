@@ -16,7 +16,7 @@ use tonic_health::pb::{
 };
 
 use crate::support::{
-    CONNECTIONS, Caller, Mode, TestServer, User, Watch, assert_refused, info, registration, within_patience,
+    CONNECTIONS, Caller, Mode, TestServer, User, Watch, assert_refused, info, registration, within_timeout,
 };
 
 /// Longest that a refusal may take once the database is known to be away: far
@@ -100,7 +100,7 @@ async fn events_until(watch: &mut Watch, last: &str) -> Vec<String> {
 
 async fn goes_away_and_comes_back(mode: Mode) {
     let (server, proxy) = TestServer::through_proxy().await;
-    within_patience("readiness", wait_for_readiness(&server, ServingStatus::Serving)).await;
+    within_timeout("readiness", wait_for_readiness(&server, ServingStatus::Serving)).await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[]).await;
     let job = provider.job(&customer).await;
@@ -119,7 +119,7 @@ async fn goes_away_and_comes_back(mode: Mode) {
     // before that is known.
     let (mut writer, mut reader) = (provider.clone(), provider.clone());
     let get = pb::GetJobRequest { job: Some(pb::get_job_request::Job::JobId(job.id.clone())) };
-    let (appended, read) = within_patience(
+    let (appended, read) = within_timeout(
         "the first to be refused",
         futures_util::future::join(writer.try_append(&job, [info("lost")]), async {
             reader.jobs.get_job(get).await
@@ -128,7 +128,7 @@ async fn goes_away_and_comes_back(mode: Mode) {
     .await;
     assert_away("the first AppendEvents", appended);
     assert_away("the first GetJob", read);
-    within_patience("not to be ready", wait_for_readiness(&server, ServingStatus::NotServing)).await;
+    within_timeout("not to be ready", wait_for_readiness(&server, ServingStatus::NotServing)).await;
     assert!(left.elapsed() < KNOWN, "known after {:?}", left.elapsed());
     assert_all_refused_at_once(&mut provider, &customer, &job).await;
     assert_eq!(health(&server, "liveness").await, ServingStatus::Serving);
@@ -155,7 +155,7 @@ async fn goes_away_and_comes_back(mode: Mode) {
         provider.get(&job).await;
         provider.list(&job).await
     };
-    let log = within_patience("the return", service).await;
+    let log = within_timeout("the return", service).await;
     let limit = if mode == Mode::Swallow { BACK_FROM_SILENCE } else { BACK };
     assert!(returned.elapsed() < limit, "back after {:?}", returned.elapsed());
     assert_eq!(log.iter().map(|event| event.name.as_str()).collect::<Vec<_>>(), ["meanwhile", "back"]);
@@ -182,16 +182,16 @@ const END_CONNECTIONS: &str = "SELECT pg_terminate_backend(pid) FROM pg_stat_act
 #[tokio::test(flavor = "multi_thread")]
 async fn a_database_that_is_far_away_is_there_nonetheless() {
     let (server, proxy) = TestServer::through_proxy().await;
-    within_patience("readiness", wait_for_readiness(&server, ServingStatus::Serving)).await;
+    within_timeout("readiness", wait_for_readiness(&server, ServingStatus::Serving)).await;
     proxy.set(Mode::Refuse);
-    within_patience("not to be ready", wait_for_readiness(&server, ServingStatus::NotServing)).await;
+    within_timeout("not to be ready", wait_for_readiness(&server, ServingStatus::NotServing)).await;
     let nearby = server.replica().await;
     let users = [nearby.provider().await, nearby.provider().await];
 
     // To connect takes longer now than it may take to answer.
     proxy.set(Mode::Far(Duration::from_millis(120)));
     for user in users {
-        within_patience("readiness", wait_for_readiness(&server, ServingStatus::Serving)).await;
+        within_timeout("readiness", wait_for_readiness(&server, ServingStatus::Serving)).await;
         let who = pb::GetCurrentUserRequest {};
         server.same(&user).auth.get_current_user(who).await.unwrap();
         // A broken connection is not the database's end, there as anywhere.
@@ -204,9 +204,9 @@ async fn a_database_that_is_far_away_is_there_nonetheless() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_replica_far_from_the_database_appends_to_a_job_that_another_is_busy_with() {
     let (far, proxy) = TestServer::through_proxy().await;
-    within_patience("readiness", wait_for_readiness(&far, ServingStatus::Serving)).await;
+    within_timeout("readiness", wait_for_readiness(&far, ServingStatus::Serving)).await;
     proxy.set(Mode::Refuse);
-    within_patience("not to be ready", wait_for_readiness(&far, ServingStatus::NotServing)).await;
+    within_timeout("not to be ready", wait_for_readiness(&far, ServingStatus::NotServing)).await;
     proxy.set(Mode::Far(Duration::from_millis(30)));
     let near = far.replica().await;
     let (mut provider, customer) = (near.provider().await, near.customer().await);
@@ -221,7 +221,7 @@ async fn a_replica_far_from_the_database_appends_to_a_job_that_another_is_busy_w
             }
         });
     }
-    within_patience("readiness", wait_for_readiness(&far, ServingStatus::Serving)).await;
+    within_timeout("readiness", wait_for_readiness(&far, ServingStatus::Serving)).await;
     let mut provider = far.same(&provider);
     let from_afar = async {
         for _ in 0..5 {
@@ -334,7 +334,7 @@ async fn callers_that_leave_in_the_middle_leave_no_lock_behind() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_database_whose_connections_are_all_in_use_is_there_nonetheless() {
     let server = TestServer::start().await;
-    within_patience("readiness", wait_for_readiness(&server, ServingStatus::Serving)).await;
+    within_timeout("readiness", wait_for_readiness(&server, ServingStatus::Serving)).await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[]).await;
     let job = provider.job(&customer).await;
@@ -346,7 +346,7 @@ async fn a_database_whose_connections_are_all_in_use_is_there_nonetheless() {
             tokio::spawn(async move { provider.get(&job).await })
         })
         .collect();
-    within_patience("readers that have all connections", async {
+    within_timeout("readers that have all connections", async {
         while server.database.waiting_for_locks().await.len() < CONNECTIONS {}
     })
     .await;
@@ -356,7 +356,7 @@ async fn a_database_whose_connections_are_all_in_use_is_there_nonetheless() {
     assert!(server.database.waiting_for_locks().await.len() >= CONNECTIONS, "it was busy all the time");
     drop(locker);
     for read in reading {
-        assert_eq!(within_patience("an answer", read).await.unwrap(), job);
+        assert_eq!(within_timeout("an answer", read).await.unwrap(), job);
     }
 }
 
@@ -378,7 +378,7 @@ async fn watchers_hear_of_events_while_calls_have_all_connections() {
         let request = pb::ListJobConfigurationsRequest::default();
         tokio::spawn(async move { provider.configurations.list_job_configurations(request).await });
     }
-    within_patience("calls that have all connections", async {
+    within_timeout("calls that have all connections", async {
         while server.database.waiting_for_locks().await.len() < CONNECTIONS {}
     })
     .await;
@@ -401,7 +401,7 @@ async fn however_many_watchers_read_the_past_calls_find_a_connection() {
     for _ in 0..30 {
         watches.push(customer.clone().watch(&job).await);
     }
-    within_patience("readers of the past that wait", async {
+    within_timeout("readers of the past that wait", async {
         while server.database.waiting_for_locks().await.len() < 4 {}
     })
     .await;
@@ -432,7 +432,7 @@ async fn however_many_watchers_look_where_the_log_ends_calls_find_a_connection()
     // As if retention had been faster than the tail: all who watch are told that
     // something may have passed them by.
     server.database.execute("UPDATE event_log SET position = position + 1").await;
-    within_patience("watchers that wait", async {
+    within_timeout("watchers that wait", async {
         while server.database.waiting_for_locks().await.len() < CONNECTIONS / 2 {}
     })
     .await;

@@ -13,7 +13,7 @@ use tonic::{Code, Status, Streaming};
 
 use crate::support::{
     STREAMS_PER_USER, TestDatabase, TestServer, User, assert_refused, complete, info, named, noted,
-    registration, step, within_patience,
+    registration, step, within_timeout,
 };
 
 /// As the tests' servers are set.
@@ -33,11 +33,11 @@ impl Publisher {
     }
 
     async fn send(&self, batch: pb::PublishEventsRequest) {
-        within_patience("room for a batch", self.batches.send(batch)).await.unwrap();
+        within_timeout("room for a batch", self.batches.send(batch)).await.unwrap();
     }
 
     async fn next(&mut self) -> Result<Option<pb::PublishEventsResponse>, Status> {
-        within_patience("an answer", self.answers.message()).await
+        within_timeout("an answer", self.answers.message()).await
     }
 
     /// The answer to the batch of this id, which is the next.
@@ -57,7 +57,7 @@ impl Publisher {
         let mut locked = database.connect().await;
         locked.batch_execute("BEGIN; LOCK TABLE job_configurations IN ACCESS EXCLUSIVE MODE").await.unwrap();
         self.send(batch("last", unknown, [info("last")])).await;
-        within_patience("the last batch to be read", async {
+        within_timeout("the last batch to be read", async {
             while database.texts(WAITING).await.is_empty() {}
         })
         .await;
@@ -102,7 +102,7 @@ impl Held {
 
     /// The backends of those who wait, of whom there is at least one.
     async fn waiting(&self, database: &TestDatabase) -> Vec<String> {
-        within_patience("an append that waits", async {
+        within_timeout("an append that waits", async {
             loop {
                 let pids = database.waiting_for_locks().await;
                 if !pids.is_empty() {
@@ -359,5 +359,5 @@ async fn a_publish_stream_too_many_is_refused_with_an_answer_and_makes_room_when
 
     drop(publishers.pop());
     let room = async { while provider.events.publish_events(empty()).await.is_err() {} };
-    within_patience("room for another stream", room).await;
+    within_timeout("room for another stream", room).await;
 }

@@ -13,7 +13,7 @@ use tonic::Code;
 
 use crate::support::{
     TestDatabase, TestServer, User, Watch, assert_refused, complete, info, noted, registration, step,
-    within_patience,
+    within_timeout,
 };
 
 /// One step of whoever removes, of what has closed until now: how many jobs
@@ -110,7 +110,7 @@ async fn events_are_removed_a_set_time_after_their_job_closed() {
     }
 
     let ours = format!("SELECT count(*)::text AS text FROM events WHERE job_id <> '{}'", open.id);
-    within_patience("the events to go", async {
+    within_timeout("the events to go", async {
         while server.database.texts(&ours).await != ["0"] {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }

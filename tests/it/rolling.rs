@@ -8,7 +8,7 @@ use tokio::{io::AsyncReadExt as _, process::Command, time::timeout};
 
 use crate::{
     interop::{examples, python},
-    support::{PATIENCE, ServerProcess, TestDatabase, within_patience},
+    support::{ServerProcess, TIMEOUT, TestDatabase, within_timeout},
 };
 
 /// How often each replica is replaced.
@@ -32,7 +32,7 @@ async fn wait_until_found(server: &ServerProcess) {
         }
     };
     // Another process, which first has to start.
-    if timeout(PATIENCE * 3, found).await.is_err() {
+    if timeout(TIMEOUT * 3, found).await.is_err() {
         panic!("clients do not find a replica, which logged\n{}", server.log());
     }
 }
@@ -76,7 +76,7 @@ async fn while_replicas_are_replaced_no_call_fails_and_no_event_is_lost_or_doubl
     drop(load.stdin.take());
     let mut said = String::new();
     let mut stdout = load.stdout.take().unwrap();
-    within_patience("what the load has to say", stdout.read_to_string(&mut said)).await.unwrap();
+    within_timeout("what the load has to say", stdout.read_to_string(&mut said)).await.unwrap();
     let said: Value = serde_json::from_str(&said).unwrap_or_else(|_| panic!("{said}"));
     assert_eq!(said["failures"], serde_json::json!([]), "{}", said["failures"]);
 

@@ -27,7 +27,7 @@ use tonic::{Code, Request, Status, Streaming};
 
 use crate::support::{
     Clients, PASSWORD, ServerProcess, TestServer, User, assert_refused, complete, info, noted, own_address,
-    within_patience,
+    within_timeout,
 };
 
 /// Values that a server may well go without.
@@ -40,7 +40,7 @@ async fn help_lists_every_setting_with_its_flag_its_variable_and_its_default_or_
     let serve = cli.find_subcommand("serve").unwrap();
     let mut help = Command::new(env!("CARGO_BIN_EXE_milepost"));
     let help = help.args(["serve", "--help"]).stdin(Stdio::null()).kill_on_drop(true).output();
-    let help = String::from_utf8(within_patience("help", help).await.unwrap().stdout).unwrap();
+    let help = String::from_utf8(within_timeout("help", help).await.unwrap().stdout).unwrap();
     let mut told: BTreeMap<&str, String> = BTreeMap::new();
     let mut flag = "";
     for line in help.lines() {
@@ -77,7 +77,7 @@ async fn more_streams_of_a_user_than_a_connection_could_refuse_are_a_contradicti
         .env("MILEPOST_DATA_DIR", "/dev/null/nowhere")
         .stdin(Stdio::null())
         .kill_on_drop(true);
-    let output = within_patience("a refusal", serve.output()).await.unwrap();
+    let output = within_timeout("a refusal", serve.output()).await.unwrap();
     let told = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{told}");
     assert!(told.contains("--streams-per-user 7 must be less than") && told.lines().count() == 1, "{told}");
@@ -222,7 +222,7 @@ impl Scene {
         let stream = TcpStream::connect(self.odd.address).await.unwrap();
         let (client, connection) = h2::client::handshake(stream).await.unwrap();
         tokio::spawn(connection);
-        within_patience("7 streams a connection to be told", async {
+        within_timeout("7 streams a connection to be told", async {
             while client.current_max_send_streams() != 7 {
                 tokio::task::yield_now().await;
             }
@@ -246,7 +246,7 @@ impl Scene {
         list().await.unwrap();
         let mut locker = self.server.database.connect().await;
         locker.batch_execute("BEGIN; LOCK TABLE job_configurations IN ACCESS EXCLUSIVE MODE").await.unwrap();
-        let answers = within_patience("refusals", join_all((0..6).map(|_| list()))).await;
+        let answers = within_timeout("refusals", join_all((0..6).map(|_| list()))).await;
         drop(locker);
         let (late, away): (Vec<_>, Vec<_>) = answers
             .into_iter()
@@ -281,7 +281,7 @@ impl Scene {
         let job = provider.job(&self.customer).await;
         provider.append(&job, [complete()]).await;
         let kept = format!("SELECT id::text AS text FROM events WHERE job_id = '{}'", job.id);
-        within_patience("the events to go", async {
+        within_timeout("the events to go", async {
             while !self.texts(&kept).await.is_empty() {
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
@@ -294,12 +294,12 @@ impl Scene {
         let request = format!("GET /metrics HTTP/1.1\r\nhost: {}\r\n\r\n", self.metrics);
         scrape.write_all(request.as_bytes()).await.unwrap();
         let mut samples = String::new();
-        within_patience("metrics", scrape.read_to_string(&mut samples)).await.unwrap();
+        within_timeout("metrics", scrape.read_to_string(&mut samples)).await.unwrap();
         assert!(samples.contains("\nmilepost_database_connections_max 4\n"), "{samples}");
 
         self.collector.set_nonblocking(true).unwrap();
         let collector = tokio::net::TcpListener::from_std(self.collector.try_clone().unwrap()).unwrap();
-        within_patience("traces", collector.accept()).await.unwrap();
+        within_timeout("traces", collector.accept()).await.unwrap();
     }
 
     /// Bounded, though something is under way for longer; and what the log says
@@ -308,7 +308,7 @@ impl Scene {
         let _holder = self.hold().await;
         let (batches, _answers) = self.publish().await;
         batches.send(self.batch([info("under way")])).await.unwrap();
-        within_patience("an append that waits", async {
+        within_timeout("an append that waits", async {
             while self.server.database.waiting_for_locks().await.is_empty() {}
         })
         .await;
@@ -345,7 +345,7 @@ async fn as_many_passwords_are_hashed_at_once_as_is_set() {
     };
 
     let odd = start("1", 1).await;
-    let refused = within_patience("a refusal", async {
+    let refused = within_timeout("a refusal", async {
         loop {
             if let Err(status) = log_in(&odd, &quick).await {
                 break Err::<(), _>(status);

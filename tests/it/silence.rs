@@ -8,7 +8,7 @@ use milepost::pb::{self, ErrorReason, watch_events_request::Scope, watch_events_
 use tokio::{process::Command, time::timeout};
 use tonic::Code;
 
-use crate::support::{TestServer, assert_refused, info, within_patience};
+use crate::support::{TestServer, assert_refused, info, within_timeout};
 
 /// Backends of Postgres that do nothing any more, until this is dropped.
 struct Stopped(Vec<String>);
@@ -112,7 +112,7 @@ async fn a_log_that_is_shorter_than_it_was_ends_who_watched_it() {
         COMMIT";
     server.database.execute(restore).await;
     for watch in &mut watches {
-        let ended = within_patience("the end", watch.next()).await;
+        let ended = within_timeout("the end", watch.next()).await;
         assert_refused(ended, Code::OutOfRange, ErrorReason::PositionBeyondLog);
     }
     provider.append(&job, [info("anew")]).await;

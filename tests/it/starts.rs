@@ -13,7 +13,7 @@ use tokio::{
     time::Instant,
 };
 
-use crate::support::{Mode, PATIENCE, Proxy, ServerProcess, TemporaryFolder, TestDatabase, within_patience};
+use crate::support::{Mode, Proxy, ServerProcess, TIMEOUT, TemporaryDir, TestDatabase, within_timeout};
 
 /// A server on its way, once it has said that it waits for the database.
 async fn waiting(proxy: &Proxy) -> Child {
@@ -30,7 +30,7 @@ async fn waiting(proxy: &Proxy) -> Child {
         .spawn()
         .unwrap();
     let mut log = BufReader::new(server.stderr.as_mut().unwrap()).lines();
-    let waits = within_patience("a word about it", log.next_line()).await.unwrap().unwrap();
+    let waits = within_timeout("a word about it", log.next_line()).await.unwrap().unwrap();
     assert!(waits.contains("waiting for the database"), "{waits}");
     server
 }
@@ -44,7 +44,7 @@ async fn a_server_that_starts_before_its_database_waits_for_it() {
         let mut server = waiting(&proxy).await;
         let mut said = BufReader::new(server.stdout.take().unwrap()).lines();
         proxy.set(Mode::Pass);
-        let serves = within_patience("the server", said.next_line()).await.unwrap();
+        let serves = within_timeout("the server", said.next_line()).await.unwrap();
         assert!(serves.is_some_and(|line| line.contains("listens")));
         server.kill().await.unwrap();
     }
@@ -59,9 +59,9 @@ async fn a_server_that_waits_for_its_database_can_be_told_to_go() {
         let (told, pid) = (Instant::now(), server.id().expect("it runs").to_string());
         let sent = Command::new("kill").args(["-s", signal, &pid]).status().await.unwrap();
         assert!(sent.success());
-        let ended = within_patience("the exit", server.wait()).await.unwrap();
+        let ended = within_timeout("the exit", server.wait()).await.unwrap();
         assert_eq!(ended.code(), Some(0), "{signal}");
-        assert!(told.elapsed() < PATIENCE / 4, "it waited");
+        assert!(told.elapsed() < TIMEOUT / 4, "it waited");
     }
 }
 
@@ -86,7 +86,7 @@ async fn what_waiting_does_not_cure_is_told_at_once_in_one_line() {
         let started = Instant::now();
         let refusal = ServerProcess::refused_on(url).await;
         assert!(refusal.contains(word) && refusal.lines().count() == 1, "{refusal}");
-        assert!(started.elapsed() < PATIENCE / 2, "it waited");
+        assert!(started.elapsed() < TIMEOUT / 2, "it waited");
     }
 }
 
@@ -96,8 +96,8 @@ async fn root_is_told_which_folder_keeps_postgres_out_and_what_to_do() {
         eprintln!("skipped: only root runs Postgres as somebody else");
         return;
     }
-    let folder = TemporaryFolder::new();
-    let closed = folder.path().join("closed");
+    let dir = TemporaryDir::new();
+    let closed = dir.path().join("closed");
     fs::create_dir(&closed).unwrap();
     let migrate = async |mode| {
         fs::set_permissions(&closed, Permissions::from_mode(mode)).unwrap();
@@ -108,7 +108,7 @@ async fn root_is_told_which_folder_keeps_postgres_out_and_what_to_do() {
             .stdin(Stdio::null())
             .kill_on_drop(true)
             .output();
-        let Output { status, stderr, .. } = within_patience("its end", migrating).await.unwrap();
+        let Output { status, stderr, .. } = within_timeout("its end", migrating).await.unwrap();
         (status.code(), String::from_utf8(stderr).unwrap())
     };
     let (code, told) = migrate(0o700).await;

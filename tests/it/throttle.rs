@@ -8,7 +8,7 @@ use futures_util::future::{join, join_all};
 use milepost::pb::{self, ErrorReason};
 use tonic::{Code, Request, Response, Status};
 
-use crate::support::{Clients, PASSWORD, TRUSTED_PROXY, TestServer, User, assert_refused, within_patience};
+use crate::support::{Clients, PASSWORD, TRUSTED_PROXY, TestServer, User, assert_refused, within_timeout};
 
 const STRANGER: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
 const GUESS: &str = "a wrong guess";
@@ -160,7 +160,7 @@ async fn of_many_guesses_at_once_as_many_are_looked_at_as_of_those_one_after_the
         while server.database.waiting_for_locks().await.len() < 2 {}
         counting.batch_execute("COMMIT").await.unwrap();
     };
-    let (answers, ()) = within_patience("the answers", join(join_all(guesses), counted)).await;
+    let (answers, ()) = within_timeout("the answers", join(join_all(guesses), counted)).await;
     let (looked_at, refused): (Vec<_>, Vec<_>) = answers
         .into_iter()
         .partition(|answer| answer.as_ref().is_err_and(|status| status.code() == Code::Unauthenticated));
@@ -238,7 +238,7 @@ async fn with_the_hash_made_anew<T>(server: &TestServer, work: impl Future<Outpu
         while server.database.waiting_for_locks().await.is_empty() {}
         other.batch_execute("COMMIT").await.unwrap();
     };
-    within_patience("the work", join(work, made_anew)).await.0
+    within_timeout("the work", join(work, made_anew)).await.0
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -272,11 +272,11 @@ async fn a_log_in_that_cannot_be_looked_at_is_not_a_failure() {
         server.database.connect().await.batch_execute(&counted).await.unwrap();
         let mut holder = server.database.connect().await;
         holder.batch_execute("BEGIN; LOCK TABLE users IN ACCESS EXCLUSIVE MODE").await.unwrap();
-        let refused = within_patience("a refusal", log_in(&server, &user.email, PASSWORD)).await;
+        let refused = within_timeout("a refusal", log_in(&server, &user.email, PASSWORD)).await;
         assert_refused(refused, Code::Unavailable, ErrorReason::DatabaseUnavailable);
         holder.batch_execute("COMMIT").await.unwrap();
         let counted = "SELECT failures::text AS text FROM log_in_attempts ORDER BY failures";
-        within_patience("the counts", async {
+        within_timeout("the counts", async {
             while server.database.texts(counted).await != ["3", "24", "24"] {}
         })
         .await;

@@ -29,7 +29,7 @@ use tonic::{Code, Status, transport::ClientTlsConfig};
 
 use crate::support::{
     Authority, Clients, Files, PASSWORD, ServerProcess, TestDatabase, TestServer, assert_refused, complete,
-    info, step, within_patience,
+    info, step, within_timeout,
 };
 
 /// What somebody without a credential is told by a server that they reach.
@@ -47,7 +47,7 @@ async fn reaches(address: SocketAddr, tls: ClientTlsConfig) -> bool {
 
 /// Waits until new connections made so reach the server, or do so no longer.
 async fn until(address: SocketAddr, tls: &ClientTlsConfig, reached: bool) {
-    within_patience("other files to be in use", async {
+    within_timeout("other files to be in use", async {
         while reaches(address, tls.clone()).await != reached {
             tokio::time::sleep(std::time::Duration::from_millis(50)).await;
         }
@@ -145,27 +145,23 @@ async fn a_server_that_asks_for_certificates_speaks_to_nobody_without_a_good_one
 }
 
 /// A folder as Kubernetes mounts a secret: a link decides which version is there.
-fn mount(folder: &Path, version: &str, authority: &Authority) -> TlsConfig {
+fn mount(dir: &Path, version: &str, authority: &Authority) -> TlsConfig {
     let pair = authority.server(&["127.0.0.1"]);
-    fs::create_dir(folder.join(version)).unwrap();
+    fs::create_dir(dir.join(version)).unwrap();
     for (name, content) in [("tls.crt", pair.certificate), ("tls.key", pair.key)] {
-        fs::write(folder.join(version).join(name), content).unwrap();
-        let _exists = symlink(Path::new("..data").join(name), folder.join(name));
+        fs::write(dir.join(version).join(name), content).unwrap();
+        let _exists = symlink(Path::new("..data").join(name), dir.join(name));
     }
-    symlink(version, folder.join("..data_tmp")).unwrap();
-    fs::rename(folder.join("..data_tmp"), folder.join("..data")).unwrap();
-    TlsConfig {
-        tls_cert: Some(folder.join("tls.crt")),
-        tls_key: Some(folder.join("tls.key")),
-        tls_client_ca: None,
-    }
+    symlink(version, dir.join("..data_tmp")).unwrap();
+    fs::rename(dir.join("..data_tmp"), dir.join("..data")).unwrap();
+    TlsConfig { tls_cert: Some(dir.join("tls.crt")), tls_key: Some(dir.join("tls.key")), tls_client_ca: None }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_new_certificate_is_shown_to_new_connections_and_open_ones_go_on() {
     let (old, new) = (Authority::new(), Authority::new());
     let files = Files::new(&old);
-    let server = TestServer::encrypted(&mount(files.folder(), "..v1", &old), &old).await;
+    let server = TestServer::encrypted(&mount(files.dir(), "..v1", &old), &old).await;
     let (mut provider, mut customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
     let job = provider.job(&customer).await;
@@ -173,7 +169,7 @@ async fn a_new_certificate_is_shown_to_new_connections_and_open_ones_go_on() {
     watch.caught_up().await;
     assert!(!reaches(server.address, new.believer()).await);
 
-    mount(files.folder(), "..v2", &new);
+    mount(files.dir(), "..v2", &new);
     until(server.address, &new.believer(), true).await;
     assert!(!reaches(server.address, old.believer()).await);
     let mut provider = Clients::over_tls(server.address, new.believer()).same(&provider);
@@ -243,7 +239,7 @@ async fn beyond_loopback_a_server_speaks_without_encryption_only_if_that_is_said
         .stdin(Stdio::null())
         .kill_on_drop(true)
         .output();
-    let Output { status, stderr, .. } = within_patience("a refusal", serving).await.unwrap();
+    let Output { status, stderr, .. } = within_timeout("a refusal", serving).await.unwrap();
     let stderr = String::from_utf8(stderr).unwrap();
     assert_eq!(status.code(), Some(1), "{stderr}");
     assert!(stderr.contains("--insecure-listen") && stderr.lines().count() == 1, "{stderr}");
@@ -302,7 +298,7 @@ async fn files_that_do_not_do_are_one_line_at_the_start() {
             .stdin(Stdio::null())
             .kill_on_drop(true)
             .output();
-        let Output { status, stderr, .. } = within_patience("a refusal", serving).await.unwrap();
+        let Output { status, stderr, .. } = within_timeout("a refusal", serving).await.unwrap();
         let stderr = String::from_utf8(stderr).unwrap();
         assert_eq!(status.code(), Some(1), "{stderr}");
         assert!(stderr.contains(said) && stderr.lines().count() == 1, "{said} in {stderr}");
@@ -336,7 +332,7 @@ async fn who_says_nothing_keeps_nobody_waiting_and_is_let_go() {
     assert!(reaches(server.address, authority.believer()).await);
     for stream in &mut silent {
         let mut nothing = [0];
-        let read = within_patience("the end of a silent connection", stream.read(&mut nothing)).await;
+        let read = within_timeout("the end of a silent connection", stream.read(&mut nothing)).await;
         assert!(matches!(read, Ok(0) | Err(_)), "{read:?}");
     }
 }
@@ -370,7 +366,7 @@ async fn a_job_is_watched_in_the_terminal_over_tls_of_a_named_authority_or_the_s
             .env(authority, files.path(file))
             .stdin(Stdio::null())
             .kill_on_drop(true);
-        async move { within_patience("the watch's end", command.output()).await.unwrap() }
+        async move { within_timeout("the watch's end", command.output()).await.unwrap() }
     };
     files.write("foreign.pem", &Authority::new().pem());
     // The second is where a system says that it keeps its own.

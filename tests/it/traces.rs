@@ -24,7 +24,7 @@ use tonic::{
     transport::{Server, server::TcpIncoming},
 };
 
-use crate::support::{PASSWORD, TemporaryFolder, TestServer, User, info, named, step, within_patience};
+use crate::support::{PASSWORD, TemporaryDir, TestServer, User, info, named, step, within_timeout};
 
 /// A collector; keeps what it is sent.
 #[derive(Clone, Debug, Default)]
@@ -132,7 +132,7 @@ async fn a_call_continues_its_callers_trace_and_is_linked_to_its_transaction() {
     // Nobody else asked for it.
     provider.events.append_events(within_trace(appending(&job, vec![info("y")]), false)).await.unwrap();
     // That a call is over is known a moment after its answer.
-    within_patience("the call's end", async {
+    within_timeout("the call's end", async {
         while collector.spans().iter().all(|span| span.name != APPEND) {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -221,7 +221,7 @@ async fn the_batches_of_a_stream_are_part_of_its_call() {
     drop(batches);
     assert_eq!(answers.message().await.unwrap(), None);
     let name = "milepost.v1.EventService/PublishEvents";
-    within_patience("the call's end", async {
+    within_timeout("the call's end", async {
         while collector.spans().iter().all(|span| span.name != name) {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -244,7 +244,7 @@ async fn a_path_that_nothing_is_served_on_is_not_told() {
     grpc.ready().await.unwrap();
     let codec = tonic_prost::ProstCodec::<(), ()>::default();
     grpc.unary(Request::new(()), "/a.private/Path".parse().unwrap(), codec).await.unwrap_err();
-    within_patience("the call's end", async {
+    within_timeout("the call's end", async {
         while collector.spans().is_empty() {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -282,15 +282,15 @@ async fn a_collector_that_never_answers_slows_nobody() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_standard_variables_switch_it_on_and_the_last_spans_are_sent() {
     let (collector, endpoint) = Collector::start().await;
-    let folder = TemporaryFolder::new();
+    let dir = TemporaryDir::new();
     let mut demo = Command::new(env!("CARGO_BIN_EXE_milepost"));
     demo.args(["demo", "--seconds", "1"])
         .env_remove("DATABASE_URL")
-        .env("MILEPOST_DATA_DIR", folder.path())
+        .env("MILEPOST_DATA_DIR", dir.path())
         .env("OTEL_EXPORTER_OTLP_ENDPOINT", &endpoint)
         .env("OTEL_SERVICE_NAME", "milepost-of-a-test")
         .kill_on_drop(true);
-    let output = within_patience("the demo's end", demo.output()).await.unwrap();
+    let output = within_timeout("the demo's end", demo.output()).await.unwrap();
     assert!(output.status.success(), "{output:?}");
     let spans = collector.spans();
     assert_eq!(collector.resource("service.name").unwrap(), "milepost-of-a-test");

@@ -18,7 +18,7 @@ use tokio::{
     time::{Instant, sleep},
 };
 
-use crate::support::{ServerProcess, TestDatabase, TestServer, User, info, within_patience};
+use crate::support::{ServerProcess, TestDatabase, TestServer, User, info, within_timeout};
 
 /// How many migrations there are.
 const APPLIED: &str = "SELECT version AS text FROM __diesel_schema_migrations ORDER BY version";
@@ -58,14 +58,14 @@ async fn all_at_once(database: &TestDatabase, missing: usize) {
         serving.push(milepost(database, &["serve", "--migrate"]).stdout(Stdio::piped()).spawn().unwrap());
     }
     let mut applied = 0;
-    for output in within_patience("migrations", futures_util::future::join_all(migrating)).await {
+    for output in within_timeout("migrations", futures_util::future::join_all(migrating)).await {
         let output = output.unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         applied += String::from_utf8(output.stdout).unwrap().matches("applied ").count();
     }
     for mut server in serving {
         let mut lines = BufReader::new(server.stdout.take().unwrap()).lines();
-        let line = within_patience("a server", lines.next_line()).await.unwrap();
+        let line = within_timeout("a server", lines.next_line()).await.unwrap();
         assert!(line.is_some_and(|line| line.contains("listens")), "it serves");
         server.kill().await.unwrap();
     }
@@ -132,7 +132,7 @@ impl Load {
     /// Some rounds more have gone well.
     async fn goes_on(&self) {
         let before = self.rounds.load(Relaxed);
-        within_patience("some rounds", async {
+        within_timeout("some rounds", async {
             while self.rounds.load(Relaxed) < before + 5 && !self.work.is_finished() {
                 sleep(Duration::from_millis(5)).await;
             }
@@ -202,18 +202,18 @@ async fn a_migration_that_waits_for_a_table_does_not_hold_appends_up() {
     let waiting = "SELECT pid::text AS text FROM pg_stat_activity WHERE datname = current_database()
         AND application_name = 'milepost migrate' AND wait_event_type = 'Lock'";
     for _ in 0..2 {
-        within_patience("the migration to wait", async {
+        within_timeout("the migration to wait", async {
             while server.database.texts(waiting).await.is_empty() {}
         })
         .await;
-        within_patience("the migration to wait no more", async {
+        within_timeout("the migration to wait no more", async {
             while !server.database.texts(waiting).await.is_empty() {}
         })
         .await;
         load.goes_on().await;
     }
     other.batch_execute("COMMIT").await.unwrap();
-    let applied = within_patience("the migration", migrating).await.unwrap().unwrap();
+    let applied = within_timeout("the migration", migrating).await.unwrap().unwrap();
     assert_eq!(applied, ["20261123000005"]);
     load.goes_on().await;
     let longest = load.stop().await;
@@ -229,13 +229,13 @@ async fn a_server_that_waits_to_migrate_can_be_told_to_go() {
         let mut holder = database.connect().await;
         holder.batch_execute(&format!("BEGIN; {held}")).await.unwrap();
         let mut server = milepost(&database, &["serve", "--migrate"]).spawn().unwrap();
-        within_patience("somebody who waits", async {
+        within_timeout("somebody who waits", async {
             while database.waiting_for_locks().await.is_empty() {}
         })
         .await;
         let (told, pid) = (Instant::now(), server.id().expect("it runs").to_string());
         assert!(Command::new("kill").arg(&pid).status().await.unwrap().success());
-        let ended = within_patience("the exit", server.wait()).await.unwrap();
+        let ended = within_timeout("the exit", server.wait()).await.unwrap();
         assert_eq!(ended.code(), Some(0), "{held}");
         assert!(told.elapsed() < Duration::from_secs(3), "it waited, {held}");
     }

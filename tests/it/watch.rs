@@ -9,7 +9,7 @@ use milepost::pb::{
 use tonic::Code;
 
 use crate::support::{
-    STREAMS_PER_USER, TestServer, User, Watch, assert_refused, complete, info, step, within_patience,
+    STREAMS_PER_USER, TestServer, User, Watch, assert_refused, complete, info, step, within_timeout,
 };
 
 fn one(job: &pb::Job) -> Option<Scope> {
@@ -111,7 +111,7 @@ async fn there_is_no_heartbeat_while_the_database_is_away() {
     }
     // It is the same watch that goes on.
     let mut provider = server.other_clients().same(&provider);
-    within_patience("the database to be back", async {
+    within_timeout("the database to be back", async {
         while provider.try_append(&job, [step("load")]).await.is_err() {}
     })
     .await;
@@ -227,7 +227,7 @@ async fn a_stream_too_many_is_refused_with_an_answer_and_makes_room_when_it_clos
 
     drop(watches.pop());
     let room = async { while customer.watch_by(request()).await.is_err() {} };
-    within_patience("room for another stream", room).await;
+    within_timeout("room for another stream", room).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -26,7 +26,7 @@ pub(super) const CONNECTIONS: usize = 20;
 /// Events of a round.
 const EVENTS: usize = 50;
 /// Longest that an event may take to reach everybody.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Open streams, each read by a task of its own. They are closed when dropped.
 pub(crate) struct Audience {
@@ -103,7 +103,7 @@ impl Audience {
         let mut writer = store.writer(0);
         let started = Instant::now();
         writer.append(&store.logs, 0, 0).await?;
-        timeout(PATIENCE, self.board.bell.notified()).await?;
+        timeout(TIMEOUT, self.board.bell.notified()).await?;
         self.board.check()?;
         let complete = self.board.complete.lock().unwrap_or_else(PoisonError::into_inner).take();
         Ok(complete.ok_or("not everybody received the event")? - started)

@@ -32,7 +32,7 @@ use crate::{
 const WATCHERS: usize = 1_000;
 const CONNECTIONS: usize = 8;
 /// Longest that resuming may take.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The time until the last watcher is caught up again, from when the new server
 /// listens. Each has one event to catch up with.
@@ -76,7 +76,7 @@ async fn resume(server: SocketAddr, tenant: &Tenant, tokens: Vec<(String, String
     for (number, (job, token)) in tokens.into_iter().enumerate() {
         let client = clients[number % CONNECTIONS].clone();
         resuming.spawn(async move {
-            timeout(PATIENCE, catch_up(&client, job, token)).await??;
+            timeout(TIMEOUT, catch_up(&client, job, token)).await??;
             Ok::<_, crate::Error>(started.elapsed())
         });
     }

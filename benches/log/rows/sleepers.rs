@@ -32,7 +32,7 @@ const WINDOW_BYTES: u32 = 64 * 1024;
 /// What each of them may cost the server in memory, in kB.
 const MOST_KB: f64 = 1_500.0;
 /// Longest that they may take to catch up once they wake.
-const PATIENCE: Duration = Duration::from_secs(900);
+const TIMEOUT: Duration = Duration::from_secs(900);
 
 /// The delays of 1,000 watchers with and without sleepers, while 10,000 others
 /// stand idle; what the sleepers cost; and that they get everything once they
@@ -85,7 +85,7 @@ pub(super) async fn measure(bed: &Bed, name: &str) -> Result<Vec<Outcome>> {
     let events = watch::beats(bed) * jobs.len();
     let mut waking: JoinSet<Result<()>> = JoinSet::new();
     for sleeper in sleepers {
-        waking.spawn(async move { timeout(PATIENCE, wake(sleeper, events)).await? });
+        waking.spawn(async move { timeout(TIMEOUT, wake(sleeper, events)).await? });
     }
     while let Some(woken) = waking.join_next().await {
         woken??;

@@ -29,7 +29,7 @@ const INTERVAL: Duration = Duration::from_millis(200);
 /// Connections of the watchers, and as many of the senders.
 const CONNECTIONS: usize = 8;
 /// Longest that the last event may be on its way.
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 pub(super) async fn watchers(bed: &Bed, name: &str) -> Result<Vec<Outcome>> {
     let server = bed.server(&bed.database().await?).await?;
@@ -137,7 +137,7 @@ pub(super) async fn round(bed: &Bed, senders: &Store, watchers: &Store) -> Resul
     let sent = send(senders, started, beats(bed)).await?;
     promise.send(Some(sent))?;
     let mut delays = Vec::new();
-    while let Some(read) = timeout(PATIENCE, reading.join_next()).await? {
+    while let Some(read) = timeout(TIMEOUT, reading.join_next()).await? {
         delays.extend(read??);
     }
     let latencies = latency(&delays);

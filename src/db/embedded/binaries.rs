@@ -19,7 +19,7 @@ pub(in crate::db) const OLDEST_MAJOR: u32 = 15;
 /// A folder with `initdb`, `pg_ctl` and `postgres`.
 #[derive(Clone, Debug)]
 pub(super) struct Binaries {
-    folder: PathBuf,
+    dir: PathBuf,
     major: u32,
 }
 
@@ -32,10 +32,10 @@ pub(super) struct Owner {
 
 impl Owner {
     /// The first folder on the way there that they may not enter.
-    fn shut_out_of(self, folder: &Path) -> Option<EmbeddedError> {
-        let way: Vec<&Path> = folder.ancestors().collect();
-        let closed = way.into_iter().rev().find(|folder| {
-            fs::metadata(folder).is_ok_and(|found| {
+    fn shut_out_of(self, dir: &Path) -> Option<EmbeddedError> {
+        let way: Vec<&Path> = dir.ancestors().collect();
+        let closed = way.into_iter().rev().find(|dir| {
+            fs::metadata(dir).is_ok_and(|found| {
                 let enter = match (found.uid() == self.uid, found.gid() == self.gid) {
                     (true, _) => 0o100,
                     (false, true) => 0o010,
@@ -44,7 +44,7 @@ impl Owner {
                 found.mode() & enter == 0
             })
         })?;
-        Some(EmbeddedError::ShutOut { folder: closed.to_owned(), uid: self.uid })
+        Some(EmbeddedError::ShutOut { dir: closed.to_owned(), uid: self.uid })
     }
 }
 
@@ -52,8 +52,8 @@ impl Binaries {
     /// Those of this major version, or of the newest where none is asked for.
     pub(super) async fn find(major: Option<u32>) -> Result<Self, EmbeddedError> {
         let mut best: Option<Self> = None;
-        for folder in candidates() {
-            let Some(found) = Self::in_folder(folder).await else { continue };
+        for dir in candidates() {
+            let Some(found) = Self::in_dir(dir).await else { continue };
             let fits = major.map_or(found.major >= OLDEST_MAJOR, |major| found.major == major);
             if fits && best.as_ref().is_none_or(|best| best.major < found.major) {
                 best = Some(found);
@@ -62,13 +62,13 @@ impl Binaries {
         best.ok_or(major.map_or(EmbeddedError::NotInstalled, EmbeddedError::OtherVersion))
     }
 
-    async fn in_folder(folder: PathBuf) -> Option<Self> {
-        if !["initdb", "pg_ctl", "postgres"].iter().all(|name| folder.join(name).is_file()) {
+    async fn in_dir(dir: PathBuf) -> Option<Self> {
+        if !["initdb", "pg_ctl", "postgres"].iter().all(|name| dir.join(name).is_file()) {
             return None;
         }
-        let output = Command::new(folder.join("postgres")).arg("--version").output().await.ok()?;
+        let output = Command::new(dir.join("postgres")).arg("--version").output().await.ok()?;
         let major = major_version(&String::from_utf8_lossy(&output.stdout))?;
-        Some(Self { folder, major })
+        Some(Self { dir, major })
     }
 
     /// Runs one of them to its end, as `owner` and in `folder`, with nothing of
@@ -77,15 +77,15 @@ impl Binaries {
         &self,
         name: &'static str,
         owner: Option<Owner>,
-        folder: &Path,
+        dir: &Path,
         arguments: I,
     ) -> Result<Output, EmbeddedError>
     where
         I: IntoIterator<Item = A>,
         A: AsRef<OsStr>,
     {
-        let mut command = Command::new(self.folder.join(name));
-        command.args(arguments).current_dir(folder).stdin(Stdio::null()).env_clear().env("LC_ALL", "C");
+        let mut command = Command::new(self.dir.join(name));
+        command.args(arguments).current_dir(dir).stdin(Stdio::null()).env_clear().env("LC_ALL", "C");
         for kept in ["PATH", "TZ", "LD_LIBRARY_PATH"] {
             if let Some(value) = std::env::var_os(kept) {
                 command.env(kept, value);
@@ -94,7 +94,7 @@ impl Binaries {
         if let Some(Owner { uid, gid }) = owner {
             command.uid(uid).gid(gid);
         }
-        command.output().await.map_err(|source| match owner.and_then(|owner| owner.shut_out_of(folder)) {
+        command.output().await.map_err(|source| match owner.and_then(|owner| owner.shut_out_of(dir)) {
             Some(shut_out) if source.kind() == io::ErrorKind::PermissionDenied => shut_out,
             _ => io_error(format!("cannot run {name}"), source),
         })
@@ -104,14 +104,14 @@ impl Binaries {
 /// PATH's `pg_ctl` behind its symbolic links, then where Debian keeps its own.
 fn candidates() -> Vec<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let mut folders: Vec<PathBuf> = std::env::split_paths(&path)
-        .filter_map(|folder| fs::canonicalize(folder.join("pg_ctl")).ok())
+    let mut dirs: Vec<PathBuf> = std::env::split_paths(&path)
+        .filter_map(|dir| fs::canonicalize(dir.join("pg_ctl")).ok())
         .filter_map(|file| file.parent().map(Path::to_owned))
         .collect();
     if let Ok(versions) = fs::read_dir("/usr/lib/postgresql") {
-        folders.extend(versions.flatten().map(|version| version.path().join("bin")));
+        dirs.extend(versions.flatten().map(|version| version.path().join("bin")));
     }
-    folders
+    dirs
 }
 
 /// The major version in `postgres (PostgreSQL) 15.13 (Debian 15.13-0)`.

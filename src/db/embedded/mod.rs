@@ -2,7 +2,7 @@
 //! and for tests. Durable, its data in one folder, reachable by socket only.
 
 mod binaries;
-mod folder;
+mod data_dir;
 
 use std::{
     fs, io,
@@ -14,10 +14,10 @@ use std::{
 use diesel_async::SimpleAsyncConnection as _;
 
 pub(super) use self::binaries::OLDEST_MAJOR;
-pub use self::folder::Served;
+pub use self::data_dir::Served;
 use self::{
     binaries::{Binaries, Owner, complaint},
-    folder::{DataFolder, Lock, private_folder},
+    data_dir::{DataDir, Lock, private_dir},
 };
 use super::connect::establish;
 
@@ -44,14 +44,14 @@ pub enum EmbeddedError {
     )]
     NotInstalled,
     /// Binaries, but not of the version that made the data.
-    #[error("the data folder was made by Postgres {0}, which is not installed on this machine")]
+    #[error("the data dir was made by Postgres {0}, which is not installed on this machine")]
     OtherVersion(u32),
     /// Another process has the folder.
-    #[error("another milepost serves the data folder {}{}", .folder.display(),
+    #[error("another milepost serves the data dir {}{}", .dir.display(),
         .address.map(|address| format!(", on {address}")).unwrap_or_default())]
     Served {
         /// Which folder.
-        folder: PathBuf,
+        dir: PathBuf,
         /// Where that one listens, if it says so.
         address: Option<SocketAddr>,
     },
@@ -61,11 +61,11 @@ pub enum EmbeddedError {
     /// A folder on the way to the data keeps out whom root runs Postgres as.
     #[error(
         "user {uid}, whom Postgres runs as, may not enter {}: permit it (chmod o+x) or say where else the \
-         data go with --data-dir", .folder.display()
+         data go with --data-dir", .dir.display()
     )]
     ShutOut {
         /// Which folder.
-        folder: PathBuf,
+        dir: PathBuf,
         /// Whom it keeps out.
         uid: u32,
     },
@@ -73,7 +73,7 @@ pub enum EmbeddedError {
     #[error("there is no HOME to keep the data in: say where with --data-dir")]
     NoHome,
     /// A folder is not what it has to be.
-    #[error("{} must be a folder of the user that Postgres runs as, with access for nobody else", .0.display())]
+    #[error("{} must be a dir of the user that Postgres runs as, with access for nobody else", .0.display())]
     NotPrivate(PathBuf),
     /// A command of Postgres's failed.
     #[error("{command} failed: {said}")]
@@ -135,11 +135,11 @@ pub async fn default_data_dir() -> Result<PathBuf, EmbeddedError> {
 /// Postgres running, for the next one to take over.
 #[derive(Debug)]
 pub struct Embedded {
-    folder: DataFolder,
+    dir: DataDir,
     lock: Lock,
     binaries: Binaries,
     owner: Option<Owner>,
-    socket_folder: PathBuf,
+    socket_dir: PathBuf,
     options: Vec<(String, String)>,
 }
 
@@ -157,20 +157,20 @@ impl Embedded {
     /// Takes over the Postgres that runs in the folder, or starts it, having
     /// made its data where there are none; and its database.
     pub async fn start(settings: EmbeddedSettings) -> Result<Self, EmbeddedError> {
-        let folder = DataFolder::open(&settings.data_dir)?;
-        let lock = folder.lock().await?;
-        let binaries = Binaries::find(folder.data_version()).await?;
-        let owner = binaries::owner(&folder.cluster()).await?;
-        private_folder(&folder.cluster(), owner)?;
-        let socket_folder = folder.socket_folder(owner.is_some());
+        let dir = DataDir::open(&settings.data_dir)?;
+        let lock = dir.lock().await?;
+        let binaries = Binaries::find(dir.data_version()).await?;
+        let owner = binaries::owner(&dir.cluster()).await?;
+        private_dir(&dir.cluster(), owner)?;
+        let socket_dir = dir.socket_dir(owner.is_some());
         let options = settings.extra_options;
-        let mut embedded = Self { folder, lock, binaries, owner, socket_folder, options };
-        if embedded.folder.data_version().is_none() {
+        let mut embedded = Self { dir, lock, binaries, owner, socket_dir, options };
+        if embedded.dir.data_version().is_none() {
             embedded.make_data().await?;
         }
-        if let Postmaster::Runs(socket_folder) = embedded.postmaster().await? {
-            tracing::info!(folder = %embedded.folder.path.display(), "taking over the Postgres that runs");
-            embedded.socket_folder = socket_folder;
+        if let Postmaster::Runs(socket_dir) = embedded.postmaster().await? {
+            tracing::info!(dir = %embedded.dir.path.display(), "taking over the Postgres that runs");
+            embedded.socket_dir = socket_dir;
         } else {
             embedded.start_postgres().await?;
         }
@@ -180,7 +180,7 @@ impl Embedded {
 
     /// Where one of its databases is.
     pub fn url(&self, database: &str) -> String {
-        socket_url(&self.socket_folder, database)
+        socket_url(&self.socket_dir, database)
     }
 
     /// Where milepost's database is.
@@ -190,13 +190,13 @@ impl Embedded {
 
     /// Where the database is that another process serves from that folder.
     pub fn url_of_served(data_dir: &Path) -> Result<String, EmbeddedError> {
-        let folder = DataFolder::open(data_dir)?;
-        let pid_file = folder.data().join("postmaster.pid");
+        let dir = DataDir::open(data_dir)?;
+        let pid_file = dir.data().join("postmaster.pid");
         let text = fs::read_to_string(&pid_file)
             .map_err(|source| io_error(format!("cannot read {}", pid_file.display()), source))?;
-        let (_, socket_folder) = parse_pid_file(&text)
+        let (_, socket_dir) = parse_pid_file(&text)
             .ok_or_else(|| EmbeddedError::Silent("it is only just starting".to_owned()))?;
-        Ok(socket_url(&socket_folder, NAME))
+        Ok(socket_url(&socket_dir, NAME))
     }
 
     /// Tells those who look at the folder where its server listens.
@@ -223,7 +223,7 @@ impl Embedded {
     /// Stops Postgres: what is under way is rolled back, what is committed is
     /// on disk.
     pub async fn stop(&self) -> Result<(), EmbeddedError> {
-        let data = self.folder.data();
+        let data = self.dir.data();
         let timeout = STOP_TIMEOUT_S.to_string();
         let arguments = [
             "stop".as_ref(),
@@ -244,13 +244,13 @@ impl Embedded {
         I: IntoIterator<Item = A>,
         A: AsRef<std::ffi::OsStr>,
     {
-        self.binaries.run(name, self.owner, &self.folder.cluster(), arguments).await
+        self.binaries.run(name, self.owner, &self.dir.cluster(), arguments).await
     }
 
     /// Makes the data beside their place and then moves them there, so that
     /// what was interrupted is never taken for whole.
     async fn make_data(&self) -> Result<(), EmbeddedError> {
-        let (unfinished, data) = (self.folder.unfinished_data(), self.folder.data());
+        let (unfinished, data) = (self.dir.unfinished_data(), self.dir.data());
         let at = |source| io_error(format!("cannot make {}", data.display()), source);
         let mut said = None;
         // Not every system has the first locale; the second knows the case of
@@ -274,9 +274,7 @@ impl Embedded {
             let output = self.run("initdb", arguments).await?;
             if output.status.success() {
                 fs::rename(&unfinished, &data).map_err(at)?;
-                return fs::File::open(self.folder.cluster())
-                    .and_then(|folder| folder.sync_all())
-                    .map_err(at);
+                return fs::File::open(self.dir.cluster()).and_then(|dir| dir.sync_all()).map_err(at);
             }
             said = Some(complaint("initdb", &output));
         }
@@ -284,19 +282,19 @@ impl Embedded {
     }
 
     async fn start_postgres(&self) -> Result<(), EmbeddedError> {
-        private_folder(&self.socket_folder, self.owner)?;
+        private_dir(&self.socket_dir, self.owner)?;
         if let Postmaster::Reused = self.postmaster().await? {
             // Postgres would take that process for itself.
-            let pid_file = self.folder.data().join("postmaster.pid");
+            let pid_file = self.dir.data().join("postmaster.pid");
             fs::remove_file(&pid_file)
                 .map_err(|source| io_error(format!("cannot remove {}", pid_file.display()), source))?;
         }
-        let log = self.folder.log();
+        let log = self.dir.log();
         if fs::metadata(&log).is_ok_and(|metadata| metadata.len() > LOG_BYTES) {
             fs::rename(&log, log.with_extension("log.1"))
                 .map_err(|source| io_error(format!("cannot move {}", log.display()), source))?;
         }
-        let data = self.folder.data();
+        let data = self.dir.data();
         let (timeout, options) = (START_TIMEOUT_S.to_string(), self.server_options());
         let arguments = [
             "start".as_ref(),
@@ -335,11 +333,11 @@ impl Embedded {
     /// The `-c` options of the server, as the shell reads them.
     fn server_options(&self) -> String {
         // A list, in which quotes keep a comma from dividing.
-        let socket_folder = format!("\"{}\"", self.socket_folder.display().to_string().replace('"', "\"\""));
+        let socket_dir = format!("\"{}\"", self.socket_dir.display().to_string().replace('"', "\"\""));
         let ours = [
             ("listen_addresses", ""),
             ("port", "5432"),
-            ("unix_socket_directories", socket_folder.as_str()),
+            ("unix_socket_directories", socket_dir.as_str()),
             ("unix_socket_permissions", "0700"),
             ("fsync", "on"),
             ("full_page_writes", "on"),
@@ -357,18 +355,18 @@ impl Embedded {
     }
 
     async fn postmaster(&self) -> Result<Postmaster, EmbeddedError> {
-        let data = self.folder.data();
+        let data = self.dir.data();
         let Ok(text) = fs::read_to_string(data.join("postmaster.pid")) else { return Ok(Postmaster::Absent) };
-        let Some((pid, socket_folder)) = parse_pid_file(&text) else { return Ok(Postmaster::Absent) };
+        let Some((pid, socket_dir)) = parse_pid_file(&text) else { return Ok(Postmaster::Absent) };
         if Path::new("/proc/self/cmdline").exists() {
             // Readable for other users' processes too, unlike their folders.
             let Ok(command) = fs::read(format!("/proc/{pid}/cmdline")) else { return Ok(Postmaster::Absent) };
             let wanted = data.as_os_str().as_encoded_bytes();
             let runs = command.split(|byte| *byte == 0).any(|argument| argument == wanted);
-            return Ok(if runs { Postmaster::Runs(socket_folder) } else { Postmaster::Reused });
+            return Ok(if runs { Postmaster::Runs(socket_dir) } else { Postmaster::Reused });
         }
         let status = self.run("pg_ctl", ["status".as_ref(), "-D".as_ref(), data.as_os_str()]).await?;
-        Ok(if status.status.success() { Postmaster::Runs(socket_folder) } else { Postmaster::Absent })
+        Ok(if status.status.success() { Postmaster::Runs(socket_dir) } else { Postmaster::Absent })
     }
 
     /// Waits until Postgres answers, and makes milepost's database.
@@ -395,15 +393,12 @@ impl Embedded {
 fn parse_pid_file(text: &str) -> Option<(u32, PathBuf)> {
     let mut lines = text.lines();
     let pid = lines.next()?.trim().parse().ok()?;
-    let socket_folder = lines.nth(3)?.trim();
-    Some((pid, PathBuf::from(socket_folder)))
+    let socket_dir = lines.nth(3)?.trim();
+    Some((pid, PathBuf::from(socket_dir)))
 }
 
-fn socket_url(socket_folder: &Path, database: &str) -> String {
-    format!(
-        "postgresql://{NAME}@{}/{database}",
-        percent_encoded(socket_folder.as_os_str().as_encoded_bytes())
-    )
+fn socket_url(socket_dir: &Path, database: &str) -> String {
+    format!("postgresql://{NAME}@{}/{database}", percent_encoded(socket_dir.as_os_str().as_encoded_bytes()))
 }
 
 fn percent_encoded(bytes: &[u8]) -> String {

@@ -3,7 +3,7 @@
 use super::query::Scope;
 use crate::{
     error::{Error, Resource, Result},
-    event_log::{EventLog, token::Place},
+    event_log::{EventLog, position::Position},
     models::{
         event::{Event, JobHead},
         retention,
@@ -13,7 +13,7 @@ use crate::{
 
 /// Where the scope's log ends now.
 pub(super) struct LogEnd {
-    pub(super) place: Place,
+    pub(super) place: Position,
     /// The state of the one job there.
     pub(super) job: Option<JobState>,
 }
@@ -25,11 +25,11 @@ impl LogEnd {
             Scope::Job(job) => {
                 let head = JobHead::load(&mut connection, &[job.id]).await?.pop();
                 let state = head.ok_or_else(|| Error::not_found(Resource::Job, &job.id))?.state();
-                Ok(Self { place: Place { cursor: state.last_sequence, removals: 0 }, job: Some(state) })
+                Ok(Self { place: Position { cursor: state.last_sequence, removals: 0 }, job: Some(state) })
             }
             Scope::All { .. } => {
                 let (cursor, removals) = retention::log_end(&mut connection).await?;
-                Ok(Self { place: Place { cursor, removals }, job: None })
+                Ok(Self { place: Position { cursor, removals }, job: None })
             }
         }
     }

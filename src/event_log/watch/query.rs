@@ -5,8 +5,8 @@ use std::{sync::Arc, time::Duration};
 use uuid::Uuid;
 
 use crate::{
-    event_log::{directory::JobIdentity, token::ResumeToken, wire::LogEvent},
-    models::caller::{Sight, Viewer},
+    event_log::{event::LogEvent, job_cache::JobIdentity, position::ResumeToken},
+    models::caller::{Viewer, Visibility},
     progress::{EventKind, JobState},
 };
 
@@ -41,9 +41,9 @@ impl Scope {
             Self::All { viewer, configuration_tag, counterpart_id } => {
                 viewer.sees(job.id, job.provider_id, job.customer_id)
                     && (configuration_tag.is_empty() || *configuration_tag == job.configuration.tree.tag)
-                    && counterpart_id.is_none_or(|id| match viewer.sight() {
-                        Sight::Provider(_) => id == job.customer_id,
-                        Sight::Customer(_) | Sight::Job(_) => id == job.provider_id,
+                    && counterpart_id.is_none_or(|id| match viewer.visibility() {
+                        Visibility::Provider(_) => id == job.customer_id,
+                        Visibility::Customer(_) | Visibility::Job(_) => id == job.provider_id,
                     })
             }
         }
@@ -52,13 +52,13 @@ impl Scope {
 
 /// Which events a watch asks for.
 #[derive(Debug)]
-pub(crate) struct Interest {
+pub(crate) struct Filter {
     pub(crate) scope: Scope,
     /// Empty: all.
     pub(crate) kinds: Vec<EventKind>,
 }
 
-impl Interest {
+impl Filter {
     pub(crate) fn topic(&self) -> Uuid {
         match &self.scope {
             Scope::Job(job) => job.id,
@@ -84,7 +84,7 @@ pub(crate) enum Start {
 /// What to watch, and how.
 #[derive(Debug)]
 pub(crate) struct WatchQuery {
-    pub(crate) interest: Interest,
+    pub(crate) filter: Filter,
     pub(crate) start: Start,
     pub(crate) heartbeat: Duration,
 }

@@ -18,7 +18,7 @@ use uuid::Uuid;
 use super::Job;
 use crate::{
     error::Result,
-    models::caller::{Sight, Viewer},
+    models::caller::{Viewer, Visibility},
     progress::JobStatus,
     schema::jobs,
 };
@@ -81,7 +81,7 @@ impl Job {
         limit: i64,
     ) -> Result<JobPage> {
         let conditions = filters.conditions();
-        let query = ListQuery { sight: viewer.sight(), filters, after, limit };
+        let query = ListQuery { visibility: viewer.visibility(), filters, after, limit };
         let Found { mut keys, rest } = match query.by_prefix(conn, &conditions).await? {
             Some(found) => found,
             None => query.by_creation(conn, &conditions).await?,
@@ -154,7 +154,7 @@ struct Found {
 
 #[derive(Clone, Copy)]
 struct ListQuery<'a> {
-    sight: Sight,
+    visibility: Visibility,
     filters: &'a JobFilters,
     after: Option<JobCursor>,
     limit: i64,
@@ -164,10 +164,10 @@ impl<'a> ListQuery<'a> {
     /// All jobs that the viewer may see.
     fn visible(self) -> Keys<'a> {
         let query = jobs::table.select((jobs::created_at, jobs::id)).into_boxed();
-        match self.sight {
-            Sight::Provider(id) => query.filter(jobs::provider_id.eq(id)),
-            Sight::Customer(id) => query.filter(jobs::customer_id.eq(id)),
-            Sight::Job(id) => query.filter(jobs::id.eq(id)),
+        match self.visibility {
+            Visibility::Provider(id) => query.filter(jobs::provider_id.eq(id)),
+            Visibility::Customer(id) => query.filter(jobs::customer_id.eq(id)),
+            Visibility::Job(id) => query.filter(jobs::id.eq(id)),
         }
     }
 
@@ -189,10 +189,10 @@ impl<'a> ListQuery<'a> {
     }
 
     fn narrow(self, query: Keys<'a>, condition: Condition<'a>) -> Keys<'a> {
-        match (condition, self.sight) {
-            (Condition::Counterpart(id), Sight::Provider(_)) => query.filter(jobs::customer_id.eq(id)),
-            (Condition::Counterpart(id), Sight::Customer(_)) => query.filter(jobs::provider_id.eq(id)),
-            (Condition::Counterpart(id), Sight::Job(_)) => {
+        match (condition, self.visibility) {
+            (Condition::Counterpart(id), Visibility::Provider(_)) => query.filter(jobs::customer_id.eq(id)),
+            (Condition::Counterpart(id), Visibility::Customer(_)) => query.filter(jobs::provider_id.eq(id)),
+            (Condition::Counterpart(id), Visibility::Job(_)) => {
                 query.filter(jobs::provider_id.eq(id).or(jobs::customer_id.eq(id)))
             }
             (Condition::Open(true), _) => query.filter(jobs::closed_at.is_null()),

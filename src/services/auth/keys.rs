@@ -7,11 +7,11 @@ use uuid::Uuid;
 
 use crate::{
     error::{Error, Result, Violations},
-    event_log::wire,
+    event_log::event,
     limits::KEY_OVERLAP,
     models::{
         api_key::ApiKey,
-        caller::{KeyManager, Scope, UserRole},
+        caller::{KeyManager, KeyScope, UserRole},
     },
     pb,
     services::{page::OldestFirst, parse},
@@ -24,7 +24,7 @@ const SCOPES: usize = 3;
 pub(super) struct KeyTerms {
     pub(super) note: String,
     pub(super) expires_at: Option<DateTime<Utc>>,
-    pub(super) scopes: Vec<Scope>,
+    pub(super) scopes: Vec<KeyScope>,
 }
 
 impl KeyTerms {
@@ -46,11 +46,11 @@ impl KeyTerms {
 }
 
 /// The scopes asked for, each once.
-fn scopes(violations: &mut Violations, asked: &[i32], role: UserRole) -> Vec<Scope> {
+fn scopes(violations: &mut Violations, asked: &[i32], role: UserRole) -> Vec<KeyScope> {
     if asked.is_empty() {
         return match role {
-            UserRole::Customer => vec![Scope::Read],
-            UserRole::Provider => vec![Scope::Read, Scope::Append],
+            UserRole::Customer => vec![KeyScope::Read],
+            UserRole::Provider => vec![KeyScope::Read, KeyScope::Append],
         };
     }
     if asked.len() > SCOPES {
@@ -60,9 +60,9 @@ fn scopes(violations: &mut Violations, asked: &[i32], role: UserRole) -> Vec<Sco
     for (index, scope) in asked.iter().take(SCOPES).enumerate() {
         let field = format!("scopes[{index}]");
         match pb::ApiKeyScope::try_from(*scope) {
-            Ok(pb::ApiKeyScope::Read) => scopes.push(Scope::Read),
-            Ok(pb::ApiKeyScope::Manage) => scopes.push(Scope::Manage),
-            Ok(pb::ApiKeyScope::Append) if role == UserRole::Provider => scopes.push(Scope::Append),
+            Ok(pb::ApiKeyScope::Read) => scopes.push(KeyScope::Read),
+            Ok(pb::ApiKeyScope::Manage) => scopes.push(KeyScope::Manage),
+            Ok(pb::ApiKeyScope::Append) if role == UserRole::Provider => scopes.push(KeyScope::Append),
             Ok(pb::ApiKeyScope::Append) => violations.add(field, "a customer's key cannot have APPEND"),
             Ok(pb::ApiKeyScope::Unspecified) | Err(_) => {
                 violations
@@ -94,18 +94,18 @@ pub(super) fn rotation(request: &pb::RotateApiKeyRequest) -> Result<(Uuid, Durat
 impl From<ApiKey> for pb::ApiKey {
     fn from(key: ApiKey) -> Self {
         let scopes = key.scopes().map(|scope| match scope {
-            Scope::Read => pb::ApiKeyScope::Read.into(),
-            Scope::Append => pb::ApiKeyScope::Append.into(),
-            Scope::Manage => pb::ApiKeyScope::Manage.into(),
+            KeyScope::Read => pb::ApiKeyScope::Read.into(),
+            KeyScope::Append => pb::ApiKeyScope::Append.into(),
+            KeyScope::Manage => pb::ApiKeyScope::Manage.into(),
         });
         Self {
             id: key.id.to_string(),
             scopes: scopes.collect(),
             key_prefix: key.key_prefix,
             note: key.note,
-            expires_at: key.expires_at.map(wire::timestamp),
-            last_used_at: key.last_used_at.map(wire::timestamp),
-            created_at: Some(wire::timestamp(key.created_at)),
+            expires_at: key.expires_at.map(event::timestamp),
+            last_used_at: key.last_used_at.map(event::timestamp),
+            created_at: Some(event::timestamp(key.created_at)),
         }
     }
 }

@@ -9,7 +9,7 @@ use super::{EventApi, batch::UncheckedBatch};
 use crate::{
     auth::Credential,
     error::{Error, Result},
-    event_log::{Lane, answered, plan::Appended},
+    event_log::{StreamOrder, answered, plan::Appended},
     limits::{ERROR_QUOTE_CHARS, TEXT_CHARS},
     models::caller::Provider,
     pb,
@@ -59,7 +59,7 @@ pub(super) async fn accept(
     mut batches: Streaming<pb::PublishEventsRequest>,
     accepted: mpsc::Sender<Accepted>,
 ) {
-    let lane = Lane::default();
+    let stream_order = StreamOrder::default();
     // The stream of answers is gone when the client is.
     while let Ok(room) = accepted.reserve().await {
         let batch = tokio::select! {
@@ -84,7 +84,7 @@ pub(super) async fn accept(
                 let handed_in = async {
                     credential.confirmed().await?;
                     let batch = UncheckedBatch::try_from(batch)?;
-                    api.admit(&credential, provider, batch, lane.clone()).await
+                    api.admit(&credential, provider, batch, stream_order.clone()).await
                 };
                 // The job's configuration and the log may keep it waiting.
                 let handed_in = tokio::select! {

@@ -395,13 +395,13 @@ impl Watch<'_> {
 
     fn contains(&self, job: usize) -> bool {
         let of = &self.case.history.jobs[job];
-        let (in_sight, counterpart) = match self.chain.scope {
+        let (visible, counterpart) = match self.chain.scope {
             Scope::OfProvider(provider) => (of.provider == provider, of.customer),
             Scope::OfCustomer(customer) => (of.customer == customer, of.provider),
             Scope::Job(own) => return own == job,
         };
         let only = &self.chain.only;
-        in_sight
+        visible
             && only.configuration.is_none_or(|configuration| configuration == of.configuration)
             && only.counterpart.is_none_or(|wanted| wanted == counterpart)
     }

@@ -6,7 +6,7 @@ use milepost::pb::{self, ErrorReason, Event, watch_events_request::Start};
 use tonic::Code;
 
 use super::assert_gap_free;
-use crate::support::{TestServer, assert_refused, complete, info, step, within_patience};
+use crate::support::{TestServer, assert_refused, complete, info, step, within_timeout};
 
 /// Each batch names its events `batch/index/count`.
 fn assert_batches_whole(log: &[Event]) {
@@ -118,7 +118,7 @@ async fn nobody_fails_for_the_sake_of_another_in_the_same_transaction() {
             tokio::spawn(async move { provider.try_append(&job, [event]).await })
         };
         let under_way = append(&first, "under way");
-        within_patience("an append that waits", async {
+        within_timeout("an append that waits", async {
             while server.database.waiting_for_locks().await.is_empty() {}
         })
         .await;

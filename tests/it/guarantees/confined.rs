@@ -28,7 +28,7 @@ use tonic::{Code, Request, Status, Streaming};
 
 use crate::support::{
     Authority, Caller, Clients, Files, Mode, PASSWORD, Proxy, TestServer, User, Watch, assert_refused, info,
-    noted, operate, within_patience,
+    noted, operate, within_timeout,
 };
 
 const EVERYWHERE: Duration = Duration::from_secs(5);
@@ -44,7 +44,7 @@ fn of(job: &pb::Job) -> pb::WatchEventsRequest {
 /// Calls until that is refused.
 async fn calls_end(caller: &Caller) {
     let mut caller = caller.clone();
-    let refused = within_patience("a call to be refused", async {
+    let refused = within_timeout("a call to be refused", async {
         loop {
             match caller.auth.get_current_user(pb::GetCurrentUserRequest {}).await {
                 Ok(_) => sleep(PACE).await,
@@ -134,7 +134,7 @@ impl Uses {
 
     async fn publish(&mut self) -> Result<(), Status> {
         self.send("published").await;
-        let answer = within_patience("an answer", self.answers.message()).await?;
+        let answer = within_timeout("an answer", self.answers.message()).await?;
         let outcome = answer.expect("the stream goes on").outcome;
         assert!(matches!(outcome, Some(Outcome::Appended(_))), "{outcome:?}");
         Ok(())
@@ -351,7 +351,7 @@ async fn confined_after_the_user_is_disabled() {
 async fn unconfirmed(uses: &Uses) {
     let mut caller = uses.viewer.caller.clone();
     let wrong = pb::WatchEventsRequest::default;
-    within_patience("a credential that is not confirmed", async {
+    within_timeout("a credential that is not confirmed", async {
         while caller.events.watch_events(wrong()).await.unwrap_err().code() == Code::InvalidArgument {
             sleep(PACE).await;
         }
@@ -397,11 +397,11 @@ async fn confined_while_the_database_is_away_from_one_replica() {
 
     // One is confirmed and goes on, the other never was.
     proxy.set(Mode::Pass);
-    let answer = within_patience("the answer", stays.answers.message()).await.unwrap().unwrap();
+    let answer = within_timeout("the answer", stays.answers.message()).await.unwrap().unwrap();
     assert_eq!(answer.batch_id, "unconfirmed");
     let told: Vec<String> = stays.viewer.watch.events(2).await.into_iter().map(|event| event.name).collect();
     assert_eq!(told, ["meanwhile", "unconfirmed"]);
-    let refused = within_patience("the end", ends.answers.message()).await;
+    let refused = within_timeout("the end", ends.answers.message()).await;
     assert_refused(refused, Code::Unauthenticated, ErrorReason::CredentialInvalid);
     ends.calls_end().await;
     ends.viewer.watching_ends().await;
@@ -439,7 +439,7 @@ async fn confined_after_expiry_while_the_database_is_away() {
 
     proxy.set(Mode::Pass);
     for (viewer, _) in viewers {
-        let refused = within_patience("the database to be back", async {
+        let refused = within_timeout("the database to be back", async {
             loop {
                 match viewer.caller.clone().events.watch_events(of(&scene.job)).await {
                     Err(status) if status.code() == Code::Unavailable => sleep(PACE).await,
@@ -474,7 +474,7 @@ async fn what_is_held_back_while_the_credential_is_not_confirmed_is_not_skipped_
     let database = server.database.clone();
     database.take_away().await;
     // Its shape is at fault, which it is told as long as its credential is good.
-    within_patience("a credential that is not confirmed", async {
+    within_timeout("a credential that is not confirmed", async {
         while customer.watch_by(pb::WatchEventsRequest::default()).await.unwrap_err().code()
             == Code::InvalidArgument
         {}
@@ -495,7 +495,7 @@ async fn what_is_held_back_while_the_credential_is_not_confirmed_is_not_skipped_
     database.bring_back().await;
     let mut customer = replica.same(&customer);
     let start = Some(Start::ResumeToken(watch.resume_token));
-    let mut resumed = within_patience("the database to be back", async {
+    let mut resumed = within_timeout("the database to be back", async {
         loop {
             let request = pb::WatchEventsRequest { start: start.clone(), ..of(&job) };
             match customer.watch_by(request).await {
@@ -554,7 +554,7 @@ async fn unread_streams_are_cut(server: &TestServer) {
     }
 
     expire_key(&mut customer).await;
-    within_patience("the cut", async { while other.message().await.is_ok() {} }).await;
+    within_timeout("the cut", async { while other.message().await.is_ok() {} }).await;
     let mut events = 0;
     let end = loop {
         match unread.message().await {
@@ -594,13 +594,13 @@ async fn a_publish_stream_whose_answers_nobody_takes_is_cut_after_its_end() {
     let other = client.watch_events(bearing(&customer.key_secret, of(&job))).await.unwrap();
     let (mut unread, mut other) = (unread.into_inner(), other.into_inner());
     // As many as the window of the server allows.
-    within_patience("the batches", async { while provider.get(&job).await.last_sequence < 8 * events {} })
+    within_timeout("the batches", async { while provider.get(&job).await.last_sequence < 8 * events {} })
         .await;
     // Nothing tells when the first answer is on its way; a moment is plenty.
     sleep(PACE).await;
 
     expire_key(&mut provider).await;
-    within_patience("the cut", async { while other.message().await.is_ok() {} }).await;
+    within_timeout("the cut", async { while other.message().await.is_ok() {} }).await;
     let mut answers = 0;
     let end = loop {
         match unread.message().await {

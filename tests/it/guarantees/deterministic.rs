@@ -5,7 +5,7 @@ use std::time::Duration;
 use diesel_async::SimpleAsyncConnection as _;
 use milepost::pb::JobStatus;
 
-use crate::support::{TestServer, complete, error, info, step, within_patience};
+use crate::support::{TestServer, complete, error, info, step, within_timeout};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn deterministic_for_whoever_watches_lists_or_appends() {
@@ -94,7 +94,7 @@ async fn deterministic_when_another_replica_appends_as_many_events_first() {
         tokio::spawn(async move { caller.append(&job, [event]).await })
     };
     let first = append(step("load"));
-    within_patience("the first append to be under way", async {
+    within_timeout("the first append to be under way", async {
         while server.database.waiting_for_locks().await.is_empty() {}
     })
     .await;

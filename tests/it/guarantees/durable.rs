@@ -20,7 +20,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Code;
 
 use super::assert_gap_free;
-use crate::support::{ServerProcess, TestDatabase, User, assert_refused, info, within_patience};
+use crate::support::{ServerProcess, TestDatabase, User, assert_refused, info, within_timeout};
 
 /// Batches acknowledged, over all writers, before the blow.
 const ENOUGH: usize = 150;
@@ -120,7 +120,7 @@ async fn survives(blow: Blow) {
         };
         writers.push((job, writer));
     }
-    within_patience("acknowledgements", async {
+    within_timeout("acknowledgements", async {
         while acknowledged.load(Ordering::Relaxed) < ENOUGH {
             tokio::task::yield_now().await;
         }
@@ -136,7 +136,7 @@ async fn survives(blow: Blow) {
     }
     let mut sent = Vec::new();
     for (job, writer) in writers {
-        sent.push((job, within_patience("a writer to notice", writer).await.unwrap()));
+        sent.push((job, within_timeout("a writer to notice", writer).await.unwrap()));
     }
     server.ready().await;
     let mut provider = server.other_clients().same(&provider);

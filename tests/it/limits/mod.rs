@@ -24,7 +24,7 @@ use uuid::Uuid;
 
 use crate::support::{
     Clients, PASSWORD, STREAMS_PER_CONNECTION, TestDatabase, TestServer, User, assert_refused,
-    assert_violations, info, noted, raw, registration, within_patience,
+    assert_violations, info, noted, raw, registration, within_timeout,
 };
 
 /// Limits of `src/limits.rs` and `src/config.rs` that have no row below: who
@@ -148,7 +148,7 @@ impl Scene {
             let mut answers = raw::open(channel, Some(&self.secret), method, [message]).await?;
             Ok::<_, Status>(answers.message().await?.expect("an answer"))
         };
-        let answer = within_patience("an answer", first).await?;
+        let answer = within_timeout("an answer", first).await?;
         if method == "EventService/PublishEvents" {
             let answer = pb::PublishEventsResponse::decode(answer.clone()).unwrap();
             if let Some(pb::publish_events_response::Outcome::Refused(status)) = answer.outcome {
@@ -249,8 +249,8 @@ async fn a_message_has_at_most_a_mebibyte() {
     let channel = scene.server.channel.clone();
     let opened = raw::open(channel, Some(&scene.secret), "EventService/PublishEvents", batches);
     let mut answers = opened.await.unwrap();
-    assert!(within_patience("an answer", answers.message()).await.unwrap().is_some());
-    let status = within_patience("the end", answers.message()).await.unwrap_err();
+    assert!(within_timeout("an answer", answers.message()).await.unwrap().is_some());
+    let status = within_timeout("the end", answers.message()).await.unwrap_err();
     assert_eq!(status.code(), Code::OutOfRange);
 }
 
@@ -267,7 +267,7 @@ async fn a_call_without_a_credential_says_at_most_64_kib() {
     let sign_up = async |bytes| {
         let message = padded(sign_up(PASSWORD_MIN_BYTES).encode_to_vec(), bytes - 5);
         let mut answers = raw::open(server.channel.clone(), None, "AuthService/SignUp", [message]).await?;
-        within_patience("an answer", answers.message()).await
+        within_timeout("an answer", answers.message()).await
     };
     assert!(sign_up(STRANGER_BYTES).await.unwrap().is_some());
     for refused in [sign_up(STRANGER_BYTES + 1).await.map(drop), health.check(past).await.map(drop)] {
@@ -308,7 +308,7 @@ async fn so_many_streams_without_a_credential_are_open_at_once() {
     server.anonymous().auth.log_in(claim).await.unwrap();
 
     watching.pop();
-    within_patience("room", async { while watch_health(&server).await.is_err() {} }).await;
+    within_timeout("room", async { while watch_health(&server).await.is_err() {} }).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -328,14 +328,14 @@ async fn so_many_calls_without_a_credential_are_under_way_at_once() {
         let channel = connection.channel.clone();
         unfinished.spawn(raw::begin(channel, "AuthService/LogIn"));
     }
-    let one_more = within_patience("a refusal", unfinished.join_next()).await;
+    let one_more = within_timeout("a refusal", unfinished.join_next()).await;
     assert_overloaded(one_more.unwrap().unwrap());
     assert_overloaded(log_in().await);
     let me = user.clone().session.auth.get_current_user(pb::GetCurrentUserRequest {}).await;
     me.unwrap();
     watch_health(&server).await.unwrap();
     drop(unfinished);
-    within_patience("room", async { while log_in().await.is_err() {} }).await;
+    within_timeout("room", async { while log_in().await.is_err() {} }).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -369,7 +369,7 @@ async fn a_statement_a_lock_and_an_idle_transaction_have_as_long_as_is_set() {
     let (created, database) = database(2, Duration::from_millis(300)).await;
     let ended = async |sql: &str| {
         let mut conn = database.get().await.unwrap();
-        let done = within_patience("the time-out", conn.batch_execute(sql)).await;
+        let done = within_timeout("the time-out", conn.batch_execute(sql)).await;
         Error::from(done.unwrap_err())
     };
     let error = ended("SELECT pg_sleep(60)").await;
@@ -386,7 +386,7 @@ async fn a_statement_a_lock_and_an_idle_transaction_have_as_long_as_is_set() {
             WHERE datname = current_database() AND state = 'idle in transaction' AND application_name = 'milepost'";
         while !created.texts(idle).await.is_empty() {}
     };
-    within_patience("the end of the idle transaction", gone).await;
+    within_timeout("the end of the idle transaction", gone).await;
     let error = Error::from(idle.batch_execute("SELECT 1").await.unwrap_err());
     assert!(matches!(error, Error::Unavailable(_)), "{error:?}");
 }
@@ -395,7 +395,7 @@ async fn a_statement_a_lock_and_an_idle_transaction_have_as_long_as_is_set() {
 async fn a_connection_is_waited_for_as_long_as_is_set() {
     let (_created, database) = database(2, Duration::from_secs(5)).await;
     let held = (database.get().await.unwrap(), database.get().await.unwrap());
-    let refused = within_patience("a refusal", database.get()).await;
+    let refused = within_timeout("a refusal", database.get()).await;
     assert!(matches!(refused, Err(Error::Unavailable(_))));
     drop(held);
     drop(database.get().await.unwrap());

@@ -7,7 +7,7 @@ use milepost::{
 use prost::Message;
 
 use super::{Scene, large};
-use crate::support::{assert_violations, raw, registration, within_patience};
+use crate::support::{assert_violations, raw, registration, within_timeout};
 
 /// A text as long as may be that begins so, of four bytes a character.
 fn longest(beginning: &str) -> String {
@@ -67,7 +67,7 @@ async fn no_page_of_events_is_larger_than_a_mebibyte() {
     let mut messages = opened.await.unwrap();
     let mut seen = 0;
     while seen < count {
-        let message = within_patience("events", messages.message()).await.unwrap().unwrap();
+        let message = within_timeout("events", messages.message()).await.unwrap().unwrap();
         assert!(message.len() <= MESSAGE_BYTES, "{}", message.len());
         match pb::WatchEventsResponse::decode(message).unwrap().message.unwrap() {
             pb::watch_events_response::Message::Events(watched) => seen += watched.events.len(),

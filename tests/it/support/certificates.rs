@@ -12,7 +12,7 @@ use rcgen::{
 };
 use tonic::transport::{Certificate, ClientTlsConfig, Identity};
 
-use super::TemporaryFolder;
+use super::TemporaryDir;
 
 /// Vouches for certificates.
 pub struct Authority {
@@ -71,12 +71,12 @@ impl Pair {
 
 /// The files of a server and its clients.
 #[derive(Debug)]
-pub struct Files(TemporaryFolder);
+pub struct Files(TemporaryDir);
 
 impl Files {
     /// Of a server at 127.0.0.1 whom this authority vouches for.
     pub fn new(authority: &Authority) -> Self {
-        let files = Self(TemporaryFolder::new());
+        let files = Self(TemporaryDir::new());
         files.write("ca.pem", &authority.pem());
         files.put(&authority.server(&["127.0.0.1"]));
         files
@@ -117,7 +117,7 @@ impl Files {
         ClientTls { tls_ca: Some(self.path("ca.pem")), ..ClientTls::default() }
     }
 
-    pub fn folder(&self) -> &Path {
+    pub fn dir(&self) -> &Path {
         self.0.path()
     }
 }

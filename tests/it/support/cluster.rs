@@ -11,7 +11,7 @@ use milepost::db::{
 use tokio::sync::OnceCell;
 use uuid::Uuid;
 
-use super::temporary::TemporaryFolder;
+use super::temporary::TemporaryDir;
 
 const TEMPLATE: &str = "template_milepost";
 
@@ -29,7 +29,7 @@ const FAST: [(&str, &str); 6] = [
 struct Cluster {
     postgres: Embedded,
     /// Statics are never dropped: its watchdog sees us die.
-    folder: TemporaryFolder,
+    dir: TemporaryDir,
 }
 
 static CLUSTER: OnceCell<Cluster> = OnceCell::const_new();
@@ -39,14 +39,14 @@ async fn cluster() -> &'static Cluster {
 }
 
 async fn start() -> Cluster {
-    let folder = TemporaryFolder::new();
+    let dir = TemporaryDir::new();
     let extra_options = FAST.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec();
-    let settings = EmbeddedSettings { data_dir: folder.path().to_owned(), extra_options };
+    let settings = EmbeddedSettings { data_dir: dir.path().to_owned(), extra_options };
     let postgres = Embedded::start(settings).await.unwrap();
     let mut admin = connect(&postgres.url("postgres")).await;
     admin.batch_execute(&format!("CREATE DATABASE {TEMPLATE}")).await.unwrap();
     migrations::migrate(&postgres.url(TEMPLATE), None).await.unwrap();
-    Cluster { postgres, folder }
+    Cluster { postgres, dir }
 }
 
 async fn connect(url: &str) -> AsyncPgConnection {
@@ -149,7 +149,7 @@ impl TestDatabase {
 
     /// The plans that were logged since.
     pub async fn plans(&self) -> Vec<serde_json::Value> {
-        let log = cluster().await.folder.path().join("cluster/postgres.log");
+        let log = cluster().await.dir.path().join("cluster/postgres.log");
         let log = std::fs::read_to_string(log).unwrap();
         let ours = format!("{} LOG:  duration:", self.name);
         let mut lines = log.lines();

@@ -23,19 +23,19 @@ pub use process::{DRAIN_DEADLINE, ServerProcess, operate};
 pub use proxy::{Mode, Proxy};
 pub use refused::{assert_refused, assert_violations};
 pub use server::{CONNECTIONS, STREAMS_PER_CONNECTION, STREAMS_PER_USER, TRUSTED_PROXY, TestServer};
-pub use temporary::TemporaryFolder;
+pub use temporary::TemporaryDir;
 pub use watch::Watch;
 
 use std::{fmt::Display, time::Duration};
 
 /// Longest that anything that is waited for may take; only a failing test ever
 /// waits that long.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// `work`'s result, or a panic that names what was waited for in vain.
-pub async fn within_patience<T>(what: impl Display, work: impl Future<Output = T>) -> T {
-    match tokio::time::timeout(PATIENCE, work).await {
+pub async fn within_timeout<T>(what: impl Display, work: impl Future<Output = T>) -> T {
+    match tokio::time::timeout(TIMEOUT, work).await {
         Ok(result) => result,
-        Err(_) => panic!("waited {PATIENCE:?} in vain for {what}"),
+        Err(_) => panic!("waited {TIMEOUT:?} in vain for {what}"),
     }
 }

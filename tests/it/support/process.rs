@@ -18,7 +18,7 @@ use milepost::{db::embedded::Embedded, pb::LogInRequest};
 use tonic::Code;
 use tonic_types::StatusExt as _;
 
-use super::{Clients, PASSWORD, TestDatabase, own_address, temporary::TemporaryFolder, within_patience};
+use super::{Clients, PASSWORD, TestDatabase, own_address, temporary::TemporaryDir, within_timeout};
 
 /// Longest that a server process takes to drain.
 pub const DRAIN_DEADLINE: Duration = Duration::from_secs(6);
@@ -31,7 +31,7 @@ pub struct ServerProcess {
     clients: Clients,
     // Before the folder: its process ends first.
     child: Child,
-    folder: TemporaryFolder,
+    dir: TemporaryDir,
     settings: Vec<(&'static str, String)>,
 }
 
@@ -59,29 +59,29 @@ impl ServerProcess {
     /// The same, on any address of this machine's and with more settings.
     pub async fn start_with(host: &str, settings: Vec<(&'static str, String)>) -> Self {
         let address = own_address(host);
-        let mut folder = TemporaryFolder::new();
-        let child = serve(address, &mut folder, &settings).await;
-        Self { address, clients: Clients::of(address), child, folder, settings }
+        let mut dir = TemporaryDir::new();
+        let child = serve(address, &mut dir, &settings).await;
+        Self { address, clients: Clients::of(address), child, dir, settings }
     }
 
     /// Starts again where the last one ended, on the same folder and address.
     pub async fn restart(&mut self) {
-        self.child = serve(self.address, &mut self.folder, &self.settings).await;
+        self.child = serve(self.address, &mut self.dir, &self.settings).await;
     }
 
     /// What it has logged, over all its restarts.
     pub fn log(&self) -> String {
-        fs::read_to_string(self.folder.path().join("server.log")).unwrap()
+        fs::read_to_string(self.dir.path().join("server.log")).unwrap()
     }
 
     /// Where its data are.
     pub fn data_dir(&self) -> std::path::PathBuf {
-        self.folder.path().to_owned()
+        self.dir.path().to_owned()
     }
 
     /// The database that it serves.
     pub fn database(&self) -> TestDatabase {
-        TestDatabase::served(Embedded::url_of_served(self.folder.path()).unwrap())
+        TestDatabase::served(Embedded::url_of_served(self.dir.path()).unwrap())
     }
 
     /// SIGKILL: nothing is closed, flushed or told.
@@ -92,12 +92,12 @@ impl ServerProcess {
     /// SIGKILL to its Postgres. Returns when nothing of it can answer any more:
     /// its children outlive it by a moment.
     pub async fn kill_postgres(&self) {
-        let file = self.folder.path().join("cluster/data/postmaster.pid");
+        let file = self.dir.path().join("cluster/data/postmaster.pid");
         let text = fs::read_to_string(file).unwrap();
         let pid = text.lines().next().unwrap();
         let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
         signal("KILL", pid).await;
-        within_patience("the end of Postgres", async {
+        within_timeout("the end of Postgres", async {
             while children.split_whitespace().any(runs) {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
@@ -109,7 +109,7 @@ impl ServerProcess {
     /// says so.
     pub async fn ready(&self) {
         let nobody = LogInRequest { email: "nobody@example.com".to_owned(), password: PASSWORD.to_owned() };
-        within_patience("the database to be back", async {
+        within_timeout("the database to be back", async {
             loop {
                 match self.anonymous().auth.log_in(nobody.clone()).await {
                     Err(status) if status.code() == Code::Unavailable => {
@@ -138,7 +138,7 @@ impl ServerProcess {
             .stdin(Stdio::null())
             .kill_on_drop(true)
             .output();
-        let output = within_patience("a refusal", serving).await.unwrap();
+        let output = within_timeout("a refusal", serving).await.unwrap();
         assert!(!output.status.success());
         String::from_utf8(output.stderr).unwrap()
     }
@@ -155,8 +155,8 @@ impl ServerProcess {
 
     /// Waits until its log says so as often.
     pub async fn logged(&self, words: &str, times: usize) {
-        let log = self.folder.path().join("server.log");
-        within_patience(format!("{words:?} in the log"), async {
+        let log = self.dir.path().join("server.log");
+        within_timeout(format!("{words:?} in the log"), async {
             while fs::read_to_string(&log).unwrap().matches(words).count() < times {
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
@@ -166,7 +166,7 @@ impl ServerProcess {
 
     /// How it ended.
     pub async fn exit(&mut self) -> ExitStatus {
-        within_patience("the server's exit", self.child.wait()).await.unwrap()
+        within_timeout("the server's exit", self.child.wait()).await.unwrap()
     }
 }
 
@@ -178,7 +178,7 @@ pub async fn operate(database: &TestDatabase, arguments: &[&str], password: &str
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true).spawn().unwrap();
     // Not every command reads it.
     let _ = operating.stdin.take().unwrap().write_all(password.as_bytes()).await;
-    let output = within_patience("the operator's command", operating.wait_with_output()).await.unwrap();
+    let output = within_timeout("the operator's command", operating.wait_with_output()).await.unwrap();
     assert!(output.status.success(), "{arguments:?}");
     String::from_utf8(output.stdout).unwrap()
 }
@@ -195,18 +195,14 @@ async fn signal(name: &str, pid: &str) {
 }
 
 /// Starts the binary and waits until it says where it listens.
-async fn serve(
-    address: SocketAddr,
-    folder: &mut TemporaryFolder,
-    settings: &[(&'static str, String)],
-) -> Child {
-    let log = folder.path().join("server.log");
+async fn serve(address: SocketAddr, dir: &mut TemporaryDir, settings: &[(&'static str, String)]) -> Child {
+    let log = dir.path().join("server.log");
     let mut child = Command::new(env!("CARGO_BIN_EXE_milepost"))
         .arg("serve")
         .env_remove("DATABASE_URL")
         .env("MILEPOST_DRAIN_DEADLINE_S", DRAIN_DEADLINE.as_secs().to_string())
         .env("MILEPOST_LISTEN", address.to_string())
-        .env("MILEPOST_DATA_DIR", folder.path())
+        .env("MILEPOST_DATA_DIR", dir.path())
         .env("MILEPOST_BCRYPT_COST", "4")
         .env("MILEPOST_LOG_LEVEL", "info,milepost=trace")
         .envs(settings.iter().cloned())
@@ -216,9 +212,9 @@ async fn serve(
         .kill_on_drop(true)
         .spawn()
         .unwrap();
-    folder.guard(child.id().expect("it runs"));
+    dir.guard(child.id().expect("it runs"));
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-    let line = within_patience("the server to listen", lines.next_line()).await.unwrap();
+    let line = within_timeout("the server to listen", lines.next_line()).await.unwrap();
     let log = || fs::read_to_string(&log).unwrap();
     assert!(line.is_some_and(|line| line.contains(&address.to_string())), "it did not listen:\n{}", log());
     child

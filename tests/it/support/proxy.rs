@@ -41,8 +41,8 @@ impl Proxy {
     /// To the database of that URL, reached by socket.
     pub async fn to(url: &str) -> Self {
         let config: tokio_postgres::Config = url.parse().unwrap();
-        let [Host::Unix(folder)] = config.get_hosts() else { panic!("{:?}", config.get_hosts()) };
-        let socket = folder.join(".s.PGSQL.5432");
+        let [Host::Unix(dir)] = config.get_hosts() else { panic!("{:?}", config.get_hosts()) };
+        let socket = dir.join(".s.PGSQL.5432");
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (user, database) = (config.get_user().unwrap(), config.get_dbname().unwrap());

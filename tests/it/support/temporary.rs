@@ -36,12 +36,12 @@ rm -rf "$1"
 
 /// A folder with a watchdog. Dropping it stops what runs in it.
 #[derive(Debug)]
-pub struct TemporaryFolder {
+pub struct TemporaryDir {
     path: PathBuf,
     watchdog: Child,
 }
 
-impl TemporaryFolder {
+impl TemporaryDir {
     pub fn new() -> Self {
         // Not below `target`: as root the database runs as another user, who
         // may not enter root's home.
@@ -72,7 +72,7 @@ impl TemporaryFolder {
     }
 }
 
-impl Drop for TemporaryFolder {
+impl Drop for TemporaryDir {
     fn drop(&mut self) {
         drop(self.watchdog.stdin.take());
         // Nothing to tell if it fails: the folder is a temporary one.

@@ -3,7 +3,7 @@
 use milepost::pb::{self, watch_events_response::Message};
 use tonic::{Status, Streaming};
 
-use super::within_patience;
+use super::within_timeout;
 
 /// A running watch.
 #[derive(Debug)]
@@ -29,7 +29,7 @@ impl Watch {
 
     /// The next message, heartbeats included; `None` after the last.
     pub async fn next(&mut self) -> Result<Option<Message>, Status> {
-        let Some(response) = within_patience("a message of the watch", self.stream.message()).await? else {
+        let Some(response) = within_timeout("a message of the watch", self.stream.message()).await? else {
             return Ok(None);
         };
         assert!(!response.resume_token.is_empty(), "every message has a resume token");

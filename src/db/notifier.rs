@@ -19,14 +19,14 @@ const RECONNECT: Duration = Duration::from_millis(250);
 
 /// What rings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Bell {
+pub enum Notification {
     /// Events were committed.
     Log,
     /// A credential was ended.
     Credentials,
 }
 
-impl Bell {
+impl Notification {
     fn label(self) -> &'static str {
         match self {
             Self::Log => "log",
@@ -37,25 +37,27 @@ impl Bell {
 
 /// Rings the other replicas.
 #[derive(Clone, Debug)]
-pub struct Doorbell {
+pub struct Notifier {
     log: Arc<Notify>,
     credentials: Arc<Notify>,
     _alive: Arc<DropGuard>,
 }
 
-impl Doorbell {
+impl Notifier {
     /// Starts to ring for this process and to listen to the others; `heard` is
     /// called for each bell of theirs, and for all of them once listening has
     /// begun anew, since some may have been missed.
-    pub fn start(database: Database, heard: impl Fn(Bell) + Send + Sync + 'static) -> Self {
+    pub fn start(database: Database, heard: impl Fn(Notification) + Send + Sync + 'static) -> Self {
         let replica = Uuid::now_v7().simple().to_string();
         let ended = CancellationToken::new();
-        let doorbell = Self {
+        let notifier = Self {
             log: Arc::default(),
             credentials: Arc::default(),
             _alive: Arc::new(ended.clone().drop_guard()),
         };
-        for (bell, due) in [(Bell::Log, &doorbell.log), (Bell::Credentials, &doorbell.credentials)] {
+        for (bell, due) in
+            [(Notification::Log, &notifier.log), (Notification::Credentials, &notifier.credentials)]
+        {
             let ringing = ring(database.clone(), Arc::clone(due), format!("{} {replica}", bell.label()));
             tokio::spawn(ended.clone().run_until_cancelled_owned(ringing));
         }
@@ -72,14 +74,14 @@ impl Doorbell {
                 tokio::time::sleep(RECONNECT).await;
             }
         }));
-        doorbell
+        notifier
     }
 
     /// Rings soon. Bells that fall due while one is on its way become one.
-    pub fn ring(&self, bell: Bell) {
+    pub fn ring(&self, bell: Notification) {
         match bell {
-            Bell::Log => self.log.notify_one(),
-            Bell::Credentials => self.credentials.notify_one(),
+            Notification::Log => self.log.notify_one(),
+            Notification::Credentials => self.credentials.notify_one(),
         }
     }
 }
@@ -107,21 +109,21 @@ async fn ring(database: Database, due: Arc<Notify>, payload: String) {
 async fn listen(
     database: &Database,
     replica: &str,
-    heard: &impl Fn(Bell),
+    heard: &impl Fn(Notification),
     hears: &mut bool,
 ) -> Result<Infallible> {
     let mut connection = database.connect_to_listen().await?;
     connection.batch_execute("LISTEN milepost").await?;
     *hears = true;
-    heard(Bell::Log);
-    heard(Bell::Credentials);
+    heard(Notification::Log);
+    heard(Notification::Credentials);
     let mut notifications = std::pin::pin!(connection.notifications_stream());
     while let Some(notification) = notifications.next().await {
         let payload = notification?.payload;
         match payload.split_once(' ') {
             Some((_, from)) if from == replica => {}
-            Some(("log", _)) => heard(Bell::Log),
-            Some(("credentials", _)) => heard(Bell::Credentials),
+            Some(("log", _)) => heard(Notification::Log),
+            Some(("credentials", _)) => heard(Notification::Credentials),
             // A newer replica's bell.
             _ => {}
         }

@@ -24,19 +24,19 @@ use super::{EmbeddedError, binaries::Owner, io_error};
 
 /// Longest folder whose socket `/.s.PGSQL.5432` fits into the 103 bytes that
 /// every Unix allows a socket's path.
-const SOCKET_FOLDER_BYTES: usize = 103 - "/.s.PGSQL.5432".len();
+const SOCKET_DIR_BYTES: usize = 103 - "/.s.PGSQL.5432".len();
 
 /// Where everything lies.
 #[derive(Clone, Debug)]
-pub(super) struct DataFolder {
+pub(super) struct DataDir {
     /// With symbolic links resolved.
     pub(super) path: PathBuf,
 }
 
-impl DataFolder {
+impl DataDir {
     /// The folder, made where it is missing.
     pub(super) fn open(path: &Path) -> Result<Self, EmbeddedError> {
-        let failed = |source| io_error(format!("cannot make the data folder {}", path.display()), source);
+        let failed = |source| io_error(format!("cannot make the data dir {}", path.display()), source);
         if !path.exists() {
             fs::create_dir_all(path).map_err(failed)?;
             // Whatever the umask is, the user that Postgres runs as must get
@@ -69,9 +69,9 @@ impl DataFolder {
 
     /// Where the socket goes: inside, or where that is too long in a folder for
     /// things that run, under a name made from ours.
-    pub(super) fn socket_folder(&self, root: bool) -> PathBuf {
+    pub(super) fn socket_dir(&self, root: bool) -> PathBuf {
         let inside = self.cluster().join("run");
-        if inside.as_os_str().len() <= SOCKET_FOLDER_BYTES {
+        if inside.as_os_str().len() <= SOCKET_DIR_BYTES {
             return inside;
         }
         let hash = Sha256::digest(self.path.as_os_str().as_encoded_bytes());
@@ -79,7 +79,7 @@ impl DataFolder {
         let runtime = if root { Some("/run".into()) } else { std::env::var_os("XDG_RUNTIME_DIR") };
         runtime
             .map(PathBuf::from)
-            .filter(|folder| folder.is_dir() && folder.as_os_str().len() + 26 <= SOCKET_FOLDER_BYTES)
+            .filter(|dir| dir.is_dir() && dir.as_os_str().len() + 26 <= SOCKET_DIR_BYTES)
             .unwrap_or_else(|| PathBuf::from("/tmp"))
             .join(format!("milepost-{name}"))
     }
@@ -103,7 +103,7 @@ impl DataFolder {
                 Err(TryLockError::Error(source)) => return Err(failed(source)),
             }
         }
-        Err(EmbeddedError::Served { folder: self.path.clone(), address: read_address(&mut file) })
+        Err(EmbeddedError::Served { dir: self.path.clone(), address: read_address(&mut file) })
     }
 }
 
@@ -157,8 +157,8 @@ impl Lock {
 
 /// A folder that only its owner can look into, made where it is missing. One
 /// that is there and is not so may be somebody's trap.
-pub(super) fn private_folder(path: &Path, owner: Option<Owner>) -> Result<(), EmbeddedError> {
-    let failed = |source| io_error(format!("cannot make the folder {}", path.display()), source);
+pub(super) fn private_dir(path: &Path, owner: Option<Owner>) -> Result<(), EmbeddedError> {
+    let failed = |source| io_error(format!("cannot make the dir {}", path.display()), source);
     match DirBuilder::new().mode(0o700).create(path) {
         Ok(()) => {
             if let Some(Owner { uid, gid }) = owner {
@@ -185,14 +185,14 @@ mod tests {
 
     #[test]
     fn a_long_data_folder_has_its_socket_in_a_short_one() {
-        let short = DataFolder { path: "/var/lib/milepost".into() };
-        assert_eq!(short.socket_folder(true), Path::new("/var/lib/milepost/cluster/run"));
+        let short = DataDir { path: "/var/lib/milepost".into() };
+        assert_eq!(short.socket_dir(true), Path::new("/var/lib/milepost/cluster/run"));
 
-        let long = DataFolder { path: format!("/{}", "x".repeat(100)).into() };
-        let other = DataFolder { path: format!("/{}", "y".repeat(100)).into() };
+        let long = DataDir { path: format!("/{}", "x".repeat(100)).into() };
+        let other = DataDir { path: format!("/{}", "y".repeat(100)).into() };
         for root in [true, false] {
-            assert!(long.socket_folder(root).as_os_str().len() <= SOCKET_FOLDER_BYTES);
-            assert_ne!(long.socket_folder(root), other.socket_folder(root));
+            assert!(long.socket_dir(root).as_os_str().len() <= SOCKET_DIR_BYTES);
+            assert_ne!(long.socket_dir(root), other.socket_dir(root));
         }
     }
 }

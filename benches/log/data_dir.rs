@@ -34,12 +34,12 @@ rm -rf "$1"
 "#;
 
 /// A folder with a watchdog.
-pub(crate) struct Folder {
+pub(crate) struct Dir {
     path: PathBuf,
     watchdog: Child,
 }
 
-impl Folder {
+impl Dir {
     pub(crate) fn new() -> Result<Self> {
         // Not below `target`: as root the database runs as another user, who
         // may not enter root's home.
@@ -72,7 +72,7 @@ impl Folder {
     }
 }
 
-impl Drop for Folder {
+impl Drop for Dir {
     fn drop(&mut self) {
         drop(self.watchdog.stdin.take());
         // Nothing to tell if it fails: the folder is a temporary one.

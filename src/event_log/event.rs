@@ -11,13 +11,13 @@ use prost::{
 };
 use uuid::Uuid;
 
-use super::directory::JobIdentity;
+use super::job_cache::JobIdentity;
 use crate::{
     error::{Error, Result},
     models::event::Event,
     pb,
     progress::{EventKind, JobStatus, Progress},
-    telemetry::metrics::Heard,
+    telemetry::metrics::Received,
 };
 
 /// A committed event, as the tail hands it to every watcher.
@@ -33,7 +33,7 @@ pub(crate) struct LogEvent {
     /// `milepost.v1.Event`.
     pub(crate) encoded: Bytes,
     /// When it was learned of, unless it was read as the past.
-    pub(crate) heard: Option<Heard>,
+    pub(crate) received: Option<Received>,
 }
 
 impl LogEvent {
@@ -49,7 +49,7 @@ impl LogEvent {
     }
 
     /// From its row.
-    pub(crate) fn new(row: &Event, job: Arc<JobIdentity>, heard: Option<Heard>) -> Self {
+    pub(crate) fn new(row: &Event, job: Arc<JobIdentity>, received: Option<Received>) -> Self {
         let progress = Progress {
             points_done: row.points_done,
             points_total: job.configuration.weights.total(),
@@ -63,7 +63,7 @@ impl LogEvent {
             progress,
             encoded: encode(row, progress, &job),
             job,
-            heard,
+            received,
         }
     }
 }

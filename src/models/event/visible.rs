@@ -11,7 +11,7 @@ use diesel::{
 };
 
 use super::Event;
-use crate::models::caller::Sight;
+use crate::models::caller::Visibility;
 
 /// Those of the log's events after a position and up to another that belong to
 /// jobs in sight whose logs are not being removed, ascending.
@@ -22,26 +22,26 @@ use crate::models::caller::Sight;
 /// are gathered and sorted, for each page again. `OFFSET 0` keeps Postgres from
 /// making one of it, and `(SELECT …)` from seeing the range when it plans, which
 /// it would take for so short that all of it may be gathered and sorted.
-pub(super) struct EventsInSight {
+pub(super) struct VisibleEvents {
     columns: AsSelect<Event, Pg>,
-    sight: Sight,
+    visibility: Visibility,
     after: i64,
     through: i64,
     limit: i64,
 }
 
-impl EventsInSight {
-    pub(super) fn new(sight: Sight, after: i64, through: i64, limit: i64) -> Self {
-        Self { columns: Event::as_select(), sight, after, through, limit }
+impl VisibleEvents {
+    pub(super) fn new(visibility: Visibility, after: i64, through: i64, limit: i64) -> Self {
+        Self { columns: Event::as_select(), visibility, after, through, limit }
     }
 }
 
-impl QueryFragment<Pg> for EventsInSight {
+impl QueryFragment<Pg> for VisibleEvents {
     fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
-        let (column, id) = match &self.sight {
-            Sight::Provider(id) => ("provider_id", id),
-            Sight::Customer(id) => ("customer_id", id),
-            Sight::Job(id) => ("id", id),
+        let (column, id) = match &self.visibility {
+            Visibility::Provider(id) => ("provider_id", id),
+            Visibility::Customer(id) => ("customer_id", id),
+            Visibility::Job(id) => ("id", id),
         };
         out.push_sql("SELECT ");
         self.columns.walk_ast(out.reborrow())?;
@@ -52,7 +52,7 @@ impl QueryFragment<Pg> for EventsInSight {
         out.push_sql(column);
         out.push_sql(" = ");
         out.push_bind_param::<Uuid, _>(id)?;
-        out.push_sql(" OFFSET 0) AS in_sight WHERE events.position > (SELECT ");
+        out.push_sql(" OFFSET 0) AS visible WHERE events.position > (SELECT ");
         out.push_bind_param::<BigInt, _>(&self.after)?;
         out.push_sql(") AND events.position <= (SELECT ");
         out.push_bind_param::<BigInt, _>(&self.through)?;
@@ -63,12 +63,12 @@ impl QueryFragment<Pg> for EventsInSight {
     }
 }
 
-impl Query for EventsInSight {
+impl Query for VisibleEvents {
     type SqlType = <AsSelect<Event, Pg> as Expression>::SqlType;
 }
 
 // Which text it is depends on the sight: statements are told apart by it.
-impl QueryId for EventsInSight {
+impl QueryId for VisibleEvents {
     type QueryId = ();
 
     const HAS_STATIC_QUERY_ID: bool = false;

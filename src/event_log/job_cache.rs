@@ -10,7 +10,7 @@ use crate::{
     db::Database,
     error::{Error, Resource, Result},
     models::{
-        caller::{Sight, Viewer},
+        caller::{Viewer, Visibility},
         event::JobHead,
         job::JobKey,
         job_configuration::{JobConfiguration, StepConfiguration},
@@ -54,14 +54,14 @@ impl Configuration {
 
 /// Remembers identities of jobs, so that appends and deliveries need no look-up.
 #[derive(Clone, Debug)]
-pub(crate) struct Directory {
+pub(crate) struct JobCache {
     database: Database,
     jobs: Cache<Uuid, Arc<JobIdentity>>,
     by_provider_job_id: Cache<(Uuid, String), Uuid>,
     configurations: Cache<Uuid, Arc<Configuration>>,
 }
 
-impl Directory {
+impl JobCache {
     pub(crate) fn new(database: Database) -> Self {
         Self {
             database,
@@ -75,9 +75,9 @@ impl Directory {
     pub(crate) async fn find(&self, viewer: Viewer, key: &JobKey) -> Result<Arc<JobIdentity>> {
         let found = match key {
             JobKey::Id(id) => self.find_by_id(*id).await?,
-            JobKey::ProviderJobId(name) => match viewer.sight() {
-                Sight::Provider(provider_id) => self.find_by_name(provider_id, name).await?,
-                Sight::Customer(_) | Sight::Job(_) => None,
+            JobKey::ProviderJobId(name) => match viewer.visibility() {
+                Visibility::Provider(provider_id) => self.find_by_name(provider_id, name).await?,
+                Visibility::Customer(_) | Visibility::Job(_) => None,
             },
         };
         found

@@ -42,13 +42,13 @@ const START_LOG_EVERY: Duration = Duration::from_secs(5);
 
 /// What is known.
 #[derive(Debug)]
-pub(super) struct Presence {
+pub(super) struct Availability {
     answers: watch::Sender<Option<bool>>,
     /// Cancelled while the database is away; what hangs on it is cut.
     outage: Mutex<CancellationToken>,
 }
 
-impl Presence {
+impl Availability {
     pub(super) fn new() -> Arc<Self> {
         Arc::new(Self { answers: watch::Sender::new(None), outage: Mutex::default() })
     }
@@ -89,17 +89,17 @@ impl Presence {
 }
 
 /// Asks until nobody wants to know any more.
-pub(super) async fn keep_asking(settings: DatabaseSettings, presence: Weak<Presence>) {
+pub(super) async fn keep_asking(settings: DatabaseSettings, availability: Weak<Availability>) {
     let attempts = FuturesUnordered::new();
     // Where nothing is known of the way, it may be a long one.
-    let patience = settings.connect_timeout;
-    let mut probe = Probe { settings, kept: None, attempts, last: Duration::MAX, patience };
+    let connect_limit = settings.connect_timeout;
+    let mut probe = Probe { settings, kept: None, attempts, last: Duration::MAX, connect_limit };
     loop {
         let asked = probe.ask().await;
         let pause = if asked.is_ok() { ASK_EVERY } else { ASK_AGAIN };
-        let Some(presence) = presence.upgrade() else { return };
-        presence.note(asked);
-        drop(presence);
+        let Some(availability) = availability.upgrade() else { return };
+        availability.note(asked);
+        drop(availability);
         sleep(pause).await;
     }
 }
@@ -113,7 +113,7 @@ struct Probe {
     attempts: FuturesUnordered<BoxFuture<'static, (Instant, ConnectionResult<Answered>)>>,
     /// How long the last answer took, and how long a connection may take to make.
     last: Duration,
-    patience: Duration,
+    connect_limit: Duration,
 }
 
 impl Probe {
@@ -131,7 +131,7 @@ impl Probe {
         self.kept = Some(connection);
         // One answer that is late does not make the way longer.
         let round_trip = std::mem::replace(&mut self.last, took).min(took);
-        self.patience = ASK_EVERY.max(round_trip * CONNECT_ROUND_TRIPS);
+        self.connect_limit = ASK_EVERY.max(round_trip * CONNECT_ROUND_TRIPS);
         Ok(())
     }
 
@@ -152,7 +152,7 @@ impl Probe {
             }
             silence()
         };
-        let answered = in_time(self.patience.min(limit), first).await?;
+        let answered = in_time(self.connect_limit.min(limit), first).await?;
         self.attempts.clear();
         Ok(answered)
     }
@@ -196,7 +196,7 @@ pub enum StartError {
 /// password, is an error at once.
 pub async fn wait_until_it_answers(
     settings: &DatabaseSettings,
-    patience: Duration,
+    connect_limit: Duration,
 ) -> Result<(), StartError> {
     let started = Instant::now();
     let mut told: Option<Instant> = None;
@@ -208,7 +208,7 @@ pub async fn wait_until_it_answers(
             Ok(Err(error)) => error.to_string(),
             Err(_) => "it is silent".to_owned(),
         };
-        if started.elapsed() + START_RETRY > patience {
+        if started.elapsed() + START_RETRY > connect_limit {
             return Err(StartError::Away { waited_s: started.elapsed().as_secs(), last });
         }
         if told.is_none_or(|told| told.elapsed() >= START_LOG_EVERY) {

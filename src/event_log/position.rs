@@ -5,11 +5,11 @@ use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use sha2::{Digest as _, Sha256};
 use uuid::Uuid;
 
-use super::watch::{Interest, Scope};
+use super::watch::{Filter, Scope};
 use crate::{
     error::{Error, Result},
     limits::TOKEN_BYTES,
-    models::caller::Sight,
+    models::caller::Visibility,
 };
 
 /// Of the token's form; another one is refused.
@@ -17,7 +17,7 @@ const VERSION: u8 = 1;
 
 /// How far a watch has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Place {
+pub(crate) struct Position {
     /// Everything in scope up to here was sent or filtered: a sequence where
     /// one job is watched, a position of the log where all are.
     pub(crate) cursor: i64,
@@ -31,7 +31,7 @@ pub(crate) struct Place {
 pub(crate) struct Binding([u8; 8]);
 
 impl Binding {
-    pub(crate) fn new(Interest { scope, kinds }: &Interest) -> Self {
+    pub(crate) fn new(Filter { scope, kinds }: &Filter) -> Self {
         let mut digest = Sha256::new();
         let mut text = |text: &str| {
             digest.update(text.len().to_be_bytes());
@@ -40,10 +40,10 @@ impl Binding {
         match scope {
             Scope::Job(job) => text(&format!("job {}", job.id)),
             Scope::All { viewer, configuration_tag, counterpart_id } => {
-                let (role, id) = match viewer.sight() {
-                    Sight::Provider(id) => ("provider", id),
-                    Sight::Customer(id) => ("customer", id),
-                    Sight::Job(id) => ("job", id),
+                let (role, id) = match viewer.visibility() {
+                    Visibility::Provider(id) => ("provider", id),
+                    Visibility::Customer(id) => ("customer", id),
+                    Visibility::Job(id) => ("job", id),
                 };
                 text(&format!("all {role} {id} {}", counterpart_id.unwrap_or(Uuid::nil())));
                 text(configuration_tag);
@@ -58,7 +58,7 @@ impl Binding {
     }
 
     /// A token that goes on from there.
-    pub(crate) fn token(self, place: Place) -> String {
+    pub(crate) fn token(self, place: Position) -> String {
         let mut bytes = Vec::with_capacity(25);
         bytes.push(VERSION);
         bytes.extend(self.0);
@@ -68,7 +68,7 @@ impl Binding {
     }
 
     /// Where a token goes on, if it is one of this binding.
-    pub(crate) fn place(self, token: &ResumeToken) -> Result<Place> {
+    pub(crate) fn place(self, token: &ResumeToken) -> Result<Position> {
         if token.binding != self {
             return Err(Error::invalid("resume_token", "is of a watch with another scope or filter"));
         }
@@ -80,7 +80,7 @@ impl Binding {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ResumeToken {
     binding: Binding,
-    place: Place,
+    place: Position,
 }
 
 impl ResumeToken {
@@ -95,7 +95,7 @@ impl ResumeToken {
         };
         let part = |at| std::array::from_fn(|index| rest[at + index]);
         let [cursor, removals] = [8, 16].map(|at| i64::from_be_bytes(part(at)));
-        let token = Self { binding: Binding(part(0)), place: Place { cursor, removals } };
+        let token = Self { binding: Binding(part(0)), place: Position { cursor, removals } };
         (cursor >= 0 && removals >= 0).then_some(token)
     }
 }
