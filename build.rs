@@ -31,8 +31,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     tonic_prost_build::configure()
         .extern_path(".google.rpc.Status", "::tonic_types::Status")
         .codec_path("crate::codec::Codec")
-        // Sent as bytes that were encoded once for all watchers.
-        .extern_path(".milepost.v1.WatchedEvents", "crate::event_log::WatchedEvents")
+        // The server sends bytes that were encoded once for all watchers.
+        .extern_path(".milepost.v1.WatchedEvents", "crate::pb::WatchedEvents")
         .compile_fds(files)?;
     Ok(())
 }

@@ -58,8 +58,8 @@ impl Notifier {
         for (bell, due) in
             [(Notification::Log, &notifier.log), (Notification::Credentials, &notifier.credentials)]
         {
-            let ringing = ring(database.clone(), Arc::clone(due), format!("{} {replica}", bell.label()));
-            tokio::spawn(ended.clone().run_until_cancelled_owned(ringing));
+            let sending = send(database.clone(), Arc::clone(due), format!("{} {replica}", bell.label()));
+            tokio::spawn(ended.clone().run_until_cancelled_owned(sending));
         }
         tokio::spawn(ended.run_until_cancelled_owned(async move {
             let mut hears = true;
@@ -78,7 +78,7 @@ impl Notifier {
     }
 
     /// Rings soon. Bells that fall due while one is on its way become one.
-    pub fn ring(&self, bell: Notification) {
+    pub fn notify(&self, bell: Notification) {
         match bell {
             Notification::Log => self.log.notify_one(),
             Notification::Credentials => self.credentials.notify_one(),
@@ -87,7 +87,7 @@ impl Notifier {
 }
 
 /// One notification at a time, the next carrying what has fallen due meanwhile.
-async fn ring(database: Database, due: Arc<Notify>, payload: String) {
+async fn send(database: Database, due: Arc<Notify>, payload: String) {
     diesel::define_sql_function! {
         fn pg_notify(channel: diesel::sql_types::Text, payload: diesel::sql_types::Text);
     }

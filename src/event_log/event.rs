@@ -1,26 +1,26 @@
-//! A row of the log to the bytes that watchers receive, once for all of them.
+//! A row of the event log, encoded once for all its watchers.
 
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use chrono::{DateTime, Utc};
 use prost::{
-    DecodeError, Message,
-    bytes::{Buf, BufMut},
-    encoding::{self, DecodeContext, WireType},
+    Message,
+    bytes::BufMut,
+    encoding::{self, WireType},
 };
 use uuid::Uuid;
 
-use super::job_cache::JobIdentity;
+use super::scope::Scope;
 use crate::{
     error::{Error, Result},
-    models::event::Event,
-    pb,
+    models::{event::Event, job_identity::JobIdentity},
+    pb::{self, EVENTS_FIELD, WatchedEvents},
     progress::{EventKind, JobStatus, Progress},
     telemetry::metrics::Received,
 };
 
-/// A committed event, as the tail hands it to every watcher.
+/// A committed event, as the tail delivers it to every watcher.
 #[derive(Debug)]
 pub(crate) struct LogEvent {
     pub(crate) job: Arc<JobIdentity>,
@@ -29,26 +29,15 @@ pub(crate) struct LogEvent {
     pub(crate) kind: EventKind,
     pub(crate) status: JobStatus,
     pub(crate) progress: Progress,
-    /// A field `events` of a message, whole: its key, its length, the encoded
-    /// `milepost.v1.Event`.
+    /// A whole field `events` of [`WatchedEvents`]: its key, its length, and the
+    /// encoded `milepost.v1.Event`.
     pub(crate) encoded: Bytes,
-    /// When it was learned of, unless it was read as the past.
+    /// When this process learned of the commit; none for an event that was read as
+    /// the past.
     pub(crate) received: Option<Received>,
 }
 
 impl LogEvent {
-    /// Whether nothing can come after it in its job's log.
-    pub(crate) fn closes(&self) -> bool {
-        matches!(self.kind, EventKind::Complete | EventKind::Close)
-    }
-
-    /// As a message, for a page.
-    pub(crate) fn message(&self) -> Result<pb::Event> {
-        let events = WatchedEvents::decode(self.encoded.clone()).map_err(Error::internal)?.events;
-        events.into_iter().next().ok_or_else(|| Error::internal("an event that encodes to nothing"))
-    }
-
-    /// From its row.
     pub(crate) fn new(row: &Event, job: Arc<JobIdentity>, received: Option<Received>) -> Self {
         let progress = Progress {
             points_done: row.points_done,
@@ -66,11 +55,29 @@ impl LogEvent {
             received,
         }
     }
+
+    /// Whether the log of the event's job ends with it.
+    pub(crate) fn closes(&self) -> bool {
+        matches!(self.kind, EventKind::Complete | EventKind::Close)
+    }
+
+    /// The number that a watch of this scope compares with its cursor.
+    pub(crate) fn cursor_in(&self, scope: &Scope) -> i64 {
+        match scope {
+            Scope::Job(_) => self.sequence,
+            Scope::All { .. } => self.position,
+        }
+    }
+
+    /// The event as a message, for a page of ListEvents.
+    pub(crate) fn message(&self) -> Result<pb::Event> {
+        let events = WatchedEvents::decode(self.encoded.clone()).map_err(Error::internal)?.events;
+        events.into_iter().next().ok_or_else(|| Error::internal("an event that encodes to nothing"))
+    }
 }
 
-/// Field by field in the order of their numbers, as `pb::Event` would encode
-/// itself, but from the row as it is: above all, metadata are copied, not
-/// decoded.
+/// Encodes field by field, in the order of the numbers, what `pb::Event` would
+/// encode. The metadata is copied from the row and not decoded.
 fn encode(row: &Event, progress: Progress, job: &JobIdentity) -> Bytes {
     let step = row.step_configuration_id.and_then(|id| job.configuration.step_by_id(id));
     let mut event = BytesMut::with_capacity(256 + row.name.len() + row.event_metadata.len());
@@ -93,14 +100,11 @@ fn encode(row: &Event, progress: Progress, job: &JobIdentity) -> Bytes {
     put_bytes(13, job.provider_job_id.as_bytes(), &mut event);
 
     let mut field = BytesMut::with_capacity(event.len() + 8);
-    put_bytes(EVENTS, &event, &mut field);
+    put_bytes(EVENTS_FIELD, &event, &mut field);
     field.freeze()
 }
 
-/// The number of the field `events` of WatchedEvents.
-const EVENTS: u32 = 1;
-
-/// Nothing for nothing, as proto3 has it.
+/// proto3 encodes an empty field as nothing.
 fn put_bytes(number: u32, bytes: &[u8], to: &mut BytesMut) {
     if !bytes.is_empty() {
         encoding::encode_key(number, WireType::LengthDelimited, to);
@@ -113,64 +117,15 @@ fn put_uuid(number: u32, id: Uuid, to: &mut BytesMut) {
     put_bytes(number, id.hyphenated().encode_lower(&mut Uuid::encode_buffer()).as_bytes(), to);
 }
 
-/// Enums encode alike.
+/// An enum is encoded as an int64 is.
 fn put_int64(number: u32, value: i64, to: &mut BytesMut) {
     if value != 0 {
         encoding::int64::encode(number, &value, to);
     }
 }
 
-/// The message of this name: to send, events that were encoded before; received,
-/// events.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct WatchedEvents {
-    /// Those received. To send, leave it empty.
-    pub events: Vec<pb::Event>,
-    encoded: Vec<Bytes>,
-}
-
-impl WatchedEvents {
-    /// To send.
-    pub(crate) fn new(events: &[Arc<LogEvent>]) -> Self {
-        let encoded = events.iter().map(|event| event.encoded.clone()).collect();
-        Self { events: Vec::new(), encoded }
-    }
-}
-
-impl Message for WatchedEvents {
-    fn encode_raw(&self, buf: &mut impl BufMut) {
-        encoding::message::encode_repeated(EVENTS, &self.events, buf);
-        for field in &self.encoded {
-            buf.put_slice(field);
-        }
-    }
-
-    fn merge_field(
-        &mut self,
-        number: u32,
-        wire_type: WireType,
-        buf: &mut impl Buf,
-        context: DecodeContext,
-    ) -> std::result::Result<(), DecodeError> {
-        match number {
-            EVENTS => encoding::message::merge_repeated(wire_type, &mut self.events, buf, context),
-            _ => encoding::skip_field(wire_type, number, buf, context),
-        }
-    }
-
-    fn encoded_len(&self) -> usize {
-        encoding::message::encoded_len_repeated(EVENTS, &self.events)
-            + self.encoded.iter().map(Bytes::len).sum::<usize>()
-    }
-
-    fn clear(&mut self) {
-        *self = Self::default();
-    }
-}
-
-/// As every message has it.
 pub(crate) fn timestamp(at: DateTime<Utc>) -> prost_types::Timestamp {
-    // Below 1,000,000,000, but in a leap second, which Postgres has none of.
+    // Below 1,000,000,000: Postgres has no leap seconds.
     let nanos = i32::try_from(at.timestamp_subsec_nanos()).unwrap_or_default();
     prost_types::Timestamp { seconds: at.timestamp(), nanos }
 }
@@ -214,9 +169,9 @@ mod tests {
     use prost_types::{Struct, Value};
 
     use super::*;
-    use crate::{
-        event_log::Configuration,
-        models::job_configuration::{JobConfiguration, StepConfiguration},
+    use crate::models::{
+        job_configuration::{JobConfiguration, StepConfiguration},
+        job_identity::Configuration,
     };
 
     fn job() -> Arc<JobIdentity> {
@@ -241,7 +196,7 @@ mod tests {
             provider_id: Uuid::from_u128(2),
             customer_id: Uuid::from_u128(4),
             provider_job_id: "scan-1".to_owned(),
-            configuration: Arc::new(Configuration { weights: tree.weights(), tree }),
+            configuration: Arc::new(Configuration::from(tree)),
         })
     }
 
@@ -280,9 +235,10 @@ mod tests {
         for row in [row(), bare] {
             let event = LogEvent::new(&row, job(), None);
             let message = event.message().expect("it decodes");
-            let whole = WatchedEvents { events: vec![message.clone()], encoded: Vec::new() };
+            let mut whole = WatchedEvents::default();
+            whole.events.push(message.clone());
             assert_eq!(whole.encode_to_vec(), event.encoded);
-            let sent = WatchedEvents::new(&[Arc::new(event)]);
+            let sent = WatchedEvents::from_encoded(vec![event.encoded]);
             assert_eq!(sent.encoded_len(), whole.encoded_len());
             assert_eq!(sent.encode_to_vec(), whole.encode_to_vec());
             assert_eq!((message.sequence, &message.name), (row.sequence, &row.name));

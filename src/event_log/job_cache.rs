@@ -1,4 +1,5 @@
-//! What never changes about jobs and their configurations, read once.
+//! Remembers what never changes about jobs and configurations, so that appends
+//! and deliveries need no query for it.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -11,48 +12,18 @@ use crate::{
     error::{Error, Resource, Result},
     models::{
         caller::{Viewer, Visibility},
-        event::JobHead,
+        event::{Event, JobHead},
         job::JobKey,
-        job_configuration::{JobConfiguration, StepConfiguration},
+        job_configuration::JobConfiguration,
+        job_identity::{Configuration, JobIdentity},
     },
-    progress::Weights,
 };
 
-/// Most jobs that are remembered; some 300 bytes each.
+/// Most jobs in the cache; some 300 bytes each.
 const JOBS: u64 = 100_000;
-/// Most configurations that are remembered; some 100 bytes a step each.
+/// Most configurations in the cache; some 100 bytes a step each.
 const CONFIGURATIONS: u64 = 2_000;
 
-/// What never changes about a job.
-#[derive(Debug)]
-pub(crate) struct JobIdentity {
-    pub(crate) id: Uuid,
-    pub(crate) provider_id: Uuid,
-    pub(crate) customer_id: Uuid,
-    pub(crate) provider_job_id: String,
-    pub(crate) configuration: Arc<Configuration>,
-}
-
-/// A configuration and what follows from it.
-#[derive(Debug)]
-pub(crate) struct Configuration {
-    pub(crate) tree: JobConfiguration,
-    pub(crate) weights: Weights,
-}
-
-impl Configuration {
-    /// A step's position and configuration by its tag.
-    pub(crate) fn step(&self, tag: &str) -> Option<(usize, &StepConfiguration)> {
-        self.tree.steps.iter().enumerate().find(|(_, step)| step.tag == tag)
-    }
-
-    /// A step by its id.
-    pub(crate) fn step_by_id(&self, id: Uuid) -> Option<&StepConfiguration> {
-        self.tree.steps.iter().find(|step| step.id == id)
-    }
-}
-
-/// Remembers identities of jobs, so that appends and deliveries need no look-up.
 #[derive(Clone, Debug)]
 pub(crate) struct JobCache {
     database: Database,
@@ -71,7 +42,7 @@ impl JobCache {
         }
     }
 
-    /// A job that the viewer sees; by `provider_job_id` its provider only.
+    /// A job that the viewer may see. Only its provider finds it by `provider_job_id`.
     pub(crate) async fn find(&self, viewer: Viewer, key: &JobKey) -> Result<Arc<JobIdentity>> {
         let found = match key {
             JobKey::Id(id) => self.find_by_id(*id).await?,
@@ -85,7 +56,7 @@ impl JobCache {
             .ok_or_else(|| Error::not_found(Resource::Job, key))
     }
 
-    /// Those of these jobs that exist. Looks at no tenant.
+    /// The existing jobs among these, whosever they are.
     pub(crate) async fn list(
         &self,
         connection: &mut AsyncPgConnection,
@@ -129,7 +100,7 @@ impl JobCache {
         Ok(job)
     }
 
-    /// A configuration that there is.
+    /// The configuration of a job.
     pub(crate) async fn configuration(&self, id: Uuid) -> Result<Arc<Configuration>> {
         if let Some(configuration) = self.configurations.get(&id) {
             return Ok(configuration);
@@ -154,7 +125,7 @@ impl JobCache {
         }
         if !unknown.is_empty() {
             for tree in JobConfiguration::load(connection, &unknown).await? {
-                let configuration = Arc::new(Configuration { weights: tree.weights(), tree });
+                let configuration = Arc::new(Configuration::from(tree));
                 self.configurations.insert(configuration.tree.id, Arc::clone(&configuration));
                 configurations.insert(configuration.tree.id, configuration);
             }
@@ -185,5 +156,23 @@ impl JobCache {
             jobs.push(job);
         }
         Ok(jobs)
+    }
+
+    /// Rows of the log, each with its job.
+    pub(crate) async fn with_jobs(
+        &self,
+        connection: &mut AsyncPgConnection,
+        rows: Vec<Event>,
+    ) -> Result<Vec<(Event, Arc<JobIdentity>)>> {
+        let mut ids: Vec<Uuid> = rows.iter().map(|row| row.job_id).collect();
+        ids.sort_unstable();
+        ids.dedup();
+        let jobs = self.list(connection, &ids).await?;
+        rows.into_iter()
+            .map(|row| {
+                let job = jobs.get(&row.job_id).ok_or_else(|| Error::internal("an event without its job"))?;
+                Ok((row, Arc::clone(job)))
+            })
+            .collect()
     }
 }

@@ -1,5 +1,5 @@
-//! Removes what retention does not keep, in small steps: any replica may, one
-//! at a time does.
+//! Removes the events that retention does not keep, in small steps. Every replica
+//! tries; one at a time succeeds.
 
 use std::{
     error::Error as StdError,
@@ -12,28 +12,28 @@ use crate::{db::Database, error::Result, models::retention::remove_step};
 
 /// Shortest pause between two steps.
 const PAUSE: Duration = Duration::from_millis(50);
-/// How much longer a pause is than the step before it, so that appends hardly
-/// notice.
+/// How many times as long as the step before it a pause is, so that removals take
+/// little from appends.
 const PAUSE_FACTOR: u32 = 4;
-/// Longest pause where there is nothing to do.
+/// Longest pause while there is nothing to remove.
 const IDLE: Duration = Duration::from_secs(60);
 
-/// Removes the events of jobs that closed longer ago than `age`, as long as the
-/// log is used.
-pub(super) fn start(database: Database, age: Duration, log: Weak<Tail>) {
+/// Removes the events of jobs that closed longer ago than `age`, for as long as the
+/// tail is used.
+pub(super) fn start(database: Database, age: Duration, tail: Weak<Tail>) {
     tokio::spawn(async move {
         let idle = (age / 10).clamp(PAUSE, IDLE);
-        let mut works = true;
-        while log.strong_count() > 0 {
+        let mut failing = false;
+        while tail.strong_count() > 0 {
             let started = Instant::now();
             let stepped = step(&database, age).await;
-            // Told once, not at every attempt.
+            // Logged once an outage, not at every attempt.
             if let Err(error) = &stepped
-                && works
+                && !failing
             {
                 tracing::warn!(error = error as &dyn StdError, "cannot remove expired events");
             }
-            works = stepped.is_ok();
+            failing = stepped.is_err();
             let more = stepped.unwrap_or(false);
             let pause = if more { PAUSE.max(started.elapsed() * PAUSE_FACTOR) } else { idle };
             tokio::time::sleep(pause).await;

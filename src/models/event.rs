@@ -1,15 +1,19 @@
-//! Events, and where the logs of jobs end.
+//! Events, and the states of jobs after their last events.
 
 mod append;
 mod by_ids;
+mod locked;
 mod visible;
 
 use chrono::{DateTime, Utc};
 use diesel::prelude::*;
-use diesel_async::{AsyncPgConnection, RunQueryDsl, SimpleAsyncConnection as _};
+use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use uuid::Uuid;
 
-pub use self::append::{Append, AppendOutcome, NewRow};
+pub use self::{
+    append::{AppendOutcome, AppendStatement, NewRow},
+    locked::LockedJob,
+};
 use self::{by_ids::EventsByIds, visible::VisibleEvents};
 use crate::{
     error::Result,
@@ -22,7 +26,7 @@ use crate::{
 #[derive(Clone, Debug, Queryable, Selectable)]
 #[diesel(table_name = events, check_for_backend(diesel::pg::Pg))]
 pub struct Event {
-    /// The job that it belongs to.
+    /// The event's job.
     pub job_id: Uuid,
     /// 1, 2, 3 … within the job.
     pub sequence: i64,
@@ -30,21 +34,21 @@ pub struct Event {
     pub position: i64,
     /// Unique within the job.
     pub id: Uuid,
-    /// What it says.
+    /// See `EventKind` in events.proto.
     pub kind: EventKind,
-    /// For people.
+    /// A text for people; may be empty.
     pub name: String,
-    /// The step that it belongs to.
+    /// The event's step, if it names one.
     pub step_configuration_id: Option<Uuid>,
     /// An encoded `google.protobuf.Struct`; empty for none.
     pub event_metadata: Vec<u8>,
     /// By the provider's clock.
     pub occurred_at: Option<DateTime<Utc>>,
-    /// The job's status after it.
+    /// The job's status after this event.
     pub status: JobStatus,
-    /// The job's points after it.
+    /// The job's points done after this event.
     pub points_done: i64,
-    /// The job's percent after it.
+    /// The job's percent after this event.
     pub percent: i16,
     /// By the database's clock, under the job's lock.
     pub created_at: DateTime<Utc>,
@@ -92,8 +96,8 @@ impl Event {
             .await?)
     }
 
-    /// Those of the log's events after a position and up to another that
-    /// belong to jobs in sight whose logs are not being removed, ascending.
+    /// Events of the log after a position and up to another, of visible jobs whose
+    /// logs are not being removed, ascending.
     pub async fn list_visible(
         connection: &mut AsyncPgConnection,
         visibility: Visibility,
@@ -110,8 +114,8 @@ impl Event {
         Ok(oldest.first(connection).await.optional()?)
     }
 
-    /// The stored ones among a job's events of these ids. Takes the connection
-    /// shared, so that such look-ups of many jobs can be in flight at once.
+    /// The stored events of a job that have one of these ids. The connection is shared,
+    /// so that such queries for many jobs can be in flight at once.
     pub async fn list_by_ids(
         mut connection: &AsyncPgConnection,
         job_id: Uuid,
@@ -121,19 +125,19 @@ impl Event {
     }
 }
 
-/// What never changes of a job, and what its log derives.
+/// The columns of a job that never change, and those that its log derives.
 #[derive(Clone, Debug, Queryable, Selectable)]
 #[diesel(table_name = jobs, check_for_backend(diesel::pg::Pg))]
 pub struct JobHead {
-    /// Its id.
+    /// The job's id.
     pub id: Uuid,
-    /// Who runs it.
+    /// The provider, who runs the job.
     pub provider_id: Uuid,
-    /// Whom it is run for.
+    /// The customer, whom the job is run for.
     pub customer_id: Uuid,
-    /// What it looks like.
+    /// The configuration that the job is pinned to.
     pub job_configuration_id: Uuid,
-    /// Its provider's id for it.
+    /// The provider's own id for the job.
     pub provider_job_id: String,
     status: JobStatus,
     points_done: i64,
@@ -142,12 +146,12 @@ pub struct JobHead {
     steps_done: Vec<u8>,
     last_sequence: i64,
     closed_at: Option<DateTime<Utc>>,
-    /// Its events are removed, or about to be.
+    /// Retention removes the job's events, or has removed them.
     pub events_removed: bool,
 }
 
 impl JobHead {
-    /// After its last event.
+    /// The job's state after its last event.
     pub fn state(&self) -> JobState {
         JobState {
             last_sequence: self.last_sequence,
@@ -162,29 +166,19 @@ impl JobHead {
         }
     }
 
-    /// Those of these jobs that exist, in no order. Looks at no tenant.
+    /// The existing jobs among these, in no order, whosever they are.
     pub async fn load(connection: &mut AsyncPgConnection, ids: &[Uuid]) -> Result<Vec<Self>> {
         let query = jobs::table.select(Self::as_select()).into_boxed();
         let query = match ids {
-            // Postgres plans an array anew at each call, which costs more than
-            // the look-up.
+            // Postgres plans a query with an array at each call, which costs more than
+            // the query itself.
             [id] => query.filter(jobs::id.eq(*id)),
             ids => query.filter(jobs::id.eq_any(ids)),
         };
         Ok(query.load(connection).await?)
     }
 
-    /// A job, whose row is locked by a transaction that begins here and is ended
-    /// by [`Append::execute_locked`]; or by the database, if that is not asked for
-    /// within a second. Looks at no tenant.
-    pub async fn lock(connection: &mut AsyncPgConnection, id: Uuid) -> Result<Option<Self>> {
-        connection.batch_execute("BEGIN; SET LOCAL idle_in_transaction_session_timeout = '1s'").await?;
-        let job = jobs::table.filter(jobs::id.eq(id)).select(Self::as_select()).for_update();
-        Ok(job.first(connection).await.optional()?)
-    }
-
-    /// A provider's job by the provider's id for it. Looks at no tenant beyond
-    /// the id given.
+    /// A provider's job by the provider's own id for it.
     pub async fn find_by_provider_job_id(
         connection: &mut AsyncPgConnection,
         provider_id: Uuid,

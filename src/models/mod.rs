@@ -57,6 +57,7 @@ pub mod caller;
 pub mod event;
 pub mod job;
 pub mod job_configuration;
+pub(crate) mod job_identity;
 pub mod log_in_attempt;
 mod pg_enum;
 pub mod retention;

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     error::{Error, Resource, Result, Violations, quoted},
-    event_log::event,
+    event_log::timestamp,
     limits::{CONFIGURATION_STEPS, STEP_METADATA, STEP_POINTS},
     models::{
         caller::{KeyScope, Provider},
@@ -271,7 +271,7 @@ impl From<JobConfiguration> for pb::JobConfiguration {
             name,
             version,
             steps: steps.into_iter().map(Into::into).collect(),
-            created_at: Some(event::timestamp(created_at)),
+            created_at: Some(timestamp(created_at)),
             provider_id: provider_id.to_string(),
         }
     }

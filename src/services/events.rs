@@ -8,7 +8,7 @@ use std::{pin::Pin, sync::Arc};
 
 use futures_util::{Stream, StreamExt as _, stream};
 use opentelemetry::trace::FutureExt as _;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 use tonic::{Request, Response, Status, Streaming};
 
 use self::{
@@ -24,9 +24,7 @@ use crate::{
     auth::Credential,
     error::{Error, Result},
     event_log::{
-        StreamOrder, answered,
-        plan::Appended,
-        watch::{Body, EndReason, Filter, Message, Scope, Watch, WatchQuery},
+        AppendedEvent, Body, EndReason, Filter, Message, PendingAnswer, Scope, StreamOrder, Watch, WatchQuery,
     },
     models::caller::{KeyScope, Provider},
     pb::{self, event_service_server::EventService},
@@ -53,7 +51,7 @@ impl EventService for EventApi {
         let provider = credential.caller().provider(KeyScope::Append)?;
         let batch = UncheckedBatch::try_from(request.into_inner())?;
         let answer = self.admit(&credential, provider, batch, StreamOrder::default()).await?;
-        Ok(Response::new(answered(answer).await?.into()))
+        Ok(Response::new(answer.wait().await?.into()))
     }
 
     type PublishEventsStream = Answers<pb::PublishEventsResponse>;
@@ -127,7 +125,7 @@ impl EventService for EventApi {
                 Scope::All { viewer, configuration_tag, counterpart_id }
             }
         };
-        let query = WatchQuery { filter: Filter { scope, kinds }, start, heartbeat };
+        let query = WatchQuery { filter: Filter::new(scope, kinds), start, heartbeat };
         let open = self.0.auth.open_stream(Arc::clone(&credential), peer.cut)?;
         let watch = self.0.log.watch(query, credential, self.0.draining.clone()).await?;
         let messages = stream::unfold(Watching::Open(Box::new(watch)), watch_next);
@@ -146,7 +144,7 @@ impl EventApi {
         provider: Provider,
         batch: UncheckedBatch,
         stream_order: StreamOrder,
-    ) -> Result<oneshot::Receiver<Result<Vec<Appended>>>> {
+    ) -> Result<PendingAnswer> {
         let job = self.0.log.find_own_job(provider, &batch.job).await?;
         credential.while_good(self.0.log.submit(batch.for_job(job), stream_order)).await
     }
@@ -185,7 +183,10 @@ impl From<Message> for pb::WatchEventsResponse {
     fn from(message: Message) -> Self {
         use pb::watch_events_response::Message as Kind;
         let kind = match message.body {
-            Body::Events(events) => Kind::Events(pb::WatchedEvents::new(&events)),
+            Body::Events(events) => {
+                let encoded = events.iter().map(|event| event.encoded.clone()).collect();
+                Kind::Events(pb::WatchedEvents::from_encoded(encoded))
+            }
             Body::CaughtUp(job) => Kind::CaughtUp(pb::CaughtUp { job: job.map(Into::into) }),
             Body::Heartbeat => Kind::Heartbeat(pb::Heartbeat {}),
             Body::End(reason, job) => {
@@ -212,8 +213,8 @@ impl From<JobState> for pb::JobState {
     }
 }
 
-impl From<Vec<Appended>> for pb::AppendEventsResponse {
-    fn from(events: Vec<Appended>) -> Self {
+impl From<Vec<AppendedEvent>> for pb::AppendEventsResponse {
+    fn from(events: Vec<AppendedEvent>) -> Self {
         let events = events.into_iter().map(|event| pb::AppendedEvent {
             id: event.id.to_string(),
             sequence: event.sequence,

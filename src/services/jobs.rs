@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result, Violations},
-    event_log::event,
+    event_log::timestamp,
     models::{
         caller::{KeyScope, Viewer},
         job::{Job, JobCursor, JobFilters, JobKey, JobPage, NewJob, Party},
@@ -280,9 +280,9 @@ impl From<Job> for pb::Job {
             status: pb::JobStatus::from(job.status).into(),
             progress: Some(job.progress.into()),
             last_sequence: job.last_sequence,
-            closed_at: job.closed_at.map(event::timestamp),
-            created_at: Some(event::timestamp(job.created_at)),
-            updated_at: Some(event::timestamp(job.updated_at)),
+            closed_at: job.closed_at.map(timestamp),
+            created_at: Some(timestamp(job.created_at)),
+            updated_at: Some(timestamp(job.updated_at)),
         }
     }
 }

@@ -172,7 +172,7 @@ mod tests {
         let (time, notes) = noted(|v| timestamp(v, "f", Some(Timestamp { seconds: -1, nanos: 999_999_999 })));
         assert!(notes.is_empty());
         let time = time.expect("a time");
-        assert_eq!(crate::event_log::event::timestamp(time), Timestamp { seconds: -1, nanos: 999_999_000 });
+        assert_eq!(crate::event_log::timestamp(time), Timestamp { seconds: -1, nanos: 999_999_000 });
         assert_eq!(noted(|v| timestamp(v, "f", None)), (None, vec![]));
         for (seconds, nanos) in [(-62_135_596_800, 0), (253_402_300_799, 999_999_999)] {
             assert!(noted(|v| timestamp(v, "f", Some(Timestamp { seconds, nanos }))).0.is_some());

@@ -191,7 +191,7 @@ async fn a_bell_is_heard_over_tls() {
         assert_eq!(within_timeout("listening", bells.recv()).await, Some(bell));
     }
     for bell in [Notification::Credentials, Notification::Log] {
-        rings.ring(bell);
+        rings.notify(bell);
         assert_eq!(within_timeout("the bell", bells.recv()).await, Some(bell));
     }
 }

@@ -1,4 +1,4 @@
-//! The one way to append: events for many jobs in one statement.
+//! The statement that appends events to many jobs.
 
 use chrono::{DateTime, Utc};
 use diesel::QueryResult;
@@ -65,22 +65,22 @@ mod sql {
     }
 }
 
-/// Events for many jobs, to be appended in one transaction: column by column,
-/// as the SQL function takes them.
+/// Events for many jobs, to be appended in one transaction. They are kept column by
+/// column, as the SQL function takes them.
 #[derive(Debug, Default)]
-pub struct Append<'a> {
+pub struct AppendStatement<'a> {
     jobs: AppendJobs<'a>,
     events: AppendEvents<'a>,
-    /// Of jobs by their number, from 1.
+    /// Audit entries with the number of their job, from 1.
     audit: Vec<(i32, &'a AuditEntry)>,
 }
 
-/// An event to be appended. For the columns see [`Event`](super::Event).
+/// An event to append. For the columns see [`Event`](super::Event).
 #[derive(Clone, Copy, Debug)]
 #[allow(missing_docs, reason = "the columns of Event")]
 pub struct NewRow<'a> {
     pub id: Uuid,
-    /// A client made it: it may be stored already.
+    /// A client made the id, so that the event may be stored already.
     pub id_is_clients: bool,
     pub sequence: i64,
     pub kind: EventKind,
@@ -121,23 +121,23 @@ struct AppendEvents<'a> {
     percents: Vec<i16>,
 }
 
-/// What became of one job's part of an [`Append`].
+/// What became of one job's part of an [`AppendStatement`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AppendOutcome {
-    /// Its events are committed, the first after this position.
-    Appended {
-        /// Position before the job's first event.
+    /// The job's events are committed.
+    Committed {
+        /// The position of the job's first event is the next one.
         after_position: i64,
-        /// `created_at` of its events.
+        /// `created_at` of the events.
         at: DateTime<Utc>,
     },
-    /// It is not at the sequence that was believed; nothing was written.
+    /// The job is not at the given sequence any more; nothing was written.
     Moved,
-    /// An id that a client made is stored already; nothing was written.
+    /// An event with the same id of a client is stored; nothing was written.
     Stored,
 }
 
-impl<'a> Append<'a> {
+impl<'a> AppendStatement<'a> {
     /// Adds a job's events, which lead from `before` to `after`.
     pub fn add(
         &mut self,
@@ -173,15 +173,14 @@ impl<'a> Append<'a> {
         }
     }
 
-    /// Adds what is written down if the job that was added last is appended to,
-    /// which closes it.
+    /// Adds the audit entry to write if the append closes the job that was added last.
     pub fn audit(&mut self, entry: &'a AuditEntry) {
         self.audit.push((count(self.jobs.ids.len()), entry));
     }
 
-    /// Appends all that was added, in one statement and so in one transaction.
-    /// The outcome of each job, in the order in which they were added, which is
-    /// to be that of their ids, so that nobody deadlocks.
+    /// Appends in one statement, which is one transaction. Returns the outcome of each
+    /// job in the order in which the jobs were added: the order of their ids, so that
+    /// two servers cannot deadlock.
     pub async fn execute(&self, connection: &AsyncPgConnection) -> Result<Vec<AppendOutcome>> {
         let answer = match self.call(connection, false).await {
             Err(error) if violated(&error) == Some("events_job_id_id_key") => {
@@ -192,15 +191,12 @@ impl<'a> Append<'a> {
         self.outcomes(answer)
     }
 
-    /// The same in the transaction that [`JobHead::lock`](super::JobHead::lock)
-    /// began, which ends with it.
-    ///
-    /// The end is sent behind the statement without waiting for its answer, so
-    /// that the log, which is everybody's, is not locked for a round trip. On a
-    /// connection on which nothing was appended before, the statement is still to
-    /// be prepared and the end overtakes it: then it is a transaction of its own,
-    /// and compares the job's state as any other does.
-    pub async fn execute_locked(&self, connection: &AsyncPgConnection) -> Result<Vec<AppendOutcome>> {
+    /// Appends in a transaction that is open already, and commits it; see
+    /// [`LockedJob::append`](super::LockedJob::append).
+    pub(super) async fn execute_and_commit(
+        &self,
+        connection: &AsyncPgConnection,
+    ) -> Result<Vec<AppendOutcome>> {
         let mut shared = connection;
         let (answer, ended) = join(self.call(connection, true), shared.batch_execute("COMMIT")).await;
         ended?;
@@ -217,7 +213,7 @@ impl<'a> Append<'a> {
                 0 => {
                     let after_position = position;
                     position += i64::from(*count);
-                    AppendOutcome::Appended { after_position, at }
+                    AppendOutcome::Committed { after_position, at }
                 }
                 1 => AppendOutcome::Moved,
                 _ => AppendOutcome::Stored,
@@ -225,8 +221,8 @@ impl<'a> Append<'a> {
         Ok(outcomes.collect())
     }
 
-    /// `check_ids` finds out which jobs have an event stored already; without
-    /// it, such an event violates a constraint.
+    /// With `check_ids` the function finds the jobs of which an event is stored already;
+    /// without it, such an event violates a constraint.
     async fn call(&self, mut connection: &AsyncPgConnection, check_ids: bool) -> QueryResult<Answer> {
         let (jobs, events) = (&self.jobs, &self.events);
         let append = sql::append_events(
@@ -271,8 +267,8 @@ impl<'a> Append<'a> {
     }
 }
 
-/// The one row of a statement that was read to its end: `get_result` takes the
-/// row and leaves, without having heard how the commit that follows it went.
+/// The one row of a statement that was read to its end. `get_result` returns after the
+/// row, before it knows whether the commit that follows succeeded.
 fn whole(rows: Vec<Answer>) -> QueryResult<Answer> {
     rows.into_iter().next().ok_or(diesel::NotFound)
 }
@@ -280,7 +276,7 @@ fn whole(rows: Vec<Answer>) -> QueryResult<Answer> {
 /// Position before the first event, time, and the outcome of each job.
 type Answer = (Option<i64>, Option<DateTime<Utc>>, Vec<i16>);
 
-/// Counts here are bounded by the size of a round, far below 2³¹.
+/// All counts are bounded by the size of a round, far below 2³¹.
 fn count<N: TryInto<i32>>(n: N) -> i32 {
     n.try_into().unwrap_or(i32::MAX)
 }

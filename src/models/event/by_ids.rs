@@ -1,4 +1,4 @@
-//! Events of a job by their ids, each looked up by itself.
+//! Events of a job by their ids, by one index look-up an id.
 
 use diesel::{
     dsl::AsSelect,
@@ -12,11 +12,10 @@ use uuid::Uuid as Id;
 
 use super::Event;
 
-/// The stored ones among a job's events of these ids.
+/// The stored events of a job that have one of these ids.
 ///
-/// Of many ids as `id = ANY (…)` Postgres reads all events of the job instead,
-/// if a job has few on average, however many this one has. `OFFSET 0` keeps it
-/// from that.
+/// For `id = ANY (…)` with many ids, Postgres reads all events of the job if jobs have
+/// few events on average, however many this one has. `OFFSET 0` prevents that plan.
 pub(super) struct EventsByIds<'a> {
     columns: AsSelect<Event, Pg>,
     job_id: Id,

@@ -1,5 +1,5 @@
-//! Events of the log that belong to jobs in sight, by a plan that does not
-//! depend on what Postgres knows of the tables.
+//! Events of the log that belong to visible jobs, by a plan that does not depend on
+//! the statistics of the tables.
 
 use diesel::{
     dsl::AsSelect,
@@ -13,15 +13,15 @@ use diesel::{
 use super::Event;
 use crate::models::caller::Visibility;
 
-/// Those of the log's events after a position and up to another that belong to
-/// jobs in sight whose logs are not being removed, ascending.
+/// Events of the log after a position and up to another, of visible jobs whose logs are
+/// not being removed, ascending.
 ///
-/// Each event's job is looked up, in the order of the log, until there are
-/// enough. A mere join is planned by statistics, and by those of tables that
-/// have grown since they were last analysed, the events of every job in sight
-/// are gathered and sorted, for each page again. `OFFSET 0` keeps Postgres from
-/// making one of it, and `(SELECT …)` from seeing the range when it plans, which
-/// it would take for so short that all of it may be gathered and sorted.
+/// Each event's job is looked up, in the order of the log, until there are enough
+/// events. Postgres would plan a plain join by statistics: with those of tables that
+/// have grown since the last ANALYZE, it gathers and sorts the events of every visible
+/// job for each page. `OFFSET 0` keeps Postgres from turning the look-up into a join.
+/// `(SELECT …)` hides the range from the planner, which would take it for so short
+/// that all of it may be gathered and sorted.
 pub(super) struct VisibleEvents {
     columns: AsSelect<Event, Pg>,
     visibility: Visibility,
@@ -67,7 +67,7 @@ impl Query for VisibleEvents {
     type SqlType = <AsSelect<Event, Pg> as Expression>::SqlType;
 }
 
-// Which text it is depends on the sight: statements are told apart by it.
+// The text depends on the visibility, so that statements are told apart by their text.
 impl QueryId for VisibleEvents {
     type QueryId = ();
 

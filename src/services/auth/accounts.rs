@@ -6,7 +6,7 @@ use uuid::Uuid;
 use crate::{
     db::{Asker, Database},
     error::{Error, Result, Violations, quoted},
-    event_log::event,
+    event_log::timestamp,
     models::{
         caller::UserRole,
         log_in_attempt::{LogInAttempt, LogInClaim},
@@ -193,14 +193,14 @@ impl From<User> for pb::User {
             email: user.email,
             first_name: user.first_name,
             last_name: user.last_name,
-            created_at: Some(event::timestamp(user.created_at)),
-            updated_at: Some(event::timestamp(user.updated_at)),
+            created_at: Some(timestamp(user.created_at)),
+            updated_at: Some(timestamp(user.updated_at)),
         }
     }
 }
 
 /// With its secret, or without.
 pub(super) fn session_with(secret: String, session: &Session) -> pb::Session {
-    let expires_at = Some(event::timestamp(session.expires_at));
+    let expires_at = Some(timestamp(session.expires_at));
     pb::Session { id: session.id.to_string(), secret, expires_at }
 }

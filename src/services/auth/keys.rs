@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use crate::{
     error::{Error, Result, Violations},
-    event_log::event,
+    event_log::timestamp,
     limits::KEY_OVERLAP,
     models::{
         api_key::ApiKey,
@@ -103,9 +103,9 @@ impl From<ApiKey> for pb::ApiKey {
             scopes: scopes.collect(),
             key_prefix: key.key_prefix,
             note: key.note,
-            expires_at: key.expires_at.map(event::timestamp),
-            last_used_at: key.last_used_at.map(event::timestamp),
-            created_at: Some(event::timestamp(key.created_at)),
+            expires_at: key.expires_at.map(timestamp),
+            last_used_at: key.last_used_at.map(timestamp),
+            created_at: Some(timestamp(key.created_at)),
         }
     }
 }

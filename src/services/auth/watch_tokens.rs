@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use crate::{
     error::{Result, Violations},
-    event_log::event,
+    event_log::timestamp,
     limits::WATCH_TOKEN_LIFETIME,
     models::{caller::Provider, job::JobKey, watch_token::WatchToken},
     pb,
@@ -57,9 +57,9 @@ impl From<WatchToken> for pb::WatchToken {
             job_id: token.job_id.to_string(),
             secret_prefix: token.secret_prefix,
             note: token.note,
-            expires_at: Some(event::timestamp(token.expires_at)),
-            last_used_at: token.last_used_at.map(event::timestamp),
-            created_at: Some(event::timestamp(token.created_at)),
+            expires_at: Some(timestamp(token.expires_at)),
+            last_used_at: token.last_used_at.map(timestamp),
+            created_at: Some(timestamp(token.created_at)),
         }
     }
 }

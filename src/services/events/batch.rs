@@ -7,12 +7,13 @@ use prost::Message as _;
 use super::requests::event_kind;
 use crate::{
     error::{Error, Result, Violations, quoted},
-    event_log::{
-        Configuration, JobIdentity,
-        plan::{Batch, NewEvent, Step},
-    },
+    event_log::{Batch, NewEvent, Step},
     limits,
-    models::{job::JobKey, job_configuration::MetadataKind},
+    models::{
+        job::JobKey,
+        job_configuration::MetadataKind,
+        job_identity::{Configuration, JobIdentity},
+    },
     pb,
     progress::EventKind,
     services::{jobs::job_key, parse},
@@ -137,16 +138,16 @@ impl UncheckedBatch {
     /// Held against the job's configuration; what is at fault is told by the
     /// log, after what comes before it.
     pub(super) fn for_job(self, job: Arc<JobIdentity>) -> Batch {
-        let mut at_fault = Violations::default();
+        let mut violations = Violations::default();
         let configuration = &job.configuration;
         let events = self.events.into_iter().enumerate().map(|(index, unchecked)| {
             let UncheckedEvent { mut event, step_tag, metadata } = unchecked;
             if !step_tag.is_empty() {
                 event.step = match configuration.step(&step_tag) {
                     None => {
-                        at_fault
+                        violations
                             .add(format!("events[{index}].step_tag"), unknown_step(&step_tag, configuration));
-                        at_fault.know_step_tags(configuration.tree.steps.len());
+                        violations.know_step_tags(configuration.tree.steps.len());
                         Step::Unknown
                     }
                     Some((position, step)) => {
@@ -154,7 +155,7 @@ impl UncheckedBatch {
                             let value =
                                 metadata.fields.get(&declared.name).and_then(|value| value.kind.as_ref());
                             if let Some(wrong) = value.and_then(|value| mismatch(declared.kind, value)) {
-                                at_fault.add(format!("events[{index}].metadata.{}", declared.name), wrong);
+                                violations.add(format!("events[{index}].metadata.{}", declared.name), wrong);
                             }
                         }
                         Step::Known(position)
@@ -164,7 +165,7 @@ impl UncheckedBatch {
             event
         });
         let events = events.collect();
-        Batch { expected_sequence: self.expected_sequence, events, at_fault, job, audit: None }
+        Batch { expected_sequence: self.expected_sequence, events, violations, job, audit: None }
     }
 }
 

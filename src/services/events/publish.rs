@@ -2,14 +2,14 @@
 
 use std::sync::Arc;
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 use tonic::{Status, Streaming};
 
 use super::{EventApi, batch::UncheckedBatch};
 use crate::{
     auth::Credential,
     error::{Error, Result},
-    event_log::{StreamOrder, answered, plan::Appended},
+    event_log::{PendingAnswer, StreamOrder},
     limits::{ERROR_QUOTE_CHARS, TEXT_CHARS},
     models::caller::Provider,
     pb,
@@ -24,7 +24,7 @@ pub(super) struct Accepted {
 }
 
 enum Outcome {
-    HandedIn(oneshot::Receiver<Result<Vec<Appended>>>),
+    HandedIn(PendingAnswer),
     Failed(Error),
     /// The stream is broken off, or what it brought is no batch; as tonic says.
     Broken(Status),
@@ -34,7 +34,7 @@ impl Accepted {
     /// What the client is answered; an error ends the stream.
     pub(super) async fn answer(self, counted: &Method) -> Result<pb::PublishEventsResponse, Status> {
         let outcome = match self.outcome {
-            Outcome::HandedIn(answer) => answered(answer).await,
+            Outcome::HandedIn(answer) => answer.wait().await,
             Outcome::Failed(error) => Err(error),
             Outcome::Broken(status) => return Err(status),
         };

@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use crate::{
     error::{Result, Violations},
-    event_log::{ResumeToken, watch::Start},
+    event_log::{ResumeToken, Start},
     limits,
     models::job::JobKey,
     pb,

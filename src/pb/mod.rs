@@ -13,9 +13,12 @@
     reason = "generated code"
 )]
 
-tonic::include_proto!("milepost.v1");
+mod watched_events;
 
-pub use crate::event_log::WatchedEvents;
+pub(crate) use self::watched_events::EVENTS_FIELD;
+pub use self::watched_events::WatchedEvents;
+
+tonic::include_proto!("milepost.v1");
 
 /// The encoded descriptor set of everything above, for reflection.
 pub const FILE_DESCRIPTOR_SET: &[u8] = tonic::include_file_descriptor_set!("descriptors");

@@ -1,46 +1,46 @@
-//! What a batch does to a job: decided here, without a database, from the
-//! job's state and the events of the batch that are stored already.
+//! What a batch does to its job, computed without a database from the job's state
+//! and from the events of the batch that are stored already.
 
 use std::{collections::HashMap, sync::Arc};
 
 use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
-use super::job_cache::JobIdentity;
 use crate::{
     error::{Error, Resource, Result, Violations},
     models::{
         audit_entry::AuditEntry,
         event::{Event, NewRow},
+        job_identity::JobIdentity,
     },
     progress::{EventKind, JobState, JobStatus, Progress},
 };
 
-/// Events for one job, all or none.
+/// Events for one job: all are appended or none.
 #[derive(Debug)]
 pub(crate) struct Batch {
     pub(crate) job: Arc<JobIdentity>,
-    /// The job's last sequence before the batch, where the caller insists.
+    /// The last sequence that the caller demands of the job before the batch.
     pub(crate) expected_sequence: Option<i64>,
-    /// Ids that are given are distinct.
+    /// Their ids, where given, are distinct.
     pub(crate) events: Vec<NewEvent>,
-    /// What the job's configuration does not allow. Told last: a stored id, the
-    /// sequence and the status come before it.
-    pub(crate) at_fault: Violations,
-    /// What is written down with what is appended.
+    /// What the job's configuration does not allow. These violations are the last
+    /// reason to refuse: a stored id, the sequence and the status come before them.
+    pub(crate) violations: Violations,
+    /// The audit entry that is written in the same transaction.
     pub(crate) audit: Option<Box<AuditEntry>>,
 }
 
 /// An event to append.
 #[derive(Debug)]
 pub(crate) struct NewEvent {
-    /// The client's, or none.
+    /// The id that the client made, if it made one.
     pub(crate) id: Option<Uuid>,
     pub(crate) kind: EventKind,
     pub(crate) name: String,
     pub(crate) step: Step,
-    /// An encoded `google.protobuf.Struct`, whose names are in order, so that
-    /// the same content is the same bytes.
+    /// An encoded `google.protobuf.Struct` with sorted names, so that the same content
+    /// has the same bytes.
     pub(crate) metadata: Vec<u8>,
     /// Cut to microseconds.
     pub(crate) occurred_at: Option<DateTime<Utc>>,
@@ -50,15 +50,15 @@ pub(crate) struct NewEvent {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Step {
     None,
-    /// By its position in the job's configuration.
+    /// The step's position in the job's configuration.
     Known(usize),
-    /// None of the job's configuration; the batch is at fault.
+    /// The job's configuration has no such step; the batch has a violation.
     Unknown,
 }
 
-/// What became of one event.
+/// An event of an answered batch.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Appended {
+pub(crate) struct AppendedEvent {
     pub(crate) id: Uuid,
     pub(crate) sequence: i64,
     pub(crate) existed: bool,
@@ -67,18 +67,39 @@ pub(crate) struct Appended {
 }
 
 impl Batch {
-    /// The ids that the client made.
+    /// Closes a job by an event of kind `close` whose name is the reason.
+    pub(crate) fn close(job: Arc<JobIdentity>, reason: String, audit: AuditEntry) -> Self {
+        let close = NewEvent {
+            id: None,
+            kind: EventKind::Close,
+            name: reason,
+            step: Step::None,
+            metadata: Vec::new(),
+            occurred_at: None,
+        };
+        Self {
+            job,
+            expected_sequence: None,
+            events: vec![close],
+            violations: Violations::default(),
+            audit: Some(Box::new(audit)),
+        }
+    }
+
     pub(crate) fn client_ids(&self) -> impl Iterator<Item = Uuid> + '_ {
         self.events.iter().filter_map(|event| event.id)
     }
 
-    /// What becomes of each event, and moves `state` on by what the batch
-    /// appends. Refused, it leaves the state as it was. The order of the checks
-    /// is the API's.
-    pub(crate) fn plan(&self, stored: &HashMap<Uuid, Event>, state: &mut JobState) -> Result<Vec<Appended>> {
+    /// What becomes of each event; moves `state` on by what the batch appends. A
+    /// refusal leaves the state as it was. The order of the checks is the API's.
+    pub(crate) fn plan(
+        &self,
+        stored: &HashMap<Uuid, Event>,
+        state: &mut JobState,
+    ) -> Result<Vec<AppendedEvent>> {
         self.compare(stored)?;
-        let known = |event: &NewEvent| event.id.is_some_and(|id| stored.contains_key(&id));
-        let any_new = self.events.iter().any(|event| !known(event));
+        let is_stored = |event: &NewEvent| event.id.is_some_and(|id| stored.contains_key(&id));
+        let any_new = self.events.iter().any(|event| !is_stored(event));
         if let Some(expected) = self.expected_sequence
             && any_new
             && expected != state.last_sequence
@@ -95,7 +116,7 @@ impl Batch {
             after
                 .apply(event.kind, event.step.position(), &self.job.configuration.weights)
                 .map_err(|closed| Error::JobClosed { job_id: self.job.id, status: closed.0 })?;
-            answer.push(Appended {
+            answer.push(AppendedEvent {
                 id: event.id.unwrap_or_else(Uuid::now_v7),
                 sequence: after.last_sequence,
                 existed: false,
@@ -103,15 +124,15 @@ impl Batch {
                 progress: after.progress,
             });
         }
-        if any_new && !self.at_fault.is_empty() {
-            return Err(Error::Invalid(self.at_fault.clone()));
+        if any_new && !self.violations.is_empty() {
+            return Err(Error::Invalid(self.violations.clone()));
         }
         *state = after;
         Ok(answer)
     }
 
-    /// The rows to append, where this is what the batch comes to.
-    pub(crate) fn rows<'a>(&'a self, answer: &'a [Appended]) -> impl Iterator<Item = NewRow<'a>> {
+    /// The rows to append for this answer.
+    pub(crate) fn rows<'a>(&'a self, answer: &'a [AppendedEvent]) -> impl Iterator<Item = NewRow<'a>> {
         let new = self.events.iter().zip(answer).filter(|(_, appended)| !appended.existed);
         new.map(|(event, appended)| NewRow {
             id: appended.id,
@@ -128,10 +149,11 @@ impl Batch {
         })
     }
 
-    /// The same once they are committed, their positions still to come.
+    /// The events of these rows once they are committed; their positions are still to
+    /// be set.
     pub(crate) fn into_events(
         self,
-        answer: &[Appended],
+        answer: &[AppendedEvent],
         created_at: DateTime<Utc>,
     ) -> impl Iterator<Item = Event> {
         let Self { job, events, .. } = self;
@@ -153,7 +175,7 @@ impl Batch {
         })
     }
 
-    /// Stored under the same id must be the same content.
+    /// Refuses an event whose id is stored with other content.
     fn compare(&self, stored: &HashMap<Uuid, Event>) -> Result<()> {
         let mut differences = Violations::default();
         let mut first = None;
@@ -184,8 +206,8 @@ impl Batch {
         event.step.id(&self.job)
     }
 
-    fn existing(&self, row: &Event) -> Appended {
-        Appended {
+    fn existing(&self, row: &Event) -> AppendedEvent {
+        AppendedEvent {
             id: row.id,
             sequence: row.sequence,
             existed: true,

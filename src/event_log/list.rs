@@ -1,0 +1,56 @@
+//! Pages of one job's events.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use super::{event::LogEvent, reader::Reader};
+use crate::{
+    error::{Error, Resource, Result},
+    models::{
+        event::{Event, JobHead},
+        job_identity::JobIdentity,
+    },
+    progress::EventKind,
+};
+
+/// Sequences that one page of a filtered list looks through.
+const WINDOW: i64 = 5_000;
+/// Retention keeps all events of a job for at least this long after the job has
+/// closed: the shortest setting is one second.
+const SHORTEST_RETENTION: Duration = Duration::from_secs(1);
+
+/// A page of a job's events after a sequence, ascending, of some kinds (empty: all
+/// kinds); and the last sequence that was looked through, if there are events
+/// behind it.
+pub(super) async fn list(
+    reader: &Reader,
+    job: &JobIdentity,
+    after: i64,
+    kinds: &[EventKind],
+    limit: i64,
+) -> Result<(Vec<Arc<LogEvent>>, Option<i64>)> {
+    let mut connection = reader.connection().await?;
+    let since = Instant::now();
+    let missing = || Error::not_found(Resource::Job, &job.id);
+    let state = JobHead::load(&mut connection, &[job.id]).await?.pop().ok_or_else(missing)?.state();
+    let end = state.last_sequence;
+    if after > end {
+        return Err(Error::PositionBeyondLog);
+    }
+    let through = end.min(after + WINDOW);
+    let rows = Event::list_of_job(&mut connection, job.id, after, through, kinds, limit).await?;
+    // Retention marks a log as removed before it deletes the first event, so this
+    // check comes after the page.
+    if (state.closed || since.elapsed() >= SHORTEST_RETENTION)
+        && after < end
+        && JobHead::load(&mut connection, &[job.id]).await?.pop().ok_or_else(missing)?.events_removed
+    {
+        return Err(Error::EventsExpired { first_sequence: Some(end + 1) });
+    }
+    let full = i64::try_from(rows.len()).is_ok_and(|read| read >= limit);
+    let read_to = if full { rows.last().map_or(through, |row| row.sequence) } else { through };
+    let events = reader.encode(&mut connection, rows).await?;
+    Ok((events, (read_to < end).then_some(read_to)))
+}

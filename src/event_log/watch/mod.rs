@@ -1,0 +1,397 @@
+//! The one loop behind every watch. A watch subscribes first, then reads the past,
+//! then follows the tail, so that no event falls between the two. A watch whose
+//! mailbox overflowed reads the log again from its position: nothing is held for it,
+//! and nothing is lost.
+//!
+//! ```text
+//!  opened ──▶ Past ──`caught_up` sent──▶ Behind ──log read to its end──▶ Live
+//!                                          ▲                               │
+//!                       end of the log read│            mailbox overflowed,│
+//!                                          └──────── Missed ◀──────────────┘
+//!                                                      or an event is missing
+//!  any phase ──`end` sent──▶ Ended
+//! ```
+
+mod message;
+mod past;
+
+use std::{
+    collections::VecDeque,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio_util::sync::CancellationToken;
+
+pub(crate) use self::message::{Body, EndReason, Message, Start, WatchQuery};
+use self::past::{Page, Past};
+use super::{
+    event::LogEvent,
+    mailbox::{Delivered, Delivery, Subscription},
+    position::{Position, ResumeToken},
+    reader::Reader,
+    scope::{Filter, Scope},
+};
+use crate::{
+    auth::Credential,
+    error::{Error, Result},
+    limits::MESSAGE_BYTES,
+    progress::JobState,
+    telemetry::metrics::Open,
+};
+
+/// Pause before the database is asked again after it did not answer.
+const RETRY: Duration = Duration::from_millis(250);
+/// Bytes of a message beside its events.
+const MESSAGE_MARGIN: usize = 1024;
+
+/// An open watch.
+#[derive(Debug)]
+pub(crate) struct Watch {
+    reader: Arc<Reader>,
+    credential: Arc<Credential>,
+    draining: CancellationToken,
+    filter: Arc<Filter>,
+    subscription: Subscription,
+    heartbeat: Heartbeat,
+    phase: Phase,
+    past: Past,
+    /// How far the client has been sent everything.
+    position: Position,
+    pending: Pending,
+    /// The latest known state of the job, in a watch of one job.
+    job: Option<JobState>,
+    _counted: Open,
+}
+
+/// See the diagram at the top.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Past,
+    Behind,
+    Live,
+    Missed,
+    Ended,
+}
+
+#[derive(Debug)]
+struct Heartbeat {
+    interval: Duration,
+    due_at: Instant,
+}
+
+impl Heartbeat {
+    fn is_due(&self) -> bool {
+        self.due_at <= Instant::now()
+    }
+}
+
+/// Events of the scope that were read or delivered and are still to be sent.
+#[derive(Debug)]
+struct Pending {
+    events: VecDeque<Arc<LogEvent>>,
+    /// The cursor moves here once no event is pending.
+    read_to: i64,
+}
+
+impl Watch {
+    pub(crate) async fn open(
+        reader: Arc<Reader>,
+        query: WatchQuery,
+        credential: Arc<Credential>,
+        draining: CancellationToken,
+    ) -> Result<Self> {
+        let WatchQuery { filter, start, heartbeat } = query;
+        let resumed = match &start {
+            Start::Resume(token) => Some(token.position(&filter)?),
+            Start::Beginning | Start::AfterSequence(_) | Start::Now => None,
+        };
+        // Before the end of the log is read: whatever is committed after that read is
+        // delivered.
+        let filter = Arc::new(filter);
+        let subscription = reader.tail.subscribe(Arc::clone(&filter));
+        let scope = &filter.scope;
+        let end = reader.log_end(scope).await?;
+        let position = match (&start, resumed) {
+            (Start::Beginning, _) => {
+                Position { cursor: reader.before_oldest(scope, &end).await?, ..end.position }
+            }
+            (Start::AfterSequence(cursor), _) => Position { cursor: *cursor, ..end.position },
+            (_, Some(position)) => position,
+            _ => end.position,
+        };
+        if position.cursor > end.position.cursor {
+            return Err(Error::PositionBeyondLog);
+        }
+        let watches = &reader.metrics.watches;
+        let counted = Open::of(match scope {
+            Scope::Job(_) => &watches.of_one_job,
+            Scope::All { .. } => &watches.of_all_jobs,
+        });
+        Ok(Self {
+            credential,
+            draining,
+            subscription,
+            heartbeat: Heartbeat { interval: heartbeat, due_at: Instant::now() + heartbeat },
+            phase: Phase::Past,
+            past: Past::new(end.position.cursor, matches!(start, Start::Beginning)),
+            position,
+            pending: Pending { events: VecDeque::new(), read_to: position.cursor },
+            job: end.job,
+            _counted: counted,
+            reader,
+            filter,
+        })
+    }
+
+    /// The next message; `None` after the `end`. Cancel-safe.
+    pub(crate) async fn next(&mut self) -> Option<Result<Message>> {
+        let (credential, draining) = (Arc::clone(&self.credential), self.draining.clone());
+        while self.phase != Phase::Ended {
+            let advanced = tokio::select! {
+                biased;
+                () = credential.ended() => Ok(Some(self.end(EndReason::CredentialEnded))),
+                () = draining.cancelled() => Ok(Some(self.end(EndReason::Draining))),
+                advanced = self.advance() => advanced,
+            };
+            match advanced {
+                Ok(None) => {}
+                Ok(Some(message)) => {
+                    let now = Instant::now();
+                    self.heartbeat.due_at = now + self.heartbeat.interval;
+                    // The first event of a message has waited longest.
+                    if let Body::Events(events) = &message.body
+                        && let Some(received) = events.first().and_then(|event| event.received)
+                    {
+                        self.reader.metrics.watches.sent(received, now);
+                    }
+                    return Some(Ok(message));
+                }
+                Err(Error::EventsExpired { .. }) => return Some(Ok(self.end(EndReason::EventsExpired))),
+                // The stream stays open and goes on when the database is available.
+                Err(Error::Unavailable(_)) => tokio::time::sleep(RETRY).await,
+                Err(error) => {
+                    self.phase = Phase::Ended;
+                    return Some(Err(error));
+                }
+            }
+        }
+        None
+    }
+
+    /// One step: reads, waits, or makes a message.
+    async fn advance(&mut self) -> Result<Option<Message>> {
+        if !self.has_pending() {
+            // Boxed, so that thousands of watches that wait need no memory for the
+            // state of a read.
+            if self.phase == Phase::Missed {
+                Box::pin(self.read_log_end()).await?;
+                return Ok(None);
+            }
+            if self.is_behind() && !self.is_silent() {
+                Box::pin(self.read_past()).await?;
+                return Ok(None);
+            }
+            if self.caught_up() && !self.is_over() && !self.wait().await {
+                return Ok(None);
+            }
+        }
+        // Before a message is made, since that moves the position: an `end` that came
+        // while the message was held back would skip its events.
+        if self.credential.confirmed().await.is_err() {
+            return Ok(Some(self.end(EndReason::CredentialEnded)));
+        }
+        Ok(self.next_message())
+    }
+
+    fn has_pending(&self) -> bool {
+        !self.pending.events.is_empty() || self.position.cursor < self.pending.read_to
+    }
+
+    fn is_behind(&self) -> bool {
+        self.position.cursor < self.past.end
+    }
+
+    /// Whether `caught_up` was sent.
+    fn caught_up(&self) -> bool {
+        self.phase != Phase::Past
+    }
+
+    /// Whether reading a past without matching events has taken so long that a
+    /// heartbeat is due.
+    fn is_silent(&self) -> bool {
+        !self.caught_up() && self.heartbeat.is_due() && self.reader.tail.current().is_some()
+    }
+
+    /// Whether the log of the one job is closed and was sent to its end.
+    fn is_over(&self) -> bool {
+        self.job.is_some_and(|job| job.closed && job.last_sequence <= self.position.cursor)
+    }
+
+    fn next_message(&mut self) -> Option<Message> {
+        if self.has_pending() {
+            self.take_pending()
+        } else if self.is_behind() {
+            Some(self.message(Body::Heartbeat))
+        } else if !self.caught_up() {
+            self.phase = Phase::Behind;
+            Some(self.message(Body::CaughtUp(self.job)))
+        } else if self.is_over() {
+            Some(self.end(EndReason::JobClosed))
+        } else {
+            self.heartbeat_message()
+        }
+    }
+
+    /// Reads a page of the past; [`Error::EventsExpired`] if a part of it was removed.
+    async fn read_past(&mut self) -> Result<()> {
+        // While a heartbeat is still to come, other watches must not keep this one from
+        // sending it.
+        let until = (!self.caught_up() && !self.heartbeat.is_due()).then_some(self.heartbeat.due_at);
+        let Some(permit) = self.reader.permit(until).await? else { return Ok(()) };
+        let scope = &self.filter.scope;
+        match self.past.read(&self.reader, scope, self.position, self.phase != Phase::Past).await {
+            Ok(Page { events, read_to, removals }) => {
+                self.pending = Pending { events: events.into(), read_to };
+                self.position.removals = removals;
+                Ok(())
+            }
+            Err(expired @ Error::EventsExpired { .. }) => {
+                drop(permit);
+                // The job may have had more events before it was closed and removed.
+                if self.job.is_some() {
+                    self.job = self.reader.log_end(scope).await?.job;
+                }
+                Err(expired)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Reads where the log ends: the past reaches up to there.
+    async fn read_log_end(&mut self) -> Result<()> {
+        let permit = self.reader.permit(None).await?;
+        let end = self.reader.log_end(&self.filter.scope).await?;
+        drop(permit);
+        if end.position.cursor < self.position.cursor {
+            return Err(Error::PositionBeyondLog);
+        }
+        self.past.end = end.position.cursor;
+        self.job = end.job;
+        self.phase = Phase::Behind;
+        Ok(())
+    }
+
+    /// Waits for the next delivery; whether a heartbeat is due instead.
+    async fn wait(&mut self) -> bool {
+        if self.phase != Phase::Live {
+            self.phase = Phase::Live;
+            self.subscription.follow();
+        }
+        tokio::select! {
+            biased;
+            delivery = self.subscription.next() => {
+                self.receive(delivery);
+                false
+            }
+            () = tokio::time::sleep_until(self.heartbeat.due_at.into()) => true,
+        }
+    }
+
+    fn receive(&mut self, delivery: Delivery) {
+        match delivery {
+            Delivery::Events(events) => self.accept(events),
+            Delivery::Overflowed => {
+                self.reader.metrics.watches.overflows.inc();
+                self.phase = Phase::Missed;
+            }
+        }
+    }
+
+    /// Makes delivered events pending, except those that were read from the log before.
+    fn accept(&mut self, events: VecDeque<Delivered>) {
+        let scope = &self.filter.scope;
+        for Delivered { event, first_sequence, .. } in events {
+            let cursor = event.cursor_in(scope);
+            if cursor <= self.pending.read_to {
+                continue;
+            }
+            if let Scope::Job(_) = scope
+                && first_sequence > self.pending.read_to + 1
+            {
+                self.phase = Phase::Missed;
+                return;
+            }
+            self.pending.read_to = cursor;
+            if scope.contains(&event.job) {
+                self.pending.events.push_back(event);
+            }
+        }
+        self.past.end = self.past.end.max(self.pending.read_to);
+    }
+
+    /// A heartbeat, if every event up to the end of the log was delivered and sent.
+    fn heartbeat_message(&mut self) -> Option<Message> {
+        // In this order: first how far events have been delivered, then whether one of
+        // them waits in the mailbox.
+        let Some(delivered) = self.reader.tail.current() else {
+            self.heartbeat.due_at = Instant::now() + RETRY;
+            return None;
+        };
+        if let Some(delivery) = self.subscription.take() {
+            self.receive(delivery);
+            return None;
+        }
+        if let Scope::All { .. } = self.filter.scope {
+            self.position.cursor = self.position.cursor.max(delivered.cursor);
+            self.position.removals = self.position.removals.max(delivered.removals);
+            self.pending.read_to = self.position.cursor;
+        }
+        Some(self.message(Body::Heartbeat))
+    }
+
+    /// One message of pending events that match the filter, if there are any.
+    fn take_pending(&mut self) -> Option<Message> {
+        let mut events = Vec::new();
+        let mut room = MESSAGE_BYTES - MESSAGE_MARGIN;
+        while let Some(event) = self.pending.events.front() {
+            let matches = self.filter.matches(event.kind, &event.job);
+            let bytes = event.encoded.len();
+            if matches && bytes > room && !events.is_empty() {
+                break;
+            }
+            let Some(event) = self.pending.events.pop_front() else { break };
+            self.position.cursor = event.cursor_in(&self.filter.scope);
+            self.note(&event);
+            if matches {
+                room = room.saturating_sub(bytes);
+                events.push(event);
+            }
+        }
+        if self.pending.events.is_empty() {
+            self.position.cursor = self.pending.read_to;
+        }
+        (!events.is_empty()).then(|| self.message(Body::Events(events)))
+    }
+
+    /// Keeps the state of the one job up to date.
+    fn note(&mut self, event: &LogEvent) {
+        if let Some(job) = &mut self.job
+            && event.sequence > job.last_sequence
+        {
+            job.last_sequence = event.sequence;
+            job.status = event.status;
+            job.progress = event.progress;
+            job.closed = event.closes();
+        }
+    }
+
+    fn end(&mut self, reason: EndReason) -> Message {
+        self.phase = Phase::Ended;
+        self.message(Body::End(reason, self.job))
+    }
+
+    fn message(&self, body: Body) -> Message {
+        Message { resume_token: ResumeToken::new(&self.filter, self.position).encode(), body }
+    }
+}
