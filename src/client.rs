@@ -29,8 +29,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// server may take to answer it.
 const KEEPALIVE: Duration = Duration::from_secs(20);
 /// Receive window of a connection. h2 closes a connection in which too many small
-/// messages wait unread; their number grows with the window, to some 60,000 at this
-/// size.
+/// messages wait unread. That limit grows with the window: it is some 60,000 messages
+/// at this size.
 const CONNECTION_WINDOW_BYTES: u32 = 32 * 1024 * 1024;
 /// Pause before an interrupted watch is resumed; it doubles with each further
 /// failure.
