@@ -1,5 +1,5 @@
-//! A client in Rust: the generated clients over one connection with one
-//! credential, and a watch that resumes by itself.
+//! A client in Rust: the generated clients over one connection and with one
+//! credential, and a watch that resumes after interruptions.
 
 use std::{fmt, net::IpAddr, time::Duration};
 
@@ -24,40 +24,38 @@ use crate::{
     tls::{self, TlsError},
 };
 
-/// How long connecting may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// After how long a silence the server is asked whether it lives, and how long
-/// it may take to answer.
+/// Silence after which the client sends an HTTP/2 PING, and the longest that the
+/// server may take to answer it.
 const KEEPALIVE: Duration = Duration::from_secs(20);
-/// What the server may send before it was read, a connection. h2 gives a
-/// connection up when many small messages wait in it unread, the more the larger
-/// this is: at this size, some 60,000.
+/// Receive window of a connection. h2 closes a connection in which too many small
+/// messages wait unread. That limit grows with the window: it is some 60,000 messages
+/// at this size.
 const CONNECTION_WINDOW_BYTES: u32 = 32 * 1024 * 1024;
-/// The first pause before a broken watch is resumed; each further one is twice
-/// as long.
+/// Pause before an interrupted watch is resumed; it doubles with each further
+/// failure.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
-/// The longest pause.
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
-/// Why there is no client.
+/// Why a client cannot be made.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// Not an address.
-    #[error("{0:?} is no server address: HOST:PORT, https://HOST:PORT or http://HOST:PORT")]
+    /// The server's address cannot be parsed.
+    #[error("{0:?} is not a server address: write HOST:PORT, https://HOST:PORT or http://HOST:PORT")]
     Address(String),
-    /// Files that do not do for TLS.
+    /// The TLS settings or files cannot be used.
     #[error(transparent)]
     Tls(#[from] TlsError),
-    /// Nobody answers there, or not the one that should.
-    #[error("no server answers at {0}")]
+    /// The connection or its TLS handshake failed.
+    #[error("cannot connect to the server at {0}")]
     Connect(String, #[source] tonic::transport::Error),
-    /// A secret that cannot be one.
-    #[error("the credential has characters that no credential has")]
+    /// The secret contains characters that gRPC metadata cannot carry.
+    #[error("the credential contains characters that no milepost credential has: copy it again")]
     Credential,
 }
 
-/// A connection to a server, which is made anew when it breaks, and what its
-/// calls are made with. Cheap to clone.
+/// A connection to a server, and the credential of its calls. A broken connection
+/// is made again by the next call. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Client {
     channel: Channel,
@@ -83,7 +81,8 @@ impl Interceptor for Bearer {
     }
 }
 
-/// A server's address with its scheme, if it is one.
+/// The URL of a server's address, or none if the address cannot be parsed. See
+/// [`Client::connect_with`] for the scheme.
 fn url(server: &str, tls: &ClientTls) -> Option<Uri> {
     if server.contains("://") {
         let url: Uri = server.parse().ok()?;
@@ -92,12 +91,11 @@ fn url(server: &str, tls: &ClientTls) -> Option<Uri> {
     }
     let authority: Authority = server.parse().ok()?;
     let host = authority.host().trim_start_matches('[').trim_end_matches(']');
-    let here = host == "localhost" || host.parse().is_ok_and(|address: IpAddr| address.is_loopback());
-    let scheme = if here && *tls == ClientTls::default() { Scheme::HTTP } else { Scheme::HTTPS };
+    let loopback = host == "localhost" || host.parse().is_ok_and(|address: IpAddr| address.is_loopback());
+    let scheme = if loopback && *tls == ClientTls::default() { Scheme::HTTP } else { Scheme::HTTPS };
     Uri::builder().scheme(scheme).authority(authority).path_and_query("/").build().ok()
 }
 
-/// What a connection over TLS is made with.
 async fn client_tls(files: &ClientTls) -> Result<ClientTlsConfig, TlsError> {
     let trusted = tls::trusted(files.tls_ca.as_deref()).await?;
     let config = ClientTlsConfig::new().trust_anchors(trusted.roots.iter().cloned()).timeout(CONNECT_TIMEOUT);
@@ -113,27 +111,24 @@ async fn client_tls(files: &ClientTls) -> Result<ClientTlsConfig, TlsError> {
     }
 }
 
-/// What an error comes from.
 fn cause(error: &dyn std::error::Error) -> String {
     error.source().map_or_else(|| error.to_string(), ToString::to_string)
 }
 
-/// What is called when a watch is interrupted.
-type Tell = dyn FnMut(&Status, Duration) + Send;
+type OnInterruption = dyn FnMut(&Status, Duration) + Send;
 type Service = InterceptedService<Channel, Bearer>;
 
 impl Client {
-    /// Connects as [`Client::connect_with`] does, where the authorities of this
-    /// system vouch for the server.
+    /// Connects as [`Client::connect_with`] does, verifying the server by the
+    /// authorities of this system.
     pub async fn connect(server: &str) -> Result<Self, ClientError> {
         Self::connect_with(server, &ClientTls::default()).await
     }
 
-    /// Connects without a credential. How long connecting and the handshake may
-    /// take is 5 s each. `server` is `https://HOST:PORT`, encrypted;
-    /// `http://HOST:PORT`, which is not, so that whoever is in between reads the
-    /// credential; or `HOST:PORT`, encrypted unless that is this very machine
-    /// and nothing is said about `tls`.
+    /// Connects without a credential. Connecting and the TLS handshake may each
+    /// take 5 s. `server` is `https://HOST:PORT`, encrypted; `http://HOST:PORT`,
+    /// unencrypted, so that the network can read the credential; or `HOST:PORT`,
+    /// encrypted unless the host is loopback and `tls` is its default.
     pub async fn connect_with(server: &str, tls: &ClientTls) -> Result<Self, ClientError> {
         let not_an_address = || ClientError::Address(server.to_owned());
         let url = url(server, tls).ok_or_else(not_an_address)?;
@@ -157,7 +152,8 @@ impl Client {
         Ok(Self { channel, bearer: Bearer::default() })
     }
 
-    /// The same connection with the secret of a session or an API key.
+    /// The same connection with the secret of a session, an API key or a watch
+    /// token. An error if the secret cannot be sent as metadata.
     pub fn with_credential(&self, secret: &str) -> Result<Self, ClientError> {
         let mut value: MetadataValue<Ascii> =
             format!("Bearer {secret}").parse().map_err(|_| ClientError::Credential)?;
@@ -165,28 +161,28 @@ impl Client {
         Ok(Self { channel: self.channel.clone(), bearer: Bearer(Some(value)) })
     }
 
-    /// Users, sessions, API keys.
+    /// The generated client for users, sessions, API keys and watch tokens.
     pub fn auth(&self) -> AuthServiceClient<Service> {
         AuthServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone())
     }
 
-    /// Job configurations.
+    /// The generated client for job configurations.
     pub fn configurations(&self) -> ConfigurationServiceClient<Service> {
         ConfigurationServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone())
     }
 
-    /// Jobs.
+    /// The generated client for jobs.
     pub fn jobs(&self) -> JobServiceClient<Service> {
         JobServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone())
     }
 
-    /// Events.
+    /// The generated client for events.
     pub fn events(&self) -> EventServiceClient<Service> {
         EventServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone())
     }
 
     /// A watch that starts as the request says and goes on until its job is
-    /// closed, whatever happens to connections and servers meanwhile.
+    /// closed. After a broken connection or a draining server it resumes.
     pub fn watch(&self, request: WatchEventsRequest) -> Watch {
         Watch {
             events: self.events(),
@@ -204,10 +200,10 @@ pub struct Watch {
     events: EventServiceClient<Service>,
     request: WatchEventsRequest,
     stream: Option<Streaming<WatchEventsResponse>>,
-    /// In a row, without a message between them.
+    /// Consecutive failures, without a message between them.
     failures: u32,
     ended: bool,
-    on_interruption: Box<Tell>,
+    on_interruption: Box<OnInterruption>,
 }
 
 impl fmt::Debug for Watch {
@@ -220,19 +216,22 @@ impl fmt::Debug for Watch {
 }
 
 impl Watch {
-    /// Calls `tell` with the cause whenever the watch is interrupted, and with
-    /// the pause before it is resumed.
+    /// Calls `on_interruption` whenever the watch is interrupted, with the cause and
+    /// with the pause before the watch is resumed.
     #[must_use]
-    pub fn on_interruption(mut self, tell: impl FnMut(&Status, Duration) + Send + 'static) -> Self {
-        self.on_interruption = Box::new(tell);
+    pub fn on_interruption(
+        mut self,
+        on_interruption: impl FnMut(&Status, Duration) + Send + 'static,
+    ) -> Self {
+        self.on_interruption = Box::new(on_interruption);
         self
     }
 
-    /// The next message; nothing after the `end` of a closed job. No event is
-    /// missing or twice, but `caught_up` comes again after each interruption.
+    /// The next message; none after the `end` of a closed job. Every event arrives
+    /// exactly once; `caught_up` is sent again after each interruption.
     ///
-    /// An error is one that waiting does not cure, such as UNAUTHENTICATED or
-    /// NOT_FOUND; the watch is over then. Dropping the future loses nothing.
+    /// An error is one that no retry cures, such as UNAUTHENTICATED or NOT_FOUND,
+    /// and ends the watch. Dropping the future loses no message.
     pub async fn next(&mut self) -> Result<Option<WatchEventsResponse>, Status> {
         while !self.ended {
             let interruption = match self.receive().await {
@@ -240,14 +239,14 @@ impl Watch {
                     self.failures = 0;
                     self.request.start = Some(Start::ResumeToken(message.resume_token.clone()));
                     match end_reason(&message) {
-                        Some(WatchEndReason::Draining) => Status::unavailable("the server shuts down"),
+                        Some(WatchEndReason::Draining) => Status::unavailable("the server is shutting down"),
                         reason => {
                             self.ended = reason == Some(WatchEndReason::JobClosed);
                             return Ok(Some(message));
                         }
                     }
                 }
-                Ok(None) => Status::unavailable("the stream broke off"),
+                Ok(None) => Status::unavailable("the stream ended without an end message"),
                 Err(status) if is_transient(&status) => status,
                 Err(status) => {
                     self.ended = true;
@@ -282,9 +281,9 @@ fn end_reason(message: &WatchEventsResponse) -> Option<WatchEndReason> {
     }
 }
 
-/// Whether the same call may well succeed later: the server is away or too
-/// busy, or the connection broke, which has a source and no status of the
-/// server's.
+/// Whether the same call may succeed later: the server is unavailable or
+/// overloaded, or the connection broke. A broken connection is a status with an
+/// error source, which no status sent by a server has.
 pub fn is_transient(status: &Status) -> bool {
     match status.code() {
         Code::Unavailable | Code::ResourceExhausted | Code::DeadlineExceeded => true,
@@ -316,7 +315,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pauses_grow_to_their_limit() {
+    fn pauses_double_up_to_a_limit() {
         for (failures, shortest_ms, longest_ms) in
             [(0, 50, 100), (3, 400, 800), (6, 2500, 5000), (99, 2500, 5000)]
         {
@@ -328,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn only_this_machine_or_who_says_so_goes_unencrypted() {
+    fn only_loopback_and_explicit_http_addresses_are_unencrypted() {
         let system = ClientTls::default();
         let own = ClientTls { tls_ca: Some("ca.pem".into()), ..ClientTls::default() };
         for (server, tls, expected) in [
@@ -355,7 +354,7 @@ mod tests {
     }
 
     #[test]
-    fn a_servers_word_is_permanent_and_a_broken_connection_is_not() {
+    fn internal_and_unauthenticated_are_permanent_but_a_broken_connection_is_transient() {
         assert!(is_transient(&Status::unavailable("")));
         assert!(!is_transient(&Status::internal("")));
         assert!(!is_transient(&Status::unauthenticated("")));

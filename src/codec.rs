@@ -1,16 +1,17 @@
-//! Protobuf as tonic frames it, in smaller buffers than tonic's own.
+//! tonic's protobuf codec with smaller buffers than tonic's own.
 
 use prost::Message;
 use tonic::codec::{self, BufferSettings};
 use tonic_prost::{ProstCodec, ProstDecoder, ProstEncoder};
 
-/// What each call allocates in advance, twice, and each open watch keeps: most
-/// messages fit, others make it grow. tonic's own is 8 KiB.
+/// Initial size of a call's encode buffer and of its decode buffer, which an open
+/// watch keeps. Most messages fit, larger ones make a buffer grow. tonic's own
+/// default is 8 KiB.
 const BUFFER_BYTES: usize = 1024;
-/// How much is encoded before it is handed on, as tonic has it.
+/// Encoded bytes after which a buffer is sent; tonic's own default.
 const YIELD_BYTES: usize = 32 * 1024;
 
-/// What generated clients and servers encode and decode with.
+/// The codec of the generated clients and servers.
 #[derive(Debug, Default)]
 pub struct Codec<T, U>(ProstCodec<T, U>);
 

@@ -1,4 +1,4 @@
-//! The binary: parse the command line, call it, exit code.
+//! The binary: parses the command line, runs the command, sets the exit code.
 
 use std::{error::Error, io, process::ExitCode, time::Duration};
 
@@ -6,29 +6,29 @@ use clap::Parser as _;
 use milepost::cli::{Cli, one_line};
 use tokio::runtime::Runtime;
 
-/// A call is many small allocations, freed on other threads than they were made
-/// on.
+/// A call makes many small allocations, many of which another thread frees:
+/// mimalloc is chosen for that.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// How long what was left to other threads, such as the look-up of a name, may
-/// keep the end waiting.
-const END: Duration = Duration::from_secs(1);
+/// Longest that the exit waits for blocking work on other threads, such as the
+/// look-up of a host name.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let runtime = match Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("milepost: cannot start: {error}");
+            eprintln!("milepost: cannot start the async runtime: {error}");
             return ExitCode::FAILURE;
         }
     };
-    let done = runtime.block_on(milepost::cli::run(cli));
-    runtime.shutdown_timeout(END);
-    match done {
+    let result = runtime.block_on(milepost::cli::run(cli));
+    runtime.shutdown_timeout(SHUTDOWN_TIMEOUT);
+    match result {
         Ok(code) => code,
-        // Whoever read has had enough.
+        // The reader of stdout, such as `head`, has closed it.
         Err(error) if is_broken_pipe(error.as_ref()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("milepost: {}", one_line(error.as_ref()));

@@ -1,6 +1,6 @@
-//! The router and what every call passes: encryption, limits, keepalive,
-//! health, reflection, and the drain at the end; and beside it the metrics.
-//! Shared by the binary and by tests.
+//! The server: connections, TLS, limits, authentication and routing of calls, health,
+//! reflection, the drain at the shutdown, and the listener for metrics. Shared by the
+//! binary and the tests.
 
 mod calls;
 mod connection;
@@ -40,10 +40,9 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// The name under which health answers for the process rather than for its
-/// database.
+/// The health service name that reports on the process rather than on its database.
 const LIVENESS: &str = "liveness";
-/// What answers for readiness.
+/// The health service names that report readiness.
 const READINESS: [&str; 5] = [
     "",
     pb::auth_service_server::SERVICE_NAME,
@@ -51,31 +50,33 @@ const READINESS: [&str; 5] = [
     pb::job_service_server::SERVICE_NAME,
     pb::event_service_server::SERVICE_NAME,
 ];
-/// How long a draining server without calls listens for what is on its way to it,
-/// or lets a client take the last of its answers.
-const QUIET: Duration = Duration::from_secs(1);
+/// How long the connections of a draining server must be idle before it stops: calls
+/// may still arrive, and clients may still read the last responses.
+const DRAIN_IDLE: Duration = Duration::from_secs(1);
 
-/// How a server treats connections and calls.
+/// Limits, timeouts and TLS of a server.
 #[derive(Clone, Debug)]
 pub struct ServerSettings {
-    /// Longest that a call may take; streams until they start. A client's
-    /// deadline may be earlier, and covers all of a stream.
+    /// Longest that a call may take; for a stream, until its response starts. A
+    /// client's deadline may be earlier, and covers all of a stream.
     pub request_timeout: Duration,
-    /// Longest that calls under way may take to finish when the server stops.
+    /// Longest that calls in progress may take to finish at the shutdown.
     pub drain_deadline: Duration,
-    /// Most calls and streams at once on one connection.
+    /// Most concurrent calls and streams on one HTTP/2 connection.
     pub streams_per_connection: u32,
-    /// After how long a silence a connection is asked whether it lives.
+    /// Silence on a connection after which the server sends an HTTP/2 PING.
     pub keepalive_interval: Duration,
-    /// How long it may take to answer that.
+    /// Longest that a client may take to answer the PING before its connection is
+    /// closed.
     pub keepalive_timeout: Duration,
-    /// What encrypts; nothing is without it.
+    /// The certificate of the server; without one, connections are unencrypted.
     pub tls: Option<Tls>,
 }
 
-/// Serves until `shutdown` and then drains: not ready at once, nothing new
-/// accepted, watchers told, calls under way finished, connections closed, all of
-/// it within the drain deadline. An error only if serving itself fails.
+/// Serves until `shutdown` completes, then drains: readiness ends, the listener
+/// closes, watches end with DRAINING, calls in progress finish and connections are
+/// closed, all of it within the drain deadline. An error only if serving itself
+/// fails.
 pub async fn serve(
     listener: TcpListener,
     app: App,
@@ -103,7 +104,8 @@ pub async fn serve(
             Calls::new(gate, request_timeout, draining.clone(), calls.clone(), telemetry.clone())
         })
     };
-    // Pages are made to fit; a single item may be larger than any page.
+    // Only requests have a limit: pages of responses are cut to fit, and a single item
+    // may be larger than a page.
     let limit = limits::MESSAGE_BYTES;
     let router = Server::builder()
         .max_concurrent_streams(settings.streams_per_connection)
@@ -128,42 +130,42 @@ pub async fn serve(
         result = &mut serving => return result.map_err(Error::internal),
         () = shutdown => {}
     }
-    tracing::info!("draining");
+    tracing::info!("draining: waiting for calls in progress to finish");
     stopping.cancel();
-    // Not serving, before anything is refused.
+    // Health reports NOT_SERVING before the first call is refused.
     readiness.await.map_err(Error::internal)?;
     draining.cancel();
     let drained = async {
         tokio::select! {
-            // All clients have closed.
+            // All clients have closed their connections.
             result = serving => result.map_err(Error::internal),
-            () = all_quiet(&calls, &connections) => Ok(()),
+            () = all_idle(&calls, &connections) => Ok(()),
         }
     };
     let drained = timeout(settings.drain_deadline, drained).await;
     connections.cut();
     drained.unwrap_or_else(|_| {
-        tracing::warn!("the drain deadline passed with calls left");
+        tracing::warn!("the drain deadline passed with calls in progress: cutting their connections");
         Ok(())
     })
 }
 
-/// Returns once no call is under way and no connection has said or taken
-/// anything for a while: those that are left never spoke, or never will again.
-async fn all_quiet(calls: &TaskTracker, connections: &Connections) {
+/// Returns once no call is in progress and no connection has read or written a byte
+/// for [`DRAIN_IDLE`].
+async fn all_idle(calls: &TaskTracker, connections: &Connections) {
     calls.close();
     loop {
         calls.wait().await;
-        let moved = connections.moved();
-        sleep(QUIET).await;
-        if calls.is_empty() && connections.moved() == moved {
+        let activity = connections.activity();
+        sleep(DRAIN_IDLE).await;
+        if calls.is_empty() && connections.activity() == activity {
             return;
         }
     }
 }
 
-/// Reports readiness, which is that the database answers, until `stopping`;
-/// then that there is none.
+/// Reports the server as ready while the database answers. From `stopping` on,
+/// reports it as not ready.
 async fn report_readiness(
     reporter: HealthReporter,
     mut answers: watch::Receiver<Option<bool>>,
@@ -189,7 +191,7 @@ fn reflection() -> tonic_reflection::server::Builder<'static> {
     tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(pb::FILE_DESCRIPTOR_SET)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        // So that clients such as grpcurl can show the details of errors.
+        // Clients such as grpcurl need these to show the details of errors.
         .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
 }
 

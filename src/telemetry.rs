@@ -1,5 +1,4 @@
-//! What is seen of a server from outside: its log on stderr, its metrics and its
-//! traces.
+//! The log on stderr, the metrics and the traces of a server.
 
 pub mod metrics;
 pub mod traces;
@@ -14,19 +13,19 @@ use tracing_subscriber::{EnvFilter, filter::ParseError};
 use self::{metrics::Metrics, traces::Traces};
 use crate::config::LogFormat;
 
-/// What one server counts and traces; with others beside it in its process, each
-/// has its own.
+/// Metrics and traces of one server. Several servers in one process each have
+/// their own.
 #[derive(Clone, Debug, Default)]
 pub struct Telemetry {
-    /// For Prometheus.
+    /// Metrics, as Prometheus scrapes them.
     pub metrics: Arc<Metrics>,
-    /// For OpenTelemetry.
+    /// Traces, exported by OTLP.
     pub traces: Traces,
 }
 
-/// Sets up the log of this process; `filter` in the syntax of
-/// [`EnvFilter`], such as `info` or `info,milepost::server=warn`. An error if
-/// that cannot be read. What a library before it set up stays.
+/// Sets up the log of this process. `filter` has the syntax of [`EnvFilter`], such
+/// as `info` or `info,milepost::server=warn`; an error if it cannot be parsed. A
+/// global subscriber that is already set stays in use.
 pub fn init(format: LogFormat, filter: &str) -> Result<(), ParseError> {
     let filter = EnvFilter::try_new(filter)?;
     let terminal = io::stderr().is_terminal();
@@ -36,8 +35,8 @@ pub fn init(format: LogFormat, filter: &str) -> Result<(), ParseError> {
         LogFormat::Text => false,
         LogFormat::Auto => !terminal,
     };
-    // Tests start many servers in one process: only the first sets the log up.
-    let _first = if json {
+    // Fails if a subscriber is already set, as by the first of a test's servers.
+    let _already_set = if json {
         log.json().flatten_event(true).with_current_span(true).with_span_list(false).try_init()
     } else {
         log.with_ansi(terminal).try_init()

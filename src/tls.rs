@@ -1,5 +1,4 @@
-//! TLS: PEM files become what rustls works with. Cryptography is ring's,
-//! everywhere.
+//! Reads PEM files for rustls. The cryptography of all TLS connections is ring's.
 
 use std::{
     path::Path,
@@ -13,25 +12,23 @@ use tokio_rustls::rustls::{
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
 };
 
-/// What does not do for TLS, and why; one line, for a person. Never says what
-/// is in a key.
+/// Why TLS cannot be set up: a setting or file that cannot be used, as one line for
+/// the operator. The text never quotes a key.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct TlsError(pub(crate) String);
 
-/// ring.
 pub(crate) fn provider() -> Arc<CryptoProvider> {
     static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| Arc::new(ring::default_provider()));
     Arc::clone(&PROVIDER)
 }
 
-/// A file, whole.
 pub(crate) async fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
     let read = tokio::fs::read(path).await;
     read.map_err(|error| TlsError(format!("cannot read {}: {error}", path.display())))
 }
 
-/// The certificates of a PEM file, at least one.
+/// The certificates of a PEM file. An error if it contains none.
 pub(crate) fn certificates(path: &Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
     match certificates {
@@ -41,13 +38,12 @@ pub(crate) fn certificates(path: &Path, pem: &[u8]) -> Result<Vec<CertificateDer
     }
 }
 
-/// The private key of a PEM file.
 pub(crate) fn private_key(path: &Path, pem: &[u8]) -> Result<PrivateKeyDer<'static>, TlsError> {
     PrivateKeyDer::from_pem_slice(pem)
         .map_err(|_| TlsError(format!("{} holds no private key that can be read", path.display())))
 }
 
-/// The authorities of a PEM file.
+/// The certificates of a PEM file as trusted authorities.
 pub(crate) fn authorities(path: &Path, pem: &[u8]) -> Result<RootCertStore, TlsError> {
     let mut roots = RootCertStore::empty();
     for certificate in certificates(path, pem)? {
@@ -58,8 +54,8 @@ pub(crate) fn authorities(path: &Path, pem: &[u8]) -> Result<RootCertStore, TlsE
     Ok(roots)
 }
 
-/// Whose word is taken for who a server is: the authorities of that file, or
-/// without one those of this system, which are read once a process.
+/// The authorities that a server is verified by: those of the file `ca`, or without
+/// one those of this system, which are read once per process.
 pub(crate) async fn trusted(ca: Option<&Path>) -> Result<Arc<RootCertStore>, TlsError> {
     static SYSTEM: OnceCell<Arc<RootCertStore>> = OnceCell::const_new();
     match ca {

@@ -1,4 +1,5 @@
-//! The database that a command works on: DATABASE_URL's, or the embedded one.
+//! The database that a command works on: that of DATABASE_URL, or the embedded
+//! Postgres.
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
@@ -15,7 +16,7 @@ use crate::{
     error::BoxError,
 };
 
-/// A database, and what has to be stopped after its use.
+/// An open database; `close` stops the embedded Postgres if this process started it.
 #[derive(Debug)]
 pub(super) struct OpenDatabase {
     pub(super) settings: DatabaseSettings,
@@ -24,36 +25,39 @@ pub(super) struct OpenDatabase {
 }
 
 impl OpenDatabase {
-    /// To be served: the embedded one must be this process's own.
+    /// Opens the database for a server. An error if another process serves the
+    /// embedded Postgres.
     pub(super) async fn to_serve(config: &DatabaseConfig) -> Result<Self, BoxError> {
         if let Some(url) = &config.database_url {
-            return Ok(Self::outer(settings(config, url.reveal().to_owned())));
+            return Ok(Self::existing(settings(config, url.reveal().to_owned())));
         }
         let embedded = Embedded::start(EmbeddedSettings::new(data_dir(config).await?)).await?;
-        Ok(Self::owned(config, embedded))
+        Ok(Self::embedded(config, embedded))
     }
 
-    /// To be looked at or changed, also while another process serves it.
+    /// Opens the database for reading or changing it, also while another process
+    /// serves it.
     pub(super) async fn to_use(config: &DatabaseConfig) -> Result<Self, BoxError> {
         match Self::to_serve(config).await {
             Err(error) if matches!(error.downcast_ref(), Some(EmbeddedError::Served { .. })) => {
                 let url = Embedded::url_of_served(&data_dir(config).await?)?;
-                Ok(Self::outer(settings(config, url)))
+                Ok(Self::existing(settings(config, url)))
             }
             result => result,
         }
     }
 
-    /// Waits until the database of DATABASE_URL takes connections, if it is that
-    /// one and as long as the settings say.
+    /// Waits until DATABASE_URL accepts connections, at most
+    /// `database_start_timeout_s`. Returns at once without a DATABASE_URL.
     pub(super) async fn wait(config: &DatabaseConfig) -> Result<(), StartError> {
         let Some(url) = &config.database_url else { return Ok(()) };
         let connect_limit = Duration::from_secs(config.database_start_timeout_s);
         wait_until_it_answers(&settings(config, url.reveal().to_owned()), connect_limit).await
     }
 
-    /// The same before it is served: its schema is brought up to date, too, if it is
-    /// to be. A migration that is under way leaves nothing if this is dropped.
+    /// Waits for DATABASE_URL as [`OpenDatabase::wait`] does, and with `--migrate`
+    /// applies its missing migrations. Dropping the future rolls back the migration
+    /// in progress.
     pub(super) async fn ready(Config { database, server, .. }: &Config) -> Result<(), BoxError> {
         Self::wait(database).await?;
         if let Some(url) = database.database_url.as_ref().filter(|_| server.migrate) {
@@ -62,19 +66,18 @@ impl OpenDatabase {
         Ok(())
     }
 
-    fn outer(settings: DatabaseSettings) -> Self {
+    fn existing(settings: DatabaseSettings) -> Self {
         Self { settings, embedded: None, supervisor: None }
     }
 
-    fn owned(config: &DatabaseConfig, embedded: Embedded) -> Self {
+    fn embedded(config: &DatabaseConfig, embedded: Embedded) -> Self {
         let settings = settings(config, embedded.database_url());
         let embedded = Arc::new(embedded);
-        let kept = embedded.clone();
-        let supervisor = AbortOnDropHandle::new(tokio::spawn(async move { kept.keep_running().await }));
+        let supervised = embedded.clone();
+        let supervisor = AbortOnDropHandle::new(tokio::spawn(async move { supervised.keep_running().await }));
         Self { settings, embedded: Some(embedded), supervisor: Some(supervisor) }
     }
 
-    /// Stops what was started.
     pub(super) async fn close(mut self) -> Result<(), BoxError> {
         drop(self.supervisor.take());
         if let Some(embedded) = &self.embedded {
@@ -84,15 +87,13 @@ impl OpenDatabase {
     }
 }
 
-/// Brings the schema up to date.
 pub(super) async fn migrate(DatabaseSettings { url, ca, .. }: &DatabaseSettings) -> Result<(), SchemaError> {
     for version in migrations::migrate(url, ca.as_deref()).await? {
-        tracing::info!(version, "migrated");
+        tracing::info!(version, "applied a migration");
     }
     Ok(())
 }
 
-/// The embedded database's folder.
 pub(super) async fn data_dir(config: &DatabaseConfig) -> Result<PathBuf, EmbeddedError> {
     match &config.data_dir {
         Some(dir) => Ok(dir.clone()),

@@ -1,4 +1,4 @@
-//! `milepost demo`: a provider's job from its registration to its end, as its
+//! `milepost demo`: acts as the provider of a sample job, and shows the job as its
 //! customer sees it.
 
 use std::{collections::BTreeMap, io, net::SocketAddr, process::ExitCode, time::Duration};
@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use super::{
     database::{OpenDatabase, data_dir},
-    refused, say,
+    print_line, refused,
     serve::{Server, bind, server_settings},
     watch::{exit_code, follow},
 };
@@ -27,13 +27,14 @@ use crate::{
     },
 };
 
-/// How long the provider waits before it sends again what was not answered.
+/// Pause before the provider sends an unanswered event again.
 const RETRY_PAUSE: Duration = Duration::from_millis(200);
 
-/// Where to play it, and how slowly.
+/// The server and the length of the demo.
 #[derive(Args, Clone, Debug)]
 pub(super) struct Demo {
-    /// Play against this server, with the addresses that `watch` takes; without it against the one that serves the data folder, or one of its own
+    /// Address of the server to use, as for `watch`; without it, the server of the data directory or a new
+    /// one
     #[arg(long, env = "MILEPOST_SERVER", value_name = "HOST:PORT")]
     server: Option<String>,
 
@@ -61,7 +62,7 @@ impl Demo {
         played
     }
 
-    /// A server's address, and the server if it is ours to stop.
+    /// A server's address, and the server itself if this process started it.
     async fn find_or_start(&self) -> Result<(String, Option<Server>), BoxError> {
         if let Some(server) = &self.server {
             return Ok((server.clone(), None));
@@ -70,30 +71,33 @@ impl Demo {
             let dir = data_dir(&self.config.database).await?;
             match Served::of(&dir) {
                 Served::At(address) => return Ok((self.url(address)?, None)),
-                Served::Starting => return Err("a milepost is just starting here: try again".into()),
+                Served::Starting => {
+                    let why = format!("another milepost is starting on {}: try again", dir.display());
+                    return Err(why.into());
+                }
                 Served::No => {}
             }
         }
-        say(&format!("  {}", style("starting a server of its own …").dim()))?;
+        print_line(&format!("  {}", style("starting a server …").dim()))?;
         let settings = server_settings(&self.config.server).await?;
         OpenDatabase::ready(&self.config).await?;
         let server = Server::start(&self.config, settings, self.listen().await?).await?;
         Ok((self.url(server.address)?, Some(server)))
     }
 
-    /// Of a server that has the settings of this demo.
+    /// The URL of a server that has the TLS settings of this demo.
     fn url(&self, address: SocketAddr) -> Result<String, BoxError> {
         let scheme = if self.config.server.tls.is_on()? { "https" } else { "http" };
         Ok(format!("{scheme}://{address}"))
     }
 
-    /// The usual port, or any where that is taken.
+    /// Listens on the address of the settings, or on a free port if that one is taken.
     async fn listen(&self) -> Result<TcpListener, BoxError> {
         let listen = self.config.server.listen;
         match TcpListener::bind(listen).await {
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-                let elsewhere = SocketAddr::new(listen.ip(), 0);
-                bind(&ServerConfig { listen: elsewhere, ..self.config.server.clone() }).await
+                let free_port = SocketAddr::new(listen.ip(), 0);
+                bind(&ServerConfig { listen: free_port, ..self.config.server.clone() }).await
             }
             Ok(listener) => {
                 drop(listener);
@@ -104,25 +108,29 @@ impl Demo {
     }
 
     async fn play(&self, address: &str, own: bool) -> Result<ExitCode, BoxError> {
-        let stranger = Client::connect_with(address, &self.tls).await?;
-        let provider = Person::sign_up(&stranger, UserRole::Provider, "Ada", "Radiology").await?;
-        let customer = Person::sign_up(&stranger, UserRole::Customer, "Grace", "Hospital").await?;
+        let anonymous = Client::connect_with(address, &self.tls).await?;
+        let provider = DemoUser::sign_up(&anonymous, UserRole::Provider, "Ada", "Radiology").await?;
+        let customer = DemoUser::sign_up(&anonymous, UserRole::Customer, "Grace", "Hospital").await?;
         let job_id = create_job(&provider.client, &customer.id).await?;
 
-        let whose = if own { "its own, for as long as the demo lasts" } else { "found running" };
-        say("")?;
-        for (what, value, more) in [
-            ("server", address, whose),
+        let origin = if own { "started for this demo, stopped after it" } else { "found running" };
+        print_line("")?;
+        for (label, value, note) in [
+            ("server", address, origin),
             ("provider", &provider.email, "creates a job and appends its events"),
-            ("customer", &customer.email, "watches; what follows is what they see"),
+            ("customer", &customer.email, "watches the job, as shown below"),
         ] {
-            say(&format!("  {}  {value}  {}", style(format!("{what:<8}")).cyan(), style(more).dim()))?;
+            print_line(&format!(
+                "  {}  {value}  {}",
+                style(format!("{label:<8}")).cyan(),
+                style(note).dim()
+            ))?;
         }
 
         let watched = follow(&customer.client, get_job_request::Job::JobId(job_id.clone()));
-        let provided = provide(&provider.client, &job_id, Duration::from_secs(self.seconds.into()));
-        let (status, ()) = tokio::try_join!(watched, provided)?;
-        say(&format!(
+        let appended = append_events(&provider.client, &job_id, Duration::from_secs(self.seconds.into()));
+        let (status, ()) = tokio::try_join!(watched, appended)?;
+        print_line(&format!(
             "\n  {}\n  {}\n",
             style("Every event above was durable in Postgres before it was sent.").dim(),
             style("Next: start `milepost`, and follow the tour in README.md.").dim(),
@@ -131,15 +139,15 @@ impl Demo {
     }
 }
 
-/// A user made for the demo.
-struct Person {
+/// A user created for the demo.
+struct DemoUser {
     id: String,
     email: String,
     client: Client,
 }
 
-impl Person {
-    async fn sign_up(stranger: &Client, role: UserRole, first: &str, last: &str) -> Result<Self, BoxError> {
+impl DemoUser {
+    async fn sign_up(anonymous: &Client, role: UserRole, first: &str, last: &str) -> Result<Self, BoxError> {
         let tag = Uuid::now_v7().simple().to_string();
         let short = tag.get(20..).unwrap_or_default();
         let request = SignUpRequest {
@@ -150,13 +158,17 @@ impl Person {
             last_name: last.to_owned(),
         };
         let email = request.email.clone();
-        let answer = stranger.auth().sign_up(request).await.map_err(|status| refused(&status))?.into_inner();
+        let answer = anonymous.auth().sign_up(request).await.map_err(|status| refused(&status))?.into_inner();
         let secret = answer.session.unwrap_or_default().secret;
-        Ok(Self { id: answer.user.unwrap_or_default().id, email, client: stranger.with_credential(&secret)? })
+        Ok(Self {
+            id: answer.user.unwrap_or_default().id,
+            email,
+            client: anonymous.with_credential(&secret)?,
+        })
     }
 }
 
-/// Registers the configuration and creates the job; the job's id.
+/// Registers the configuration, creates the job and returns the job's id.
 async fn create_job(provider: &Client, customer_id: &str) -> Result<String, BoxError> {
     let configuration = RegisterJobConfigurationRequest {
         tag: "ct-analysis".to_owned(),
@@ -177,7 +189,7 @@ async fn create_job(provider: &Client, customer_id: &str) -> Result<String, BoxE
     Ok(created.into_inner().job.unwrap_or_default().id)
 }
 
-/// Steps, weighed by their expected effort.
+/// The job's steps; their points are their expected shares of the work.
 fn steps() -> Vec<StepConfiguration> {
     let step = |tag: &str, name: &str, points, metadata: &[(&str, MetadataKind, &str)]| StepConfiguration {
         tag: tag.to_owned(),
@@ -230,9 +242,9 @@ fn steps() -> Vec<StepConfiguration> {
     ]
 }
 
-/// What the provider tells while it works: after which share of the time, in
-/// percent, which kind of event, its step, its name, what was measured.
-type Line = (u32, EventKind, &'static str, &'static str, &'static [(&'static str, Measured)]);
+/// An event of the demo: when it is appended, in percent of the demo's length, then
+/// its kind, its step's tag, its name and its metadata.
+type DemoEvent = (u32, EventKind, &'static str, &'static str, &'static [(&'static str, Measured)]);
 
 /// A metadata value.
 #[derive(Clone, Copy)]
@@ -241,7 +253,7 @@ enum Measured {
     Text(&'static str),
 }
 
-const FILM: [Line; 9] = {
+const EVENTS: [DemoEvent; 9] = {
     use EventKind::{Complete, Error, Info, Step};
     use Measured::{Number, Text};
     [
@@ -269,11 +281,11 @@ const FILM: [Line; 9] = {
     ]
 };
 
-/// Appends the film's events over `length`.
-async fn provide(provider: &Client, job_id: &str, length: Duration) -> Result<(), BoxError> {
+/// Appends [`EVENTS`], spread over `length`.
+async fn append_events(provider: &Client, job_id: &str, length: Duration) -> Result<(), BoxError> {
     let mut events = provider.events();
     let start = tokio::time::Instant::now();
-    for (share, kind, step, name, metadata) in FILM {
+    for (share, kind, step, name, metadata) in EVENTS {
         tokio::time::sleep_until(start + length * share / 100).await;
         let fields: BTreeMap<String, Value> = metadata
             .iter()
@@ -298,7 +310,7 @@ async fn provide(provider: &Client, job_id: &str, length: Duration) -> Result<()
             expected_sequence: None,
             events: vec![event],
         };
-        // Its id makes an event exist once, however often it is sent.
+        // An event with an id is stored once, however often it is sent.
         while let Err(status) = events.append_events(request.clone()).await {
             if !is_transient(&status) {
                 return Err(refused(&status));

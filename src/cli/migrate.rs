@@ -1,16 +1,16 @@
-//! `milepost migrate`.
+//! `milepost migrate`: applies or reverts migrations.
 
 use std::process::ExitCode;
 
 use clap::Args;
 
-use super::{database::OpenDatabase, say};
+use super::{database::OpenDatabase, print_line};
 use crate::{config::DatabaseConfig, db::migrations, error::BoxError};
 
-/// Applies what is missing, or takes back what was applied last.
+/// Applies the missing migrations, or reverts the newest ones.
 #[derive(Args, Clone, Debug)]
 pub(super) struct Migrate {
-    /// Take back so many of the newest migrations, with the data that only they can hold
+    /// Revert this many of the newest migrations; data that only their schema can hold is lost
     #[arg(long, value_name = "COUNT")]
     revert: Option<usize>,
 
@@ -23,18 +23,18 @@ impl Migrate {
         OpenDatabase::wait(&self.database).await?;
         let database = OpenDatabase::to_use(&self.database).await?;
         let (url, ca) = (&database.settings.url, database.settings.ca.as_deref());
-        let done = match self.revert {
+        let migrated = match self.revert {
             None => migrations::migrate(url, ca).await,
             Some(count) => migrations::revert(url, ca, count).await,
         };
         database.close().await?;
-        let done = done?;
+        let migrated = migrated?;
         let verb = if self.revert.is_some() { "reverted" } else { "applied" };
-        for version in &done {
-            say(&format!("{verb} {version}"))?;
+        for version in &migrated {
+            print_line(&format!("{verb} {version}"))?;
         }
-        if done.is_empty() {
-            say("nothing to do")?;
+        if migrated.is_empty() {
+            print_line("nothing to do")?;
         }
         Ok(ExitCode::SUCCESS)
     }

@@ -1,4 +1,4 @@
-//! The commands.
+//! The command line: one module for each command.
 
 mod database;
 mod demo;
@@ -23,9 +23,9 @@ use crate::{
     telemetry,
 };
 
-/// Live, lossless progress of the jobs that somebody else runs for you.
+/// Live and lossless progress of jobs: providers append events, customers watch them.
 ///
-/// Without a command it serves.
+/// Without a command, milepost runs serve.
 #[derive(Debug, Parser)]
 #[command(name = "milepost", version, args_conflicts_with_subcommands = true)]
 pub struct Cli {
@@ -41,28 +41,28 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Serve until SIGTERM or SIGINT; what happens without a command
+    /// Run a server until SIGTERM or SIGINT; the default command
     Serve(Config),
-    /// Bring the database's schema up to date, or take the newest migrations back
+    /// Apply the database's missing migrations, or revert the newest ones
     Migrate(migrate::Migrate),
-    /// Make users and take their access away, straight in the database
+    /// Create users, set their passwords and disable them, directly in the database
     User(user::User),
-    /// Follow a job in the terminal until it is closed; exits with 0 if it completed, otherwise with 2
+    /// Watch a job in the terminal until it is closed; exits with 0 if the job completed, otherwise with 2
     Watch(watch::Watch),
-    /// See a job run: plays its provider and its customer against a running server, or one of its own
+    /// Show a sample job: acts as its provider and its customer, on a running server or one that it starts
     Demo(demo::Demo),
 }
 
-/// Does what the command line says; the exit code of the process.
+/// Runs the command of the command line and returns the exit code of the process.
 pub async fn run(cli: Cli) -> Result<ExitCode, BoxError> {
     let command = cli.command.unwrap_or(Command::Serve(cli.serve));
-    let quiet = match &command {
+    let default_level = match &command {
         Command::Serve(_) => "info",
         Command::Migrate(_) | Command::User(_) | Command::Watch(_) => "warn",
-        // What its own server says while it stops would spoil the picture.
+        // Warnings of its own server would break up the progress bar.
         Command::Demo(_) => "error",
     };
-    telemetry::init(cli.telemetry.log_format, cli.telemetry.log_level.as_deref().unwrap_or(quiet))?;
+    telemetry::init(cli.telemetry.log_format, cli.telemetry.log_level.as_deref().unwrap_or(default_level))?;
     match command {
         Command::Serve(config) => serve::run(&config).await,
         Command::Migrate(command) => command.run().await,
@@ -72,29 +72,29 @@ pub async fn run(cli: Cli) -> Result<ExitCode, BoxError> {
     }
 }
 
-/// An error and its causes, as one line for a person.
+/// An error and its causes as one line, for the terminal.
 pub fn one_line(error: &(dyn StdError + 'static)) -> String {
     let mut line = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
-        let words = error.to_string();
-        // Many an error says what its cause says.
-        if !line.contains(&words) {
+        let text = error.to_string();
+        // Many errors repeat the text of their cause.
+        if !line.contains(&text) {
             line.push_str(": ");
-            line.push_str(&words);
+            line.push_str(&text);
         }
         cause = error.source();
     }
     line.replace('\n', " ")
 }
 
-/// Prints a line. An error where nobody reads it any more, so that whoever
-/// prints without end comes to one.
-fn say(line: &str) -> io::Result<()> {
+/// Prints a line on stdout. An error once stdout is closed, so that an endless
+/// command ends.
+fn print_line(line: &str) -> io::Result<()> {
     writeln!(io::stdout(), "{line}")
 }
 
-/// What a server refused, in its words.
+/// A server's refusal as an error for the terminal: its message and its code.
 fn refused(status: &Status) -> BoxError {
     format!("{} ({:?})", status.message(), status.code()).into()
 }

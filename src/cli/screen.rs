@@ -1,5 +1,5 @@
-//! A job in the terminal: its events, and below them a bar that moves. Plain
-//! lines where there is no terminal.
+//! A job in the terminal: its events, and below them a progress bar. Without a
+//! terminal, plain lines.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -12,22 +12,22 @@ use console::{Color, Style, Term};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use prost_types::{Timestamp, value::Kind};
 
-use super::say;
+use super::print_line;
 use crate::pb::{Event, EventKind, Job, JobConfiguration, JobState, JobStatus, Progress};
 
-/// Where a job is shown.
+/// Shows one job on stdout.
 #[derive(Debug)]
 pub(super) struct Screen {
-    /// Nothing where there is no terminal.
+    /// None if stdout is no terminal.
     bar: Option<ProgressBar>,
-    /// By tag of the step and name.
+    /// By the step's tag and the name of its metadata.
     units: HashMap<(String, String), String>,
     steps: usize,
     done: BTreeSet<String>,
 }
 
 impl Screen {
-    /// With a bar at where the job stands before its first event.
+    /// On a terminal, starts the bar at 0 %.
     pub(super) fn new(configuration: &JobConfiguration) -> Self {
         let bar = Term::stdout().is_term().then(|| {
             let bar = ProgressBar::with_draw_target(Some(100), ProgressDrawTarget::stdout());
@@ -42,23 +42,23 @@ impl Screen {
         Self { bar, units: units.collect(), steps: configuration.steps.len(), done: BTreeSet::new() }
     }
 
-    /// What job it is, above everything.
+    /// Prints the job's name and its configuration.
     pub(super) fn title(&self, job: &Job, configuration: &JobConfiguration) -> io::Result<()> {
         let name =
             if job.provider_job_name.is_empty() { &job.provider_job_id } else { &job.provider_job_name };
-        let what = format!("{} {}", configuration.name, configuration.version);
+        let version = format!("{} {}", configuration.name, configuration.version);
         if self.bar.is_some() {
             self.print(&format!(
                 "\n  {}  {}\n\n",
                 Style::new().bold().apply_to(clean(name)),
-                dim(&clean(&what))
+                dim(&clean(&version))
             ))
         } else {
-            self.print(&format!("{}: {} ({})", job.id, clean(name), clean(&what)))
+            self.print(&format!("{}: {} ({})", job.id, clean(name), clean(&version)))
         }
     }
 
-    /// One more event.
+    /// Prints an event and moves the bar to its progress.
     pub(super) fn event(&mut self, event: &Event) -> io::Result<()> {
         if event.kind() == EventKind::Step {
             self.done.insert(event.step_tag.clone());
@@ -72,25 +72,25 @@ impl Screen {
                 bar.set_message(self.message(event.status(), progress));
                 Ok(())
             }
-            None => say(&self.plain_line(event, progress)),
+            None => print_line(&self.plain_line(event, progress)),
         }
     }
 
-    /// Tells that the server is away.
-    pub(super) fn teller(&self) -> impl FnMut(Duration) + Send + 'static {
+    /// A function that reports an interruption: in the bar, or once on stderr.
+    pub(super) fn interruption_reporter(&self) -> impl FnMut() + Send + 'static {
         let bar = self.bar.clone();
-        let mut told = false;
-        move |_pause| match &bar {
-            Some(bar) => bar.set_message("connection lost, resuming …"),
-            None if told => {}
+        let mut reported = false;
+        move || match &bar {
+            Some(bar) => bar.set_message("connection to the server lost, resuming …"),
+            None if reported => {}
             None => {
-                told = true;
-                eprintln!("connection lost, resuming");
+                reported = true;
+                eprintln!("connection to the server lost, resuming");
             }
         }
     }
 
-    /// The watch is back, or has nothing more from the past.
+    /// Replaces the message of an interruption once the watch has caught up again.
     pub(super) fn caught_up(&self, state: &JobState) {
         if let Some(bar) = &self.bar
             && state.last_sequence > 0
@@ -99,7 +99,7 @@ impl Screen {
         }
     }
 
-    /// How it ended.
+    /// Shows the job's final status and progress.
     pub(super) fn end(&self, state: &JobState) -> io::Result<()> {
         let progress = state.progress.unwrap_or_default();
         let events = state.last_sequence;
@@ -109,9 +109,9 @@ impl Screen {
                 bar.set_style(bar_style(state.status()));
                 bar.set_position(percent(progress));
                 bar.finish_with_message(self.message(state.status(), progress));
-                say("")
+                print_line("")
             }
-            None => say(&line),
+            None => print_line(&line),
         }
     }
 
@@ -121,7 +121,7 @@ impl Screen {
                 bar.println(line);
                 Ok(())
             }
-            None => say(line),
+            None => print_line(line),
         }
     }
 
@@ -187,7 +187,7 @@ impl Screen {
         line
     }
 
-    /// Names and values, with their units.
+    /// Names and values of an event's metadata, values with their units.
     fn metadata(&self, event: &Event) -> Vec<(String, String)> {
         let fields = event.metadata.iter().flat_map(|metadata| &metadata.fields);
         fields
@@ -208,8 +208,7 @@ impl Screen {
     }
 }
 
-/// As people read it.
-pub(super) fn status_name(status: JobStatus) -> &'static str {
+fn status_name(status: JobStatus) -> &'static str {
     match status {
         JobStatus::Unspecified => "unknown",
         JobStatus::Pending => "pending",
@@ -247,7 +246,7 @@ fn percent(progress: Progress) -> u64 {
     u64::try_from(progress.percent).unwrap_or(0)
 }
 
-/// What an event is called: its name, that of its step, its kind.
+/// The event's name, or its step's name, or a word for its kind.
 fn title(event: &Event) -> &str {
     match (event.name.as_str(), event.step_name.as_str()) {
         ("", "") => match event.kind() {
@@ -271,7 +270,8 @@ fn dim(text: &str) -> String {
     Style::new().dim().apply_to(text).to_string()
 }
 
-/// Others' text without what a terminal would obey.
+/// Replaces control characters, since text from other users must not command the
+/// terminal.
 fn clean(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }
@@ -283,7 +283,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_plain_line_says_all_and_commands_the_terminal_nothing() {
+    fn a_plain_line_shows_the_whole_event_without_control_characters() {
         let event = Event {
             sequence: 3,
             kind: EventKind::Step.into(),

@@ -1,4 +1,4 @@
-//! `milepost serve`, and a server that other commands run beside themselves.
+//! `milepost serve`, and the server that `milepost demo` runs in its own process.
 
 use std::{convert::Infallible, env, net::SocketAddr, process::ExitCode, time::Duration};
 
@@ -11,7 +11,7 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use super::{
     database::{OpenDatabase, data_dir, migrate},
-    say,
+    print_line,
 };
 use crate::{
     auth::AuthSettings,
@@ -29,11 +29,11 @@ use crate::{
 
 /// Serves until SIGTERM or SIGINT.
 pub(super) async fn run(config: &Config) -> Result<ExitCode, BoxError> {
-    // From here on a signal waits for its turn, so that whatever was started
-    // is also stopped.
+    // From here on a signal no longer ends the process at once, so that every
+    // started part is also stopped.
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let settings = server_settings(&config.server).await?;
-    // Before anybody can connect: until then this server is not ready.
+    // The listener opens only after this wait: until then the server is not ready.
     tokio::select! {
         ready = OpenDatabase::ready(config) => ready?,
         _ = terminate.recv() => return Ok(ExitCode::SUCCESS),
@@ -45,27 +45,27 @@ pub(super) async fn run(config: &Config) -> Result<ExitCode, BoxError> {
         Some(_) => "DATABASE_URL".to_owned(),
         None => data_dir(&config.database).await?.display().to_string(),
     };
-    // Whether anybody reads it is their affair.
-    let _unread = say(&format!("milepost listens on {}, its data in {data}", server.address));
-    server.until(&mut terminate, &mut interrupt).await;
+    // The server also runs with a closed stdout.
+    let _closed = print_line(&format!("milepost listens on {}, with its data in {data}", server.address));
+    server.run_until_stopped(&mut terminate, &mut interrupt).await;
     server.stop().await?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// Listens where the settings say.
 pub(super) async fn bind(config: &ServerConfig) -> Result<TcpListener, BoxError> {
     TcpListener::bind(config.listen)
         .await
         .map_err(|error| format!("cannot listen on {}: {error}", config.listen).into())
 }
 
-/// How to serve; beyond loopback only if the settings say so outright.
+/// The settings of the server. An error if it would listen beyond loopback without
+/// TLS and without `--insecure-listen`.
 pub(super) async fn server_settings(config: &ServerConfig) -> Result<ServerSettings, BoxError> {
     config.check()?;
     if !config.listen.ip().is_loopback() && !config.insecure_listen && !config.tls.is_on()? {
         return Err(format!(
-            "{} is not loopback and nothing would be encrypted: encrypt with --tls-cert and --tls-key, or listen \
-             there all the same with --insecure-listen",
+            "--listen {} is not loopback, and connections would not be encrypted: set --tls-cert and \
+             --tls-key, or allow unencrypted connections with --insecure-listen",
             config.listen
         )
         .into());
@@ -80,30 +80,31 @@ pub(super) async fn server_settings(config: &ServerConfig) -> Result<ServerSetti
     })
 }
 
-/// Where metrics are served, if they are to be; beyond loopback, too, only if
-/// the settings say so outright.
+/// The listener for metrics, if `--metrics-listen` is set. An error for an address
+/// beyond loopback without `--insecure-metrics-listen`.
 async fn bind_metrics(config: &MonitoringConfig) -> Result<Option<TcpListener>, BoxError> {
     let Some(address) = config.metrics_listen else { return Ok(None) };
     if !address.ip().is_loopback() && !config.insecure_metrics_listen {
         return Err(format!(
-            "{address} is not loopback and whoever reaches it would read the metrics; serve them there all the \
-             same with --insecure-metrics-listen"
+            "--metrics-listen {address} is not loopback, and every client that reaches it could read the \
+             metrics: allow that with --insecure-metrics-listen"
         )
         .into());
     }
     let bound = TcpListener::bind(address).await;
     let listener = bound.map_err(|error| format!("cannot serve metrics on {address}: {error}"))?;
-    tracing::info!(address = %listener.local_addr()?, "metrics are served");
+    tracing::info!(address = %listener.local_addr()?, "serving metrics");
     Ok(Some(listener))
 }
 
-/// What exports traces, if anything is to.
+/// The exporter of traces; disabled if neither `--otlp-endpoint` nor OpenTelemetry's
+/// own variables name an endpoint.
 fn traces(config: &MonitoringConfig) -> Result<Traces, BoxError> {
-    let standard = ["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"];
+    let standard_variables = ["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"];
     let endpoint = config
         .otlp_endpoint
         .clone()
-        .or_else(|| standard.into_iter().find_map(|name| env::var(name).ok()))
+        .or_else(|| standard_variables.into_iter().find_map(|name| env::var(name).ok()))
         .filter(|endpoint| !endpoint.is_empty());
     let Some(endpoint) = endpoint else { return Ok(Traces::default()) };
     let settings = TraceSettings { endpoint, sampled: config.trace_share };
@@ -117,15 +118,16 @@ pub(super) struct Server {
     database: OpenDatabase,
     stop: CancellationToken,
     serving: JoinHandle<Result<()>>,
-    /// Cancelled when `serving` is over.
-    over: CancellationToken,
+    /// Cancelled when `serving` has ended.
+    ended: CancellationToken,
     telemetry: Telemetry,
-    /// Answers until all else has ended.
+    /// Dropped last, so that metrics are served while the server drains.
     metrics: Option<AbortOnDropHandle<Infallible>>,
 }
 
 impl Server {
-    /// Opens the database, which is ready if it is another's, and serves.
+    /// Opens the database and serves. A database of DATABASE_URL must accept
+    /// connections already, see [`OpenDatabase::ready`].
     pub(super) async fn start(
         config: &Config,
         settings: ServerSettings,
@@ -141,13 +143,13 @@ impl Server {
                 });
                 let stop = CancellationToken::new();
                 let stopped = stop.clone().cancelled_owned();
-                let over = CancellationToken::new();
-                let end = over.clone().drop_guard();
+                let ended = CancellationToken::new();
+                let guard = ended.clone().drop_guard();
                 let serving = tokio::spawn(async move {
-                    let _end = end;
+                    let _guard = guard;
                     serve(listener, app, &settings, stopped).await
                 });
-                Ok(Self { address, database, stop, serving, over, telemetry, metrics })
+                Ok(Self { address, database, stop, serving, ended, telemetry, metrics })
             }
             Err(error) => {
                 database.close().await?;
@@ -177,15 +179,15 @@ impl Server {
     }
 
     /// Returns at either signal, or when serving has failed.
-    async fn until(&self, terminate: &mut Signal, interrupt: &mut Signal) {
+    async fn run_until_stopped(&self, terminate: &mut Signal, interrupt: &mut Signal) {
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
-            () = self.over.cancelled() => {}
+            () = self.ended.cancelled() => {}
         }
     }
 
-    /// Drains, and stops what was started.
+    /// Drains the server, then stops traces, metrics and the embedded Postgres.
     pub(super) async fn stop(self) -> Result<(), BoxError> {
         self.stop.cancel();
         let served = self.serving.await;

@@ -1,4 +1,5 @@
-//! `milepost user`: what operators do to users, straight in the database.
+//! `milepost user`: operators create, change and disable users, directly in the
+//! database.
 
 use std::{
     io::{IsTerminal as _, Read as _},
@@ -8,7 +9,7 @@ use std::{
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::{database::OpenDatabase, say};
+use super::{database::OpenDatabase, print_line};
 use crate::{
     auth::Passwords,
     config::{BcryptConfig, DatabaseConfig},
@@ -24,7 +25,7 @@ use crate::{
 /// Longest password file that is read, in bytes.
 const PASSWORD_FILE_BYTES: u64 = 4096;
 
-/// Makes users and takes their access away.
+/// Creates users, sets their passwords and disables them.
 #[derive(Args, Clone, Debug)]
 pub(super) struct User {
     #[command(subcommand)]
@@ -33,51 +34,51 @@ pub(super) struct User {
 
 #[derive(Clone, Debug, Subcommand)]
 enum Command {
-    /// Make a user
+    /// Create a user; prints the user's id and e-mail
     Create {
-        /// What they are, for good
+        /// Role of the user, which cannot be changed later
         #[arg(long, value_enum)]
         role: Role,
-        /// May be left out
+        /// First name of the user, optional
         #[arg(long, default_value = "")]
         first_name: String,
-        /// May be left out
+        /// Last name of the user, optional
         #[arg(long, default_value = "")]
         last_name: String,
         #[command(flatten)]
         password: PasswordSource,
         #[command(flatten)]
-        user: Whom,
+        user: TargetUser,
     },
-    /// Give a user another password, which ends their sessions; API keys stay
+    /// Set a user's password, which ends the user's sessions; API keys stay valid
     SetPassword {
         #[command(flatten)]
         password: PasswordSource,
         #[command(flatten)]
-        user: Whom,
+        user: TargetUser,
     },
-    /// End a user's sessions, keys and watch tokens, and let them in no more
+    /// Disable a user: end the user's sessions, API keys and watch tokens, and refuse log-ins from then on
     Disable {
         #[command(flatten)]
-        user: Whom,
+        user: TargetUser,
     },
 }
 
-/// Which user, in which database.
+/// The user to change, and the database.
 #[derive(Args, Clone, Debug)]
-struct Whom {
-    /// The user's e-mail address
+struct TargetUser {
+    /// E-mail address of the user
     email: String,
 
     #[command(flatten)]
     database: DatabaseConfig,
 }
 
-/// Where the password comes from: never from an argument, which everybody on
-/// the machine could read.
+/// A file or stdin, never an argument: all users of the machine can read the
+/// arguments of a process.
 #[derive(Args, Clone, Debug)]
 struct PasswordSource {
-    /// File that holds the password; without it, it is read from stdin
+    /// File that contains the password; without it, the password is read from stdin
     #[arg(long, value_name = "FILE")]
     password_file: Option<PathBuf>,
 
@@ -85,18 +86,17 @@ struct PasswordSource {
     bcrypt: BcryptConfig,
 }
 
-/// What a user is.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Role {
-    /// Somebody whom jobs are run for
+    /// A user for whom providers run jobs
     Customer,
-    /// Somebody who runs jobs
+    /// A user who runs jobs and appends their events
     Provider,
 }
 
 impl User {
     pub(super) async fn run(self) -> Result<ExitCode, BoxError> {
-        let (user, done) = match self.command {
+        let (user, outcome) = match self.command {
             Command::Create { role, first_name, last_name, password, user } => {
                 let role = match role {
                     Role::Customer => UserRole::Customer,
@@ -118,13 +118,13 @@ impl User {
                 (user.change(async |conn| Ok(UserRow::disable(conn, &email).await?)).await?, "disabled")
             }
         };
-        say(&format!("{} {} {done}", user.id, user.email))?;
+        print_line(&format!("{} {} {outcome}", user.id, user.email))?;
         Ok(ExitCode::SUCCESS)
     }
 }
 
-impl Whom {
-    /// Changes the user in a database whose schema is ours.
+impl TargetUser {
+    /// Runs `change` on the database, once its schema is known to fit this binary.
     async fn change(
         &self,
         change: impl AsyncFnOnce(&mut Connection) -> Result<UserRow, BoxError>,
@@ -150,7 +150,7 @@ impl PasswordSource {
         Ok(Passwords::new(self.bcrypt.bcrypt_cost, 1).hash(password).await?)
     }
 
-    /// The password without the line break that ends it.
+    /// Reads the password, without its final line break.
     fn read(&self) -> Result<String, BoxError> {
         let mut text = String::new();
         match &self.password_file {

@@ -1,4 +1,4 @@
-//! `milepost watch JOB`, and the watch that the demo shows.
+//! `milepost watch JOB`; the demo shows its job by the same watch.
 
 use std::process::ExitCode;
 
@@ -15,21 +15,21 @@ use crate::{
     },
 };
 
-/// What a job that was cancelled or failed for good ends with.
+/// Exit code for a job that was closed without being complete.
 const NOT_COMPLETE: u8 = 2;
 
-/// Which job, on which server, as whom.
+/// The job, the server and the credential of a watch.
 #[derive(Args, Clone, Debug)]
 pub(super) struct Watch {
-    /// The job's id
+    /// Id of the job
     job: String,
 
-    /// JOB is the provider's own id of the job
+    /// Take JOB as the provider_job_id, the provider's own id of the job
     #[arg(long)]
     provider_job_id: bool,
 
-    /// Address of the server; https:// encrypts, http:// does not, and without either only what is not this machine
-    /// is encrypted
+    /// Address of the server; https:// encrypts, http:// does not; without either, milepost encrypts unless
+    /// the address is loopback and no TLS flag is set
     #[arg(long, env = "MILEPOST_SERVER", default_value = "127.0.0.1:50051", value_name = "HOST:PORT")]
     server: String,
 
@@ -40,10 +40,10 @@ pub(super) struct Watch {
     tls: ClientTls,
 }
 
-/// As whom. Its own type, so that it is not shown by accident.
+/// The caller's secret, in a type of its own whose `Debug` does not print it.
 #[derive(Args, Clone)]
 struct Credential {
-    /// Secret of an API key (scope READ), of a session or of a watch token
+    /// Secret of an API key with the scope READ, of a session or of a watch token
     #[arg(long, env = "MILEPOST_API_KEY", hide_env_values = true, value_name = "SECRET")]
     api_key: String,
 }
@@ -67,12 +67,12 @@ impl Watch {
     }
 }
 
-/// 0 for a complete job.
+/// Success for a complete job, 2 otherwise.
 pub(super) fn exit_code(status: JobStatus) -> ExitCode {
     if status == JobStatus::Complete { ExitCode::SUCCESS } else { ExitCode::from(NOT_COMPLETE) }
 }
 
-/// Shows a job from its first event until it is closed. Its last status.
+/// Shows a job from its first event until it is closed, and returns its last status.
 pub(super) async fn follow(client: &Client, job: get_job_request::Job) -> Result<JobStatus, BoxError> {
     let answer = client.jobs().get_job(GetJobRequest { job: Some(job) }).await;
     let answer = answer.map_err(|status| refused(&status))?.into_inner();
@@ -82,8 +82,8 @@ pub(super) async fn follow(client: &Client, job: get_job_request::Job) -> Result
     screen.title(&job, &configuration)?;
 
     let request = WatchEventsRequest { scope: Some(Scope::JobId(job.id)), ..WatchEventsRequest::default() };
-    let mut tell = screen.teller();
-    let mut watch = client.watch(request).on_interruption(move |_, pause| tell(pause));
+    let mut report = screen.interruption_reporter();
+    let mut watch = client.watch(request).on_interruption(move |_, _pause| report());
     let mut last = job.status;
     while let Some(message) = watch.next().await.map_err(|status| refused(&status))? {
         match message.message {

@@ -1,10 +1,10 @@
-//! How every connection to the database is made.
+//! Makes every connection to the database.
 //!
-//! `sslmode` in the URL decides. `require` encrypts and verifies certificate and
-//! host name, as `verify-full` does elsewhere. `prefer`, the default, encrypts
-//! where the database can and verifies nothing, since who is in between could
-//! as well say that it cannot; with an authority of its own it is `require`.
-//! Sockets are never encrypted.
+//! `sslmode` in the URL decides about TLS. `require` encrypts and verifies the
+//! certificate and the host name, as libpq's `verify-full` does. `prefer`, the
+//! default, encrypts if the database supports TLS and verifies nothing: an attacker
+//! on the network could as well claim that the database does not support TLS. With
+//! a `ca` file, `prefer` becomes `require`. Unix sockets are never encrypted.
 
 use std::{error::Error as _, fmt, path::Path, sync::Arc, time::Duration};
 
@@ -26,31 +26,31 @@ use tokio_rustls::rustls::{
 
 use crate::tls::{TlsError, provider, trusted};
 
-/// Longest that bytes may be on their way without an acknowledgement.
-const UNACKNOWLEDGED: Duration = Duration::from_secs(5);
-/// After how long a silence a connection is asked whether it lives, how often
-/// then, and how many times in vain.
+/// Longest that sent bytes may stay unacknowledged before the connection is closed.
+const TCP_USER_TIMEOUT: Duration = Duration::from_secs(5);
+/// Silence before the first TCP keepalive probe, the interval of further probes, and
+/// the number of unanswered probes after which the connection is closed.
 const KEEPALIVES_IDLE: Duration = Duration::from_secs(10);
 const KEEPALIVES_INTERVAL: Duration = Duration::from_secs(2);
 const KEEPALIVES_RETRIES: u32 = 3;
-/// tokio-postgres's, where the URL says nothing.
+/// tokio-postgres's value if the URL has none.
 const KEEPALIVES_IDLE_BY_DEFAULT: Duration = Duration::from_secs(2 * 60 * 60);
 
-/// What moves a connection's bytes.
+/// The future that performs a connection's input and output.
 type Driver = Connection<Socket, <MakeRustlsConnect as MakeTlsConnect<Socket>>::Stream>;
 
-/// Why there is no connection.
+/// Why a connection could not be made.
 #[derive(Debug)]
 pub enum DialError {
-    /// What was asked for cannot be done.
+    /// The URL, the `ca` file or their combination cannot be used.
     Settings(String),
-    /// What Postgres or the way to it has against it.
+    /// Postgres refused the connection, or the network failed.
     Postgres(tokio_postgres::Error),
 }
 
 impl DialError {
-    /// Whether waiting will not cure it: the database answered that this user,
-    /// this password or this database will not do, or it was never asked.
+    /// Whether a retry is useless: the settings cannot be used, or Postgres refused
+    /// the user, the password or the database.
     pub(super) fn is_final(&self) -> bool {
         match self {
             Self::Settings(_) => true,
@@ -72,10 +72,10 @@ impl fmt::Display for DialError {
         match self {
             Self::Settings(why) => f.write_str(why),
             Self::Postgres(error) => {
-                let words = error.to_string();
-                f.write_str(&words)?;
+                let text = error.to_string();
+                f.write_str(&text)?;
                 match error.source().map(ToString::to_string) {
-                    Some(cause) if !words.contains(&cause) => write!(f, ": {cause}"),
+                    Some(cause) if !text.contains(&cause) => write!(f, ": {cause}"),
                     _ => Ok(()),
                 }
             }
@@ -91,19 +91,21 @@ impl From<DialError> for ConnectionError {
     }
 }
 
-/// Connects, so that notifications and the connection's end are heard of.
+/// Connects, and gives diesel the driver too, so that notifications and the end of
+/// the connection reach it.
 pub(super) async fn establish(url: &str, ca: Option<&Path>) -> ConnectionResult<AsyncPgConnection> {
     let (client, driver) = dial(url, ca).await?;
     AsyncPgConnection::try_from_client_and_connection(client, driver).await
 }
 
-/// Connects; `ca` is a file of authorities instead of this system's. It is read
-/// each time, so that it may be replaced.
+/// Connects. The database is verified by the authorities of the PEM file `ca`, or
+/// without one by those of this system. `ca` is read for each connection, so that
+/// the file can be replaced.
 pub(super) async fn dial(url: &str, ca: Option<&Path>) -> Result<(Client, Driver), DialError> {
     let mut config: Config =
         url.parse().map_err(|error: tokio_postgres::Error| DialError::Settings(error.to_string()))?;
     if config.get_hosts().is_empty() {
-        // The name that a certificate is for.
+        // TLS verifies the certificate against `host`, which `hostaddr` alone leaves empty.
         for address in config.get_hostaddrs().to_vec() {
             config.host(address.to_string());
         }
@@ -112,22 +114,22 @@ pub(super) async fn dial(url: &str, ca: Option<&Path>) -> Result<(Client, Driver
         config.ssl_mode(SslMode::Disable);
     } else if ca.is_some() {
         if config.get_ssl_mode() == SslMode::Disable {
-            let why = "sslmode=disable and an authority of the database contradict each other";
+            let why = "sslmode=disable contradicts --database-ca, which needs TLS: remove one of them";
             return Err(DialError::Settings(why.to_owned()));
         }
         config.ssl_mode(SslMode::Require);
     }
-    notice_silence(&mut config);
+    set_tcp_timeouts(&mut config);
     let tls = tls(config.get_ssl_mode(), ca).await.map_err(|error| DialError::Settings(error.to_string()))?;
     config.connect(MakeRustlsConnect::new(tls)).await.map_err(DialError::Postgres)
 }
 
-/// Where the way to the database is lost, nobody says so: what is sent and not
-/// acknowledged, and who is silent, ends the connection soon, unless the URL says
-/// otherwise.
-fn notice_silence(config: &mut Config) {
+/// A broken network path reports no error. These timeouts close a connection with
+/// unacknowledged bytes, or without answers to keepalive probes, unless the URL sets
+/// its own timeouts.
+fn set_tcp_timeouts(config: &mut Config) {
     if config.get_tcp_user_timeout().is_none() {
-        config.tcp_user_timeout(UNACKNOWLEDGED);
+        config.tcp_user_timeout(TCP_USER_TIMEOUT);
     }
     if config.get_keepalives_idle() == KEEPALIVES_IDLE_BY_DEFAULT {
         config.keepalives_idle(KEEPALIVES_IDLE);
@@ -142,19 +144,18 @@ async fn tls(mode: SslMode, ca: Option<&Path>) -> Result<ClientConfig, TlsError>
         .with_safe_default_protocol_versions()
         .map_err(|error| TlsError(error.to_string()))?;
     let builder = if matches!(mode, SslMode::Disable | SslMode::Prefer) {
-        builder.dangerous().with_custom_certificate_verifier(Arc::new(Anybody))
+        builder.dangerous().with_custom_certificate_verifier(Arc::new(AnyCertificate))
     } else {
         builder.with_root_certificates(trusted(ca).await?)
     };
     Ok(builder.with_no_client_auth())
 }
 
-/// Whoever it is, as long as they have the key of the certificate that they
-/// show.
+/// Accepts every certificate, but verifies that the server has its private key.
 #[derive(Debug)]
-struct Anybody;
+struct AnyCertificate;
 
-impl ServerCertVerifier for Anybody {
+impl ServerCertVerifier for AnyCertificate {
     fn verify_server_cert(
         &self,
         _: &CertificateDer<'_>,

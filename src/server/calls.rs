@@ -1,10 +1,9 @@
-//! What every call passes on its way in and out: an id, a span in the log and
-//! one in its trace, a limit of time, a net under panics, and when it is over
-//! one line in the log and one more in the metrics.
+//! The layer around every call. It gives the call a request id, a span in the log and
+//! one in its trace, limits its time and turns a panic into INTERNAL. A finished call
+//! is one line in the log and is counted in the metrics.
 //!
-//! **Time.** A call has the server's limit until its answer starts, and the
-//! client's deadline, where it sent one, until its answer ends, as gRPC has it:
-//! a watch with a deadline is over then.
+//! **Time.** The server's limit holds until the response starts. A client's deadline
+//! holds until the response ends, as gRPC demands: it also ends a watch.
 
 use std::{
     any::Any,
@@ -40,32 +39,31 @@ use crate::{
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
-/// Most digits of a time-out (gRPC over HTTP/2, "Timeout").
+/// Most digits of a `grpc-timeout` (gRPC over HTTP/2, "Timeout").
 const TIMEOUT_DIGITS: usize = 8;
-/// Longest path that is logged; ours are shorter.
+/// Longest part of a path that is logged, in bytes; milepost's paths are shorter.
 const METHOD_BYTES: usize = 128;
 
-/// All services, within what every call passes.
+/// The service that wraps all others in this layer.
 #[derive(Clone, Debug)]
 pub(super) struct Calls<S> {
     services: S,
     request_timeout: Duration,
     draining: CancellationToken,
-    under_way: TaskTracker,
+    in_progress: TaskTracker,
     telemetry: Telemetry,
 }
 
 impl<S> Calls<S> {
-    /// Each call is counted in `under_way` until the last of its answer was
-    /// taken.
+    /// `in_progress` counts each call until the end of its response has been taken.
     pub(super) fn new(
         services: S,
         request_timeout: Duration,
         draining: CancellationToken,
-        under_way: TaskTracker,
+        in_progress: TaskTracker,
         telemetry: Telemetry,
     ) -> Self {
-        Self { services, request_timeout, draining, under_way, telemetry }
+        Self { services, request_timeout, draining, in_progress, telemetry }
     }
 }
 
@@ -85,7 +83,7 @@ where
     fn call(&mut self, mut request: Request<Body>) -> Self::Future {
         let id = Uuid::now_v7();
         request.extensions_mut().insert(RequestId(id));
-        let call = Call::new(id, &request, &self.telemetry, self.under_way.token());
+        let call = Call::new(id, &request, &self.telemetry, self.in_progress.token());
         let (span, trace) = (call.span.clone(), call.trace.clone());
         let now = Instant::now();
         let limit = now + self.request_timeout;
@@ -97,10 +95,10 @@ where
             let response = match before(until, AssertUnwindSafe(response).catch_unwind()).await {
                 Some(Ok(Ok(response))) => response,
                 Some(Ok(Err(never))) => match never {},
-                Some(Err(panic)) => panicked(panic.as_ref()).into_http(),
+                Some(Err(panic)) => panic_status(panic.as_ref()).into_http(),
                 None => Status::from(Error::DeadlineExceeded).into_http(),
             };
-            Ok(call.answer(response, id, deadline, draining))
+            Ok(call.respond(response, id, deadline, draining))
         };
         let answer = answer.instrument(span);
         match trace {
@@ -110,8 +108,8 @@ where
     }
 }
 
-/// How long the client waits, if it says so: up to eight digits and a unit. What
-/// is no such time-out is none, as tonic has it.
+/// The client's `grpc-timeout`: up to eight digits and a unit. A malformed timeout
+/// counts as none, as in tonic.
 fn timeout(headers: &HeaderMap) -> Option<Duration> {
     let text = headers.get(TIMEOUT)?.to_str().ok()?;
     let (unit, digits) = (text.chars().next_back()?, text.get(..text.len() - 1)?);
@@ -130,9 +128,9 @@ fn timeout(headers: &HeaderMap) -> Option<Duration> {
     }
 }
 
-/// What `work` yields, if it does until then. It goes by the clock as well as
-/// by its timer: around all this tonic has a timer for the client's deadline,
-/// whose answer has no details, and which may be the one that wakes us.
+/// The output of `work`, or none if it is not ready at `until`. The clock is checked
+/// as well as the timer: tonic's own timer for the client's deadline may wake this
+/// task first, and its status has no details.
 async fn before<T>(until: Instant, work: impl Future<Output = T>) -> Option<T> {
     let (mut work, mut timer) = (pin!(work), pin!(sleep_until(until)));
     poll_fn(|cx| {
@@ -147,26 +145,26 @@ async fn before<T>(until: Instant, work: impl Future<Output = T>) -> Option<T> {
     .await
 }
 
-/// A call under way; logs one line when it is dropped.
+/// A call in progress. Dropping it logs and counts the call as finished.
 #[derive(Debug)]
 struct Call {
     span: Span,
     started: Instant,
-    /// Not ours but the infrastructure's: health and reflection.
+    /// A call of health or reflection rather than of a milepost service.
     infrastructure: bool,
     status: Option<Code>,
     method: Arc<Method>,
     trace: Option<CallSpan>,
-    _under_way: TaskTrackerToken,
+    _in_progress: TaskTrackerToken,
 }
 
 impl Call {
-    fn new(id: Uuid, request: &Request<Body>, telemetry: &Telemetry, under_way: TaskTrackerToken) -> Self {
+    fn new(id: Uuid, request: &Request<Body>, telemetry: &Telemetry, in_progress: TaskTrackerToken) -> Self {
         let path = request.uri().path();
         let known = telemetry.metrics.method(path);
         let trace = telemetry.traces.call(request.headers(), known.name());
         let method = path.get(..METHOD_BYTES).unwrap_or(path).trim_start_matches('/');
-        // Of the highest level, so that whatever is logged has its id.
+        // An error span is enabled at every log level, so that each line has a request id.
         let span = tracing::error_span!("call", request_id = %id, method, trace_id = field::Empty);
         if let Some(trace) = &trace {
             span.record("trace_id", field::display(trace.trace_id()));
@@ -178,11 +176,11 @@ impl Call {
             status: None,
             method: Arc::clone(known),
             trace,
-            _under_way: under_way,
+            _in_progress: in_progress,
         }
     }
 
-    fn note(&mut self, headers: &HeaderMap) {
+    fn record_status(&mut self, headers: &HeaderMap) {
         if let Some(status) = headers.get("grpc-status") {
             self.status = Some(Code::from_bytes(status.as_bytes()));
             if let Some(reason) = headers
@@ -195,33 +193,33 @@ impl Call {
         }
     }
 
-    fn answer(
+    fn respond(
         mut self,
         mut response: Response<Body>,
         id: Uuid,
         deadline: Option<Instant>,
         draining: CancellationToken,
     ) -> Response<Body> {
-        self.note(response.headers());
+        self.record_status(response.headers());
         if let Ok(mut id) = HeaderValue::try_from(id.to_string()) {
-            // Never seen again: it must not push others out of the connection's
-            // table of headers (RFC 7541).
+            // A sensitive value is not indexed (RFC 7541): a value that never recurs
+            // would only evict others from the connection's header table.
             id.set_sensitive(true);
             response.headers_mut().insert(REQUEST_ID, id);
         }
-        // Ours end by themselves when the server drains; these would hold it
-        // up.
-        let end = self.infrastructure.then(|| Box::pin(draining.cancelled_owned()));
+        // Streams of milepost's services end by themselves when the server drains;
+        // streams of health and reflection would not.
+        let draining = self.infrastructure.then(|| Box::pin(draining.cancelled_owned()));
         let deadline = deadline.map(|deadline| Box::pin(sleep_until(deadline)));
-        response.map(|inner| Body::new(CallBody { inner, call: self, deadline, end }))
+        response.map(|inner| Body::new(CallBody { inner, call: self, deadline, draining }))
     }
 }
 
 impl Drop for Call {
     fn drop(&mut self) {
-        // Whoever is gone before the status is, has cancelled.
+        // Without a status, the client cancelled the call.
         let status = self.status.unwrap_or(Code::Cancelled);
-        self.method.over(status, self.started.into_std());
+        self.method.finished(status, self.started.into_std());
         if let Some(trace) = &self.trace {
             trace.end(status);
         }
@@ -236,35 +234,37 @@ impl Drop for Call {
     }
 }
 
-/// What a handler that panicked is answered with. Where it did is in the
-/// process's own message on stderr.
-fn panicked(panic: &(dyn Any + Send)) -> Status {
-    let words = panic.downcast_ref::<&str>().copied();
-    let words = words.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
-    Status::from(Error::internal(format!("panicked: {}", words.unwrap_or("without words"))))
+/// The status for a handler that panicked. The panic hook prints the place of the
+/// panic on stderr.
+fn panic_status(panic: &(dyn Any + Send)) -> Status {
+    let message = panic.downcast_ref::<&str>().copied();
+    let message = message.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    Status::from(Error::internal(format!("panicked: {}", message.unwrap_or("no message"))))
 }
 
-/// The body of an answer, watched until its end.
+/// The body of a response. It enforces the client's deadline, catches panics and
+/// records the status in the trailers.
 #[derive(Debug)]
 struct CallBody {
     inner: Body,
     call: Call,
-    /// The client's.
+    /// The client's deadline.
     deadline: Option<Pin<Box<Sleep>>>,
-    end: Option<Pin<Box<WaitForCancellationFutureOwned>>>,
+    /// Ends a stream of health or reflection when the server drains.
+    draining: Option<Pin<Box<WaitForCancellationFutureOwned>>>,
 }
 
 impl CallBody {
-    /// Ends the body with this status.
+    /// Ends the body with trailers for `status`.
     fn end_with(&mut self, status: &Status) -> Frame<Bytes> {
         self.inner = Body::empty();
         self.deadline = None;
-        self.end = None;
+        self.draining = None;
         let mut trailers = HeaderMap::new();
         if status.add_header(&mut trailers).is_err() {
             trailers.insert("grpc-status", HeaderValue::from_static("13"));
         }
-        self.call.note(&trailers);
+        self.call.record_status(&trailers);
         Frame::trailers(trailers)
     }
 }
@@ -283,11 +283,11 @@ impl http_body::Body for CallBody {
         let polled = catch_unwind(AssertUnwindSafe(|| span.in_scope(|| Pin::new(inner).poll_frame(cx))));
         match polled {
             Err(panic) => {
-                let status = body.call.span.in_scope(|| panicked(panic.as_ref()));
+                let status = body.call.span.in_scope(|| panic_status(panic.as_ref()));
                 Poll::Ready(Some(Ok(body.end_with(&status))))
             }
             Ok(Poll::Pending) => {
-                if body.end.as_mut().is_some_and(|end| end.as_mut().poll(cx).is_ready()) {
+                if body.draining.as_mut().is_some_and(|draining| draining.as_mut().poll(cx).is_ready()) {
                     let status = Status::from(Error::Draining);
                     return Poll::Ready(Some(Ok(body.end_with(&status))));
                 }
@@ -297,7 +297,7 @@ impl http_body::Body for CallBody {
                 match &frame {
                     Some(Ok(frame)) => {
                         if let Some(trailers) = frame.trailers_ref() {
-                            body.call.note(trailers);
+                            body.call.record_status(trailers);
                         }
                     }
                     Some(Err(status)) => body.call.status = Some(status.code()),
@@ -324,7 +324,7 @@ mod tests {
 
     use super::*;
 
-    /// Does what its request's path says.
+    /// A service whose behaviour depends on the path of the request.
     #[derive(Clone)]
     struct Fake;
 
@@ -354,7 +354,7 @@ mod tests {
         }
     }
 
-    /// Never ends, unless it panics.
+    /// A body that never ends, or that panics when it is polled.
     struct FakeBody {
         panics: bool,
     }
@@ -376,7 +376,7 @@ mod tests {
         call_within(path, Duration::from_millis(50), "1H", draining).await
     }
 
-    /// Within the server's limit and the client's.
+    /// Calls with the server's limit `limit` and the client's `grpc-timeout`.
     async fn call_within(
         path: &str,
         limit: Duration,
@@ -396,20 +396,20 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_handler_that_panics_is_an_internal_error() {
+    async fn a_panicking_handler_is_answered_with_internal() {
         let response = call("/grpc.Fake/Panic", &CancellationToken::new()).await;
         assert_eq!(Status::from_header_map(response.headers()).unwrap().code(), Code::Internal);
         assert!(response.headers().contains_key("x-request-id"));
     }
 
     #[tokio::test]
-    async fn a_handler_that_takes_too_long_is_past_its_deadline() {
+    async fn a_handler_past_the_servers_limit_is_answered_with_deadline_exceeded() {
         let response = call("/grpc.Fake/Hang", &CancellationToken::new()).await;
         assert_eq!(Status::from_header_map(response.headers()).unwrap().code(), Code::DeadlineExceeded);
     }
 
     #[tokio::test]
-    async fn the_deadline_of_the_client_counts_if_it_is_the_earlier() {
+    async fn the_clients_deadline_holds_if_it_is_before_the_servers_limit() {
         let hour = Duration::from_secs(60 * 60);
         for timeout in ["50m", "0S", "1n"] {
             let response = call_within("/grpc.Fake/Hang", hour, timeout, &CancellationToken::new()).await;
@@ -420,14 +420,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_stream_ends_with_the_deadline_of_the_client() {
+    async fn a_stream_ends_at_the_clients_deadline() {
         let hour = Duration::from_secs(60 * 60);
         let response = call_within("/grpc.Fake/Watch", hour, "50m", &CancellationToken::new()).await;
         assert_eq!(trailers_code(response).await, Code::DeadlineExceeded);
     }
 
     #[test]
-    fn a_timeout_is_up_to_eight_digits_and_a_unit() {
+    fn a_grpc_timeout_is_up_to_eight_digits_and_a_unit() {
         let parsed =
             |text: &'static str| timeout(&HeaderMap::from_iter([(TIMEOUT, HeaderValue::from_static(text))]));
         for (text, duration) in [
@@ -449,13 +449,13 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_stream_that_panics_ends_with_an_internal_error() {
+    async fn a_panicking_stream_ends_with_internal() {
         let response = call("/grpc.Fake/PanicLater", &CancellationToken::new()).await;
         assert_eq!(trailers_code(response).await, Code::Internal);
     }
 
     #[tokio::test]
-    async fn a_stream_of_the_infrastructure_ends_when_the_server_drains() {
+    async fn a_stream_of_health_or_reflection_ends_when_the_server_drains() {
         let draining = CancellationToken::new();
         let response = call("/grpc.Fake/Watch", &draining).await;
         draining.cancel();

@@ -1,17 +1,17 @@
-//! Connections, as the server holds them.
+//! The server's side of a connection, below HTTP/2.
 //!
-//! **They write together what is said at about the same time.** tokio runs a
-//! connection's task right after the stream that has something for it, so that
-//! each of a thousand watchers' messages would be a write of its own, which
-//! costs more than all the rest of its way. Here the connection's task goes to
-//! the end of the queue once before it writes: what the streams in between have
-//! to say goes along. Where nobody else is in the queue, it writes at once.
+//! **Writes are batched.** tokio runs a connection's task right after the stream that
+//! wrote to it, so that each message of a thousand watches would be a system call of
+//! its own, which costs more than all other work on the message. Here the connection's
+//! task goes to the end of tokio's queue once before it writes, and the messages of
+//! the streams before it in the queue share the write. With an empty queue it writes
+//! at once.
 //!
-//! **They can be cut**, where a stream does not take its end, and all of them
-//! at the end of the drain.
+//! **Connections can be cut**: one whose client does not take the end of a stream, and
+//! all of them at the end of the drain.
 //!
-//! **They are counted**, and who connects and says nothing is let go: HTTP/2
-//! looks after a connection only once the client has greeted.
+//! **Connections are limited** in number, and in the time until the HTTP/2 preface:
+//! HTTP/2's keepalive watches a connection only from its preface on.
 
 use std::{
     io,
@@ -40,35 +40,38 @@ use tonic::transport::server::Connected;
 
 use crate::services::Peer;
 
-/// What is worth a write of its own, in bytes: a replay is made of such.
-const LARGE: usize = 4 * 1024;
-/// What a client says first (RFC 9113, 3.4), in bytes.
-const PREFACE: usize = 24;
+/// Size of a write, in bytes, from which the next one is not delayed for batching, as
+/// in the replay of a log.
+const LARGE_WRITE_BYTES: usize = 4 * 1024;
+/// Length of the client's HTTP/2 preface (RFC 9113, 3.4), without SETTINGS.
+const PREFACE_BYTES: usize = 24;
 
-/// All connections of a server.
+/// Limits, counts and cuts the connections of a server.
 #[derive(Clone, Debug)]
 pub(super) struct Connections {
     cut: CancellationToken,
-    /// How often something was read from one of them or written to it.
-    moved: Arc<AtomicUsize>,
-    room: Arc<Semaphore>,
-    preface: Duration,
+    /// Number of reads and writes on all connections.
+    activity: Arc<AtomicUsize>,
+    permits: Arc<Semaphore>,
+    preface_timeout: Duration,
 }
 
 impl Connections {
-    /// At most so many, of which each client has so long to greet.
-    pub(super) fn new(most: usize, preface: Duration) -> Self {
-        let room = Arc::new(Semaphore::new(most));
-        Self { cut: CancellationToken::new(), moved: Arc::default(), room, preface }
+    /// At most `most` connections; each must send its preface within
+    /// `preface_timeout`.
+    pub(super) fn new(most: usize, preface_timeout: Duration) -> Self {
+        let permits = Arc::new(Semaphore::new(most));
+        Self { cut: CancellationToken::new(), activity: Arc::default(), permits, preface_timeout }
     }
 
-    /// Nothing if there are as many as may be.
+    /// A connection without TLS, or none if the limit is reached.
     pub(super) fn plain(&self, stream: TcpStream) -> Option<Connection> {
         let address = stream.peer_addr().ok();
         self.open(Either::Left(stream), address)
     }
 
-    /// What is written together is also encrypted together.
+    /// A connection over TLS, or none if the limit is reached. Batched messages are
+    /// also encrypted together.
     pub(super) fn encrypted(&self, stream: TlsStream<TcpStream>) -> Option<Connection> {
         let address = stream.get_ref().0.peer_addr().ok();
         self.open(Either::Right(Box::new(stream)), address)
@@ -79,67 +82,69 @@ impl Connections {
         stream: Either<TcpStream, Box<TlsStream<TcpStream>>>,
         address: Option<SocketAddr>,
     ) -> Option<Connection> {
-        let Ok(room) = Arc::clone(&self.room).try_acquire_owned() else {
-            tracing::warn!("too many connections: one more is closed");
+        let Ok(permit) = Arc::clone(&self.permits).try_acquire_owned() else {
+            tracing::warn!("the limit of open connections is reached: closing a new connection");
             return None;
         };
         let cut = self.cut.child_token();
-        let is_cut = Box::pin(cut.clone().cancelled_owned());
-        let moved = Arc::clone(&self.moved);
-        let preface = Some(Preface { missing: PREFACE, until: Box::pin(sleep(self.preface)) });
+        let cancelled = Box::pin(cut.clone().cancelled_owned());
+        let activity = Arc::clone(&self.activity);
+        let timeout = Box::pin(sleep(self.preface_timeout));
+        let preface = Some(Preface { missing_bytes: PREFACE_BYTES, timeout });
         Some(Connection {
             stream,
             address,
-            moved,
-            waited: false,
+            activity,
+            yielded: false,
             large: false,
             preface,
             cut,
-            is_cut,
-            _room: room,
+            cancelled,
+            _permit: permit,
         })
     }
 
-    /// Cuts them all.
+    /// Cuts all connections.
     pub(super) fn cut(&self) {
         self.cut.cancel();
     }
 
-    /// A number that stays the same as long as all of them are silent.
-    pub(super) fn moved(&self) -> usize {
-        self.moved.load(Relaxed)
+    /// A number that changes with each read and write on a connection.
+    pub(super) fn activity(&self) -> usize {
+        self.activity.load(Relaxed)
     }
 }
 
-/// A connection.
+/// An accepted connection.
 #[derive(Debug)]
 pub(super) struct Connection {
     stream: Either<TcpStream, Box<TlsStream<TcpStream>>>,
     address: Option<SocketAddr>,
-    moved: Arc<AtomicUsize>,
-    /// It has let the others go first.
-    waited: bool,
-    /// The last write was one that needs no company.
+    activity: Arc<AtomicUsize>,
+    /// The next write is not delayed: the task has already gone to the end of the
+    /// queue, or the last write was large.
+    yielded: bool,
+    /// The last write had at least [`LARGE_WRITE_BYTES`].
     large: bool,
-    /// Until the client has said what it says first.
+    /// None once the client has sent its preface.
     preface: Option<Preface>,
     cut: CancellationToken,
-    is_cut: Pin<Box<WaitForCancellationFutureOwned>>,
-    _room: OwnedSemaphorePermit,
+    /// Completes when `cut` is cancelled.
+    cancelled: Pin<Box<WaitForCancellationFutureOwned>>,
+    _permit: OwnedSemaphorePermit,
 }
 
 #[derive(Debug)]
 struct Preface {
-    /// Bytes.
-    missing: usize,
-    until: Pin<Box<Sleep>>,
+    missing_bytes: usize,
+    timeout: Pin<Box<Sleep>>,
 }
 
 impl Connection {
-    /// Whoever waits for the client to read does not read meanwhile, and would not
-    /// hear of a cut there.
-    fn wait_unless_cut<T>(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<T>> {
-        ready!(self.is_cut.as_mut().poll(cx));
+    /// Pending, or an error once the connection is cut. A task that waits for a write
+    /// does not poll reads, where a cut is also noticed.
+    fn pending_unless_cut<T>(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<T>> {
+        ready!(self.cancelled.as_mut().poll(cx));
         Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()))
     }
 }
@@ -158,46 +163,46 @@ impl AsyncRead for Connection {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        if self.is_cut.as_mut().poll(cx).is_ready() {
+        if self.cancelled.as_mut().poll(cx).is_ready() {
             return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
         }
         let before = buf.filled().len();
         let read = Pin::new(&mut self.stream).poll_read(cx, buf);
         if let Some(preface) = &mut self.preface {
-            preface.missing = preface.missing.saturating_sub(buf.filled().len() - before);
-            if preface.missing == 0 {
+            preface.missing_bytes = preface.missing_bytes.saturating_sub(buf.filled().len() - before);
+            if preface.missing_bytes == 0 {
                 self.preface = None;
-            } else if preface.until.as_mut().poll(cx).is_ready() {
+            } else if preface.timeout.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
             }
         }
         ready!(read)?;
-        self.moved.fetch_add(1, Relaxed);
+        self.activity.fetch_add(1, Relaxed);
         Poll::Ready(Ok(()))
     }
 }
 
-/// Not vectored: h2 then gathers small frames in a buffer of its own.
+/// Without vectored writes, so that h2 gathers small frames in its own buffer.
 impl AsyncWrite for Connection {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        if !std::mem::replace(&mut self.waited, true) {
-            // A task that wakes itself goes to the end of the queue.
+        if !std::mem::replace(&mut self.yielded, true) {
+            // A task that wakes itself goes to the end of tokio's queue.
             cx.waker().wake_by_ref();
             return Poll::Pending;
         }
         let Poll::Ready(written) = Pin::new(&mut self.stream).poll_write(cx, buf)? else {
-            return self.wait_unless_cut(cx);
+            return self.pending_unless_cut(cx);
         };
-        self.large = written >= LARGE;
-        self.moved.fetch_add(1, Relaxed);
+        self.large = written >= LARGE_WRITE_BYTES;
+        self.activity.fetch_add(1, Relaxed);
         Poll::Ready(Ok(written))
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if Pin::new(&mut self.stream).poll_flush(cx)?.is_pending() {
-            return self.wait_unless_cut(cx);
+            return self.pending_unless_cut(cx);
         }
-        self.waited = self.large;
+        self.yielded = self.large;
         Poll::Ready(Ok(()))
     }
 
@@ -217,27 +222,30 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_connection_whose_client_reads_nothing_is_cut_all_the_same() {
+    async fn a_connection_whose_client_does_not_read_can_be_cut() {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-        let _client = TcpStream::connect(listener.local_addr().expect("it listens")).await.expect("a client");
-        let (stream, _) = listener.accept().await.expect("a client");
+        let _client =
+            TcpStream::connect(listener.local_addr().expect("an address")).await.expect("a connection");
+        let (stream, _) = listener.accept().await.expect("a connection");
         let connections = Connections::new(1, Duration::from_secs(60));
-        let mut connection = connections.plain(stream).expect("there is room");
+        let mut connection = connections.plain(stream).expect("a free permit");
         let chunk = vec![0; 64 * 1024];
-        let written = Arc::clone(&connection.moved);
+        let activity = Arc::clone(&connection.activity);
         let writing = async { while connection.write_all(&chunk).await.is_ok() {} };
         let cutting = async {
-            // Until nothing goes any more.
+            // Until no more bytes can be written.
             let mut last = (0, Instant::now());
             while last.1.elapsed() < Duration::from_millis(200) {
                 sleep(Duration::from_millis(10)).await;
-                let now = written.load(Relaxed);
+                let now = activity.load(Relaxed);
                 if now != last.0 {
                     last = (now, Instant::now());
                 }
             }
             connections.cut();
         };
-        timeout(Duration::from_secs(10), async { tokio::join!(writing, cutting) }).await.expect("the end");
+        timeout(Duration::from_secs(10), async { tokio::join!(writing, cutting) })
+            .await
+            .expect("the write ends");
     }
 }

@@ -1,8 +1,8 @@
-//! Connections as they come in, over TLS once both sides have shaken hands.
+//! Accepts connections, and performs the TLS handshake if TLS is on.
 //!
-//! Handshakes go on beside each other and beside the accepting of others, each
-//! within a time, and not too many at once: one more ends the oldest, since an
-//! honest client is long done by then and those who say nothing must not keep
+//! Handshakes run concurrently, beside the accepting of further connections. Each has
+//! a timeout, and their number is limited: one more ends the oldest. An honest client
+//! has finished its handshake long before that, and silent clients must not keep
 //! others out.
 
 use std::{collections::VecDeque, io, pin::pin, time::Duration};
@@ -27,12 +27,12 @@ use super::{
 };
 use crate::limits;
 
-/// Pause after a connection could not be accepted: there may be no file
-/// descriptors left, and the next attempt would fail just so.
+/// Pause after a failed accept: the process may have no file descriptors left, and an
+/// immediate retry would fail as well.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Connections, without end. Dropping it stops accepting and ends the
-/// handshakes that are under way.
+/// An endless stream of connections. Dropping it stops accepting and ends the
+/// handshakes in progress.
 pub(super) fn incoming(
     listener: TcpListener,
     tls: Option<Tls>,
@@ -48,22 +48,23 @@ pub(super) fn incoming(
     let Some(tls) = tls else {
         return Either::Left(accepted.filter_map(move |stream| ready(connections.plain(stream).map(Ok))));
     };
-    let (ready, shaken) = mpsc::channel(1);
-    let shaking = AbortOnDropHandle::new(tokio::spawn(shake_hands(
+    let (ready, connections_ready) = mpsc::channel(1);
+    let handshakes = AbortOnDropHandle::new(tokio::spawn(run_handshakes(
         accepted,
         move || tls.acceptor(),
         connections,
         ready,
         limits::HANDSHAKES,
     )));
-    Either::Right(stream::unfold((shaken, shaking), async |(mut shaken, shaking)| {
-        let connection = shaken.recv().await?;
-        Some((Ok(connection), (shaken, shaking)))
+    Either::Right(stream::unfold((connections_ready, handshakes), async |(mut ready, handshakes)| {
+        let connection = ready.recv().await?;
+        Some((Ok(connection), (ready, handshakes)))
     }))
 }
 
-/// At most `most` handshakes at once, each with what `acceptor` says then.
-async fn shake_hands(
+/// Runs at most `most` handshakes at once, each with the certificate that `acceptor`
+/// returns at its start.
+async fn run_handshakes(
     accepted: impl Stream<Item = TcpStream>,
     acceptor: impl Fn() -> TlsAcceptor,
     connections: Connections,
@@ -80,22 +81,22 @@ async fn shake_hands(
             under_way.retain(|handshake| !handshake.is_finished());
         }
         if under_way.len() >= most {
-            tracing::debug!("too many handshakes at once: ending the oldest");
+            tracing::debug!("the limit of concurrent TLS handshakes is reached: ending the oldest");
             under_way.pop_front();
         }
         let handshake = acceptor().accept(stream);
-        let (shaken, connections) = (ready.clone(), connections.clone());
+        let (ready, connections) = (ready.clone(), connections.clone());
         under_way.push_back(AbortOnDropHandle::new(tokio::spawn(async move {
             match timeout(limits::HANDSHAKE, handshake).await {
-                // Where nobody takes it any more, the server shuts down.
+                // The send fails only when the server is shutting down.
                 Ok(Ok(stream)) => {
                     if let Some(connection) = connections.encrypted(stream) {
-                        drop(shaken.send(connection).await);
+                        drop(ready.send(connection).await);
                     }
                 }
-                // Anybody can make these.
-                Ok(Err(error)) => tracing::debug!(%error, "a handshake failed"),
-                Err(_) => tracing::debug!("a handshake took too long"),
+                // Of level debug: every client can cause these.
+                Ok(Err(error)) => tracing::debug!(%error, "a TLS handshake failed"),
+                Err(_) => tracing::debug!("a TLS handshake timed out"),
             }
         })));
     }
@@ -112,18 +113,18 @@ mod tests {
     use crate::tls::provider;
 
     #[tokio::test]
-    async fn where_too_many_shake_hands_the_oldest_is_let_go() {
+    async fn one_handshake_too_many_ends_the_oldest() {
         let config = ServerConfig::builder_with_provider(provider())
             .with_safe_default_protocol_versions()
-            .expect("ring has them")
+            .expect("ring supports them")
             .with_no_client_auth()
             .with_cert_resolver(Arc::new(ResolvesServerCertUsingSni::new()));
         let acceptor = TlsAcceptor::from(Arc::new(config));
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-        let address: SocketAddr = listener.local_addr().expect("its address");
+        let address: SocketAddr = listener.local_addr().expect("an address");
         let accepted = TcpIncoming::from(listener).filter_map(async |accepted| accepted.ok());
         let (ready, _connections) = mpsc::channel(1);
-        let _shaking = AbortOnDropHandle::new(tokio::spawn(shake_hands(
+        let _handshakes = AbortOnDropHandle::new(tokio::spawn(run_handshakes(
             accepted,
             move || acceptor.clone(),
             Connections::new(2, limits::HANDSHAKE),
@@ -133,35 +134,37 @@ mod tests {
 
         let mut silent = Vec::new();
         for _ in 0..3 {
-            silent.push(TcpStream::connect(address).await.expect("it listens"));
+            silent.push(TcpStream::connect(address).await.expect("the server listens"));
         }
-        // Long before its time is over.
-        let end = timeout(limits::HANDSHAKE / 2, silent[0].read(&mut [0])).await.expect("its end");
+        // Well before the timeout of a handshake.
+        let end =
+            timeout(limits::HANDSHAKE / 2, silent[0].read(&mut [0])).await.expect("a closed connection");
         assert!(matches!(end, Ok(0) | Err(_)), "{end:?}");
         for stream in &silent[1..] {
             let read = stream.try_read(&mut [0]);
             assert!(read.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock));
         }
     }
+
     #[tokio::test]
-    async fn who_connects_when_there_are_too_many_is_closed_and_who_says_nothing_makes_room() {
+    async fn a_connection_beyond_the_limit_is_closed_and_a_missing_preface_times_out() {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-        let address: SocketAddr = listener.local_addr().expect("its address");
+        let address: SocketAddr = listener.local_addr().expect("an address");
         let mut incoming = pin!(incoming(listener, None, Connections::new(1, Duration::from_millis(50))));
-        let connect = move || async move { TcpStream::connect(address).await.expect("it listens") };
+        let connect = move || async move { TcpStream::connect(address).await.expect("the server listens") };
         let mut first = connect().await;
         let mut accepted = incoming.next().await.expect("a connection").expect("no error");
         let mut refused = connect().await;
         let mut byte = [0];
         tokio::select! {
-            _ = incoming.next() => panic!("there is no room"),
+            _ = incoming.next() => panic!("no permit is free"),
             end = refused.read(&mut byte) => assert!(matches!(end, Ok(0) | Err(_)), "{end:?}"),
         }
 
-        tokio::io::AsyncWriteExt::write_all(&mut first, b"PRI * HTTP/2.0").await.expect("it is open");
+        tokio::io::AsyncWriteExt::write_all(&mut first, b"PRI * HTTP/2.0").await.expect("an open connection");
         let mut preface = [0; 64];
-        assert_eq!(accepted.read(&mut preface).await.expect("what was said"), 14);
+        assert_eq!(accepted.read(&mut preface).await.expect("the bytes sent"), 14);
         let end = accepted.read(&mut preface).await;
-        assert_eq!(end.expect_err("too late").kind(), io::ErrorKind::TimedOut);
+        assert_eq!(end.expect_err("a timeout").kind(), io::ErrorKind::TimedOut);
     }
 }

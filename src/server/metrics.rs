@@ -1,6 +1,6 @@
-//! Where Prometheus asks: `GET /metrics` over HTTP/1.1, on a listener of its own,
-//! so that neither calls nor the drain are in its way. It asks nobody but this
-//! process, and so answers while the database is away.
+//! Serves `GET /metrics` to Prometheus, over HTTP/1.1 on a listener of its own, so that
+//! neither calls nor the drain delay a scrape. A scrape reads only this process's
+//! memory, and so works during an outage of the database.
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
@@ -12,36 +12,35 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{services::App, telemetry::metrics};
 
-/// Longest that one scrape may take, from its connection on: silent clients and
-/// slow ones are cut then.
-const SCRAPE: Duration = Duration::from_secs(10);
-/// Most scrapes at once; more wait.
-const SCRAPES: usize = 16;
-/// Pause after a connection that could not be accepted, for want of files most
-/// likely.
-const PAUSE: Duration = Duration::from_millis(100);
+/// Longest that a scrape may take from its connection on; silent and slow clients are
+/// then cut.
+const SCRAPE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Most concurrent scrapes; further ones wait.
+const MAX_SCRAPES: usize = 16;
+/// Pause after a failed accept, most likely for lack of file descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Serves the metrics of a server for as long as this is polled.
+/// Serves the metrics of `app` until the future is dropped.
 pub async fn serve_metrics(listener: TcpListener, app: App) -> Infallible {
-    let turns = Arc::new(Semaphore::new(SCRAPES));
+    let permits = Arc::new(Semaphore::new(MAX_SCRAPES));
     let ended = CancellationToken::new();
     let _end = ended.clone().drop_guard();
     loop {
-        // Nobody closes it.
-        let turn = Arc::clone(&turns).acquire_owned().await;
+        // An error is impossible: the semaphore is never closed.
+        let permit = Arc::clone(&permits).acquire_owned().await;
         let Ok((stream, _)) = listener.accept().await else {
-            time::sleep(PAUSE).await;
+            time::sleep(ACCEPT_PAUSE).await;
             continue;
         };
         let app = app.clone();
         tokio::spawn(ended.clone().run_until_cancelled_owned(async move {
-            let _turn = turn;
+            let _permit = permit;
             let service = service_fn(move |request| std::future::ready(answer(&app, &request)));
-            // One request a connection: what bounds the one bounds the other.
+            // One request per connection, so that the limits of scrapes hold for connections.
             let scrape =
                 http1::Builder::new().keep_alive(false).serve_connection(TokioIo::new(stream), service);
-            // Whoever asked has gone, or asked nothing sensible.
-            let _unread = time::timeout(SCRAPE, scrape).await;
+            // A failure is the client's: it closed the connection or sent no valid request.
+            let _failure = time::timeout(SCRAPE_TIMEOUT, scrape).await;
         }));
     }
 }
@@ -52,6 +51,8 @@ fn answer(app: &App, request: &Request<Incoming>) -> http::Result<Response<Strin
         (&Method::GET, "/metrics") => {
             response.header(CONTENT_TYPE, metrics::CONTENT_TYPE).body(app.measure())
         }
-        _ => response.status(StatusCode::NOT_FOUND).body("metrics are at /metrics\n".to_owned()),
+        _ => response
+            .status(StatusCode::NOT_FOUND)
+            .body("not found: the metrics are at GET /metrics\n".to_owned()),
     }
 }

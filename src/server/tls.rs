@@ -1,4 +1,4 @@
-//! The server's certificate, and new ones as they come.
+//! The server's certificate, reloaded when its files change.
 
 use std::{sync::Arc, time::Duration};
 
@@ -19,83 +19,85 @@ use crate::{
     tls::{TlsError, authorities, certificates, private_key, provider, read},
 };
 
-/// How often the files are looked at. By what is in them, so that it does not
-/// matter how they are replaced.
-const LOOK_INTERVAL: Duration = Duration::from_secs(3);
-/// The one protocol over it.
+/// How often the files are read. A change is recognised by their contents, however the
+/// files are replaced.
+const RELOAD_INTERVAL: Duration = Duration::from_secs(3);
+/// The only protocol that is negotiated: HTTP/2.
 const ALPN: &[u8] = b"h2";
 
-/// What a server shows of itself and asks of its clients, kept as the files
-/// have it for as long as a clone of this is there.
+/// The TLS configuration of a server. It follows the files until the last clone is
+/// dropped.
 #[derive(Clone, Debug)]
 pub struct Tls {
     loaded: watch::Receiver<Loaded>,
-    _fresh: Arc<AbortOnDropHandle<()>>,
+    _reloader: Arc<AbortOnDropHandle<()>>,
 }
 
 #[derive(Clone, Debug)]
 struct Loaded {
     config: Arc<rustls::ServerConfig>,
-    /// Of all files, to know them by.
+    /// Hash of the contents of all files.
     hash: [u8; 32],
 }
 
 impl Tls {
-    /// Loads the files, if there is to be TLS, and goes on looking at them: now
-    /// and then, and on SIGHUP, which no longer ends the process. What cannot be
-    /// used later is logged and changes nothing.
+    /// Loads the files, or returns none if TLS is off. From then on the files are read
+    /// again every 3 s and on SIGHUP, which no longer ends the process. An error in a
+    /// later load is logged, and the configuration in use stays.
     pub async fn start(config: &TlsConfig) -> Result<Option<Self>, TlsError> {
         if !config.is_on()? {
             return Ok(None);
         }
         let hangup = signal(SignalKind::hangup())
-            .map_err(|error| TlsError(format!("cannot wait for SIGHUP: {error}")))?;
+            .map_err(|error| TlsError(format!("cannot handle SIGHUP: {error}")))?;
         let (sender, loaded) = watch::channel(load(config).await?);
-        let fresh = AbortOnDropHandle::new(tokio::spawn(keep_fresh(config.clone(), sender, hangup)));
-        Ok(Some(Self { loaded, _fresh: Arc::new(fresh) }))
+        let reloader = AbortOnDropHandle::new(tokio::spawn(reload(config.clone(), sender, hangup)));
+        Ok(Some(Self { loaded, _reloader: Arc::new(reloader) }))
     }
 
-    /// For one connection: the next one may have to do with another.
+    /// The acceptor of one new connection; a later connection may get a newer
+    /// certificate.
     pub(super) fn acceptor(&self) -> TlsAcceptor {
         TlsAcceptor::from(Arc::clone(&self.loaded.borrow().config))
     }
 }
 
-async fn keep_fresh(config: TlsConfig, current: watch::Sender<Loaded>, mut hangup: Signal) {
-    let mut looks = interval(LOOK_INTERVAL);
-    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut trouble = None;
+/// Loads the files again at each interval and each SIGHUP; never returns.
+async fn reload(config: TlsConfig, current: watch::Sender<Loaded>, mut hangup: Signal) {
+    let mut ticks = interval(RELOAD_INTERVAL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut last_error = None;
     loop {
-        let asked = tokio::select! {
-            _ = looks.tick() => false,
+        let hung_up = tokio::select! {
+            _ = ticks.tick() => false,
             _ = hangup.recv() => true,
         };
         match load(&config).await {
             Ok(loaded) => {
-                let other = loaded.hash != current.borrow().hash;
-                if other {
+                let changed = loaded.hash != current.borrow().hash;
+                if changed {
                     tracing::info!("new connections get the new certificate");
                     current.send_replace(loaded);
-                } else if asked {
+                } else if hung_up {
                     tracing::info!("the certificate is the one in use already");
                 }
-                trouble = None;
+                last_error = None;
             }
-            // Told once, not at every look.
-            Err(error) if asked || trouble.as_ref() != Some(&error) => {
-                tracing::warn!(%error, "the certificate in use stays");
-                trouble = Some(error);
+            // A repeated error is logged only after SIGHUP, not at every interval.
+            Err(error) if hung_up || last_error.as_ref() != Some(&error) => {
+                tracing::warn!(%error, "cannot load the TLS files: the certificate in use stays");
+                last_error = Some(error);
             }
             Err(_) => {}
         }
     }
 }
 
-/// The files as they are now. What was begun under an earlier certificate or
-/// authority cannot be resumed under this one: each has its own sessions.
+/// Loads the files. Each configuration has its own TLS sessions, so that a session of
+/// an earlier certificate or authority cannot be resumed under a new one.
 async fn load(config: &TlsConfig) -> Result<Loaded, TlsError> {
     let (Some(certificate_path), Some(key_path)) = (&config.tls_cert, &config.tls_key) else {
-        return Err(TlsError("TLS needs a certificate and its key".to_owned()));
+        return Err(TlsError("TLS needs both --tls-cert and --tls-key".to_owned()));
     };
     let (certificate, key) = (read(certificate_path).await?, read(key_path).await?);
     let mut hash =

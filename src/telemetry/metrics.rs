@@ -1,9 +1,8 @@
-//! What an operator watches, as Prometheus scrapes it.
+//! The metrics of a server, as Prometheus scrapes them.
 //!
-//! Every label is of a set that is known when the server starts. A handle is
-//! looked up once and then counted with, so that counting neither formats nor
-//! allocates. What need not be counted as it happens is read when somebody asks,
-//! see `App::measure`.
+//! The values of every label are known when the server starts. Each metric's handle
+//! is looked up once and kept, so that counting neither formats nor allocates.
+//! Values that need no counting are read at each scrape, see `App::measure`.
 
 use std::{
     collections::HashMap,
@@ -22,28 +21,28 @@ use tonic::Code;
 
 use crate::pb::{self, ErrorReason};
 
-/// Format of the metrics as text.
+/// Content type of the scraped text: OpenMetrics 1.0.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// Bounds of what a caller waits for, in seconds.
+/// Histogram bounds for durations that a caller waits, in seconds.
 const SECONDS: [f64; 14] =
     [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0];
-/// The same of what is passed on within this process.
+/// Histogram bounds for delays within this process, in seconds.
 const DELAYS: [f64; 13] = [0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0];
-/// Bounds of what a transaction holds.
+/// Histogram bounds for events and batches of a transaction.
 const COUNTS: [f64; 11] = [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1_000.0, 2_000.0];
 
-/// The descriptors of all that is served.
+/// The file descriptor sets of all services that a server has.
 const DESCRIPTORS: [&[u8]; 4] = [
     pb::FILE_DESCRIPTOR_SET,
     tonic_health::pb::FILE_DESCRIPTOR_SET,
     tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET,
     tonic_reflection::pb::v1alpha::FILE_DESCRIPTOR_SET,
 ];
-/// What stands for all paths that nothing is served on.
+/// The label `method` of calls to unknown paths.
 const OTHER: &str = "other";
 
-/// The codes of gRPC, by number.
+/// The names of the gRPC codes, by number.
 const CODES: [&str; 17] = [
     "OK",
     "CANCELLED",
@@ -73,26 +72,23 @@ pub struct Metrics {
     registry: Registry,
     methods: HashMap<String, Arc<Method>>,
     other: Arc<Method>,
-    /// Of appends and their transactions.
     pub(crate) appends: Appends,
-    /// From a commit to its watchers.
     pub(crate) watches: Watches,
-    /// Read when somebody asks.
+    /// Set at each scrape, except `ready`.
     pub(crate) state: State,
 }
 
-/// Appends, and the transactions that take them.
+/// Metrics of appended batches and of their transactions.
 #[derive(Debug)]
 pub(crate) struct Appends {
     duration: Histogram,
     transaction: Histogram,
     events: Histogram,
     batches: Histogram,
-    /// Open publish streams.
     pub(crate) streams: Gauge,
 }
 
-/// From a commit to its watchers.
+/// Metrics of the way from a commit to the watches.
 #[derive(Debug)]
 pub(crate) struct Watches {
     own: Histogram,
@@ -103,7 +99,8 @@ pub(crate) struct Watches {
     pub(crate) sweep_finds: Counter,
 }
 
-/// How things stand; set when somebody asks, but for the first.
+/// Gauges of the server's state. `ready` is set on each change, all others at each
+/// scrape.
 #[derive(Debug)]
 pub(crate) struct State {
     pub(crate) ready: Gauge,
@@ -124,13 +121,13 @@ impl Default for Metrics {
 }
 
 impl Metrics {
-    /// With everything at zero.
+    /// All metrics at zero.
     pub fn new() -> Self {
         let mut registry = Registry::with_prefix("milepost");
         let version = Info::new([("version", env!("CARGO_PKG_VERSION"))]);
         registry.register("build", "The version of this server", version);
         let families = CallFamilies::new(&mut registry);
-        let methods: HashMap<_, _> = served()
+        let methods: HashMap<_, _> = served_methods()
             .map(|(path, unary)| {
                 let method = Method::new(path.trim_start_matches('/'), unary, &families);
                 (path, Arc::new(method))
@@ -142,24 +139,25 @@ impl Metrics {
         Self { registry, methods, other, appends, watches, state }
     }
 
-    /// All of it, as [`CONTENT_TYPE`] says.
+    /// All metrics as text of the [`CONTENT_TYPE`].
     pub(crate) fn text(&self) -> String {
         let mut encoded = String::new();
-        // A string takes whatever is written to it.
+        // Writing to a string cannot fail.
         let _infallible = text::encode(&mut encoded, &self.registry);
         encoded
     }
 
-    /// The method of this path, `/package.Service/Method`.
+    /// The metrics of the method at a path `/package.Service/Method`, or those of
+    /// all unknown paths.
     pub(crate) fn method(&self, path: &str) -> &Arc<Method> {
         self.methods.get(path).unwrap_or(&self.other)
     }
 }
 
-/// The paths of all methods, and whether each is unary.
-fn served() -> impl Iterator<Item = (String, bool)> {
+/// The paths of all methods that a server has, and whether each is unary.
+fn served_methods() -> impl Iterator<Item = (String, bool)> {
     let files = DESCRIPTORS.into_iter().flat_map(|set| {
-        // What protox wrote when this was built.
+        // Decoding cannot fail: the build script wrote these descriptors.
         FileDescriptorSet::decode(set).map(|set| set.file).unwrap_or_default()
     });
     files.flat_map(|file| {
@@ -189,11 +187,15 @@ impl CallFamilies {
             refused: Family::default(),
             duration: Family::new_with_constructor(duration),
         };
-        registry.register("calls", "Calls that are over, by method and code", families.answered.clone());
-        registry.register("refusals", "Refusals by method and reason", families.refused.clone());
+        registry.register("calls", "Finished calls, by method and status code", families.answered.clone());
+        registry.register(
+            "refusals",
+            "Refused calls and refused batches of publish streams, by method and reason",
+            families.refused.clone(),
+        );
         registry.register_with_unit(
             "call_duration",
-            "From a unary call's headers to its answer, by method",
+            "Time from the request headers of a unary call to the end of its response, by method",
             Unit::Seconds,
             families.duration.clone(),
         );
@@ -201,16 +203,16 @@ impl CallFamilies {
     }
 }
 
-/// What is counted of one method.
+/// The metrics of one method.
 #[derive(Debug)]
 pub(crate) struct Method {
     name: Arc<str>,
-    /// Of a stream, how long it lasts tells nothing.
+    /// None for a stream, whose length says nothing about the server.
     duration: Option<Histogram>,
-    /// By code, from the first on.
+    /// By code; a counter is created by the first call that ends with its code.
     answered: [OnceLock<Counter>; CODES.len()],
     answered_family: Family<Labels<2>, Counter>,
-    /// By reason, likewise.
+    /// By reason; a counter is created by the first refusal for its reason.
     refused: Box<[OnceLock<Counter>]>,
     refused_family: Family<Labels<2>, Counter>,
 }
@@ -228,20 +230,21 @@ impl Method {
             refused_family: families.refused.clone(),
             name,
         };
-        // There from 0 on, so that the first of them is a rise.
+        // These two start at 0: Prometheus does not count a series that starts at 1 as
+        // an increase, and a method's first fault must raise an alert.
         for fault in [ErrorReason::Internal, ErrorReason::DatabaseUnavailable] {
             method.refusals(fault);
         }
         method
     }
 
-    /// `package.Service/Method`, or that it is none of ours.
+    /// `package.Service/Method`, or `other` for unknown paths.
     pub(crate) fn name(&self) -> &Arc<str> {
         &self.name
     }
 
-    /// A call is over that began then.
-    pub(crate) fn over(&self, code: Code, began: Instant) {
+    /// Counts a finished call.
+    pub(crate) fn finished(&self, code: Code, started: Instant) {
         let index = code as usize;
         let counter = self.answered[index].get_or_init(|| {
             let labels = [("method", Arc::clone(&self.name)), ("code", CODES[index].into())];
@@ -249,11 +252,11 @@ impl Method {
         });
         counter.inc();
         if let Some(duration) = &self.duration {
-            duration.observe(began.elapsed().as_secs_f64());
+            duration.observe(started.elapsed().as_secs_f64());
         }
     }
 
-    /// A call, or a batch of a stream, was refused for this reason.
+    /// Counts a refused call, or a refused batch of a publish stream.
     pub(crate) fn refused(&self, reason: ErrorReason) {
         if let Some(counter) = self.refusals(reason) {
             counter.inc();
@@ -281,31 +284,35 @@ impl Appends {
             duration: seconds(
                 registry,
                 "append_duration",
-                "From a batch that is handed in to its answer, once durable",
+                "Time from when a batch is received until it is durable and answered",
             ),
-            transaction: seconds(registry, "transaction_duration", "One transaction of appends"),
+            transaction: seconds(
+                registry,
+                "transaction_duration",
+                "Time of one transaction that appends batches, including its commit",
+            ),
             events: registered(
                 registry,
                 "transaction_events",
-                "Events of one transaction",
+                "Events appended by one transaction",
                 Histogram::new(COUNTS),
             ),
             batches: registered(
                 registry,
                 "transaction_batches",
-                "Callers' batches that share one transaction",
+                "Batches appended by one transaction",
                 Histogram::new(COUNTS),
             ),
-            streams: registered(registry, "publish_streams", "Open publish streams", Gauge::default()),
+            streams: registered(registry, "publish_streams", "Open PublishEvents streams", Gauge::default()),
         }
     }
 
-    /// A batch that was handed in at that time is durable and answered.
+    /// Observes a durable and answered batch.
     pub(crate) fn answered(&self, waited: Duration) {
         self.duration.observe(waited.as_secs_f64());
     }
 
-    /// A transaction was committed.
+    /// Observes a committed transaction.
     pub(crate) fn committed(&self, took: Duration, events: usize, batches: usize) {
         self.transaction.observe(took.as_secs_f64());
         self.events.observe(float(events));
@@ -317,7 +324,7 @@ impl Appends {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Received {
     pub(crate) at: Instant,
-    /// It is this process's own.
+    /// This process made the commit.
     pub(crate) own: bool,
 }
 
@@ -327,12 +334,13 @@ impl Watches {
         let delays = Family::<Labels<1>, Histogram, _>::new_with_constructor(delay);
         registry.register_with_unit(
             "send_delay",
-            "From the moment this server knows of a commit to its handing to a watcher's stream",
+            "Time from when this server learns of a commit, its own or another server's, until a watch stream \
+             has the message",
             Unit::Seconds,
             delays.clone(),
         );
         let watches = Family::<Labels<1>, Gauge>::default();
-        registry.register("watches", "Open watches, by scope", watches.clone());
+        registry.register("watches", "Open watches, by scope: one job or all jobs", watches.clone());
         let label = |name, value: &str| [(name, Arc::from(value))];
         Self {
             own: delays.get_or_create_owned(&label("commit", "own")),
@@ -342,19 +350,19 @@ impl Watches {
             overflows: registered(
                 registry,
                 "watch_overflows",
-                "Watchers that fell behind and read the log again",
+                "Times that a watch fell behind the live events and read the log again",
                 Counter::default(),
             ),
             sweep_finds: registered(
                 registry,
                 "sweep_finds",
-                "Looks at the log that found events which no bell had announced",
+                "Periodic reads of the log that found events without a notification",
                 Counter::default(),
             ),
         }
     }
 
-    /// A message was handed on whose first event was heard of then.
+    /// Observes a message, by when this process learned of the message's first event.
     pub(crate) fn sent(&self, received: Received, at: Instant) {
         let delay = at.saturating_duration_since(received.at).as_secs_f64();
         if received.own { &self.own } else { &self.others }.observe(delay);
@@ -366,7 +374,7 @@ impl State {
         let connections = Family::<Labels<1>, Gauge>::default();
         registry.register(
             "database_connections",
-            "Connections of the pool that are open, by state",
+            "Open connections of the pool, by state",
             connections.clone(),
         );
         let state = |name: &str| connections.get_or_create_owned(&[("state", name.into())]);
@@ -377,26 +385,30 @@ impl State {
         };
         let gauge = |registry: &mut Registry, name, help| registered(registry, name, help, Gauge::default());
         Self {
-            ready: gauge(registry, "ready", "1 while the database answers and the server does not drain"),
-            draining: gauge(registry, "draining", "1 once the server shuts down"),
+            ready: gauge(
+                registry,
+                "ready",
+                "1 while the database answers and the server is not draining, otherwise 0",
+            ),
+            draining: gauge(registry, "draining", "1 from the start of the shutdown, otherwise 0"),
             watch_lag: seconds(
                 registry,
                 "watch_lag",
-                "Age of the oldest event that a watcher which had caught up was not sent yet",
+                "Age of the oldest event that a caught-up watch has not sent yet",
             ),
             connections_idle: state("idle"),
             connections_in_use: state("in_use"),
-            connections_most: gauge(registry, "database_connections_max", "Size of the pool"),
+            connections_most: gauge(registry, "database_connections_max", "Most connections of the pool"),
             connections_waited_for: gauge(
                 registry,
                 "database_connections_waiting",
-                "Those who wait for a connection of the pool",
+                "Callers that wait for a connection of the pool",
             ),
-            credentials: gauge(registry, "credentials_cached", "Credentials that are remembered"),
+            credentials: gauge(registry, "credentials_cached", "Credentials in this server's memory"),
             credentials_age: seconds(
                 registry,
                 "credentials_confirmed_age",
-                "Since the credentials that are remembered were last confirmed",
+                "Time since the cached credentials were last confirmed by the database",
             ),
         }
     }
@@ -407,17 +419,16 @@ fn registered<M: Metric + Clone>(registry: &mut Registry, name: &str, help: &str
     metric
 }
 
-/// Exact as far as any count here goes.
+/// Exact up to `u32::MAX`, which no count here reaches.
 pub(crate) fn float(count: usize) -> f64 {
     u32::try_from(count).map_or(f64::INFINITY, f64::from)
 }
 
-/// As a gauge takes it.
 pub(crate) fn whole(count: usize) -> i64 {
     i64::try_from(count).unwrap_or(i64::MAX)
 }
 
-/// Something that is open as long as this lives.
+/// Counts something open in a gauge until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Open(Gauge);
 

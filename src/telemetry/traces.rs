@@ -1,12 +1,13 @@
-//! Traces: where the time of a call went, exported as OpenTelemetry has it.
+//! Traces: where the time of a call is spent, exported to an OpenTelemetry collector.
 //!
-//! Handed down by value and made by hand at three places rather than derived
-//! from every span of the log: without an exporter, and for calls that nobody
-//! samples, nothing is made at all.
+//! Spans are created explicitly in three places rather than derived from every span
+//! of the log: without an exporter, and for calls that are not sampled, no span is
+//! created.
 //!
-//! A call's span continues its caller's trace. A batch's wait for its answer is
-//! a child of it. The transaction that appends it serves many callers and so is
-//! a trace of its own, linked to each of them and they to it.
+//! The span of a call continues the trace of its caller. The span of a batch, until
+//! its answer, is a child of the call's span. The transaction that appends the batch
+//! serves many callers: its span starts a trace of its own and is linked with the
+//! span of each batch, in both directions.
 
 use std::{sync::Arc, time::Duration};
 
@@ -29,21 +30,23 @@ use tonic::{Code, transport::ClientTlsConfig};
 
 use crate::error::BoxError;
 
-/// What the service is called unless OTEL_SERVICE_NAME says otherwise.
+/// The service's name, unless OTEL_SERVICE_NAME is set.
 const SERVICE_NAME: &str = "milepost";
-/// Longest that the last spans may take to leave.
+/// Longest that the export of the last spans may take at the shutdown.
 const FLUSH: Duration = Duration::from_secs(3);
 
-/// Where traces go, and which.
+/// The collector of traces, and which calls are sampled.
 #[derive(Clone, Debug)]
 pub struct TraceSettings {
-    /// Of the collector, `http://HOST:PORT`, which speaks OTLP over gRPC.
+    /// Endpoint of the collector for OTLP over gRPC: `http://HOST:PORT`, or
+    /// `https://HOST:PORT` for TLS by the authorities of this system.
     pub endpoint: String,
-    /// What share of the calls is traced whose callers do not say, 0 to 1.
+    /// Share of calls to trace, 0 to 1, among calls without a sampling decision of
+    /// their caller.
     pub sampled: f64,
 }
 
-/// Makes spans and exports them; off by default.
+/// Creates spans and exports them; disabled by default.
 #[derive(Clone, Debug, Default)]
 pub struct Traces(Option<Arc<Exporting>>);
 
@@ -55,8 +58,9 @@ struct Exporting {
 }
 
 impl Traces {
-    /// Exports from now on, from a runtime that goes on. Nothing waits for the
-    /// collector: what does not fit into the queue is dropped.
+    /// Starts the exporter; the current tokio runtime must outlive it. No call waits
+    /// for the collector: spans that do not fit into the queue are dropped. An error
+    /// for an endpoint that cannot be used.
     pub fn start(settings: &TraceSettings) -> Result<Self, BoxError> {
         let exporter = SpanExporter::builder().with_tonic().with_endpoint(&settings.endpoint);
         let exporter = if settings.endpoint.starts_with("https:") {
@@ -81,18 +85,22 @@ impl Traces {
         Ok(Self(Some(Arc::new(Exporting { provider, tracer, propagator }))))
     }
 
-    /// Exports what is left, as far as that does not take long.
+    /// Exports the remaining spans, within 3 s.
     pub async fn stop(&self) {
         let Some(exporting) = self.0.clone() else { return };
-        // It waits for a thread of its own.
+        // The shutdown blocks until the exporter's own thread has ended.
         let flushed =
             tokio::task::spawn_blocking(move || exporting.provider.shutdown_with_timeout(FLUSH)).await;
         if let Ok(Err(error)) = flushed {
-            tracing::warn!(error = &error as &dyn std::error::Error, "the last traces were not exported");
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "the last traces were not exported to the collector"
+            );
         }
     }
 
-    /// The span of a call, if it is sampled; `method` as `package.Service/Method`.
+    /// The span of a call, if the call is sampled; `method` is
+    /// `package.Service/Method`.
     pub(crate) fn call(&self, headers: &HeaderMap, method: &Arc<str>) -> Option<CallSpan> {
         let exporting = self.0.as_deref()?;
         let caller = exporting.propagator.extract_with_context(&Context::new(), &Headers(headers));
@@ -108,8 +116,7 @@ impl Traces {
         span.is_recording().then(|| CallSpan(caller.with_span(span)))
     }
 
-    /// The span of a batch on its way, within the call under way if that is
-    /// sampled.
+    /// The span of a batch, as a child of the current call's span if that is sampled.
     pub(crate) fn append(&self) -> Option<Box<AppendSpan>> {
         let exporting = self.0.as_deref()?;
         let call = Context::current();
@@ -119,7 +126,8 @@ impl Traces {
         })
     }
 
-    /// The span of a transaction that takes these batches, if any is sampled.
+    /// The span of a transaction that appends the batches of `appends`, if any of
+    /// them is sampled.
     pub(crate) fn transaction<'a>(
         &self,
         appends: impl Iterator<Item = &'a mut AppendSpan>,
@@ -141,26 +149,25 @@ impl Traces {
     }
 }
 
-/// A call that is traced.
+/// The span of a sampled call.
 #[derive(Clone, Debug)]
 pub(crate) struct CallSpan(Context);
 
 impl CallSpan {
-    /// For what works for this call.
+    /// The context for spans that are children of this call.
     pub(crate) fn context(&self) -> Context {
         self.0.clone()
     }
 
-    /// For the log.
     pub(crate) fn trace_id(&self) -> TraceId {
         self.0.span().span_context().trace_id()
     }
 
-    /// The call is over.
+    /// Ends the span with the call's status code.
     pub(crate) fn end(&self, code: Code) {
         let span = self.0.span();
         span.set_attribute(KeyValue::new("rpc.grpc.status_code", i64::from(i32::from(code))));
-        // Those that are a server's fault, as OpenTelemetry has it.
+        // The codes that OpenTelemetry's conventions for gRPC servers count as errors.
         if matches!(
             code,
             Code::Unknown
@@ -176,11 +183,11 @@ impl CallSpan {
     }
 }
 
-/// A batch from its handing in to its answer; ends when it is dropped.
+/// The span of a batch until its answer; ends when it is dropped.
 #[derive(Debug)]
 pub(crate) struct AppendSpan(Span);
 
-/// A transaction under way; ends when it is dropped.
+/// The span of a transaction; ends when it is dropped.
 #[derive(Debug)]
 pub(crate) struct TransactionSpan {
     context: Context,
@@ -188,7 +195,8 @@ pub(crate) struct TransactionSpan {
 }
 
 impl TransactionSpan {
-    /// The statement that appends, and with it the commit: one round trip.
+    /// The span of the statement that appends the batches and commits, in one round
+    /// trip.
     pub(crate) fn statement(&self) -> Span {
         SpanBuilder::from_name("SELECT append_events")
             .with_kind(SpanKind::Client)
@@ -199,7 +207,7 @@ impl TransactionSpan {
             .start_with_context(&self.tracer, &self.context)
     }
 
-    /// What it came to: events and batches, and the position of the last event.
+    /// Records the numbers of events and batches, and the position of the last event.
     pub(crate) fn took(&self, events: usize, batches: usize, position: Option<i64>) {
         let count = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
         let span = self.context.span();
@@ -210,13 +218,14 @@ impl TransactionSpan {
         }
     }
 
-    /// Whether it was committed is not known.
+    /// Records that it is unknown whether the transaction was committed.
     pub(crate) fn failed(&self) {
         self.context.span().set_status(Status::error(""));
     }
 }
 
-/// Samples what is linked to something sampled.
+/// Samples spans that are linked with a sampled span; otherwise asks the inner
+/// sampler.
 #[derive(Clone, Debug)]
 struct Linked(Sampler);
 

@@ -1,4 +1,4 @@
-//! The Postgres that is installed on this machine, and the user that it runs
+//! Finds the Postgres binaries installed on this machine, and the user to run them
 //! as.
 
 use std::{
@@ -13,17 +13,17 @@ use tokio::process::Command;
 
 use super::{EmbeddedError, io_error};
 
-/// Oldest Postgres that will do.
+/// Oldest major version of Postgres that milepost supports.
 pub(in crate::db) const OLDEST_MAJOR: u32 = 15;
 
-/// A folder with `initdb`, `pg_ctl` and `postgres`.
+/// A directory with `initdb`, `pg_ctl` and `postgres`.
 #[derive(Clone, Debug)]
 pub(super) struct Binaries {
     dir: PathBuf,
     major: u32,
 }
 
-/// An unprivileged user's ids.
+/// The ids of the unprivileged user that Postgres runs as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Owner {
     pub(super) uid: u32,
@@ -31,25 +31,25 @@ pub(super) struct Owner {
 }
 
 impl Owner {
-    /// The first folder on the way there that they may not enter.
-    fn shut_out_of(self, dir: &Path) -> Option<EmbeddedError> {
-        let way: Vec<&Path> = dir.ancestors().collect();
-        let closed = way.into_iter().rev().find(|dir| {
+    /// The error for the topmost ancestor of `dir` that this user may not enter.
+    fn inaccessible(self, dir: &Path) -> Option<EmbeddedError> {
+        let ancestors: Vec<&Path> = dir.ancestors().collect();
+        let closed = ancestors.into_iter().rev().find(|dir| {
             fs::metadata(dir).is_ok_and(|found| {
-                let enter = match (found.uid() == self.uid, found.gid() == self.gid) {
+                let search_bit = match (found.uid() == self.uid, found.gid() == self.gid) {
                     (true, _) => 0o100,
                     (false, true) => 0o010,
                     (false, false) => 0o001,
                 };
-                found.mode() & enter == 0
+                found.mode() & search_bit == 0
             })
         })?;
-        Some(EmbeddedError::ShutOut { dir: closed.to_owned(), uid: self.uid })
+        Some(EmbeddedError::Inaccessible { dir: closed.to_owned(), uid: self.uid })
     }
 }
 
 impl Binaries {
-    /// Those of this major version, or of the newest where none is asked for.
+    /// Finds the binaries of the version `major`, or without one the newest supported.
     pub(super) async fn find(major: Option<u32>) -> Result<Self, EmbeddedError> {
         let mut best: Option<Self> = None;
         for dir in candidates() {
@@ -71,8 +71,8 @@ impl Binaries {
         Some(Self { dir, major })
     }
 
-    /// Runs one of them to its end, as `owner` and in `folder`, with nothing of
-    /// our own environment that could change what it does.
+    /// Runs a binary to its end, as the user `owner` and in `dir`. The environment is
+    /// cleared, so that variables such as PGDATA cannot change what the binary does.
     pub(super) async fn run<I, A>(
         &self,
         name: &'static str,
@@ -94,14 +94,15 @@ impl Binaries {
         if let Some(Owner { uid, gid }) = owner {
             command.uid(uid).gid(gid);
         }
-        command.output().await.map_err(|source| match owner.and_then(|owner| owner.shut_out_of(dir)) {
-            Some(shut_out) if source.kind() == io::ErrorKind::PermissionDenied => shut_out,
+        command.output().await.map_err(|source| match owner.and_then(|owner| owner.inaccessible(dir)) {
+            Some(error) if source.kind() == io::ErrorKind::PermissionDenied => error,
             _ => io_error(format!("cannot run {name}"), source),
         })
     }
 }
 
-/// PATH's `pg_ctl` behind its symbolic links, then where Debian keeps its own.
+/// The directories of PATH's `pg_ctl`, with symbolic links resolved, then those of
+/// Debian's packages.
 fn candidates() -> Vec<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let mut dirs: Vec<PathBuf> = std::env::split_paths(&path)
@@ -121,17 +122,18 @@ fn major_version(line: &str) -> Option<u32> {
     digits.parse().ok()
 }
 
-/// What a command that failed said, as one line.
-pub(super) fn complaint(command: &'static str, output: &Output) -> EmbeddedError {
+/// The error for a failed command: its stderr on one line, or its exit status.
+pub(super) fn command_error(command: &'static str, output: &Output) -> EmbeddedError {
     let text = String::from_utf8_lossy(&output.stderr);
     let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
     let status: ExitStatus = output.status;
-    let said = if lines.is_empty() { status.to_string() } else { lines.join(" ") };
-    EmbeddedError::Command { command, said }
+    let message = if lines.is_empty() { status.to_string() } else { lines.join(" ") };
+    EmbeddedError::Command { command, message }
 }
 
-/// Whom Postgres, which refuses root, runs as: nobody else where we are not
-/// root; the owner of what is there already; `postgres` or `nobody`.
+/// The user that Postgres runs as, since it refuses to run as root. None if this
+/// process is not root; otherwise the owner of the existing cluster directory, or
+/// the user `postgres` or `nobody`.
 pub(super) async fn owner(cluster: &Path) -> Result<Option<Owner>, EmbeddedError> {
     if !is_root().await? {
         return Ok(None);
@@ -146,7 +148,7 @@ pub(super) async fn owner(cluster: &Path) -> Result<Option<Owner>, EmbeddedError
             }
             Err(EmbeddedError::NoUser)
         }
-        Err(error) => Err(io_error(format!("cannot look at {}", cluster.display()), error)),
+        Err(error) => Err(io_error(format!("cannot read the owner of {}", cluster.display()), error)),
     }
 }
 
@@ -157,7 +159,7 @@ pub(super) async fn is_root() -> Result<bool, EmbeddedError> {
 async fn id(arguments: &[&str]) -> Result<u32, EmbeddedError> {
     let output = Command::new("id").args(arguments).output().await;
     let output = output.map_err(|source| io_error("cannot run id".to_owned(), source))?;
-    String::from_utf8_lossy(&output.stdout).trim().parse().map_err(|_| complaint("id", &output))
+    String::from_utf8_lossy(&output.stdout).trim().parse().map_err(|_| command_error("id", &output))
 }
 
 #[cfg(test)]
@@ -165,7 +167,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_major_version_is_read_from_what_postgres_says() {
+    fn the_major_version_is_parsed_from_the_output_of_postgres_version() {
         assert_eq!(major_version("postgres (PostgreSQL) 15.13 (Debian 15.13-0+deb12u1)\n"), Some(15));
         assert_eq!(major_version("postgres (PostgreSQL) 19beta2\n"), Some(19));
         assert_eq!(major_version("command not found"), None);

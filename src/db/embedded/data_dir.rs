@@ -1,11 +1,11 @@
-//! The data folder: what lies where in it, and who serves it.
+//! The layout of the data directory, and the lock of the process that serves it.
 //!
 //! ```text
-//! lock               held by the milepost that serves the folder; its address
-//! cluster/           the user's that Postgres runs as, and nobody else's
-//!     data/          what initdb makes
-//!     data.new/      the same, unfinished
-//!     run/           the socket
+//! lock               locked by the milepost that serves the directory; its address
+//! cluster/           accessible only to the user that Postgres runs as
+//!     data/          the cluster that initdb made
+//!     data.new/      an unfinished run of initdb
+//!     run/           the Unix socket
 //!     postgres.log
 //! ```
 
@@ -22,25 +22,26 @@ use sha2::{Digest as _, Sha256};
 
 use super::{EmbeddedError, binaries::Owner, io_error};
 
-/// Longest folder whose socket `/.s.PGSQL.5432` fits into the 103 bytes that
-/// every Unix allows a socket's path.
+/// Longest directory, in bytes, whose socket `/.s.PGSQL.5432` fits into the 103 bytes
+/// that every Unix allows for the path of a socket.
 const SOCKET_DIR_BYTES: usize = 103 - "/.s.PGSQL.5432".len();
 
-/// Where everything lies.
+/// The paths in a data directory.
 #[derive(Clone, Debug)]
 pub(super) struct DataDir {
-    /// With symbolic links resolved.
+    /// Path with symbolic links resolved.
     pub(super) path: PathBuf,
 }
 
 impl DataDir {
-    /// The folder, made where it is missing.
+    /// Opens the directory; creates it if it is missing.
     pub(super) fn open(path: &Path) -> Result<Self, EmbeddedError> {
-        let failed = |source| io_error(format!("cannot make the data dir {}", path.display()), source);
+        let failed =
+            |source| io_error(format!("cannot create the data directory {}", path.display()), source);
         if !path.exists() {
             fs::create_dir_all(path).map_err(failed)?;
-            // Whatever the umask is, the user that Postgres runs as must get
-            // through to what is theirs.
+            // Under any umask, the user that Postgres runs as must be able to reach
+            // the cluster directory.
             fs::set_permissions(path, fs::Permissions::from_mode(0o755)).map_err(failed)?;
         }
         Ok(Self { path: fs::canonicalize(path).map_err(failed)? })
@@ -62,13 +63,13 @@ impl DataDir {
         self.cluster().join("postgres.log")
     }
 
-    /// The major version of the Postgres that made the data, if there is any.
+    /// The major version of Postgres that created the cluster; none without a cluster.
     pub(super) fn data_version(&self) -> Option<u32> {
         fs::read_to_string(self.data().join("PG_VERSION")).ok()?.trim().parse().ok()
     }
 
-    /// Where the socket goes: inside, or where that is too long in a folder for
-    /// things that run, under a name made from ours.
+    /// The directory of the socket: inside the data directory, or, if that path is too
+    /// long for a socket, in the system's runtime directory under a hash of the path.
     pub(super) fn socket_dir(&self, root: bool) -> PathBuf {
         let inside = self.cluster().join("run");
         if inside.as_os_str().len() <= SOCKET_DIR_BYTES {
@@ -84,15 +85,14 @@ impl DataDir {
             .join(format!("milepost-{name}"))
     }
 
-    /// Locks the folder for this process.
+    /// Locks the directory for this process. An error if another process serves it.
     pub(super) async fn lock(&self) -> Result<Lock, EmbeddedError> {
         let path = self.path.join("lock");
         let failed = |source| io_error(format!("cannot lock {}", path.display()), source);
         let mut options = File::options();
         let mut file =
             options.read(true).write(true).create(true).truncate(false).open(&path).map_err(failed)?;
-        // Who merely asks whether somebody serves the folder holds the lock for
-        // an instant.
+        // `Served::of` in another process takes the lock for an instant.
         for _ in 0..3 {
             match file.try_lock() {
                 Ok(()) => {
@@ -107,19 +107,19 @@ impl DataDir {
     }
 }
 
-/// Who serves a data folder.
+/// Whether a milepost process serves a data directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Served {
-    /// Nobody.
+    /// No process serves it.
     No,
-    /// A milepost that does not listen yet, or does not say where.
+    /// A process serves it and has not announced an address.
     Starting,
-    /// A milepost that listens there.
+    /// A process serves it and listens on this address.
     At(SocketAddr),
 }
 
 impl Served {
-    /// Who serves that folder now.
+    /// The present state of the directory's lock.
     pub fn of(data_dir: &Path) -> Self {
         let Ok(mut file) = File::open(data_dir.join("lock")) else { return Self::No };
         match file.try_lock_shared() {
@@ -135,7 +135,7 @@ fn read_address(file: &mut File) -> Option<SocketAddr> {
     text.trim().parse().ok()
 }
 
-/// This process serves the folder, for as long as it has this.
+/// Marks the directory as served by this process, until it is dropped.
 #[derive(Debug)]
 pub(super) struct Lock {
     file: File,
@@ -143,7 +143,7 @@ pub(super) struct Lock {
 }
 
 impl Lock {
-    /// Tells others where.
+    /// Writes the server's address for other processes.
     pub(super) fn announce(&self, address: SocketAddr) -> Result<(), EmbeddedError> {
         let mut file = &self.file;
         let mut write = || {
@@ -155,10 +155,10 @@ impl Lock {
     }
 }
 
-/// A folder that only its owner can look into, made where it is missing. One
-/// that is there and is not so may be somebody's trap.
+/// Creates a directory that only its owner can access, or checks an existing one:
+/// with other permissions or another owner it may be the trap of another user.
 pub(super) fn private_dir(path: &Path, owner: Option<Owner>) -> Result<(), EmbeddedError> {
-    let failed = |source| io_error(format!("cannot make the dir {}", path.display()), source);
+    let failed = |source| io_error(format!("cannot create the directory {}", path.display()), source);
     match DirBuilder::new().mode(0o700).create(path) {
         Ok(()) => {
             if let Some(Owner { uid, gid }) = owner {
@@ -168,8 +168,8 @@ pub(super) fn private_dir(path: &Path, owner: Option<Owner>) -> Result<(), Embed
         }
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
             let found = fs::symlink_metadata(path).map_err(failed)?;
-            let ours = owner.is_none_or(|owner| found.uid() == owner.uid);
-            if found.is_dir() && ours && found.mode() & 0o077 == 0 {
+            let owned = owner.is_none_or(|owner| found.uid() == owner.uid);
+            if found.is_dir() && owned && found.mode() & 0o077 == 0 {
                 Ok(())
             } else {
                 Err(EmbeddedError::NotPrivate(path.to_owned()))
@@ -184,7 +184,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_long_data_folder_has_its_socket_in_a_short_one() {
+    fn a_long_data_directory_has_its_socket_in_a_short_directory() {
         let short = DataDir { path: "/var/lib/milepost".into() };
         assert_eq!(short.socket_dir(true), Path::new("/var/lib/milepost/cluster/run"));
 

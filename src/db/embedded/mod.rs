@@ -1,5 +1,5 @@
-//! A Postgres of our own: for a newcomer's first run, for small installations
-//! and for tests. Durable, its data in one folder, reachable by socket only.
+//! The embedded Postgres: for a first try, for small installations and for tests. It
+//! is durable, keeps its data in one directory and listens on a Unix socket only.
 
 mod binaries;
 mod data_dir;
@@ -16,110 +16,117 @@ use diesel_async::SimpleAsyncConnection as _;
 pub(super) use self::binaries::OLDEST_MAJOR;
 pub use self::data_dir::Served;
 use self::{
-    binaries::{Binaries, Owner, complaint},
+    binaries::{Binaries, Owner, command_error},
     data_dir::{DataDir, Lock, private_dir},
 };
 use super::connect::establish;
 
-/// The role and the database that milepost uses there.
+/// Name of milepost's role and of its database.
 const NAME: &str = "milepost";
-/// Longest that Postgres may take to start; it may have a crash to recover
-/// from.
+/// Longest that Postgres may take to start, which includes crash recovery.
 const START_TIMEOUT_S: u64 = 300;
 /// Longest that Postgres may take to stop.
 const STOP_TIMEOUT_S: u64 = 60;
-/// A log that is larger than this at a start is put aside.
+/// Size of the log, in bytes, from which a start renames it and begins a new one.
 const LOG_BYTES: u64 = 10 * 1024 * 1024;
-/// How often [`Embedded::keep_running`] looks.
-const LOOK_INTERVAL: Duration = Duration::from_millis(500);
+/// How often [`Embedded::keep_running`] checks the process.
+const CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Why there is no embedded Postgres; for the operator.
+/// Why the embedded Postgres cannot be used; the text is for the operator.
 #[derive(Debug, thiserror::Error)]
 pub enum EmbeddedError {
-    /// No binaries.
+    /// No supported Postgres is installed.
     #[error(
         "no Postgres {} or later is installed on this machine: install one (Debian, Ubuntu: apt-get install \
          postgresql; macOS: brew install postgresql) or set DATABASE_URL",
         OLDEST_MAJOR
     )]
     NotInstalled,
-    /// Binaries, but not of the version that made the data.
-    #[error("the data dir was made by Postgres {0}, which is not installed on this machine")]
+    /// The data needs a major version that is not installed.
+    #[error(
+        "the data directory was created by Postgres {0}, which is not installed on this machine: install it"
+    )]
     OtherVersion(u32),
-    /// Another process has the folder.
-    #[error("another milepost serves the data dir {}{}", .dir.display(),
+    /// Another process serves the data directory.
+    #[error("another milepost serves the data directory {}{}", .dir.display(),
         .address.map(|address| format!(", on {address}")).unwrap_or_default())]
     Served {
-        /// Which folder.
+        /// The data directory.
         dir: PathBuf,
-        /// Where that one listens, if it says so.
+        /// The address of that server, if it has announced one.
         address: Option<SocketAddr>,
     },
-    /// Root has nobody to run Postgres as.
-    #[error("Postgres does not run as root, and there is no user postgres or nobody to run it as")]
-    NoUser,
-    /// A folder on the way to the data keeps out whom root runs Postgres as.
+    /// There is no unprivileged user to run Postgres as.
     #[error(
-        "user {uid}, whom Postgres runs as, may not enter {}: permit it (chmod o+x) or say where else the \
-         data go with --data-dir", .dir.display()
+        "Postgres refuses to run as root, and this machine has neither a user postgres nor a user nobody: \
+         create one of them"
     )]
-    ShutOut {
-        /// Which folder.
+    NoUser,
+    /// The user that Postgres runs as may not enter an ancestor of the data.
+    #[error(
+        "user {uid}, which Postgres runs as, may not enter {}: allow it (chmod o+x) or choose another data \
+         directory with --data-dir", .dir.display()
+    )]
+    Inaccessible {
+        /// The topmost directory that the user may not enter.
         dir: PathBuf,
-        /// Whom it keeps out.
+        /// The user's id.
         uid: u32,
     },
-    /// Nowhere to put the data by default.
-    #[error("there is no HOME to keep the data in: say where with --data-dir")]
+    /// There is no default data directory.
+    #[error("HOME is not set, so there is no default data directory: set one with --data-dir")]
     NoHome,
-    /// A folder is not what it has to be.
-    #[error("{} must be a dir of the user that Postgres runs as, with access for nobody else", .0.display())]
+    /// A directory has another owner, or is accessible to other users.
+    #[error(
+        "{} must be a directory of the user that Postgres runs as, without access for others: correct its \
+         owner and mode (0700), or choose another data directory with --data-dir", .0.display()
+    )]
     NotPrivate(PathBuf),
-    /// A command of Postgres's failed.
-    #[error("{command} failed: {said}")]
+    /// A command of Postgres failed.
+    #[error("{command} failed: {message}")]
     Command {
-        /// Which.
+        /// Name of the command.
         command: &'static str,
-        /// Its words, on one line.
-        said: String,
+        /// Its stderr on one line, or its exit status.
+        message: String,
     },
-    /// It runs and does not answer.
+    /// Postgres runs and does not accept a connection or a command.
     #[error("the embedded Postgres does not answer: {0}")]
-    Silent(String),
-    /// The file system.
-    #[error("{what}: {source}")]
+    NoAnswer(String),
+    /// An operation of the file system failed.
+    #[error("{failure}: {source}")]
     Io {
-        /// What was tried.
-        what: String,
-        /// What came of it.
+        /// The operation and its path.
+        failure: String,
+        /// The system's error.
         source: io::Error,
     },
 }
 
-fn io_error(what: String, source: io::Error) -> EmbeddedError {
-    EmbeddedError::Io { what, source }
+fn io_error(failure: String, source: io::Error) -> EmbeddedError {
+    EmbeddedError::Io { failure, source }
 }
 
-/// What an embedded Postgres is started with.
+/// Settings of an embedded Postgres.
 #[derive(Clone, Debug)]
 pub struct EmbeddedSettings {
-    /// Everything is in there. As root, the user that Postgres runs as must be
-    /// able to reach it.
+    /// The directory of all its files. If this process is root, the user that Postgres
+    /// runs as must be able to enter it.
     pub data_dir: PathBuf,
-    /// Settings of Postgres beyond ours, which they override; not looked at
-    /// where one runs already.
+    /// Settings of Postgres, which override milepost's; ignored if this Postgres runs
+    /// already.
     pub extra_options: Vec<(String, String)>,
 }
 
 impl EmbeddedSettings {
-    /// Without extra options.
+    /// Settings without extra options.
     pub fn new(data_dir: impl Into<PathBuf>) -> Self {
         Self { data_dir: data_dir.into(), extra_options: Vec::new() }
     }
 }
 
 /// `/var/lib/milepost` for root, for others `milepost` in `$XDG_DATA_HOME` or
-/// `~/.local/share`. An error for somebody who has no home.
+/// `~/.local/share`. An error if neither XDG_DATA_HOME nor HOME is set.
 pub async fn default_data_dir() -> Result<PathBuf, EmbeddedError> {
     if binaries::is_root().await? {
         return Ok(PathBuf::from("/var/lib/milepost"));
@@ -131,8 +138,8 @@ pub async fn default_data_dir() -> Result<PathBuf, EmbeddedError> {
         .ok_or(EmbeddedError::NoHome)
 }
 
-/// A running Postgres, and the sole right to its folder. Dropping it leaves
-/// Postgres running, for the next one to take over.
+/// A running Postgres, and the lock of its data directory. Dropping it leaves
+/// Postgres running; the next start takes it over.
 #[derive(Debug)]
 pub struct Embedded {
     dir: DataDir,
@@ -143,19 +150,19 @@ pub struct Embedded {
     options: Vec<(String, String)>,
 }
 
-/// What the file `postmaster.pid` tells.
+/// The process that the file `postmaster.pid` names.
 enum Postmaster {
-    /// Nothing runs that a start would collide with.
+    /// Postgres does not run.
     Absent,
-    /// Its process is gone and the number is another's now.
+    /// Postgres does not run, and another process has its id now.
     Reused,
-    /// It runs, with its socket in this folder.
+    /// Postgres runs, with its socket in this directory.
     Runs(PathBuf),
 }
 
 impl Embedded {
-    /// Takes over the Postgres that runs in the folder, or starts it, having
-    /// made its data where there are none; and its database.
+    /// Takes over the Postgres that runs in the data directory, or starts it; creates
+    /// the cluster and milepost's database if they are missing.
     pub async fn start(settings: EmbeddedSettings) -> Result<Self, EmbeddedError> {
         let dir = DataDir::open(&settings.data_dir)?;
         let lock = dir.lock().await?;
@@ -166,62 +173,65 @@ impl Embedded {
         let options = settings.extra_options;
         let mut embedded = Self { dir, lock, binaries, owner, socket_dir, options };
         if embedded.dir.data_version().is_none() {
-            embedded.make_data().await?;
+            embedded.create_cluster().await?;
         }
         if let Postmaster::Runs(socket_dir) = embedded.postmaster().await? {
-            tracing::info!(dir = %embedded.dir.path.display(), "taking over the Postgres that runs");
+            tracing::info!(dir = %embedded.dir.path.display(), "using the Postgres that already runs");
             embedded.socket_dir = socket_dir;
         } else {
             embedded.start_postgres().await?;
         }
-        embedded.make_database().await?;
+        embedded.create_database().await?;
         Ok(embedded)
     }
 
-    /// Where one of its databases is.
+    /// The URL of a database of this Postgres.
     pub fn url(&self, database: &str) -> String {
         socket_url(&self.socket_dir, database)
     }
 
-    /// Where milepost's database is.
+    /// The URL of milepost's database.
     pub fn database_url(&self) -> String {
         self.url(NAME)
     }
 
-    /// Where the database is that another process serves from that folder.
+    /// The URL of milepost's database in a data directory that another process serves.
+    /// An error if its Postgres does not run yet.
     pub fn url_of_served(data_dir: &Path) -> Result<String, EmbeddedError> {
         let dir = DataDir::open(data_dir)?;
         let pid_file = dir.data().join("postmaster.pid");
         let text = fs::read_to_string(&pid_file)
             .map_err(|source| io_error(format!("cannot read {}", pid_file.display()), source))?;
         let (_, socket_dir) = parse_pid_file(&text)
-            .ok_or_else(|| EmbeddedError::Silent("it is only just starting".to_owned()))?;
+            .ok_or_else(|| EmbeddedError::NoAnswer("it is starting: try again".to_owned()))?;
         Ok(socket_url(&socket_dir, NAME))
     }
 
-    /// Tells those who look at the folder where its server listens.
+    /// Writes the server's address into the data directory, for [`Served::of`].
     pub fn announce(&self, address: SocketAddr) -> Result<(), EmbeddedError> {
         self.lock.announce(address)
     }
 
-    /// Starts Postgres again whenever it has died; never returns.
+    /// Restarts Postgres whenever its process has ended; never returns.
     pub async fn keep_running(&self) {
         loop {
-            tokio::time::sleep(LOOK_INTERVAL).await;
-            let again = match self.postmaster().await {
+            tokio::time::sleep(CHECK_INTERVAL).await;
+            let restarted = match self.postmaster().await {
                 Ok(Postmaster::Runs(_)) => continue,
                 Ok(Postmaster::Absent | Postmaster::Reused) => self.start_postgres().await,
                 Err(error) => Err(error),
             };
-            match again {
-                Ok(()) => tracing::warn!("the embedded Postgres had died and was started again"),
-                Err(error) => tracing::error!(%error, "the embedded Postgres has died and does not start"),
+            match restarted {
+                Ok(()) => tracing::warn!("the embedded Postgres had ended and was restarted"),
+                Err(error) => {
+                    tracing::error!(%error, "the embedded Postgres has ended and cannot be restarted")
+                }
             }
         }
     }
 
-    /// Stops Postgres: what is under way is rolled back, what is committed is
-    /// on disk.
+    /// Stops Postgres in fast mode: open transactions are rolled back, committed ones
+    /// are on disk.
     pub async fn stop(&self) -> Result<(), EmbeddedError> {
         let data = self.dir.data();
         let timeout = STOP_TIMEOUT_S.to_string();
@@ -236,7 +246,7 @@ impl Embedded {
             timeout.as_ref(),
         ];
         let output = self.run("pg_ctl", arguments).await?;
-        if output.status.success() { Ok(()) } else { Err(complaint("pg_ctl stop", &output)) }
+        if output.status.success() { Ok(()) } else { Err(command_error("pg_ctl stop", &output)) }
     }
 
     async fn run<I, A>(&self, name: &'static str, arguments: I) -> Result<std::process::Output, EmbeddedError>
@@ -247,17 +257,16 @@ impl Embedded {
         self.binaries.run(name, self.owner, &self.dir.cluster(), arguments).await
     }
 
-    /// Makes the data beside their place and then moves them there, so that
-    /// what was interrupted is never taken for whole.
-    async fn make_data(&self) -> Result<(), EmbeddedError> {
+    /// Runs initdb in a temporary directory and renames the result, so that the result
+    /// of an interrupted run is never used.
+    async fn create_cluster(&self) -> Result<(), EmbeddedError> {
         let (unfinished, data) = (self.dir.unfinished_data(), self.dir.data());
-        let at = |source| io_error(format!("cannot make {}", data.display()), source);
-        let mut said = None;
-        // Not every system has the first locale; the second knows the case of
-        // ASCII letters only.
+        let failed = |source| io_error(format!("cannot create {}", data.display()), source);
+        let mut last_error = None;
+        // Some systems lack C.UTF-8; under C, only ASCII letters have upper and lower case.
         for locale in ["C.UTF-8", "C"] {
             if unfinished.exists() {
-                fs::remove_dir_all(&unfinished).map_err(at)?;
+                fs::remove_dir_all(&unfinished).map_err(failed)?;
             }
             let mut arguments = vec![
                 "--pgdata=data.new".to_owned(),
@@ -273,18 +282,18 @@ impl Embedded {
             }
             let output = self.run("initdb", arguments).await?;
             if output.status.success() {
-                fs::rename(&unfinished, &data).map_err(at)?;
-                return fs::File::open(self.dir.cluster()).and_then(|dir| dir.sync_all()).map_err(at);
+                fs::rename(&unfinished, &data).map_err(failed)?;
+                return fs::File::open(self.dir.cluster()).and_then(|dir| dir.sync_all()).map_err(failed);
             }
-            said = Some(complaint("initdb", &output));
+            last_error = Some(command_error("initdb", &output));
         }
-        Err(said.unwrap_or(EmbeddedError::NotInstalled))
+        Err(last_error.unwrap_or(EmbeddedError::NotInstalled))
     }
 
     async fn start_postgres(&self) -> Result<(), EmbeddedError> {
         private_dir(&self.socket_dir, self.owner)?;
         if let Postmaster::Reused = self.postmaster().await? {
-            // Postgres would take that process for itself.
+            // Postgres would take the process with this id for a running postmaster.
             let pid_file = self.dir.data().join("postmaster.pid");
             fs::remove_file(&pid_file)
                 .map_err(|source| io_error(format!("cannot remove {}", pid_file.display()), source))?;
@@ -318,23 +327,23 @@ impl Embedded {
             if let Postmaster::Runs(_) = self.postmaster().await? {
                 return Ok(());
             }
-            // Children of a Postgres that was killed hold on to its memory for
-            // a moment.
+            // A start fails for a moment while children of a killed Postgres still use
+            // its shared memory.
             if Instant::now() > give_up_at {
                 return Err(last_line(&log).map_or_else(
-                    || complaint("pg_ctl start", &output),
-                    |said| EmbeddedError::Command { command: "pg_ctl start", said },
+                    || command_error("pg_ctl start", &output),
+                    |message| EmbeddedError::Command { command: "pg_ctl start", message },
                 ));
             }
-            tokio::time::sleep(LOOK_INTERVAL).await;
+            tokio::time::sleep(CHECK_INTERVAL).await;
         }
     }
 
-    /// The `-c` options of the server, as the shell reads them.
+    /// The `-c` options of the server, quoted for the shell that pg_ctl runs.
     fn server_options(&self) -> String {
-        // A list, in which quotes keep a comma from dividing.
+        // The setting is a list: quotes keep a comma in the path from separating items.
         let socket_dir = format!("\"{}\"", self.socket_dir.display().to_string().replace('"', "\"\""));
-        let ours = [
+        let defaults = [
             ("listen_addresses", ""),
             ("port", "5432"),
             ("unix_socket_directories", socket_dir.as_str()),
@@ -342,11 +351,11 @@ impl Embedded {
             ("fsync", "on"),
             ("full_page_writes", "on"),
             ("synchronous_commit", "on"),
-            // A refused duplicate is an answer, not trouble.
+            // Unique violations are expected and would fill the log as errors.
             ("log_min_messages", "log"),
         ];
         let extra = self.options.iter().map(|(name, value)| (name.as_str(), value.as_str()));
-        let options: Vec<String> = ours
+        let options: Vec<String> = defaults
             .into_iter()
             .chain(extra)
             .map(|(name, value)| format!("-c {}", shell_quoted(&format!("{name}={value}"))))
@@ -359,24 +368,25 @@ impl Embedded {
         let Ok(text) = fs::read_to_string(data.join("postmaster.pid")) else { return Ok(Postmaster::Absent) };
         let Some((pid, socket_dir)) = parse_pid_file(&text) else { return Ok(Postmaster::Absent) };
         if Path::new("/proc/self/cmdline").exists() {
-            // Readable for other users' processes too, unlike their folders.
+            // Unlike /proc/PID/cwd, cmdline is readable for processes of other users.
             let Ok(command) = fs::read(format!("/proc/{pid}/cmdline")) else { return Ok(Postmaster::Absent) };
-            let wanted = data.as_os_str().as_encoded_bytes();
-            let runs = command.split(|byte| *byte == 0).any(|argument| argument == wanted);
+            let data_path = data.as_os_str().as_encoded_bytes();
+            let runs = command.split(|byte| *byte == 0).any(|argument| argument == data_path);
             return Ok(if runs { Postmaster::Runs(socket_dir) } else { Postmaster::Reused });
         }
         let status = self.run("pg_ctl", ["status".as_ref(), "-D".as_ref(), data.as_os_str()]).await?;
         Ok(if status.status.success() { Postmaster::Runs(socket_dir) } else { Postmaster::Absent })
     }
 
-    /// Waits until Postgres answers, and makes milepost's database.
-    async fn make_database(&self) -> Result<(), EmbeddedError> {
+    /// Waits until Postgres accepts a connection, then creates milepost's database if it
+    /// is missing.
+    async fn create_database(&self) -> Result<(), EmbeddedError> {
         let give_up_at = Instant::now() + Duration::from_secs(START_TIMEOUT_S);
         let mut connection = loop {
             match establish(&self.url("postgres"), None).await {
                 Ok(connection) => break connection,
                 Err(error) if Instant::now() > give_up_at => {
-                    return Err(EmbeddedError::Silent(error.to_string()));
+                    return Err(EmbeddedError::NoAnswer(error.to_string()));
                 }
                 Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
             }
@@ -384,12 +394,12 @@ impl Embedded {
         match connection.batch_execute(&format!("CREATE DATABASE {NAME}")).await {
             Ok(()) => Ok(()),
             Err(error) if error.to_string().contains("already exists") => Ok(()),
-            Err(error) => Err(EmbeddedError::Silent(error.to_string())),
+            Err(error) => Err(EmbeddedError::NoAnswer(error.to_string())),
         }
     }
 }
 
-/// Process id and socket folder; lines 1 and 5 of what Postgres writes there.
+/// The process id and the socket directory: lines 1 and 5 of `postmaster.pid`.
 fn parse_pid_file(text: &str) -> Option<(u32, PathBuf)> {
     let mut lines = text.lines();
     let pid = lines.next()?.trim().parse().ok()?;
@@ -413,7 +423,7 @@ fn shell_quoted(text: &str) -> String {
     format!("'{}'", text.replace('\'', r"'\''"))
 }
 
-/// The last line of a log, which may be long.
+/// The last line of a log, looked for in its last 4 KiB.
 fn last_line(path: &Path) -> Option<String> {
     let text = fs::read(path).ok()?;
     let tail = text.get(text.len().saturating_sub(4096)..)?;
@@ -425,7 +435,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_pid_file_tells_process_and_socket() {
+    fn the_pid_file_names_the_process_and_the_socket_directory() {
         let text = "4242\n/d/cluster/data\n1763900000\n5432\n/d/cluster/run\n\n  19 0\nready\n";
         assert_eq!(parse_pid_file(text), Some((4242, PathBuf::from("/d/cluster/run"))));
         assert_eq!(parse_pid_file("4242\n/d/cluster/data\n"), None);
@@ -433,7 +443,7 @@ mod tests {
     }
 
     #[test]
-    fn urls_and_options_survive_odd_folders() {
+    fn urls_and_options_quote_special_characters_of_paths() {
         assert_eq!(
             socket_url(Path::new("/tmp/a b/ü"), "x"),
             "postgresql://milepost@%2Ftmp%2Fa%20b%2F%C3%BC/x"
