@@ -1,5 +1,5 @@
-"""What every client of milepost needs: a channel, the credential, retries and
-errors that can be read."""
+"""The common part of milepost clients: the channel, the credential, retries and
+readable errors."""
 
 import itertools
 import logging
@@ -26,8 +26,8 @@ ATTEMPTS = 10
 CALL_SECONDS = 10.0
 LONGEST_PAUSE_SECONDS = 5.0
 
-# After these it is unknown whether a write happened. Every write of milepost
-# that has a key or ids happens once, however often it is sent.
+# With these codes a write may or may not have happened. A write with a natural key
+# or with event ids happens once, however often it is sent.
 UNCERTAIN = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
 
 log = logging.getLogger("milepost")
@@ -43,7 +43,7 @@ class Connection:
         server = os.environ.get("MILEPOST_SERVER", "127.0.0.1:50051")
         key = os.environ.get("MILEPOST_API_KEY") or sys.exit("set MILEPOST_API_KEY")
         self.metadata = [("authorization", f"Bearer {key}")]
-        # Pings notice a peer that is gone without a word.
+        # Keepalive pings detect a peer that disappeared without closing the connection.
         self.channel = grpc.insecure_channel(
             server,
             options=[
@@ -62,7 +62,7 @@ class Connection:
         self.channel.close()
 
     def call(self, method: Callable[..., Response], request: Request) -> Response:
-        """Calls, and repeats the very same request while the server is away."""
+        """Calls the method, and sends the same request again while the server is unavailable."""
         for attempt in itertools.count(1):
             try:
                 return method(request, metadata=self.metadata, timeout=CALL_SECONDS)
@@ -73,16 +73,16 @@ class Connection:
 
 
 def pause(error: grpc.RpcError, attempt: int) -> None:
-    """Waits as long as the server asks, or twice as long each time, jittered."""
+    """Waits longer after each attempt, with jitter, and at least as long as RetryInfo asks."""
     seconds = min(0.05 * 2**attempt, LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1.0)
     if retry := detail(error, RetryInfo):
         seconds = max(seconds, retry.retry_delay.ToTimedelta().total_seconds())
-    log.warning("%s, again in %.1f s", error.code().name, seconds)
+    log.warning("%s: trying again in %.1f s", error.code().name, seconds)
     time.sleep(seconds)
 
 
 def detail(error: grpc.RpcError, kind: type[Response]) -> Response | None:
-    """The google.rpc detail of this kind that the error carries, if any."""
+    """The google.rpc detail of this type in the error, or None."""
     status = rpc_status.from_call(error)
     for packed in status.details if status else ():
         unpacked = kind()
@@ -92,7 +92,7 @@ def detail(error: grpc.RpcError, kind: type[Response]) -> Response | None:
 
 
 def explain(error: grpc.RpcError) -> str:
-    """The error for a human: code, reason, message, each field at fault."""
+    """The error as readable text: code, reason, message, each field at fault."""
     info = detail(error, ErrorInfo)
     lines = [f"{error.code().name} {info.reason if info else ''}".strip() + f": {error.details()}"]
     if fields := detail(error, BadRequest):

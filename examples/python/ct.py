@@ -1,7 +1,7 @@
-"""Analyses a CT slice, step by step. Knows nothing of milepost.
+"""Analyses a CT slice, step by step. Does not depend on milepost.
 
-The slice is the one that the pydicom package carries as its test file, so
-nothing is downloaded. `python ct.py` prints what each step measures.
+The slice is a test file of the pydicom package, so that nothing is downloaded.
+`python ct.py` prints what each step measures.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ Measured = dict[str, float | str]
 
 @dataclass(frozen=True)
 class Done:
-    """A step is done, and this is what it measured."""
+    """A finished step and its measurements."""
 
     step: str
     measured: Measured
@@ -34,7 +34,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Note:
-    """Something worth telling on the way to the end of a step."""
+    """Information about a step that is not finished."""
 
     step: str
     text: str
@@ -50,18 +50,18 @@ class Region:
 
 
 def load() -> Dataset:
-    """The slice as the scanner stored it."""
+    """Loads the slice as the scanner stored it."""
     return dcmread(get_testdata_file("CT_small.dcm", download=False))
 
 
 def calibrate(slice_: Dataset) -> np.ndarray:
-    """Stored values as Hounsfield units."""
+    """Converts the stored values to Hounsfield units."""
     stored = slice_.pixel_array.astype(np.float64)
     return stored * float(slice_.RescaleSlope) + float(slice_.RescaleIntercept)
 
 
 def segment(hounsfield: np.ndarray) -> dict[str, np.ndarray]:
-    """Which pixels are which tissue: a mask for each."""
+    """The pixels of each tissue, as a mask."""
     return {
         tissue: (low <= hounsfield) & (hounsfield < high)
         for tissue, (low, high) in TISSUES.items()
@@ -69,7 +69,7 @@ def segment(hounsfield: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def measure(slice_: Dataset, hounsfield: np.ndarray, masks: dict[str, np.ndarray]) -> dict[str, Region]:
-    """How large each tissue is, and how dense."""
+    """The area and the mean density of each tissue."""
     row_mm, column_mm = map(float, slice_.PixelSpacing)
     return {
         tissue: Region(
@@ -81,7 +81,7 @@ def measure(slice_: Dataset, hounsfield: np.ndarray, masks: dict[str, np.ndarray
 
 
 def report(regions: dict[str, Region]) -> str:
-    """The finding in one sentence."""
+    """The finding, as one sentence."""
     parts = [
         f"{tissue.replace('_', ' ')} {region.area_mm2:,.0f} mm² at {region.mean_hu:+.0f} HU"
         for tissue, region in regions.items()
@@ -90,7 +90,7 @@ def report(regions: dict[str, Region]) -> str:
 
 
 def analyse() -> Iterator[Done | Note]:
-    """The whole analysis, told as it goes."""
+    """Runs the analysis and yields each step and note when it is ready."""
     slice_ = load()
     yield Done(
         "load",
@@ -130,5 +130,5 @@ def analyse() -> Iterator[Done | Note]:
 
 
 if __name__ == "__main__":
-    for told in analyse():
-        print(told)
+    for result in analyse():
+        print(result)

@@ -18,8 +18,8 @@ GENERATED = HERE / "generated"
 
 def main() -> int:
     GENERATED.mkdir(exist_ok=True)
-    # google/rpc/status.proto is not generated: the googleapis-common-protos
-    # package has it, and Python allows each message to be defined only once.
+    # google/rpc/status.proto is not generated: the package googleapis-common-protos
+    # has it, and Python allows only one definition of each message.
     sources = sorted(str(path) for path in (PROTO / "milepost").rglob("*.proto"))
     return protoc.main(
         [

@@ -1,9 +1,9 @@
-"""A provider: analyses a CT slice for a customer and tells milepost how it goes.
+"""A provider: analyses a CT slice for a customer and appends its progress to milepost.
 
     MILEPOST_API_KEY=mpk_... python provider.py --provider-job-id scan-1 --customer-id UUID
 
-Every event has an id that is made here. Whatever happens to the connection,
-the same events are sent again under the same ids, and each is stored once.
+The provider makes the id of every event. If the connection breaks, it sends the
+same events again with the same ids, and each event is stored once.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def link(name: str) -> MetadataConfiguration:
     return MetadataConfiguration(name=name, kind=METADATA_KIND_LINK)
 
 
-# Points are the effort that each step is expected to take, next to the others.
+# The points of a step are its expected effort, relative to the other steps.
 CONFIGURATION = RegisterJobConfigurationRequest(
     tag="ct-analysis",
     name="CT slice analysis",
@@ -91,23 +91,23 @@ CONFIGURATION = RegisterJobConfigurationRequest(
 
 
 def uuid7() -> str:
-    """A UUID of version 7 (RFC 9562): 48 bits of Unix time in ms, then chance."""
-    chance = int.from_bytes(os.urandom(10))
-    value = time.time_ns() // 1_000_000 << 80 | chance
+    """A UUID of version 7 (RFC 9562): 48 bits of Unix time in ms, then random bits."""
+    random_bits = int.from_bytes(os.urandom(10))
+    value = time.time_ns() // 1_000_000 << 80 | random_bits
     value = value & ~(0xF << 76) | 7 << 76
     value = value & ~(0x3 << 62) | 2 << 62
     return str(uuid.UUID(int=value))
 
 
 class Report:
-    """A job's log, as its provider writes to it."""
+    """Appends events to the log of one job."""
 
     def __init__(self, connection: Connection, job: Job) -> None:
         self.connection = connection
         self.job = job
 
     def append(self, kind: int, name: str, step: str = "", measured: dict | None = None) -> AppendedEvent:
-        """Appends one event; durable when this returns."""
+        """Appends one event, which is durable when this returns."""
         event = NewEvent(id=uuid7(), kind=kind, name=name, step_tag=step, occurred_at=now())
         event.metadata.update(measured or {})
         request = AppendEventsRequest(job_id=self.job.id, events=[event])
@@ -124,19 +124,19 @@ def now() -> Timestamp:
 
 
 def run(report: Report) -> None:
-    """Does the work and reports each part of it."""
+    """Runs the analysis and appends an event for each step and note."""
     names = {step.tag: step.name for step in CONFIGURATION.steps}
     try:
-        for told in analyse():
-            match told:
+        for result in analyse():
+            match result:
                 case Done(step, measured):
                     report.append(EVENT_KIND_STEP, names[step], step, measured)
-                case Note(step, words, measured):
-                    report.append(EVENT_KIND_INFO, words, step, measured)
+                case Note(step, note, measured):
+                    report.append(EVENT_KIND_INFO, note, step, measured)
     except grpc.RpcError:
         raise
     except Exception as error:
-        # The job stands as failed until a later step of a new attempt.
+        # The job is FAILED until a new attempt appends a STEP event.
         report.append(EVENT_KIND_ERROR, f"{type(error).__name__}: {error}"[:256])
         raise
     report.append(EVENT_KIND_COMPLETE, "Analysis complete")
@@ -144,8 +144,8 @@ def run(report: Report) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Analyse a CT slice and report to milepost.")
-    parser.add_argument("--provider-job-id", required=True, help="what we call this job")
-    parser.add_argument("--customer-id", required=True, help="whom it is run for")
+    parser.add_argument("--provider-job-id", required=True, help="the provider's id of the job")
+    parser.add_argument("--customer-id", required=True, help="the user id of the customer")
     arguments = parser.parse_args()
 
     with Connection() as connection:

@@ -1,9 +1,9 @@
-"""A watcher: prints the film of a job, from its first event to its last.
+"""A watcher: prints the events of a job, from the first to the last.
 
     MILEPOST_API_KEY=mpk_... python watcher.py --job-id UUID
 
-Ends by itself when the job closes: exit code 0 if it is complete, otherwise 1.
-If the server goes away meanwhile, the film goes on where it stopped.
+Ends by itself when the job closes: with exit code 0 if the job is complete,
+otherwise with 1. If the server becomes unavailable, the watcher resumes the watch.
 """
 
 import argparse
@@ -21,14 +21,14 @@ BAR_CELLS = 24
 
 
 def watch(connection: Connection, request: WatchEventsRequest) -> Iterator[WatchEventsResponse]:
-    """Every message of the watch, across any number of broken connections."""
+    """Yields every message of the watch, and resumes it after broken connections."""
     attempt = 0
     while True:
         try:
             for message in connection.events.WatchEvents(request, metadata=connection.metadata):
                 attempt = 0
-                # `end` is followed by the stream's status: OK once the job is
-                # closed, UNAVAILABLE where only the server goes.
+                # The status of the stream follows `end`: OK after the job is
+                # closed, UNAVAILABLE if the server shuts down.
                 yield message
                 request.resume_token = message.resume_token
             return
@@ -53,15 +53,15 @@ def facts(metadata: Struct) -> str:
 
 def line(event: Event) -> str:
     kind = EventKind.Name(event.kind).removeprefix("EVENT_KIND_").lower()
-    told = f"{bar(event.progress)}  {event.sequence:>3} {kind:<8} {event.name or event.step_name}"
-    return f"{told}  ({facts(event.metadata)})" if event.metadata.fields else told
+    text = f"{bar(event.progress)}  {event.sequence:>3} {kind:<8} {event.name or event.step_name}"
+    return f"{text}  ({facts(event.metadata)})" if event.metadata.fields else text
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Watch a job of milepost's until it closes.")
+    parser = argparse.ArgumentParser(description="Watch a job until it closes.")
     job = parser.add_mutually_exclusive_group(required=True)
     job.add_argument("--job-id", help="the job's id")
-    job.add_argument("--provider-job-id", help="what its provider calls it; for that provider only")
+    job.add_argument("--provider-job-id", help="the provider's id of the job; only this provider may use it")
     arguments = parser.parse_args()
 
     status = None
@@ -81,7 +81,7 @@ def main() -> int:
             print(explain(error), file=sys.stderr)
             return 1
     if status is None:
-        print("the watch ended without a word", file=sys.stderr)
+        print("the watch ended without an end message; run the watcher again", file=sys.stderr)
         return 1
     print(JobStatus.Name(status).removeprefix("JOB_STATUS_").lower())
     return 0 if status == JOB_STATUS_COMPLETE else 1
