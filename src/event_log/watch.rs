@@ -296,7 +296,7 @@ impl Watch {
                 };
                 // After the page: logs are marked as removed before any event
                 // of theirs is.
-                let (removals, lost) = removed.look(&mut connection).await?;
+                let (removals, lost) = removed.check(&mut connection).await?;
                 if lost {
                     return Err(Error::EventsExpired { first_sequence: None });
                 }

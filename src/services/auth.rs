@@ -82,7 +82,8 @@ impl pb::auth_service_server::AuthService for AuthApi {
                             .await?;
                     let hash = found.as_ref().map(|(_, hash)| hash.clone());
                     claimed = found.as_ref().map(|(user, _)| user.id);
-                    let good = auth.passwords().verify(password.clone(), hash).await? && attempt.admits();
+                    let good =
+                        auth.passwords().verify(password.clone(), hash).await? && attempt.may_succeed();
                     let Some((user, hash)) = found.filter(|(user, _)| good && user.disabled_at.is_none())
                     else {
                         break;
@@ -189,7 +190,8 @@ impl pb::auth_service_server::AuthService for AuthApi {
                 let passwords = app.auth.passwords();
                 // Once more where a log-in has made the hash anew meanwhile.
                 for _ in 0..2 {
-                    if !passwords.verify(current.clone(), Some(old.clone())).await? || !attempt.admits() {
+                    if !passwords.verify(current.clone(), Some(old.clone())).await? || !attempt.may_succeed()
+                    {
                         break;
                     }
                     let new = passwords.hash(new.clone()).await?;

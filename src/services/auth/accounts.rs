@@ -88,7 +88,7 @@ pub(super) async fn begin_attempt(
         return Ok((attempt, None));
     }
     let place = app.auth.passwords().stranger().await?;
-    Ok((claim.begin_in_doubt(&mut *app.database.get_for(asker).await?).await?, Some(place)))
+    Ok((claim.begin_restricted(&mut *app.database.get_for(asker).await?).await?, Some(place)))
 }
 
 /// The password was wrong; for whom, where there is such a user.
