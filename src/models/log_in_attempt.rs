@@ -5,7 +5,9 @@
 //! An attempt is refused if its pair is blocked. It is *restricted* if its e-mail or
 //! its address is blocked but the pair is not. A restricted attempt succeeds only
 //! with the right password and from a known pair, which has logged in or signed up
-//! before. So failures of others do not lock out a user whose pair is known.
+//! in the last 30 days. So neither failures under a user's e-mail from other
+//! addresses, nor failures under other e-mails from the user's address, lock out a
+//! user whose pair is known.
 
 use std::{
     net::{IpAddr, Ipv6Addr},

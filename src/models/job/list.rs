@@ -250,7 +250,7 @@ impl<'a> ListQuery<'a> {
     }
 
     /// Reads jobs in the order of their creation: those that match the first condition,
-    /// or all visible ones if that condition is a prefix.
+    /// or all visible ones if that condition is a prefix or there is none.
     async fn by_creation(self, conn: &mut AsyncPgConnection, conditions: &[Condition<'a>]) -> Result<Found> {
         let (ranges, others): (Vec<Option<Condition<'a>>>, _) = match conditions.split_first() {
             Some((Condition::Statuses(statuses), others)) => {
