@@ -1,5 +1,5 @@
-//! The one error type. Each variant is a meaning, not a place; the mapping to
-//! gRPC stands in `services::status`.
+//! The error type of this crate. A variant names what a failure means to a caller, not
+//! where it occurs. `services::status` maps variants to gRPC.
 
 use std::{error::Error as StdError, fmt, time::Duration};
 
@@ -8,140 +8,140 @@ use uuid::Uuid;
 
 use crate::progress::JobStatus;
 
-/// What this crate's fallible functions return.
+/// The result of a fallible function of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Why a call failed. See `ErrorReason` in `errors.proto` for what each means
-/// to a caller.
+/// Why a call failed. `ErrorReason` in `errors.proto` describes each reason for
+/// callers.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// No credential, or none that is good; why is never told.
+    /// No credential, or an invalid one. The answer never says why it is invalid.
     #[error("no valid credential")]
     CredentialInvalid,
-    /// Unknown e-mail, wrong password or disabled user; which is never told.
+    /// Unknown e-mail, wrong password or disabled user. The answer never says which.
     #[error("e-mail or password is wrong")]
     LogInFailed,
-    /// The method is for the other role.
+    /// The method requires this role, in lower case.
     #[error("this method is for {0}s")]
     RoleRequired(&'static str),
-    /// The API key lacks a scope.
+    /// The API key lacks this scope, in upper case.
     #[error("the API key lacks the scope {0}")]
     ScopeRequired(&'static str),
-    /// The method needs a session.
-    #[error("this method needs a session; an API key will not do")]
+    /// The method requires a session.
+    #[error("this method needs a session; an API key or a watch token is not enough")]
     SessionRequired,
-    /// Strangers may not sign up here.
+    /// The setting for sign-up is off.
     #[error("sign-up is closed on this server")]
     SignUpClosed,
-    /// Fields at fault.
-    #[error("{} of the request at fault: {}", .0.count(), .0.first())]
+    /// Fields of the request violate their rules.
+    #[error("the request has {}: {}", .0.count(), .0.first())]
     Invalid(Violations),
-    /// What does not exist for this caller.
+    /// The resource does not exist, or this caller may not see it.
     #[error("no such {}: {}", .resource.noun(), quoted(.name))]
     NotFound {
-        /// What kind of thing.
+        /// The kind of resource.
         resource: Resource,
-        /// What it was looked for by, as the caller gave it.
+        /// The key in the request.
         name: String,
     },
-    /// The e-mail has a user.
+    /// Another user has the e-mail.
     #[error("a user with this e-mail exists")]
     EmailTaken,
-    /// A write repeated under its key with other content.
+    /// A resource of the same key exists with other content.
     #[error("{} {} exists with other content: {}", .resource.noun(), quoted(.name), .differences.first())]
     Differs {
-        /// What kind of thing.
+        /// The kind of resource.
         resource: Resource,
-        /// Its key.
+        /// The resource's key.
         name: String,
         /// The fields that differ.
         differences: Violations,
     },
-    /// The job's log never changes again.
+    /// The job is closed, so that its log never changes again.
     #[error("the job is closed: {}", .status.name())]
     JobClosed {
-        /// Which job.
+        /// The job's id.
         job_id: Uuid,
-        /// How it ended.
+        /// The job's final status.
         status: JobStatus,
     },
-    /// The key had expired before.
+    /// The API key of this id had expired before.
     #[error("the API key had expired already")]
     ApiKeyAlreadyExpired(Uuid),
-    /// The watch token had expired before.
+    /// The watch token of this id had expired before.
     #[error("the watch token had expired already")]
     WatchTokenAlreadyExpired(Uuid),
-    /// `expected_sequence` did not match.
+    /// `expected_sequence` is not the last sequence of the job.
     #[error("the last sequence of the job is {last_sequence}")]
     SequenceMismatch {
-        /// The actual one.
+        /// The last sequence of the job.
         last_sequence: i64,
     },
-    /// A position that the log has not reached.
+    /// The log has not reached the requested position.
     #[error("the position is beyond the end of the log")]
     PositionBeyondLog,
-    /// Events removed by retention.
+    /// Retention has removed events that the request concerns.
     #[error("events that were asked for have been removed")]
     EventsExpired {
-        /// The first one left, of one job.
+        /// The first sequence that is left, if the request concerns one job.
         first_sequence: Option<i64>,
     },
-    /// Too much at once.
+    /// A limit on what one server does at once, or in a period, is reached.
     #[error("too many {what} at once")]
     Overloaded {
-        /// Of what.
+        /// The limited quantity, as a plural noun.
         what: &'static str,
-        /// When to try again.
+        /// Time until the next attempt is useful.
         retry_after: Duration,
     },
-    /// Too many log-ins failed.
+    /// Too many log-ins failed for this e-mail or address.
     #[error("too many failed log-ins")]
     LogInThrottled {
-        /// When to try again.
+        /// Time until the next attempt is useful.
         retry_after: Duration,
     },
     /// The database does not answer.
     #[error("the database does not answer")]
     Unavailable(#[source] BoxError),
-    /// This server shuts down.
+    /// This server is shutting down.
     #[error("this server is shutting down")]
     Draining,
-    /// The server's limit of time for a call passed, or the client's deadline.
+    /// The call exceeded the server's time limit or the client's deadline.
     #[error("the call took too long")]
     DeadlineExceeded,
-    /// A fault of ours.
+    /// A bug in milepost, or a failure of its environment.
     #[error("internal error")]
     Internal(#[source] BoxError),
 }
 
-/// Any error, as the source of ours.
+/// The source of an [`Error`].
 pub type BoxError = Box<dyn StdError + Send + Sync>;
 
 impl Error {
-    /// One field at fault.
+    /// Makes [`Error::Invalid`] of one field.
     pub fn invalid(field: impl fmt::Display, description: impl Into<String>) -> Self {
         let mut violations = Violations::default();
         violations.add(field, description);
         Self::Invalid(violations)
     }
 
-    /// Something that does not exist for this caller.
+    /// Makes [`Error::NotFound`] of the key in the request.
     pub fn not_found(resource: Resource, name: &(impl ToString + ?Sized)) -> Self {
         Self::NotFound { resource, name: name.to_string() }
     }
 
-    /// A fault of ours, in words.
+    /// Makes [`Error::Internal`] of its cause, which is logged and not sent.
     pub fn internal(source: impl Into<BoxError>) -> Self {
         Self::Internal(source.into())
     }
 
-    /// The database does not answer.
+    /// Makes [`Error::Unavailable`] of its cause, which is logged and not sent.
     pub fn unavailable(source: impl Into<BoxError>) -> Self {
         Self::Unavailable(source.into())
     }
 
-    /// Whether a write was refused for what it says, so that a stream of writes
-    /// can go on after it.
+    /// Whether a batch is refused because of its content. A publish stream continues
+    /// after such a batch; every other error ends it.
     pub fn is_about_content(&self) -> bool {
         match self {
             Self::Invalid(_)
@@ -170,15 +170,14 @@ impl Error {
     }
 }
 
-/// Constraint violations that a query expects are told apart by the query, see
-/// [`violated`]; what arrives here is a database in trouble, or a fault of
-/// ours.
+/// Makes [`Error::Unavailable`] or [`Error::Internal`]. A query that expects a
+/// constraint violation handles it before, with [`violated`].
 impl From<DieselError> for Error {
-    #[expect(clippy::wildcard_enum_match_arm, reason = "theirs, and not exhaustive")]
+    #[expect(clippy::wildcard_enum_match_arm, reason = "diesel's enum is not exhaustive")]
     fn from(error: DieselError) -> Self {
         match error {
-            // A server that shuts down, starts, has no memory, disk or
-            // connections left, or took longer than its time-outs allow.
+            // Postgres is starting or shutting down, has no memory, disk or
+            // connections left, or exceeded one of its timeouts.
             DieselError::DatabaseError(
                 DatabaseErrorKind::Unknown
                 | DatabaseErrorKind::ClosedConnection
@@ -194,9 +193,9 @@ impl From<DieselError> for Error {
     }
 }
 
-/// The name of the constraint that a statement violated, if that is what went
-/// wrong.
-#[expect(clippy::wildcard_enum_match_arm, reason = "theirs, and not exhaustive")]
+/// Returns the name of the constraint that a statement violated; none for any other
+/// error.
+#[expect(clippy::wildcard_enum_match_arm, reason = "diesel's enum is not exhaustive")]
 pub fn violated(error: &DieselError) -> Option<&str> {
     match error {
         DieselError::DatabaseError(
@@ -210,7 +209,7 @@ pub fn violated(error: &DieselError) -> Option<&str> {
     }
 }
 
-/// Kinds of things that can be missing or differ.
+/// A kind of resource that an error names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Resource {
     /// A customer.
@@ -230,7 +229,7 @@ pub enum Resource {
 }
 
 impl Resource {
-    /// The full name of its message in the API, for `ResourceInfo`.
+    /// The full name of the resource's protobuf message, for `ResourceInfo`.
     pub fn type_name(self) -> &'static str {
         match self {
             Self::Customer | Self::User => "milepost.v1.User",
@@ -242,7 +241,7 @@ impl Resource {
         }
     }
 
-    /// For a sentence.
+    /// The noun for the resource in error texts.
     pub fn noun(self) -> &'static str {
         match self {
             Self::Customer => "customer",
@@ -256,68 +255,68 @@ impl Resource {
     }
 }
 
-/// Fields of a request and what is wrong with each, in field order.
+/// Violations of a request's fields, in the order of the fields.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Violations {
-    noted: Vec<Violation>,
+    violations: Vec<Violation>,
     known_step_tags: Option<usize>,
 }
 
-/// A field of a request and what is wrong with it.
+/// A violation of one field of a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Violation {
-    /// Its path, such as `events[3].metadata.mean`.
+    /// The field's path, such as `events[3].metadata.mean`.
     pub field: String,
-    /// A sentence without its full stop.
+    /// What the rule is, or what violates it; a sentence without its full stop.
     pub description: String,
 }
 
 impl Violations {
-    /// Notes one more.
+    /// Adds a violation of `field`.
     pub fn add(&mut self, field: impl fmt::Display, description: impl Into<String>) {
-        self.noted.push(Violation { field: field.to_string(), description: description.into() });
+        self.violations.push(Violation { field: field.to_string(), description: description.into() });
     }
 
-    /// Notes how many tags of steps there are to choose from, where descriptions
-    /// name the first ones only.
-    pub fn know_step_tags(&mut self, total: usize) {
+    /// Sets the number of step tags that the configuration has, because a description
+    /// names only the first of them.
+    pub fn set_known_step_tags(&mut self, total: usize) {
         self.known_step_tags = Some(total);
     }
 
-    /// See [`know_step_tags`](Self::know_step_tags).
+    /// The number set by [`set_known_step_tags`](Self::set_known_step_tags).
     pub fn known_step_tags(&self) -> Option<usize> {
         self.known_step_tags
     }
 
-    /// `value`, unless anything was noted.
+    /// Returns `value`, or [`Error::Invalid`] if there is a violation.
     pub fn or<T>(self, value: T) -> Result<T> {
-        if self.noted.is_empty() { Ok(value) } else { Err(Error::Invalid(self)) }
+        if self.violations.is_empty() { Ok(value) } else { Err(Error::Invalid(self)) }
     }
 
-    /// Whether nothing was noted.
+    /// Whether there is no violation.
     pub fn is_empty(&self) -> bool {
-        self.noted.is_empty()
+        self.violations.is_empty()
     }
 
-    /// In field order.
+    /// The violations, in the order of the fields.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = &Violation> {
-        self.noted.iter()
+        self.violations.iter()
     }
 
     fn count(&self) -> String {
-        match self.noted.len() {
-            1 => "a field".to_owned(),
-            n => format!("{n} fields"),
+        match self.violations.len() {
+            1 => "an invalid field".to_owned(),
+            n => format!("{n} invalid fields"),
         }
     }
 
     fn first(&self) -> String {
-        self.noted.first().map_or_else(String::new, |v| format!("{}: {}", v.field, v.description))
+        self.violations.first().map_or_else(String::new, |v| format!("{}: {}", v.field, v.description))
     }
 }
 
-/// `value` as an error quotes it: cut to
-/// [`crate::limits::ERROR_QUOTE_CHARS`], control characters escaped.
+/// Quotes `value` for an error text: cuts it to
+/// [`crate::limits::ERROR_QUOTE_CHARS`] and escapes control characters.
 pub fn quoted(value: &str) -> String {
     let limit = crate::limits::ERROR_QUOTE_CHARS;
     let mut quoted: String = value.chars().take(limit).flat_map(char::escape_debug).collect();

@@ -1,10 +1,10 @@
-//! The limits that are constants. Those that are settings are in
+//! The limits that are constants. Limits that are settings are in
 //! [`crate::config`].
 
 use std::time::Duration;
 
-/// Largest message that is read, and largest page or watch message that is
-/// sent unless a single item is larger; bytes.
+/// Largest message that a server reads, in bytes. Also the largest page or watch
+/// message that it sends, unless a single item is larger.
 pub const MESSAGE_BYTES: usize = 1024 * 1024;
 /// Longest text, in Unicode scalar values.
 pub const TEXT_CHARS: usize = 256;
@@ -22,51 +22,51 @@ pub const STEP_POINTS: i64 = 1_000_000;
 pub const BATCH_EVENTS: usize = 500;
 /// Shortest password, in bytes.
 pub const PASSWORD_MIN_BYTES: usize = 8;
-/// Longest password, in bytes: bcrypt reads 72 and counts a closing NUL.
+/// Longest password, in bytes: bcrypt reads 72 bytes, including a closing NUL.
 pub const PASSWORD_MAX_BYTES: usize = 71;
-/// Longest wait for a turn to hash or verify a password.
+/// Longest wait for a permit to hash or verify a password.
 pub const PASSWORD_WAIT: Duration = Duration::from_secs(5);
-/// Page size where none is asked for.
+/// Page size of a request that gives none.
 pub const PAGE_DEFAULT: i64 = 50;
-/// Largest page; more is cut to it.
+/// Largest page size; a larger one in a request is reduced to it.
 pub const PAGE_MAX: i64 = 500;
-/// Longest page or resume token that is looked at, in bytes.
+/// Longest page token or resume token that is decoded, in bytes.
 pub const TOKEN_BYTES: usize = 1024;
-/// Encoded size of all details of an error together.
+/// Largest encoded size of all details of an error together, in bytes.
 pub const ERROR_DETAILS_BYTES: usize = 4 * 1024;
 /// Longest value that an error quotes, in Unicode scalar values.
 pub const ERROR_QUOTE_CHARS: usize = 64;
 /// Heartbeat interval of a watch: shortest, default, longest.
 pub const HEARTBEAT: (Duration, Duration, Duration) =
     (Duration::from_secs(5), Duration::from_secs(15), Duration::from_secs(60));
-/// How long an API key stays good after it was rotated: shortest, default,
-/// longest.
+/// How long an API key stays valid after its rotation: shortest, default, longest.
 pub const KEY_OVERLAP: (Duration, Duration, Duration) =
     (Duration::ZERO, Duration::from_secs(60 * 60), Duration::from_secs(30 * 24 * 60 * 60));
-/// How long a watch token is good: shortest, default, longest.
+/// Lifetime of a watch token: shortest, default, longest.
 pub const WATCH_TOKEN_LIFETIME: (Duration, Duration, Duration) =
     (Duration::from_secs(1), Duration::from_secs(60 * 60), Duration::from_secs(30 * 24 * 60 * 60));
-/// Streams of a connection that the client reset before they were looked at; with
-/// one more the connection is closed, since somebody makes us work for nothing.
-/// h2's own default.
+/// Most streams of a connection that the client has reset before the server accepted
+/// them. With one more the connection is closed, because such streams only cost work.
+/// This is h2's own default.
 pub const PENDING_RESET_STREAMS: usize = 20;
-/// Streams of a connection that we reset for a fault of the client's; with one
-/// more the connection is closed. hyper's own default, which tonic would remove.
+/// Most streams of a connection that the server has reset because of an error of the
+/// client. With one more the connection is closed. This is hyper's own default, which
+/// tonic would remove.
 pub const FAULTY_STREAMS: usize = 1024;
-/// How long a credential may go unconfirmed by the database before nothing is
-/// sent or accepted under it.
+/// Longest time that a credential may go without confirmation by the database. After
+/// it nothing is accepted or sent under the credential until it is confirmed.
 pub const CREDENTIAL_CONFIRMED_WITHIN: Duration = Duration::from_secs(5);
-/// Most connections at once; one more is closed.
+/// Most open connections of a server; one more is closed.
 pub const CONNECTIONS: usize = 10_000;
-/// Longest that a client may take for the handshake of TLS, and then to say that
-/// it speaks HTTP/2.
+/// Longest time for the TLS handshake, and after it for the HTTP/2 preface.
 pub const HANDSHAKE: Duration = Duration::from_secs(10);
-/// Most handshakes of TLS under way at once; one more ends the oldest.
+/// Most TLS handshakes under way at once; one more aborts the oldest.
 pub const HANDSHAKES: usize = 1000;
-/// Most sign-ups and log-ins at once, most streams of reflection and health, and most
-/// calls whose secret is looked up: as many as connections, each of which may have one.
+/// Most sign-ups and log-ins under way, most open streams of reflection and health, and
+/// most secret look-ups under way, each counted by itself. There are as many as
+/// connections, so that each connection may have one.
 pub const STRANGERS: usize = CONNECTIONS;
-/// Most bytes that a call may send that needs no credential.
+/// Most bytes that a call without a credential may send.
 pub const STRANGER_BYTES: usize = 64 * 1024;
-/// Most credentials that one process remembers.
+/// Most credentials in the cache of one process.
 pub const CREDENTIALS: usize = 65_536;

@@ -1,27 +1,27 @@
-//! Status and progress of a job: a pure function of its log.
+//! Status and progress of a job, computed from nothing but the events of its log.
 
 use diesel::{deserialize::FromSqlRow, expression::AsExpression};
 
 use crate::{limits::CONFIGURATION_STEPS, schema::sql_types};
 
-/// Where a job stands.
+/// The status of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, AsExpression, FromSqlRow)]
 #[diesel(sql_type = sql_types::JobStatus)]
 pub enum JobStatus {
-    /// No event yet.
+    /// The job has no event yet.
     Pending,
-    /// Under way.
+    /// The job has events and is neither failed nor closed.
     Running,
-    /// The last word was an error.
+    /// An error is the last event, apart from infos and a close.
     Failed,
-    /// Done; closed.
+    /// A complete event closed the job.
     Complete,
-    /// Given up; closed.
+    /// A close event closed the job before it was complete.
     Cancelled,
 }
 
 impl JobStatus {
-    /// As the API spells it.
+    /// The name in the API, without the enum's prefix.
     pub fn name(self) -> &'static str {
         match self {
             Self::Pending => "PENDING",
@@ -33,35 +33,35 @@ impl JobStatus {
     }
 }
 
-/// What an event says.
+/// The kind of an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, AsExpression, FromSqlRow)]
 #[diesel(sql_type = sql_types::EventKind)]
 pub enum EventKind {
-    /// A step is done.
+    /// A step of the job is done.
     Step,
-    /// Something went wrong.
+    /// The job failed; a later step event recovers it.
     Error,
-    /// Something worth telling.
+    /// Information that does not change a failed job.
     Info,
-    /// All is done.
+    /// The whole job is done.
     Complete,
-    /// Sealed by `CloseJob`.
+    /// `CloseJob` closed the job.
     Close,
 }
 
-/// How far a job is, in the points of its configuration.
+/// Progress of a job in the points of its configuration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress {
-    /// Points of the distinct steps that are done.
+    /// Sum of the points of the distinct steps that are done.
     pub points_done: i64,
-    /// Points of all steps.
+    /// Sum of the points of all steps.
     pub points_total: i64,
     /// Whole percent, 0 to 100.
     pub percent: i16,
 }
 
-/// How much each step of a configuration weighs, by position: its points, or 1
-/// each where all of them are zero.
+/// The weight of each step of a configuration, by position. It is the step's points,
+/// or 1 for every step if all points are zero.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Weights {
     steps: Vec<i64>,
@@ -69,7 +69,7 @@ pub struct Weights {
 }
 
 impl Weights {
-    /// From the steps' points, in order.
+    /// Takes the points of the steps, in order.
     pub fn new(points: impl IntoIterator<Item = i64>) -> Self {
         let mut steps: Vec<i64> = points.into_iter().collect();
         if steps.iter().all(|&points| points == 0) {
@@ -79,18 +79,18 @@ impl Weights {
         Self { steps, total }
     }
 
-    /// Of all steps.
+    /// The sum of all weights.
     pub fn total(&self) -> i64 {
         self.total
     }
 }
 
-/// Which steps of a configuration are done, by position.
+/// The set of the steps of a configuration that are done, by position.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StepSet([u8; CONFIGURATION_STEPS / 8]);
 
 impl StepSet {
-    /// From its stored form; bits beyond the last possible step are dropped.
+    /// Decodes the stored form. Bits beyond the largest number of steps are dropped.
     pub fn from_bytes(bytes: &[u8]) -> Self {
         let mut set = Self::default();
         for (to, from) in set.0.iter_mut().zip(bytes) {
@@ -99,39 +99,39 @@ impl StepSet {
         set
     }
 
-    /// One bit a step, lowest bit of each byte first, without empty bytes at
-    /// the end.
+    /// The stored form: one bit a step, lowest bit of each byte first, without zero
+    /// bytes at the end.
     pub fn as_bytes(&self) -> &[u8] {
         let end = self.0.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1);
         &self.0[..end]
     }
 
-    /// Whether the step was not in it before.
+    /// Returns true if the set did not contain the step.
     fn insert(&mut self, step: usize) -> bool {
         let (byte, bit) = (step / 8, 1 << (step % 8));
-        let fresh = self.0[byte] & bit == 0;
+        let inserted = self.0[byte] & bit == 0;
         self.0[byte] |= bit;
-        fresh
+        inserted
     }
 }
 
-/// A job after some prefix of its log.
+/// The state of a job after one of the events of its log, or before the first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct JobState {
-    /// Sequence of the last event; 0 for none.
+    /// Sequence of the last event; 0 if there is none.
     pub last_sequence: i64,
-    /// After that event.
+    /// Status after that event.
     pub status: JobStatus,
-    /// Whether the log is sealed.
+    /// Whether the log takes no further event.
     pub closed: bool,
-    /// After that event.
+    /// Progress after that event.
     pub progress: Progress,
     /// The steps that have a step event.
     pub steps_done: StepSet,
 }
 
 impl JobState {
-    /// A job without events.
+    /// The state of a job without events.
     pub fn pending(weights: &Weights) -> Self {
         Self {
             last_sequence: 0,
@@ -142,8 +142,8 @@ impl JobState {
         }
     }
 
-    /// Moves on by one event; `step` is the position of its step. A closed job
-    /// does not move, and says so.
+    /// Applies the next event; `step` is the position of its step. Fails and changes
+    /// nothing if the job is closed.
     pub fn apply(&mut self, kind: EventKind, step: Option<usize>, weights: &Weights) -> Result<(), Closed> {
         if self.closed {
             return Err(Closed(self.status));
@@ -184,11 +184,11 @@ impl JobState {
     }
 }
 
-/// The job's log never changes again; it ended with this status.
+/// The job is closed with this status, so that its log never changes again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Closed(pub JobStatus);
 
-/// At most 99: only `complete` makes it 100.
+/// Returns at most 99: only a complete event makes it 100.
 fn percent(progress: &Progress) -> i16 {
     if progress.points_total == 0 {
         return 0;
@@ -205,7 +205,7 @@ mod tests {
         Weights::new(points.iter().copied())
     }
 
-    /// A job in the given state, reached by events.
+    /// The state of a job after these events.
     fn job(events: &[(EventKind, Option<usize>)], weights: &Weights) -> JobState {
         let mut state = JobState::pending(weights);
         for &(kind, step) in events {
@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn every_cell_of_the_table() {
+    fn every_kind_of_event_moves_every_status_as_documented() {
         use EventKind::{Close, Complete, Error, Info, Step};
         use JobStatus::{Cancelled, Failed, Pending, Running};
         let weights = weights(&[1, 1]);
@@ -247,10 +247,10 @@ mod tests {
     }
 
     #[test]
-    fn a_repeated_step_counts_once_and_the_bar_never_falls() {
+    fn a_repeated_step_counts_once_and_percent_never_falls() {
         let weights = weights(&[10, 30, 60]);
         let mut state = JobState::pending(&weights);
-        let mut film = Vec::new();
+        let mut seen = Vec::new();
         for (kind, step) in [
             (EventKind::Step, Some(1)),
             (EventKind::Step, Some(1)),
@@ -260,9 +260,9 @@ mod tests {
             (EventKind::Complete, None),
         ] {
             state.apply(kind, step, &weights).expect("open");
-            film.push((state.progress.points_done, state.progress.percent));
+            seen.push((state.progress.points_done, state.progress.percent));
         }
-        assert_eq!(film, [(30, 30), (30, 30), (30, 30), (40, 40), (100, 99), (100, 100)]);
+        assert_eq!(seen, [(30, 30), (30, 30), (30, 30), (40, 40), (100, 99), (100, 100)]);
     }
 
     #[test]
@@ -282,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn a_job_without_steps_stands_at_zero_until_complete() {
+    fn a_job_without_steps_has_zero_percent_until_complete() {
         let weights = weights(&[]);
         let state = job(&[(EventKind::Info, None)], &weights);
         assert_eq!(state.progress, Progress { points_done: 0, points_total: 0, percent: 0 });
@@ -291,14 +291,14 @@ mod tests {
     }
 
     #[test]
-    fn close_does_not_move_the_bar() {
+    fn close_does_not_change_percent() {
         let weights = weights(&[1, 3]);
         let state = job(&[(EventKind::Step, Some(0)), (EventKind::Close, None)], &weights);
         assert_eq!((state.status, state.progress.percent), (JobStatus::Cancelled, 25));
     }
 
     #[test]
-    fn the_set_of_steps_survives_its_stored_form() {
+    fn a_step_set_is_equal_after_encoding_and_decoding() {
         let mut set = StepSet::default();
         assert_eq!(set.as_bytes(), b"");
         for step in [0, 8, CONFIGURATION_STEPS - 1] {

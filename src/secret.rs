@@ -1,5 +1,5 @@
-//! Secrets that callers send: what they look like, how they are stored, and
-//! that they are never printed.
+//! Secrets and passwords: their format, their stored hashes, and `Debug` without their
+//! content.
 
 use std::fmt;
 
@@ -11,22 +11,22 @@ use crate::{
 };
 
 const BASE62: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
-/// Random bytes of a secret, and how many base62 characters hold them.
+/// Random bytes of a secret, and the base62 characters that encode them.
 const RANDOM_BYTES: usize = 32;
 const RANDOM_CHARS: usize = 43;
-/// Base62 characters that hold a CRC-32.
+/// Base62 characters that encode a CRC-32.
 const CHECKSUM_CHARS: usize = 6;
-/// How much of a secret tells it apart by sight.
+/// Characters of a secret that are shown, so that people can tell secrets apart.
 const DISPLAY_CHARS: usize = 8;
 
-/// What a secret opens.
+/// The kind of credential that a secret belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SecretKind {
     /// A session.
     Session,
     /// An API key.
     ApiKey,
-    /// One job, to look at.
+    /// A watch token.
     WatchToken,
 }
 
@@ -42,10 +42,10 @@ impl SecretKind {
     }
 }
 
-/// A prefix, 43 base62 characters of 256 random bits, and 6 of their CRC-32:
-/// the shape by which secret scanners know what leaked and from where
-/// (github.blog, "Behind GitHub's new authentication token formats"), and by
-/// which a mistyped or foreign secret is refused without asking the database.
+/// A secret: a prefix, 43 base62 characters of 256 random bits, and 6 of the CRC-32 of
+/// all before. By this format secret scanners recognise a leaked secret and its origin
+/// (github.blog, "Behind GitHub's new authentication token formats"). A mistyped or
+/// foreign secret is refused without a query.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret {
     kind: SecretKind,
@@ -53,7 +53,7 @@ pub struct Secret {
 }
 
 impl Secret {
-    /// A new one. Fails only if the operating system has no randomness.
+    /// Makes a new secret. Fails only if the operating system provides no randomness.
     pub fn generate(kind: SecretKind) -> Result<Self> {
         let mut random = [0; RANDOM_BYTES];
         getrandom::fill(&mut random).map_err(|error| Error::internal(error.to_string()))?;
@@ -67,7 +67,7 @@ impl Secret {
         Self { kind, text }
     }
 
-    /// What a caller sent, if it has the shape of a secret of ours.
+    /// Parses what a caller sent; none if it does not have the format.
     pub fn parse(text: &str) -> Option<Self> {
         let kind = SecretKind::ALL.into_iter().find(|kind| text.starts_with(kind.prefix()))?;
         let body = &text[kind.prefix().len()..];
@@ -78,23 +78,23 @@ impl Secret {
         (checksum(signed) == sum).then(|| Self { kind, text: text.to_owned() })
     }
 
-    /// What it opens.
+    /// The kind of credential that the secret belongs to.
     pub fn kind(&self) -> SecretKind {
         self.kind
     }
 
-    /// What is stored of it. A fast hash will do: nobody guesses 256 random
-    /// bits.
+    /// The hash that is stored. A fast hash is enough, because 256 random bits cannot
+    /// be guessed.
     pub fn hash(&self) -> SecretHash {
         SecretHash(Sha256::digest(&self.text).into())
     }
 
-    /// How it begins, to tell secrets apart by sight.
+    /// The first characters, for display.
     pub fn display_prefix(&self) -> &str {
         &self.text[..DISPLAY_CHARS]
     }
 
-    /// The secret itself, for the one answer that shows it to its owner.
+    /// The text of the secret, for the one answer that sends it to its owner.
     pub fn reveal(self) -> String {
         self.text
     }
@@ -111,21 +111,21 @@ impl fmt::Debug for Secret {
 pub struct SecretHash([u8; 32]);
 
 impl SecretHash {
-    /// As it is stored.
+    /// The bytes that are stored.
     pub fn as_bytes(&self) -> &[u8] {
         &self.0
     }
 }
 
-/// A password of a permitted shape: [`PASSWORD_MIN_BYTES`] to
-/// [`PASSWORD_MAX_BYTES`] bytes of UTF-8 without NUL, since bcrypt reads no
-/// further than 72 bytes, its closing NUL included, and takes a NUL within for
-/// that end.
+/// A password of [`PASSWORD_MIN_BYTES`] to [`PASSWORD_MAX_BYTES`] bytes of UTF-8
+/// without NUL. bcrypt reads at most 72 bytes, including a closing NUL, and takes a
+/// NUL inside the password for the end.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Password(String);
 
 impl Password {
-    /// Refuses other shapes, with a description that does not quote.
+    /// Refuses any other text. The error describes the violation and does not quote
+    /// the password.
     pub fn new(text: String) -> Result<Self, String> {
         if !(PASSWORD_MIN_BYTES..=PASSWORD_MAX_BYTES).contains(&text.len()) {
             return Err(format!("must have {PASSWORD_MIN_BYTES} to {PASSWORD_MAX_BYTES} bytes in UTF-8"));
@@ -136,7 +136,7 @@ impl Password {
         Ok(Self(text))
     }
 
-    /// For hashing.
+    /// The UTF-8 bytes, for hashing.
     pub fn as_bytes(&self) -> &[u8] {
         self.0.as_bytes()
     }
@@ -148,18 +148,18 @@ impl fmt::Debug for Password {
     }
 }
 
-/// bcrypt's hash of a password, in its own text form. Guessing weak passwords
-/// from it is possible, so it is not printed either.
+/// bcrypt's hash of a password, in bcrypt's text form. `Debug` does not print it,
+/// because weak passwords can be guessed from it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct PasswordHash(String);
 
 impl PasswordHash {
-    /// Of what bcrypt made.
+    /// Takes the text that bcrypt returned.
     pub fn new(text: String) -> Self {
         Self(text)
     }
 
-    /// For storing and comparing.
+    /// The text, to store it and to verify a password.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -175,7 +175,7 @@ fn checksum(text: &str) -> String {
     base62(crc32fast::hash(text.as_bytes()).to_be_bytes(), CHECKSUM_CHARS)
 }
 
-/// A big-endian number in `chars` digits.
+/// Encodes a big-endian number in `chars` base62 digits.
 fn base62<const N: usize>(mut number: [u8; N], chars: usize) -> String {
     let mut digits = vec![b'0'; chars];
     for digit in digits.iter_mut().rev() {
@@ -195,13 +195,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn secrets_have_their_shape_and_come_back() {
+    fn a_generated_secret_has_the_format_and_parses_to_the_same_hash() {
         for (kind, prefix) in [(SecretKind::Session, "mps_"), (SecretKind::ApiKey, "mpk_")] {
             let secret = Secret::generate(kind).expect("randomness");
             assert_eq!(secret.text.len(), 4 + 49);
             assert!(secret.text.starts_with(prefix));
             assert_eq!(secret.display_prefix(), &secret.text[..8]);
-            let parsed = Secret::parse(&secret.text).expect("its own shape");
+            let parsed = Secret::parse(&secret.text).expect("the format of a secret");
             assert_eq!(parsed.kind(), kind);
             assert_eq!(parsed.hash(), secret.hash());
             assert_ne!(secret, Secret::generate(kind).expect("randomness"));
@@ -209,8 +209,8 @@ mod tests {
     }
 
     #[test]
-    fn the_shape_never_changes() {
-        // Secrets in the hands of users must stay valid with later versions.
+    fn the_format_never_changes() {
+        // Secrets that users have must stay valid in later versions.
         let zero = Secret::of_random(SecretKind::ApiKey, [0; 32]);
         assert_eq!(zero.text, format!("mpk_{}34O1xt", "0".repeat(43)));
         let most = Secret::of_random(SecretKind::Session, [255; 32]);
@@ -222,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_mistyped_or_foreign_is_refused() {
+    fn mistyped_and_foreign_secrets_are_refused() {
         let secret = Secret::generate(SecretKind::ApiKey).expect("randomness").reveal();
         let cut = &secret[..secret.len() - 1];
         let longer = format!("{secret}0");
@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_secret_is_printed() {
+    fn debug_prints_no_secret_and_no_password() {
         let secret = Secret::generate(SecretKind::Session).expect("randomness");
         assert_eq!(format!("{secret:?}"), "Secret(mps_…)");
         let password = Password::new("hunter2hunter2".to_owned()).expect("a password");

@@ -271,15 +271,15 @@ impl Ids {
     async fn still_good(&self, conn: &mut AsyncPgConnection) -> Result<HashSet<CredentialId>> {
         let mut good = HashSet::new();
         if !self.sessions.is_empty() {
-            let still = Session::still_good(conn, &self.sessions).await?;
+            let still = Session::still_valid(conn, &self.sessions).await?;
             good.extend(still.into_iter().map(CredentialId::Session));
         }
         if !self.api_keys.is_empty() {
-            let still = ApiKey::still_good(conn, &self.api_keys).await?;
+            let still = ApiKey::still_valid(conn, &self.api_keys).await?;
             good.extend(still.into_iter().map(CredentialId::ApiKey));
         }
         if !self.watch_tokens.is_empty() {
-            let still = WatchToken::still_good(conn, &self.watch_tokens).await?;
+            let still = WatchToken::still_valid(conn, &self.watch_tokens).await?;
             good.extend(still.into_iter().map(CredentialId::WatchToken));
         }
         Ok(good)

@@ -1,4 +1,4 @@
-//! API keys: what a user's programs call with.
+//! API keys: the credentials of a user's programs.
 
 use std::time::Duration;
 
@@ -18,43 +18,43 @@ use crate::{
     secret::SecretHash,
 };
 
-/// A row, but for the hash of the secret.
+/// A row, without the hash of the secret.
 #[derive(Clone, Debug, Queryable, Selectable)]
 #[diesel(table_name = api_keys, check_for_backend(diesel::pg::Pg))]
 pub struct ApiKey {
-    /// Version 7.
+    /// UUID version 7.
     pub id: Uuid,
-    /// How the secret begins.
+    /// The first characters of the secret, for display.
     pub key_prefix: String,
-    /// The owner's words about it; may be empty.
+    /// The owner's description of the key; may be empty.
     pub note: String,
-    /// Arrays of Postgres may hold NULL; a constraint says that this does not.
+    /// Postgres permits NULL in an array; a constraint on the table forbids it here.
     scopes: Vec<Option<KeyScope>>,
-    /// From then on it is refused; none: never.
+    /// From this time on the key is refused; none: never.
     pub expires_at: Option<DateTime<Utc>>,
-    /// To the minute.
+    /// Written at most once a minute.
     pub last_used_at: Option<DateTime<Utc>>,
-    /// By the database's clock.
+    /// Set by the database.
     pub created_at: DateTime<Utc>,
 }
 
-/// A key to be.
+/// A key to insert.
 #[derive(Clone, Debug)]
 pub struct NewApiKey {
-    /// Of its secret.
+    /// Hash of the key's secret.
     pub key_hash: SecretHash,
-    /// How the secret begins.
+    /// The first characters of the secret, for display.
     pub key_prefix: String,
     /// May be empty.
     pub note: String,
     /// At least one, each once.
     pub scopes: Vec<KeyScope>,
-    /// None: never.
+    /// None: the key never expires.
     pub expires_at: Option<DateTime<Utc>>,
 }
 
 impl NewApiKey {
-    /// Stores it as the manager's.
+    /// Inserts a key of the manager's user.
     pub async fn create(
         self,
         conn: &mut AsyncPgConnection,
@@ -97,13 +97,13 @@ impl NewApiKey {
 confirmable!(ApiKey, api_keys);
 
 impl ApiKey {
-    /// What it may be used for.
+    /// The scopes that the key grants, each once.
     pub fn scopes(&self) -> impl Iterator<Item = KeyScope> {
         self.scopes.iter().copied().flatten()
     }
 
-    /// Who calls with this secret, and for how long it is good, where that
-    /// ends; none unless it is good now.
+    /// Returns the caller to whom this secret belongs and the time until it expires,
+    /// if it does; none unless the secret is valid now.
     pub async fn authenticate(
         conn: &mut AsyncPgConnection,
         secret: &SecretHash,
@@ -117,14 +117,16 @@ impl ApiKey {
             .get_result(conn)
             .await
             .optional()?;
-        Ok(row.map(|(key, asked_at, user_id, role)| {
+        Ok(row.map(|(key, database_now, user_id, role)| {
             let subject = Subject::User { id: user_id, role };
             let caller = Caller::new(subject, CredentialId::ApiKey(key.id), key.scopes().collect());
-            (caller, key.expires_at.map(|at| (at - asked_at).to_std().unwrap_or_default()))
+            (caller, key.expires_at.map(|at| (at - database_now).to_std().unwrap_or_default()))
         }))
     }
 
-    /// The key of this id, for the one who calls with it.
+    /// Returns the key that the call is made with. Fails with
+    /// [`Error::CredentialInvalid`] if the credential is not a key, or if its row no
+    /// longer exists.
     pub async fn of_caller(conn: &mut AsyncPgConnection, caller: &Caller) -> Result<Self> {
         let CredentialId::ApiKey(id) = caller.credential() else { return Err(Error::CredentialInvalid) };
         let key: Option<Self> =
@@ -132,8 +134,8 @@ impl ApiKey {
         key.ok_or(Error::CredentialInvalid)
     }
 
-    /// The manager's keys, oldest first, those after `after` where given: a
-    /// page of at most `limit`.
+    /// Lists at most `limit` keys of the manager's user, oldest first, beginning after
+    /// the `created_at` and id in `after`.
     pub async fn list(
         conn: &mut AsyncPgConnection,
         manager: &KeyManager,
@@ -156,8 +158,8 @@ impl ApiKey {
         Ok(query.load(conn).await?)
     }
 
-    /// Ends a key of the manager's; [`Error::ApiKeyAlreadyExpired`] if it had
-    /// ended before.
+    /// Expires a key of the manager's user. Fails with [`Error::NotFound`] if the user
+    /// has no such key, [`Error::ApiKeyAlreadyExpired`] if it has expired before.
     pub async fn expire(
         conn: &mut AsyncPgConnection,
         manager: &KeyManager,
@@ -193,13 +195,13 @@ impl ApiKey {
         Ok(key)
     }
 
-    /// A new key in the place of one of the manager's, with the same note,
-    /// scopes and expiry; the old one ends after `overlap`, unless it ends
-    /// before. Both of them, the new one and the old one, and how long the old
-    /// one is still good, where that ends.
+    /// Replaces a key of the manager's user by a new one with the same note, scopes and
+    /// expiry. The old key expires after `overlap`, or earlier if it was to. Returns the
+    /// new key, the old key, and the time until the old key expires.
     ///
-    /// [`Error::ScopeRequired`] if the manager lacks a scope of the key's,
-    /// [`Error::ApiKeyAlreadyExpired`] if it had ended.
+    /// Fails with [`Error::NotFound`] if the user has no such key,
+    /// [`Error::ScopeRequired`] if the manager lacks a scope of the key,
+    /// [`Error::ApiKeyAlreadyExpired`] if the key has expired before.
     pub async fn rotate(
         conn: &mut AsyncPgConnection,
         manager: &KeyManager,
@@ -213,19 +215,19 @@ impl ApiKey {
         let (rotated, entry) = conn
             .transaction(async |conn| {
                 let own = api_keys::table.find(id).filter(api_keys::user_id.eq(manager.user_id()));
-                let good = api_keys::expires_at.is_null().or(api_keys::expires_at.gt(now));
+                let valid = api_keys::expires_at.is_null().or(api_keys::expires_at.gt(now));
                 let old: Option<(Self, Option<bool>)> = own
-                    .select((Self::as_select(), good))
+                    .select((Self::as_select(), valid))
                     .for_no_key_update()
                     .get_result(conn)
                     .await
                     .optional()?;
-                let (old, good) = old.ok_or_else(|| Error::not_found(Resource::ApiKey, &id))?;
+                let (old, valid) = old.ok_or_else(|| Error::not_found(Resource::ApiKey, &id))?;
                 let scopes: Vec<KeyScope> = old.scopes().collect();
                 if let Some(missing) = scopes.iter().find(|scope| !manager.scopes().contains(scope)) {
                     return Err(Error::ScopeRequired(missing.name()));
                 }
-                if good != Some(true) {
+                if valid != Some(true) {
                     return Err(Error::ApiKeyAlreadyExpired(id));
                 }
                 let (note, expires_at) = (old.note, old.expires_at);
@@ -253,8 +255,7 @@ impl ApiKey {
         Ok(rotated)
     }
 
-    /// How many keys of a user are good.
-    pub(super) async fn count_good(conn: &mut AsyncPgConnection, user_id: Uuid) -> Result<i64> {
+    pub(super) async fn count_valid(conn: &mut AsyncPgConnection, user_id: Uuid) -> Result<i64> {
         Ok(api_keys::table
             .filter(api_keys::user_id.eq(user_id))
             .filter(api_keys::expires_at.is_null().or(api_keys::expires_at.gt(now)))

@@ -1,7 +1,8 @@
-//! The audit: who did what to accounts, credentials and jobs, and where from.
+//! The audit log: each act on accounts, credentials and jobs, with its actor and
+//! client address.
 //!
-//! An act's entry is inserted in the act's own transaction and becomes a line
-//! of the log, under the target `milepost::audit`, once that has committed.
+//! An act's entry is inserted in the transaction of the act. After the commit it is
+//! also logged, under the target `milepost::audit`.
 
 use std::net::IpAddr;
 
@@ -22,14 +23,14 @@ use crate::{
     schema::{audit_entries, sql_types},
 };
 
-/// What was done.
+/// The kind of an audited act.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, AsExpression, FromSqlRow)]
 #[diesel(sql_type = sql_types::AuditAct)]
-#[allow(missing_docs, reason = "they say it")]
+#[allow(missing_docs, reason = "the variants' names suffice")]
 pub enum AuditAct {
     SignUp,
     LogIn,
-    /// Also a wrong current password.
+    /// Also `ChangePassword` with a wrong current password.
     LogInFailed,
     LogOut,
     PasswordChanged,
@@ -38,48 +39,48 @@ pub enum AuditAct {
     ApiKeyExpired,
     WatchTokenCreated,
     WatchTokenExpired,
-    /// By `CloseJob`; a job that completes says so in its own log.
+    /// By `CloseJob` only; a completion is an event of the job's log.
     JobClosed,
     UserCreated,
     PasswordSet,
     UserDisabled,
 }
 
-/// What somebody acted with.
+/// The kind of credential that an act was done with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, AsExpression, FromSqlRow)]
 #[diesel(sql_type = sql_types::AuditActor)]
-#[allow(missing_docs, reason = "they say it")]
+#[allow(missing_docs, reason = "the variants' names suffice")]
 pub enum AuditActor {
     Anonymous,
     Session,
     ApiKey,
     WatchToken,
-    /// On the database itself.
+    /// A command of `milepost user`, which works on the database directly.
     Operator,
 }
 
-/// Who acts, and where from.
+/// The actor, client address and request id of a call, or the operator.
 #[derive(Clone, Copy, Debug)]
 pub struct Origin {
     actor: AuditActor,
-    /// The user and the credential.
+    /// Ids of the subject and of the credential.
     caller: Option<(Uuid, Uuid)>,
-    /// As far as it is known.
+    /// The client's address, if it is known.
     pub address: Option<IpAddr>,
     request_id: Option<Uuid>,
 }
 
 impl Origin {
-    /// The operator, who has the database and needs no call.
+    /// The operator, who works on the database without a call.
     pub const OPERATOR: Self =
         Self { actor: AuditActor::Operator, caller: None, address: None, request_id: None };
 
-    /// Of a call by somebody without a credential.
+    /// The origin of a call without a credential.
     pub fn anonymous(address: Option<IpAddr>, request_id: Option<Uuid>) -> Self {
         Self { actor: AuditActor::Anonymous, caller: None, address, request_id }
     }
 
-    /// Of a call by this caller.
+    /// The origin of a call by this caller.
     pub fn of_caller(caller: &Caller, address: Option<IpAddr>, request_id: Option<Uuid>) -> Self {
         let (actor, credential) = match caller.credential() {
             CredentialId::Session(id) => (AuditActor::Session, id),
@@ -90,7 +91,8 @@ impl Origin {
         Self { actor, caller: Some((subject, credential)), address, request_id }
     }
 
-    /// An entry of this act, to which its subject is to be added.
+    /// Makes an entry of this act without the ids of what the act changed; the caller
+    /// adds them.
     pub fn entry(&self, act: AuditAct) -> AuditEntry {
         AuditEntry {
             id: Uuid::now_v7(),
@@ -109,8 +111,8 @@ impl Origin {
         }
     }
 
-    /// The line of the log for a log-in that the throttle refused. There is no
-    /// entry: it costs whoever sends it nothing, so nothing bounds how many.
+    /// Logs a log-in that the throttle refused. It has no entry in the table, because
+    /// nothing limits how many refused log-ins a client sends.
     pub fn log_throttled_log_in(&self) {
         tracing::warn!(
             target: "milepost::audit",
@@ -124,10 +126,10 @@ impl Origin {
     }
 }
 
-/// A row. Which subjects an act has is a matter of the table's constraints.
+/// A row. The table's constraints say which ids an entry of each act has.
 #[derive(Clone, Debug, Insertable)]
 #[diesel(table_name = audit_entries, treat_none_as_default_value = false)]
-#[allow(missing_docs, reason = "the table says it")]
+#[allow(missing_docs, reason = "the columns are documented in their migration")]
 pub struct AuditEntry {
     pub id: Uuid,
     pub act: AuditAct,
@@ -144,19 +146,19 @@ pub struct AuditEntry {
     pub request_id: Option<Uuid>,
 }
 
-/// An entry whose transaction is still to commit.
+/// An entry that is inserted and logged after the commit of its transaction.
 #[derive(Debug)]
-#[must_use = "once it is committed, it is to be logged"]
+#[must_use = "call `committed` after the commit, so that the entry is logged"]
 pub struct Inserted(AuditEntry);
 
 impl AuditEntry {
-    /// Stores it, in the transaction of its act.
+    /// Inserts the entry. The connection must be in the transaction of the act.
     pub async fn insert(self, conn: &mut AsyncPgConnection) -> Result<Inserted> {
         diesel::insert_into(audit_entries::table).values(&self).execute(conn).await?;
         Ok(Inserted(self))
     }
 
-    /// Its line of the log; to be called once it is committed.
+    /// Logs the entry; to be called after its transaction has committed.
     pub fn log(&self) {
         tracing::info!(
             target: "milepost::audit",
@@ -178,19 +180,20 @@ impl AuditEntry {
 }
 
 impl Inserted {
-    /// Its transaction has committed.
+    /// Logs the entry; to be called after its transaction has committed.
     pub fn committed(self) {
         self.0.log();
     }
 }
 
-/// An address, as Postgres has it.
+/// An address as a value of the Postgres type `inet`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, AsExpression)]
 #[diesel(sql_type = Inet)]
 pub struct ClientAddress(pub IpAddr);
 
-/// Address family (2, and 3 for IPv6), bits of the network, whether it is one,
-/// length, bytes: Postgres' `utils/adt/network.c`.
+/// The binary form of `inet` is the address family (2 for IPv4, 3 for IPv6), the bits
+/// of the netmask, a flag for `cidr`, the length of the address, and the address
+/// (`utils/adt/network.c` of Postgres).
 impl ToSql<Inet, Pg> for ClientAddress {
     fn to_sql<'b>(&'b self, out: &mut Output<'b, '_, Pg>) -> serialize::Result {
         use std::io::Write as _;

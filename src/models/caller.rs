@@ -1,6 +1,6 @@
-//! Who asks. The only way to a tenant's data: model functions take one of the
-//! proofs below, [`Caller`] alone hands them out, and only the look-ups of
-//! sessions, API keys and watch tokens can make a [`Caller`].
+//! The caller of a method, and the proofs of what it may do. Model functions on a
+//! tenant's data take one of these proofs. Only [`Caller`] returns proofs, and only
+//! the look-ups of sessions, API keys and watch tokens make a [`Caller`].
 
 use diesel::{deserialize::FromSqlRow, expression::AsExpression};
 use uuid::Uuid;
@@ -10,30 +10,30 @@ use crate::{
     schema::sql_types,
 };
 
-/// What a user is, for good.
+/// The role of a user; it never changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, AsExpression, FromSqlRow)]
 #[diesel(sql_type = sql_types::UserRole)]
 pub enum UserRole {
-    /// Somebody whom jobs are run for.
+    /// Jobs run for a customer.
     Customer,
-    /// Somebody who runs jobs.
+    /// A provider runs jobs.
     Provider,
 }
 
-/// What an API key may be used for.
+/// A group of methods that an API key may call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, AsExpression, FromSqlRow)]
 #[diesel(sql_type = sql_types::ApiKeyScope)]
 pub enum KeyScope {
     /// Methods that only read.
     Read,
-    /// A provider's writes.
+    /// Methods by which a provider writes.
     Append,
-    /// The user's API keys.
+    /// Methods that list and change the user's API keys.
     Manage,
 }
 
 impl KeyScope {
-    /// As the API spells it.
+    /// The name in the API, without the enum's prefix.
     pub fn name(self) -> &'static str {
         match self {
             Self::Read => "READ",
@@ -43,7 +43,7 @@ impl KeyScope {
     }
 }
 
-/// What a call was made with.
+/// The kind and id of the credential of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum CredentialId {
     /// A session.
@@ -54,21 +54,21 @@ pub enum CredentialId {
     WatchToken(Uuid),
 }
 
-/// On whose behalf a call is made.
+/// The subject on whose behalf a call is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Subject {
     /// A user.
     User {
-        /// Who.
+        /// The user's id.
         id: Uuid,
-        /// As what.
+        /// The user's role.
         role: UserRole,
     },
-    /// Whoever holds a secret that shows one job and nothing else.
+    /// One job, read-only: the subject of a watch token.
     Job(Uuid),
 }
 
-/// Who asks, and what their credential allows.
+/// An authenticated subject, and what its credential allows.
 #[derive(Clone, Debug)]
 pub struct Caller {
     subject: Subject,
@@ -81,18 +81,19 @@ impl Caller {
         Self { subject, credential, scopes }
     }
 
-    /// On whose behalf.
+    /// The subject on whose behalf the call is made.
     pub fn subject(&self) -> Subject {
         self.subject
     }
 
-    /// With what.
+    /// The credential of the call.
     pub fn credential(&self) -> CredentialId {
         self.credential
     }
 
-    /// Proof that a provider's data may be read or, with [`KeyScope::Append`],
-    /// written.
+    /// Returns the proof that a provider's data may be read or, with
+    /// [`KeyScope::Append`], written. Fails with [`Error::RoleRequired`] or
+    /// [`Error::ScopeRequired`].
     pub fn provider(&self, scope: KeyScope) -> Result<Provider> {
         let Subject::User { id, role: UserRole::Provider } = self.subject else {
             return Err(Error::RoleRequired("provider"));
@@ -101,7 +102,8 @@ impl Caller {
         Ok(Provider { id })
     }
 
-    /// Proof that jobs may be read by a user: what concerns more than one job.
+    /// As [`Self::viewer`], for methods that concern more than one job. Fails with
+    /// [`Error::RoleRequired`] for a watch token.
     pub fn user_viewer(&self) -> Result<Viewer> {
         match self.subject {
             Subject::User { .. } => self.viewer(),
@@ -109,7 +111,8 @@ impl Caller {
         }
     }
 
-    /// Proof that jobs may be read: which ones is the viewer's matter.
+    /// Returns the proof that the jobs of [`Viewer::visibility`] may be read. Fails
+    /// with [`Error::ScopeRequired`].
     pub fn viewer(&self) -> Result<Viewer> {
         self.require(KeyScope::Read)?;
         Ok(match self.subject {
@@ -119,7 +122,8 @@ impl Caller {
         })
     }
 
-    /// Proof that the user themselves is there, not merely a key of theirs.
+    /// Returns the proof that the call is made with a session of the user. Fails with
+    /// [`Error::SessionRequired`] for an API key or a watch token.
     pub fn account(&self) -> Result<Account> {
         match (self.subject, self.credential) {
             (Subject::User { id, .. }, CredentialId::Session(session_id)) => {
@@ -129,7 +133,8 @@ impl Caller {
         }
     }
 
-    /// Proof that the user's API keys may be listed, made and expired.
+    /// Returns the proof that the user's API keys may be listed, created and expired.
+    /// Fails with [`Error::RoleRequired`] or [`Error::ScopeRequired`].
     pub fn key_manager(&self) -> Result<KeyManager> {
         let Subject::User { id, role } = self.subject else {
             return Err(Error::RoleRequired("provider or customer"));
@@ -143,7 +148,7 @@ impl Caller {
     }
 }
 
-/// See [`Caller::provider`].
+/// Proof of [`Caller::provider`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Provider {
     id: Uuid,
@@ -156,35 +161,35 @@ impl Provider {
     }
 }
 
-/// See [`Caller::viewer`].
+/// Proof of [`Caller::viewer`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Viewer(Visibility);
 
-/// Which jobs a viewer sees.
+/// The jobs that a viewer sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Visibility {
-    /// Those that this provider runs.
+    /// The jobs of this provider.
     Provider(Uuid),
-    /// Those that are run for this customer.
+    /// The jobs of this customer.
     Customer(Uuid),
-    /// This one.
+    /// This one job.
     Job(Uuid),
 }
 
 impl Viewer {
-    /// Which jobs.
+    /// The jobs that the viewer sees.
     pub fn visibility(self) -> Visibility {
         self.0
     }
 
-    /// Of the user, or of the one job.
+    /// The id of the user, or of the one job.
     pub fn id(self) -> Uuid {
         match self.0 {
             Visibility::Provider(id) | Visibility::Customer(id) | Visibility::Job(id) => id,
         }
     }
 
-    /// Whether a job of this id, provider and customer is among them.
+    /// Whether the viewer sees a job of this id, provider and customer.
     pub fn sees(self, job_id: Uuid, provider_id: Uuid, customer_id: Uuid) -> bool {
         match self.0 {
             Visibility::Provider(id) => id == provider_id,
@@ -200,7 +205,7 @@ impl From<Provider> for Viewer {
     }
 }
 
-/// See [`Caller::account`].
+/// Proof of [`Caller::account`].
 #[derive(Clone, Copy, Debug)]
 pub struct Account {
     user_id: Uuid,
@@ -208,18 +213,18 @@ pub struct Account {
 }
 
 impl Account {
-    /// Who.
+    /// The user's id.
     pub fn user_id(self) -> Uuid {
         self.user_id
     }
 
-    /// The session that the call was made with.
+    /// The id of the session that the call is made with.
     pub fn session_id(self) -> Uuid {
         self.session_id
     }
 }
 
-/// See [`Caller::key_manager`].
+/// Proof of [`Caller::key_manager`].
 #[derive(Clone, Debug)]
 pub struct KeyManager {
     user_id: Uuid,
@@ -228,17 +233,17 @@ pub struct KeyManager {
 }
 
 impl KeyManager {
-    /// Whose keys.
+    /// The id of the user who owns the keys.
     pub fn user_id(&self) -> Uuid {
         self.user_id
     }
 
-    /// What that user is.
+    /// The role of that user.
     pub fn role(&self) -> UserRole {
         self.role
     }
 
-    /// What may be passed on to a new key.
+    /// The scopes that a new key may have.
     pub fn scopes(&self) -> &[KeyScope] {
         &self.scopes
     }

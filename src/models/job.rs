@@ -1,4 +1,4 @@
-//! Jobs: something that a provider runs for a customer.
+//! Jobs, which a provider runs for a customer.
 
 mod list;
 
@@ -23,16 +23,16 @@ use crate::{
     schema::{job_configurations, jobs, step_configurations, users},
 };
 
-/// How a job is named by its caller.
+/// The key by which a request names a job.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum JobKey {
-    /// By its id.
+    /// The job's id.
     Id(Uuid),
-    /// By its provider's id for it; for that provider only.
+    /// The provider's own id of the job; only the job's provider may use it.
     ProviderJobId(String),
 }
 
-/// As an error names it.
+/// The form in which error texts name the job.
 impl fmt::Display for JobKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -42,44 +42,44 @@ impl fmt::Display for JobKey {
     }
 }
 
-/// A job, with what its log derives.
+/// A job, with the state that its log derives.
 #[derive(Clone, Debug, PartialEq, Eq, Queryable)]
 pub struct Job {
-    /// Made here.
+    /// UUID version 7.
     pub id: Uuid,
-    /// Who runs it.
+    /// The user who runs the job.
     pub provider: Party,
-    /// Whom it is run for.
+    /// The user for whom the job runs.
     pub customer: Party,
-    /// Unique within its provider.
+    /// The provider's own id of the job; unique within the provider.
     pub provider_job_id: String,
-    /// For people; may be empty.
+    /// A name for people; may be empty.
     pub provider_job_name: String,
-    /// The exact configuration that it was created with.
+    /// The exact version of the configuration that the job was created with.
     pub job_configuration_id: Uuid,
-    /// That configuration's.
+    /// The tag of that configuration.
     pub configuration_tag: String,
-    /// That configuration's.
+    /// The version of that configuration.
     pub configuration_version: String,
-    /// After its last event.
+    /// Status after the last event.
     pub status: JobStatus,
-    /// After its last event.
+    /// Progress after the last event.
     #[diesel(deserialize_as = ProgressColumns)]
     pub progress: Progress,
-    /// Of its last event; 0 for none.
+    /// Sequence of the last event; 0 if there is none.
     pub last_sequence: i64,
-    /// When its log was sealed.
+    /// When the job was closed; none for an open job.
     pub closed_at: Option<DateTime<Utc>>,
-    /// When it was created.
+    /// When the job was created.
     pub created_at: DateTime<Utc>,
-    /// When it last changed.
+    /// When the row last changed.
     pub updated_at: DateTime<Utc>,
 }
 
-/// One of the two sides of a job, as the other one sees it.
+/// The provider or the customer of a job, as the other one of them sees it.
 #[derive(Clone, Debug, PartialEq, Eq, Queryable)]
 pub struct Party {
-    /// The user's.
+    /// The user's id.
     pub id: Uuid,
     /// May be empty.
     pub first_name: String,
@@ -107,13 +107,13 @@ pub struct NewJob {
     pub customer_id: Uuid,
     /// See [`Job::configuration_tag`].
     pub configuration_tag: String,
-    /// None: the latest one.
+    /// None: the latest version of the tag.
     pub configuration_version: Option<String>,
 }
 
 impl Job {
-    /// Those with these ids, in any order; unknown ids are left out. Whose they
-    /// are is not looked at.
+    /// Loads jobs by their ids, in any order. Unknown ids are left out. It does not
+    /// check whether a viewer may see the jobs.
     async fn load(conn: &mut AsyncPgConnection, ids: &[Uuid]) -> Result<Vec<Self>> {
         diesel::alias!(users as providers: Providers, users as customers: Customers);
         let (provider_id, customer_id) = (providers.field(users::id), customers.field(users::id));
@@ -139,16 +139,16 @@ impl Job {
             ))
             .into_boxed();
         let query = match ids {
-            // Postgres plans an array anew at each call, which costs more than
-            // the look-up.
+            // Postgres plans a query with an array anew at each call, which costs
+            // more than the look-up of one id.
             [id] => query.filter(jobs::id.eq(*id)),
             ids => query.filter(jobs::id.eq_any(ids)),
         };
         Ok(query.load(conn).await?)
     }
 
-    /// One that the viewer may see; [`Error::NotFound`] otherwise, and for a
-    /// key that only a provider may use.
+    /// Finds a job that the viewer may see. Fails with [`Error::NotFound`] for any
+    /// other job, and for a provider's key if the viewer is not a provider.
     pub async fn find(conn: &mut AsyncPgConnection, viewer: Viewer, key: &JobKey) -> Result<Self> {
         let job = match (key, viewer.visibility()) {
             (JobKey::Id(id), _) => Self::load(conn, &[*id]).await?.pop(),
@@ -176,15 +176,15 @@ impl Job {
         Ok(Self::load(conn, &[id]).await?.pop())
     }
 
-    /// Creates a job, and tells whether it had been created before. With other
-    /// content: [`Error::Differs`], whatever it refers to. Without such a customer
-    /// or configuration: [`Error::NotFound`].
+    /// Creates a job. Returns it and whether it existed before. Fails with
+    /// [`Error::Differs`] if it exists with other content, otherwise with
+    /// [`Error::NotFound`] if the customer or the configuration does not exist.
     pub async fn create(
         conn: &mut AsyncPgConnection,
         provider: Provider,
         new: &NewJob,
     ) -> Result<(Self, bool)> {
-        // The same again stays the same, also when its customer has been
+        // A repeated request has the same answer, even if the customer has been
         // disabled since.
         if let Some(stored) = Self::find_by_provider_job_id(conn, provider.id(), &new.provider_job_id).await?
         {
@@ -193,14 +193,14 @@ impl Job {
         let inserted = new.insert(conn, provider).await?;
         let job = Self::find_by_provider_job_id(conn, provider.id(), &new.provider_job_id)
             .await?
-            .ok_or_else(|| Error::internal("a created job is not there"))?;
+            .ok_or_else(|| Error::internal("a job is missing directly after its creation"))?;
         if inserted { Ok((job, false)) } else { new.repeats(job) }
     }
 }
 
 impl NewJob {
-    /// Whether it was stored: not if its key is taken, or is being taken by
-    /// somebody else, whose end this waits for.
+    /// Inserts the job. Returns false if its key exists. If another transaction is
+    /// inserting the key, this waits until that transaction ends.
     async fn insert(&self, conn: &mut AsyncPgConnection, provider: Provider) -> Result<bool> {
         let customer = users::table
             .filter(users::id.eq(self.customer_id))
@@ -245,7 +245,7 @@ impl NewJob {
         Ok(inserted == 1)
     }
 
-    /// The stored one of the same key, unless this one says otherwise.
+    /// Returns the stored job of the same key, if its content is the same.
     fn repeats(&self, stored: Job) -> Result<(Job, bool)> {
         let differences = self.differences(&stored);
         if differences.is_empty() {
@@ -254,8 +254,7 @@ impl NewJob {
         Err(Error::Differs { resource: Resource::Job, name: self.provider_job_id.clone(), differences })
     }
 
-    /// What would have to change in this one for it to be the stored one, which
-    /// has the same key.
+    /// Lists the fields whose stored values differ from those of this job.
     fn differences(&self, stored: &Job) -> Violations {
         let mut differences = Violations::default();
         if self.customer_id != stored.customer.id {

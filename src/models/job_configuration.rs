@@ -1,5 +1,5 @@
-//! What jobs look like: versions of a configuration, registered once and never
-//! changed.
+//! Job configurations: the steps and the metadata of a kind of job. A registered
+//! version never changes.
 
 mod register;
 
@@ -21,7 +21,7 @@ use crate::{
     schema::{job_configurations, jobs, metadata_configurations, sql_types, step_configurations},
 };
 
-/// What kind of value a metadata name has.
+/// The kind of value that a metadata name has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, AsExpression, FromSqlRow)]
 #[diesel(sql_type = sql_types::MetadataKind)]
 pub enum MetadataKind {
@@ -34,7 +34,7 @@ pub enum MetadataKind {
 }
 
 impl MetadataKind {
-    /// As the API spells it.
+    /// The name in the API, without the enum's prefix.
     pub fn name(self) -> &'static str {
         match self {
             Self::Text => "TEXT",
@@ -44,20 +44,20 @@ impl MetadataKind {
     }
 }
 
-/// A version of a configuration, with all that belongs to it.
+/// A version of a configuration, with its steps and their metadata.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct JobConfiguration {
-    /// Made here.
+    /// UUID version 7.
     pub id: Uuid,
-    /// Whose it is.
+    /// The provider who registered it.
     pub provider_id: Uuid,
-    /// What kind of job this is, within its provider.
+    /// The provider's key for this kind of job; all versions share it.
     pub tag: String,
-    /// For people.
+    /// A name for people.
     pub name: String,
     /// Strict SemVer 2.0; unique within provider and tag.
     pub version: String,
-    /// When it was registered.
+    /// When the version was registered.
     pub created_at: DateTime<Utc>,
     /// In order; at most [`crate::limits::CONFIGURATION_STEPS`].
     pub steps: Vec<StepConfiguration>,
@@ -66,13 +66,13 @@ pub struct JobConfiguration {
 /// A step of a configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StepConfiguration {
-    /// Made here.
+    /// UUID version 7.
     pub id: Uuid,
-    /// What events name it by; unique within its configuration.
+    /// The key by which events name the step; unique within its configuration.
     pub tag: String,
-    /// For people.
+    /// A name for people.
     pub name: String,
-    /// How much of the whole it is: 0 to [`crate::limits::STEP_POINTS`].
+    /// Weight of the step in the job's progress: 0 to [`crate::limits::STEP_POINTS`].
     pub points: i64,
     /// In order; at most [`crate::limits::STEP_METADATA`].
     pub metadata: Vec<MetadataConfiguration>,
@@ -83,33 +83,33 @@ pub struct StepConfiguration {
 pub struct MetadataConfiguration {
     /// Unique within its step.
     pub name: String,
-    /// What its value must be.
+    /// The kind that the value must have.
     pub kind: MetadataKind,
     /// The unit of a number, for people; may be empty.
     pub units: String,
 }
 
-/// How a configuration is named by its caller.
+/// The key by which a request names a configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ConfigurationKey {
-    /// By its id.
+    /// The configuration's id.
     Id(Uuid),
-    /// By tag and version; for its provider only.
+    /// Tag and version; only the configuration's provider may use them.
     Version {
-        /// Its tag.
+        /// The configuration's tag.
         tag: String,
-        /// Its version, spelled exactly so.
+        /// The configuration's version, compared as text.
         version: String,
     },
-    /// The latest version of a tag, which is its highest release, or where
-    /// there is none its highest pre-release; for its provider only.
+    /// The latest version of a tag: its highest release, or its highest pre-release if
+    /// there is no release. Only the configuration's provider may use it.
     Latest {
-        /// Its tag.
+        /// The configuration's tag.
         tag: String,
     },
 }
 
-/// As an error names it.
+/// The form in which error texts name the configuration.
 impl fmt::Display for ConfigurationKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -121,13 +121,13 @@ impl fmt::Display for ConfigurationKey {
 }
 
 impl JobConfiguration {
-    /// How much each step weighs.
+    /// The weight of each step.
     pub fn weights(&self) -> Weights {
         Weights::new(self.steps.iter().map(|step| step.points))
     }
 
-    /// One that the viewer may see: a provider their own, a customer that of a
-    /// job of theirs.
+    /// Finds a configuration that the viewer may see: a provider's own one, or that of a
+    /// customer's job, or that of a watch token's job.
     pub async fn find(
         conn: &mut AsyncPgConnection,
         viewer: Viewer,
@@ -137,7 +137,7 @@ impl JobConfiguration {
         Ok(Self::load(conn, &[id]).await?.pop())
     }
 
-    /// The same, without its content.
+    /// As [`Self::find`], but reads only the id.
     pub(super) async fn find_id(
         conn: &mut AsyncPgConnection,
         viewer: Viewer,
@@ -159,13 +159,14 @@ impl JobConfiguration {
                 .order((release.desc(), precedence.desc(), created_at.desc(), id.desc()))
                 .limit(1),
             (Visibility::Customer(customer), ConfigurationKey::Id(wanted)) => {
-                let theirs = jobs::table
+                let visible_jobs = jobs::table
                     .filter(jobs::job_configuration_id.eq(wanted).and(jobs::customer_id.eq(customer)));
-                query.filter(id.eq(wanted).and(dsl::exists(theirs)))
+                query.filter(id.eq(wanted).and(dsl::exists(visible_jobs)))
             }
             (Visibility::Job(job), ConfigurationKey::Id(wanted)) => {
-                let theirs = jobs::table.filter(jobs::job_configuration_id.eq(wanted).and(jobs::id.eq(job)));
-                query.filter(id.eq(wanted).and(dsl::exists(theirs)))
+                let visible_jobs =
+                    jobs::table.filter(jobs::job_configuration_id.eq(wanted).and(jobs::id.eq(job)));
+                query.filter(id.eq(wanted).and(dsl::exists(visible_jobs)))
             }
             (
                 Visibility::Customer(_) | Visibility::Job(_),
@@ -175,8 +176,8 @@ impl JobConfiguration {
         Ok(query.first(conn).await.optional()?)
     }
 
-    /// Ids of the versions of a tag, by precedence, highest first, that follow
-    /// the one with the id `after`; at most `limit`.
+    /// Lists the ids of at most `limit` versions of a tag, highest precedence first,
+    /// beginning after the version with the id `after`.
     pub async fn list_versions(
         conn: &mut AsyncPgConnection,
         provider: Provider,
@@ -210,8 +211,8 @@ impl JobConfiguration {
         Ok(query.load(conn).await?)
     }
 
-    /// Ids of the latest version of every tag, by tag, that follow the one with
-    /// the id `after`; at most `limit`.
+    /// Lists the ids of the latest versions of at most `limit` tags, ordered by tag,
+    /// beginning after the tag of the version with the id `after`.
     pub async fn list_latest(
         conn: &mut AsyncPgConnection,
         provider: Provider,
@@ -241,8 +242,9 @@ impl JobConfiguration {
         Ok(query.load(conn).await?)
     }
 
-    /// Those with these ids, in their order; unknown ids are left out. Whose
-    /// they are is not looked at: for ids out of rows that the caller may see.
+    /// Loads configurations by their ids, in the order of the ids. Unknown ids are left
+    /// out. It does not check whether a viewer may see them: the ids must come from rows
+    /// that the viewer may see.
     pub async fn load(conn: &mut AsyncPgConnection, ids: &[Uuid]) -> Result<Vec<Self>> {
         let mut metadata: HashMap<Uuid, Vec<MetadataConfiguration>> = HashMap::new();
         let rows = metadata_configurations::table

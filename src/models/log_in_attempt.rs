@@ -1,5 +1,13 @@
-//! Log-ins that fail slow down those that follow, on all replicas alike; and so do
-//! sign-ups.
+//! The throttle of log-ins and sign-ups, shared by all replicas through the table
+//! `log_in_attempts`. Failed log-ins are counted by e-mail, by client address, and
+//! by the pair of both; sign-ups by client address.
+//!
+//! An attempt is refused if its pair is blocked. It is *restricted* if its e-mail or
+//! its address is blocked but the pair is not. A restricted attempt succeeds only
+//! with the right password and from a known pair, which has logged in or signed up
+//! in the last 30 days. So neither failures under a user's e-mail from other
+//! addresses, nor failures under other e-mails from the user's address, lock out a
+//! user whose pair is known.
 
 use std::{
     net::{IpAddr, Ipv6Addr},
@@ -19,19 +27,20 @@ use crate::{
     },
 };
 
-/// Failures in a row of one user from one address before the next has to wait.
+/// Failures in a row of one pair before the next attempt has to wait.
 const PAIR_FREE: i32 = 5;
-/// The same of one address, whoever it tries to be, and of one user, from
-/// wherever it is tried.
+/// Failures in a row of one address, or of one e-mail, before the next attempt has
+/// to wait.
 const OTHER_FREE: i32 = 20;
-/// Sign-ups in a row from one address before the next has to wait: more than the
-/// people of one office or class.
+/// Sign-ups in a row from one address before the next has to wait. It exceeds the
+/// number of people who share an address in an office or a class.
 const SIGN_UPS_FREE: i32 = 100;
-/// The longest wait; the first is a second, each further one twice as long.
+/// Longest wait. The first wait is one second, and each further one is twice as
+/// long.
 const LONGEST: Duration = Duration::from_secs(60);
 
-/// See migrations/2026-11-25-000002_log_in_throttle/up.sql, and
-/// 2026-11-26-000001_log_ins_not_looked_at.
+/// Functions of migrations/2026-11-25-000002_log_in_throttle and
+/// migrations/2026-11-26-000001_log_ins_not_looked_at.
 mod sql {
     use diesel::{
         pg::sql_types::Timestamptz,
@@ -39,35 +48,35 @@ mod sql {
     };
 
     diesel::define_sql_function! {
-        /// When it was counted, how long to wait, whether it is refused, whether
-        /// the pair is known.
+        /// Returns when the attempt was counted on address and e-mail, how long to
+        /// wait, whether it is refused, and whether the pair is known.
         fn begin_log_in_attempt(
             address: Text,
             email: Text,
             pair_free: Integer,
             other_free: Integer,
             longest: Interval,
-            has_turn: Bool,
+            has_permit: Bool,
         ) -> Record<(Nullable<Timestamptz>, Nullable<Interval>, Bool, Bool)>;
     }
 
     diesel::define_sql_function! {
-        /// Always true.
+        /// Always returns true.
         fn finish_log_in_attempt(address: Text, email: Text, counted_at: Nullable<Timestamptz>) -> Bool;
     }
 
     diesel::define_sql_function! {
-        /// Always true.
+        /// Always returns true.
         fn withdraw_log_in_attempt(address: Text, email: Text, counted_at: Nullable<Timestamptz>) -> Bool;
     }
 
     diesel::define_sql_function! {
-        /// How long to wait, if so.
+        /// Returns how long to wait, or NULL if the sign-up is counted.
         fn begin_sign_up(address: Text, free: Integer, longest: Interval) -> Nullable<Interval>;
     }
 }
 
-/// Somebody who claims to be a user, from somewhere.
+/// The e-mail that a log-in gives, and the address that it comes from.
 #[derive(Clone, Debug)]
 pub struct LogInClaim {
     email: String,
@@ -75,47 +84,49 @@ pub struct LogInClaim {
     origin: Origin,
 }
 
-/// A claim that was counted as failed, and whose password may be looked at.
+/// A log-in that is counted as failed, and whose password may be verified.
 #[derive(Debug)]
 pub struct LogInAttempt {
     claim: LogInClaim,
-    /// On the address and the e-mail; of one in doubt none.
+    /// When it was counted on the address and the e-mail; none for a restricted
+    /// attempt, which is counted on the pair alone.
     counted_at: Option<DateTime<Utc>>,
-    /// How long all have to wait whom a right password does not let in.
-    in_doubt: Option<Duration>,
-    /// Logged in or signed up from there before.
-    known: bool,
+    /// How long the address or the e-mail stays blocked; none unless the attempt is
+    /// restricted.
+    restricted: Option<Duration>,
+    known_pair: bool,
 }
 
 impl LogInClaim {
-    /// As whom, in any case, and where from, as far as it is known.
+    /// The e-mail may be in any case. The address is that of `origin`.
     pub fn new(email: impl Into<String>, origin: Origin) -> Self {
-        Self { email: email.into(), address: household_of(&origin), origin }
+        Self { email: email.into(), address: network_of(&origin), origin }
     }
 
-    /// Counts it as failed. None where it is in doubt: then it may be made by who
-    /// has a stranger's place at hashing, with [`Self::begin_in_doubt`].
-    /// [`Error::LogInThrottled`] if it may not be made now.
+    /// Counts the log-in as failed. Returns none if it is restricted: the caller then
+    /// needs a password permit for unauthenticated callers, and calls
+    /// [`Self::begin_restricted`]. Fails with [`Error::LogInThrottled`] if the pair
+    /// is blocked.
     pub async fn begin(&self, conn: &mut AsyncPgConnection) -> Result<Option<LogInAttempt>> {
         let attempt = self.begin_with(conn, false).await?;
-        Ok(Some(attempt).filter(|attempt| attempt.in_doubt.is_none()))
+        Ok(Some(attempt).filter(|attempt| attempt.restricted.is_none()))
     }
 
-    /// The same with such a place.
-    pub async fn begin_in_doubt(&self, conn: &mut AsyncPgConnection) -> Result<LogInAttempt> {
+    /// As [`Self::begin`], for a caller with such a permit.
+    pub async fn begin_restricted(&self, conn: &mut AsyncPgConnection) -> Result<LogInAttempt> {
         self.begin_with(conn, true).await
     }
 
-    async fn begin_with(&self, conn: &mut AsyncPgConnection, has_turn: bool) -> Result<LogInAttempt> {
+    async fn begin_with(&self, conn: &mut AsyncPgConnection, has_permit: bool) -> Result<LogInAttempt> {
         let (address, email) = (&self.address, &self.email);
         let call =
-            sql::begin_log_in_attempt(address, email, PAIR_FREE, OTHER_FREE, interval(LONGEST), has_turn);
-        let (counted_at, wait, refused, known): (_, Option<PgInterval>, _, _) =
+            sql::begin_log_in_attempt(address, email, PAIR_FREE, OTHER_FREE, interval(LONGEST), has_permit);
+        let (counted_at, wait, refused, known_pair): (_, Option<PgInterval>, _, _) =
             diesel::select(call).get_result(conn).await?;
-        let in_doubt = wait.map(duration);
-        match in_doubt {
+        let restricted = wait.map(duration);
+        match restricted {
             Some(wait) if refused => Err(self.throttled(wait)),
-            _ => Ok(LogInAttempt { claim: self.clone(), counted_at, in_doubt, known }),
+            _ => Ok(LogInAttempt { claim: self.clone(), counted_at, restricted, known_pair }),
         }
     }
 
@@ -124,8 +135,9 @@ impl LogInClaim {
         Error::LogInThrottled { retry_after }
     }
 
-    /// They are who they claim to be: from now on they are known there.
-    pub(super) async fn is_right(
+    /// Takes the failure back that was counted at `counted_at`, and makes the pair a
+    /// known one.
+    pub(super) async fn record_success(
         &self,
         conn: &mut AsyncPgConnection,
         counted_at: Option<DateTime<Utc>>,
@@ -137,16 +149,17 @@ impl LogInClaim {
 }
 
 impl LogInAttempt {
-    /// Whether a right password is enough.
-    pub fn admits(&self) -> bool {
-        self.in_doubt.is_none() || self.known
+    /// Whether the right password lets this attempt succeed.
+    pub fn may_succeed(&self) -> bool {
+        self.restricted.is_none() || self.known_pair
     }
 
-    /// It came to nothing: stays counted as failed, and is written down so; as
-    /// whom, where there is such a user. One in doubt is refused like those that
-    /// are not looked at: [`Error::LogInThrottled`].
+    /// Leaves the attempt counted as failed and writes an audit entry, with the id of
+    /// the user who has the e-mail, if there is one. A restricted attempt has no entry:
+    /// it fails with [`Error::LogInThrottled`], as if its password had not been
+    /// verified.
     pub async fn fail(&self, conn: &mut AsyncPgConnection, user_id: Option<Uuid>) -> Result<()> {
-        if let Some(wait) = self.in_doubt {
+        if let Some(wait) = self.restricted {
             return Err(self.claim.throttled(wait));
         }
         let entry = AuditEntry { user_id, ..self.origin().entry(AuditAct::LogInFailed) };
@@ -154,7 +167,7 @@ impl LogInAttempt {
         Ok(())
     }
 
-    /// The password could not be looked at: it is not counted any more.
+    /// Takes the counted failure back, because the password could not be verified.
     pub async fn withdraw(&self, conn: &mut AsyncPgConnection) -> Result<()> {
         let LogInClaim { address, email, .. } = &self.claim;
         let call = sql::withdraw_log_in_attempt(address, email, self.counted_at);
@@ -166,21 +179,20 @@ impl LogInAttempt {
         &self.claim.origin
     }
 
-    /// The password was right: it is not a failure, and who comes from there is
-    /// known.
-    pub(super) async fn finish(&self, conn: &mut AsyncPgConnection) -> Result<()> {
-        self.claim.is_right(conn, self.counted_at).await
+    pub(super) async fn succeed(&self, conn: &mut AsyncPgConnection) -> Result<()> {
+        self.claim.record_success(conn, self.counted_at).await
     }
 }
 
-/// Counts a sign-up. [`Error::Overloaded`] if there were too many from that
-/// address. Whoever is on this machine is not counted: nobody else is there, or
-/// everybody, behind a proxy that nobody said is to be trusted.
+/// Counts a sign-up on its address. Fails with [`Error::Overloaded`] if that address
+/// had too many. Sign-ups from loopback are not counted: they come from this machine
+/// alone, or through a proxy that is not configured as trusted, and then from
+/// everyone.
 pub async fn begin_sign_up(conn: &mut AsyncPgConnection, origin: &Origin) -> Result<()> {
     if origin.address.is_none_or(|address| address.to_canonical().is_loopback()) {
         return Ok(());
     }
-    let call = sql::begin_sign_up(household_of(origin), SIGN_UPS_FREE, interval(LONGEST));
+    let call = sql::begin_sign_up(network_of(origin), SIGN_UPS_FREE, interval(LONGEST));
     let wait: Option<PgInterval> = diesel::select(call).get_result(conn).await?;
     match wait.map(duration) {
         None => Ok(()),
@@ -188,18 +200,19 @@ pub async fn begin_sign_up(conn: &mut AsyncPgConnection, origin: &Origin) -> Res
     }
 }
 
-/// Of a wait, which is never as long as a day.
+/// Converts a wait, which is shorter than a day, so that its microseconds are all of
+/// it.
 fn duration(wait: PgInterval) -> Duration {
     Duration::from_micros(u64::try_from(wait.microseconds).unwrap_or_default())
 }
 
-fn household_of(origin: &Origin) -> String {
-    origin.address.map_or_else(String::new, |address| household(address).to_string())
+fn network_of(origin: &Origin) -> String {
+    origin.address.map_or_else(String::new, |address| network(address).to_string())
 }
 
-/// What one household has: of IPv6 it is a whole network of 64 bits, so that
-/// nobody is somebody else by taking the next address of theirs.
-fn household(address: IpAddr) -> IpAddr {
+/// An IPv6 address counts as its /64 network, because one client usually has all
+/// addresses of such a network. An IPv4 address counts as itself.
+fn network(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
         address @ IpAddr::V4(_) => address,
@@ -211,9 +224,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_ipv6_network_of_64_bits_is_one_household() {
+    fn addresses_of_one_ipv6_64_network_count_as_one() {
         let same = |a: &str, b: &str| {
-            household(a.parse().expect("an address")) == household(b.parse().expect("an address"))
+            network(a.parse().expect("an address")) == network(b.parse().expect("an address"))
         };
         assert!(same("2001:db8:1:2::3", "2001:db8:1:2:ffff::4"));
         assert!(!same("2001:db8:1:2::3", "2001:db8:1:3::3"));

@@ -1,18 +1,20 @@
-//! Rows, their queries, and who may see them. Knows neither tonic nor
-//! protobuf; a tenant's data is opened only by what [`caller`] hands out.
+//! Rows, their queries, and the authorization to read and write them, without
+//! tonic and protobuf. A function on a tenant's data takes one of the proof
+//! types of [`caller`].
 
 use std::time::Duration;
 
 use diesel::data_types::PgInterval;
 
-/// What keeps a kind of credential confirmed: `still_good` and `note_use` of a
-/// row whose table has `id`, `expires_at`, `last_used_at` and the user whom it
-/// stands and falls with.
+/// Implements `still_valid` and `note_use` for the row of a credential. Its table
+/// has `id`, `expires_at`, `last_used_at` and a user; a disabled user's
+/// credentials are invalid.
 macro_rules! confirmable {
     ($row:ty, $table:ident) => {
         impl $row {
-            /// Those of these that are still good.
-            pub async fn still_good(
+            /// Returns those of `ids` that are not expired and whose user is not
+            /// disabled.
+            pub async fn still_valid(
                 conn: &mut diesel_async::AsyncPgConnection,
                 ids: &[uuid::Uuid],
             ) -> $crate::error::Result<Vec<uuid::Uuid>> {
@@ -27,8 +29,7 @@ macro_rules! confirmable {
                     .await?)
             }
 
-            /// Notes that these were used, unless that was noted within a
-            /// minute.
+            /// Sets `last_used_at` to now, unless it is less than a minute old.
             pub async fn note_use(
                 conn: &mut diesel_async::AsyncPgConnection,
                 ids: &[uuid::Uuid],
@@ -37,11 +38,11 @@ macro_rules! confirmable {
                     dsl::{IntervalDsl as _, not, now},
                     sql_types::Timestamptz,
                 };
-                let known =
+                let recent =
                     $table::last_used_at.gt((now.into_sql::<Timestamptz>() - 1_i32.minute()).nullable());
                 diesel::update($table::table)
                     .filter($table::id.eq_any(ids))
-                    .filter($table::last_used_at.is_null().or(not(known)))
+                    .filter($table::last_used_at.is_null().or(not(recent)))
                     .set($table::last_used_at.eq(now))
                     .execute(conn)
                     .await?;
@@ -66,7 +67,7 @@ pub mod user;
 pub mod version;
 pub mod watch_token;
 
-/// As Postgres has it: in microseconds.
+/// Converts to a Postgres interval, which counts microseconds.
 fn interval(duration: Duration) -> PgInterval {
     PgInterval::from_microseconds(i64::try_from(duration.as_micros()).unwrap_or(i64::MAX))
 }

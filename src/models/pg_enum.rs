@@ -21,7 +21,7 @@ use crate::{
 macro_rules! pg_enum {
     ($rust:ty, $sql:ty { $($variant:ident = $label:literal),+ $(,)? }) => {
         impl $rust {
-            /// As the database spells it.
+            /// The label in the Postgres enum.
             pub(crate) fn label(self) -> &'static str {
                 match self { $(Self::$variant => $label,)+ }
             }

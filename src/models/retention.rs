@@ -1,4 +1,5 @@
-//! What retention removes, and what a watch of all jobs can know of it.
+//! Removal of the events of closed jobs, and the check whether a removal affects
+//! a watch of all jobs.
 
 use std::time::Duration;
 
@@ -16,7 +17,8 @@ use crate::{
     schema::{event_log, removed_logs, retention},
 };
 
-/// Most jobs of one step, and about the most events.
+/// Most jobs that one step marks for removal, and about the most events that it
+/// deletes.
 const STEP_JOBS: i32 = 100;
 const STEP_EVENTS: i32 = 1_000;
 
@@ -29,67 +31,68 @@ diesel::define_sql_function! {
     ) -> Record<(BigInt, BigInt)>;
 }
 
-/// One small step towards the removal of all events of jobs that closed longer
-/// ago than `age`. Whether it did anything: then there may be more to do.
+/// Runs one bounded step of the removal of all events of jobs that closed longer
+/// ago than `age`. Returns true if it changed anything; there may be more to
+/// remove then.
 pub async fn remove_step(connection: &mut AsyncPgConnection, age: Duration) -> Result<bool> {
     let step = remove_expired_events(interval(age), STEP_JOBS, STEP_EVENTS);
     let (marked, deleted): (i64, i64) = diesel::select(step).get_result(connection).await?;
     if marked > 0 || deleted > 0 {
-        tracing::debug!(jobs = marked, events = deleted, "removed what has expired");
+        tracing::debug!(jobs = marked, events = deleted, "removed expired events");
     }
     Ok(marked > 0 || deleted > 0)
 }
 
-/// Where the log of all jobs ends, and how many logs had been removed then:
-/// whoever reads after this sees every event up to the one and every removal
-/// up to the other.
+/// Returns the last position in the log of all jobs and the number of job logs
+/// that retention has removed. A query that starts after this one sees every event
+/// up to that position and every removal up to that number.
 pub async fn log_end(connection: &mut AsyncPgConnection) -> Result<(i64, i64)> {
     let removals = retention::table.select(retention::removals).single_value().assume_not_null();
     Ok(event_log::table.select((event_log::position, removals)).first(connection).await?)
 }
 
-/// Which removed logs matter to a watch of all jobs.
+/// Selects the removed job logs that affect a watch of all jobs.
 #[derive(Clone, Copy, Debug)]
 pub struct Removed<'a> {
-    /// Of jobs in sight.
+    /// Only logs of jobs that the viewer sees.
     pub visibility: Visibility,
-    /// Of this configuration tag; empty: of all.
+    /// Only logs of jobs of this configuration tag; empty: of any tag.
     pub configuration_tag: &'a str,
-    /// With this user on the other side.
+    /// Only logs of jobs whose other party is this user.
     pub counterpart_id: Option<uuid::Uuid>,
-    /// That had an event after this position.
+    /// Only logs with an event after this position.
     pub after_position: i64,
-    /// Removed after this many others.
+    /// Only removals with a number greater than this one.
     pub since: i64,
-    /// But those that lay between two positions, whole: after the first, and up
-    /// to the second.
+    /// Leaves out logs all of whose events lay after the first of these positions
+    /// and not after the second.
     pub except_between: Option<(i64, i64)>,
 }
 
 impl Removed<'_> {
-    /// How many logs have been removed by now, all in all, and whether any of
-    /// them is one of these.
-    pub async fn look(self, connection: &mut AsyncPgConnection) -> Result<(i64, bool)> {
-        let mut these = removed_logs::table
+    /// Returns the number of all logs removed so far, and whether the selection
+    /// contains any of them.
+    pub async fn check(self, connection: &mut AsyncPgConnection) -> Result<(i64, bool)> {
+        let mut selected = removed_logs::table
             .filter(removed_logs::number.gt(self.since))
             .filter(removed_logs::position.gt(self.after_position))
             .into_boxed();
         if let Some((after, through)) = self.except_between {
             let touches = removed_logs::first_position.le(after).or(removed_logs::position.gt(through));
-            these = these.filter(touches);
+            selected = selected.filter(touches);
         }
         if !self.configuration_tag.is_empty() {
-            these = these.filter(removed_logs::configuration_tag.eq(self.configuration_tag));
+            selected = selected.filter(removed_logs::configuration_tag.eq(self.configuration_tag));
         }
-        these = match (self.visibility, self.counterpart_id) {
-            (Visibility::Provider(id), None) => these.filter(removed_logs::provider_id.eq(id)),
-            (Visibility::Customer(id), None) => these.filter(removed_logs::customer_id.eq(id)),
+        selected = match (self.visibility, self.counterpart_id) {
+            (Visibility::Provider(id), None) => selected.filter(removed_logs::provider_id.eq(id)),
+            (Visibility::Customer(id), None) => selected.filter(removed_logs::customer_id.eq(id)),
             (Visibility::Provider(provider), Some(customer))
-            | (Visibility::Customer(customer), Some(provider)) => these
+            | (Visibility::Customer(customer), Some(provider)) => selected
                 .filter(removed_logs::provider_id.eq(provider))
                 .filter(removed_logs::customer_id.eq(customer)),
-            (Visibility::Job(id), _) => these.filter(removed_logs::job_id.eq(id)),
+            (Visibility::Job(id), _) => selected.filter(removed_logs::job_id.eq(id)),
         };
-        Ok(retention::table.select((retention::removals, exists(these))).first(connection).await?)
+        Ok(retention::table.select((retention::removals, exists(selected))).first(connection).await?)
     }
 }

@@ -19,32 +19,32 @@ use crate::{
     secret::{PasswordHash, SecretHash},
 };
 
-/// A row, but for the hash of the secret.
+/// A row, without the hash of the secret.
 #[derive(Clone, Debug, Queryable, Selectable)]
 #[diesel(table_name = sessions, check_for_backend(diesel::pg::Pg))]
 pub struct Session {
-    /// Version 7.
+    /// UUID version 7.
     pub id: Uuid,
-    /// Whose.
+    /// The user who logged in.
     pub user_id: Uuid,
-    /// From then on it is refused.
+    /// From this time on the session is refused.
     pub expires_at: DateTime<Utc>,
-    /// To the minute.
+    /// Written at most once a minute.
     pub last_used_at: Option<DateTime<Utc>>,
-    /// By the database's clock.
+    /// Set by the database.
     pub created_at: DateTime<Utc>,
-    /// By the database's clock.
+    /// Set by the database.
     pub updated_at: DateTime<Utc>,
 }
 
-/// A session to be.
+/// A session to insert.
 #[derive(Clone, Copy, Debug)]
 pub struct NewSession {
-    /// Whose.
+    /// The user who logged in.
     pub user_id: Uuid,
-    /// Of its secret.
+    /// Hash of the session's secret.
     pub secret_hash: SecretHash,
-    /// How long it is good, from now.
+    /// Time until the session expires, counted from its insertion.
     pub lifetime: Duration,
 }
 
@@ -63,10 +63,10 @@ impl NewSession {
             .await?)
     }
 
-    /// Stores it, as what the attempt came to, if the user's password still has
-    /// the hash that was verified, and the user is not disabled; otherwise none.
-    /// The user's row stays locked meanwhile, so that whoever changes it
-    /// afterwards finds this session and ends it.
+    /// Inserts the session and records the attempt's success. Returns none if the
+    /// user's password no longer has the hash `verified`, or if the user is disabled.
+    /// The user's row stays locked until the commit, so that a later change of the
+    /// password or a disabling finds this session and ends it.
     pub async fn log_in(
         self,
         conn: &mut AsyncPgConnection,
@@ -88,7 +88,7 @@ impl NewSession {
                     return Ok(None);
                 }
                 let session = self.insert(conn).await?;
-                attempt.finish(conn).await?;
+                attempt.succeed(conn).await?;
                 let entry = AuditEntry {
                     user_id: Some(self.user_id),
                     session_id: Some(session.id),
@@ -107,8 +107,8 @@ impl NewSession {
 confirmable!(Session, sessions);
 
 impl Session {
-    /// Who calls with this secret, and for how long it is good; none unless it
-    /// is good now.
+    /// Returns the caller to whom this secret belongs and the time until it expires;
+    /// none unless the secret is valid now.
     pub async fn authenticate(
         conn: &mut AsyncPgConnection,
         secret: &SecretHash,
@@ -122,15 +122,16 @@ impl Session {
             .get_result(conn)
             .await
             .optional()?;
-        Ok(row.map(|(session, asked_at, role)| {
+        Ok(row.map(|(session, database_now, role)| {
             let subject = Subject::User { id: session.user_id, role };
             let scopes = vec![KeyScope::Read, KeyScope::Append, KeyScope::Manage];
             let caller = Caller::new(subject, CredentialId::Session(session.id), scopes);
-            (caller, Some((session.expires_at - asked_at).to_std().unwrap_or_default()))
+            (caller, Some((session.expires_at - database_now).to_std().unwrap_or_default()))
         }))
     }
 
-    /// The session that the call was made with.
+    /// Returns the session that the call is made with. Fails with
+    /// [`Error::CredentialInvalid`] if its row no longer exists.
     pub async fn of_account(conn: &mut AsyncPgConnection, account: Account) -> Result<Self> {
         let session: Option<Self> = sessions::table
             .find(account.session_id())
@@ -141,7 +142,7 @@ impl Session {
         session.ok_or(Error::CredentialInvalid)
     }
 
-    /// Ends the session that the call was made with.
+    /// Ends the session that the call is made with. Does nothing if it has ended.
     pub async fn end(conn: &mut AsyncPgConnection, account: Account, origin: &Origin) -> Result<()> {
         let entry = conn
             .transaction(async |conn| {
@@ -150,7 +151,6 @@ impl Session {
                     .set(sessions::expires_at.eq(now))
                     .execute(conn)
                     .await?;
-                // Somebody was faster.
                 if ended == 0 {
                     return Ok(None);
                 }
@@ -168,8 +168,8 @@ impl Session {
         Ok(())
     }
 
-    /// Ends all sessions of a user that are good, but for one that is kept:
-    /// how many.
+    /// Ends all valid sessions of a user except `kept`, and returns how many it
+    /// ended.
     pub(super) async fn end_all(
         conn: &mut AsyncPgConnection,
         user_id: Uuid,
@@ -189,7 +189,7 @@ impl Session {
 pub(crate) mod tests {
     use super::*;
 
-    /// Callers for tests of what remembers them.
+    /// For tests of the credential cache.
     pub(crate) fn caller(user_id: Uuid, credential: CredentialId) -> Caller {
         Caller::new(Subject::User { id: user_id, role: UserRole::Customer }, credential, vec![KeyScope::Read])
     }

@@ -1,4 +1,4 @@
-//! Users.
+//! Users: sign-up, passwords, names, and what operators change.
 
 use std::time::Duration;
 
@@ -22,19 +22,19 @@ use crate::{
 };
 
 define_sql_function! {
-    /// In lower case, by the database's locale: the form in which e-mails are
-    /// unique, looked up, and counted by the throttle of log-ins.
+    /// Lower case by the database's locale: the form in which e-mails are unique,
+    /// looked up, and counted by the throttle of log-ins.
     fn lower(text: Text) -> Text;
 }
 
-/// An e-mail address of a permitted shape: something, `@`, something, without
-/// white space, at most [`TEXT_CHARS`] Unicode scalar values, no NUL. Whether
-/// anybody reads it is another matter.
+/// An e-mail address of a permitted shape: at least one character, `@`, at least one
+/// character, without white space and NUL, at most [`TEXT_CHARS`] Unicode scalar
+/// values. Nothing checks that the address exists.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Email(String);
 
 impl Email {
-    /// Refuses other shapes, with a description.
+    /// Refuses any other shape. The error describes the violation.
     pub fn new(text: String) -> Result<Self, String> {
         if text.len() > 4 * TEXT_CHARS || text.chars().count() > TEXT_CHARS {
             return Err(format!("{} must have at most {TEXT_CHARS} characters", quoted(&text)));
@@ -43,20 +43,20 @@ impl Email {
         inner.next();
         inner.next_back();
         if text.contains(char::is_whitespace) || text.contains('\0') || !inner.as_str().contains('@') {
-            return Err(format!("{} must be something, @, something, without white space", quoted(&text)));
+            return Err(format!("{} must be text, @, text, without white space", quoted(&text)));
         }
         Ok(Self(text))
     }
 }
 
-/// A row, but for the hash of the password, which stays where passwords are
-/// compared.
+/// A row, without the hash of the password, which only the verification of
+/// passwords reads.
 #[derive(Clone, Debug, Queryable, Selectable)]
 #[diesel(table_name = users, check_for_backend(diesel::pg::Pg))]
 pub struct User {
-    /// Version 7.
+    /// UUID version 7.
     pub id: Uuid,
-    /// For good.
+    /// Never changes.
     pub role: UserRole,
     /// As given at sign-up; unique whatever its case.
     pub email: String,
@@ -64,22 +64,22 @@ pub struct User {
     pub first_name: String,
     /// May be empty.
     pub last_name: String,
-    /// Since when nothing may be done as this user.
+    /// From this time on every credential of the user is refused.
     pub disabled_at: Option<DateTime<Utc>>,
-    /// By the database's clock.
+    /// Set by the database.
     pub created_at: DateTime<Utc>,
-    /// By the database's clock.
+    /// Set by the database.
     pub updated_at: DateTime<Utc>,
 }
 
-/// A user to be.
+/// A user to insert.
 #[derive(Clone, Debug)]
 pub struct NewUser {
-    /// For good.
+    /// Never changes.
     pub role: UserRole,
-    /// Of nobody else.
+    /// Must not belong to another user.
     pub email: Email,
-    /// Of their password.
+    /// Hash of the user's password.
     pub password_hash: PasswordHash,
     /// May be empty.
     pub first_name: String,
@@ -88,8 +88,8 @@ pub struct NewUser {
 }
 
 impl NewUser {
-    /// For operators: stores it; [`Error::EmailTaken`] if somebody has the
-    /// e-mail, in any case.
+    /// Inserts the user, for an operator. Fails with [`Error::EmailTaken`] if another
+    /// user has the e-mail, in any case.
     pub async fn create(self, conn: &mut AsyncPgConnection) -> Result<User> {
         let (user, entry) = conn
             .transaction(async |conn| {
@@ -118,14 +118,15 @@ impl NewUser {
             .await
             .map_err(|error| match violated(&error) {
                 Some("users_email_key") => Error::EmailTaken,
-                // The database's locale may know more white space than we do.
+                // White space by the database's locale may include characters
+                // that Rust's does not.
                 Some("users_email_check") => Error::invalid("email", "must be an e-mail address"),
                 _ => error.into(),
             })
     }
 
-    /// Stores it with its first session, as somebody who is known where they
-    /// sign up; [`Error::EmailTaken`] as above.
+    /// Inserts the user with a first session, and makes the pair of e-mail and client
+    /// address a known one. Fails with [`Error::EmailTaken`] as [`Self::create`] does.
     pub async fn sign_up(
         self,
         conn: &mut AsyncPgConnection,
@@ -138,7 +139,7 @@ impl NewUser {
             .transaction(async |conn| {
                 let user = self.insert(conn).await?;
                 let session = NewSession { user_id: user.id, secret_hash, lifetime }.insert(conn).await?;
-                claim.is_right(conn, None).await?;
+                claim.record_success(conn, None).await?;
                 let entry = AuditEntry {
                     user_id: Some(user.id),
                     session_id: Some(session.id),
@@ -152,7 +153,7 @@ impl NewUser {
     }
 }
 
-/// New names; what is none stays.
+/// New names of a user. None leaves the name as it is.
 #[derive(Clone, Debug, AsChangeset)]
 #[diesel(table_name = users)]
 pub struct Names {
@@ -163,14 +164,15 @@ pub struct Names {
 }
 
 impl User {
-    /// The user on whose behalf a call is made.
+    /// Returns the user on whose behalf the call is made. Fails with
+    /// [`Error::SessionRequired`] for a watch token, which belongs to a job.
     pub async fn of_caller(conn: &mut AsyncPgConnection, caller: &Caller) -> Result<Self> {
         let Subject::User { id, .. } = caller.subject() else { return Err(Error::SessionRequired) };
         Ok(users::table.find(id).select(Self::as_select()).get_result(conn).await?)
     }
 
-    /// Who claims this e-mail, disabled or not, and what their password must
-    /// hash to. For whoever checks that password next, and nobody else.
+    /// Returns the user with this e-mail, disabled or not, and the hash of their
+    /// password. Only for the verification of a password.
     pub async fn find_by_email(
         conn: &mut AsyncPgConnection,
         email: &str,
@@ -184,7 +186,7 @@ impl User {
         Ok(row.map(|(user, hash)| (user, PasswordHash::new(hash))))
     }
 
-    /// The caller's e-mail, and what their password hashes to.
+    /// Returns the e-mail of the caller and the hash of their password.
     pub async fn password_hash(
         conn: &mut AsyncPgConnection,
         account: Account,
@@ -194,7 +196,8 @@ impl User {
         Ok((email, PasswordHash::new(hash)))
     }
 
-    /// The same password under a new hash, unless it has changed since.
+    /// Replaces the hash `old` by the hash `new` of the same password. Does nothing
+    /// if the password has changed since.
     pub async fn rehash(
         conn: &mut AsyncPgConnection,
         id: Uuid,
@@ -209,9 +212,9 @@ impl User {
         Ok(())
     }
 
-    /// Sets the caller's names.
+    /// Sets the caller's names and returns the changed user.
     pub async fn rename(conn: &mut AsyncPgConnection, account: Account, names: &Names) -> Result<Self> {
-        // Read to its end, which is after the commit.
+        // All rows are read: the result ends only after the commit.
         let renamed: Vec<Self> = diesel::update(users::table.find(account.user_id()))
             .set(names)
             .returning(Self::as_returning())
@@ -220,9 +223,9 @@ impl User {
         Ok(renamed.into_iter().next().ok_or(diesel::NotFound)?)
     }
 
-    /// Sets the caller's password, as what the attempt came to, and ends their
-    /// other sessions: how many of them, and how many API keys are still good.
-    /// None if the password no longer has the hash `old`: somebody was faster.
+    /// Sets the caller's password, records the attempt's success and ends the other
+    /// sessions of the user. Returns how many sessions it ended and how many API keys
+    /// are still valid; none if the password no longer has the hash `old`.
     pub async fn change_password(
         conn: &mut AsyncPgConnection,
         account: Account,
@@ -242,8 +245,8 @@ impl User {
                     return Ok(None);
                 }
                 let ended = Session::end_all(conn, account.user_id(), Some(account.session_id())).await?;
-                let keys = ApiKey::count_good(conn, account.user_id()).await?;
-                attempt.finish(conn).await?;
+                let keys = ApiKey::count_valid(conn, account.user_id()).await?;
+                attempt.succeed(conn).await?;
                 let entry = AuditEntry {
                     user_id: Some(account.user_id()),
                     ..attempt.origin().entry(AuditAct::PasswordChanged)
@@ -257,7 +260,8 @@ impl User {
         }))
     }
 
-    /// For operators: sets a password and ends all sessions of that user.
+    /// Sets a user's password and ends all their sessions, for an operator. Fails with
+    /// [`Error::NotFound`] if no user has the e-mail.
     pub async fn set_password(conn: &mut AsyncPgConnection, email: &str, new: &PasswordHash) -> Result<Self> {
         let (user, entry) = conn
             .transaction(async |conn| {
@@ -275,8 +279,9 @@ impl User {
         Ok(user)
     }
 
-    /// For operators: ends all sessions of a user, and lets nobody log in or
-    /// use their keys again. Repeated, it leaves the time of the first.
+    /// Disables a user, for an operator: ends all sessions and refuses the user's
+    /// log-ins and API keys from now on. A repeated call leaves `disabled_at` as it
+    /// is. Fails with [`Error::NotFound`] if no user has the e-mail.
     pub async fn disable(conn: &mut AsyncPgConnection, email: &str) -> Result<Self> {
         let (user, entry) = conn
             .transaction(async |conn| {
@@ -300,8 +305,8 @@ impl User {
         Ok(user)
     }
 
-    /// The user whom an operator changed, if there is one, all of whose sessions
-    /// end, and the entry that says so.
+    /// Ends all sessions of the user whom an operator changed and inserts the audit
+    /// entry.
     async fn with_sessions_ended(
         conn: &mut AsyncPgConnection,
         changed: Option<Self>,
@@ -320,7 +325,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn e_mails_are_something_at_something() {
+    fn an_e_mail_has_text_on_both_sides_of_an_at_sign() {
         for fine in ["a@b", "@@@", "é@\u{1F9E0}", &format!("{}@b", "a".repeat(254))] {
             assert!(Email::new(fine.to_owned()).is_ok(), "{fine}");
         }

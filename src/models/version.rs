@@ -1,26 +1,28 @@
 //! Versions of a configuration: strict SemVer 2.0, and its precedence as bytes
-//! that a database can sort by.
+//! that Postgres can sort.
 
 use semver::Version;
 
-/// The version that the text is, or why it is none: a sentence without its full
-/// stop. Numbers beyond 64 bits, which SemVer does not forbid, are refused.
+/// Parses a version. The error is a sentence without its full stop. Numbers beyond
+/// 64 bits are refused, although SemVer permits them.
 pub fn parse(text: &str) -> Result<Version, String> {
     Version::parse(text).map_err(|error| format!("must be a SemVer 2.0 version such as 1.10.0: {error}"))
 }
 
-/// Bytes whose lexicographic order is the versions' precedence (SemVer 2.0,
-/// section 11); equal for versions that differ only in build metadata.
+/// Encodes a version as bytes whose lexicographic order is the precedence of
+/// SemVer 2.0, section 11. Versions that differ only in build metadata have equal
+/// bytes.
 ///
-/// The three numbers, then 0xFF for a release, which so comes after each of
-/// its pre-releases, or the identifiers of the pre-release:
+/// The bytes are the three numbers, then 0xFF for a release, or else the
+/// identifiers of the pre-release. So a release sorts after its pre-releases. An
+/// identifier is encoded as follows:
 ///
-/// - numeric: 1, the count of its digits, its digits. Without leading zeros the
-///   longer number is the larger one, and SemVer bounds none.
-/// - otherwise: 2, its ASCII characters, 0. The end is less than any character.
+/// - A numeric one: 1, the count of its digits, its digits. There are no leading
+///   zeros, so the longer number is the larger one; SemVer sets no limit to it.
+/// - Any other: 2, its ASCII characters, 0. The 0 sorts before every character.
 ///
-/// A pre-release that another one starts with is the shorter string of bytes,
-/// and so comes first.
+/// Where one pre-release begins with all identifiers of another, the shorter one
+/// has fewer bytes and sorts first.
 pub fn precedence(version: &Version) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(32 + version.pre.len() * 2);
     for number in [version.major, version.minor, version.patch] {
@@ -52,8 +54,8 @@ mod tests {
         parse(text).expect(text)
     }
 
-    /// The latest one, as the database finds it: the highest release, otherwise
-    /// the highest pre-release.
+    /// Selects as the query in `job_configuration` does: the highest release, or
+    /// else the highest pre-release.
     fn latest<'a>(versions: &[&'a str]) -> &'a str {
         let rank = |text: &&str| {
             let version = version(text);
@@ -71,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn precedence_is_that_of_semver() {
+    fn the_bytes_sort_by_the_precedence_of_semver() {
         let numbers = ["0.0.0", "0.0.1", "0.1.0", "1.0.0", "1.0.255", "1.0.256", "1.9.0", "1.10.0"];
         let largest = "18446744073709551615.0.0";
         let identifiers = [
@@ -132,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_strict_semver_is_refused() {
+    fn text_that_is_not_strict_semver_is_refused() {
         let refused = [
             "",
             "1",

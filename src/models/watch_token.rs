@@ -1,4 +1,4 @@
-//! Watch tokens: what people without an account follow one job with.
+//! Watch tokens: credentials that show one job to people without an account.
 
 use std::time::Duration;
 
@@ -18,43 +18,43 @@ use crate::{
     secret::SecretHash,
 };
 
-/// A row, but for the hash of the secret.
+/// A row, without the hash of the secret.
 #[derive(Clone, Debug, Queryable, Selectable)]
 #[diesel(table_name = watch_tokens, check_for_backend(diesel::pg::Pg))]
 pub struct WatchToken {
-    /// Version 7.
+    /// UUID version 7.
     pub id: Uuid,
-    /// What it shows.
+    /// The one job that the token shows.
     pub job_id: Uuid,
-    /// How the secret begins.
+    /// The first characters of the secret, for display.
     pub secret_prefix: String,
-    /// Its maker's words about it; may be empty.
+    /// The creator's description of the token; may be empty.
     pub note: String,
-    /// From then on it is refused.
+    /// From this time on the token is refused.
     pub expires_at: DateTime<Utc>,
-    /// To the minute.
+    /// Written at most once a minute.
     pub last_used_at: Option<DateTime<Utc>>,
-    /// By the database's clock.
+    /// Set by the database.
     pub created_at: DateTime<Utc>,
 }
 
-/// A token to be.
+/// A token to insert.
 #[derive(Clone, Debug)]
 pub struct NewWatchToken {
-    /// One of the provider's.
+    /// A job of the provider who creates the token.
     pub job_id: Uuid,
-    /// Of its secret.
+    /// Hash of the token's secret.
     pub secret_hash: SecretHash,
-    /// How the secret begins.
+    /// The first characters of the secret, for display.
     pub secret_prefix: String,
     /// May be empty.
     pub note: String,
-    /// How long it is good, from now.
+    /// Time until the token expires, counted from its insertion.
     pub lifetime: Duration,
 }
 
 impl NewWatchToken {
-    /// Stores it as made by the job's provider.
+    /// Inserts the token, with the job's provider as its creator.
     pub async fn create(
         self,
         conn: &mut AsyncPgConnection,
@@ -93,8 +93,8 @@ impl NewWatchToken {
 confirmable!(WatchToken, watch_tokens);
 
 impl WatchToken {
-    /// Who calls with this secret, and for how long it is good; none unless it
-    /// is good now.
+    /// Returns the caller to whom this secret belongs and the time until it expires;
+    /// none unless the secret is valid now.
     pub async fn authenticate(
         conn: &mut AsyncPgConnection,
         secret: &SecretHash,
@@ -108,14 +108,16 @@ impl WatchToken {
             .get_result(conn)
             .await
             .optional()?;
-        Ok(row.map(|(token, asked_at)| {
+        Ok(row.map(|(token, database_now)| {
             let credential = CredentialId::WatchToken(token.id);
             let caller = Caller::new(Subject::Job(token.job_id), credential, vec![KeyScope::Read]);
-            (caller, Some((token.expires_at - asked_at).to_std().unwrap_or_default()))
+            (caller, Some((token.expires_at - database_now).to_std().unwrap_or_default()))
         }))
     }
 
-    /// The token of this id, for the one who calls with it.
+    /// Returns the token that the call is made with. Fails with
+    /// [`Error::CredentialInvalid`] if the credential is not a token, or if its row no
+    /// longer exists.
     pub async fn of_caller(conn: &mut AsyncPgConnection, caller: &Caller) -> Result<Self> {
         let CredentialId::WatchToken(id) = caller.credential() else { return Err(Error::CredentialInvalid) };
         let token: Option<Self> =
@@ -123,8 +125,8 @@ impl WatchToken {
         token.ok_or(Error::CredentialInvalid)
     }
 
-    /// The provider's tokens of one of their jobs, oldest first, those after
-    /// `after` where given: a page of at most `limit`.
+    /// Lists at most `limit` of the provider's tokens of one job, oldest first,
+    /// beginning after the `created_at` and id in `after`.
     pub async fn list(
         conn: &mut AsyncPgConnection,
         provider: Provider,
@@ -149,8 +151,8 @@ impl WatchToken {
         Ok(query.load(conn).await?)
     }
 
-    /// Ends a token of the provider's; [`Error::WatchTokenAlreadyExpired`] if
-    /// it had ended before.
+    /// Expires a token of the provider. Fails with [`Error::NotFound`] if the provider
+    /// has no such token, [`Error::WatchTokenAlreadyExpired`] if it has expired before.
     pub async fn expire(
         conn: &mut AsyncPgConnection,
         provider: Provider,

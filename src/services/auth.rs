@@ -9,7 +9,10 @@ use std::time::{Duration, Instant};
 use tonic::{Request, Response, Status};
 
 use self::{
-    accounts::{Claim, NewAccount, NewPassword, WrongFor, begin_attempt, session_with, settle},
+    accounts::{
+        EmailAndPassword, NewAccount, NewPassword, WrongPassword, begin_attempt, record_outcome,
+        session_message,
+    },
     keys::{KeyTerms, key_page, rotation},
     watch_tokens::{TokenTerms, token_id, token_page},
 };
@@ -30,7 +33,7 @@ use crate::{
     secret::{Secret, SecretKind},
 };
 
-/// The service.
+/// Implementation of `milepost.v1.AuthService`.
 #[derive(Clone, Debug)]
 pub struct AuthApi(pub App);
 
@@ -47,8 +50,8 @@ impl pb::auth_service_server::AuthService for AuthApi {
         let origin = self.0.stranger(&request);
         let NewAccount { role, email, password, first_name, last_name } = request.into_inner().try_into()?;
         begin_sign_up(&mut *database.get_for(Asker::WithPassword).await?, &origin).await?;
-        let stranger = auth.passwords().stranger().await?;
-        let password_hash = auth.passwords().hash_for(stranger, password).await?;
+        let permit = auth.passwords().stranger().await?;
+        let password_hash = auth.passwords().hash_for(permit, password).await?;
         let secret = Secret::generate(SecretKind::Session)?;
         let (secret_hash, lifetime) = (secret.hash(), auth.settings().session_lifetime);
         let (user, session) = database
@@ -57,7 +60,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
                 user.sign_up(&mut conn, secret_hash, lifetime, &origin).await
             })
             .await?;
-        let session = Some(session_with(secret.reveal(), &session));
+        let session = Some(session_message(secret.reveal(), &session));
         Ok(Response::new(pb::SignUpResponse { user: Some(user.into()), session }))
     }
 
@@ -67,27 +70,29 @@ impl pb::auth_service_server::AuthService for AuthApi {
     ) -> Result<Response<pb::LogInResponse>, Status> {
         let App { database, auth, .. } = self.0.clone();
         let origin = self.0.stranger(&request);
-        let Claim { email, password } = request.into_inner().try_into()?;
-        let (attempt, place) =
+        let EmailAndPassword { email, password } = request.into_inner().try_into()?;
+        let (attempt, permit) =
             begin_attempt(&self.0, Asker::WithPassword, LogInClaim::new(&email, origin)).await?;
-        // One way for all who fail: as many queries, the work of one comparison.
+        // Every log-in that fails makes as many queries and verifies one hash, so that
+        // the time of the answer does not reveal whether the e-mail has a user.
         let log_in = async move {
-            let _place = place;
-            let looked_at = async {
-                let mut claimed = None;
-                // Once more where another log-in has made the hash anew meanwhile.
+            let _permit = permit;
+            let verification = async {
+                let mut user_id = None;
+                // A second round, in case another log-in replaces the hash meanwhile.
                 for _ in 0..2 {
                     let found =
                         User::find_by_email(&mut *database.get_for(Asker::WithPassword).await?, &email)
                             .await?;
                     let hash = found.as_ref().map(|(_, hash)| hash.clone());
-                    claimed = found.as_ref().map(|(user, _)| user.id);
-                    let good = auth.passwords().verify(password.clone(), hash).await? && attempt.admits();
-                    let Some((user, hash)) = found.filter(|(user, _)| good && user.disabled_at.is_none())
+                    user_id = found.as_ref().map(|(user, _)| user.id);
+                    let right = auth.passwords().verify(password.clone(), hash).await?;
+                    let admitted = right && attempt.may_succeed();
+                    let Some((user, hash)) = found.filter(|(user, _)| admitted && user.disabled_at.is_none())
                     else {
                         break;
                     };
-                    // Today's cost, if it changed since.
+                    // The setting of the cost may have changed since the hash was made.
                     let outdated = password.clone().filter(|_| auth.passwords().is_outdated(&hash));
                     let rehashed = match outdated {
                         Some(password) => Some(auth.passwords().hash(password).await?),
@@ -101,16 +106,16 @@ impl pb::auth_service_server::AuthService for AuthApi {
                     if let Some(new) = rehashed
                         && let Err(error) = User::rehash(&mut conn, user.id, &hash, &new).await
                     {
-                        tracing::warn!(cause = ?error, "a password keeps its old hash until the next log-in");
+                        tracing::warn!(cause = ?error, "cannot renew a password hash until the next log-in");
                     }
-                    return Ok(Ok((user, session_with(secret.reveal(), &session))));
+                    return Ok(Ok((user, session_message(secret.reveal(), &session))));
                 }
-                Ok(Err(WrongFor(claimed)))
+                Ok(Err(WrongPassword { user_id }))
             };
-            let looked_at = looked_at.await;
-            settle(&database, Asker::WithPassword, attempt, looked_at).await?.ok_or(Error::LogInFailed)
+            let outcome = verification.await;
+            record_outcome(&database, Asker::WithPassword, attempt, outcome).await?.ok_or(Error::LogInFailed)
         };
-        // Nobody leaves before it is written down how their attempt went.
+        // The outcome is recorded even if the caller cancels the call.
         let (user, session) = self.0.to_the_end(log_in).await?;
         Ok(Response::new(pb::LogInResponse { user: Some(user.into()), session: Some(session) }))
     }
@@ -149,7 +154,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
         let credential = match caller.credential() {
             CredentialId::Session(_) => {
                 let session = Session::of_account(&mut conn, caller.account()?).await?;
-                Credential::Session(session_with(String::new(), &session))
+                Credential::Session(session_message(String::new(), &session))
             }
             CredentialId::ApiKey(_) => Credential::ApiKey(ApiKey::of_caller(&mut conn, caller).await?.into()),
             CredentialId::WatchToken(_) => {
@@ -180,16 +185,17 @@ impl pb::auth_service_server::AuthService for AuthApi {
         let account = credential.caller().account()?;
         let origin = app.origin(&request, credential.caller());
         let NewPassword { current, new } = request.into_inner().try_into()?;
-        // A wrong one is a failed log-in.
+        // A wrong current password counts as a failed log-in.
         let (email, mut old) = User::password_hash(&mut *app.database.get().await?, account).await?;
-        let (attempt, place) = begin_attempt(&app, Asker::Known, LogInClaim::new(email, origin)).await?;
+        let (attempt, permit) = begin_attempt(&app, Asker::Known, LogInClaim::new(email, origin)).await?;
         let change = async move {
-            let _place = place;
-            let looked_at = async {
+            let _permit = permit;
+            let verification = async {
                 let passwords = app.auth.passwords();
-                // Once more where a log-in has made the hash anew meanwhile.
+                // A second round, in case a log-in replaces the hash meanwhile.
                 for _ in 0..2 {
-                    if !passwords.verify(current.clone(), Some(old.clone())).await? || !attempt.admits() {
+                    if !passwords.verify(current.clone(), Some(old.clone())).await? || !attempt.may_succeed()
+                    {
                         break;
                     }
                     let new = passwords.hash(new.clone()).await?;
@@ -202,11 +208,11 @@ impl pb::auth_service_server::AuthService for AuthApi {
                     }
                     (_, old) = User::password_hash(&mut conn, account).await?;
                 }
-                Ok(Err(WrongFor(Some(account.user_id()))))
+                Ok(Err(WrongPassword { user_id: Some(account.user_id()) }))
             };
             let wrong = || Error::invalid("current_password", "is not the current password");
-            let looked_at = looked_at.await;
-            settle(&app.database, Asker::Known, attempt, looked_at).await?.ok_or_else(wrong)
+            let outcome = verification.await;
+            record_outcome(&app.database, Asker::Known, attempt, outcome).await?.ok_or_else(wrong)
         };
         let (ended, keys) = self.0.to_the_end(change).await?;
         Ok(Response::new(pb::ChangePasswordResponse {
@@ -264,8 +270,8 @@ impl pb::auth_service_server::AuthService for AuthApi {
             .0
             .detached(credential, async move |mut conn| {
                 let expired = ApiKey::expire(&mut conn, &manager, id, &origin).await;
-                // Had it ended before, then whoever ended it may not have lived to
-                // say so here.
+                // If the key has expired before, the call that expired it may have
+                // failed before it ended the key on this server.
                 if let Ok(_) | Err(Error::ApiKeyAlreadyExpired(_)) = expired {
                     app.end(Ending::Credential(CredentialId::ApiKey(id)));
                 }
@@ -357,7 +363,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
             .0
             .detached(credential, async move |mut conn| {
                 let expired = WatchToken::expire(&mut conn, provider, id, &origin).await;
-                // As with keys.
+                // As in `expire_api_key`.
                 if let Ok(_) | Err(Error::WatchTokenAlreadyExpired(_)) = expired {
                     app.end(Ending::Credential(CredentialId::WatchToken(id)));
                 }

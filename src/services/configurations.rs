@@ -1,4 +1,4 @@
-//! `ConfigurationService`: what jobs look like.
+//! `ConfigurationService`: registered versions of job configurations.
 
 use std::collections::HashMap;
 
@@ -26,11 +26,11 @@ use crate::{
     pb::{self, configuration_service_server::ConfigurationService, get_job_configuration_request::Key},
 };
 
-/// Configurations that are read at once for a page: they may be as large as a
-/// message each, and the page has room for one of those.
+/// Most configurations that one query reads for a page. Each may be as large as a whole
+/// page, so reading all of them at once could take much memory for nothing.
 const READ_AT_ONCE: usize = 25;
 
-/// The service.
+/// Implementation of `milepost.v1.ConfigurationService`.
 #[derive(Clone, Debug)]
 pub struct ConfigurationApi(pub App);
 
@@ -76,7 +76,7 @@ impl ConfigurationService for ConfigurationApi {
         let provider = credential.caller().provider(KeyScope::Read)?;
         let list = List::parse(provider, request.into_inner())?;
         let mut conn = self.0.database.get().await?;
-        // One more tells whether there is a next page.
+        // One more than the page has, to know whether there is a next page.
         let limit = list.page_size + 1;
         let ids = match &list.tag {
             Some(tag) => JobConfiguration::list_versions(&mut conn, provider, tag, list.after, limit).await?,
@@ -101,12 +101,13 @@ impl ConfigurationService for ConfigurationApi {
     }
 }
 
-/// Which configurations to list.
+/// The content of a `ListJobConfigurationsRequest`.
 struct List {
-    /// None: the latest of every tag.
+    /// None: the latest version of every tag.
     tag: Option<String>,
     page_size: i64,
     after: Option<Uuid>,
+    /// What the page tokens are bound to.
     query: Vec<u8>,
 }
 
@@ -146,7 +147,7 @@ impl TryFrom<pb::GetJobConfigurationRequest> for ConfigurationKey {
             Some(Key::Id(id)) => {
                 let key = Self::Id(parse::uuid(&mut violations, "id", &id));
                 if version_given {
-                    violations.add("version", "must be empty beside an id");
+                    violations.add("version", "must be empty when id is given");
                 }
                 key
             }
@@ -177,12 +178,12 @@ fn new_steps(violations: &mut Violations, steps: Vec<pb::StepConfiguration>) -> 
         violations.add("steps", format!("{} must be at most {CONFIGURATION_STEPS}", steps.len()));
         return Vec::new();
     }
-    let mut tags = Once::default();
+    let mut tags = UniqueTexts::default();
     let mut parsed = Vec::with_capacity(steps.len());
     for (i, step) in steps.into_iter().enumerate() {
         let field = format!("steps[{i}]");
         let tag = parse::key_text(violations, format!("{field}.tag"), step.tag);
-        tags.note(violations, &field, "tag", &tag);
+        tags.add(violations, &field, "tag", &tag);
         let name = parse::key_text(violations, format!("{field}.name"), step.name);
         if !(0..=STEP_POINTS).contains(&step.points) {
             let description = format!("{} must be 0 to {STEP_POINTS}", step.points);
@@ -205,18 +206,19 @@ fn new_metadata(
         violations.add(format!("{step}.metadata"), description);
         return Vec::new();
     }
-    let mut names = Once::default();
+    let mut names = UniqueTexts::default();
     let mut parsed = Vec::with_capacity(metadata.len());
     for (i, metadata) in metadata.into_iter().enumerate() {
         let field = format!("{step}.metadata[{i}]");
         let name = parse::key_text(violations, format!("{field}.name"), metadata.name);
-        names.note(violations, &field, "name", &name);
+        names.add(violations, &field, "name", &name);
         let kind = match pb::MetadataKind::try_from(metadata.kind) {
             Ok(pb::MetadataKind::Unspecified | pb::MetadataKind::Text) => MetadataKind::Text,
             Ok(pb::MetadataKind::Number) => MetadataKind::Number,
             Ok(pb::MetadataKind::Link) => MetadataKind::Link,
             Err(_) => {
-                violations.add(format!("{field}.kind"), format!("{} is no kind of metadata", metadata.kind));
+                violations
+                    .add(format!("{field}.kind"), format!("{} is not a kind of metadata", metadata.kind));
                 MetadataKind::Text
             }
         };
@@ -226,29 +228,29 @@ fn new_metadata(
     parsed
 }
 
-/// Texts of which each may occur once, and where each first did.
+/// Texts that must not occur twice, with the path of the item in which each occurs.
 #[derive(Default)]
-struct Once(HashMap<String, String>);
+struct UniqueTexts(HashMap<String, String>);
 
-impl Once {
-    fn note(&mut self, violations: &mut Violations, item: &str, field: &str, text: &str) {
-        // What is empty is at fault already.
+impl UniqueTexts {
+    fn add(&mut self, violations: &mut Violations, item: &str, field: &str, text: &str) {
+        // An empty text is a violation already.
         if text.is_empty() {
             return;
         }
         if let Some(first) = self.0.get(text) {
-            violations.add(format!("{item}.{field}"), format!("{} is that of {first}", quoted(text)));
+            violations.add(format!("{item}.{field}"), format!("{} is already used by {first}", quoted(text)));
         } else {
             self.0.insert(text.to_owned(), item.to_owned());
         }
     }
 }
 
-/// A version, 0.0.0 where that is violated.
+/// Parses a version; 0.0.0 after a violation.
 fn required_version(violations: &mut Violations, field: &str, text: String) -> Version {
-    let noted = violations.iter().len();
+    let before = violations.iter().len();
     let text = parse::key_text(violations, field, text);
-    if violations.iter().len() == noted {
+    if violations.iter().len() == before {
         match version::parse(&text) {
             Ok(version) => return version,
             Err(description) => violations.add(field, format!("{} {description}", quoted(&text))),
@@ -257,7 +259,7 @@ fn required_version(violations: &mut Violations, field: &str, text: String) -> V
     Version::new(0, 0, 0)
 }
 
-/// The same, where empty means none.
+/// As [`required_version`]; none for an empty text.
 pub(super) fn optional_version(violations: &mut Violations, field: &str, text: String) -> Option<Version> {
     (!text.is_empty()).then(|| required_version(violations, field, text))
 }
@@ -331,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn a_configuration_within_the_limits_is_taken_as_it_is() {
+    fn a_configuration_within_the_limits_is_parsed_unchanged() {
         let names: Vec<String> = (0..STEP_METADATA).map(|i| i.to_string()).collect();
         let names: Vec<&str> = names.iter().map(|name| &name[..]).collect();
         let steps = (0..CONFIGURATION_STEPS).map(|i| step(&i.to_string(), STEP_POINTS, &names)).collect();
@@ -343,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn all_that_is_wrong_is_told_at_once_in_field_order() {
+    fn all_violations_are_listed_in_field_order() {
         let mut steps = vec![step("a", -1, &["m", "n", "m"]), step("b", 1_000_001, &[]), step("a", 0, &[""])];
         steps[2].name = "x\0".to_owned();
         steps[2].metadata[0].kind = 99;
@@ -351,8 +353,9 @@ mod tests {
         let mut request = request("1.0", steps);
         request.tag = " ct".to_owned();
         request.name = String::new();
-        let told = violations(NewJobConfiguration::try_from(request));
-        let fields: Vec<&str> = told.iter().map(|told| told.split(": ").next().unwrap_or_default()).collect();
+        let listed = violations(NewJobConfiguration::try_from(request));
+        let fields: Vec<&str> =
+            listed.iter().map(|violation| violation.split(": ").next().unwrap_or_default()).collect();
         assert_eq!(
             fields,
             [
@@ -369,21 +372,22 @@ mod tests {
                 "steps[2].metadata[0].units",
             ]
         );
-        assert_eq!(told[3], "steps[0].points: -1 must be 0 to 1000000");
-        assert_eq!(told[4], r#"steps[0].metadata[2].name: "m" is that of steps[0].metadata[0]"#);
-        assert_eq!(told[6], r#"steps[2].tag: "a" is that of steps[0]"#);
+        assert_eq!(listed[3], "steps[0].points: -1 must be 0 to 1000000");
+        assert_eq!(listed[4], r#"steps[0].metadata[2].name: "m" is already used by steps[0].metadata[0]"#);
+        assert_eq!(listed[6], r#"steps[2].tag: "a" is already used by steps[0]"#);
     }
 
     #[test]
-    fn too_many_are_told_once() {
-        let told = violations(NewJobConfiguration::try_from(request("1.0.0", vec![step("", 0, &[]); 201])));
-        assert_eq!(told, ["steps: 201 must be at most 200"]);
-        let told = violations(NewJobConfiguration::try_from(request("1.0.0", vec![step("a", 0, &[""; 65])])));
-        assert_eq!(told, ["steps[0].metadata: 65 must be at most 64"]);
+    fn too_many_items_are_one_violation() {
+        let listed = violations(NewJobConfiguration::try_from(request("1.0.0", vec![step("", 0, &[]); 201])));
+        assert_eq!(listed, ["steps: 201 must be at most 200"]);
+        let listed =
+            violations(NewJobConfiguration::try_from(request("1.0.0", vec![step("a", 0, &[""; 65])])));
+        assert_eq!(listed, ["steps[0].metadata: 65 must be at most 64"]);
     }
 
     #[test]
-    fn a_configuration_is_named_in_one_way() {
+    fn a_key_is_an_id_or_a_tag_with_an_optional_version() {
         let key = |key, version: &str| {
             ConfigurationKey::try_from(pb::GetJobConfigurationRequest { key, version: version.to_owned() })
         };
@@ -398,7 +402,7 @@ mod tests {
         assert_eq!(violations(key(None, "")), ["key: must be given: id or tag"]);
         assert_eq!(
             violations(key(Some(Key::Id(id.to_string())), "1.0.0")),
-            ["version: must be empty beside an id"]
+            ["version: must be empty when id is given"]
         );
         assert_eq!(violations(key(Some(Key::Tag(String::new())), "x")).len(), 2);
     }

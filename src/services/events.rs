@@ -1,4 +1,4 @@
-//! EventService: appends, pages and watches.
+//! `EventService`: appends, publish streams, pages and watches of events.
 
 mod batch;
 mod publish;
@@ -32,11 +32,11 @@ use crate::{
     telemetry::metrics::Open,
 };
 
-/// EventService over the log.
+/// Implementation of `milepost.v1.EventService`.
 #[derive(Clone, Debug)]
 pub struct EventApi(pub App);
 
-/// As its method is counted.
+/// The method under which the answers of a publish stream are counted.
 const PUBLISH: &str = "/milepost.v1.EventService/PublishEvents";
 
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -63,24 +63,25 @@ impl EventService for EventApi {
         let credential = credential_of(&request)?;
         let provider = credential.caller().provider(KeyScope::Append)?;
         let open = self.0.auth.open_stream(Arc::clone(&credential), Peer::of(&request).cut)?;
-        // One more than fits is the one whose answer is awaited.
+        // The channel holds one less than the window, because the batch whose answer is
+        // awaited has left it.
         let (accepted, answers) = mpsc::channel(self.0.log.publish_window().max(2) - 1);
         let accepting =
             accept(self.clone(), provider, Arc::clone(&credential), request.into_inner(), accepted);
-        // Its batches are traced as this call's.
+        // The batches are traced as part of this call.
         tokio::spawn(accepting.with_current_context());
         let metrics = &self.0.telemetry.metrics;
         let (counted, method) = (Open::of(&metrics.appends.streams), Arc::clone(metrics.method(PUBLISH)));
         let answers = stream::unfold(Some((answers, credential, method)), |state| async move {
             let (mut answers, credential, method) = state?;
             let answer = answers.recv().await?.answer(&method).await;
-            // Nothing is sent, either, under a credential that may have ended.
+            // No answer is sent under a credential that may have ended.
             match credential.confirmed().await.map_err(Status::from).and(answer) {
                 Ok(answer) => Some((Ok(answer), Some((answers, credential, method)))),
                 Err(status) => Some((Err(status), None)),
             }
         });
-        // Counts until the last answer was taken.
+        // The stream counts as open until tonic has taken the last answer.
         let answers = answers.inspect(move |_| _ = (&open, &counted));
         Ok(Response::new(Box::pin(answers)))
     }
@@ -129,15 +130,15 @@ impl EventService for EventApi {
         let open = self.0.auth.open_stream(Arc::clone(&credential), peer.cut)?;
         let watch = self.0.log.watch(query, credential, self.0.draining.clone()).await?;
         let messages = stream::unfold(Watching::Open(Box::new(watch)), watch_next);
-        // Counts until the last message was taken.
+        // The stream counts as open until tonic has taken the last message.
         let messages = messages.inspect(move |_| _ = &open);
         Ok(Response::new(Box::pin(messages)))
     }
 }
 
 impl EventApi {
-    /// Hands a batch of valid shape to the log, unless the credential is not good
-    /// any more when the log has room for it.
+    /// Submits a well-formed batch to the event log, unless the credential ends before
+    /// the log has room for the batch.
     async fn admit(
         &self,
         credential: &Credential,
@@ -152,7 +153,7 @@ impl EventApi {
 
 enum Watching {
     Open(Box<Watch>),
-    /// The last message was sent; the status that follows it, unless OK.
+    /// The last message was sent. The error is the status that follows; none is OK.
     Ending(Option<Error>),
 }
 
@@ -230,9 +231,9 @@ impl From<Vec<AppendedEvent>> for pb::AppendEventsResponse {
 mod tests {
     use super::*;
 
-    /// There are tens of thousands of them.
+    /// A server may have tens of thousands of open watches.
     #[test]
-    fn a_watch_that_waits_is_small() {
+    fn a_waiting_watch_takes_little_memory() {
         fn size<F>(_: fn(Watching) -> F) -> usize {
             size_of::<F>()
         }

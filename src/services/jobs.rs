@@ -1,4 +1,4 @@
-//! `JobService`: what a provider runs for a customer.
+//! `JobService`: jobs, which a provider runs for a customer.
 
 use tonic::{Request, Response, Status};
 use uuid::Uuid;
@@ -21,7 +21,7 @@ use crate::{
     progress::JobStatus,
 };
 
-/// The service.
+/// Implementation of `milepost.v1.JobService`.
 #[derive(Clone, Debug)]
 pub struct JobApi(pub App);
 
@@ -126,7 +126,7 @@ impl TryFrom<pb::GetJobRequest> for JobKey {
     }
 }
 
-/// Which job to close, and why.
+/// The content of a `CloseJobRequest`.
 struct Close {
     key: JobKey,
     reason: String,
@@ -143,7 +143,7 @@ impl TryFrom<pb::CloseJobRequest> for Close {
     }
 }
 
-/// A request's oneof `job` to a key.
+/// Converts the oneof `job` of a request to a [`JobKey`].
 macro_rules! job_key {
     ($violations:expr, $job:expr, $request:ident) => {
         match $job {
@@ -157,27 +157,28 @@ macro_rules! job_key {
 }
 pub(super) use job_key;
 
-/// The field `job_id`.
+/// Parses the field `job_id`.
 pub(super) fn job_id(violations: &mut Violations, id: &str) -> JobKey {
     JobKey::Id(parse::uuid(violations, "job_id", id))
 }
 
-/// The field `provider_job_id`.
+/// Parses the field `provider_job_id`.
 pub(super) fn provider_job_id(violations: &mut Violations, id: String) -> JobKey {
     JobKey::ProviderJobId(parse::key_text(violations, "provider_job_id", id))
 }
 
-/// None of those that the oneof `field` has.
+/// Adds the violation of an empty oneof `field`.
 pub(super) fn no_job(violations: &mut Violations, field: &str) -> JobKey {
     violations.add(field, "must be given");
     JobKey::Id(Uuid::nil())
 }
 
-/// Which jobs to list.
+/// The content of a `ListJobsRequest`.
 struct List {
     filters: JobFilters,
     page_size: i64,
     after: Option<JobCursor>,
+    /// What the page tokens are bound to.
     query: Vec<u8>,
 }
 
@@ -217,9 +218,9 @@ impl List {
 }
 
 fn statuses(violations: &mut Violations, given: &[i32]) -> Vec<JobStatus> {
-    const KINDS: usize = 5;
-    if given.len() > KINDS {
-        violations.add("statuses", format!("{} must be at most {KINDS}", given.len()));
+    const STATUSES: usize = 5;
+    if given.len() > STATUSES {
+        violations.add("statuses", format!("{} must be at most {STATUSES}", given.len()));
         return Vec::new();
     }
     let mut statuses = Vec::new();
@@ -231,7 +232,10 @@ fn statuses(violations: &mut Violations, given: &[i32]) -> Vec<JobStatus> {
             Ok(pb::JobStatus::Complete) => JobStatus::Complete,
             Ok(pb::JobStatus::Cancelled) => JobStatus::Cancelled,
             Ok(pb::JobStatus::Unspecified) | Err(_) => {
-                violations.add(format!("statuses[{i}]"), format!("{given} is no status to look for"));
+                violations.add(
+                    format!("statuses[{i}]"),
+                    format!("{given} is not one of PENDING, RUNNING, FAILED, COMPLETE and CANCELLED"),
+                );
                 continue;
             }
         };
@@ -248,13 +252,13 @@ fn open(violations: &mut Violations, given: i32) -> Option<bool> {
         Ok(pb::JobOpenness::Open) => Some(true),
         Ok(pb::JobOpenness::Closed) => Some(false),
         Err(_) => {
-            violations.add("openness", format!("{given} is none of OPEN and CLOSED"));
+            violations.add("openness", format!("{given} is neither OPEN nor CLOSED"));
             None
         }
     }
 }
 
-/// Microseconds since 1970, then the id.
+/// Encodes microseconds since 1970, then the id.
 fn cursor_bytes(cursor: JobCursor) -> Vec<u8> {
     let mut bytes = cursor.created_at.timestamp_micros().to_be_bytes().to_vec();
     bytes.extend_from_slice(cursor.id.as_bytes());
@@ -308,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn all_that_is_wrong_with_a_new_job_is_told_in_field_order() {
+    fn all_violations_of_a_new_job_are_listed_in_field_order() {
         let request = pb::CreateJobRequest {
             provider_job_id: String::new(),
             customer_id: "x".to_owned(),
@@ -329,13 +333,13 @@ mod tests {
     }
 
     #[test]
-    fn a_job_to_close_must_be_named() {
+    fn a_request_to_close_must_name_its_job() {
         let request = pb::CloseJobRequest { job: None, reason: "x".repeat(257) };
         assert_eq!(fields(Close::try_from(request)), ["job", "reason"]);
     }
 
     #[test]
-    fn statuses_to_look_for_are_known_and_counted_once() {
+    fn unknown_statuses_are_refused_and_repeated_ones_are_kept_once() {
         let parsed = |given: &[i32]| {
             let mut violations = Violations::default();
             let parsed = statuses(&mut violations, given);
@@ -347,13 +351,13 @@ mod tests {
     }
 
     #[test]
-    fn a_cursor_comes_back_as_it_was() {
+    fn a_cursor_is_equal_after_encoding_and_decoding() {
         let created_at = DateTime::from_timestamp_micros(1_767_225_600_123_456).expect("a time");
-        let there = JobCursor { created_at, id: Uuid::now_v7() };
-        let bytes = cursor_bytes(there);
-        assert_eq!(cursor(&bytes), Some(there));
+        let original = JobCursor { created_at, id: Uuid::now_v7() };
+        let bytes = cursor_bytes(original);
+        assert_eq!(cursor(&bytes), Some(original));
         assert_eq!(cursor(&bytes[1..]), None);
-        let beyond = [&i64::MAX.to_be_bytes()[..], there.id.as_bytes()].concat();
+        let beyond = [&i64::MAX.to_be_bytes()[..], original.id.as_bytes()].concat();
         assert_eq!(cursor(&beyond), None);
     }
 }

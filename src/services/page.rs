@@ -1,5 +1,6 @@
-//! Page tokens: where the next page starts, bound to the query of the first
-//! one. They grant nothing: whoever sends one is authorized as with any call.
+//! Pages of lists, and page tokens. A page token has the start of the next page and is
+//! bound to the query of the first page. It grants nothing: each call is authorized
+//! without regard to its token.
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use chrono::{DateTime, Datelike as _, Utc};
@@ -13,14 +14,14 @@ use crate::{
     limits::{MESSAGE_BYTES, TOKEN_BYTES},
 };
 
-/// First byte of a token: how the rest is to be read.
+/// First byte of a token: the version of its format.
 const VERSION: u8 = 1;
-/// How much of the query's hash a token carries. It tells queries apart, and
-/// protects nothing.
+/// Bytes of the query's hash in a token. They tell queries apart and are no protection
+/// against forged tokens.
 const QUERY_BYTES: usize = 8;
 
-/// What a token is bound to: the method, the caller's id, and the request
-/// without its page's size and token.
+/// Encodes what a token is bound to: the method, the caller's id, and the request. The
+/// request must come without page size and page token.
 pub(super) fn query(method: &str, caller: Uuid, request: &impl Message) -> Vec<u8> {
     let mut query = method.as_bytes().to_vec();
     query.push(0);
@@ -29,8 +30,8 @@ pub(super) fn query(method: &str, caller: Uuid, request: &impl Message) -> Vec<u
     query
 }
 
-/// The items of a page: as many as fit into [`MESSAGE_BYTES`] beside the token,
-/// but one at least.
+/// The items of a page: as many as fit into [`MESSAGE_BYTES`] together with the token,
+/// and at least one.
 #[derive(Debug)]
 pub(super) struct Page<M> {
     pub(super) items: Vec<M>,
@@ -42,10 +43,10 @@ impl<M: Message> Page<M> {
         Self { items: Vec::new(), bytes: TOKEN_BYTES }
     }
 
-    /// Whether the item fits and is on the page; if not, the page is full.
+    /// Adds the item if it fits. Returns false if it does not: the page is then full.
     pub(super) fn push(&mut self, item: M) -> bool {
         let bytes = item.encoded_len();
-        // One more for the field's number.
+        // One byte for the field's tag.
         self.bytes += 1 + prost::length_delimiter_len(bytes) + bytes;
         let fits = self.bytes <= MESSAGE_BYTES || self.items.is_empty();
         if fits {
@@ -55,10 +56,10 @@ impl<M: Message> Page<M> {
     }
 }
 
-/// A page of what is listed oldest first, by creation and id.
+/// The parameters of a page in a list that is ordered by creation and id, oldest first.
 pub(super) struct OldestFirst {
     query: Vec<u8>,
-    /// Where the page before ended.
+    /// Creation time and id of the last item of the previous page.
     pub(super) after: Option<(DateTime<Utc>, Uuid)>,
     size: i64,
 }
@@ -77,12 +78,13 @@ impl OldestFirst {
         Self { query, after, size }
     }
 
-    /// How many to look for: one more than fits tells whether there are more.
+    /// How many items to read: one more than the page has, to know whether there is a
+    /// next page.
     pub(super) fn limit(&self) -> i64 {
         self.size + 1
     }
 
-    /// Cuts what was found to the page; the token of the next one.
+    /// Cuts `found` to the page and returns the token of the next page.
     pub(super) fn cut<T>(
         &self,
         found: &mut Vec<T>,
@@ -105,15 +107,15 @@ impl OldestFirst {
     }
 }
 
-/// A cursor's microseconds since 1970, if it is a time that the database can
-/// compare with: anybody can make a token.
+/// Decodes microseconds since 1970 in a cursor. Returns none outside the years 1 to
+/// 9999, because a forged token may have a time that Postgres cannot represent.
 pub(super) fn time(micros: [u8; 8]) -> Option<DateTime<Utc>> {
     let time = DateTime::from_timestamp_micros(i64::from_be_bytes(micros))?;
     (1..=9999).contains(&time.year()).then_some(time)
 }
 
-/// The token of the page that starts after `cursor`. `query` says all that
-/// chooses and orders the items, method and caller included, but for the page's
+/// Encodes the token of the page that starts after `cursor`. `query` has everything
+/// that selects and orders the items, including method and caller, except the page
 /// size.
 pub(super) fn encode(query: &[u8], cursor: &[u8]) -> String {
     let mut token = Vec::with_capacity(1 + QUERY_BYTES + cursor.len());
@@ -123,8 +125,8 @@ pub(super) fn encode(query: &[u8], cursor: &[u8]) -> String {
     URL_SAFE_NO_PAD.encode(token)
 }
 
-/// The cursor of a token that was made for the same query; none for the first
-/// page, whose token is empty, and for what is no such token, which is noted.
+/// Decodes the cursor of a token that was made for the same query. Returns none for the
+/// empty token of the first page, and after a violation for any other token.
 pub(super) fn decode(violations: &mut Violations, field: &str, query: &[u8], token: &str) -> Option<Vec<u8>> {
     if token.is_empty() {
         return None;
@@ -161,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_comes_back_for_its_query_only() {
+    fn a_token_is_decoded_for_its_own_query_only() {
         let token = encode(b"query", b"cursor");
         assert_eq!(decoded(b"query", &token), (Some(b"cursor".to_vec()), 0));
         assert_eq!(decoded(b"other", &token), (None, 1));
@@ -170,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_takes_what_fits_and_one_item_at_least() {
+    fn a_page_has_the_items_that_fit_and_at_least_one() {
         let half = "x".repeat(MESSAGE_BYTES / 2 - TOKEN_BYTES);
         let mut page = Page::new();
         assert!(page.push(half.clone()) && page.push(half) && !page.push("x".repeat(TOKEN_BYTES)));
@@ -181,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_token_is_refused() {
+    fn malformed_tokens_are_refused() {
         let token = encode(b"query", b"cursor");
         let mut other_version = URL_SAFE_NO_PAD.decode(&token).expect("base64");
         other_version[0] = 2;
@@ -193,9 +195,9 @@ mod tests {
     }
 
     #[test]
-    fn a_time_that_no_database_knows_is_no_cursor() {
-        for there in [-62_135_596_800_000_000, 0, 253_402_300_799_999_999_i64] {
-            assert_eq!(time(there.to_be_bytes()).map(|time| time.timestamp_micros()), Some(there));
+    fn a_cursor_with_a_time_outside_the_years_1_to_9999_is_refused() {
+        for valid in [-62_135_596_800_000_000, 0, 253_402_300_799_999_999_i64] {
+            assert_eq!(time(valid.to_be_bytes()).map(|time| time.timestamp_micros()), Some(valid));
         }
         for beyond in [i64::MIN, -62_135_596_800_000_001, 253_402_300_800_000_000, 8_000_000_000_000_000_000]
         {

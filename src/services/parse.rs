@@ -1,6 +1,6 @@
-//! Fields of requests become values. Each parser notes what is wrong and goes
-//! on, so that a caller learns of everything at once: call them in field order
-//! and end with [`Violations::or`].
+//! Parsers of request fields. Each parser adds a violation and returns a placeholder, so
+//! that one answer lists all violations. They are called in field order, and
+//! [`Violations::or`] ends the parsing.
 
 use std::{fmt, time::Duration};
 
@@ -13,14 +13,14 @@ use crate::{
     limits::{PAGE_DEFAULT, PAGE_MAX, TEXT_CHARS},
 };
 
-/// First and last second of the years 1 to 9999, which is what
-/// `google.protobuf.Timestamp` may hold.
+/// First and last second of the years 1 to 9999, the range of
+/// `google.protobuf.Timestamp`.
 const TIMESTAMP_SECONDS: std::ops::RangeInclusive<i64> = -62_135_596_800..=253_402_300_799;
 
-/// At most [`TEXT_CHARS`] Unicode scalar values, no NUL, which Postgres cannot
-/// store. May be empty.
+/// A text of at most [`TEXT_CHARS`] Unicode scalar values without NUL, which Postgres
+/// cannot store. It may be empty.
 pub(super) fn text(violations: &mut Violations, field: impl fmt::Display, value: String) -> String {
-    // Bytes first: they bound the work that counting is.
+    // The length in bytes comes first: it bounds the work of counting characters.
     if value.len() > 4 * TEXT_CHARS || value.chars().count() > TEXT_CHARS {
         violations.add(field, format!("{} must have at most {TEXT_CHARS} characters", quoted(&value)));
     } else if value.contains('\0') {
@@ -29,8 +29,7 @@ pub(super) fn text(violations: &mut Violations, field: impl fmt::Display, value:
     value
 }
 
-/// A text that things are found by: also neither empty nor with white space
-/// around it.
+/// A text that is a key: as [`text`], and neither empty nor with white space around it.
 pub(super) fn key_text(violations: &mut Violations, field: impl fmt::Display, value: String) -> String {
     if value.is_empty() {
         violations.add(field, "must not be empty");
@@ -42,10 +41,9 @@ pub(super) fn key_text(violations: &mut Violations, field: impl fmt::Display, va
     value
 }
 
-/// A UUID of any version in its hyphenated form, in any case; nil where that is
-/// violated.
+/// A UUID of any version in its hyphenated form, in any case; nil after a violation.
 pub(super) fn uuid(violations: &mut Violations, field: impl fmt::Display, value: &str) -> Uuid {
-    // `parse_str` alone would take braces and the like.
+    // `parse_str` alone accepts other forms, such as one with braces.
     match Uuid::parse_str(value) {
         Ok(uuid) if value.len() == uuid::fmt::Hyphenated::LENGTH => uuid,
         _ => {
@@ -55,7 +53,7 @@ pub(super) fn uuid(violations: &mut Violations, field: impl fmt::Display, value:
     }
 }
 
-/// The same, where empty means none.
+/// As [`uuid()`]; none for an empty text.
 pub(super) fn optional_uuid(
     violations: &mut Violations,
     field: impl fmt::Display,
@@ -64,8 +62,8 @@ pub(super) fn optional_uuid(
     if value.is_empty() { None } else { Some(uuid(violations, field, value)) }
 }
 
-/// Cut to microseconds, which is what Postgres keeps; none where absent or
-/// violated.
+/// A time, cut to the microseconds that Postgres stores; none if absent or after a
+/// violation.
 pub(super) fn timestamp(
     violations: &mut Violations,
     field: impl fmt::Display,
@@ -82,7 +80,8 @@ pub(super) fn timestamp(
     time
 }
 
-/// Within its limits (shortest, default, longest), the default where absent.
+/// A duration between the shortest and the longest; the default if absent or after a
+/// violation.
 pub(super) fn duration(
     violations: &mut Violations,
     field: impl fmt::Display,
@@ -99,14 +98,14 @@ pub(super) fn duration(
     }
 }
 
-/// Unless either of its numbers is negative. prost's own conversion overflows at
-/// the smallest ones.
+/// Converts a duration; none if either of its numbers is negative. prost's own
+/// conversion overflows for the smallest numbers.
 pub(super) fn not_negative(value: prost_types::Duration) -> Option<Duration> {
     let (seconds, nanos) = (u64::try_from(value.seconds).ok()?, u64::try_from(value.nanos).ok()?);
     Some(Duration::from_secs(seconds).saturating_add(Duration::from_nanos(nanos)))
 }
 
-/// The field `page_size`: [`PAGE_DEFAULT`] where absent, cut to [`PAGE_MAX`].
+/// The field `page_size`: [`PAGE_DEFAULT`] if absent, at most [`PAGE_MAX`].
 pub(super) fn page_size(violations: &mut Violations, value: i32) -> i64 {
     match i64::from(value) {
         0 => PAGE_DEFAULT,
@@ -122,8 +121,8 @@ pub(super) fn page_size(violations: &mut Violations, value: i32) -> i64 {
 mod tests {
     use super::*;
 
-    /// What `parse` yields, and the descriptions of what it notes.
-    fn noted<T>(parse: impl FnOnce(&mut Violations) -> T) -> (T, Vec<String>) {
+    /// Returns the value of `parse` and the violations that it adds.
+    fn parsed_with<T>(parse: impl FnOnce(&mut Violations) -> T) -> (T, Vec<String>) {
         let mut violations = Violations::default();
         let value = parse(&mut violations);
         let descriptions = violations.iter().map(|v| format!("{}: {}", v.field, v.description)).collect();
@@ -133,55 +132,56 @@ mod tests {
     #[test]
     fn texts_are_counted_in_scalar_values() {
         for fine in ["", " ", "x", &"\u{1F9E0}".repeat(256), "tab\tand\nline"] {
-            assert_eq!(noted(|v| text(v, "f", fine.to_owned())), (fine.to_owned(), vec![]));
+            assert_eq!(parsed_with(|v| text(v, "f", fine.to_owned())), (fine.to_owned(), vec![]));
         }
         for long in ["x".repeat(257), "\u{1F9E0}".repeat(257), "x".repeat(100_000)] {
-            let (_, notes) = noted(|v| text(v, "f", long));
-            assert!(notes[0].ends_with("must have at most 256 characters"), "{notes:?}");
-            assert!(notes[0].chars().count() < 120);
+            let (_, violations) = parsed_with(|v| text(v, "f", long));
+            assert!(violations[0].ends_with("must have at most 256 characters"), "{violations:?}");
+            assert!(violations[0].chars().count() < 120);
         }
-        let (_, notes) = noted(|v| text(v, "f", "a\0b".to_owned()));
-        assert_eq!(notes, [r#"f: "a\0b" must not contain NUL"#]);
+        let (_, violations) = parsed_with(|v| text(v, "f", "a\0b".to_owned()));
+        assert_eq!(violations, [r#"f: "a\0b" must not contain NUL"#]);
     }
 
     #[test]
-    fn keys_are_neither_empty_nor_padded() {
-        assert_eq!(noted(|v| key_text(v, "f", "a b".to_owned())), ("a b".to_owned(), vec![]));
+    fn keys_are_neither_empty_nor_surrounded_by_white_space() {
+        assert_eq!(parsed_with(|v| key_text(v, "f", "a b".to_owned())), ("a b".to_owned(), vec![]));
         for bad in ["", " ", " a", "a\n", "a\u{2003}", "a\0", &"a".repeat(257)] {
-            assert_eq!(noted(|v| key_text(v, "f", bad.to_owned())).1.len(), 1, "{bad:?}");
+            assert_eq!(parsed_with(|v| key_text(v, "f", bad.to_owned())).1.len(), 1, "{bad:?}");
         }
     }
 
     #[test]
-    fn uuids_are_hyphenated() {
+    fn only_hyphenated_uuids_are_accepted() {
         let id = Uuid::now_v7();
-        assert_eq!(noted(|v| uuid(v, "f", &id.to_string())), (id, vec![]));
-        assert_eq!(noted(|v| uuid(v, "f", &id.to_string().to_uppercase())), (id, vec![]));
+        assert_eq!(parsed_with(|v| uuid(v, "f", &id.to_string())), (id, vec![]));
+        assert_eq!(parsed_with(|v| uuid(v, "f", &id.to_string().to_uppercase())), (id, vec![]));
         let simple = id.simple().to_string();
         let braced = id.braced().to_string();
         for bad in ["", "x", &simple, &braced, "0190-", &"é".repeat(18)] {
-            let (value, notes) = noted(|v| uuid(v, "f", bad));
-            assert!(value.is_nil() && notes.len() == 1, "{bad}");
+            let (value, violations) = parsed_with(|v| uuid(v, "f", bad));
+            assert!(value.is_nil() && violations.len() == 1, "{bad}");
         }
-        assert_eq!(noted(|v| optional_uuid(v, "f", "")), (None, vec![]));
-        assert_eq!(noted(|v| optional_uuid(v, "f", "x")).1.len(), 1);
+        assert_eq!(parsed_with(|v| optional_uuid(v, "f", "")), (None, vec![]));
+        assert_eq!(parsed_with(|v| optional_uuid(v, "f", "x")).1.len(), 1);
     }
 
     #[test]
     fn times_are_cut_to_microseconds_and_bounded() {
-        let (time, notes) = noted(|v| timestamp(v, "f", Some(Timestamp { seconds: -1, nanos: 999_999_999 })));
-        assert!(notes.is_empty());
+        let (time, violations) =
+            parsed_with(|v| timestamp(v, "f", Some(Timestamp { seconds: -1, nanos: 999_999_999 })));
+        assert!(violations.is_empty());
         let time = time.expect("a time");
         assert_eq!(crate::event_log::timestamp(time), Timestamp { seconds: -1, nanos: 999_999_000 });
-        assert_eq!(noted(|v| timestamp(v, "f", None)), (None, vec![]));
+        assert_eq!(parsed_with(|v| timestamp(v, "f", None)), (None, vec![]));
         for (seconds, nanos) in [(-62_135_596_800, 0), (253_402_300_799, 999_999_999)] {
-            assert!(noted(|v| timestamp(v, "f", Some(Timestamp { seconds, nanos }))).0.is_some());
+            assert!(parsed_with(|v| timestamp(v, "f", Some(Timestamp { seconds, nanos }))).0.is_some());
         }
         for (seconds, nanos) in
             [(0, -1), (0, 1_000_000_000), (-62_135_596_801, 0), (253_402_300_800, 0), (i64::MAX, i32::MAX)]
         {
-            let (time, notes) = noted(|v| timestamp(v, "f", Some(Timestamp { seconds, nanos })));
-            assert!(time.is_none() && notes.len() == 1, "{seconds} {nanos}");
+            let (time, violations) = parsed_with(|v| timestamp(v, "f", Some(Timestamp { seconds, nanos })));
+            assert!(time.is_none() && violations.len() == 1, "{seconds} {nanos}");
         }
     }
 
@@ -189,7 +189,7 @@ mod tests {
     fn durations_have_a_default_and_limits() {
         let limits = [1, 5, 10].map(Duration::from_secs).into();
         let given = |seconds, nanos| Some(prost_types::Duration { seconds, nanos });
-        let parsed = |value| noted(|v| duration(v, "f", value, limits));
+        let parsed = |value| parsed_with(|v| duration(v, "f", value, limits));
         assert_eq!(parsed(None), (Duration::from_secs(5), vec![]));
         assert_eq!(parsed(given(1, 0)), (Duration::from_secs(1), vec![]));
         assert_eq!(parsed(given(10, 0)), (Duration::from_secs(10), vec![]));
@@ -207,8 +207,8 @@ mod tests {
     #[test]
     fn page_sizes_have_a_default_and_a_limit() {
         for (asked, given) in [(0, 50), (1, 1), (500, 500), (501, 500), (i32::MAX, 500)] {
-            assert_eq!(noted(|v| page_size(v, asked)), (given, vec![]));
+            assert_eq!(parsed_with(|v| page_size(v, asked)), (given, vec![]));
         }
-        assert_eq!(noted(|v| page_size(v, -1)).1, ["page_size: -1 must not be negative"]);
+        assert_eq!(parsed_with(|v| page_size(v, -1)).1, ["page_size: -1 must not be negative"]);
     }
 }

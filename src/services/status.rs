@@ -1,5 +1,5 @@
-//! The one mapping of errors to gRPC: a code, a sentence, and google.rpc
-//! details that fit into the trailers that common clients accept.
+//! The mapping of [`Error`] to gRPC: a code, a message, and google.rpc details that fit
+//! into the trailers that common clients accept.
 
 use std::{borrow::Cow, collections::HashMap, error::Error as _, time::Duration};
 
@@ -22,14 +22,14 @@ use crate::{
 
 /// `domain` of every ErrorInfo.
 const DOMAIN: &str = "milepost";
-/// Longest message; it travels beside the details and percent-encoded, up to
-/// three times as long.
+/// Longest message, in bytes. It is percent-encoded in the trailers beside the details,
+/// up to three times as long.
 const MESSAGE_BYTES: usize = 256;
-/// Longest path of a field, longest description of what is wrong with one.
+/// Longest path of a field and longest description of a violation, in bytes.
 const FIELD_BYTES: usize = 256;
 const DESCRIPTION_BYTES: usize = 1024;
-/// When a call that met an absent database or a draining server is worth
-/// repeating.
+/// RetryInfo of a call that failed because the database is unavailable or the server is
+/// draining.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 impl From<Error> for tonic::Status {
@@ -40,9 +40,10 @@ impl From<Error> for tonic::Status {
     }
 }
 
-/// The error as an answer within a stream carries it: code, message and the
-/// same details that a failed call has in its trailers. Logs faults of ours and
-/// of the database, which the caller is told nothing about: call it once.
+/// Converts an error to the message that an answer within a stream contains: code,
+/// message, and the details that a failed call has in its trailers. It also logs
+/// internal errors and an unavailable database with their causes, which the caller does
+/// not get; so it must be called once for each failure.
 pub fn rpc_status(error: &Error) -> RpcStatus {
     log(error);
     let Answer { code, reason, metadata, details, violations } = answer(error);
@@ -63,25 +64,25 @@ pub fn rpc_status(error: &Error) -> RpcStatus {
     status
 }
 
-/// The reason that ErrorInfo has.
+/// The reason in ErrorInfo.
 pub(crate) fn reason(error: &Error) -> ErrorReason {
     answer(error).reason
 }
 
-/// The same of a status that has been made.
+/// The reason in ErrorInfo of a status; none if it is not one of milepost's own.
 pub(crate) fn reason_of(status: &tonic::Status) -> Option<ErrorReason> {
     let info = status.get_details_error_info()?;
     ErrorReason::from_str_name(&format!("ERROR_REASON_{}", info.reason))
 }
 
-/// What an error becomes, but for its sentence.
+/// The parts of an answer, without its message.
 struct Answer<'a> {
     code: Code,
     reason: ErrorReason,
-    /// ErrorInfo's.
+    /// The metadata of ErrorInfo.
     metadata: HashMap<&'static str, String>,
     details: Vec<Any>,
-    /// For BadRequest, which takes what room is left.
+    /// For BadRequest, which gets the bytes that the other details leave.
     violations: Option<Cow<'a, Violations>>,
 }
 
@@ -180,11 +181,11 @@ fn answer(error: &Error) -> Answer<'_> {
             .precondition(job_id, "the log of a closed job never changes again"),
         Error::ApiKeyAlreadyExpired(id) => {
             Answer::new(Code::FailedPrecondition, Reason::ApiKeyAlreadyExpired)
-                .precondition(id, "the wanted state holds")
+                .precondition(id, "has expired before; nothing is changed")
         }
         Error::WatchTokenAlreadyExpired(id) => {
             Answer::new(Code::FailedPrecondition, Reason::WatchTokenAlreadyExpired)
-                .precondition(id, "the wanted state holds")
+                .precondition(id, "has expired before; nothing is changed")
         }
         Error::SequenceMismatch { last_sequence } => {
             Answer::new(Code::Aborted, Reason::SequenceMismatch).metadata("last_sequence", last_sequence)
@@ -217,21 +218,21 @@ fn differs_reason(resource: Resource) -> ErrorReason {
         Resource::JobConfiguration => ErrorReason::JobConfigurationDiffers,
         Resource::Job => ErrorReason::JobDiffers,
         Resource::Event => ErrorReason::EventDiffers,
-        // Nobody repeats a write of these under a key of their own.
+        // No request creates these resources by a key of the client.
         Resource::Customer | Resource::User | Resource::ApiKey | Resource::WatchToken => {
             ErrorReason::Internal
         }
     }
 }
 
-/// As it stands in ErrorInfo.
+/// The reason's name in ErrorInfo, without the enum's prefix.
 fn reason_name(reason: ErrorReason) -> &'static str {
     reason.as_str_name().trim_start_matches("ERROR_REASON_")
 }
 
-/// As many violations as fit into `room` bytes, the first ones.
+/// Makes a BadRequest of the first violations, as many as fit into `room` bytes.
 fn bad_request(violations: &Violations, room: usize) -> Any {
-    // Name of the type, and tags and lengths around it.
+    // The type's name, with the tags and lengths around it.
     let mut size = 64;
     let mut field_violations = Vec::new();
     for violation in violations.iter() {
@@ -240,7 +241,7 @@ fn bad_request(violations: &Violations, room: usize) -> Any {
             description: cut(&violation.description, DESCRIPTION_BYTES),
             ..Default::default()
         };
-        // A tag and a length of at most two bytes.
+        // A tag of one byte and a length of at most two bytes.
         size += violation.encoded_len() + 3;
         if size > room {
             break;
@@ -254,18 +255,18 @@ fn any(name: &str, message: &impl Message) -> Any {
     Any { type_url: format!("type.googleapis.com/google.rpc.{name}"), value: message.encode_to_vec() }
 }
 
-/// At most `bytes` of `text`.
+/// Cuts `text` to at most `bytes` bytes.
 fn cut(text: &str, bytes: usize) -> String {
     if text.len() <= bytes {
         return text.to_owned();
     }
-    let mark = '…';
-    let room = bytes - mark.len_utf8();
+    let ellipsis = '…';
+    let room = bytes - ellipsis.len_utf8();
     let end = (0..=room).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
-    format!("{}{mark}", &text[..end])
+    format!("{}{ellipsis}", &text[..end])
 }
 
-/// A name as the caller gave it, not at any length.
+/// Cuts a name in the request to [`ERROR_QUOTE_CHARS`].
 fn quote(name: &str) -> String {
     cut(name, name.char_indices().nth(ERROR_QUOTE_CHARS).map_or(name.len(), |(end, _)| end + '…'.len_utf8()))
 }
@@ -354,11 +355,11 @@ mod tests {
         let all = (1..).map_while(|n| ErrorReason::try_from(n).ok()).count();
         reasons.sort();
         reasons.dedup();
-        assert_eq!(reasons.len(), all, "each reason is sent for something");
+        assert_eq!(reasons.len(), all, "there is an error for each reason");
     }
 
     #[test]
-    fn what_is_worth_repeating_says_when() {
+    fn retryable_errors_carry_retry_info() {
         for (error, code, reason) in one_of_each() {
             let retry = tonic::Status::from(error).get_details_retry_info();
             let expected = if code == Code::Unavailable {
@@ -371,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn preconditions_resources_quotas_and_metadata_are_told() {
+    fn errors_carry_the_details_and_metadata_of_their_code() {
         for (error, code, reason) in one_of_each() {
             let details = tonic::Status::from(error).get_error_details();
             assert_eq!(
@@ -379,8 +380,8 @@ mod tests {
                 code == Code::FailedPrecondition,
                 "{reason}"
             );
-            let about_a_resource = matches!(code, Code::NotFound | Code::AlreadyExists);
-            assert_eq!(details.resource_info().is_some(), about_a_resource, "{reason}");
+            let names_a_resource = matches!(code, Code::NotFound | Code::AlreadyExists);
+            assert_eq!(details.resource_info().is_some(), names_a_resource, "{reason}");
             assert_eq!(details.quota_failure().is_some(), code == Code::ResourceExhausted, "{reason}");
             let metadata = &details.error_info().expect("an ErrorInfo").metadata;
             let expected = match reason {
@@ -398,27 +399,30 @@ mod tests {
     }
 
     #[test]
-    fn causes_are_never_told() {
+    fn causes_are_never_sent() {
         for (error, _, reason) in one_of_each() {
             let status = tonic::Status::from(error);
-            let told = format!("{status:?} {:?}", status.get_error_details());
-            assert!(!told.contains("SELECT"), "{reason}: {told}");
+            let sent = format!("{status:?} {:?}", status.get_error_details());
+            assert!(!sent.contains("SELECT"), "{reason}: {sent}");
         }
     }
 
     #[test]
     fn five_hundred_violations_fit_into_four_kibibytes() {
-        for nasty in ["x", "\u{1F9E0}", "é", "\u{7}"] {
+        for character in ["x", "\u{1F9E0}", "é", "\u{7}"] {
             for length in [1, 10, 64, 500, 100_000] {
                 let mut violations = Violations::default();
                 for index in 0..500 {
-                    violations.add(format!("events[{index}].{}", nasty.repeat(length)), nasty.repeat(length));
+                    violations.add(
+                        format!("events[{index}].{}", character.repeat(length)),
+                        character.repeat(length),
+                    );
                 }
                 for error in [
                     Error::Invalid(violations.clone()),
                     Error::Differs {
                         resource: Resource::Event,
-                        name: nasty.repeat(length),
+                        name: character.repeat(length),
                         differences: violations,
                     },
                 ] {
@@ -443,15 +447,15 @@ mod tests {
     }
 
     #[test]
-    fn names_of_any_length_are_quoted_shortly() {
-        for nasty in ["x", "\u{1F9E0}"] {
-            let status = tonic::Status::from(Error::not_found(Resource::Job, &nasty.repeat(100_000)));
+    fn long_names_are_cut() {
+        for character in ["x", "\u{1F9E0}"] {
+            let status = tonic::Status::from(Error::not_found(Resource::Job, &character.repeat(100_000)));
             let name = status.get_details_resource_info().expect("a ResourceInfo").resource_name;
-            assert_eq!(name, format!("{}…", nasty.repeat(ERROR_QUOTE_CHARS)));
+            assert_eq!(name, format!("{}…", character.repeat(ERROR_QUOTE_CHARS)));
             let short =
-                tonic::Status::from(Error::not_found(Resource::Job, &nasty.repeat(ERROR_QUOTE_CHARS)));
+                tonic::Status::from(Error::not_found(Resource::Job, &character.repeat(ERROR_QUOTE_CHARS)));
             let name = short.get_details_resource_info().expect("a ResourceInfo").resource_name;
-            assert_eq!(name, nasty.repeat(ERROR_QUOTE_CHARS));
+            assert_eq!(name, character.repeat(ERROR_QUOTE_CHARS));
         }
     }
 }

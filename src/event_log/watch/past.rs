@@ -120,7 +120,7 @@ impl Past {
         };
         // Retention marks a log as removed before it deletes the first event, so this
         // check comes after the page.
-        let (removals, lost) = removed.look(connection).await?;
+        let (removals, lost) = removed.check(connection).await?;
         if lost {
             return Err(Error::EventsExpired { first_sequence: None });
         }

@@ -1,9 +1,10 @@
 //! Pages of jobs, newest first, by filters that combine.
 //!
-//! Each filter alone is a range of an index that has jobs in that order, or,
-//! where texts are looked for by prefix, in the order of the texts. Filters
-//! together are one such range of which some jobs are left out: at most
-//! [`LOOKED_AT`] jobs of it are looked at for one page, which then may be short.
+//! Each filter alone selects a range of an index. The index has the jobs in the order
+//! of their creation or, for a prefix, in the order of the text. A combination of
+//! filters reads one such range and leaves out the jobs that do not match the other
+//! filters. One page reads at most [`CANDIDATES`] jobs of the range, so it may be
+//! short.
 
 use std::cmp::Reverse;
 
@@ -23,36 +24,37 @@ use crate::{
     schema::jobs,
 };
 
-/// Most jobs of one range of an index that are looked at for a page.
-const LOOKED_AT: i64 = 10_000;
+/// Most jobs of one range of an index that are read for a page.
+const CANDIDATES: i64 = 10_000;
 
-/// Which jobs. What is none or empty leaves none out; the others must all hold.
+/// Filters of a list of jobs. A job must match all of them. A filter that is none or
+/// empty matches every job.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct JobFilters {
-    /// Any of these; none twice.
+    /// The job has one of these statuses; each occurs once.
     pub statuses: Vec<JobStatus>,
-    /// Open ones, or closed ones.
+    /// True: the job is open. False: the job is closed.
     pub open: Option<bool>,
-    /// Of this tag.
+    /// The job has this configuration tag.
     pub configuration_tag: Option<String>,
-    /// With this user on the other side.
+    /// The job's other party is this user.
     pub counterpart_id: Option<Uuid>,
-    /// Created then or later.
+    /// The job was created at this time or later.
     pub created_from: Option<DateTime<Utc>>,
-    /// Created before.
+    /// The job was created before this time.
     pub created_before: Option<DateTime<Utc>>,
-    /// What `provider_job_id` starts with.
+    /// The job's `provider_job_id` starts with this text.
     pub provider_job_id_prefix: String,
-    /// What `provider_job_name` starts with.
+    /// The job's `provider_job_name` starts with this text.
     pub provider_job_name_prefix: String,
 }
 
-/// Where a job stands among all jobs: a later one is greater.
+/// The order of jobs by creation: a later job has a greater cursor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Queryable)]
 pub struct JobCursor {
-    /// When it was created.
+    /// When the job was created.
     pub created_at: DateTime<Utc>,
-    /// Which of those created then.
+    /// The job's id, which orders the jobs of one creation time.
     pub id: Uuid,
 }
 
@@ -61,18 +63,19 @@ pub struct JobCursor {
 pub struct JobPage {
     /// Newest first.
     pub jobs: Vec<Job>,
-    /// The next page is what is older than this. None: there is no next page.
+    /// The next page has the jobs older than this one. None: there is no next page.
     pub next: Option<JobCursor>,
 }
 
 impl Job {
-    /// Where it stands among all jobs.
+    /// The job's place in the order of creation.
     pub fn cursor(&self) -> JobCursor {
         JobCursor { created_at: self.created_at, id: self.id }
     }
 
-    /// Jobs that the viewer may see, newest first, those older than `after`
-    /// only. At most `limit`, and perhaps fewer, even none, before the end.
+    /// Lists at most `limit` jobs that the viewer may see, newest first, beginning with
+    /// those older than `after`. A page may have fewer jobs, or none, before the end of
+    /// the list.
     pub async fn list(
         conn: &mut AsyncPgConnection,
         viewer: Viewer,
@@ -95,14 +98,14 @@ impl Job {
         }
         let ids: Vec<Uuid> = keys.iter().map(|key| key.id).collect();
         let mut jobs = Self::load(conn, &ids).await?;
-        // One may have moved on since its key was found.
+        // An event may have changed a job since its key was found.
         jobs.retain(|job| filters.still_hold(job));
         jobs.sort_unstable_by_key(|job| Reverse(job.cursor()));
         Ok(JobPage { jobs, next })
     }
 }
 
-/// One filter.
+/// One of [`JobFilters`] that is given.
 #[derive(Clone, Copy)]
 enum Condition<'a> {
     Counterpart(Uuid),
@@ -114,8 +117,9 @@ enum Condition<'a> {
 }
 
 impl JobFilters {
-    /// Those that are given, but for the time of creation: first the one that
-    /// probably leaves out most, prefixes last.
+    /// Lists the filters that are given, without those by time of creation. The filter
+    /// that probably matches the fewest jobs comes first, except that prefixes come
+    /// last.
     fn conditions(&self) -> Vec<Condition<'_>> {
         let statuses = Some(&self.statuses[..]).filter(|statuses| !statuses.is_empty());
         let id_prefix = Some(&self.provider_job_id_prefix[..]).filter(|prefix| !prefix.is_empty());
@@ -134,21 +138,21 @@ impl JobFilters {
         .collect()
     }
 
-    /// Whether those hold that an event may have changed.
+    /// Whether the job matches the filters whose columns an event may change.
     fn still_hold(&self, job: &Job) -> bool {
         (self.statuses.is_empty() || self.statuses.contains(&job.status))
             && self.open.is_none_or(|open| open == job.closed_at.is_none())
     }
 }
 
-/// A query for the keys of jobs.
+/// A query that selects the cursors of jobs.
 type Keys<'a> = jobs::BoxedQuery<'a, Pg, (sql_types::Timestamptz, sql_types::Uuid)>;
 
-/// Keys of jobs that are looked for, newest first; one more than the limit, if
-/// there are as many.
+/// Cursors of matching jobs, newest first. There is one more than the limit if so many
+/// jobs match.
 struct Found {
     keys: Vec<JobCursor>,
-    /// What is older than this was not looked at.
+    /// Jobs older than this were not read.
     rest: Option<JobCursor>,
 }
 
@@ -161,7 +165,6 @@ struct ListQuery<'a> {
 }
 
 impl<'a> ListQuery<'a> {
-    /// All jobs that the viewer may see.
     fn visible(self) -> Keys<'a> {
         let query = jobs::table.select((jobs::created_at, jobs::id)).into_boxed();
         match self.visibility {
@@ -171,9 +174,9 @@ impl<'a> ListQuery<'a> {
         }
     }
 
-    /// Those of them whose time of creation is right, and that no page before
-    /// has had.
-    fn ahead(self) -> Keys<'a> {
+    /// The visible jobs that match the filters by time of creation, after those of the
+    /// previous pages.
+    fn remaining(self) -> Keys<'a> {
         let mut query = self.visible();
         if let Some(from) = self.filters.created_from {
             query = query.filter(jobs::created_at.ge(from));
@@ -217,15 +220,15 @@ impl<'a> ListQuery<'a> {
         }
     }
 
-    /// By looking at all jobs that a prefix is that of, unless there are more
-    /// than may be looked at.
+    /// Reads all jobs that match one of the prefixes. Returns none if each prefix
+    /// matches more than [`CANDIDATES`] jobs.
     async fn by_prefix(
         self,
         conn: &mut AsyncPgConnection,
         conditions: &[Condition<'a>],
     ) -> Result<Option<Found>> {
         for &condition in conditions {
-            let query = self.narrow(self.visible(), condition).limit(LOOKED_AT + 1);
+            let query = self.narrow(self.visible(), condition).limit(CANDIDATES + 1);
             let query = match condition {
                 Condition::ProviderJobIdPrefix(_) => query.order(jobs::provider_job_id),
                 Condition::ProviderJobNamePrefix(_) => query.order(jobs::provider_job_name),
@@ -235,9 +238,10 @@ impl<'a> ListQuery<'a> {
                 | Condition::ConfigurationTag(_) => continue,
             };
             let candidates: Vec<JobCursor> = query.load(conn).await?;
-            if i64::try_from(candidates.len()).is_ok_and(|count| count <= LOOKED_AT) {
+            if i64::try_from(candidates.len()).is_ok_and(|count| count <= CANDIDATES) {
                 let ids = candidates.into_iter().map(|candidate| candidate.id);
-                let query = conditions.iter().fold(self.ahead(), |query, other| self.narrow(query, *other));
+                let query =
+                    conditions.iter().fold(self.remaining(), |query, other| self.narrow(query, *other));
                 let keys = query.filter(jobs::id.eq_any(ids)).load(conn).await?;
                 return Ok(Some(self.newest(keys, None)));
             }
@@ -245,8 +249,8 @@ impl<'a> ListQuery<'a> {
         Ok(None)
     }
 
-    /// By looking at jobs in the order of their creation: at those for which
-    /// the first of the conditions holds, or at all of them.
+    /// Reads jobs in the order of their creation: those that match the first condition,
+    /// or all visible ones if that condition is a prefix or there is none.
     async fn by_creation(self, conn: &mut AsyncPgConnection, conditions: &[Condition<'a>]) -> Result<Found> {
         let (ranges, others): (Vec<Option<Condition<'a>>>, _) = match conditions.split_first() {
             Some((Condition::Statuses(statuses), others)) => {
@@ -264,24 +268,24 @@ impl<'a> ListQuery<'a> {
         let mut keys = Vec::new();
         let mut rest = None;
         for range in ranges {
-            let range = || range.into_iter().fold(self.ahead(), |query, only| self.narrow(query, only));
-            let last_looked_at: Option<JobCursor> = if others.is_empty() {
+            let range = || range.into_iter().fold(self.remaining(), |query, only| self.narrow(query, only));
+            let last_read: Option<JobCursor> = if others.is_empty() {
                 None
             } else {
-                range().order(newest_first).offset(LOOKED_AT - 1).first(conn).await.optional()?
+                range().order(newest_first).offset(CANDIDATES - 1).first(conn).await.optional()?
             };
             let mut query = others.iter().fold(range(), |query, other| self.narrow(query, *other));
-            if let Some(JobCursor { created_at, id }) = last_looked_at {
+            if let Some(JobCursor { created_at, id }) = last_read {
                 let not_older = jobs::created_at.gt(created_at).or(jobs::id.ge(id));
                 query = query.filter(jobs::created_at.ge(created_at).and(not_older));
             }
             keys.extend(query.order(newest_first).limit(self.limit + 1).load::<JobCursor>(conn).await?);
-            rest = rest.max(last_looked_at);
+            rest = rest.max(last_read);
         }
         Ok(self.newest(keys, rest))
     }
 
-    /// Of keys in any order, those that come first; none of the rest.
+    /// Takes the newest of these keys, without those older than `rest`.
     fn newest(self, mut keys: Vec<JobCursor>, rest: Option<JobCursor>) -> Found {
         keys.retain(|key| rest.is_none_or(|rest| *key >= rest));
         keys.sort_unstable_by_key(|key| Reverse(*key));
@@ -290,12 +294,12 @@ impl<'a> ListQuery<'a> {
     }
 }
 
-/// The first text, in the order of bytes, after all those that start with the
+/// Returns the first text, in the order of bytes, after all texts that start with the
 /// prefix; none if there is no such text.
 fn after_prefix(prefix: &str) -> Option<String> {
     let mut chars: Vec<char> = prefix.chars().collect();
     while let Some(last) = chars.pop() {
-        // Inclusive of `last`; surrogates are skipped.
+        // The range begins with `last` and leaves out surrogates.
         if let Some(next) = (last..=char::MAX).nth(1) {
             chars.push(next);
             return Some(chars.into_iter().collect());
@@ -309,7 +313,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_end_of_a_prefix_comes_right_after_it() {
+    fn the_end_of_a_prefix_is_the_first_text_after_all_that_start_with_it() {
         for (prefix, end) in [
             ("a", Some("b")),
             ("scan-9", Some("scan-:")),
@@ -328,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn a_later_job_is_a_greater_cursor() {
+    fn a_later_job_has_a_greater_cursor() {
         let at = |micros, id| JobCursor {
             created_at: DateTime::from_timestamp_micros(micros).expect("a time"),
             id: Uuid::from_u128(id),

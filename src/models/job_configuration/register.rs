@@ -1,4 +1,4 @@
-//! The registration of a version.
+//! Registration of a version of a configuration.
 
 use diesel::{ExpressionMethods as _, Insertable};
 use diesel_async::{AsyncConnection as _, AsyncPgConnection, RunQueryDsl as _};
@@ -12,8 +12,8 @@ use crate::{
     schema::{job_configurations, metadata_configurations, step_configurations},
 };
 
-/// A version to register: what it says is within the limits, no tag and no name
-/// occurs twice where it must not.
+/// A version to register. Its values are within the limits, and its step tags and
+/// metadata names are unique where they have to be.
 #[derive(Clone, Debug)]
 pub struct NewJobConfiguration {
     /// See [`JobConfiguration::tag`].
@@ -40,9 +40,9 @@ pub struct NewStepConfiguration {
 }
 
 impl JobConfiguration {
-    /// Registers a version, and tells whether it had been registered before.
-    /// With other content: [`Error::Differs`]. Whoever calls this must let it
-    /// run to its end, see [`crate::db::Database::detached`].
+    /// Registers a version. Returns it and whether it existed before. Fails with
+    /// [`Error::Differs`] if it exists with other content. The future must not be dropped
+    /// before it ends, see [`crate::db::Database::detached`].
     pub async fn register(
         conn: &mut AsyncPgConnection,
         provider: Provider,
@@ -52,7 +52,7 @@ impl JobConfiguration {
         let key = ConfigurationKey::Version { tag: new.tag.clone(), version: new.version.to_string() };
         let stored = Self::find(conn, provider.into(), &key)
             .await?
-            .ok_or_else(|| Error::internal("a registered configuration is not there"))?;
+            .ok_or_else(|| Error::internal("a configuration is missing directly after its registration"))?;
         let differences = new.differences(&stored);
         if differences.is_empty() {
             return Ok((stored, !inserted));
@@ -61,7 +61,7 @@ impl JobConfiguration {
     }
 }
 
-/// Rows of one INSERT: Postgres takes 65,535 values in one statement.
+/// Most rows of one INSERT: Postgres takes at most 65,535 parameters in a statement.
 const INSERT_ROWS: usize = 5_000;
 
 #[derive(Insertable)]
@@ -87,8 +87,8 @@ struct MetadataRow<'a> {
 }
 
 impl NewJobConfiguration {
-    /// Whether it was stored: not if its tag and version is registered, or is
-    /// being registered by somebody else, whose end this waits for.
+    /// Inserts the version. Returns false if its tag and version exist. If another
+    /// transaction is inserting them, this waits until that transaction ends.
     async fn insert(&self, conn: &mut AsyncPgConnection, provider: Provider) -> Result<bool> {
         let job_configuration_id = Uuid::now_v7();
         let inserted = diesel::insert_into(job_configurations::table)
@@ -136,17 +136,16 @@ impl NewJobConfiguration {
         Ok(true)
     }
 
-    /// What would have to change in this one for it to be the stored one, which
-    /// has the same tag and version.
+    /// Lists the fields whose stored values differ from those of this version.
     fn differences(&self, stored: &JobConfiguration) -> Violations {
         let mut differences = Violations::default();
-        note(&mut differences, "name", &self.name, &stored.name);
+        add_if_different(&mut differences, "name", &self.name, &stored.name);
         if self.steps.len() != stored.steps.len() {
             differences.add("steps", format!("{} are stored", stored.steps.len()));
         }
         for (i, (step, stored)) in self.steps.iter().zip(&stored.steps).enumerate() {
-            note(&mut differences, &format!("steps[{i}].tag"), &step.tag, &stored.tag);
-            note(&mut differences, &format!("steps[{i}].name"), &step.name, &stored.name);
+            add_if_different(&mut differences, &format!("steps[{i}].tag"), &step.tag, &stored.tag);
+            add_if_different(&mut differences, &format!("steps[{i}].name"), &step.name, &stored.name);
             if i64::from(step.points) != stored.points {
                 differences.add(format!("steps[{i}].points"), format!("is stored as {}", stored.points));
             }
@@ -156,18 +155,18 @@ impl NewJobConfiguration {
             }
             for (j, (metadata, stored)) in step.metadata.iter().zip(&stored.metadata).enumerate() {
                 let path = format!("steps[{i}].metadata[{j}]");
-                note(&mut differences, &format!("{path}.name"), &metadata.name, &stored.name);
+                add_if_different(&mut differences, &format!("{path}.name"), &metadata.name, &stored.name);
                 if metadata.kind != stored.kind {
                     differences.add(format!("{path}.kind"), format!("is stored as {}", stored.kind.name()));
                 }
-                note(&mut differences, &format!("{path}.units"), &metadata.units, &stored.units);
+                add_if_different(&mut differences, &format!("{path}.units"), &metadata.units, &stored.units);
             }
         }
         differences
     }
 }
 
-fn note(differences: &mut Violations, field: &str, given: &str, stored: &str) {
+fn add_if_different(differences: &mut Violations, field: &str, given: &str, stored: &str) {
     if given != stored {
         differences.add(field, format!("is stored as {}", quoted(stored)));
     }
@@ -192,7 +191,6 @@ mod tests {
         }
     }
 
-    /// As if it had been registered.
     fn stored(new: NewJobConfiguration) -> JobConfiguration {
         let steps = new.steps.into_iter().map(|step| StepConfiguration {
             id: Uuid::now_v7(),
@@ -213,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn every_difference_is_told_by_its_path() {
+    fn every_difference_is_listed_by_its_field_path() {
         let before = stored(new(10, vec![metadata(MetadataKind::Number), metadata(MetadataKind::Link)]));
         let same = new(10, vec![metadata(MetadataKind::Number), metadata(MetadataKind::Link)]);
         assert!(same.differences(&before).is_empty());
@@ -222,10 +220,11 @@ mod tests {
         other.name = "CT scan".to_owned();
         other.steps[0].metadata[0].units = String::new();
         other.steps.push(other.steps[0].clone());
-        let told = other.differences(&before);
-        let told: Vec<String> = told.iter().map(|v| format!("{} {}", v.field, v.description)).collect();
+        let differences = other.differences(&before);
+        let listed: Vec<String> =
+            differences.iter().map(|v| format!("{} {}", v.field, v.description)).collect();
         assert_eq!(
-            told,
+            listed,
             [
                 "name is stored as \"CT\"",
                 "steps 1 are stored",

@@ -1,4 +1,4 @@
-//! Accounts: what requests say of them, and how a user is told.
+//! Requests about accounts and passwords, and the messages for users and sessions.
 
 use tokio::sync::OwnedSemaphorePermit;
 use uuid::Uuid;
@@ -18,10 +18,9 @@ use crate::{
     services::{App, parse},
 };
 
-/// Most paths of a mask: there are two, and room to be wrong.
+/// Most paths of an update mask. Two are valid; the others are reported as violations.
 const MASK_PATHS: usize = 64;
 
-/// Who signs up.
 pub(super) struct NewAccount {
     pub(super) role: UserRole,
     pub(super) email: Email,
@@ -43,8 +42,9 @@ impl TryFrom<pb::SignUpRequest> for NewAccount {
         if role.is_none() {
             violations.add("role", "must be USER_ROLE_CUSTOMER or USER_ROLE_PROVIDER");
         }
-        let email = Email::new(request.email).map_err(|why| violations.add("email", why)).ok();
-        let password = Password::new(request.password).map_err(|why| violations.add("password", why)).ok();
+        let email = Email::new(request.email).map_err(|error| violations.add("email", error)).ok();
+        let password =
+            Password::new(request.password).map_err(|error| violations.add("password", error)).ok();
         let first_name = parse::text(&mut violations, "first_name", request.first_name);
         let last_name = parse::text(&mut violations, "last_name", request.last_name);
         match (role, email, password) {
@@ -56,18 +56,18 @@ impl TryFrom<pb::SignUpRequest> for NewAccount {
     }
 }
 
-/// Who claims to be whom. A password that nobody can have is none: it is as
-/// wrong as any other, and costs the same work.
-pub(super) struct Claim {
+/// The content of a `LogInRequest`. The password is none if its format is not permitted;
+/// it is then refused like any wrong password, after the same work.
+pub(super) struct EmailAndPassword {
     pub(super) email: String,
     pub(super) password: Option<Password>,
 }
 
-impl TryFrom<pb::LogInRequest> for Claim {
+impl TryFrom<pb::LogInRequest> for EmailAndPassword {
     type Error = Error;
 
-    /// Only what no text may be is refused for its shape; the answer to all
-    /// else that is wrong is one and the same.
+    /// Only the limits of every text are violations. All other malformed e-mails and
+    /// passwords are answered as wrong ones, so that the answer reveals nothing.
     fn try_from(request: pb::LogInRequest) -> Result<Self> {
         let mut violations = Violations::default();
         let email = parse::text(&mut violations, "email", request.email);
@@ -76,8 +76,9 @@ impl TryFrom<pb::LogInRequest> for Claim {
     }
 }
 
-/// Counts a claim as failed, before its password is looked at; where it is in
-/// doubt, once it has a stranger's place, which is to be held until the end.
+/// Counts a log-in as failed before its password is verified. A restricted one first
+/// waits for a password permit for unauthenticated callers, which this returns and the
+/// caller keeps until the log-in ends.
 pub(super) async fn begin_attempt(
     app: &App,
     asker: Asker,
@@ -87,35 +88,38 @@ pub(super) async fn begin_attempt(
     if let Some(attempt) = begun {
         return Ok((attempt, None));
     }
-    let place = app.auth.passwords().stranger().await?;
-    Ok((claim.begin_in_doubt(&mut *app.database.get_for(asker).await?).await?, Some(place)))
+    let permit = app.auth.passwords().stranger().await?;
+    Ok((claim.begin_restricted(&mut *app.database.get_for(asker).await?).await?, Some(permit)))
 }
 
-/// The password was wrong; for whom, where there is such a user.
-pub(super) struct WrongFor(pub(super) Option<Uuid>);
+/// The password is wrong, or the attempt must not succeed.
+pub(super) struct WrongPassword {
+    /// The user who has the e-mail, if there is one.
+    pub(super) user_id: Option<Uuid>,
+}
 
-/// Has it written down how an attempt went: none where the password was wrong.
-/// One whose password could not be looked at is no failure, if the database takes
-/// that back.
-pub(super) async fn settle<T>(
+/// Records how an attempt ended, and returns none if the password was wrong. An
+/// attempt whose password could not be verified is withdrawn in the background, so
+/// that it does not count as failed.
+pub(super) async fn record_outcome<T>(
     database: &Database,
     asker: Asker,
     attempt: LogInAttempt,
-    looked_at: Result<Result<T, WrongFor>>,
+    outcome: Result<Result<T, WrongPassword>>,
 ) -> Result<Option<T>> {
-    match looked_at {
-        Ok(Ok(right)) => Ok(Some(right)),
-        Ok(Err(WrongFor(user_id))) => {
+    match outcome {
+        Ok(Ok(value)) => Ok(Some(value)),
+        Ok(Err(WrongPassword { user_id })) => {
             attempt.fail(&mut *database.get_for(asker).await?, user_id).await?;
             Ok(None)
         }
         Err(error) => {
-            // The caller has waited for long.
+            // In the background, because the caller has probably waited for a timeout.
             let database = database.clone();
             tokio::spawn(async move {
                 let withdrawn = async { attempt.withdraw(&mut *database.get_for(asker).await?).await };
                 if let Err(error) = withdrawn.await {
-                    tracing::warn!(cause = ?error, "a log-in that was not looked at stays counted as failed");
+                    tracing::warn!(cause = ?error, "an unverified log-in stays counted as failed");
                 }
             });
             Err(error)
@@ -136,15 +140,15 @@ impl TryFrom<pb::ChangePasswordRequest> for NewPassword {
         secret_text(&mut violations, "current_password", &request.current_password);
         match Password::new(request.new_password) {
             Ok(new) => violations.or(Self { current: Password::new(request.current_password).ok(), new }),
-            Err(why) => {
-                violations.add("new_password", why);
+            Err(description) => {
+                violations.add("new_password", description);
                 Err(Error::Invalid(violations))
             }
         }
     }
 }
 
-/// [`parse::text`] of what must not be quoted.
+/// As [`parse::text`], without the value in the description.
 fn secret_text(violations: &mut Violations, field: &str, value: &str) {
     let mut unquoted = Violations::default();
     parse::text(&mut unquoted, field, value.to_owned());
@@ -171,9 +175,9 @@ impl TryFrom<pb::UpdateCurrentUserRequest> for Names {
             let description = format!("{} is neither first_name nor last_name", quoted(path));
             violations.add("update_mask", description);
         }
-        let asked = |name: &str| paths.is_empty() || paths.iter().any(|path| path == name);
+        let in_mask = |name: &str| paths.is_empty() || paths.iter().any(|path| path == name);
         let mut name = |path: &str, field: &str, value: String| {
-            asked(path).then(|| parse::text(&mut violations, field, value))
+            in_mask(path).then(|| parse::text(&mut violations, field, value))
         };
         let first_name = name("first_name", "user.first_name", user.first_name);
         let last_name = name("last_name", "user.last_name", user.last_name);
@@ -199,8 +203,8 @@ impl From<User> for pb::User {
     }
 }
 
-/// With its secret, or without.
-pub(super) fn session_with(secret: String, session: &Session) -> pb::Session {
+/// `secret` is empty except in the answer that creates the session.
+pub(super) fn session_message(secret: String, session: &Session) -> pb::Session {
     let expires_at = Some(timestamp(session.expires_at));
     pb::Session { id: session.id.to_string(), secret, expires_at }
 }

@@ -1,4 +1,4 @@
-//! API keys: what requests ask for, and how a key is told.
+//! Requests about API keys, and the message for a key.
 
 use std::time::Duration;
 
@@ -17,10 +17,10 @@ use crate::{
     services::{page::OldestFirst, parse},
 };
 
-/// Most scopes of a key: each can stand there once.
+/// Most scopes in a request: each scope once.
 const SCOPES: usize = 3;
 
-/// What a new key is to be.
+/// The content of a `CreateApiKeyRequest`.
 pub(super) struct KeyTerms {
     pub(super) note: String,
     pub(super) expires_at: Option<DateTime<Utc>>,
@@ -28,8 +28,8 @@ pub(super) struct KeyTerms {
 }
 
 impl KeyTerms {
-    /// [`Error::ScopeRequired`], before anything else, if the manager lacks a
-    /// scope that the key shall have.
+    /// Fails with [`Error::ScopeRequired`] if the manager lacks a requested scope, even
+    /// if there are violations.
     pub(super) fn parse(request: pb::CreateApiKeyRequest, manager: &KeyManager) -> Result<Self> {
         let mut violations = Violations::default();
         let note = parse::text(&mut violations, "note", request.note);
@@ -45,19 +45,19 @@ impl KeyTerms {
     }
 }
 
-/// The scopes asked for, each once.
-fn scopes(violations: &mut Violations, asked: &[i32], role: UserRole) -> Vec<KeyScope> {
-    if asked.is_empty() {
+/// Parses the requested scopes, each once; without any, returns the role's default.
+fn scopes(violations: &mut Violations, requested: &[i32], role: UserRole) -> Vec<KeyScope> {
+    if requested.is_empty() {
         return match role {
             UserRole::Customer => vec![KeyScope::Read],
             UserRole::Provider => vec![KeyScope::Read, KeyScope::Append],
         };
     }
-    if asked.len() > SCOPES {
+    if requested.len() > SCOPES {
         violations.add("scopes", format!("must be at most {SCOPES}"));
     }
     let mut scopes = Vec::new();
-    for (index, scope) in asked.iter().take(SCOPES).enumerate() {
+    for (index, scope) in requested.iter().take(SCOPES).enumerate() {
         let field = format!("scopes[{index}]");
         match pb::ApiKeyScope::try_from(*scope) {
             Ok(pb::ApiKeyScope::Read) => scopes.push(KeyScope::Read),
@@ -75,7 +75,6 @@ fn scopes(violations: &mut Violations, asked: &[i32], role: UserRole) -> Vec<Key
     scopes
 }
 
-/// Which keys are listed.
 pub(super) fn key_page(request: &pb::ListApiKeysRequest, manager: &KeyManager) -> Result<OldestFirst> {
     let mut violations = Violations::default();
     let query = [b"ListApiKeys".as_slice(), manager.user_id().as_bytes()].concat();
@@ -83,7 +82,7 @@ pub(super) fn key_page(request: &pb::ListApiKeysRequest, manager: &KeyManager) -
     violations.or(page)
 }
 
-/// Which key is to be replaced, and for how long it goes on.
+/// The id of the key to replace, and how long that key stays valid.
 pub(super) fn rotation(request: &pb::RotateApiKeyRequest) -> Result<(Uuid, Duration)> {
     let mut violations = Violations::default();
     let id = parse::uuid(&mut violations, "api_key_id", &request.api_key_id);

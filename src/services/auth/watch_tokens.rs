@@ -1,4 +1,4 @@
-//! Watch tokens: what requests ask for, and how a token is told.
+//! Requests about watch tokens, and the message for a token.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use crate::{
     services::{jobs::job_key, page::OldestFirst, parse},
 };
 
-/// What a new token is to be.
+/// The content of a `CreateWatchTokenRequest`.
 pub(super) struct TokenTerms {
     pub(super) job: JobKey,
     pub(super) note: String,
@@ -30,20 +30,19 @@ impl TokenTerms {
     }
 }
 
-/// Which tokens of which job are listed.
 pub(super) fn token_page(
     request: pb::ListWatchTokensRequest,
     provider: Provider,
 ) -> Result<(JobKey, OldestFirst)> {
     let mut violations = Violations::default();
-    let asked = pb::ListWatchTokensRequest { page_size: 0, page_token: String::new(), ..request.clone() };
-    let query = crate::services::page::query("ListWatchTokens", provider.id(), &asked);
+    let query_fields =
+        pb::ListWatchTokensRequest { page_size: 0, page_token: String::new(), ..request.clone() };
+    let query = crate::services::page::query("ListWatchTokens", provider.id(), &query_fields);
     let job = job_key!(&mut violations, request.job, list_watch_tokens_request);
     let page = OldestFirst::parse(&mut violations, query, request.page_size, &request.page_token);
     violations.or((job, page))
 }
 
-/// Which token is to end.
 pub(super) fn token_id(request: &pb::ExpireWatchTokenRequest) -> Result<Uuid> {
     let mut violations = Violations::default();
     let id = parse::uuid(&mut violations, "watch_token_id", &request.watch_token_id);

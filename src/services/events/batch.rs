@@ -1,4 +1,4 @@
-//! A batch as a request has it, to one that the log takes.
+//! Conversion of a batch in a request to a batch for the event log.
 
 use std::{collections::HashSet, fmt, sync::Arc};
 
@@ -19,7 +19,7 @@ use crate::{
     services::{jobs::job_key, parse},
 };
 
-/// A batch of valid shape, not yet held against its job's configuration.
+/// A well-formed batch that is not yet checked against its job's configuration.
 pub(super) struct UncheckedBatch {
     pub(super) job: JobKey,
     expected_sequence: Option<i64>,
@@ -28,7 +28,7 @@ pub(super) struct UncheckedBatch {
 
 struct UncheckedEvent {
     event: NewEvent,
-    /// Empty: none.
+    /// Empty: the event has no step.
     step_tag: String,
     metadata: prost_types::Struct,
 }
@@ -74,7 +74,7 @@ fn batch(
         if let Some(id) = event.event.id
             && !ids.insert(id)
         {
-            violations.add(format!("events[{index}].id"), "stands twice in this batch");
+            violations.add(format!("events[{index}].id"), "occurs twice in this batch");
         }
         unchecked.push(event);
     }
@@ -82,7 +82,7 @@ fn batch(
 }
 
 fn unchecked_event(violations: &mut Violations, index: usize, event: pb::NewEvent) -> UncheckedEvent {
-    // Written out only where something is wrong.
+    // A path is formatted only for a violation.
     let at = |field: &'static str| fmt::from_fn(move |f| write!(f, "events[{index}].{field}"));
     let id = parse::optional_uuid(violations, at("id"), &event.id);
     let kind = event_kind(event.kind).unwrap_or_else(|| {
@@ -105,7 +105,7 @@ fn unchecked_event(violations: &mut Violations, index: usize, event: pb::NewEven
     UncheckedEvent { event, step_tag, metadata }
 }
 
-/// Flat, of texts, finite numbers and booleans, within its limits.
+/// Metadata must be flat, with texts, finite numbers and booleans, within its limits.
 fn check_metadata(violations: &mut Violations, field: impl fmt::Display, metadata: &prost_types::Struct) {
     use prost_types::value::Kind;
     if metadata.fields.len() > limits::METADATA_NAMES {
@@ -123,20 +123,21 @@ fn check_metadata(violations: &mut Violations, field: impl fmt::Display, metadat
                 format!("a name must be at most {} characters, without NUL", limits::TEXT_CHARS),
             );
         }
-        let wrong = match &value.kind {
+        let description = match &value.kind {
             Some(Kind::StringValue(text)) if text.contains('\0') => "must not contain NUL",
             Some(Kind::NumberValue(number)) if !number.is_finite() => "must be finite",
             Some(Kind::StringValue(_) | Kind::NumberValue(_) | Kind::BoolValue(_)) => continue,
             Some(Kind::StructValue(_) | Kind::ListValue(_)) => "must not be nested",
             Some(Kind::NullValue(_)) | None => "must not be null",
         };
-        violations.add(format!("{field}.{name}"), wrong);
+        violations.add(format!("{field}.{name}"), description);
     }
 }
 
 impl UncheckedBatch {
-    /// Held against the job's configuration; what is at fault is told by the
-    /// log, after what comes before it.
+    /// Checks the batch against the job's configuration. The violations go into the
+    /// batch: the event log answers them only after its own checks of stored ids,
+    /// `expected_sequence` and status.
     pub(super) fn for_job(self, job: Arc<JobIdentity>) -> Batch {
         let mut violations = Violations::default();
         let configuration = &job.configuration;
@@ -147,15 +148,17 @@ impl UncheckedBatch {
                     None => {
                         violations
                             .add(format!("events[{index}].step_tag"), unknown_step(&step_tag, configuration));
-                        violations.know_step_tags(configuration.tree.steps.len());
+                        violations.set_known_step_tags(configuration.tree.steps.len());
                         Step::Unknown
                     }
                     Some((position, step)) => {
                         for declared in &step.metadata {
                             let value =
                                 metadata.fields.get(&declared.name).and_then(|value| value.kind.as_ref());
-                            if let Some(wrong) = value.and_then(|value| mismatch(declared.kind, value)) {
-                                violations.add(format!("events[{index}].metadata.{}", declared.name), wrong);
+                            if let Some(description) = value.and_then(|value| mismatch(declared.kind, value))
+                            {
+                                violations
+                                    .add(format!("events[{index}].metadata.{}", declared.name), description);
                             }
                         }
                         Step::Known(position)
@@ -169,11 +172,10 @@ impl UncheckedBatch {
     }
 }
 
-/// Most bytes of known tags that an error names after the first.
+/// Most bytes of known tags in a description, unless the first tag alone is longer.
 const KNOWN_TAGS_BYTES: usize = 256;
 
-/// Names the steps that there are, the first ones, as far as an error has room
-/// for them.
+/// Describes an unknown step tag, with the first of the known ones.
 fn unknown_step(tag: &str, configuration: &Configuration) -> String {
     let tree = &configuration.tree;
     let mut known = String::new();
@@ -192,7 +194,7 @@ fn unknown_step(tag: &str, configuration: &Configuration) -> String {
     if known.is_empty() {
         known.push_str("none");
     }
-    format!("{} is no step of {} {}; known: {known}", quoted(tag), quoted(&tree.tag), tree.version)
+    format!("{} is not a step of {} {}; known: {known}", quoted(tag), quoted(&tree.tag), tree.version)
 }
 
 fn mismatch(declared: MetadataKind, value: &prost_types::value::Kind) -> Option<&'static str> {

@@ -1,4 +1,4 @@
-//! The two ends of a publish stream: batches in, answers out.
+//! The two halves of a publish stream: reading batches and sending answers.
 
 use std::sync::Arc;
 
@@ -17,24 +17,25 @@ use crate::{
     telemetry::metrics::Method,
 };
 
-/// A batch of a publish stream, on its way.
+/// A batch of a publish stream whose answer is not sent yet.
 pub(super) struct Accepted {
     batch_id: String,
     outcome: Outcome,
 }
 
 enum Outcome {
-    HandedIn(PendingAnswer),
+    /// The event log has the batch and sends its answer here.
+    Submitted(PendingAnswer),
     Failed(Error),
-    /// The stream is broken off, or what it brought is no batch; as tonic says.
+    /// tonic's status for a stream that was reset or a message that does not decode.
     Broken(Status),
 }
 
 impl Accepted {
-    /// What the client is answered; an error ends the stream.
+    /// Waits for the answer to the client. An error ends the stream.
     pub(super) async fn answer(self, counted: &Method) -> Result<pb::PublishEventsResponse, Status> {
         let outcome = match self.outcome {
-            Outcome::HandedIn(answer) => answer.wait().await,
+            Outcome::Submitted(answer) => answer.wait().await,
             Outcome::Failed(error) => Err(error),
             Outcome::Broken(status) => return Err(status),
         };
@@ -50,8 +51,8 @@ impl Accepted {
     }
 }
 
-/// Reads a publish stream and hands its batches in, one after the other, as
-/// long as there is room for their answers.
+/// Reads a publish stream and submits its batches one after the other, as long as the
+/// window has room for their answers.
 pub(super) async fn accept(
     api: EventApi,
     provider: Provider,
@@ -60,8 +61,8 @@ pub(super) async fn accept(
     accepted: mpsc::Sender<Accepted>,
 ) {
     let stream_order = StreamOrder::default();
-    // The stream of answers is gone when the client is.
-    while let Ok(room) = accepted.reserve().await {
+    // The receiver is dropped when the client has closed the stream.
+    while let Ok(permit) = accepted.reserve().await {
         let batch = tokio::select! {
             biased;
             () = credential.ended() => Err(Error::CredentialInvalid),
@@ -69,10 +70,10 @@ pub(super) async fn accept(
             () = accepted.closed() => return,
             batch = batches.message() => match batch {
                 Ok(Some(batch)) => Ok(batch),
-                // Half-closed.
+                // The client has half-closed the stream.
                 Ok(None) => return,
                 Err(status) => {
-                    room.send(Accepted { batch_id: String::new(), outcome: Outcome::Broken(status) });
+                    permit.send(Accepted { batch_id: String::new(), outcome: Outcome::Broken(status) });
                     return;
                 }
             },
@@ -81,32 +82,32 @@ pub(super) async fn accept(
             Err(error) => (String::new(), Err(error)),
             Ok(batch) => {
                 let batch_id = echo(&batch.batch_id);
-                let handed_in = async {
+                let submitted = async {
                     credential.confirmed().await?;
                     let batch = UncheckedBatch::try_from(batch)?;
                     api.admit(&credential, provider, batch, stream_order.clone()).await
                 };
-                // The job's configuration and the log may keep it waiting.
-                let handed_in = tokio::select! {
+                // Submitting may wait for the job's configuration and for the log.
+                let submitted = tokio::select! {
                     biased;
                     () = credential.ended() => Err(Error::CredentialInvalid),
                     () = accepted.closed() => return,
-                    handed_in = handed_in => handed_in,
+                    submitted = submitted => submitted,
                 };
-                (batch_id, handed_in)
+                (batch_id, submitted)
             }
         };
         let ends = outcome.as_ref().is_err_and(|error| !error.is_about_content());
-        let outcome = outcome.map_or_else(Outcome::Failed, Outcome::HandedIn);
-        room.send(Accepted { batch_id, outcome });
+        let outcome = outcome.map_or_else(Outcome::Failed, Outcome::Submitted);
+        permit.send(Accepted { batch_id, outcome });
         if ends {
             return;
         }
     }
 }
 
-/// A batch's id as its answer has it: cut where it is refused for its length, so
-/// that batches in flight cannot fill memory with their ids.
+/// Returns the batch id for the answer. An id that is refused for its length is cut, so
+/// that batches in flight cannot fill the memory with their ids.
 fn echo(batch_id: &str) -> String {
     if batch_id.chars().nth(TEXT_CHARS).is_none() {
         return batch_id.to_owned();
@@ -119,7 +120,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_id_that_is_too_long_is_echoed_shortly() {
+    fn an_id_that_is_too_long_is_cut_in_the_answer() {
         for character in ["x", "\u{1F9E0}"] {
             assert_eq!(echo(&character.repeat(256)), character.repeat(256));
             for length in [257, 100_000] {

@@ -1,4 +1,4 @@
-//! What to list and what to watch, as requests have it.
+//! Parsing of `ListEventsRequest` and `WatchEventsRequest`.
 
 use std::time::Duration;
 
@@ -17,10 +17,10 @@ use crate::{
     },
 };
 
-/// Most kinds of a filter: each can stand there once.
+/// Most kinds in a filter: each kind once.
 const KINDS: usize = 5;
 
-/// A kind that there is.
+/// None for UNSPECIFIED and for unknown numbers.
 pub(super) fn event_kind(kind: i32) -> Option<EventKind> {
     match pb::EventKind::try_from(kind) {
         Ok(pb::EventKind::Step) => Some(EventKind::Step),
@@ -40,7 +40,7 @@ fn event_kinds(violations: &mut Violations, kinds: &[i32]) -> Vec<EventKind> {
     let mut parsed = Vec::new();
     for (index, kind) in kinds.iter().enumerate() {
         let Some(kind) = event_kind(*kind) else {
-            violations.add(format!("kinds[{index}]"), "is no kind of event");
+            violations.add(format!("kinds[{index}]"), "is not a kind of event");
             continue;
         };
         if !parsed.contains(&kind) {
@@ -50,18 +50,18 @@ fn event_kinds(violations: &mut Violations, kinds: &[i32]) -> Vec<EventKind> {
     parsed
 }
 
-/// Which events to list.
+/// The content of a `ListEventsRequest`.
 pub(super) struct ListQuery {
     pub(super) job: JobKey,
     pub(super) after: i64,
     pub(super) kinds: Vec<EventKind>,
     pub(super) limit: i64,
-    /// What its page tokens are bound to.
+    /// What the page tokens are bound to.
     pub(super) binding: Vec<u8>,
 }
 
 impl ListQuery {
-    /// `caller` is who asks, whom page tokens are bound to.
+    /// `caller` is the id to which page tokens are bound.
     pub(super) fn parse(caller: Uuid, request: pb::ListEventsRequest) -> Result<Self> {
         let mut violations = Violations::default();
         let page = pb::ListEventsRequest { page_size: 0, page_token: String::new(), ..request.clone() };
@@ -76,14 +76,14 @@ impl ListQuery {
         if let Some(cursor) = page::decode(&mut violations, "page_token", &binding, &request.page_token) {
             match <[u8; 8]>::try_from(cursor.as_slice()).map(i64::from_be_bytes) {
                 Ok(sequence) if sequence >= 0 => after = sequence,
-                Ok(_) | Err(_) => violations.add("page_token", "is no token of this service"),
+                Ok(_) | Err(_) => violations.add("page_token", "must be a next_page_token of this method"),
             }
         }
         violations.or(Self { job, after, kinds, limit, binding })
     }
 }
 
-/// What to watch, not yet looked up.
+/// The scope of a watch, whose job is not read yet.
 pub(super) enum UncheckedScope {
     Job(JobKey),
     All { configuration_tag: String, counterpart_id: Option<Uuid> },
@@ -119,13 +119,13 @@ pub(super) fn watch_request(
                 violations.add("after_sequence", "must not be negative");
             }
             if let UncheckedScope::All { .. } = scope {
-                violations.add("after_sequence", "is for a watch of one job");
+                violations.add("after_sequence", "is valid only in a watch of one job");
             }
             Start::AfterSequence(sequence)
         }
         Some(RawStart::ResumeToken(token)) => ResumeToken::parse(&token).map_or_else(
             || {
-                violations.add("resume_token", "is no token of this service");
+                violations.add("resume_token", "is not a token of this service");
                 Start::Beginning
             },
             Start::Resume,
@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_starts_after_a_sequence_that_there_may_be() {
+    fn a_page_token_has_a_sequence_that_is_not_negative() {
         let job = Some(pb::list_events_request::Job::JobId(Uuid::nil().to_string()));
         let request = pb::ListEventsRequest { job, ..Default::default() };
         let binding = page::query("ListEvents", Uuid::nil(), &request);
