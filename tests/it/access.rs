@@ -1,4 +1,5 @@
-//! Who may call what: every method of the descriptor set, called by everybody.
+//! Authorization: every method of the descriptor set, called by every kind of
+//! caller.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -15,11 +16,11 @@ use uuid::Uuid;
 
 use crate::support::{PASSWORD, TestServer, User, raw, registration, within_timeout};
 
-/// Everybody. The thing that is called for is the first provider's and
-/// customer's; "other" are a second provider and customer.
+/// All callers. Requests name resources of "the provider" and "the customer";
+/// "another provider" and "another customer" are a second tenant.
 const CALLERS: [&str; 13] = [
     "nobody",
-    "garbage",
+    "a malformed secret",
     "an expired key",
     "a revoked key",
     "a logged-out session",
@@ -33,12 +34,12 @@ const CALLERS: [&str; 13] = [
     "another provider",
 ];
 
-/// What each of them is answered, in their order: O is OK, U UNAUTHENTICATED,
-/// P PERMISSION_DENIED, N NOT_FOUND.
+/// The code that each method answers to each of [`CALLERS`], in their order: O is
+/// OK, U UNAUTHENTICATED, P PERMISSION_DENIED, N NOT_FOUND.
 const EXPECTED: [(&str, &str); 23] = [
     ("AuthService/SignUp", "OOOOOO O OO OO OO"),
     ("AuthService/LogIn", "OOOOOO O OO OO OO"),
-    // These concern the caller alone: there is no other one's.
+    // These methods concern the caller alone, so that NOT_FOUND cannot occur.
     ("AuthService/LogOut", "UUUUUU P PP OO OO"),
     ("AuthService/GetCurrentUser", "UUUUUU O OO OO OO"),
     ("AuthService/UpdateCurrentUser", "UUUUUU P PP OO OO"),
@@ -62,10 +63,10 @@ const EXPECTED: [(&str, &str); 23] = [
     ("EventService/WatchEvents", "UUUUUU P ON ON ON"),
 ];
 
-/// A refusal of a batch is an answer of the stream.
+/// The stream refuses a batch with a message, not with its own status.
 const PUBLISH: (&str, &str) = ("EventService/PublishEvents", "UUUUUU P PP PP ON");
 
-/// Two tenants, and a job of the first.
+/// Two tenants with a job each. Requests name the job of the first.
 pub struct World {
     pub server: TestServer,
     provider: User,
@@ -74,7 +75,7 @@ pub struct World {
     other_customer: User,
     configuration_id: String,
     job: pb::Job,
-    /// Of that job: id and secret.
+    /// Id and secret of a watch token of `job`.
     watch_token: (String, String),
     other_watch_token: String,
 }
@@ -102,12 +103,12 @@ impl World {
         }
     }
 
-    /// What this caller sends; none for nobody.
+    /// The secret that this caller sends; `None` for "nobody".
     pub async fn secret(&mut self, caller: &str, method: &str) -> Option<String> {
         let provider = &mut self.provider;
         Some(match caller {
             "nobody" => return None,
-            "garbage" => "mpk_garbage".to_owned(),
+            "a malformed secret" => "mpk_garbage".to_owned(),
             "an expired key" => {
                 let (id, secret) = key(provider, &[ApiKeyScope::Read]).await;
                 let past =
@@ -159,13 +160,13 @@ impl World {
         })
     }
 
-    /// A request that is good in the hands of whom it concerns.
+    /// A request that is valid for the owner of the resource.
     pub async fn request(&mut self, caller: &str, method: &str) -> Vec<u8> {
         let job_id = self.job.id.clone();
         let fresh = Uuid::now_v7().to_string();
         let event =
             pb::NewEvent { kind: pb::EventKind::Info.into(), name: "x".to_owned(), ..Default::default() };
-        // Keys are the caller's own, or not.
+        // The owner of the API keys, which other callers do not own.
         let owner = if caller.contains("customer") { &mut self.customer } else { &mut self.provider };
         match method.split('/').nth(1).unwrap() {
             "SignUp" => pb::SignUpRequest {
@@ -241,7 +242,7 @@ impl World {
                 let scope = Some(pb::watch_events_request::Scope::JobId(job_id));
                 pb::WatchEventsRequest { scope, ..Default::default() }.encode_to_vec()
             }
-            other => panic!("{other} is not called here yet"),
+            other => panic!("no request for {other} is defined here"),
         }
     }
 }
@@ -268,12 +269,12 @@ async fn session(server: &TestServer, user: &User) -> String {
     server.anonymous().auth.log_in(request).await.unwrap().into_inner().session.unwrap().secret
 }
 
-/// What a call comes to: OK once there is an answer.
+/// The call's code: OK once a first message arrives.
 pub async fn call(channel: Channel, secret: Option<String>, method: &str, message: Vec<u8>) -> Code {
     let first = async { raw::open(channel, secret.as_deref(), method, [message]).await?.message().await };
     match within_timeout("an answer", first).await {
         Err(status) => status.code(),
-        Ok(None) => panic!("{method} answered nothing"),
+        Ok(None) => panic!("{method} ended without a message"),
         Ok(Some(answer)) if method == PUBLISH.0 => {
             match pb::PublishEventsResponse::decode(answer).unwrap().outcome.unwrap() {
                 pb::publish_events_response::Outcome::Appended(_) => Code::Ok,
@@ -289,7 +290,7 @@ pub fn methods() -> Vec<String> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn everybody_may_call_what_the_table_says() {
+async fn every_method_answers_each_caller_as_the_table_says() {
     let expected: BTreeMap<&str, &str> = EXPECTED.into_iter().chain([PUBLISH]).collect();
     let mut wrong = Vec::new();
     for method in methods() {
@@ -309,22 +310,23 @@ async fn everybody_may_call_what_the_table_says() {
                 other => panic!("{other}"),
             };
             if !as_expected {
-                wrong.push(format!("{method} by {caller}: {cell} is expected, {code:?} came"));
+                wrong.push(format!("{method} by {caller}: expected {cell}, got {code:?}"));
             }
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
-    assert_eq!(methods().len(), expected.len(), "a row of the table is of no method");
+    assert_eq!(methods().len(), expected.len(), "the table has a row for an unknown method");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stranger_is_refused_before_their_message_is_read() {
+async fn an_unauthenticated_call_is_refused_before_its_message_is_read() {
     let server = TestServer::start().await;
     let (client, connection) =
         h2::client::handshake(TcpStream::connect(server.address).await.unwrap()).await.unwrap();
     tokio::spawn(connection);
-    let closed = EXPECTED.into_iter().chain([PUBLISH]).filter(|(_, expected)| expected.starts_with('U'));
-    for (method, _) in closed {
+    let authenticated =
+        EXPECTED.into_iter().chain([PUBLISH]).filter(|(_, expected)| expected.starts_with('U'));
+    for (method, _) in authenticated {
         for secret in ["", "Bearer garbage"] {
             let request = http::Request::post(format!("http://{}/milepost.v1.{method}", server.address))
                 .header("content-type", "application/grpc")
@@ -332,18 +334,19 @@ async fn a_stranger_is_refused_before_their_message_is_read() {
                 .header("authorization", secret)
                 .body(())
                 .unwrap();
-            // Which never comes.
+            // The message of the request is never sent.
             let mut client = client.clone().ready().await.unwrap();
             let (answer, _message) = client.send_request(request, false).unwrap();
             let answer = within_timeout(format!("{method} to answer"), answer).await.unwrap();
-            let status = Status::from_header_map(answer.headers()).expect("a status without more ado");
+            let status = Status::from_header_map(answer.headers()).expect("a status in the first headers");
             assert_eq!(status.code(), Code::Unauthenticated, "{method}");
         }
     }
 }
 
-/// That others find a connection while strangers' calls wait for this table.
-async fn assert_others_find_a_connection(
+/// Asserts that authenticated calls get a database connection while many
+/// unauthenticated calls wait for a lock on this table.
+async fn assert_authenticated_calls_get_a_connection(
     table: &str,
     secret: impl Fn() -> Option<String>,
     method: &'static str,
@@ -356,7 +359,7 @@ async fn assert_others_find_a_connection(
     let key = provider.session.auth.create_api_key(pb::CreateApiKeyRequest::default()).await.unwrap();
     let mut locker = server.database.connect().await;
     locker.batch_execute(&format!("BEGIN; LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE")).await.unwrap();
-    let strangers: Vec<_> = (0..30)
+    let unauthenticated: Vec<_> = (0..30)
         .map(|_| {
             let (channel, secret, message) = (server.channel.clone(), secret(), message.encode_to_vec());
             tokio::spawn(async move {
@@ -365,42 +368,43 @@ async fn assert_others_find_a_connection(
             })
         })
         .collect();
-    within_timeout("strangers that wait", async {
+    within_timeout("unauthenticated calls that wait for the lock", async {
         while server.database.waiting_for_locks().await.len() < 2 {}
     })
     .await;
     for _ in 0..20 {
         let read = timeout(Duration::from_secs(2), provider.get(&job)).await;
-        assert!(read.is_ok(), "strangers hold all connections");
+        assert!(read.is_ok(), "unauthenticated calls have all connections checked out");
     }
-    // Nor are those with a secret kept waiting by those with a password, and the
-    // other way round.
-    let claim = pb::LogInRequest { email: provider.email.clone(), password: PASSWORD.to_owned() };
-    let (mut anonymous, mut unknown) =
+    // Secret look-ups do not wait for log-ins, nor log-ins for secret look-ups: one
+    // of the two calls succeeds while the other waits for the lock.
+    let request = pb::LogInRequest { email: provider.email.clone(), password: PASSWORD.to_owned() };
+    let (mut anonymous, mut with_key) =
         (server.anonymous().auth, server.with_secret(key.into_inner().secret).auth);
-    let (logs_in, is_known) = join(
-        timeout(Duration::from_secs(2), anonymous.log_in(claim)),
-        timeout(Duration::from_secs(2), unknown.get_current_user(pb::GetCurrentUserRequest {})),
+    let (log_in, look_up) = join(
+        timeout(Duration::from_secs(2), anonymous.log_in(request)),
+        timeout(Duration::from_secs(2), with_key.get_current_user(pb::GetCurrentUserRequest {})),
     )
     .await;
-    assert!(logs_in.is_ok_and(|done| done.is_ok()) || is_known.is_ok_and(|done| done.is_ok()));
+    assert!(log_in.is_ok_and(|done| done.is_ok()) || look_up.is_ok_and(|done| done.is_ok()));
     drop(locker);
-    for stranger in strangers {
-        // Of those who claim to be one and the same, some have to wait.
-        let code = stranger.await.unwrap().unwrap_err().code();
+    for call in unauthenticated {
+        // The throttle refuses some of many simultaneous log-ins for one e-mail.
+        let code = call.await.unwrap().unwrap_err().code();
         assert!([Code::Unauthenticated, Code::ResourceExhausted].contains(&code), "{code:?}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn however_many_strangers_ask_others_find_a_connection() {
+async fn many_unknown_secrets_leave_a_connection_to_authenticated_calls() {
     let secret = || Some(Secret::generate(SecretKind::WatchToken).unwrap().reveal());
-    assert_others_find_a_connection("watch_tokens", secret, "JobService/GetJob", &()).await;
+    assert_authenticated_calls_get_a_connection("watch_tokens", secret, "JobService/GetJob", &()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn however_many_strangers_log_in_others_find_a_connection() {
-    let claim =
+async fn many_failed_log_ins_leave_a_connection_to_authenticated_calls() {
+    let request =
         pb::LogInRequest { email: "nobody@example.com".to_owned(), password: "a wrong guess".to_owned() };
-    assert_others_find_a_connection("log_in_attempts", || None, "AuthService/LogIn", &claim).await;
+    assert_authenticated_calls_get_a_connection("log_in_attempts", || None, "AuthService/LogIn", &request)
+        .await;
 }

@@ -1,5 +1,5 @@
-//! The audit: each act leaves one entry and one line of the log, or does not
-//! happen.
+//! The audit: each act writes one audit entry and one line of the log, or is rolled
+//! back.
 
 use std::net::Ipv4Addr;
 
@@ -15,7 +15,7 @@ use crate::support::{
 
 const NEW_PASSWORD: &str = "another horse battery";
 
-/// All entries, oldest first, without what is of no interest here.
+/// All audit entries, oldest first, without their times and null columns.
 async fn entries(database: &TestDatabase) -> Vec<Value> {
     let rows = database
         .texts(
@@ -26,15 +26,15 @@ async fn entries(database: &TestDatabase) -> Vec<Value> {
     rows.iter().map(|row| serde_json::from_str(row).unwrap()).collect()
 }
 
-/// What a call answered, and its request id.
+/// The answer of a call and its request id.
 #[track_caller]
-fn told<T>(answer: Result<Response<T>, Status>) -> (T, String) {
+fn answered<T>(answer: Result<Response<T>, Status>) -> (T, String) {
     let answer = answer.unwrap();
     let id = answer.metadata().get("x-request-id").unwrap().to_str().unwrap().to_owned();
     (answer.into_inner(), id)
 }
 
-/// The request id of a refusal.
+/// The request id of a refused call.
 #[track_caller]
 fn refused<T: std::fmt::Debug>(answer: Result<T, Status>) -> String {
     answer.unwrap_err().metadata().get("x-request-id").unwrap().to_str().unwrap().to_owned()
@@ -50,7 +50,7 @@ fn sign_up(email: &str, role: UserRole) -> pb::SignUpRequest {
     }
 }
 
-fn claim(email: &str, password: &str) -> pb::LogInRequest {
+fn log_in_request(email: &str, password: &str) -> pb::LogInRequest {
     pb::LogInRequest { email: email.to_owned(), password: password.to_owned() }
 }
 
@@ -85,7 +85,7 @@ async fn first_key(user: &mut User) -> String {
     keys.into_inner().api_keys[0].id.clone()
 }
 
-/// Everything that is a secret, and what is stored of it.
+/// The stored hashes of all passwords and secrets.
 async fn hashes(database: &TestDatabase) -> Vec<String> {
     database
         .texts(
@@ -97,7 +97,7 @@ async fn hashes(database: &TestDatabase) -> Vec<String> {
         .await
 }
 
-/// An entry of a call from this machine.
+/// The expected entry of a call from 127.0.0.1.
 fn entry(act: &str, request_id: impl Into<String>, actor: Value, subject: Value) -> Value {
     let mut entry = json!({"act": act, "client_address": "127.0.0.1", "request_id": request_id.into()});
     for part in [actor, subject] {
@@ -107,58 +107,61 @@ fn entry(act: &str, request_id: impl Into<String>, actor: Value, subject: Value)
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn each_act_leaves_one_entry_and_one_line_of_the_log_without_a_secret() {
+async fn each_act_writes_one_audit_entry_and_one_log_line_without_secrets() {
     let server = ServerProcess::start().await;
     let database = server.database();
     let anonymous = || json!({"actor": "anonymous"});
-    let mut stranger = server.anonymous().auth;
+    let mut unauthenticated = server.anonymous().auth;
     let mut expected = Vec::new();
     let mut secrets = vec![PASSWORD.to_owned(), NEW_PASSWORD.to_owned()];
 
-    let (signed_up, request) = told(stranger.sign_up(sign_up("ada@example.com", UserRole::Provider)).await);
+    let (signed_up, request) =
+        answered(unauthenticated.sign_up(sign_up("ada@example.com", UserRole::Provider)).await);
     let (user, first) = (signed_up.user.unwrap().id, signed_up.session.unwrap());
     let subject = json!({"user_id": user, "session_id": first.id});
     expected.push(entry("sign_up", request, anonymous(), subject));
     secrets.push(first.secret.clone());
 
-    let request = refused(stranger.log_in(claim("ADA@example.com", "my secret guess")).await);
+    let request = refused(unauthenticated.log_in(log_in_request("ADA@example.com", "my secret guess")).await);
     expected.push(entry("log_in_failed", request, anonymous(), json!({"user_id": user})));
-    let request = refused(stranger.log_in(claim("my-secret-typed@example.com", PASSWORD)).await);
+    let request =
+        refused(unauthenticated.log_in(log_in_request("my-secret-typed@example.com", PASSWORD)).await);
     expected.push(entry("log_in_failed", request, anonymous(), json!({})));
-    let (logged_in, request) = told(stranger.log_in(claim("ada@example.com", PASSWORD)).await);
+    let (logged_in, request) =
+        answered(unauthenticated.log_in(log_in_request("ada@example.com", PASSWORD)).await);
     let second = logged_in.session.unwrap();
     let subject = json!({"user_id": user, "session_id": second.id});
     expected.push(entry("log_in", request, anonymous(), subject));
     secrets.extend(["my secret guess".to_owned(), "my-secret-typed".to_owned(), second.secret.clone()]);
     secrets.extend(hashes(&database).await);
 
-    let of = |session: &pb::Session| json!({"actor": "session", "actor_user_id": user, "actor_credential_id": session.id});
+    let by_session = |session: &pb::Session| json!({"actor": "session", "actor_user_id": user, "actor_credential_id": session.id});
     let own = || json!({"user_id": user});
     let mut session = server.with_secret(&second.secret);
     let request = refused(session.auth.change_password(change("my secret guess")).await);
-    expected.push(entry("log_in_failed", request, of(&second), own()));
-    let (_, request) = told(session.auth.change_password(change(PASSWORD)).await);
-    expected.push(entry("password_changed", request, of(&second), own()));
+    expected.push(entry("log_in_failed", request, by_session(&second), own()));
+    let (_, request) = answered(session.auth.change_password(change(PASSWORD)).await);
+    expected.push(entry("password_changed", request, by_session(&second), own()));
 
-    let (created, request) = told(session.auth.create_api_key(pb::CreateApiKeyRequest::default()).await);
+    let (created, request) = answered(session.auth.create_api_key(pb::CreateApiKeyRequest::default()).await);
     let old = created.api_key.unwrap().id;
     let subject = json!({"user_id": user, "api_key_id": old});
-    expected.push(entry("api_key_created", request, of(&second), subject));
-    let (rotated, request) = told(session.auth.rotate_api_key(rotate(&old)).await);
+    expected.push(entry("api_key_created", request, by_session(&second), subject));
+    let (rotated, request) = answered(session.auth.rotate_api_key(rotate(&old)).await);
     let new = rotated.api_key.unwrap().id;
     let subject = json!({"user_id": user, "api_key_id": old, "new_api_key_id": new});
-    expected.push(entry("api_key_rotated", request, of(&second), subject));
-    let (_, request) = told(session.auth.expire_api_key(key(&old)).await);
+    expected.push(entry("api_key_rotated", request, by_session(&second), subject));
+    let (_, request) = answered(session.auth.expire_api_key(key(&old)).await);
     let subject = json!({"user_id": user, "api_key_id": old});
-    expected.push(entry("api_key_expired", request, of(&second), subject));
+    expected.push(entry("api_key_expired", request, by_session(&second), subject));
     secrets.extend([created.secret, rotated.secret.clone()]);
 
-    // Neither work nor a job that completes is an act.
+    // Appending events is no act, nor is the completion of a job.
     let customer = server.customer().await;
-    let helpers = entries(&database).await.split_off(expected.len());
-    let acts: Vec<_> = helpers.iter().map(|entry| entry["act"].clone()).collect();
+    let of_customer = entries(&database).await.split_off(expected.len());
+    let acts: Vec<_> = of_customer.iter().map(|entry| entry["act"].clone()).collect();
     assert_eq!(acts, ["sign_up", "api_key_created"]);
-    expected.extend(helpers.into_iter().map(without_id));
+    expected.extend(of_customer.into_iter().map(without_id));
     let by_key = server.with_secret(&rotated.secret);
     let mut provider = User {
         id: user.clone(),
@@ -172,35 +175,37 @@ async fn each_act_leaves_one_entry_and_one_line_of_the_log_without_a_secret() {
     provider.append(&completed, [complete()]).await;
 
     let with_key = || json!({"actor": "api_key", "actor_user_id": user, "actor_credential_id": new});
-    let (created, request) = told(provider.auth.create_watch_token(token_of(&job)).await);
+    let (created, request) = answered(provider.auth.create_watch_token(token_of(&job)).await);
     let shown = created.watch_token.unwrap().id;
     let subject = || json!({"user_id": user, "watch_token_id": shown, "job_id": job.id});
     expected.push(entry("watch_token_created", request, with_key(), subject()));
-    let (_, request) = told(provider.auth.expire_watch_token(token(&shown)).await);
+    let (_, request) = answered(provider.auth.expire_watch_token(token(&shown)).await);
     expected.push(entry("watch_token_expired", request, with_key(), subject()));
-    let (_, request) = told(provider.jobs.close_job(closing(&job)).await);
+    let (_, request) = answered(provider.jobs.close_job(closing(&job)).await);
     let subject = json!({"user_id": user, "job_id": job.id});
     expected.push(entry("job_closed", request, with_key(), subject));
     secrets.push(created.secret);
 
-    let (_, request) = told(session.auth.log_out(pb::LogOutRequest {}).await);
+    let (_, request) = answered(session.auth.log_out(pb::LogOutRequest {}).await);
     let subject = json!({"user_id": user, "session_id": second.id});
-    expected.push(entry("log_out", request, of(&second), subject));
+    expected.push(entry("log_out", request, by_session(&second), subject));
 
     let by_operator = |act: &str, user: &str| json!({"act": act, "actor": "operator", "user_id": user});
     let create =
         operate(&database, &["create", "ops@example.com", "--role", "customer"], "operator's first").await;
-    let made = create.split(' ').next().unwrap();
+    let created_id = create.split(' ').next().unwrap();
     operate(&database, &["set-password", "ops@example.com"], "operator's second").await;
     secrets.extend(hashes(&database).await);
     operate(&database, &["disable", "ops@example.com"], "").await;
-    expected.extend(["user_created", "password_set", "user_disabled"].map(|act| by_operator(act, made)));
+    expected
+        .extend(["user_created", "password_set", "user_disabled"].map(|act| by_operator(act, created_id)));
     secrets.extend(["operator's first".to_owned(), "operator's second".to_owned()]);
 
-    // The throttle's refusals cost nothing, so they are in the log alone.
+    // A log-in that the throttle refuses is logged, but writes no entry: it must stay
+    // cheap.
     for n in 0..6 {
         database.block_log_ins_for(30).await;
-        let answer = stranger.log_in(claim("nobody@example.com", "my secret guess")).await;
+        let answer = unauthenticated.log_in(log_in_request("nobody@example.com", "my secret guess")).await;
         let throttled = answer.as_ref().unwrap_err().code() == Code::ResourceExhausted;
         assert_eq!(throttled, n == 5);
         expected
@@ -223,16 +228,19 @@ async fn each_act_leaves_one_entry_and_one_line_of_the_log_without_a_secret() {
     secrets.extend(hashes(&database).await);
     assert!(secrets.len() > 20);
     for secret in secrets {
-        assert!(!rows.contains(&secret) && !log.contains(&secret), "{secret} is told");
+        assert!(
+            !rows.contains(&secret) && !log.contains(&secret),
+            "{secret} is in an audit entry or in the log"
+        );
     }
 }
 
 fn without_id(mut entry: Value) -> Value {
-    entry.as_object_mut().unwrap().remove("id").expect("each has one");
+    entry.as_object_mut().unwrap().remove("id").expect("every entry has an id");
     entry
 }
 
-/// A line of the log, without what each line has.
+/// A line of the log as an entry, without the fields of every line.
 fn as_entry(mut line: Value) -> Value {
     let fields = line.as_object_mut().unwrap();
     for each in ["timestamp", "level", "target", "span"] {
@@ -265,7 +273,7 @@ impl Scene {
         Self { server, provider, job, other_job, key_id, token_id: token.watch_token.unwrap().id }
     }
 
-    /// Everything but when credentials were used.
+    /// All rows but for the times of their last use and update.
     async fn stored(&self) -> Vec<String> {
         let tables = ["users", "sessions", "api_keys", "watch_tokens", "jobs", "events"];
         let rows = tables.map(|table| {
@@ -276,16 +284,16 @@ impl Scene {
         rows
     }
 
-    /// Every act that a call can be, each tried once: how it went.
+    /// Tries each act of a call once; returns the results.
     async fn act(&mut self) -> Vec<Result<(), Status>> {
         let provider = &mut self.provider;
-        let mut stranger = self.server.anonymous().auth;
+        let mut unauthenticated = self.server.anonymous().auth;
         let email = provider.email.clone();
         let mut session = provider.session.auth.clone();
         vec![
-            stranger.sign_up(sign_up("new@example.com", UserRole::Customer)).await.map(drop),
-            stranger.log_in(claim(&email, "a wrong guess")).await.map(drop),
-            stranger.log_in(claim(&email, PASSWORD)).await.map(drop),
+            unauthenticated.sign_up(sign_up("new@example.com", UserRole::Customer)).await.map(drop),
+            unauthenticated.log_in(log_in_request(&email, "a wrong guess")).await.map(drop),
+            unauthenticated.log_in(log_in_request(&email, PASSWORD)).await.map(drop),
             session.change_password(change(PASSWORD)).await.map(drop),
             session.create_api_key(pb::CreateApiKeyRequest::default()).await.map(drop),
             session.rotate_api_key(rotate(&self.key_id)).await.map(drop),
@@ -299,14 +307,14 @@ impl Scene {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_act_that_cannot_be_written_down_does_not_happen() {
+async fn an_act_whose_audit_entry_cannot_be_stored_is_rolled_back() {
     let mut scene = Scene::new().await;
     let database = scene.server.database.clone();
     let before = scene.stored().await;
     let entries_before = entries(&database).await;
-    // Who signed up is known.
+    // Removes the known pairs of e-mail and address that the sign-ups left.
     database.execute("DELETE FROM log_in_attempts").await;
-    // Neither by an entry that is refused, nor by one that is lost at the end.
+    // The entry is refused first by its INSERT, then by the commit.
     let refuse = "ALTER TABLE audit_entries ADD CONSTRAINT audit_entries_none_check CHECK (false) NOT VALID";
     let accept = "ALTER TABLE audit_entries DROP CONSTRAINT audit_entries_none_check";
     let lose = "
@@ -320,7 +328,7 @@ async fn an_act_that_cannot_be_written_down_does_not_happen() {
             let Err(status) = answer else { panic!("act {n} went through: {broken}") };
             assert!(matches!(status.code(), Code::Internal | Code::Unavailable), "act {n}: {status:?}");
         }
-        // Others go on meanwhile, also beside one that is refused.
+        // Another call at the same time is answered as usual.
         let mut provider = scene.provider.clone();
         let mut others = scene.provider.clone();
         let close = provider.jobs.close_job(closing(&scene.job));
@@ -332,7 +340,7 @@ async fn an_act_that_cannot_be_written_down_does_not_happen() {
             database.texts("SELECT 'x' AS text FROM log_in_attempts WHERE succeeded_at IS NOT NULL").await,
             [""; 0]
         );
-        // As if a quarter of an hour had passed.
+        // Resets the throttle, as a quarter of an hour does.
         database.execute("DELETE FROM log_in_attempts").await;
         database.execute(mended).await;
     }
@@ -360,7 +368,7 @@ async fn an_act_that_cannot_be_written_down_does_not_happen() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_job_whose_closing_cannot_be_written_down_does_not_hold_up_others() {
+async fn a_close_whose_audit_entry_cannot_be_stored_fails_no_other_append() {
     let mut scene = Scene::new().await;
     let refuse = "ALTER TABLE audit_entries ADD CONSTRAINT audit_entries_none_check CHECK (false) NOT VALID";
     scene.server.database.execute(refuse).await;
@@ -380,7 +388,7 @@ async fn a_job_whose_closing_cannot_be_written_down_does_not_hold_up_others() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_refused_leaves_no_entry() {
+async fn refused_calls_write_no_audit_entry() {
     let mut scene = Scene::new().await;
     let other = scene.server.provider().await;
     scene.provider.append(&scene.other_job, [complete()]).await;
@@ -390,12 +398,12 @@ async fn what_is_refused_leaves_no_entry() {
     let before = entries(&scene.server.database).await;
     let Scene { server, provider, job, other_job, key_id, token_id } = &mut scene;
     let email = provider.email.clone();
-    let mut stranger = server.anonymous().auth;
+    let mut unauthenticated = server.anonymous().auth;
     let mut session = log_in(server, &email, NEW_PASSWORD).await;
     let refusals = [
-        stranger.sign_up(sign_up(&email.to_uppercase(), UserRole::Customer)).await.map(drop),
-        stranger.sign_up(sign_up("nobody", UserRole::Customer)).await.map(drop),
-        stranger.log_in(claim("a\0b", PASSWORD)).await.map(drop),
+        unauthenticated.sign_up(sign_up(&email.to_uppercase(), UserRole::Customer)).await.map(drop),
+        unauthenticated.sign_up(sign_up("nobody", UserRole::Customer)).await.map(drop),
+        unauthenticated.log_in(log_in_request("a\0b", PASSWORD)).await.map(drop),
         provider.session.auth.log_out(pb::LogOutRequest {}).await.map(drop),
         session.auth.rotate_api_key(rotate(key_id)).await.map(drop),
         session.auth.expire_api_key(key(key_id)).await.map(drop),
@@ -409,7 +417,7 @@ async fn what_is_refused_leaves_no_entry() {
     for (n, answer) in refusals.into_iter().enumerate() {
         assert!(answer.is_err(), "{n}");
     }
-    // Nor what was done before.
+    // Nor does a close that is repeated.
     assert!(session.jobs.close_job(closing(job)).await.unwrap().into_inner().existed);
     let mut after = entries(&server.database).await;
     after.retain(|entry| entry["act"] != "log_in" || before.contains(entry));
@@ -417,15 +425,15 @@ async fn what_is_refused_leaves_no_entry() {
 }
 
 async fn log_in(clients: &Clients, email: &str, password: &str) -> Caller {
-    let answer = clients.anonymous().auth.log_in(claim(email, password)).await.unwrap().into_inner();
+    let answer = clients.anonymous().auth.log_in(log_in_request(email, password)).await.unwrap().into_inner();
     clients.with_secret(answer.session.unwrap().secret)
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_entry_says_where_from_as_the_throttle_sees_it() {
+async fn an_audit_entry_has_the_client_address_that_the_throttle_uses() {
     let server = TestServer::start().await;
     let from = async |through: Clients, forwarded: &str| {
-        let mut request = Request::new(claim("nobody@example.com", PASSWORD));
+        let mut request = Request::new(log_in_request("nobody@example.com", PASSWORD));
         request.metadata_mut().insert("x-forwarded-for", forwarded.parse().unwrap());
         let failed = through.anonymous().auth.log_in(request).await;
         assert_refused(failed, Code::Unauthenticated, ErrorReason::LogInFailed);
@@ -439,16 +447,17 @@ async fn an_entry_says_where_from_as_the_throttle_sees_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_attempt_is_written_down_though_its_caller_has_left() {
+async fn a_failed_log_in_is_audited_though_its_caller_cancelled_the_call() {
     let server = TestServer::start().await;
     let user = server.customer().await;
-    // Long enough to leave meanwhile: a second or so.
+    // Hashing takes about a second, so that the caller can cancel meanwhile.
     let slow = bcrypt::hash(PASSWORD, 14).unwrap();
     server.database.execute(&format!("UPDATE users SET password_hash = '{slow}'")).await;
     server.database.execute("DELETE FROM log_in_attempts").await;
     let before = entries(&server.database).await.len();
     let mut clients = server.other_clients().anonymous();
-    let guess = tokio::spawn(async move { clients.auth.log_in(claim(&user.email, "a wrong guess")).await });
+    let guess =
+        tokio::spawn(async move { clients.auth.log_in(log_in_request(&user.email, "a wrong guess")).await });
     within_timeout("the attempt", async { while server.count("log_in_attempts").await == 0 {} }).await;
     assert!(!guess.is_finished());
     guess.abort();
@@ -457,7 +466,7 @@ async fn an_attempt_is_written_down_though_its_caller_has_left() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn entries_are_there_for_good_unless_the_owner_of_the_table_says_so() {
+async fn audit_entries_are_immutable_unless_the_table_owner_disables_the_trigger() {
     let server = TestServer::start().await;
     server.customer().await;
     let before = entries(&server.database).await;
@@ -476,7 +485,7 @@ async fn entries_are_there_for_good_unless_the_owner_of_the_table_says_so() {
     let prune = readme.split("```sql\n").find(|block| block.contains("DISABLE TRIGGER")).unwrap();
     let prune = prune.split("```").next().unwrap();
     server.database.execute(prune).await;
-    assert_eq!(entries(&server.database).await, before, "they are young");
+    assert_eq!(entries(&server.database).await, before, "entries younger than a year stay");
     server.database.execute(&prune.replace("1 year", "0 years")).await;
     assert_eq!(entries(&server.database).await, [Value::Null; 0]);
     server.customer().await;

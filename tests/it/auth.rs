@@ -25,7 +25,7 @@ fn sign_up(email: &str) -> pb::SignUpRequest {
     }
 }
 
-async fn who(caller: &mut Caller) -> Result<pb::GetCurrentUserResponse, Status> {
+async fn current_user(caller: &mut Caller) -> Result<pb::GetCurrentUserResponse, Status> {
     Ok(caller.auth.get_current_user(pb::GetCurrentUserRequest {}).await?.into_inner())
 }
 
@@ -47,23 +47,23 @@ async fn key_with(user: &mut User, scopes: &[ApiKeyScope]) -> Result<pb::CreateA
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_sign_up_logs_in() {
+async fn a_sign_up_creates_a_user_and_a_session() {
     let server = TestServer::start().await;
     let response = server.anonymous().auth.sign_up(sign_up("Ada@Example.com")).await.unwrap().into_inner();
     let user = response.user.unwrap();
-    assert_eq!(user.email, "Ada@Example.com", "as it was given");
+    assert_eq!(user.email, "Ada@Example.com", "the case is kept");
     assert_eq!(user.role(), UserRole::Customer);
     let session = response.session.unwrap();
     assert!(session.expires_at.unwrap().seconds > user.created_at.unwrap().seconds);
 
-    let me = who(&mut server.with_secret(session.secret)).await.unwrap();
+    let me = current_user(&mut server.with_secret(session.secret)).await.unwrap();
     assert_eq!(me.user.unwrap(), user);
     let Some(Credential::Session(current)) = me.credential else { panic!("{:?}", me.credential) };
     assert_eq!((current.id, current.secret.as_str()), (session.id, ""));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_known_email_is_taken_whatever_its_case_and_whatever_else_is_said() {
+async fn a_known_email_is_refused_whatever_its_case_and_the_other_fields() {
     let server = TestServer::start().await;
     server.anonymous().auth.sign_up(sign_up("ada@example.com")).await.unwrap();
 
@@ -79,7 +79,7 @@ async fn a_known_email_is_taken_whatever_its_case_and_whatever_else_is_said() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_fault_of_a_sign_up_is_told_at_once() {
+async fn a_sign_up_is_answered_with_all_its_violations_at_once() {
     let server = TestServer::start().await;
     let request = pb::SignUpRequest {
         role: UserRole::Unspecified.into(),
@@ -114,17 +114,17 @@ async fn a_log_in_works_whatever_the_case_of_the_email() {
     let server = TestServer::start().await;
     server.anonymous().auth.sign_up(sign_up("Ada@Example.com")).await.unwrap();
     let mut caller = log_in(&server, "aDA@eXAMPLE.COM", PASSWORD).await.unwrap();
-    assert_eq!(who(&mut caller).await.unwrap().user.unwrap().email, "Ada@Example.com");
+    assert_eq!(current_user(&mut caller).await.unwrap().user.unwrap().email, "Ada@Example.com");
 }
 
-/// A secret whose last character is another.
+/// The secret with another last character.
 fn mistyped(secret: &str) -> String {
     let (rest, last) = secret.split_at(secret.len() - 1);
     format!("{rest}{}", if last == "x" { "y" } else { "x" })
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_call_without_a_good_credential_is_refused_the_same_way_whatever_is_wrong_with_it() {
+async fn calls_without_a_valid_credential_all_get_the_same_answer() {
     let server = TestServer::start().await;
     let mut user = server.customer().await;
     let ended = user.session.clone();
@@ -140,7 +140,7 @@ async fn a_call_without_a_good_credential_is_refused_the_same_way_whatever_is_wr
     ];
     let mut answers = Vec::new();
     for mut caller in callers {
-        let status = who(&mut caller).await.unwrap_err();
+        let status = current_user(&mut caller).await.unwrap_err();
         assert_refused(Err::<(), _>(status.clone()), Code::Unauthenticated, ErrorReason::CredentialInvalid);
         answers.push((status.message().to_owned(), status.details().to_vec()));
     }
@@ -149,29 +149,31 @@ async fn a_call_without_a_good_credential_is_refused_the_same_way_whatever_is_wr
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_mistyped_key_is_refused_without_asking_the_database() {
+async fn a_mistyped_key_is_refused_without_a_query() {
     let (server, proxy) = TestServer::through_proxy().await;
     let user = server.customer().await;
     let mut mistyped = server.with_secret(mistyped(&user.key_secret));
     let mut unknown = server.with_secret(Secret::generate(SecretKind::ApiKey).unwrap().reveal());
     let refused_at_once = async |caller: &mut Caller| {
-        let refused = timeout(Duration::from_secs(1), who(caller)).await.expect("it asks nobody");
+        let refused = timeout(Duration::from_secs(1), current_user(caller)).await.expect("it needs no query");
         assert_refused(refused, Code::Unauthenticated, ErrorReason::CredentialInvalid);
     };
 
-    // Who asks for it has to wait.
+    // The look-up of a key waits for this lock.
     let mut locker = server.database.connect().await;
     locker.batch_execute("BEGIN; LOCK TABLE api_keys IN ACCESS EXCLUSIVE MODE").await.unwrap();
-    let mut asks = unknown.clone();
-    let asking = tokio::spawn(async move { who(&mut asks).await });
-    within_timeout("a question", async { while server.database.waiting_for_locks().await.is_empty() {} })
-        .await;
+    let mut caller = unknown.clone();
+    let look_up = tokio::spawn(async move { current_user(&mut caller).await });
+    within_timeout("the look-up of the key", async {
+        while server.database.waiting_for_locks().await.is_empty() {}
+    })
+    .await;
     refused_at_once(&mut mistyped).await;
     drop(locker);
-    assert_refused(asking.await.unwrap(), Code::Unauthenticated, ErrorReason::CredentialInvalid);
+    assert_refused(look_up.await.unwrap(), Code::Unauthenticated, ErrorReason::CredentialInvalid);
 
     proxy.set(Mode::Refuse);
-    assert_refused(who(&mut unknown).await, Code::Unavailable, ErrorReason::DatabaseUnavailable);
+    assert_refused(current_user(&mut unknown).await, Code::Unavailable, ErrorReason::DatabaseUnavailable);
     refused_at_once(&mut mistyped).await;
 }
 
@@ -183,8 +185,8 @@ async fn a_log_out_ends_that_session_and_no_other() {
     user.session.auth.log_out(pb::LogOutRequest {}).await.unwrap();
     let again = user.session.auth.log_out(pb::LogOutRequest {}).await;
     assert_refused(again, Code::Unauthenticated, ErrorReason::CredentialInvalid);
-    who(&mut other).await.unwrap();
-    who(&mut user.key).await.unwrap();
+    current_user(&mut other).await.unwrap();
+    current_user(&mut user.key).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -208,7 +210,7 @@ async fn an_update_sets_the_names_that_its_mask_lists() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_password_change_ends_the_other_sessions_and_leaves_keys_alone() {
+async fn a_password_change_ends_the_other_sessions_and_no_key() {
     let server = TestServer::start().await;
     let mut user = server.customer().await;
     let mut other = log_in(&server, &user.email, PASSWORD).await.unwrap();
@@ -219,13 +221,13 @@ async fn a_password_change_ends_the_other_sessions_and_leaves_keys_alone() {
     };
 
     assert_violations(change("a wrong one", "another horse").await, &["current_password"]);
-    who(&mut other).await.unwrap();
+    current_user(&mut other).await.unwrap();
 
     let changed = change(PASSWORD, "another horse").await.unwrap().into_inner();
     assert_eq!((changed.ended_sessions, changed.valid_api_keys), (1, 1));
-    assert_refused(who(&mut other).await, Code::Unauthenticated, ErrorReason::CredentialInvalid);
-    who(&mut user.session).await.unwrap();
-    who(&mut user.key).await.unwrap();
+    assert_refused(current_user(&mut other).await, Code::Unauthenticated, ErrorReason::CredentialInvalid);
+    current_user(&mut user.session).await.unwrap();
+    current_user(&mut user.key).await.unwrap();
     let old = log_in(&server, &user.email, PASSWORD).await;
     assert_refused(old, Code::Unauthenticated, ErrorReason::LogInFailed);
     log_in(&server, &user.email, "another horse").await.unwrap();
@@ -235,7 +237,7 @@ async fn a_password_change_ends_the_other_sessions_and_leaves_keys_alone() {
 async fn the_secret_of_a_key_is_shown_once_and_stored_nowhere() {
     let server = TestServer::start().await;
     let mut user = server.provider().await;
-    let me = who(&mut user.key).await.unwrap();
+    let me = current_user(&mut user.key).await.unwrap();
     let Some(Credential::ApiKey(key)) = me.credential else { panic!("{:?}", me.credential) };
     assert!(user.key_secret.starts_with(&key.key_prefix) && user.key_secret.len() > 40);
     assert_eq!(key.scopes, [ApiKeyScope::Read as i32, ApiKeyScope::Append as i32]);
@@ -256,7 +258,7 @@ async fn an_expired_key_is_refused_at_once_and_stays_in_the_list() {
     let request = pb::ExpireApiKeyRequest { api_key_id: first.id.clone() };
     let expired = user.session.auth.expire_api_key(request.clone()).await.unwrap().into_inner();
     assert!(expired.api_key.unwrap().expires_at.is_some());
-    assert_refused(who(&mut user.key).await, Code::Unauthenticated, ErrorReason::CredentialInvalid);
+    assert_refused(current_user(&mut user.key).await, Code::Unauthenticated, ErrorReason::CredentialInvalid);
     let again = user.session.auth.expire_api_key(request).await;
     assert_refused(again, Code::FailedPrecondition, ErrorReason::ApiKeyAlreadyExpired);
 
@@ -265,7 +267,7 @@ async fn an_expired_key_is_refused_at_once_and_stays_in_the_list() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_rotated_key_and_its_successor_are_both_good_for_the_overlap() {
+async fn a_rotated_key_and_its_successor_are_both_valid_during_the_overlap() {
     let server = TestServer::start().await;
     let mut user = server.provider().await;
     let [old] = keys(&mut user).await.try_into().unwrap();
@@ -282,36 +284,36 @@ async fn a_rotated_key_and_its_successor_are_both_good_for_the_overlap() {
     assert_eq!((&ends.id, &ends.key_prefix), (&old.id, &old.key_prefix));
     assert!(ends.expires_at.is_some() && new.id != old.id);
     let mut successor = server.with_secret(&rotated.secret);
-    who(&mut successor).await.unwrap();
+    current_user(&mut successor).await.unwrap();
 
-    // The old one was good when it was asked last, and ends by itself.
-    let ended = async { while who(&mut user.key).await.is_ok() {} };
+    // The server remembers the old key as valid, but the key ends with the overlap.
+    let ended = async { while current_user(&mut user.key).await.is_ok() {} };
     within_timeout("the end of the overlap", ended).await;
-    assert_refused(who(&mut user.key).await, Code::Unauthenticated, ErrorReason::CredentialInvalid);
-    who(&mut successor).await.unwrap();
+    assert_refused(current_user(&mut user.key).await, Code::Unauthenticated, ErrorReason::CredentialInvalid);
+    current_user(&mut successor).await.unwrap();
     let again = user.session.auth.rotate_api_key(rotate(1)).await;
     assert_refused(again, Code::FailedPrecondition, ErrorReason::ApiKeyAlreadyExpired);
 
-    // Without an overlap the old one ends at once.
+    // Without an overlap the old key ends at once.
     let now = pb::RotateApiKeyRequest { api_key_id: new.id, ..rotate(0) };
     let rotated = user.session.auth.rotate_api_key(now).await.unwrap().into_inner();
-    assert_eq!(rotated.api_key.unwrap().expires_at, None, "it does not end with the first one");
-    assert_refused(who(&mut successor).await, Code::Unauthenticated, ErrorReason::CredentialInvalid);
-    who(&mut server.with_secret(&rotated.secret)).await.unwrap();
+    assert_eq!(rotated.api_key.unwrap().expires_at, None, "the new key does not end with the old one");
+    assert_refused(current_user(&mut successor).await, Code::Unauthenticated, ErrorReason::CredentialInvalid);
+    current_user(&mut server.with_secret(&rotated.secret)).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_key_of_somebody_else_does_not_exist() {
+async fn a_key_of_another_user_is_not_found() {
     let server = TestServer::start().await;
     let (mut ada, mut grace) = (server.customer().await, server.customer().await);
     let [key] = keys(&mut ada).await.try_into().unwrap();
     let answer = grace.session.auth.expire_api_key(pb::ExpireApiKeyRequest { api_key_id: key.id }).await;
     assert_refused(answer, Code::NotFound, ErrorReason::ResourceNotFound);
-    who(&mut ada.key).await.unwrap();
+    current_user(&mut ada.key).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_key_whose_time_has_come_is_refused() {
+async fn an_expired_key_is_refused_and_an_expiry_in_the_past_is_invalid() {
     let server = TestServer::start().await;
     let mut user = server.customer().await;
     let past = pb::CreateApiKeyRequest {
@@ -323,12 +325,12 @@ async fn a_key_whose_time_has_come_is_refused() {
     let secret = key_with(&mut user, &[]).await.unwrap().secret;
     server.database.execute("UPDATE api_keys SET expires_at = now()").await;
     let mut never_used_before = server.with_secret(secret);
-    let answer = who(&mut never_used_before).await;
+    let answer = current_user(&mut never_used_before).await;
     assert_refused(answer, Code::Unauthenticated, ErrorReason::CredentialInvalid);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_key_does_what_its_scopes_say_and_no_more() {
+async fn a_key_is_limited_to_its_scopes() {
     let server = TestServer::start().await;
     let mut provider = server.provider().await;
     let mut with_scopes = async |scopes: &[ApiKeyScope]| {
@@ -343,7 +345,7 @@ async fn a_key_does_what_its_scopes_say_and_no_more() {
     read.jobs.list_jobs(pb::ListJobsRequest::default()).await.unwrap();
     manage.auth.list_api_keys(pb::ListApiKeysRequest::default()).await.unwrap();
     for caller in [&mut read, &mut append, &mut manage] {
-        who(caller).await.unwrap();
+        current_user(caller).await.unwrap();
     }
 
     let denied = |answer: Result<_, Status>| {
@@ -358,7 +360,7 @@ async fn a_key_does_what_its_scopes_say_and_no_more() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_customers_key_cannot_append() {
+async fn a_customers_key_cannot_have_the_scope_append() {
     let server = TestServer::start().await;
     let mut customer = server.customer().await;
     let answer = key_with(&mut customer, &[ApiKeyScope::Append]).await;
@@ -368,7 +370,7 @@ async fn a_customers_key_cannot_append() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_needs_a_session_refuses_a_key() {
+async fn methods_that_need_a_session_refuse_a_key() {
     let server = TestServer::start().await;
     let mut user = server.customer().await;
     let denied = |answer: Result<_, Status>| {
@@ -380,7 +382,7 @@ async fn what_needs_a_session_refuses_a_key() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_role_is_looked_at_before_the_request() {
+async fn the_role_is_checked_before_the_request() {
     let server = TestServer::start().await;
     let mut customer = server.customer().await;
     let denied =
@@ -404,7 +406,7 @@ async fn the_role_is_looked_at_before_the_request() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn keys_come_page_by_page() {
+async fn api_keys_are_listed_in_pages() {
     let server = TestServer::start().await;
     let mut user = server.customer().await;
     for _ in 0..4 {

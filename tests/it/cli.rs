@@ -1,4 +1,4 @@
-//! The commands that a person runs.
+//! The commands demo, watch and user.
 
 use std::process::{Output, Stdio};
 
@@ -24,39 +24,39 @@ async fn output(mut command: Command) -> (i32, String) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_demo_ends_in_a_watched_completed_job() {
+async fn the_demo_shows_a_job_up_to_its_completion() {
     let dir = TemporaryDir::new();
     let mut command = milepost(&["demo", "--seconds", "1"]);
     command.env("MILEPOST_DATA_DIR", dir.path());
     let (code, text) = output(command).await;
     assert_eq!(code, 0, "{text}");
     for line in ["Load the slice", "Segment the lungs", "Analysis complete", "100 %"] {
-        assert!(text.contains(line), "{line} in {text}");
+        assert!(text.contains(line), "{line:?} is not in {text}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_demo_plays_on_a_server_that_runs_named_or_found_by_its_data() {
+async fn the_demo_uses_a_running_server_named_by_flag_or_found_in_the_data_directory() {
     let server = ServerProcess::start().await;
     let address = server.address.to_string();
     let named = milepost(&["demo", "--seconds", "1", "--server", &address]);
     let mut found = milepost(&["demo", "--seconds", "1"]);
     found.env("MILEPOST_DATA_DIR", server.data_dir());
-    for (played, command) in [named, found].into_iter().enumerate() {
+    for (demos, command) in [named, found].into_iter().enumerate() {
         let (code, text) = output(command).await;
         assert_eq!(code, 0, "{text}");
         for words in [address.as_str(), "found running", "Analysis complete", "100 %"] {
-            assert!(text.contains(words), "{words} in {text}");
+            assert!(text.contains(words), "{words:?} is not in {text}");
         }
         let jobs = server.database().texts("SELECT status::text AS text FROM jobs").await;
-        assert_eq!(jobs, vec!["complete"; played + 1]);
+        assert_eq!(jobs, vec!["complete"; demos + 1]);
     }
-    // It is none of theirs to stop.
+    // A demo does not stop a server that it did not start.
     server.ready().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_watch_survives_a_restart_of_the_server_and_tells_how_the_job_ended() {
+async fn watch_resumes_after_a_restart_of_the_server_and_exits_by_the_status_of_the_job() {
     let mut server = ServerProcess::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1), ("report", 3)]).await;
@@ -72,7 +72,9 @@ async fn a_watch_survives_a_restart_of_the_server_and_tells_how_the_job_ended() 
         let mut lines = BufReader::new(watch.stdout.take().unwrap()).lines();
         let mut seen = Vec::new();
         while !seen.iter().any(|line: &String| line.contains("first")) {
-            seen.push(within_timeout("a line", lines.next_line()).await.unwrap().expect("it goes on"));
+            seen.push(
+                within_timeout("a line", lines.next_line()).await.unwrap().expect("the watch has not ended"),
+            );
         }
         server.kill().await;
         server.restart().await;
@@ -88,13 +90,13 @@ async fn a_watch_survives_a_restart_of_the_server_and_tells_how_the_job_ended() 
         let status = within_timeout("the watch's end", watch.wait()).await.unwrap();
         assert_eq!(status.code(), Some(expected), "{seen:?}");
         for name in ["first", "second"] {
-            assert_eq!(seen.iter().filter(|line| line.contains(name)).count(), 1, "{name} in {seen:?}");
+            assert_eq!(seen.iter().filter(|line| line.contains(name)).count(), 1, "{name:?} in {seen:?}");
         }
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_operator_creates_renews_and_disables_a_user() {
+async fn the_user_command_creates_a_user_sets_a_password_and_disables_the_user() {
     let mut server = ServerProcess::start().await;
     let dir = server.data_dir();
     let user = |arguments: &[&str], password: Option<&str>| {

@@ -1,4 +1,5 @@
-//! Job configurations: registered once per version, found by whom they concern.
+//! Job configurations: registered once per version, visible to their provider and
+//! to the customers of their jobs.
 
 use milepost::pb::{self, ErrorReason, MetadataKind, get_job_configuration_request::Key};
 use tonic::{Code, Status};
@@ -15,7 +16,7 @@ async fn latest(user: &mut User) -> String {
     get(user, Key::Tag("analysis".to_owned()), "").await.unwrap().version
 }
 
-/// The versions that ListJobConfigurations has, page by page.
+/// All configurations that ListJobConfigurations returns, from all pages.
 async fn list(user: &mut User, tag: &str, page_size: i32) -> Vec<pb::JobConfiguration> {
     let mut listed = Vec::new();
     let mut request =
@@ -47,7 +48,7 @@ async fn a_configuration_is_found_by_id_by_version_and_by_tag() {
     assert_eq!(stored.provider_id, provider.id);
     assert_eq!((&stored.tag, &stored.name, &stored.version), (&request.tag, &request.name, &request.version));
     request.steps[1].metadata[1].kind = MetadataKind::Text.into();
-    assert_eq!(stored.steps, request.steps, "in the order given; TEXT where no kind was");
+    assert_eq!(stored.steps, request.steps, "steps keep their order, and a missing kind becomes TEXT");
 
     let tag = Key::Tag(stored.tag.clone());
     for (key, version) in [(Key::Id(stored.id.clone()), ""), (tag.clone(), "1.0.0"), (tag, "")] {
@@ -82,7 +83,7 @@ async fn without_a_release_the_latest_is_the_highest_pre_release() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn versions_that_differ_in_build_metadata_go_by_creation() {
+async fn the_latest_of_versions_that_differ_in_build_metadata_is_the_newest() {
     let server = TestServer::start().await;
     let mut provider = server.provider().await;
     for version in ["1.0.0+b", "1.0.0+c", "1.0.0+a"] {
@@ -124,9 +125,9 @@ async fn the_latest_of_every_tag_is_listed_by_tag() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_page_token_is_good_for_its_own_query_only() {
+async fn a_page_token_is_valid_for_its_own_query_only() {
     let server = TestServer::start().await;
-    let (mut provider, mut stranger) = (server.provider().await, server.provider().await);
+    let (mut provider, mut other_provider) = (server.provider().await, server.provider().await);
     for version in ["1.0.0", "2.0.0"] {
         provider.register(registration(version, &[])).await;
     }
@@ -140,15 +141,18 @@ async fn a_page_token_is_good_for_its_own_query_only() {
 
     let of_another_tag = pb::ListJobConfigurationsRequest { tag: String::new(), ..next.clone() };
     assert_violations(provider.configurations.list_job_configurations(of_another_tag).await, &["page_token"]);
-    assert_violations(stranger.configurations.list_job_configurations(next.clone()).await, &["page_token"]);
+    assert_violations(
+        other_provider.configurations.list_job_configurations(next.clone()).await,
+        &["page_token"],
+    );
     provider.configurations.list_job_configurations(next).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_customer_finds_the_configuration_of_a_job_of_theirs() {
+async fn a_customer_finds_the_configuration_of_their_job_by_id() {
     let server = TestServer::start().await;
     let mut provider = server.provider().await;
-    let (mut customer, mut stranger) = (server.customer().await, server.customer().await);
+    let (mut customer, mut other_customer) = (server.customer().await, server.customer().await);
     let stored = provider.configuration(&[("load", 1)]).await;
     let by_id = Key::Id(stored.id.clone());
     let before = get(&mut customer, by_id.clone(), "").await;
@@ -156,8 +160,11 @@ async fn a_customer_finds_the_configuration_of_a_job_of_theirs() {
 
     provider.job(&customer).await;
     assert_eq!(get(&mut customer, by_id.clone(), "").await.unwrap(), stored);
-    let refusal =
-        assert_refused(get(&mut stranger, by_id, "").await, Code::NotFound, ErrorReason::ResourceNotFound);
+    let refusal = assert_refused(
+        get(&mut other_customer, by_id, "").await,
+        Code::NotFound,
+        ErrorReason::ResourceNotFound,
+    );
     let resource = refusal.details.resource_info().unwrap().clone();
     assert_eq!(
         (resource.resource_type.as_str(), resource.resource_name),
@@ -166,17 +173,17 @@ async fn a_customer_finds_the_configuration_of_a_job_of_theirs() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_configuration_of_somebody_else_does_not_exist() {
+async fn a_configuration_of_another_provider_is_not_found() {
     let server = TestServer::start().await;
-    let (mut provider, mut stranger) = (server.provider().await, server.provider().await);
+    let (mut provider, mut other_provider) = (server.provider().await, server.provider().await);
     let stored = provider.configuration(&[("load", 1)]).await;
     for (key, version) in [(Key::Id(stored.id), ""), (Key::Tag(stored.tag), "1.0.0")] {
-        let answer = get(&mut stranger, key, version).await;
+        let answer = get(&mut other_provider, key, version).await;
         assert_refused(answer, Code::NotFound, ErrorReason::ResourceNotFound);
     }
-    assert_eq!(list(&mut stranger, "", 0).await, []);
-    // The same tag and version is free for them.
-    stranger.configuration(&[("unload", 2)]).await;
+    assert_eq!(list(&mut other_provider, "", 0).await, []);
+    // Another provider may register the same tag and version.
+    other_provider.configuration(&[("unload", 2)]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

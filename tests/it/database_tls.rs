@@ -1,4 +1,4 @@
-//! The connection to Postgres, encrypted.
+//! TLS on the connections to Postgres.
 
 use std::{
     fs::{self, Permissions},
@@ -31,7 +31,8 @@ use crate::support::{
     Authority, Files, TemporaryDir, TestDatabase, TestServer, complete, step, within_timeout,
 };
 
-/// A Postgres that speaks with nobody but over TLS, save through its socket.
+/// A Postgres that accepts TCP connections over TLS alone. Its Unix socket is not
+/// encrypted.
 struct Postgres {
     embedded: Embedded,
     address: IpAddr,
@@ -41,7 +42,7 @@ struct Postgres {
 
 impl Postgres {
     async fn start() -> Self {
-        // Of this machine's addresses one that nobody else listens on.
+        // A random loopback address, on which no other process listens.
         let random = Uuid::new_v4().into_bytes();
         let address = IpAddr::from([127, 100 + random[0] % 100, random[1], 1 + random[2] % 200]);
         let dir = TemporaryDir::new();
@@ -70,7 +71,7 @@ impl Postgres {
         let mut admin = postgres.open(&postgres.embedded.database_url(), None).await.unwrap();
         admin.batch_execute("ALTER SYSTEM SET ssl = on").await.unwrap();
         admin.batch_execute("SELECT pg_reload_conf()").await.unwrap();
-        within_timeout("Postgres to encrypt", async {
+        within_timeout("Postgres to offer TLS", async {
             while postgres.open(&postgres.url("sslmode=require"), Some("ca.pem")).await.is_err() {
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
@@ -91,7 +92,7 @@ impl Postgres {
         self.database(url, ca).connect().await
     }
 
-    /// Whether a connection made so is encrypted, if it is made.
+    /// Whether a connection to this URL is encrypted; the error if it fails.
     async fn encrypts(&self, url: &str, ca: Option<&str>) -> Result<bool, String> {
         let connection = self.open(url, ca).await;
         let mut connection = connection.map_err(|error| milepost::cli::one_line(&error))?;
@@ -120,7 +121,7 @@ fn database(url: &str, ca: Option<&Path>) -> Database {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_required_is_verified_and_what_is_preferred_is_encrypted() {
+async fn sslmode_require_or_a_ca_verifies_the_certificate_and_prefer_encrypts() {
     let postgres = Postgres::start().await;
     postgres.files.write("foreign.pem", &Authority::new().pem());
     for (parameters, ca) in [
@@ -137,7 +138,7 @@ async fn what_is_required_is_verified_and_what_is_preferred_is_encrypted() {
         "postgresql://milepost@elsewhere.example/milepost?hostaddr={}&sslmode=require",
         postgres.address
     );
-    for (url, ca, said) in [
+    for (url, ca, expected) in [
         (&postgres.url("sslmode=require"), None, "certificate"),
         (&postgres.url("sslmode=require"), Some("foreign.pem"), "certificate"),
         (&postgres.url(""), Some("foreign.pem"), "certificate"),
@@ -147,72 +148,73 @@ async fn what_is_required_is_verified_and_what_is_preferred_is_encrypted() {
         (&postgres.url("sslmode=disable"), None, "pg_hba.conf"),
     ] {
         let error = postgres.encrypts(url, ca).await.unwrap_err();
-        assert!(error.contains(said), "{said} in {error}");
+        assert!(error.contains(expected), "{expected:?} is not in {error}");
     }
     let socket = format!("{}?sslmode=require", postgres.embedded.database_url());
     assert_eq!(postgres.encrypts(&socket, None).await, Ok(false));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_does_not_encrypt_is_told_nothing_where_encryption_is_required() {
+async fn no_startup_message_is_sent_to_a_server_that_refuses_required_tls() {
     let files = Files::new(&Authority::new());
     let ca = files.path("ca.pem");
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address: SocketAddr = listener.local_addr().unwrap();
-    for (parameters, ca, told) in
+    for (parameters, ca, sent) in
         [("sslmode=require", Some(ca.as_path()), false), ("", Some(ca.as_path()), false), ("", None, true)]
     {
         let url = format!("postgresql://milepost@{address}/milepost?{parameters}");
         let database = database(&url, ca);
         let connecting = tokio::spawn(async move { database.connect().await.map(drop) });
         let (mut stream, _) = within_timeout("a connection", listener.accept()).await.unwrap();
-        // "Do you encrypt?" "No."
+        // The SSLRequest has 8 bytes; `N` refuses TLS.
         stream.read_exact(&mut [0; 8]).await.unwrap();
         stream.write_all(b"N").await.unwrap();
         let read = within_timeout("what follows", stream.read(&mut [0; 8])).await;
-        assert_eq!(read.is_ok_and(|bytes| bytes > 0), told, "{parameters} {ca:?}");
+        assert_eq!(read.is_ok_and(|bytes| bytes > 0), sent, "{parameters} {ca:?}");
         drop(stream);
         assert!(connecting.await.unwrap().is_err());
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_bell_is_heard_over_tls() {
+async fn notifications_are_received_over_tls() {
     let postgres = Postgres::start().await;
     let url = postgres.url("sslmode=require");
-    let (heard, mut bells) = mpsc::unbounded_channel();
+    let (received, mut notifications) = mpsc::unbounded_channel();
     let listening = postgres.database(&url, Some("ca.pem"));
-    let _listens = Notifier::start(listening, move |bell| {
-        let _over = heard.send(bell);
+    let _listener = Notifier::start(listening, move |notification| {
+        let _closed = received.send(notification);
     });
-    let rings = Notifier::start(postgres.database(&url, Some("ca.pem")), |_| {});
-    // All of them are heard once it listens.
-    for bell in [Notification::Log, Notification::Credentials] {
-        assert_eq!(within_timeout("listening", bells.recv()).await, Some(bell));
+    let sender = Notifier::start(postgres.database(&url, Some("ca.pem")), |_| {});
+    // A listener takes every kind as received once it listens, since it may have
+    // missed some.
+    for notification in [Notification::Log, Notification::Credentials] {
+        assert_eq!(within_timeout("the start of LISTEN", notifications.recv()).await, Some(notification));
     }
-    for bell in [Notification::Credentials, Notification::Log] {
-        rings.notify(bell);
-        assert_eq!(within_timeout("the bell", bells.recv()).await, Some(bell));
+    for notification in [Notification::Credentials, Notification::Log] {
+        sender.notify(notification);
+        assert_eq!(within_timeout("the notification", notifications.recv()).await, Some(notification));
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_database_is_migrated_and_served_by_two_over_tls_alone() {
+async fn a_database_is_migrated_and_served_by_two_replicas_over_tls_alone() {
     let postgres = Postgres::start().await;
     let (url, ca) = (postgres.url("sslmode=require"), postgres.files.path("ca.pem"));
-    // An authority of its own, and the system's.
-    for (authority, said) in [("MILEPOST_DATABASE_CA", "applied"), ("SSL_CERT_FILE", "nothing to do")] {
+    // The authority comes from a setting, then from the system's certificates.
+    for (variable, expected) in [("MILEPOST_DATABASE_CA", "applied"), ("SSL_CERT_FILE", "nothing to do")] {
         let migrate = Command::new(env!("CARGO_BIN_EXE_milepost"))
             .arg("migrate")
             .env("DATABASE_URL", &url)
             .env_remove("SSL_CERT_DIR")
-            .env(authority, &ca)
+            .env(variable, &ca)
             .stdin(Stdio::null())
             .kill_on_drop(true)
             .output();
         let migrated = within_timeout("the migration", migrate).await.unwrap();
-        assert!(migrated.status.success(), "{authority}: {migrated:?}");
-        assert!(String::from_utf8(migrated.stdout).unwrap().contains(said), "{authority}");
+        assert!(migrated.status.success(), "{variable}: {migrated:?}");
+        assert!(String::from_utf8(migrated.stdout).unwrap().contains(expected), "{variable}");
     }
 
     let server = TestServer::on(TestDatabase::at(url, ca)).await;

@@ -1,12 +1,12 @@
-//! The tests that run a real server on a real Postgres: one binary, a file a
-//! subject, a database per test.
+//! Integration tests: a real server on a real Postgres. One test binary, one
+//! file for each subject, one database for each test.
 
 #![allow(
     clippy::unwrap_used,
     clippy::wildcard_enum_match_arm,
     clippy::too_many_lines,
     unreachable_pub,
-    reason = "a test that panics has failed, as it should; the rest would only be in the way"
+    reason = "a test fails by a panic, and the other lints do not help in test code"
 )]
 
 mod access;

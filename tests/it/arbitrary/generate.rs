@@ -1,20 +1,20 @@
-//! Arbitrary messages of any type, made from its descriptor: mostly sensible,
-//! so that they get far, and here and there as bad as a message can be.
+//! Arbitrary messages of any type, generated from its descriptor. Most values are
+//! valid, so that calls get far; some are as invalid as the encoding allows.
 
 use std::collections::{BTreeMap, HashMap};
 
 use prost::Message as _;
 use prost_reflect::{DynamicMessage, FieldDescriptor, Kind, MapKey, MessageDescriptor, Value};
 
-/// How deep messages are nested; decoders give up at 100.
+/// Depth at which messages stop nesting; decoders refuse more than 100 levels.
 const DEPTH: usize = 12;
 /// Lengths of lists at and past the limits.
 const LENGTHS: [usize; 10] = [0, 1, 5, 6, 64, 65, 200, 201, 500, 501];
 const INTEGERS: [i64; 10] = [0, 1, -1, 2, 500, 501, 1_000_000, 1_000_001, i64::MAX, i64::MIN];
 const NUMBERS: [f64; 8] =
     [0.0, -0.0, f64::NAN, f64::INFINITY, f64::NEG_INFINITY, f64::MAX, f64::MIN_POSITIVE, 1e300];
-/// First and last second of what a Timestamp may be, and beyond; what Postgres
-/// and its clients can hold, and beyond.
+/// The bounds of a Timestamp and of a Duration and the seconds beyond them; the
+/// bounds of Postgres and its clients and the seconds beyond them.
 const SECONDS: [i64; 14] = [
     0,
     -1,
@@ -33,7 +33,7 @@ const SECONDS: [i64; 14] = [
 ];
 const NANOS: [i32; 7] = [0, 1, 999_999_999, 1_000_000_000, -1, i32::MAX, i32::MIN];
 
-/// Numbers that look random and are the same for the same seed (splitmix64).
+/// Pseudo-random numbers, the same for the same seed (splitmix64).
 #[derive(Clone, Debug)]
 pub struct Random(pub u64);
 
@@ -50,7 +50,7 @@ impl Random {
         usize::try_from(self.next() % limit as u64).unwrap()
     }
 
-    /// True in so many of 100 cases.
+    /// True in `chance` of 100 cases.
     pub fn percent(&mut self, chance: usize) -> bool {
         self.below(100) < chance
     }
@@ -68,20 +68,20 @@ impl Random {
     }
 }
 
-/// What is sensible in a field, by its name.
+/// Valid values of fields, by the name of the field.
 pub type Known = BTreeMap<&'static str, Vec<String>>;
 
-/// Makes messages.
+/// Generates messages.
 #[derive(Debug)]
 pub struct Generator<'a> {
     pub random: &'a mut Random,
     pub known: &'a Known,
-    /// How many of 100 values are not sensible.
-    pub wild: usize,
+    /// How many of 100 values are invalid.
+    pub invalid_percent: usize,
 }
 
 impl Generator<'_> {
-    /// A message that the server reads at all.
+    /// A message within the size limit, so that the server decodes it.
     pub fn message(&mut self, kind: &MessageDescriptor) -> DynamicMessage {
         loop {
             let message = self.nested(kind, 0);
@@ -91,8 +91,8 @@ impl Generator<'_> {
         }
     }
 
-    fn is_wild(&mut self) -> bool {
-        self.random.percent(self.wild)
+    fn is_invalid(&mut self) -> bool {
+        self.random.percent(self.invalid_percent)
     }
 
     fn nested(&mut self, kind: &MessageDescriptor, depth: usize) -> DynamicMessage {
@@ -102,7 +102,7 @@ impl Generator<'_> {
                 self.set_time(&mut message, kind.name() == "Timestamp");
                 return message;
             }
-            "google.protobuf.Value" if !self.is_wild() => {
+            "google.protobuf.Value" if !self.is_invalid() => {
                 let field = *self.random.pick(&["number_value", "string_value", "bool_value"]);
                 let field = kind.get_field_by_name(field).unwrap();
                 let value = self.single(&field, depth);
@@ -115,7 +115,7 @@ impl Generator<'_> {
             let fields: Vec<_> = oneof.fields().collect();
             let field = self.random.pick(&fields).clone();
             let too_deep = depth > DEPTH && matches!(field.kind(), Kind::Message(_));
-            if !self.is_wild() && !too_deep {
+            if !self.is_invalid() && !too_deep {
                 let value = self.single(&field, depth);
                 message.set_field(&field, value);
             }
@@ -142,8 +142,8 @@ impl Generator<'_> {
     }
 
     fn length(&mut self, field: &str, depth: usize) -> usize {
-        // Many within many would be too much.
-        if !self.is_wild() || depth > 2 {
+        // Long lists within long lists would make the message too large.
+        if !self.is_invalid() || depth > 2 {
             let least = usize::from(field == "events");
             return least + self.random.below(3);
         }
@@ -151,7 +151,7 @@ impl Generator<'_> {
     }
 
     fn map(&mut self, field: &FieldDescriptor, depth: usize) -> Value {
-        let Kind::Message(entry) = field.kind() else { unreachable!("a map has entries") };
+        let Kind::Message(entry) = field.kind() else { unreachable!("the kind of a map field is a message") };
         let value = entry.map_entry_value_field();
         let length = self.length(field.name(), depth);
         let entries = (0..length).map(|_| {
@@ -162,36 +162,36 @@ impl Generator<'_> {
     }
 
     fn single(&mut self, field: &FieldDescriptor, depth: usize) -> Value {
-        let wild = self.is_wild();
+        let invalid = self.is_invalid();
         match field.kind() {
             Kind::String => Value::String(self.text(field.name())),
             Kind::Bool => Value::Bool(self.random.percent(50)),
-            Kind::Double if wild => Value::F64(*self.random.pick(&NUMBERS)),
+            Kind::Double if invalid => Value::F64(*self.random.pick(&NUMBERS)),
             Kind::Double => Value::F64(self.random.below(1_000) as f64 / 8.0),
-            Kind::Int64 if wild => Value::I64(*self.random.pick(&INTEGERS)),
+            Kind::Int64 if invalid => Value::I64(*self.random.pick(&INTEGERS)),
             Kind::Int64 => Value::I64(self.random.below(7).try_into().unwrap()),
-            Kind::Int32 if wild => {
+            Kind::Int32 if invalid => {
                 let value = *self.random.pick(&INTEGERS);
                 Value::I32(i32::try_from(value).unwrap_or(if value < 0 { i32::MIN } else { i32::MAX }))
             }
             Kind::Int32 => Value::I32(self.random.below(7).try_into().unwrap()),
-            Kind::Enum(_) if wild => {
+            Kind::Enum(_) if invalid => {
                 Value::EnumNumber(*self.random.pick(&[-1, 0, 9, 99, i32::MIN, i32::MAX]))
             }
             Kind::Enum(kind) => {
                 let values: Vec<i32> = kind.values().map(|value| value.number()).collect();
-                // Not the first, which says nothing.
+                // Not the first value, which is UNSPECIFIED.
                 let value =
                     values[self.random.below(values.len().max(2) - 1) + usize::from(values.len() > 1)];
                 Value::EnumNumber(value)
             }
             Kind::Message(kind) => Value::Message(self.nested(&kind, depth + 1)),
-            other => panic!("{other:?} is in no message yet"),
+            other => panic!("no value is defined for fields of kind {other:?}"),
         }
     }
 
     fn set_time(&mut self, message: &mut DynamicMessage, is_time: bool) {
-        let (seconds, nanos) = if self.is_wild() {
+        let (seconds, nanos) = if self.is_invalid() {
             (*self.random.pick(&SECONDS), *self.random.pick(&NANOS))
         } else {
             let base = if is_time { chrono::Utc::now().timestamp() - 3_600 } else { 0 };
@@ -204,9 +204,9 @@ impl Generator<'_> {
     fn text(&mut self, field: &str) -> String {
         let words = || vec!["load".to_owned(), "a word".to_owned(), "über".to_owned(), "x".to_owned()];
         let known = self.known.get(field).cloned().unwrap_or_else(words);
-        let good = self.random.pick(&known).clone();
-        if !self.is_wild() {
-            return good;
+        let valid = self.random.pick(&known).clone();
+        if !self.is_invalid() {
+            return valid;
         }
         match self.random.below(12) {
             0 => String::new(),
@@ -214,17 +214,17 @@ impl Generator<'_> {
             2 => "x".repeat(257),
             3 => "\u{1F9E0}".repeat(256),
             4 => "\u{1F9E0}".repeat(257),
-            5 => format!("{good}\0"),
+            5 => format!("{valid}\0"),
             6 => "\0".repeat(300),
-            7 => format!(" {good}\u{2003}"),
+            7 => format!(" {valid}\u{2003}"),
             8 => "x".repeat(40_000),
             9 => self.random.uuid(),
             10 => "\u{202E}\u{FEFF}'; DROP TABLE events; -- %s \\ \u{10FFFF}\r\n".to_owned(),
-            _ => self.mangled(&good),
+            _ => self.mangled(&valid),
         }
     }
 
-    /// The text with something of it changed.
+    /// The text with one change.
     pub fn mangled(&mut self, text: &str) -> String {
         let mut chars: Vec<char> = text.chars().collect();
         let at = self.random.below(chars.len() + 1);
@@ -237,7 +237,8 @@ impl Generator<'_> {
         chars.into_iter().collect()
     }
 
-    /// A token that begins as the other one, and goes on in some other place.
+    /// A token with the version and binding of this one (9 bytes), and with another
+    /// position.
     pub fn forged(&mut self, token: &str) -> String {
         use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
         let Ok(mut bytes) = URL_SAFE_NO_PAD.decode(token) else { return self.mangled(token) };
@@ -246,8 +247,8 @@ impl Generator<'_> {
             0 => bytes.truncate(bound + self.random.below(8)),
             1 => bytes.extend([0; 8]),
             2 => {
-                let place = *self.random.pick(&INTEGERS);
-                bytes.splice(bound..(bound + 8).min(bytes.len()), place.to_be_bytes());
+                let position = *self.random.pick(&INTEGERS);
+                bytes.splice(bound..(bound + 8).min(bytes.len()), position.to_be_bytes());
             }
             _ => {
                 let count = bytes.len() - bound;

@@ -1,9 +1,10 @@
-//! Whatever a message says: no fault of ours, no hang, an error that tells what
-//! it has to, and a log that is none the worse for it.
+//! Arbitrary messages cause no internal error, no panic and no hang. Every refusal
+//! has the details of the API, and every job still agrees with its log.
 //!
-//! Runs for `MILEPOST_ARBITRARY_S` seconds (15), case by case; each has a seed,
-//! and what fails says which. `MILEPOST_ARBITRARY_SEED` is the first case's: with
-//! 0 seconds it is the only one, and what it calls is the same each time.
+//! The test runs cases for `MILEPOST_ARBITRARY_S` seconds (default 15). Each case
+//! has a seed, which a failure prints. `MILEPOST_ARBITRARY_SEED` sets the seed of
+//! the first case; with 0 seconds it is the only case, and its calls are the same
+//! each time.
 
 mod generate;
 mod world;
@@ -35,12 +36,12 @@ use crate::support::{TestServer, raw};
 const CALLS: usize = 80;
 /// Cases at once.
 const PARALLEL: usize = 4;
-/// Longer than the server's own limits, and a hang.
+/// A call that lasts longer hangs, since the server's own timeouts are shorter.
 const HANG: Duration = Duration::from_secs(15);
-/// How much the process may grow in a long run.
+/// Most that the resident memory of the process may grow in a long run.
 const GROWTH_BYTES: usize = 256 * 1024 * 1024;
 
-/// What panicked outside the tests themselves.
+/// Panics outside the code of the tests.
 static PANICS: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
 fn note_panics() {
@@ -61,25 +62,25 @@ fn setting(name: &str) -> Option<u64> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_message_whatever_it_says_makes_a_fault_of_ours_or_a_hang() {
+async fn arbitrary_messages_cause_no_internal_error_no_panic_and_no_hang() {
     note_panics();
     let time = Duration::from_secs(setting("MILEPOST_ARBITRARY_S").unwrap_or(15));
     let clock = || u64::from(SystemTime::UNIX_EPOCH.elapsed().unwrap().subsec_nanos()) << 16;
     let first = setting("MILEPOST_ARBITRARY_SEED").unwrap_or_else(clock);
     println!("the first case's seed is {first}");
     let server = Arc::new(TestServer::start().await);
-    let (seeds, calls, good) = (Arc::new(AtomicU64::new(first)), Arc::default(), Arc::default());
+    let (seeds, calls, succeeded) = (Arc::new(AtomicU64::new(first)), Arc::default(), Arc::default());
     let started = Instant::now();
     let (mut memory, mut failures) = (None, Vec::new());
     let mut working = JoinSet::new();
     let parallel = if time.is_zero() { 1 } else { PARALLEL };
     for _ in 0..parallel {
         let (server, seeds) = (Arc::clone(&server), Arc::clone(&seeds));
-        let counts: [Arc<AtomicU64>; 2] = [Arc::clone(&calls), Arc::clone(&good)];
+        let counts: [Arc<AtomicU64>; 2] = [Arc::clone(&calls), Arc::clone(&succeeded)];
         working.spawn(async move {
             loop {
                 let seed = seeds.fetch_add(1, Ordering::Relaxed);
-                case(&server, seed, &counts).await.map_err(|why| format!("seed {seed}: {why}"))?;
+                case(&server, seed, &counts).await.map_err(|error| format!("seed {seed}: {error}"))?;
                 if started.elapsed() >= time {
                     return Ok::<_, String>(());
                 }
@@ -91,25 +92,25 @@ async fn no_message_whatever_it_says_makes_a_fault_of_ours_or_a_hang() {
         tokio::select! {
             done = working.join_next() => match done {
                 Some(Ok(Ok(()))) => {}
-                Some(Ok(Err(why))) => failures.push(why),
-                Some(Err(broken)) => panic::resume_unwind(broken.into_panic()),
+                Some(Ok(Err(error))) => failures.push(error),
+                Some(Err(panicked)) => panic::resume_unwind(panicked.into_panic()),
                 None => break,
             },
-            // Once it is warm.
+            // The first minute fills caches and pools.
             _ = ticks.tick() => if memory.is_none() && started.elapsed() >= Duration::from_secs(60) {
                 memory = Some(resident_bytes());
             },
         }
     }
-    let (calls, good) = (calls.load(Ordering::Relaxed), good.load(Ordering::Relaxed));
-    println!("{calls} calls, {good} of them good; {} MiB resident", resident_bytes() >> 20);
+    let (calls, succeeded) = (calls.load(Ordering::Relaxed), succeeded.load(Ordering::Relaxed));
+    println!("{calls} calls, {succeeded} of them succeeded; {} MiB resident", resident_bytes() >> 20);
     assert!(failures.is_empty(), "{}", failures.join("\n\n"));
-    assert!(good > calls / 10, "{good} of {calls}: the messages are too bad to get far");
+    assert!(succeeded > calls / 10, "only {succeeded} of {calls} calls succeeded");
     let panics = PANICS.lock().unwrap_or_else(PoisonError::into_inner).clone();
     assert!(panics.is_empty(), "{panics:?}");
     if let Some(before) = memory {
         let grown = resident_bytes().saturating_sub(before);
-        assert!(grown < GROWTH_BYTES, "{} MiB more after {calls} calls", grown >> 20);
+        assert!(grown < GROWTH_BYTES, "the memory grew by {} MiB over {calls} calls", grown >> 20);
     }
 }
 
@@ -119,9 +120,13 @@ fn resident_bytes() -> usize {
     line.trim().trim_end_matches(" kB").parse::<usize>().unwrap() * 1024
 }
 
-/// A world, calls, and a look at what they left. Counts the calls, and those that
-/// were not refused.
-async fn case(server: &TestServer, seed: u64, [calls, good]: &[Arc<AtomicU64>; 2]) -> Result<(), String> {
+/// Makes a world, calls methods, and checks the jobs afterwards. Counts all calls,
+/// and those that were not refused.
+async fn case(
+    server: &TestServer,
+    seed: u64,
+    [calls, succeeded]: &[Arc<AtomicU64>; 2],
+) -> Result<(), String> {
     let mut random = Random(seed);
     let mut world = World::new(server, &mut random).await;
     let methods = raw::methods();
@@ -131,16 +136,16 @@ async fn case(server: &TestServer, seed: u64, [calls, good]: &[Arc<AtomicU64>; 2
         for _ in 0..3 {
             let outcome = call.make().await;
             calls.fetch_add(1, Ordering::Relaxed);
-            let Some(answers) = outcome.map_err(|why| format!("call {number}: {why}\n{call}"))? else {
+            let Some(answers) = outcome.map_err(|error| format!("call {number}: {error}\n{call}"))? else {
                 break;
             };
-            good.fetch_add(1, Ordering::Relaxed);
-            if !call.go_on(&world, &answers, &mut random) {
+            succeeded.fetch_add(1, Ordering::Relaxed);
+            if !call.continue_from(&world, &answers, &mut random) {
                 break;
             }
         }
     }
-    world.check().await.map_err(|why| format!("after its calls: {why}"))
+    world.check().await.map_err(|error| format!("after the calls: {error}"))
 }
 
 struct Call<'a> {
@@ -148,7 +153,7 @@ struct Call<'a> {
     method: MethodDescriptor,
     caller: (&'static str, Option<String>),
     messages: Vec<Vec<u8>>,
-    /// A message of the method as it should be, before it was broken.
+    /// The first message, before `corrupt` may have changed it.
     first: DynamicMessage,
 }
 
@@ -169,28 +174,28 @@ impl std::fmt::Display for Call<'_> {
 
 impl<'a> Call<'a> {
     fn new(server: &'a TestServer, world: &World, method: MethodDescriptor, random: &mut Random) -> Self {
-        // Half of them by those who may do most.
+        // Most calls use the provider's credentials, which grant most.
         let count = if random.percent(60) { 4 } else { world.callers.len() };
         let caller = random.pick(&world.callers[..count]).clone();
-        let wild = *random.pick(&[0, 0, 2, 10, 40]);
+        let invalid_percent = *random.pick(&[0, 0, 2, 10, 40]);
         let count = if method.is_client_streaming() { 1 + random.below(5) } else { 1 };
-        let mut generator = Generator { random, known: &world.known, wild };
-        let made: Vec<_> = (0..count).map(|_| generator.message(&method.input())).collect();
-        let mut messages: Vec<_> = made.iter().map(prost::Message::encode_to_vec).collect();
+        let mut generator = Generator { random, known: &world.known, invalid_percent };
+        let generated: Vec<_> = (0..count).map(|_| generator.message(&method.input())).collect();
+        let mut messages: Vec<_> = generated.iter().map(prost::Message::encode_to_vec).collect();
         if random.percent(7) {
             let at = random.below(messages.len());
-            broken(&mut messages[at], random);
+            corrupt(&mut messages[at], random);
         }
-        Self { server, method, caller, messages, first: made.into_iter().next().unwrap() }
+        Self { server, method, caller, messages, first: generated.into_iter().next().unwrap() }
     }
 
-    /// The messages of the answer; none if it is a refusal; or what is wrong
-    /// with it.
+    /// Makes the call. Returns the messages of the answer, `None` for a refusal,
+    /// or an error that tells what is wrong with the answer.
     async fn make(&self) -> Result<Option<Vec<Bytes>>, String> {
         let name = raw::name(&self.method);
         let opened =
             raw::open(self.server.channel.clone(), self.caller.1.as_deref(), &name, self.messages.clone());
-        // What cannot be decoded is answered below us.
+        // tonic itself refuses messages that cannot be decoded.
         let decodable = self
             .messages
             .iter()
@@ -199,9 +204,9 @@ impl<'a> Call<'a> {
         let reading = async {
             let mut stream = opened.await?;
             while let Some(answer) = stream.message().await? {
-                let over = name == "EventService/WatchEvents" && is_caught_up(&answer);
+                let caught_up = name == "EventService/WatchEvents" && is_caught_up(&answer);
                 answers.push(answer);
-                if over {
+                if caught_up {
                     break;
                 }
             }
@@ -228,8 +233,9 @@ impl<'a> Call<'a> {
         }
     }
 
-    /// Whether the next call goes on where this answer ended, or near it.
-    fn go_on(&mut self, world: &World, answers: &[Bytes], random: &mut Random) -> bool {
+    /// Prepares the next call with the token of this answer or with a changed one.
+    /// Returns false if there is none.
+    fn continue_from(&mut self, world: &World, answers: &[Bytes], random: &mut Random) -> bool {
         let input = self.method.input();
         let field = ["page_token", "resume_token"].into_iter().find_map(|name| input.get_field_by_name(name));
         let Some(field) = field else { return false };
@@ -239,7 +245,7 @@ impl<'a> Call<'a> {
             token.or_else(|| answer.get_field_by_name("resume_token"))?.as_str().map(str::to_owned)
         });
         let Some(token) = tokens.next_back().filter(|token| !token.is_empty()) else { return false };
-        let mut generator = Generator { random, known: &world.known, wild: 0 };
+        let mut generator = Generator { random, known: &world.known, invalid_percent: 0 };
         let token = match generator.random.below(5) {
             0 => token,
             1 => generator.mangled(&token),
@@ -256,9 +262,9 @@ fn is_caught_up(answer: &Bytes) -> bool {
     matches!(message, Ok(Some(pb::watch_events_response::Message::CaughtUp(_))))
 }
 
-/// What holds for every refusal.
+/// Checks what holds for every refusal.
 fn check(status: &Status) -> Result<(), String> {
-    let wrong = |what: &str| Err(format!("{what}: {status:?}"));
+    let wrong = |problem: &str| Err(format!("{problem}: {status:?}"));
     let allowed = match status.code() {
         Code::Internal | Code::Unknown | Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled => {
             false
@@ -266,7 +272,7 @@ fn check(status: &Status) -> Result<(), String> {
         code => code != Code::Ok,
     };
     if !allowed {
-        return wrong("not this code");
+        return wrong("an unexpected code");
     }
     if status.details().len() > limits::ERROR_DETAILS_BYTES {
         return wrong("the details are too large");
@@ -275,16 +281,16 @@ fn check(status: &Status) -> Result<(), String> {
     let Some(info) = details.error_info() else { return wrong("no ErrorInfo") };
     let reason = pb::ErrorReason::from_str_name(&format!("ERROR_REASON_{}", info.reason));
     if info.domain != "milepost" || reason.is_none_or(|reason| reason == pb::ErrorReason::Unspecified) {
-        return wrong("no reason of ours");
+        return wrong("an unknown domain or reason");
     }
     if status.message().is_empty() || status.message().contains('\0') {
-        return wrong("no sentence");
+        return wrong("the message is empty or has a NUL");
     }
     Ok(())
 }
 
-/// Cut, changed or replaced by anything.
-fn broken(bytes: &mut Vec<u8>, random: &mut Random) {
+/// Truncates, changes, extends or replaces the bytes.
+fn corrupt(bytes: &mut Vec<u8>, random: &mut Random) {
     let at = random.below(bytes.len() + 1);
     match random.below(4) {
         0 => bytes.truncate(at),

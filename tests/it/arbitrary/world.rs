@@ -1,4 +1,4 @@
-//! Two providers and two customers, whose things arbitrary messages are about.
+//! Two providers and two customers, whose resources arbitrary messages name.
 
 use milepost::{
     pb::{self, ApiKeyScope, MetadataKind, watch_events_request::Start},
@@ -9,22 +9,23 @@ use uuid::Uuid;
 use super::generate::{Known, Random};
 use crate::support::{PASSWORD, TestServer, User, complete, info, registration, step};
 
-/// Who calls, and with what.
+/// The name of each caller, and its secret if it has one.
 pub type Callers = Vec<(&'static str, Option<String>)>;
 
 pub struct World {
     pub callers: Callers,
     pub known: Known,
-    /// Calls with keys that no message can be about.
-    keepers: [User; 2],
+    /// Both providers with API keys whose ids no message contains, so that no call
+    /// expires them.
+    checkers: [User; 2],
 }
 
 impl World {
     pub async fn new(server: &TestServer, random: &mut Random) -> Self {
         let (mut provider, customer) = (server.provider().await, server.customer().await);
-        let (mut other, stranger) = (server.provider().await, server.customer().await);
+        let (mut other, other_customer) = (server.provider().await, server.customer().await);
         other.configuration(&[("load", 1)]).await;
-        let foreign = other.job(&stranger).await;
+        let foreign = other.job(&other_customer).await;
         let mut request = registration("1.0.0", &[("load", 3), ("report", 1)]);
         request.steps[0].metadata = vec![
             declared("mean", MetadataKind::Number),
@@ -56,58 +57,58 @@ impl World {
             ("the customer's session", Some(session(server, &customer).await)),
             ("the customer's key", Some(customer.key_secret.clone())),
             ("a watch token", Some(token.1)),
-            ("somebody else's watch token", Some(foreign_token.1)),
-            ("nobody", None),
-            ("garbage", Some("mpk_garbage".to_owned())),
+            ("another provider's watch token", Some(foreign_token.1)),
+            ("no credential", None),
+            ("a malformed secret", Some("mpk_garbage".to_owned())),
         ];
         let mut known = Known::new();
-        let mut know = |field, values: &[&str]| {
+        let mut add = |field, values: &[&str]| {
             known.insert(field, values.iter().map(|value| (*value).to_owned()).collect());
         };
         let new = random.uuid();
         let [first, second, third] = [0, 1, 2].map(|job: usize| &jobs[job]);
-        know("job_id", &[&second.id, &third.id, &second.id, &third.id, &first.id, &foreign.id, &new]);
+        add("job_id", &[&second.id, &third.id, &second.id, &third.id, &first.id, &foreign.id, &new]);
         let names = [&second.provider_job_id, &third.provider_job_id, &first.provider_job_id];
-        know("provider_job_id", &[names[0], names[1], names[2], &foreign.provider_job_id, "new", &new]);
-        let people = [&customer.id, &provider.id, &stranger.id];
-        know("customer_id", &[people[0], people[0], people[1], people[2], &new]);
-        know("counterpart_id", &["", people[0], people[1], people[2], &new]);
+        add("provider_job_id", &[names[0], names[1], names[2], &foreign.provider_job_id, "new", &new]);
+        let user_ids = [&customer.id, &provider.id, &other_customer.id];
+        add("customer_id", &[user_ids[0], user_ids[0], user_ids[1], user_ids[2], &new]);
+        add("counterpart_id", &["", user_ids[0], user_ids[1], user_ids[2], &new]);
         for tag in ["tag", "configuration_tag"] {
-            know(tag, &["analysis", "analysis", "load", "report", "another", ""]);
+            add(tag, &["analysis", "analysis", "load", "report", "another", ""]);
         }
-        know("step_tag", &["load", "report", "load", "", "none"]);
+        add("step_tag", &["load", "report", "load", "", "none"]);
         for version in ["version", "configuration_version"] {
-            know(version, &["", "1.0.0", "1.1.0", "2.0.0-rc.1", "1.0.0+build", "18446744073709551615.0.0"]);
+            add(version, &["", "1.0.0", "1.1.0", "2.0.0-rc.1", "1.0.0+build", "18446744073709551615.0.0"]);
         }
         let email = format!("{}@example.com", random.uuid());
-        know("email", &[&provider.email, &customer.email, &email]);
+        add("email", &[&provider.email, &customer.email, &email]);
         for password in ["password", "current_password", "new_password"] {
-            know(password, &[PASSWORD, PASSWORD, "another horse"]);
+            add(password, &[PASSWORD, PASSWORD, "another horse"]);
         }
-        know("api_key_id", &[&manager.0, &key(&mut provider, &[]).await.0, &new]);
-        know("watch_token_id", &[&token.0, &foreign_token.0, &new]);
-        know("page_token", &[""]);
-        know("resume_token", &[&watch.resume_token]);
-        know("paths", &["first_name", "last_name"]);
-        know("key", &["mean", "source", "comment", "undeclared"]);
-        know("string_value", &["https://example.com/a", "a text", ""]);
+        add("api_key_id", &[&manager.0, &key(&mut provider, &[]).await.0, &new]);
+        add("watch_token_id", &[&token.0, &foreign_token.0, &new]);
+        add("page_token", &[""]);
+        add("resume_token", &[&watch.resume_token]);
+        add("paths", &["first_name", "last_name"]);
+        add("key", &["mean", "source", "comment", "undeclared"]);
+        add("string_value", &["https://example.com/a", "a text", ""]);
         for optional in ["provider_job_id_prefix", "provider_job_name_prefix", "note", "units", "name"] {
-            know(optional, &["", "A", "%", "_\\", "new"]);
+            add(optional, &["", "A", "%", "_\\", "new"]);
         }
         known.insert("id", ids);
-        let keepers = [keeper(server, provider).await, keeper(server, other).await];
-        Self { callers, known, keepers }
+        let checkers = [with_another_key(server, provider).await, with_another_key(server, other).await];
+        Self { callers, known, checkers }
     }
 
-    /// Whether all jobs are what their logs say.
+    /// Checks every job against its log.
     pub async fn check(&mut self) -> Result<(), String> {
-        for keeper in &mut self.keepers {
+        for checker in &mut self.checkers {
             let mut request = pb::ListJobsRequest { page_size: 500, ..Default::default() };
             loop {
                 let page =
-                    keeper.jobs.list_jobs(request.clone()).await.map_err(|e| e.to_string())?.into_inner();
+                    checker.jobs.list_jobs(request.clone()).await.map_err(|e| e.to_string())?.into_inner();
                 for job in page.jobs {
-                    check(keeper, &job).await?;
+                    check(checker, &job).await?;
                 }
                 request.page_token = page.next_page_token;
                 if request.page_token.is_empty() {
@@ -119,15 +120,15 @@ impl World {
     }
 }
 
-/// Holds the job against what follows from its log.
-async fn check(keeper: &mut User, listed: &pb::Job) -> Result<(), String> {
+/// Compares the job with the state that its log gives.
+async fn check(checker: &mut User, listed: &pb::Job) -> Result<(), String> {
     let by_id = Some(pb::get_job_request::Job::JobId(listed.id.clone()));
-    let found = keeper.jobs.get_job(pb::GetJobRequest { job: by_id }).await.map_err(|e| e.to_string())?;
+    let found = checker.jobs.get_job(pb::GetJobRequest { job: by_id }).await.map_err(|e| e.to_string())?;
     let found = found.into_inner();
     let (job, configuration) = (found.job.unwrap(), found.job_configuration.unwrap());
     let weights = Weights::new(configuration.steps.iter().map(|step| step.points));
     let mut state = JobState::pending(&weights);
-    for event in keeper.list(&job).await {
+    for event in checker.list(&job).await {
         let step = configuration.steps.iter().position(|step| step.tag == event.step_tag);
         let kind = match event.kind() {
             pb::EventKind::Step => EventKind::Step,
@@ -135,18 +136,20 @@ async fn check(keeper: &mut User, listed: &pb::Job) -> Result<(), String> {
             pb::EventKind::Info => EventKind::Info,
             pb::EventKind::Complete => EventKind::Complete,
             pb::EventKind::Close => EventKind::Close,
-            pb::EventKind::Unspecified => return Err(format!("an event of no kind: {event:?}")),
+            pb::EventKind::Unspecified => return Err(format!("an event without a kind: {event:?}")),
         };
-        state.apply(kind, step, &weights).map_err(|closed| format!("{closed:?}, and then: {event:?}"))?;
+        state
+            .apply(kind, step, &weights)
+            .map_err(|closed| format!("{closed:?} before this event: {event:?}"))?;
         let expected = (state.last_sequence, pb::JobStatus::from(state.status), Some(state.progress.into()));
         if (event.sequence, event.status(), event.progress) != expected {
-            return Err(format!("{expected:?} was expected of {event:?}"));
+            return Err(format!("{event:?} should have {expected:?}"));
         }
     }
     let expected = (state.last_sequence, pb::JobStatus::from(state.status), Some(state.progress.into()));
     if (job.last_sequence, job.status(), job.progress) != expected || job.closed_at.is_some() != state.closed
     {
-        return Err(format!("{expected:?} was expected of {job:?}"));
+        return Err(format!("{job:?} should have {expected:?}"));
     }
     Ok(())
 }
@@ -171,18 +174,18 @@ async fn watch_token(provider: &mut User, job: &pb::Job) -> (String, String) {
     (created.watch_token.unwrap().id, created.secret)
 }
 
-/// The secret of a session. By way of a sign-up's, since log-ins get slow where
-/// many fail.
+/// The secret of a new session.
 async fn session(server: &TestServer, user: &User) -> String {
-    // From an address of its own, which nobody fails from.
+    // From an address without failed log-ins, since the throttle slows down log-ins
+    // after many failures.
     let [.., b, c, d] = Uuid::now_v7().into_bytes();
-    let quiet = server.from(std::net::Ipv4Addr::new(127, b | 1, c, d | 1));
+    let clients = server.from(std::net::Ipv4Addr::new(127, b | 1, c, d | 1));
     let request = pb::LogInRequest { email: user.email.clone(), password: PASSWORD.to_owned() };
-    quiet.anonymous().auth.log_in(request).await.unwrap().into_inner().session.unwrap().secret
+    clients.anonymous().auth.log_in(request).await.unwrap().into_inner().session.unwrap().secret
 }
 
-/// The same user, with another key.
-async fn keeper(server: &TestServer, mut user: User) -> User {
+/// The same user with another key.
+async fn with_another_key(server: &TestServer, mut user: User) -> User {
     let (_, secret) = key(&mut user, &[]).await;
     User { key: server.with_secret(secret), ..user }
 }

@@ -1,5 +1,5 @@
-//! A watcher gets every event in its scope exactly once per stream, each job's
-//! in order, however slow it is.
+//! A watcher receives every event in its scope exactly once per stream, and the
+//! events of each job in order, however slow the watcher is.
 
 mod filters;
 
@@ -14,7 +14,7 @@ use prost_types::{Value, value::Kind};
 use super::{assert_gap_free, by_job};
 use crate::support::{TestServer, User, Watch, complete, error, info, noted, step};
 
-/// Reads events until there are so many, and not one more in the same message.
+/// Reads exactly `count` events; panics if the last message has more.
 async fn collect(mut watch: Watch, count: usize) -> Vec<Event> {
     let events = watch.events(count).await;
     assert_eq!(events.len(), count);
@@ -30,7 +30,7 @@ fn write(mut caller: User, job: pb::Job, events: usize) -> tokio::task::JoinHand
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn complete_for_watchers_on_one_replica_of_writers_on_both() {
+async fn watchers_receive_every_event_of_writers_on_two_replicas() {
     let server = TestServer::start().await;
     let replica = server.replica().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
@@ -42,7 +42,7 @@ async fn complete_for_watchers_on_one_replica_of_writers_on_both() {
     }
     let watch_all = |mut user: User| async move { user.watch_all().await };
     let mut watchers = Vec::new();
-    // Before the first event, on either side.
+    // Watches that start before the first event, on both replicas.
     for user in [replica.same(&provider), replica.same(&customer), customer.clone()] {
         watchers.push(tokio::spawn(collect(watch_all(user).await, jobs * each)));
     }
@@ -52,7 +52,7 @@ async fn complete_for_watchers_on_one_replica_of_writers_on_both() {
             write(caller, job.clone(), each)
         })
         .collect();
-    // In the middle of it all, again and again.
+    // Watches that start while the writers append.
     let mut pace = provider.watch_all().await;
     let mut passed = 0;
     for n in 0..20 {
@@ -74,7 +74,7 @@ async fn complete_for_watchers_on_one_replica_of_writers_on_both() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn complete_when_events_arrive_between_the_past_and_the_first_live_one() {
+async fn events_committed_between_the_past_and_the_first_live_event_are_received() {
     let server = TestServer::start().await;
     let replica = server.replica().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
@@ -94,20 +94,20 @@ async fn complete_when_events_arrive_between_the_past_and_the_first_live_one() {
                 writer.append(&job, [complete()]).await;
             })
         };
-        let mut films = Vec::new();
+        let mut watches = Vec::new();
         for mut user in [customer.clone(), replica.same(&customer), provider.clone()] {
-            films.push(user.watch(&job).await);
+            watches.push(user.watch(&job).await);
             tokio::task::yield_now().await;
         }
-        for watch in films {
-            let film = watch.film().await;
-            assert_gap_free(&film.events);
-            assert_eq!(film.events.len(), round + 21);
-            assert!(film.past.is_some());
+        for watch in watches {
+            let watched = watch.film().await;
+            assert_gap_free(&watched.events);
+            assert_eq!(watched.events.len(), round + 21);
+            assert!(watched.past.is_some());
         }
         written.await.unwrap();
     }
-    // The very last one, which no later one can betray.
+    // A job's last event, whose loss no later event reveals.
     for round in 0..60 {
         let job = provider.job(&customer).await;
         provider.append(&job, (0..round % 3).map(|n| info(&format!("past {n}"))).chain([step("load")])).await;
@@ -117,59 +117,59 @@ async fn complete_when_events_arrive_between_the_past_and_the_first_live_one() {
             tokio::spawn(async move { writer.append(&job, [complete()]).await })
         };
         let users = [customer.clone(), replica.same(&customer), provider.clone()];
-        let films = users.map(|mut user| {
+        let watches = users.map(|mut user| {
             let job = job.clone();
             async move { user.watch(&job).await.film().await }
         });
-        for film in futures_util::future::join_all(films).await {
-            assert_gap_free(&film.events);
-            assert_eq!(film.events.len(), round % 3 + 2);
+        for watched in futures_util::future::join_all(watches).await {
+            assert_gap_free(&watched.events);
+            assert_eq!(watched.events.len(), round % 3 + 2);
         }
         written.await.unwrap();
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn complete_for_a_slow_watcher_beside_fast_ones() {
+async fn a_slow_watcher_receives_every_event_beside_fast_watchers() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
     let job = provider.job(&customer).await;
-    // Watchers with a connection each: one that does not read must not fill
-    // another's.
+    // One connection for each watcher: a watcher that does not read must not fill
+    // the HTTP/2 window of another.
     let others = server.other_clients();
     let mut slow = others.same(&customer).watch(&job).await;
     let fast = customer.clone().watch(&job).await;
-    let fast_all = replica_watch(&server, &customer).await;
+    let fast_all = watch_all_on_own_connection(&server, &customer).await;
     slow.caught_up().await;
     let text = Value { kind: Some(Kind::StringValue("x".repeat(12_000))) };
     let (batches, each) = (60, 20);
     let fast = tokio::spawn(fast.film());
     let fast_all = tokio::spawn(collect(fast_all, batches * each + 1));
-    // 14 MB: far more than mailbox, stream and connection hold together.
+    // 14 MB: far more than the mailbox, the stream and the connection buffer together.
     for batch in 0..batches {
         let events = (0..each).map(|n| noted(info(&format!("{batch}/{n}")), [("text", text.clone())]));
         provider.append(&job, events).await;
     }
     provider.append(&job, [complete()]).await;
-    // The fast ones end while the slow one has not read a thing.
+    // The fast watches end although the slow watcher has read no event.
     assert_eq!(fast.await.unwrap().events.len(), batches * each + 1);
     fast_all.await.unwrap();
-    let film = slow.film().await;
-    assert_gap_free(&film.events);
-    assert_eq!(film.events.len(), batches * each + 1);
+    let watched = slow.film().await;
+    assert_gap_free(&watched.events);
+    assert_eq!(watched.events.len(), batches * each + 1);
 }
 
-async fn replica_watch(server: &TestServer, customer: &User) -> Watch {
+async fn watch_all_on_own_connection(server: &TestServer, customer: &User) -> Watch {
     server.other_clients().same(customer).watch_all().await
 }
 
 /// A job's last sequence, status and progress.
 type State = (i64, i32, Option<pb::Progress>);
 
-/// Follows all jobs as it is documented, until each has so many events: watches
-/// from now, once caught up lists the jobs, and then drops what the list has
-/// already.
+/// Follows all jobs in the documented way, until each has `each` events: watches
+/// from now, lists the jobs at `caught_up`, then drops the events that the listed
+/// states include.
 async fn follow(mut watcher: User, mut lister: User, jobs: usize, each: i64) -> HashMap<String, State> {
     let scope = Some(Scope::AllJobs(pb::AllJobs::default()));
     let start = Some(Start::FromNow(pb::FromNow {}));
@@ -202,7 +202,7 @@ async fn follow(mut watcher: User, mut lister: User, jobs: usize, each: i64) -> 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn complete_for_who_watches_all_jobs_from_now_and_then_lists_them() {
+async fn a_watch_from_now_and_a_list_at_caught_up_give_the_state_of_all_jobs() {
     let server = TestServer::start().await;
     let replica = server.replica().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
@@ -215,7 +215,7 @@ async fn complete_for_who_watches_all_jobs_from_now_and_then_lists_them() {
         let (customer, tags) = (customer.clone(), tags.clone());
         writers.push(tokio::spawn(async move {
             let mut written = Vec::new();
-            // The second one comes to be while others are under way.
+            // The second job is created while other writers append.
             for ends in [true, false] {
                 let job = writer.job(&customer).await;
                 for tag in &tags {
@@ -252,8 +252,8 @@ async fn complete_for_who_watches_all_jobs_from_now_and_then_lists_them() {
     }
 }
 
-/// A sweep comes every half second. Of one that the machine was too busy for the
-/// others tell nothing.
+/// Asserts that the median is below a second: a sweep runs every half second, but
+/// a busy machine may delay a single one.
 #[track_caller]
 fn assert_within_a_second(mut delays: Vec<Duration>) {
     delays.sort();
@@ -261,7 +261,7 @@ fn assert_within_a_second(mut delays: Vec<Duration>) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_event_is_found_within_a_second_when_the_bell_is_lost() {
+async fn an_event_arrives_within_a_second_when_its_notification_is_lost() {
     let server = TestServer::start().await;
     let replica = server.replica().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
@@ -284,7 +284,7 @@ async fn an_event_is_found_within_a_second_when_the_bell_is_lost() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_event_is_found_within_a_second_when_who_committed_it_never_rang() {
+async fn an_event_arrives_within_a_second_when_no_notification_was_sent() {
     let server = TestServer::start().await;
     let (mut provider, mut customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
@@ -295,7 +295,7 @@ async fn an_event_is_found_within_a_second_when_who_committed_it_never_rang() {
     }
     let mut delays = Vec::new();
     for n in 0..7 {
-        // As a replica does that dies between the commit and the bell.
+        // Like a replica that exits between the commit and the notification.
         let append = format!(
             "SELECT append_events(ARRAY['{id}']::uuid[], ARRAY[{n}]::bigint[], ARRAY[1],
                 ARRAY['running']::job_status[], ARRAY[0]::bigint[], ARRAY[0]::smallint[],
@@ -317,7 +317,7 @@ async fn an_event_is_found_within_a_second_when_who_committed_it_never_rang() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nobody_waits_for_a_poll() {
+async fn a_watcher_on_another_replica_does_not_wait_for_a_poll() {
     let server = TestServer::start().await;
     let replica = server.replica().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
@@ -334,6 +334,7 @@ async fn nobody_waits_for_a_poll() {
         delays.push(at.elapsed());
     }
     delays.sort();
-    // A look now and then would take a quarter of a second in the median.
+    // With the sweep alone, which runs every half second, the median would be a
+    // quarter of a second.
     assert!(delays[10] < Duration::from_millis(50), "{delays:?}");
 }

@@ -2,7 +2,7 @@
 //! disabling, a credential is refused at once by the replica that handled it
 //! and within 5 s everywhere, for new calls and open streams. A replica that
 //! could not confirm a credential for 5 s sends and accepts nothing under it
-//! until it has.
+//! until it confirms it again.
 
 use std::time::{Duration, Instant, SystemTime};
 
@@ -31,17 +31,18 @@ use crate::support::{
     noted, operate, within_timeout,
 };
 
+/// Longest until every replica refuses an ended credential.
 const EVERYWHERE: Duration = Duration::from_secs(5);
-/// Long enough for what must not happen to happen.
+/// How long a test waits to see that something does not happen.
 const A_MOMENT: Duration = Duration::from_secs(1);
-/// Pause between two calls of those who go on until they are refused.
+/// Pause between two calls that are repeated until they are refused.
 const PACE: Duration = Duration::from_millis(50);
 
-fn of(job: &pb::Job) -> pb::WatchEventsRequest {
+fn watch_request(job: &pb::Job) -> pb::WatchEventsRequest {
     pb::WatchEventsRequest { scope: Some(Scope::JobId(job.id.clone())), ..Default::default() }
 }
 
-/// Calls until that is refused.
+/// Repeats a call until it is refused.
 async fn calls_end(caller: &Caller) {
     let mut caller = caller.clone();
     let refused = within_timeout("a call to be refused", async {
@@ -55,8 +56,7 @@ async fn calls_end(caller: &Caller) {
     assert_refused(refused.await, Code::Unauthenticated, ErrorReason::CredentialInvalid);
 }
 
-/// Somebody who looks at a job on one replica: at what happens, and at who they
-/// are.
+/// A caller that watches a job on one replica and repeats GetCurrentUser there.
 struct Viewer {
     caller: Caller,
     watch: Watch,
@@ -65,12 +65,13 @@ struct Viewer {
 impl Viewer {
     async fn open(clients: &Clients, secret: &str, job: &pb::Job) -> Self {
         let mut caller = clients.other_clients().with_secret(secret);
-        let mut watch = Watch::new(caller.events.watch_events(of(job)).await.unwrap().into_inner());
+        let mut watch =
+            Watch::new(caller.events.watch_events(watch_request(job)).await.unwrap().into_inner());
         watch.caught_up().await;
         Self { caller, watch }
     }
 
-    /// Watches to the end: what came before it.
+    /// Reads the watch to its `end`; returns the messages before it.
     async fn watching_ends(&mut self) -> Vec<Message> {
         let mut messages = self.watch.until(|message| matches!(message, Message::End(_))).await;
         let Some(Message::End(end)) = messages.pop() else { unreachable!("just matched") };
@@ -79,7 +80,7 @@ impl Viewer {
         messages
     }
 
-    /// Goes on with both until they are refused, which they are in time.
+    /// Calls and watches until both are refused, which must happen within `time`.
     async fn ends_within(mut self, time: Duration, ended_at: Instant) {
         calls_end(&self.caller).await;
         let called = ended_at.elapsed();
@@ -89,7 +90,7 @@ impl Viewer {
     }
 }
 
-/// All that one replica does under a credential.
+/// The uses of one credential on one replica: calls, a publish stream, a watch.
 struct Uses {
     viewer: Viewer,
     job: pb::Job,
@@ -98,7 +99,7 @@ struct Uses {
 }
 
 impl Uses {
-    /// A watch, a publish stream and a call, all of which work.
+    /// Opens a watch and a publish stream and makes a call; all of them work.
     async fn open(clients: &Clients, secret: &str, job: &pb::Job) -> Self {
         let mut viewer = Viewer::open(clients, secret, job).await;
         let (batches, stream) = mpsc::channel(1);
@@ -120,7 +121,7 @@ impl Uses {
         async move { caller.events.append_events(request).await.map(drop) }
     }
 
-    /// Hands one batch in.
+    /// Sends one batch on the publish stream.
     async fn send(&self, name: &str) {
         let request = pb::PublishEventsRequest {
             batch_id: name.to_owned(),
@@ -128,25 +129,25 @@ impl Uses {
             expected_sequence: None,
             events: vec![info(name)],
         };
-        // Where the stream is over, its answer says so.
+        // If the stream has ended, the next read of its answers returns the status.
         let _ = self.batches.send(request).await;
     }
 
     async fn publish(&mut self) -> Result<(), Status> {
         self.send("published").await;
         let answer = within_timeout("an answer", self.answers.message()).await?;
-        let outcome = answer.expect("the stream goes on").outcome;
+        let outcome = answer.expect("the stream has not ended").outcome;
         assert!(matches!(outcome, Some(Outcome::Appended(_))), "{outcome:?}");
         Ok(())
     }
 
-    /// Calls until that is refused.
+    /// Repeats a call until it is refused; an append is then refused too.
     async fn calls_end(&self) {
         calls_end(&self.viewer.caller).await;
         assert_refused(self.append().await, Code::Unauthenticated, ErrorReason::CredentialInvalid);
     }
 
-    /// Publishes until that is refused.
+    /// Publishes batches until one is refused.
     async fn publishing_ends(&mut self) {
         let refused = loop {
             match self.publish().await {
@@ -157,7 +158,8 @@ impl Uses {
         assert_refused(refused, Code::Unauthenticated, ErrorReason::CredentialInvalid);
     }
 
-    /// Goes on with everything until it is refused, which it is in time.
+    /// Calls, publishes and watches until all three are refused, which must happen
+    /// within `time`.
     async fn ends_within(mut self, time: Duration, ended_at: Instant) {
         self.calls_end().await;
         let called = ended_at.elapsed();
@@ -186,7 +188,7 @@ impl Scene {
         Self { server, replica, provider, job }
     }
 
-    /// The secret of another session.
+    /// Logs in; returns the secret of the new session.
     async fn session(&self) -> String {
         let request = pb::LogInRequest { email: self.provider.email.clone(), password: PASSWORD.to_owned() };
         let answer = self.server.anonymous().auth.log_in(request).await.unwrap().into_inner();
@@ -197,7 +199,7 @@ impl Scene {
         self.provider.session.auth.create_api_key(request).await.unwrap().into_inner()
     }
 
-    /// A key that ends by itself.
+    /// The secret of a new key that expires after `lifetime`.
     async fn key_for(&mut self, lifetime: Duration) -> String {
         let expires_at = Some((SystemTime::now() + lifetime).into());
         self.key(pb::CreateApiKeyRequest { expires_at, ..Default::default() }).await.secret
@@ -212,7 +214,7 @@ impl Scene {
         self.provider.auth.create_watch_token(request).await.unwrap().into_inner()
     }
 
-    /// On both replicas.
+    /// Opens all uses of this secret on both replicas.
     async fn open(&self, secret: &str) -> [Uses; 2] {
         let (here, there) = tokio::join!(
             Uses::open(&self.server, secret, &self.job),
@@ -222,9 +224,9 @@ impl Scene {
     }
 }
 
-/// The replica that handled the end refuses the very next call and ends its
-/// streams at once, the other one in time.
-async fn confined([here, there]: [Uses; 2], ended_at: Instant) {
+/// Asserts that the replica that ended the credential refuses the next call and
+/// ends its streams within a second, and the other replica within 5 s.
+async fn assert_refused_everywhere([here, there]: [Uses; 2], ended_at: Instant) {
     let mut caller = here.viewer.caller.clone();
     let next = caller.auth.get_current_user(pb::GetCurrentUserRequest {}).await;
     assert_refused(next, Code::Unauthenticated, ErrorReason::CredentialInvalid);
@@ -232,7 +234,7 @@ async fn confined([here, there]: [Uses; 2], ended_at: Instant) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn confined_after_expiry() {
+async fn a_key_is_refused_everywhere_after_its_expiry() {
     let mut scene = Scene::new().await;
     let (lifetime, from) = (Duration::from_secs(6), Instant::now());
     let secret = scene.key_for(lifetime).await;
@@ -243,28 +245,28 @@ async fn confined_after_expiry() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn confined_after_revocation() {
+async fn a_key_is_refused_everywhere_after_its_revocation() {
     let mut scene = Scene::new().await;
     let created = scene.key(pb::CreateApiKeyRequest::default()).await;
     let uses = scene.open(&created.secret).await;
     let request = pb::ExpireApiKeyRequest { api_key_id: created.api_key.unwrap().id };
     scene.provider.session.auth.expire_api_key(request).await.unwrap();
-    confined(uses, Instant::now()).await;
+    assert_refused_everywhere(uses, Instant::now()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn confined_after_a_rotation_without_an_overlap() {
+async fn a_key_is_refused_everywhere_after_a_rotation_without_an_overlap() {
     let mut scene = Scene::new().await;
     let created = scene.key(pb::CreateApiKeyRequest::default()).await;
     let uses = scene.open(&created.secret).await;
     let overlap = Some(prost_types::Duration::default());
     let request = pb::RotateApiKeyRequest { api_key_id: created.api_key.unwrap().id, overlap };
     scene.provider.session.auth.rotate_api_key(request).await.unwrap();
-    confined(uses, Instant::now()).await;
+    assert_refused_everywhere(uses, Instant::now()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn confined_after_the_overlap_of_a_rotation() {
+async fn a_rotated_key_is_refused_everywhere_after_the_overlap() {
     let mut scene = Scene::new().await;
     let created = scene.key(pb::CreateApiKeyRequest::default()).await;
     let [here, there] = scene.open(&created.secret).await;
@@ -273,7 +275,7 @@ async fn confined_after_the_overlap_of_a_rotation() {
     let request = pb::RotateApiKeyRequest { api_key_id, overlap: Some(overlap.try_into().unwrap()) };
     scene.provider.session.auth.rotate_api_key(request).await.unwrap();
     let ended_at = Instant::now() + overlap;
-    // Good to the last.
+    // Both replicas accept the old key until shortly before its end.
     sleep_until((ended_at - A_MOMENT).into()).await;
     for uses in [&here, &there] {
         uses.append().await.unwrap();
@@ -283,7 +285,7 @@ async fn confined_after_the_overlap_of_a_rotation() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn confined_after_revocation_of_a_watch_token() {
+async fn a_watch_token_is_refused_everywhere_after_its_revocation() {
     let mut scene = Scene::new().await;
     let created = scene.watch_token(None).await;
     let here = Viewer::open(&scene.server, &created.secret, &scene.job).await;
@@ -297,16 +299,16 @@ async fn confined_after_revocation_of_a_watch_token() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn confined_after_log_out() {
+async fn a_session_is_refused_everywhere_after_its_log_out() {
     let scene = Scene::new().await;
     let secret = scene.session().await;
     let uses = scene.open(&secret).await;
     scene.server.with_secret(secret).auth.log_out(pb::LogOutRequest {}).await.unwrap();
-    confined(uses, Instant::now()).await;
+    assert_refused_everywhere(uses, Instant::now()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn confined_after_a_change_of_the_password() {
+async fn other_sessions_are_refused_everywhere_after_a_password_change() {
     let mut scene = Scene::new().await;
     let uses = scene.open(&scene.session().await).await;
     let request = pb::ChangePasswordRequest {
@@ -314,12 +316,12 @@ async fn confined_after_a_change_of_the_password() {
         new_password: "another horse".to_owned(),
     };
     scene.provider.session.auth.change_password(request).await.unwrap();
-    confined(uses, Instant::now()).await;
+    assert_refused_everywhere(uses, Instant::now()).await;
 }
 
-/// By an operator, of whom no replica hears.
+/// An operator disables the user, of which no replica is notified.
 #[tokio::test(flavor = "multi_thread")]
-async fn confined_after_the_user_is_disabled() {
+async fn sessions_and_keys_are_refused_everywhere_after_the_user_is_disabled() {
     let scene = Scene::new().await;
     let email = scene.provider.email.clone();
     let secrets = [scene.session().await, scene.provider.key_secret.clone()];
@@ -335,7 +337,7 @@ async fn confined_after_the_user_is_disabled() {
     }
     ends.join_all().await;
 
-    // Nor by a replica that has never seen a credential of theirs.
+    // A new replica, which has not looked up these credentials yet, refuses them too.
     let fresh = scene.server.replica().await;
     for secret in secrets {
         let answer = fresh.with_secret(secret).auth.get_current_user(pb::GetCurrentUserRequest {}).await;
@@ -346,13 +348,13 @@ async fn confined_after_the_user_is_disabled() {
     assert_refused(answer, Code::Unauthenticated, ErrorReason::LogInFailed);
 }
 
-/// Once a request that is wrong in its shape is no longer told so, the replica
-/// does not know any more whether the credential is good.
-async fn unconfirmed(uses: &Uses) {
+/// Waits until the replica can no longer confirm the credential. The credential is
+/// checked first, so a malformed request is then not answered INVALID_ARGUMENT.
+async fn wait_until_unconfirmed(uses: &Uses) {
     let mut caller = uses.viewer.caller.clone();
-    let wrong = pb::WatchEventsRequest::default;
+    let malformed = pb::WatchEventsRequest::default;
     within_timeout("a credential that is not confirmed", async {
-        while caller.events.watch_events(wrong()).await.unwrap_err().code() == Code::InvalidArgument {
+        while caller.events.watch_events(malformed()).await.unwrap_err().code() == Code::InvalidArgument {
             sleep(PACE).await;
         }
     })
@@ -360,7 +362,7 @@ async fn unconfirmed(uses: &Uses) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn confined_while_the_database_is_away_from_one_replica() {
+async fn a_replica_without_database_pauses_credentials_until_it_confirms_them_again() {
     let mut scene = Scene::new().await;
     let proxy = Proxy::to(&scene.server.database.url).await;
     let severed = TestServer::on(scene.server.database.through(proxy.url.clone())).await;
@@ -370,7 +372,7 @@ async fn confined_while_the_database_is_away_from_one_replica() {
     ];
     let mut ends = Uses::open(&severed, &ending.secret, &scene.job).await;
     let mut stays = Uses::open(&severed, &staying.secret, &scene.job).await;
-    // What the other one's use told them.
+    // Each watch first receives the events that the other credential appended.
     while timeout(A_MOMENT, ends.viewer.watch.next()).await.is_ok() {}
     while timeout(A_MOMENT, stays.viewer.watch.next()).await.is_ok() {}
 
@@ -378,11 +380,11 @@ async fn confined_while_the_database_is_away_from_one_replica() {
     let request = pb::ExpireApiKeyRequest { api_key_id: ending.api_key.unwrap().id };
     scene.provider.session.auth.expire_api_key(request).await.unwrap();
     let ended_at = Instant::now();
-    unconfirmed(&ends).await;
+    wait_until_unconfirmed(&ends).await;
     assert!(ended_at.elapsed() < EVERYWHERE + PACE, "{:?}", ended_at.elapsed());
-    unconfirmed(&stays).await;
+    wait_until_unconfirmed(&stays).await;
 
-    // Nothing is accepted, and nothing sent.
+    // The replica accepts and sends nothing under either credential.
     scene.provider.append(&scene.job, [info("meanwhile")]).await;
     for uses in [&mut ends, &mut stays] {
         assert_eq!(uses.append().await.unwrap_err().code(), Code::Unavailable);
@@ -395,12 +397,14 @@ async fn confined_while_the_database_is_away_from_one_replica() {
     };
     assert!(!names(&mut scene.provider).await.contains(&"unconfirmed".to_owned()));
 
-    // One is confirmed and goes on, the other never was.
+    // The replica confirms the valid credential, and ends the streams of the revoked
+    // one, which it never confirmed again.
     proxy.set(Mode::Pass);
     let answer = within_timeout("the answer", stays.answers.message()).await.unwrap().unwrap();
     assert_eq!(answer.batch_id, "unconfirmed");
-    let told: Vec<String> = stays.viewer.watch.events(2).await.into_iter().map(|event| event.name).collect();
-    assert_eq!(told, ["meanwhile", "unconfirmed"]);
+    let received: Vec<String> =
+        stays.viewer.watch.events(2).await.into_iter().map(|event| event.name).collect();
+    assert_eq!(received, ["meanwhile", "unconfirmed"]);
     let refused = within_timeout("the end", ends.answers.message()).await;
     assert_refused(refused, Code::Unauthenticated, ErrorReason::CredentialInvalid);
     ends.calls_end().await;
@@ -410,12 +414,13 @@ async fn confined_while_the_database_is_away_from_one_replica() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn confined_after_expiry_while_the_database_is_away() {
+async fn credentials_expire_while_the_database_is_unavailable() {
     let mut scene = Scene::new().await;
     let proxy = Proxy::to(&scene.server.database.url).await;
     let severed = TestServer::on(scene.server.database.through(proxy.url.clone())).await;
     let mut viewers = Vec::new();
-    // While it is still confirmed, and when it is no more.
+    // The first lifetime ends within the 5 s in which the credential counts as
+    // confirmed, the second after them.
     for lifetime in [4, 9].map(Duration::from_secs) {
         let from = Instant::now();
         let secrets = [scene.key_for(lifetime).await, scene.watch_token(Some(lifetime)).await.secret];
@@ -430,7 +435,7 @@ async fn confined_after_expiry_while_the_database_is_away() {
         assert_eq!(viewer.watching_ends().await, []);
         let now = Instant::now();
         assert!(now > *ended_at - A_MOMENT && now < *ended_at + EVERYWHERE, "{now:?} {ended_at:?}");
-        // Wrong in its shape, which it is not told.
+        // Malformed, but the credential is checked first.
         let refused = viewer.caller.events.watch_events(pb::WatchEventsRequest::default()).await;
         let code = refused.unwrap_err().code();
         assert!(matches!(code, Code::Unauthenticated | Code::Unavailable), "{code:?}");
@@ -439,9 +444,9 @@ async fn confined_after_expiry_while_the_database_is_away() {
 
     proxy.set(Mode::Pass);
     for (viewer, _) in viewers {
-        let refused = within_timeout("the database to be back", async {
+        let refused = within_timeout("the database to be available", async {
             loop {
-                match viewer.caller.clone().events.watch_events(of(&scene.job)).await {
+                match viewer.caller.clone().events.watch_events(watch_request(&scene.job)).await {
                     Err(status) if status.code() == Code::Unavailable => sleep(PACE).await,
                     answer => break answer.map(drop),
                 }
@@ -452,28 +457,29 @@ async fn confined_after_expiry_while_the_database_is_away() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_held_back_while_the_credential_is_not_confirmed_is_not_skipped_by_the_end() {
+async fn events_held_back_for_an_unconfirmed_credential_are_received_after_a_resume() {
     let server = TestServer::start().await;
     let replica = server.replica().await;
     let (mut provider, mut customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
     let job = provider.job(&customer).await;
-    // Four messages' worth, read from the log at once.
+    // Events for four messages, which the server reads from the log at once.
     let text = Value { kind: Some(Kind::StringValue("x".repeat(16_300))) };
     for batch in 0..4 {
         let events = (0..50).map(|n| noted(info(&format!("{batch}/{n}")), [("text", text.clone())]));
         provider.append(&job, events).await;
     }
-    // Takes in less than one of them before it is read.
+    // The stream's window takes less than one message before the client reads.
     let channel = server.endpoint.clone().initial_stream_window_size(65_535).connect_lazy();
-    let request = bearing(&customer.key_secret, of(&job));
+    let request = bearing(&customer.key_secret, watch_request(&job));
     let stream = EventServiceClient::new(channel).watch_events(request).await.unwrap().into_inner();
     let mut watch = Watch::new(stream);
     let mut seen = watch.events(1).await;
 
     let database = server.database.clone();
     database.take_away().await;
-    // Its shape is at fault, which it is told as long as its credential is good.
+    // A malformed request is answered INVALID_ARGUMENT while the credential counts
+    // as confirmed.
     within_timeout("a credential that is not confirmed", async {
         while customer.watch_by(pb::WatchEventsRequest::default()).await.unwrap_err().code()
             == Code::InvalidArgument
@@ -486,7 +492,7 @@ async fn what_is_held_back_while_the_credential_is_not_confirmed_is_not_skipped_
             other => panic!("{other:?}"),
         }
     }
-    assert!(seen.len() < 200, "nothing was held back");
+    assert!(seen.len() < 200, "the server held no event back");
     drop(server);
     let Some(Message::End(end)) = watch.next().await.unwrap() else { panic!("no end") };
     assert_eq!(end.reason(), WatchEndReason::Draining);
@@ -495,9 +501,9 @@ async fn what_is_held_back_while_the_credential_is_not_confirmed_is_not_skipped_
     database.bring_back().await;
     let mut customer = replica.same(&customer);
     let start = Some(Start::ResumeToken(watch.resume_token));
-    let mut resumed = within_timeout("the database to be back", async {
+    let mut resumed = within_timeout("the database to be available", async {
         loop {
-            let request = pb::WatchEventsRequest { start: start.clone(), ..of(&job) };
+            let request = pb::WatchEventsRequest { start: start.clone(), ..watch_request(&job) };
             match customer.watch_by(request).await {
                 Err(status) if status.code() == Code::Unavailable => {}
                 opened => break opened.unwrap(),
@@ -511,15 +517,15 @@ async fn what_is_held_back_while_the_credential_is_not_confirmed_is_not_skipped_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stream_that_does_not_take_its_end_is_cut() {
-    unread_streams_are_cut(&TestServer::start().await).await;
+async fn a_connection_is_closed_if_its_client_does_not_read_the_end_of_a_stream() {
+    assert_closed_if_end_is_unread(&TestServer::start().await).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn over_tls_a_stream_that_does_not_take_its_end_is_cut_too() {
+async fn a_tls_connection_is_closed_if_its_client_does_not_read_the_end_of_a_stream() {
     let authority = Authority::new();
     let files = Files::new(&authority);
-    unread_streams_are_cut(&TestServer::encrypted(&files.server(), &authority).await).await;
+    assert_closed_if_end_is_unread(&TestServer::encrypted(&files.server(), &authority).await).await;
 }
 
 /// Expires the key that the user calls with.
@@ -529,24 +535,24 @@ async fn expire_key(user: &mut User) {
     user.session.auth.expire_api_key(pb::ExpireApiKeyRequest { api_key_id: key.id }).await.unwrap();
 }
 
-/// The request of somebody with this secret.
+/// A request with this secret as its credential.
 fn bearing<T>(secret: &str, message: T) -> Request<T> {
     let mut request = Request::new(message);
     request.metadata_mut().insert("authorization", format!("Bearer {secret}").parse().unwrap());
     request
 }
 
-async fn unread_streams_are_cut(server: &TestServer) {
+async fn assert_closed_if_end_is_unread(server: &TestServer) {
     let (mut provider, mut customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
     let job = provider.job(&customer).await;
-    // Two streams on one connection: one that nobody reads, whose window is soon
-    // full, and one that tells how the connection is.
+    // Two streams on one connection. The test does not read the first, whose window
+    // is soon full; the second shows whether the connection is open.
     let channel = server.endpoint.clone().initial_stream_window_size(4_096).connect().await.unwrap();
     let mut streams = Vec::new();
     for secret in [&customer.key_secret, &provider.key_secret] {
         let mut client = EventServiceClient::new(channel.clone());
-        streams.push(client.watch_events(bearing(secret, of(&job))).await.unwrap().into_inner());
+        streams.push(client.watch_events(bearing(secret, watch_request(&job))).await.unwrap().into_inner());
     }
     let [mut unread, mut other] = streams.try_into().unwrap();
     for _ in 0..20 {
@@ -554,14 +560,14 @@ async fn unread_streams_are_cut(server: &TestServer) {
     }
 
     expire_key(&mut customer).await;
-    within_timeout("the cut", async { while other.message().await.is_ok() {} }).await;
+    within_timeout("the connection to be closed", async { while other.message().await.is_ok() {} }).await;
     let mut events = 0;
     let end = loop {
         match unread.message().await {
             Ok(Some(response)) => match response.message.unwrap() {
                 Message::Events(watched) => events += watched.events.len(),
                 Message::CaughtUp(_) => {}
-                more => panic!("it went on after its end: {more:?}"),
+                more => panic!("the stream went on: {more:?}"),
             },
             end => break end,
         }
@@ -570,13 +576,13 @@ async fn unread_streams_are_cut(server: &TestServer) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_publish_stream_whose_answers_nobody_takes_is_cut_after_its_end() {
+async fn a_connection_is_closed_if_its_client_does_not_read_the_end_of_a_publish_stream() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
     let job = provider.job(&customer).await;
-    // Two streams on one connection: one whose first answer already fills its
-    // window, and one that tells how the connection is.
+    // Two streams on one connection. The first answer already fills the window of
+    // the publish stream; the watch shows whether the connection is open.
     let channel = server.endpoint.clone().initial_stream_window_size(4_096).connect().await.unwrap();
     let mut client = EventServiceClient::new(channel);
     let (batches, events) = (20, 100);
@@ -591,16 +597,16 @@ async fn a_publish_stream_whose_answers_nobody_takes_is_cut_after_its_end() {
     };
     let sent = stream::iter((0..batches).map(batch)).chain(stream::pending());
     let unread = client.publish_events(bearing(&provider.key_secret, sent)).await.unwrap();
-    let other = client.watch_events(bearing(&customer.key_secret, of(&job))).await.unwrap();
+    let other = client.watch_events(bearing(&customer.key_secret, watch_request(&job))).await.unwrap();
     let (mut unread, mut other) = (unread.into_inner(), other.into_inner());
-    // As many as the window of the server allows.
+    // As many batches as the server's publish window allows.
     within_timeout("the batches", async { while provider.get(&job).await.last_sequence < 8 * events {} })
         .await;
-    // Nothing tells when the first answer is on its way; a moment is plenty.
+    // No signal tells when the first answer is sent; this pause is long enough.
     sleep(PACE).await;
 
     expire_key(&mut provider).await;
-    within_timeout("the cut", async { while other.message().await.is_ok() {} }).await;
+    within_timeout("the connection to be closed", async { while other.message().await.is_ok() {} }).await;
     let mut answers = 0;
     let end = loop {
         match unread.message().await {

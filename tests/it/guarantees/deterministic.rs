@@ -8,7 +8,7 @@ use milepost::pb::JobStatus;
 use crate::support::{TestServer, complete, error, info, step, within_timeout};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn deterministic_for_whoever_watches_lists_or_appends() {
+async fn watches_lists_and_appends_agree_on_status_and_progress() {
     let server = TestServer::start().await;
     let replica = server.replica().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
@@ -19,7 +19,7 @@ async fn deterministic_for_whoever_watches_lists_or_appends() {
         async move { customer.watch(&job).await }
     });
     let live = futures_util::future::join_all(live).await;
-    let mut told = Vec::new();
+    let mut appended = Vec::new();
     for (n, event) in [
         step("load"),
         error("hm"),
@@ -33,15 +33,16 @@ async fn deterministic_for_whoever_watches_lists_or_appends() {
     .enumerate()
     {
         let mut caller = if n % 2 == 0 { provider.clone() } else { replica.same(&provider) };
-        told.extend(caller.append(&job, [event]).await);
+        appended.extend(caller.append(&job, [event]).await);
     }
-    let told: Vec<_> = told.iter().map(|event| (event.sequence, event.status, event.progress)).collect();
-    let film: Vec<_> = told
+    let appended: Vec<_> =
+        appended.iter().map(|event| (event.sequence, event.status, event.progress)).collect();
+    let states: Vec<_> = appended
         .iter()
         .map(|(_, status, progress)| (JobStatus::try_from(*status).unwrap(), progress.unwrap().percent))
         .collect();
     assert_eq!(
-        film,
+        states,
         [
             (JobStatus::Running, 10),
             (JobStatus::Failed, 10),
@@ -52,32 +53,33 @@ async fn deterministic_for_whoever_watches_lists_or_appends() {
             (JobStatus::Complete, 100),
         ]
     );
-    let mut films = vec![provider.list(&job).await, replica.same(&provider).list(&job).await];
+    let mut logs = vec![provider.list(&job).await, replica.same(&provider).list(&job).await];
     for watch in live {
-        films.push(watch.film().await.events);
+        logs.push(watch.film().await.events);
     }
-    films.push(customer.clone().watch(&job).await.film().await.events);
-    films.push(replica.same(&customer).watch(&job).await.film().await.events);
-    for events in &films {
-        assert_eq!(events, &films[0], "every field of every event is the same for everybody");
+    logs.push(customer.clone().watch(&job).await.film().await.events);
+    logs.push(replica.same(&customer).watch(&job).await.film().await.events);
+    for events in &logs {
+        assert_eq!(events, &logs[0], "every reader receives the same fields of every event");
         let seen: Vec<_> =
             events.iter().map(|event| (event.sequence, event.status, event.progress)).collect();
-        assert_eq!(seen, told);
+        assert_eq!(seen, appended);
     }
     let job = provider.get(&job).await;
-    assert_eq!((job.last_sequence, job.status, job.progress), told[told.len() - 1]);
+    assert_eq!((job.last_sequence, job.status, job.progress), appended[appended.len() - 1]);
 }
 
-/// What a replica plans while its last round is under way rests on a state
-/// that may not come to pass, and the number of events alone does not tell.
+/// A replica plans the next round on the state after the round that it is
+/// committing. If another replica commits first, that state never comes to be, and
+/// the last sequence alone may not reveal this.
 #[tokio::test(flavor = "multi_thread")]
-async fn deterministic_when_another_replica_appends_as_many_events_first() {
+async fn status_and_progress_are_right_when_another_replica_appends_as_many_events_first() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1), ("report", 1)]).await;
     let job = provider.job(&customer).await;
     provider.append(&job, [info("remembered")]).await;
-    // The other replica's append, about to be committed.
+    // Another replica's append, not yet committed.
     let mut other = server.database.connect().await;
     let sql = format!(
         "BEGIN;
@@ -99,18 +101,19 @@ async fn deterministic_when_another_replica_appends_as_many_events_first() {
     })
     .await;
     let second = append(info("planned on the first"));
-    // Nothing tells when it is planned; a moment is plenty.
+    // No signal tells when the round is planned; this pause is long enough.
     tokio::time::sleep(Duration::from_millis(100)).await;
     other.batch_execute("COMMIT").await.unwrap();
     first.await.unwrap();
     second.await.unwrap();
 
-    let film: Vec<_> = (provider.list(&job).await.into_iter())
+    let events: Vec<_> = (provider.list(&job).await.into_iter())
         .map(|event| (event.name.clone(), event.status(), event.progress.unwrap().points_done))
         .collect();
-    let film: Vec<_> = film.iter().map(|(name, status, points)| (name.as_str(), *status, *points)).collect();
+    let events: Vec<_> =
+        events.iter().map(|(name, status, points)| (name.as_str(), *status, *points)).collect();
     assert_eq!(
-        film,
+        events,
         [
             ("remembered", JobStatus::Running, 0),
             ("the other's", JobStatus::Failed, 0),

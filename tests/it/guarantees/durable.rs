@@ -22,10 +22,10 @@ use tonic::Code;
 use super::assert_gap_free;
 use crate::support::{ServerProcess, TestDatabase, User, assert_refused, info, within_timeout};
 
-/// Batches acknowledged, over all writers, before the blow.
+/// Acknowledged batches of all writers before a process is killed.
 const ENOUGH: usize = 150;
 
-/// What a writer sent, in order, and what it was told.
+/// The batches that a writer sent, in order, and the answers that it received.
 #[derive(Default)]
 struct Sent {
     batches: Vec<Vec<NewEvent>>,
@@ -41,7 +41,7 @@ impl Sent {
     }
 }
 
-/// Appends until the server is gone.
+/// Appends until a call fails.
 async fn append(mut provider: User, job: pb::Job, acknowledged: Arc<AtomicUsize>) -> Sent {
     let mut sent = Sent::default();
     loop {
@@ -52,7 +52,7 @@ async fn append(mut provider: User, job: pb::Job, acknowledged: Arc<AtomicUsize>
     }
 }
 
-/// Publishes, several batches at once, until the server is gone.
+/// Publishes several batches at once until the stream fails.
 async fn publish(mut provider: User, job: pb::Job, acknowledged: Arc<AtomicUsize>) -> Sent {
     let mut sent = Sent::default();
     let (batches, stream) = mpsc::channel(4);
@@ -60,10 +60,10 @@ async fn publish(mut provider: User, job: pb::Job, acknowledged: Arc<AtomicUsize
     let mut answers = answers.into_inner();
     loop {
         tokio::select! {
-            Ok(room) = batches.reserve() => {
+            Ok(permit) = batches.reserve() => {
                 let batch_id = sent.batches.len().to_string();
                 let job = Some(pb::publish_events_request::Job::JobId(job.id.clone()));
-                room.send(pb::PublishEventsRequest { batch_id, job, expected_sequence: None, events: sent.next() });
+                permit.send(pb::PublishEventsRequest { batch_id, job, expected_sequence: None, events: sent.next() });
             }
             answer = answers.message() => {
                 let Ok(Some(answer)) = answer else { return sent };
@@ -78,18 +78,20 @@ async fn publish(mut provider: User, job: pb::Job, acknowledged: Arc<AtomicUsize
 fn assert_nothing_acknowledged_is_lost(log: &[Event], sent: &Sent) {
     assert_gap_free(log);
     let stored: HashMap<&str, &Event> = log.iter().map(|event| (event.id.as_str(), event)).collect();
-    assert_eq!(stored.len(), log.len(), "an event is there twice");
+    assert_eq!(stored.len(), log.len(), "an event is stored twice");
     let ids: HashSet<&str> = sent.batches.iter().flatten().map(|event| event.id.as_str()).collect();
-    assert!(log.iter().all(|event| ids.contains(event.id.as_str())), "an event that was not sent");
+    assert!(log.iter().all(|event| ids.contains(event.id.as_str())), "an event is stored that was not sent");
     for (n, batch) in sent.batches.iter().enumerate() {
-        let there = batch.iter().filter(|event| stored.contains_key(event.id.as_str())).count();
-        assert!(there == 0 || there == batch.len(), "half of batch {n}");
+        let found = batch.iter().filter(|event| stored.contains_key(event.id.as_str())).count();
+        assert!(found == 0 || found == batch.len(), "only a part of batch {n} is stored");
         for answer in sent.answers.get(&n).into_iter().flatten() {
-            let event = stored.get(answer.id.as_str()).unwrap_or_else(|| panic!("lost: {answer:?}"));
+            let event = stored
+                .get(answer.id.as_str())
+                .unwrap_or_else(|| panic!("an acknowledged event is lost: {answer:?}"));
             assert_eq!((event.sequence, event.status), (answer.sequence, answer.status));
         }
     }
-    // The batches of one writer are there in the order sent.
+    // The batches of one writer are stored in the order sent.
     let mut last = 0;
     for event in sent.batches.iter().flatten().filter_map(|event| stored.get(event.id.as_str())) {
         assert!(event.sequence > last);
@@ -97,13 +99,13 @@ fn assert_nothing_acknowledged_is_lost(log: &[Event], sent: &Sent) {
     }
 }
 
-/// What strikes in the middle.
-enum Blow {
+/// The process that is killed while the writers append.
+enum Killed {
     Server,
     Postgres,
 }
 
-async fn survives(blow: Blow) {
+async fn assert_acknowledged_events_survive(killed: Killed) {
     let mut server = ServerProcess::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
@@ -126,24 +128,24 @@ async fn survives(blow: Blow) {
         }
     })
     .await;
-    match blow {
-        Blow::Server => {
+    match killed {
+        Killed::Server => {
             server.kill().await;
             server.restart().await;
         }
-        // The server brings its own database up again.
-        Blow::Postgres => server.kill_postgres().await,
+        // The server restarts its embedded Postgres.
+        Killed::Postgres => server.kill_postgres().await,
     }
     let mut sent = Vec::new();
     for (job, writer) in writers {
-        sent.push((job, within_timeout("a writer to notice", writer).await.unwrap()));
+        sent.push((job, within_timeout("a writer's call to fail", writer).await.unwrap()));
     }
     server.ready().await;
     let mut provider = server.other_clients().same(&provider);
     for (job, sent) in &sent {
         assert_nothing_acknowledged_is_lost(&provider.list(job).await, sent);
     }
-    // What was not answered is sent again, and then is there once.
+    // All batches are sent again, answered or not; each event is then stored once.
     for (job, mut sent) in sent {
         for n in 0..sent.batches.len() {
             let answer = provider.append(&job, sent.batches[n].clone()).await;
@@ -156,18 +158,19 @@ async fn survives(blow: Blow) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn durable_over_kill_9_of_the_server() {
-    survives(Blow::Server).await;
+async fn acknowledged_events_survive_kill_9_of_the_server() {
+    assert_acknowledged_events_survive(Killed::Server).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn durable_over_kill_9_of_postgres() {
-    survives(Blow::Postgres).await;
+async fn acknowledged_events_survive_kill_9_of_postgres() {
+    assert_acknowledged_events_survive(Killed::Postgres).await;
 }
 
-/// The rows of a statement arrive together with the error of its commit.
+/// Postgres sends the rows of a statement before the error of its commit, so the
+/// rows alone are no acknowledgement.
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_acknowledged_whose_commit_fails() {
+async fn an_append_whose_commit_fails_is_not_acknowledged() {
     let server = crate::support::TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
@@ -186,15 +189,15 @@ async fn nothing_is_acknowledged_whose_commit_fails() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_refuses_a_database_that_may_lose_what_it_acknowledged() {
+async fn a_server_refuses_a_database_with_fsync_off() {
     let server = crate::support::TestServer::start().await;
-    // The tests' own database runs with fsync off.
+    // The tests' shared Postgres runs with fsync off.
     let refusal = ServerProcess::refused_on(&server.database.url).await;
     assert!(refusal.contains("fsync"), "{refusal}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn durable_on_every_connection_whatever_the_database_is_set_to() {
+async fn every_connection_sets_synchronous_commit_whatever_the_default_of_the_database() {
     let created = TestDatabase::migrated().await;
     let setting = "current_setting('synchronous_commit')";
     assert_eq!(created.texts(&format!("SELECT {setting} AS text")).await, ["off"]);
@@ -207,10 +210,10 @@ async fn durable_on_every_connection_whatever_the_database_is_set_to() {
         synchronous_commit: "on".to_owned(),
     })
     .unwrap();
-    let set = async |connection: &mut AsyncPgConnection| -> String {
+    let value_on = async |connection: &mut AsyncPgConnection| -> String {
         diesel_async::RunQueryDsl::get_result(diesel::select(sql::<Text>(setting)), connection).await.unwrap()
     };
-    assert_eq!(set(&mut *database.get().await.unwrap()).await, "on");
-    assert_eq!(set(&mut database.connect().await.unwrap()).await, "on");
-    assert_eq!(set(&mut database.connect_to_listen().await.unwrap()).await, "on");
+    assert_eq!(value_on(&mut *database.get().await.unwrap()).await, "on");
+    assert_eq!(value_on(&mut database.connect().await.unwrap()).await, "on");
+    assert_eq!(value_on(&mut database.connect_to_listen().await.unwrap()).await, "on");
 }

@@ -1,4 +1,4 @@
-//! The guarantees of the log, each in a file of its name.
+//! The guarantees of the event log, each in a file of its name.
 
 mod atomic;
 mod complete;
@@ -14,8 +14,8 @@ use std::collections::HashMap;
 
 use milepost::pb::{AppendedEvent, Event};
 
-/// Events by job, in the order received; panics where a job's are not
-/// numbered one by one from its first.
+/// Groups events by job, in the order received. Panics if the sequences of a job
+/// are not consecutive.
 fn by_job<'a>(events: impl IntoIterator<Item = &'a Event>) -> HashMap<String, Vec<&'a Event>> {
     let mut jobs: HashMap<String, Vec<&Event>> = HashMap::new();
     for event in events {
@@ -28,7 +28,7 @@ fn by_job<'a>(events: impl IntoIterator<Item = &'a Event>) -> HashMap<String, Ve
     jobs
 }
 
-/// A log numbered 1, 2, 3 … to its end.
+/// Asserts that the log is numbered 1, 2, 3 … to its end.
 #[track_caller]
 fn assert_gap_free(log: &[Event]) {
     let sequences: Vec<i64> = log.iter().map(|event| event.sequence).collect();

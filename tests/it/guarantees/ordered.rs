@@ -6,7 +6,7 @@ use milepost::pb::{self, ErrorReason};
 use tonic::Code;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn ordered_and_gap_free_with_writers_on_two_replicas() {
+async fn sequences_have_no_gap_with_writers_on_two_replicas() {
     let server = TestServer::start().await;
     let replica = server.replica().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
@@ -21,7 +21,7 @@ async fn ordered_and_gap_free_with_writers_on_two_replicas() {
                 for batch in 0..12 {
                     let events = (0..1 + batch % 3).map(|n| info(&format!("{writer}/{batch}/{n}")));
                     let appended = sequences(&caller.append(&job, events).await);
-                    assert!(appended[0] > last, "an answered event comes before the next one sent");
+                    assert!(appended[0] > last, "a batch sent after an answer has higher sequences");
                     assert!(appended.windows(2).all(|pair| pair[1] == pair[0] + 1));
                     last = appended[appended.len() - 1];
                 }
@@ -41,7 +41,7 @@ async fn ordered_and_gap_free_with_writers_on_two_replicas() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_expected_sequence_lets_one_of_several_writers_through() {
+async fn only_one_of_several_writers_with_the_same_expected_sequence_appends() {
     let server = TestServer::start().await;
     let replica = server.replica().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
@@ -61,17 +61,17 @@ async fn an_expected_sequence_lets_one_of_several_writers_through() {
             append(replica.same(&provider), round * 2),
             append(provider.clone(), round * 2),
         );
-        let mut through = 0;
+        let mut appended = 0;
         for answer in [answers.0, answers.1, answers.2] {
             match answer {
-                Ok(_) => through += 1,
+                Ok(_) => appended += 1,
                 refused => {
                     let refusal = assert_refused(refused, Code::Aborted, ErrorReason::SequenceMismatch);
                     assert_eq!(refusal.metadata["last_sequence"], (round * 2 + 2).to_string());
                 }
             }
         }
-        assert_eq!(through, 1);
+        assert_eq!(appended, 1);
     }
     assert_gap_free(&provider.list(&job).await);
 }

@@ -1,4 +1,4 @@
-//! With any resume token (for one job, also a sequence) a new stream goes on
+//! With any resume token (for one job, also a sequence) a new stream continues
 //! exactly after it, on any replica.
 
 use milepost::pb::{
@@ -9,11 +9,11 @@ use tonic::Code;
 
 use crate::support::{TestServer, User, assert_refused, assert_violations, complete, error, info, step};
 
-fn one(job: &pb::Job) -> Option<Scope> {
+fn one_job(job: &pb::Job) -> Option<Scope> {
     Some(Scope::JobId(job.id.clone()))
 }
 
-fn all() -> Option<Scope> {
+fn all_jobs() -> Option<Scope> {
     Some(Scope::AllJobs(pb::AllJobs::default()))
 }
 
@@ -22,7 +22,8 @@ fn watch(scope: Option<Scope>, kinds: &[EventKind], start: Option<Start>) -> pb:
     pb::WatchEventsRequest { scope, kinds, start, heartbeat_interval: None }
 }
 
-/// Each token that a watch gives, with the events received up to it.
+/// Every resume token of a watch, with the events received up to it. Reads until
+/// `caught_up` and at least `total` events.
 async fn tokens(user: &mut User, request: pb::WatchEventsRequest, total: usize) -> Vec<(String, Vec<Event>)> {
     let mut watch = user.watch_by(request).await.unwrap();
     let mut received = Vec::new();
@@ -41,7 +42,7 @@ async fn tokens(user: &mut User, request: pb::WatchEventsRequest, total: usize) 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn resumable_after_every_sequence_of_a_job() {
+async fn a_watch_resumes_after_every_sequence_of_a_job() {
     let server = TestServer::start().await;
     let replica = server.replica().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
@@ -59,25 +60,25 @@ async fn resumable_after_every_sequence_of_a_job() {
         let (past, caught_up) = stream.caught_up().await;
         assert_eq!(past, log[after..]);
         assert_eq!(caught_up.job.unwrap().last_sequence, 15);
-        // And once more from the token of what was received.
+        // A watch from the token of `caught_up` has no past.
         let mut again = user.watch_from(&job, Some(Start::ResumeToken(stream.resume_token))).await;
         assert_eq!(again.caught_up().await.0, []);
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn resumable_from_every_token_of_every_scope_and_filter_on_either_replica() {
+async fn a_watch_resumes_from_every_token_of_every_scope_and_filter_on_either_replica() {
     let server = TestServer::start().await;
     let replica = server.replica().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
     let jobs = [provider.job(&customer).await, provider.job(&customer).await, provider.job(&customer).await];
-    // Small messages, so that there are many tokens: each event is live.
+    // Each event is live, so that messages are small and tokens are many.
     let requests = [
-        watch(one(&jobs[0]), &[], None),
-        watch(one(&jobs[0]), &[EventKind::Error], None),
-        watch(all(), &[], None),
-        watch(all(), &[EventKind::Error, EventKind::Complete], None),
+        watch(one_job(&jobs[0]), &[], None),
+        watch(one_job(&jobs[0]), &[EventKind::Error], None),
+        watch(all_jobs(), &[], None),
+        watch(all_jobs(), &[EventKind::Error, EventKind::Complete], None),
     ];
     let mut live = Vec::new();
     for request in &requests {
@@ -116,7 +117,7 @@ async fn resumable_from_every_token_of_every_scope_and_filter_on_either_replica(
             assert_eq!(past.iter().collect::<Vec<_>>(), rest, "after token {index}");
         }
     }
-    // The tokens of a replay hold as well.
+    // The tokens of a replay work too.
     for request in requests {
         for (token, received) in tokens(&mut customer.clone(), request.clone(), 0).await {
             let mut resumed = request.clone();
@@ -129,13 +130,13 @@ async fn resumable_from_every_token_of_every_scope_and_filter_on_either_replica(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn from_now_skips_the_past_and_misses_nothing_after_caught_up() {
+async fn a_watch_from_now_skips_the_past_and_misses_nothing_after_caught_up() {
     let server = TestServer::start().await;
     let (mut provider, mut customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
     let job = provider.job(&customer).await;
     provider.append(&job, [info("past")]).await;
-    for scope in [one(&job), all()] {
+    for scope in [one_job(&job), all_jobs()] {
         let before = provider.get(&job).await.last_sequence;
         let request = watch(scope, &[], Some(Start::FromNow(pb::FromNow {})));
         let mut stream = customer.watch_by(request).await.unwrap();
@@ -150,7 +151,7 @@ async fn from_now_skips_the_past_and_misses_nothing_after_caught_up() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn positions_that_cannot_be_are_refused() {
+async fn invalid_start_positions_are_refused() {
     let server = TestServer::start().await;
     let (mut provider, mut customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
@@ -158,33 +159,33 @@ async fn positions_that_cannot_be_are_refused() {
     let other = provider.job(&customer).await;
     provider.append(&job, [info("a"), complete()]).await;
 
-    let beyond = watch(one(&job), &[], Some(Start::AfterSequence(3)));
+    let beyond = watch(one_job(&job), &[], Some(Start::AfterSequence(3)));
     assert_refused(customer.watch_by(beyond).await, Code::OutOfRange, ErrorReason::PositionBeyondLog);
-    let negative = watch(one(&job), &[], Some(Start::AfterSequence(-1)));
+    let negative = watch(one_job(&job), &[], Some(Start::AfterSequence(-1)));
     assert_violations(customer.watch_by(negative).await, &["after_sequence"]);
-    let of_all = watch(all(), &[], Some(Start::AfterSequence(1)));
+    let of_all = watch(all_jobs(), &[], Some(Start::AfterSequence(1)));
     assert_violations(customer.watch_by(of_all).await, &["after_sequence"]);
 
     let mut stream = customer.watch(&job).await;
     stream.caught_up().await;
     let token = Some(Start::ResumeToken(stream.resume_token));
     for request in [
-        watch(one(&other), &[], token.clone()),
-        watch(one(&job), &[EventKind::Info], token.clone()),
-        watch(all(), &[], token.clone()),
-        watch(one(&job), &[], Some(Start::ResumeToken("nonsense".to_owned()))),
-        watch(one(&job), &[], Some(Start::ResumeToken(String::new()))),
+        watch(one_job(&other), &[], token.clone()),
+        watch(one_job(&job), &[EventKind::Info], token.clone()),
+        watch(all_jobs(), &[], token.clone()),
+        watch(one_job(&job), &[], Some(Start::ResumeToken("nonsense".to_owned()))),
+        watch(one_job(&job), &[], Some(Start::ResumeToken(String::new()))),
     ] {
         assert_violations(customer.watch_by(request).await, &["resume_token"]);
     }
-    // A token grants nothing.
-    let mut stranger = server.customer().await;
-    let foreign = stranger.watch_by(watch(one(&job), &[], token)).await;
-    assert_refused(foreign, Code::NotFound, ErrorReason::ResourceNotFound);
-    // One of a log that was longer: a database restored from a back-up.
+    // A token alone grants no access.
+    let mut other_customer = server.customer().await;
+    let refused = other_customer.watch_by(watch(one_job(&job), &[], token)).await;
+    assert_refused(refused, Code::NotFound, ErrorReason::ResourceNotFound);
+    // A token of a longer log, as after a restore of the database from a backup.
     let mut stream = customer.watch_all().await;
     stream.caught_up().await;
     server.database.execute("UPDATE event_log SET position = 1").await;
-    let ahead = watch(all(), &[], Some(Start::ResumeToken(stream.resume_token)));
+    let ahead = watch(all_jobs(), &[], Some(Start::ResumeToken(stream.resume_token)));
     assert_refused(customer.watch_by(ahead).await, Code::OutOfRange, ErrorReason::PositionBeyondLog);
 }

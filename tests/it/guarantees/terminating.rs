@@ -5,7 +5,7 @@ use milepost::pb::{self, EventKind, JobStatus, WatchEndReason, watch_events_requ
 use crate::support::{TestServer, complete, error, info, step};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn terminating_while_watched_on_either_replica() {
+async fn watches_on_either_replica_end_once_the_job_is_closed() {
     let server = TestServer::start().await;
     let replica = server.replica().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
@@ -33,11 +33,11 @@ async fn terminating_while_watched_on_either_replica() {
         for (watch, past) in
             watches.into_iter().map(|watch| (watch, None)).chain(late.map(|w| (w, Some(count))))
         {
-            let film = watch.film().await;
-            assert_eq!(film.end.reason(), WatchEndReason::JobClosed);
-            assert_eq!(film.past, past);
-            assert_eq!(film.events.len(), count);
-            let state = film.end.job.unwrap();
+            let watched = watch.film().await;
+            assert_eq!(watched.end.reason(), WatchEndReason::JobClosed);
+            assert_eq!(watched.past, past);
+            assert_eq!(watched.events.len(), count);
+            let state = watched.end.job.unwrap();
             assert_eq!(usize::try_from(state.last_sequence).unwrap(), count);
             assert_eq!((state.status(), state.progress.unwrap().percent), (status, percent));
         }
@@ -45,7 +45,7 @@ async fn terminating_while_watched_on_either_replica() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_filter_hides_neither_the_end_nor_the_state() {
+async fn a_kinds_filter_hides_neither_the_end_nor_the_state_of_the_job() {
     let server = TestServer::start().await;
     let (mut provider, mut customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
@@ -59,9 +59,9 @@ async fn a_filter_hides_neither_the_end_nor_the_state() {
     provider.append(&job, [info("a"), error("b"), step("load")]).await;
     provider.append(&job, [complete()]).await;
     for watch in [watch, customer.watch_by(request).await.unwrap()] {
-        let film = watch.film().await;
-        assert_eq!(film.events.iter().map(|event| event.name.as_str()).collect::<Vec<_>>(), ["b"]);
-        let state = film.end.job.unwrap();
+        let watched = watch.film().await;
+        assert_eq!(watched.events.iter().map(|event| event.name.as_str()).collect::<Vec<_>>(), ["b"]);
+        let state = watched.end.job.unwrap();
         assert_eq!((state.last_sequence, state.status()), (4, JobStatus::Complete));
     }
 }

@@ -1,4 +1,5 @@
-//! An event with a client's id exists once, however often it is sent.
+//! An event with an id given by the client is stored once, however often it is
+//! sent.
 
 use std::collections::HashSet;
 
@@ -8,7 +9,7 @@ use super::{assert_gap_free, sequences};
 use crate::support::{TestServer, complete, info, step};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn unique_whoever_sends_it_again_at_the_same_time() {
+async fn a_batch_that_many_callers_send_at_once_is_stored_once() {
     let server = TestServer::start().await;
     let replica = server.replica().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
@@ -31,7 +32,7 @@ async fn unique_whoever_sends_it_again_at_the_same_time() {
             assert!(appended.iter().all(|event| event.existed == appended[0].existed));
             seen.insert(sequences(&appended));
         }
-        assert_eq!((new, seen.len()), (1, 1), "one of them appended, all of them were told the same");
+        assert_eq!((new, seen.len()), (1, 1), "one sender appends, and all receive the same sequences");
     }
     let log = provider.list(&job).await;
     assert_gap_free(&log);
@@ -40,7 +41,7 @@ async fn unique_whoever_sends_it_again_at_the_same_time() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn unique_in_a_mixed_batch() {
+async fn a_batch_of_stored_and_new_events_appends_only_the_new_ones() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
@@ -54,7 +55,7 @@ async fn unique_in_a_mixed_batch() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn unique_when_every_batch_of_a_closed_job_is_sent_again() {
+async fn sending_every_batch_of_a_closed_job_again_stores_nothing() {
     let server = TestServer::start().await;
     let replica = server.replica().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);

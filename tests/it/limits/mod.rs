@@ -1,5 +1,5 @@
-//! Every limit: what is at it passes, what is one past it is refused, and told
-//! the limit.
+//! Every limit: a value at the limit passes, and a value one past it is refused
+//! with an answer that names the limit.
 
 mod pages;
 mod rows;
@@ -27,18 +27,18 @@ use crate::support::{
     assert_violations, info, noted, raw, registration, within_timeout,
 };
 
-/// Limits of `src/limits.rs` and `src/config.rs` that have no row below: who
-/// tests them.
+/// Limits of `src/limits.rs` and `src/config.rs` without a row in `rows.rs`: the
+/// limit, and the file and the name of its test.
 const ELSEWHERE: [(&str, &str, &str); 39] = [
     ("TEXT_CHARS", "tests/it/limits/texts.rs", "every_text_has_at_most_256_characters"),
-    ("MESSAGE_BYTES", "tests/it/limits/mod.rs", "a_message_has_at_most_a_mebibyte"),
-    ("MESSAGE_BYTES", "tests/it/limits/pages.rs", "no_page_of_events_is_larger_than_a_mebibyte"),
-    ("MESSAGE_BYTES", "tests/it/limits/pages.rs", "no_page_of_jobs_is_larger_than_a_mebibyte"),
-    ("MESSAGE_BYTES", "tests/it/limits/pages.rs", "no_page_of_configurations_is_larger_than_a_mebibyte"),
+    ("MESSAGE_BYTES", "tests/it/limits/mod.rs", "a_message_has_at_most_one_mebibyte"),
+    ("MESSAGE_BYTES", "tests/it/limits/pages.rs", "no_page_of_events_is_larger_than_one_mebibyte"),
+    ("MESSAGE_BYTES", "tests/it/limits/pages.rs", "no_page_of_jobs_is_larger_than_one_mebibyte"),
+    ("MESSAGE_BYTES", "tests/it/limits/pages.rs", "no_page_of_configurations_is_larger_than_one_mebibyte"),
     ("PASSWORD_WAIT", "src/auth/password.rs", "the_wait_for_a_turn_is_bounded"),
     ("PAGE_DEFAULT", "tests/it/validation.rs", "a_page_size_is_cut_and_a_negative_one_refused"),
     ("PAGE_MAX", "tests/it/validation.rs", "a_page_size_is_cut_and_a_negative_one_refused"),
-    ("TOKEN_BYTES", "tests/it/limits/pages.rs", "a_token_that_is_too_long_is_not_looked_at"),
+    ("TOKEN_BYTES", "tests/it/limits/pages.rs", "a_page_token_that_is_too_long_is_not_decoded"),
     ("ERROR_DETAILS_BYTES", "tests/it/validation.rs", "five_hundred_wrong_events_get_an_answer_that_arrives"),
     ("ERROR_QUOTE_CHARS", "tests/it/errors.rs", "quoted_values_are_cut"),
     (
@@ -56,7 +56,7 @@ const ELSEWHERE: [(&str, &str, &str); 39] = [
     (
         "CREDENTIAL_CONFIRMED_WITHIN",
         "tests/it/guarantees/confined.rs",
-        "what_is_held_back_while_the_credential_is_not_confirmed_is_not_skipped_by_the_end",
+        "events_held_back_for_an_unconfirmed_credential_are_received_after_a_resume",
     ),
     ("CREDENTIALS", "src/auth/cache.rs", "only_what_nobody_holds_makes_room"),
     (
@@ -94,24 +94,32 @@ const ELSEWHERE: [(&str, &str, &str); 39] = [
         "src/server/incoming.rs",
         "who_connects_when_there_are_too_many_is_closed_and_who_says_nothing_makes_room",
     ),
-    ("STRANGERS", "tests/it/limits/mod.rs", "so_many_streams_without_a_credential_are_open_at_once"),
-    ("STRANGERS", "tests/it/limits/mod.rs", "so_many_calls_without_a_credential_are_under_way_at_once"),
-    ("STRANGER_BYTES", "tests/it/limits/mod.rs", "a_call_without_a_credential_says_at_most_64_kib"),
+    ("STRANGERS", "tests/it/limits/mod.rs", "unauthenticated_streams_open_at_once_are_limited"),
+    ("STRANGERS", "tests/it/limits/mod.rs", "unauthenticated_calls_in_flight_are_limited"),
+    ("STRANGER_BYTES", "tests/it/limits/mod.rs", "an_unauthenticated_call_sends_at_most_64_kib"),
     ("HANDSHAKE", "tests/it/tls.rs", "who_says_nothing_keeps_nobody_waiting_and_is_let_go"),
     ("HANDSHAKES", "src/server/incoming.rs", "where_too_many_shake_hands_the_oldest_is_let_go"),
     ("database_start_timeout_s", "tests/it/starts.rs", "a_start_waits_no_longer_than_it_is_told"),
     ("retention_s", "tests/it/retention.rs", "events_are_removed_a_set_time_after_their_job_closed"),
-    ("session_lifetime_s", "tests/it/limits/mod.rs", "a_session_lives_for_its_lifetime"),
+    ("session_lifetime_s", "tests/it/limits/mod.rs", "a_session_expires_after_its_lifetime"),
     (
         "statement_timeout_s",
         "tests/it/limits/mod.rs",
-        "a_statement_a_lock_and_an_idle_transaction_have_as_long_as_is_set",
+        "statements_locks_and_idle_transactions_end_after_the_statement_timeout",
     ),
-    ("database_connect_timeout_s", "tests/it/limits/mod.rs", "a_connection_is_waited_for_as_long_as_is_set"),
-    ("database_connections", "tests/it/limits/mod.rs", "a_connection_is_waited_for_as_long_as_is_set"),
+    (
+        "database_connect_timeout_s",
+        "tests/it/limits/mod.rs",
+        "the_wait_for_a_connection_ends_after_the_connect_timeout",
+    ),
+    (
+        "database_connections",
+        "tests/it/limits/mod.rs",
+        "the_wait_for_a_connection_ends_after_the_connect_timeout",
+    ),
 ];
 
-/// A provider with a job whose one step's tag is as long as may be.
+/// A provider with a job, whose only step has a tag of the maximal length.
 struct Scene {
     server: TestServer,
     provider: User,
@@ -129,8 +137,8 @@ impl Scene {
         request.steps[0].tag = "ü".repeat(TEXT_CHARS);
         provider.register(request).await;
         let job = provider.job(&customer).await;
-        let claim = pb::LogInRequest { email: provider.email.clone(), password: PASSWORD.to_owned() };
-        let session = server.anonymous().auth.log_in(claim).await.unwrap().into_inner().session;
+        let log_in = pb::LogInRequest { email: provider.email.clone(), password: PASSWORD.to_owned() };
+        let session = server.anonymous().auth.log_in(log_in).await.unwrap().into_inner().session;
         let key = provider.session.auth.create_api_key(pb::CreateApiKeyRequest::default()).await.unwrap();
         Self {
             provider,
@@ -170,7 +178,7 @@ impl Scene {
     }
 }
 
-/// An event with metadata of exactly so many bytes.
+/// An event whose metadata has exactly this many bytes.
 fn large(bytes: usize) -> pb::NewEvent {
     let mut sized = (0..64).map(|less| noted(info("x"), [("text", Value::from("x".repeat(bytes - less)))]));
     sized.find(|event| event.metadata.as_ref().unwrap().encoded_len() == bytes).unwrap()
@@ -189,16 +197,17 @@ fn exactly(duration: Duration) -> prost_types::Duration {
     duration.try_into().unwrap()
 }
 
-/// The refusal of what is past a limit tells its field and the limit.
+/// Asserts that the value past the limit was refused: with this field alone, and
+/// with a description that names the limit.
 #[track_caller]
-fn assert_told(answer: Result<Bytes, Status>, what: &str, field: &str, told: &str) {
-    let Err(status) = answer else { panic!("{what}: what is past the limit of {field} passed") };
+fn assert_limit_named(answer: Result<Bytes, Status>, case: &str, field: &str, limit: &str) {
+    let Err(status) = answer else { panic!("{case}: {field} past its limit passed") };
     let refusal =
         assert_refused(Err::<(), _>(status.clone()), Code::InvalidArgument, ErrorReason::FieldInvalid);
-    assert_eq!(refusal.fields, [field], "{what}: {status:?}");
+    assert_eq!(refusal.fields, [field], "{case}: {status:?}");
     let description = &refusal.details.bad_request().unwrap().field_violations[0].description;
     let words: BTreeSet<&str> = description.split([' ', ',']).collect();
-    assert!(words.contains(told), "{what}: {description:?} does not tell {told}");
+    assert!(words.contains(limit), "{case}: {description:?} does not name the limit {limit}");
 }
 
 #[test]
@@ -207,14 +216,14 @@ fn every_limit_has_its_test() {
     let read = |file: &str| std::fs::read_to_string(root.join(file)).unwrap();
     let (limits, config) = (read("src/limits.rs"), read("src/config.rs"));
     for (limit, file, test) in ELSEWHERE {
-        assert!(read(file).contains(&format!("fn {test}()")), "{limit}: {file} has no {test}");
+        assert!(read(file).contains(&format!("fn {test}()")), "{limit}: {file} has no test {test}");
     }
     let rows = read("tests/it/limits/rows.rs");
     for limit in limits.lines().filter_map(|line| line.strip_prefix("pub const ")?.split(':').next()) {
         let elsewhere = ELSEWHERE.iter().any(|(name, ..)| *name == limit);
         assert!(elsewhere || rows.contains(&format!("&[\"{limit}\"]")), "{limit} has no test");
     }
-    // Of the settings, those that are numbers.
+    // Only the settings that are numbers.
     let numbers = config.lines().filter_map(|line| line.trim().strip_prefix("pub ")?.split_once(": "));
     for (setting, kind) in numbers.filter(|(_, kind)| kind.contains("u32") || kind.contains("u64")) {
         let known = ELSEWHERE.iter().any(|(name, ..)| *name == setting);
@@ -223,10 +232,10 @@ fn every_limit_has_its_test() {
     }
 }
 
-/// A message made so long by a field that nobody knows.
+/// The message, padded to exactly `bytes` bytes by an unknown field.
 fn padded(mut message: Vec<u8>, bytes: usize) -> Vec<u8> {
     message.extend([0xFA, 0x7F]);
-    // Its length in three bytes, however small.
+    // The length as a varint of three bytes, whatever its value.
     let rest = bytes - message.len() - 3;
     let groups = [rest & 0x7F | 0x80, rest >> 7 & 0x7F | 0x80, rest >> 14];
     message.extend(groups.map(|group| u8::try_from(group).unwrap()));
@@ -235,17 +244,18 @@ fn padded(mut message: Vec<u8>, bytes: usize) -> Vec<u8> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_message_has_at_most_a_mebibyte() {
+async fn a_message_has_at_most_one_mebibyte() {
     let scene = Scene::new().await;
     let padded = |bytes| padded(Vec::new(), bytes);
     scene.call("AuthService/GetCurrentUser", padded(MESSAGE_BYTES)).await.unwrap();
     let status = scene.call("AuthService/GetCurrentUser", padded(MESSAGE_BYTES + 1)).await.unwrap_err();
-    // Refused below us, as gRPC has it.
+    // tonic refuses such a message itself, with OUT_OF_RANGE.
     assert_eq!(status.code(), Code::OutOfRange);
     assert!(status.message().contains(&MESSAGE_BYTES.to_string()), "{status:?}");
 
-    // In a stream it is what ends it, after what came before was answered.
-    let batches = [scene.good("EventService/PublishEvents"), padded(MESSAGE_BYTES + 1)];
+    // In a stream such a message ends the stream, after the batches before it are
+    // answered.
+    let batches = [scene.valid_request("EventService/PublishEvents"), padded(MESSAGE_BYTES + 1)];
     let channel = scene.server.channel.clone();
     let opened = raw::open(channel, Some(&scene.secret), "EventService/PublishEvents", batches);
     let mut answers = opened.await.unwrap();
@@ -255,15 +265,15 @@ async fn a_message_has_at_most_a_mebibyte() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_call_without_a_credential_says_at_most_64_kib() {
+async fn an_unauthenticated_call_sends_at_most_64_kib() {
     let server = TestServer::start().await;
-    // With the five bytes that are before each message.
-    let asked = HealthCheckRequest { service: "x".repeat(STRANGER_BYTES - 5 - 4) };
-    assert_eq!(asked.encoded_len(), STRANGER_BYTES - 5);
-    let mut past = asked.clone();
+    // The limit includes the five bytes of the prefix of each gRPC message.
+    let at = HealthCheckRequest { service: "x".repeat(STRANGER_BYTES - 5 - 4) };
+    assert_eq!(at.encoded_len(), STRANGER_BYTES - 5);
+    let mut past = at.clone();
     past.service.push('x');
     let mut health = HealthClient::new(server.channel.clone());
-    assert_eq!(health.check(asked).await.unwrap_err().code(), Code::NotFound);
+    assert_eq!(health.check(at).await.unwrap_err().code(), Code::NotFound);
     let sign_up = async |bytes| {
         let message = padded(sign_up(PASSWORD_MIN_BYTES).encode_to_vec(), bytes - 5);
         let mut answers = raw::open(server.channel.clone(), None, "AuthService/SignUp", [message]).await?;
@@ -289,7 +299,7 @@ fn assert_overloaded<T: Debug>(refused: Result<T, Status>) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn so_many_streams_without_a_credential_are_open_at_once() {
+async fn unauthenticated_streams_open_at_once_are_limited() {
     let server = TestServer::start().await;
     let user = server.customer().await;
     let (mut connections, mut watching) = (Vec::new(), Vec::new());
@@ -300,24 +310,24 @@ async fn so_many_streams_without_a_credential_are_open_at_once() {
         watching.push(watch_health(connections.last().unwrap()).await.unwrap());
     }
     assert_overloaded(watch_health(&server).await);
-    // They keep nobody from anything else.
+    // Other calls still pass, with and without a credential.
     let check = HealthCheckRequest::default();
     HealthClient::new(server.channel.clone()).check(check).await.unwrap();
     user.clone().session.auth.get_current_user(pb::GetCurrentUserRequest {}).await.unwrap();
-    let claim = pb::LogInRequest { email: user.email.clone(), password: PASSWORD.to_owned() };
-    server.anonymous().auth.log_in(claim).await.unwrap();
+    let log_in = pb::LogInRequest { email: user.email.clone(), password: PASSWORD.to_owned() };
+    server.anonymous().auth.log_in(log_in).await.unwrap();
 
     watching.pop();
-    within_timeout("room", async { while watch_health(&server).await.is_err() {} }).await;
+    within_timeout("a free permit", async { while watch_health(&server).await.is_err() {} }).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn so_many_calls_without_a_credential_are_under_way_at_once() {
+async fn unauthenticated_calls_in_flight_are_limited() {
     let server = TestServer::start().await;
     let user = server.customer().await;
     let log_in = async || {
-        let claim = pb::LogInRequest { email: user.email.clone(), password: PASSWORD.to_owned() };
-        server.anonymous().auth.log_in(claim).await
+        let request = pb::LogInRequest { email: user.email.clone(), password: PASSWORD.to_owned() };
+        server.anonymous().auth.log_in(request).await
     };
     let mut unfinished = JoinSet::new();
     let mut connection = server.other_clients();
@@ -331,15 +341,15 @@ async fn so_many_calls_without_a_credential_are_under_way_at_once() {
     let one_more = within_timeout("a refusal", unfinished.join_next()).await;
     assert_overloaded(one_more.unwrap().unwrap());
     assert_overloaded(log_in().await);
-    let me = user.clone().session.auth.get_current_user(pb::GetCurrentUserRequest {}).await;
-    me.unwrap();
+    let answer = user.clone().session.auth.get_current_user(pb::GetCurrentUserRequest {}).await;
+    answer.unwrap();
     watch_health(&server).await.unwrap();
     drop(unfinished);
-    within_timeout("room", async { while log_in().await.is_err() {} }).await;
+    within_timeout("a free permit", async { while log_in().await.is_err() {} }).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_session_lives_for_its_lifetime() {
+async fn a_session_expires_after_its_lifetime() {
     let scene = Scene::new().await;
     let lifetime =
         "SELECT DISTINCT extract(epoch FROM expires_at - created_at)::int::text AS text FROM sessions";
@@ -365,44 +375,44 @@ async fn database(connections: usize, statement_timeout: Duration) -> (TestDatab
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_statement_a_lock_and_an_idle_transaction_have_as_long_as_is_set() {
+async fn statements_locks_and_idle_transactions_end_after_the_statement_timeout() {
     let (created, database) = database(2, Duration::from_millis(300)).await;
     let ended = async |sql: &str| {
         let mut conn = database.get().await.unwrap();
-        let done = within_timeout("the time-out", conn.batch_execute(sql)).await;
+        let done = within_timeout("the timeout", conn.batch_execute(sql)).await;
         Error::from(done.unwrap_err())
     };
     let error = ended("SELECT pg_sleep(60)").await;
     assert!(matches!(error, Error::Unavailable(_)), "{error:?}");
-    let mut holder = created.connect().await;
-    holder.batch_execute("BEGIN; LOCK TABLE users").await.unwrap();
+    let mut locker = created.connect().await;
+    locker.batch_execute("BEGIN; LOCK TABLE users").await.unwrap();
     let error = ended("SET statement_timeout = 0; SELECT 1 FROM users").await;
     assert!(matches!(error, Error::Unavailable(_)), "{error:?}");
 
     let mut idle = database.get().await.unwrap();
     idle.batch_execute("BEGIN").await.unwrap();
-    let gone = async {
+    let closed = async {
         let idle = "SELECT pid::text AS text FROM pg_stat_activity
             WHERE datname = current_database() AND state = 'idle in transaction' AND application_name = 'milepost'";
         while !created.texts(idle).await.is_empty() {}
     };
-    within_timeout("the end of the idle transaction", gone).await;
+    within_timeout("the end of the idle transaction", closed).await;
     let error = Error::from(idle.batch_execute("SELECT 1").await.unwrap_err());
     assert!(matches!(error, Error::Unavailable(_)), "{error:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_connection_is_waited_for_as_long_as_is_set() {
+async fn the_wait_for_a_connection_ends_after_the_connect_timeout() {
     let (_created, database) = database(2, Duration::from_secs(5)).await;
-    let held = (database.get().await.unwrap(), database.get().await.unwrap());
+    let checked_out = (database.get().await.unwrap(), database.get().await.unwrap());
     let refused = within_timeout("a refusal", database.get()).await;
     assert!(matches!(refused, Err(Error::Unavailable(_))));
-    drop(held);
+    drop(checked_out);
     drop(database.get().await.unwrap());
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_filter_lists_each_kind_once_at_most() {
+async fn a_kinds_filter_has_at_most_as_many_entries_as_there_are_kinds() {
     let mut scene = Scene::new().await;
     let kinds = |count: usize| pb::ListEventsRequest {
         job: Some(pb::list_events_request::Job::JobId(scene.job.id.clone())),

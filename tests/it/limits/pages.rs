@@ -1,4 +1,4 @@
-//! Pages: how large they are, and what starts none.
+//! The size of pages, and page tokens that are refused.
 
 use milepost::{
     limits::{CONFIGURATION_STEPS, MESSAGE_BYTES, METADATA_BYTES, TEXT_CHARS, TOKEN_BYTES},
@@ -9,14 +9,15 @@ use prost::Message;
 use super::{Scene, large};
 use crate::support::{assert_violations, raw, registration, within_timeout};
 
-/// A text as long as may be that begins so, of four bytes a character.
+/// A text of the maximal length that begins with `beginning` and continues with
+/// characters of four bytes each.
 fn longest(beginning: &str) -> String {
     let rest = TEXT_CHARS - beginning.chars().count();
     beginning.to_owned() + &"🜁".repeat(rest)
 }
 
-/// Reads a list to its end, by pages as large as may be: what `read` finds on
-/// each, beside the token of the next.
+/// Reads a list to its end in pages of the maximal size. `read` takes the items
+/// and the token of the next page from a page.
 async fn list<R: Message, P: Message + Default, T>(
     scene: &Scene,
     method: &str,
@@ -31,7 +32,7 @@ async fn list<R: Message, P: Message + Default, T>(
         items.extend(found);
         pages += 1;
         if next.is_empty() {
-            assert!(pages > 1, "the first page is full");
+            assert!(pages > 1, "one page has all items");
             return items;
         }
         token = next;
@@ -39,7 +40,7 @@ async fn list<R: Message, P: Message + Default, T>(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_page_of_events_is_larger_than_a_mebibyte() {
+async fn no_page_of_events_is_larger_than_one_mebibyte() {
     let mut scene = Scene::new().await;
     let (count, batch) = (120, 40);
     for _ in 0..count / batch {
@@ -77,7 +78,7 @@ async fn no_page_of_events_is_larger_than_a_mebibyte() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_page_of_jobs_is_larger_than_a_mebibyte() {
+async fn no_page_of_jobs_is_larger_than_one_mebibyte() {
     let mut scene = Scene::new().await;
     let user = pb::User { first_name: longest(""), last_name: longest(""), ..Default::default() };
     let names = pb::UpdateCurrentUserRequest { user: Some(user), update_mask: None };
@@ -105,10 +106,10 @@ async fn no_page_of_jobs_is_larger_than_a_mebibyte() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_page_of_configurations_is_larger_than_a_mebibyte() {
+async fn no_page_of_configurations_is_larger_than_one_mebibyte() {
     let mut scene = Scene::new().await;
     let analysis = scene.job.configuration_tag.clone();
-    // 400 KB each.
+    // 400 KB for each configuration.
     let steps = (0..CONFIGURATION_STEPS).map(|n| pb::StepConfiguration {
         tag: longest(&n.to_string()),
         name: longest(""),
@@ -145,14 +146,14 @@ async fn no_page_of_configurations_is_larger_than_a_mebibyte() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_token_that_is_too_long_is_not_looked_at() {
+async fn a_page_token_that_is_too_long_is_not_decoded() {
     let mut scene = Scene::new().await;
-    // Whoever looks at it sees that it is of another query.
-    for (chars, told) in [(TOKEN_BYTES, "of the same query"), (TOKEN_BYTES + 2, "of this method")] {
+    // A decoded token turns out to belong to another query.
+    for (chars, expected) in [(TOKEN_BYTES, "of the same query"), (TOKEN_BYTES + 2, "of this method")] {
         let page_token = format!("AQ{}", "A".repeat(chars - 2));
         let request = pb::ListJobsRequest { page_token, ..Default::default() };
         let refusal = assert_violations(scene.provider.jobs.list_jobs(request).await, &["page_token"]);
         let description = &refusal.details.bad_request().unwrap().field_violations[0].description;
-        assert!(description.contains(told), "{chars}: {description}");
+        assert!(description.contains(expected), "{chars}: {description}");
     }
 }

@@ -12,7 +12,7 @@ use milepost::{
 use prost::Message;
 use prost_types::{Struct, Value};
 
-use super::{Scene, assert_told, exactly, large, sign_up};
+use super::{Scene, assert_limit_named, exactly, large, sign_up};
 use crate::support::{info, noted, registration};
 
 /// A request at a limit and one past it.
@@ -22,20 +22,20 @@ struct Row {
     at: Vec<u8>,
     past: Vec<u8>,
     field: &'static str,
-    /// What the refusal says of the limit.
-    told: String,
+    /// The limit as the refusal names it.
+    named: String,
 }
 
 fn row(
     limits: &'static [&'static str],
     method: &'static str,
     field: &'static str,
-    told: impl ToString + Copy,
+    named: impl ToString + Copy,
     at: &impl Message,
     past: &impl Message,
 ) -> Row {
     let (at, past) = (at.encode_to_vec(), past.encode_to_vec());
-    Row { limits, method, at, past, field, told: told.to_string() }
+    Row { limits, method, at, past, field, named: named.to_string() }
 }
 
 impl Scene {
@@ -183,13 +183,13 @@ fn longer(duration: Duration) -> prost_types::Duration {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_at_a_limit_passes_and_what_is_past_it_is_told_the_limit() {
+async fn a_request_at_a_limit_passes_and_one_past_it_is_refused_with_the_limit() {
     let scene = Scene::new().await;
-    for Row { limits, method, at, past, field, told } in scene.rows() {
-        let what = format!("{limits:?}");
-        assert_told(scene.call(method, past).await, &what, field, &told);
+    for Row { limits, method, at, past, field, named } in scene.rows() {
+        let case = format!("{limits:?}");
+        assert_limit_named(scene.call(method, past).await, &case, field, &named);
         if let Err(status) = scene.call(method, at).await {
-            panic!("{what}: what is at the limit is refused: {status:?}");
+            panic!("{case}: a request at the limit is refused: {status:?}");
         }
     }
 }

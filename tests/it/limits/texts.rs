@@ -1,4 +1,4 @@
-//! Texts: every string of every request that is one.
+//! Text limits: every string field of every request that is a text.
 
 use std::time::Duration;
 
@@ -11,12 +11,12 @@ use prost_reflect::{DynamicMessage, Kind, MessageDescriptor, ReflectMessage as _
 use tonic::Code;
 use uuid::Uuid;
 
-use super::{Scene, assert_told, exactly, sign_up};
+use super::{Scene, assert_limit_named, exactly, sign_up};
 use crate::support::{PASSWORD, info, raw, registration};
 
 impl Scene {
-    /// A request of the method that is good, with one of each thing in it.
-    pub(super) fn good(&self, method: &str) -> Vec<u8> {
+    /// A valid request of the method, with one item in each list.
+    pub(super) fn valid_request(&self, method: &str) -> Vec<u8> {
         let job_id = self.job.id.clone();
         let event = || info("x");
         let metadata = pb::MetadataConfiguration { name: "mean".to_owned(), ..Default::default() };
@@ -38,7 +38,7 @@ impl Scene {
             .encode_to_vec(),
             "RegisterJobConfiguration" => {
                 let mut request = registration("3.0.0", &[("load", 1)]);
-                // Each is another one.
+                // Another tag each time, so that no version is registered twice.
                 request.tag = Uuid::now_v7().to_string();
                 request.steps[0].metadata.push(metadata);
                 request.encode_to_vec()
@@ -56,7 +56,7 @@ impl Scene {
             }
             .encode_to_vec(),
             "CloseJob" => pb::CloseJobRequest {
-                // Not this one's own: it is needed.
+                // Not the job of this scene, which other requests need open.
                 job: Some(pb::close_job_request::Job::ProviderJobId("none".to_owned())),
                 reason: String::new(),
             }
@@ -80,13 +80,13 @@ impl Scene {
             | "ListJobs"
             | "ListJobConfigurations"
             | "CreateApiKey" => Vec::new(),
-            other => panic!("{other} has texts, but no request here"),
+            other => panic!("{other} has texts, but no valid request is defined here"),
         }
     }
 }
 
-/// Strings that are no texts: ids, tokens, names of fields, and passwords to
-/// be, which are measured in bytes.
+/// Whether a string field is no text: an id, a token, a path of a field mask, or
+/// a new password, whose limit is in bytes.
 fn is_no_text(method: &str, path: &str) -> bool {
     let name = path.rsplit('.').next().unwrap();
     path.starts_with("update_mask")
@@ -106,7 +106,7 @@ fn is_no_text(method: &str, path: &str) -> bool {
         || (method, path) == ("SignUp", "password")
 }
 
-/// The paths of all strings of a message, one of each list.
+/// The paths of all string fields of a message, with the first item of each list.
 fn strings(message: &MessageDescriptor, within: &str, paths: &mut Vec<String>) {
     for field in message.fields() {
         let index = if field.is_list() { "[0]" } else { "" };
@@ -122,7 +122,7 @@ fn strings(message: &MessageDescriptor, within: &str, paths: &mut Vec<String>) {
     }
 }
 
-/// Sets what is at the path, and makes what is missing on the way.
+/// Sets the field at the path and adds the messages that are missing on the way.
 fn set(message: &mut DynamicMessage, path: &str, value: Value) {
     let (first, rest) = path.split_once('.').map_or((path, None), |(first, rest)| (first, Some(rest)));
     let (name, is_list) = first.strip_suffix("[0]").map_or((first, false), |name| (name, true));
@@ -144,7 +144,7 @@ fn set(message: &mut DynamicMessage, path: &str, value: Value) {
     set(inner.as_message_mut().unwrap(), rest, value);
 }
 
-/// A text of so many characters that is good at this place.
+/// A text of this many characters that is valid in this field.
 fn text(path: &str, chars: usize) -> String {
     match path.rsplit('.').next().unwrap() {
         "email" => format!("{}@example.com", "a".repeat(chars - 12)),
@@ -164,21 +164,21 @@ async fn every_text_has_at_most_256_characters() {
         for path in paths.into_iter().filter(|path| !is_no_text(method.name(), path)) {
             texts += 1;
             let name = raw::name(&method);
-            let what = format!("{name} {path}");
+            let case = format!("{name} {path}");
             let with = |chars| {
-                let good = scene.good(&name);
-                let mut message = DynamicMessage::decode(method.input(), good.as_slice()).unwrap();
+                let valid = scene.valid_request(&name);
+                let mut message = DynamicMessage::decode(method.input(), valid.as_slice()).unwrap();
                 set(&mut message, &path, Value::String(text(&path, chars)));
                 message.encode_to_vec()
             };
             let past = scene.call(&name, with(TEXT_CHARS + 1)).await;
-            assert_told(past, &what, &path, &TEXT_CHARS.to_string());
+            assert_limit_named(past, &case, &path, &TEXT_CHARS.to_string());
             let at = scene.call(&name, with(TEXT_CHARS)).await;
-            // There need not be such a thing, nor such a password.
+            // The call may fail because no such resource exists, or the password is wrong.
             if let Err(status) = at {
                 let wrong = status.code() == Code::InvalidArgument;
                 let wrong = wrong && (path != "current_password" || status.message().contains("256"));
-                assert!(!wrong, "{what}: {status:?}");
+                assert!(!wrong, "{case}: {status:?}");
             }
         }
     }

@@ -1,4 +1,4 @@
-//! Authorities, and certificates of theirs as files.
+//! Certificate authorities, and the certificates that they sign, as PEM files.
 
 use std::{
     fs,
@@ -14,12 +14,12 @@ use tonic::transport::{Certificate, ClientTlsConfig, Identity};
 
 use super::TemporaryDir;
 
-/// Vouches for certificates.
+/// A certificate authority (CA).
 pub struct Authority {
     issuer: CertifiedIssuer<'static, KeyPair>,
 }
 
-/// A certificate and its key, as PEM.
+/// A certificate and its private key, as PEM.
 #[derive(Clone, Debug)]
 pub struct Pair {
     pub certificate: String,
@@ -39,7 +39,7 @@ impl Authority {
         self.issuer.pem()
     }
 
-    /// For whom these names or addresses belong to.
+    /// A server certificate for these DNS names or IP addresses.
     pub fn server(&self, names: &[&str]) -> Pair {
         self.issue(names, ExtendedKeyUsagePurpose::ServerAuth)
     }
@@ -57,7 +57,7 @@ impl Authority {
         Pair { certificate: certificate.pem(), key: key.serialize_pem() }
     }
 
-    /// A client that believes this authority alone.
+    /// The TLS settings of a client that trusts this authority alone.
     pub fn believer(&self) -> ClientTlsConfig {
         ClientTlsConfig::new().ca_certificate(Certificate::from_pem(self.pem()))
     }
@@ -69,12 +69,12 @@ impl Pair {
     }
 }
 
-/// The files of a server and its clients.
+/// The TLS files of a server and its clients, in a temporary directory.
 #[derive(Debug)]
 pub struct Files(TemporaryDir);
 
 impl Files {
-    /// Of a server at 127.0.0.1 whom this authority vouches for.
+    /// The files of a server at 127.0.0.1 whose certificate this authority signs.
     pub fn new(authority: &Authority) -> Self {
         let files = Self(TemporaryDir::new());
         files.write("ca.pem", &authority.pem());
@@ -86,7 +86,7 @@ impl Files {
         self.0.path().join(name)
     }
 
-    /// Replaces a file, at no moment of which there is half.
+    /// Replaces a file by a rename, so that no reader sees half of it.
     pub fn write(&self, name: &str, content: &str) -> PathBuf {
         let (path, new) = (self.path(name), self.path("new"));
         fs::write(&new, content).unwrap();
@@ -94,7 +94,7 @@ impl Files {
         path
     }
 
-    /// Puts another pair in the server's place.
+    /// Replaces the server's certificate and key.
     pub fn put(&self, pair: &Pair) {
         self.write("server.pem", &pair.certificate);
         self.write("server.key", &pair.key);
@@ -108,7 +108,7 @@ impl Files {
         }
     }
 
-    /// Of a server that asks for certificates of that authority.
+    /// The settings of a server that demands client certificates of this authority.
     pub fn asking(&self, authority: &Authority) -> TlsConfig {
         TlsConfig { tls_client_ca: Some(self.write("clients.pem", &authority.pem())), ..self.server() }
     }

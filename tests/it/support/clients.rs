@@ -1,4 +1,4 @@
-//! People who call a server, with the generated clients.
+//! Users who call a server through the generated clients.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -18,13 +18,13 @@ use uuid::Uuid;
 
 use super::Watch;
 
-/// Everybody's.
+/// The password of every user that [`Clients`] signs up.
 pub const PASSWORD: &str = "correct horse battery";
 
-/// The tag of the configurations that the builders register.
+/// The tag of every configuration that [`registration`] makes.
 const TAG: &str = "analysis";
 
-/// Sends a credential with each call, if there is one.
+/// Adds the secret, if any, to each call as `authorization: Bearer SECRET`.
 #[derive(Clone, Debug)]
 pub struct Bearer(Option<String>);
 
@@ -39,7 +39,7 @@ impl Interceptor for Bearer {
 
 type Authorized = InterceptedService<Channel, Bearer>;
 
-/// The four services, called with one credential.
+/// Clients of the four services that share one credential.
 #[derive(Clone, Debug)]
 pub struct Caller {
     pub auth: AuthServiceClient<Authorized>,
@@ -48,8 +48,8 @@ pub struct Caller {
     pub events: EventServiceClient<Authorized>,
 }
 
-/// Makes callers of one server. Connects when it is first used, and again when
-/// the server is another one.
+/// Makes [`Caller`]s of one server. The channel connects on first use, and
+/// again after a restart of the server.
 #[derive(Clone, Debug)]
 pub struct Clients {
     pub channel: Channel,
@@ -70,12 +70,12 @@ impl Clients {
         Self { channel: endpoint.connect_lazy(), endpoint }
     }
 
-    /// Of the same server, from another address of this machine.
+    /// Clients of the same server that connect from this local address.
     pub fn from(&self, address: impl Into<IpAddr>) -> Self {
         Self::at(self.endpoint.clone().local_address(Some(address.into())))
     }
 
-    /// Of the same server, over a connection of their own.
+    /// Clients of the same server over another connection.
     pub fn other_clients(&self) -> Self {
         Self::at(self.endpoint.clone())
     }
@@ -98,12 +98,12 @@ impl Clients {
         }
     }
 
-    /// A new provider.
+    /// Signs up a new provider.
     pub async fn provider(&self) -> User {
         self.user(pb::UserRole::Provider).await
     }
 
-    /// A new customer.
+    /// Signs up a new customer.
     pub async fn customer(&self) -> User {
         self.user(pb::UserRole::Customer).await
     }
@@ -130,13 +130,14 @@ impl Clients {
         }
     }
 
-    /// The same user, calling this server with the same key: for replicas.
+    /// The same user with the same API key, calling this server instead: for
+    /// tests with replicas. The session still calls the first server.
     pub fn same(&self, user: &User) -> User {
         User { key: self.with_secret(&user.key_secret), ..user.clone() }
     }
 }
 
-/// A provider or a customer. Calls with an API key unless told otherwise.
+/// A provider or a customer. It dereferences to the caller with the API key.
 #[derive(Clone, Debug)]
 pub struct User {
     pub id: String,
@@ -162,8 +163,8 @@ impl DerefMut for User {
     }
 }
 
-/// A configuration of steps with points, to be changed by a test and
-/// registered.
+/// A request that registers a configuration of these steps and points. Tests
+/// may change it before they send it.
 pub fn registration(version: &str, steps: &[(&str, i64)]) -> pb::RegisterJobConfigurationRequest {
     let step = |&(tag, points): &(&str, i64)| pb::StepConfiguration {
         tag: tag.to_owned(),
@@ -213,7 +214,7 @@ impl User {
         self.jobs.get_job(request).await.unwrap().into_inner().job.unwrap()
     }
 
-    /// Appends a batch, or says why not.
+    /// Appends a batch, which the server may refuse.
     pub async fn try_append(
         &mut self,
         job: &pb::Job,
@@ -227,7 +228,7 @@ impl User {
         Ok(self.events.append_events(request).await?.into_inner().events)
     }
 
-    /// Appends a batch.
+    /// Appends a batch and panics if the server refuses it.
     pub async fn append(
         &mut self,
         job: &pb::Job,
@@ -236,7 +237,7 @@ impl User {
         self.try_append(job, events).await.unwrap()
     }
 
-    /// Seals the job, or says why not.
+    /// Closes the job, which the server may refuse.
     pub async fn close(&mut self, job: &pb::Job) -> Result<pb::CloseJobResponse, Status> {
         let request = pb::CloseJobRequest {
             job: Some(pb::close_job_request::Job::JobId(job.id.clone())),
@@ -245,7 +246,7 @@ impl User {
         Ok(self.jobs.close_job(request).await?.into_inner())
     }
 
-    /// All events of the job, as ListEvents has them.
+    /// All events of the job, from all pages of ListEvents.
     pub async fn list(&mut self, job: &pb::Job) -> Vec<pb::Event> {
         let mut events = Vec::new();
         let mut request = pb::ListEventsRequest {
@@ -268,7 +269,7 @@ impl User {
         self.watch_from(job, None).await
     }
 
-    /// Watches one job from anywhere.
+    /// Watches one job from `start`; `None` is the beginning.
     pub async fn watch_from(&mut self, job: &pb::Job, start: Option<watch_events_request::Start>) -> Watch {
         let scope = Some(watch_events_request::Scope::JobId(job.id.clone()));
         self.watch_by(pb::WatchEventsRequest { scope, start, ..Default::default() }).await.unwrap()
@@ -280,7 +281,7 @@ impl User {
         self.watch_by(pb::WatchEventsRequest { scope, ..Default::default() }).await.unwrap()
     }
 
-    /// Watches as the request says, or says why not.
+    /// Opens a watch, which the server may refuse.
     pub async fn watch_by(&mut self, request: pb::WatchEventsRequest) -> Result<Watch, Status> {
         Ok(Watch::new(self.events.watch_events(request).await?.into_inner()))
     }

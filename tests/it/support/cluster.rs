@@ -1,4 +1,5 @@
-//! The one Postgres of this process, and a database for whoever asks.
+//! The Postgres that all tests of this process share, and one database for each
+//! test.
 
 use std::path::PathBuf;
 
@@ -15,8 +16,8 @@ use super::temporary::TemporaryDir;
 
 const TEMPLATE: &str = "template_milepost";
 
-/// Tests measure no durability here (those that do run a server of their own),
-/// so nothing waits for the disk.
+/// Settings without waits for the disk. Tests that kill a process run a server
+/// process with an embedded, durable Postgres instead.
 const FAST: [(&str, &str); 6] = [
     ("fsync", "off"),
     ("full_page_writes", "off"),
@@ -28,7 +29,8 @@ const FAST: [(&str, &str); 6] = [
 
 struct Cluster {
     postgres: Embedded,
-    /// Statics are never dropped: its watchdog sees us die.
+    /// Never dropped, since it is in a static: the watchdog removes it when this
+    /// process exits.
     dir: TemporaryDir,
 }
 
@@ -53,7 +55,7 @@ async fn connect(url: &str) -> AsyncPgConnection {
     AsyncPgConnection::establish(url).await.unwrap()
 }
 
-/// A database of one test's own.
+/// The database of one test.
 #[derive(Clone, Debug)]
 pub struct TestDatabase {
     name: String,
@@ -62,22 +64,22 @@ pub struct TestDatabase {
 }
 
 impl TestDatabase {
-    /// With the schema as it is served.
+    /// A new database with the current schema.
     pub async fn migrated() -> Self {
         Self::copy_of(TEMPLATE).await
     }
 
-    /// With nothing in it.
+    /// A new database without tables.
     pub async fn empty() -> Self {
         Self::copy_of("template0").await
     }
 
-    /// Of a server that runs its own.
+    /// The embedded database of a server process.
     pub fn served(url: String) -> Self {
         Self { name: "milepost".to_owned(), url, ca: None }
     }
 
-    /// The same by another way.
+    /// The same database by another URL, such as a proxy's.
     pub fn through(&self, url: String) -> Self {
         Self { url, ..self.clone() }
     }
@@ -89,7 +91,7 @@ impl TestDatabase {
         Self { name, url, ca: None }
     }
 
-    /// One of another Postgres's.
+    /// A database of another Postgres, whose certificate the authority in `ca` signed.
     pub fn at(url: String, ca: PathBuf) -> Self {
         Self { name: String::new(), url, ca: Some(ca) }
     }
@@ -98,7 +100,7 @@ impl TestDatabase {
         connect(&self.url).await
     }
 
-    /// Runs a statement.
+    /// Runs one or more statements.
     pub async fn execute(&self, sql: &str) {
         self.connect().await.batch_execute(sql).await.unwrap();
     }
@@ -116,14 +118,16 @@ impl TestDatabase {
         self.texts(sql).await
     }
 
-    /// The constraint that a statement violates; otherwise it is done.
+    /// The constraint that the statement violates. Without a violation the
+    /// statement takes effect.
     pub async fn violated_by(&self, sql: &str) -> Option<String> {
         let done = diesel::sql_query(sql).execute(&mut self.connect().await).await;
         milepost::error::violated(&done.err()?).map(str::to_owned)
     }
 
-    /// Blocks of log-ins last for so many seconds from now: the first one is a
-    /// second long, which a busy machine takes to look at it.
+    /// Lets every present block of log-ins end this many seconds from now. The
+    /// first block lasts one second only, which may pass on a busy machine before
+    /// the test's next log-in.
     pub async fn block_log_ins_for(&self, seconds: u32) {
         let sql = format!(
             "UPDATE log_in_attempts SET blocked_until = clock_timestamp() + interval '{seconds} seconds'
@@ -132,8 +136,8 @@ impl TestDatabase {
         self.execute(&sql).await;
     }
 
-    /// From now on, new connections have the plan of each statement logged, with
-    /// what came of it.
+    /// Makes Postgres log the plan of each statement with its actual row counts
+    /// and times. Holds for connections opened from now on.
     pub async fn log_plans(&self) {
         let settings = [
             ("session_preload_libraries", "auto_explain"),
@@ -147,18 +151,18 @@ impl TestDatabase {
         }
     }
 
-    /// The plans that were logged since.
+    /// The plans logged since [`Self::log_plans`].
     pub async fn plans(&self) -> Vec<serde_json::Value> {
         let log = cluster().await.dir.path().join("cluster/postgres.log");
         let log = std::fs::read_to_string(log).unwrap();
-        let ours = format!("{} LOG:  duration:", self.name);
+        let prefix = format!("{} LOG:  duration:", self.name);
         let mut lines = log.lines();
         let mut plans = Vec::new();
-        while lines.any(|line| line.starts_with(&ours)) {
+        while lines.any(|line| line.starts_with(&prefix)) {
             let plan: String =
                 lines.by_ref().take_while(|line| !line.ends_with('}') || line.starts_with("\t ")).collect();
             match serde_json::from_str(&(plan + "}")) {
-                // It is being written.
+                // Postgres is still writing this plan.
                 Err(error) if error.is_eof() => break,
                 parsed => plans.push(parsed.unwrap()),
             }
@@ -166,7 +170,8 @@ impl TestDatabase {
         plans
     }
 
-    /// Ends everybody's connections to it and refuses new ones.
+    /// Makes Postgres refuse new connections to this database and terminates the
+    /// open ones.
     pub async fn take_away(&self) {
         let name = &self.name;
         admin(&format!("ALTER DATABASE {name} ALLOW_CONNECTIONS false")).await;

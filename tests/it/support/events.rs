@@ -1,4 +1,4 @@
-//! Builders of events, each with an id of its own.
+//! Builders of events, each with a new id.
 
 use milepost::pb::{EventKind, NewEvent};
 use prost_types::{Struct, Value};
@@ -15,27 +15,27 @@ fn event(kind: EventKind, name: &str, step_tag: &str) -> NewEvent {
     }
 }
 
-/// A step is done.
+/// A `step` event: the step of this tag is done.
 pub fn step(tag: &str) -> NewEvent {
     event(EventKind::Step, tag, tag)
 }
 
-/// Something worth telling.
+/// An `info` event.
 pub fn info(name: &str) -> NewEvent {
     event(EventKind::Info, name, "")
 }
 
-/// Something went wrong.
+/// An `error` event.
 pub fn error(name: &str) -> NewEvent {
     event(EventKind::Error, name, "")
 }
 
-/// All is done.
+/// A `complete` event, which closes the job.
 pub fn complete() -> NewEvent {
     event(EventKind::Complete, "done", "")
 }
 
-/// The event under another name.
+/// The event with this name.
 pub fn named(event: NewEvent, name: impl Into<String>) -> NewEvent {
     NewEvent { name: name.into(), ..event }
 }

@@ -1,5 +1,5 @@
-//! What the tests stand on: a Postgres, servers, people who call them, and
-//! ways to look at what they answer.
+//! Shared by all tests: a Postgres, servers, a proxy, clients, and assertions
+//! about answers.
 
 mod certificates;
 mod clients;
@@ -28,14 +28,13 @@ pub use watch::Watch;
 
 use std::{fmt::Display, time::Duration};
 
-/// Longest that anything that is waited for may take; only a failing test ever
-/// waits that long.
+/// Longest that a test waits for one thing. Only a failing test waits that long.
 pub const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// `work`'s result, or a panic that names what was waited for in vain.
-pub async fn within_timeout<T>(what: impl Display, work: impl Future<Output = T>) -> T {
+/// The result of `work`, or a panic that names `awaited` after [`TIMEOUT`].
+pub async fn within_timeout<T>(awaited: impl Display, work: impl Future<Output = T>) -> T {
     match tokio::time::timeout(TIMEOUT, work).await {
         Ok(result) => result,
-        Err(_) => panic!("waited {TIMEOUT:?} in vain for {what}"),
+        Err(_) => panic!("timed out after {TIMEOUT:?} waiting for {awaited}"),
     }
 }

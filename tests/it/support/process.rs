@@ -1,5 +1,5 @@
-//! The real binary, in a process of its own: with a durable database of its own
-//! unless it is given one.
+//! The `milepost` binary in a process of its own, with a durable embedded
+//! database unless the test gives it another.
 
 use std::{
     fs::{self, File},
@@ -20,16 +20,16 @@ use tonic_types::StatusExt as _;
 
 use super::{Clients, PASSWORD, TestDatabase, own_address, temporary::TemporaryDir, within_timeout};
 
-/// Longest that a server process takes to drain.
+/// The drain deadline of every server process.
 pub const DRAIN_DEADLINE: Duration = Duration::from_secs(6);
 
-/// A server that can be killed. It is gone, and its database with it, when it
-/// is dropped and when this process dies.
+/// A server process that a test can kill. The process and its embedded database
+/// end when this value is dropped and when the test process exits.
 #[derive(Debug)]
 pub struct ServerProcess {
     pub address: SocketAddr,
     clients: Clients,
-    // Before the folder: its process ends first.
+    // Before `dir`, so that the process ends before its directory is removed.
     child: Child,
     dir: TemporaryDir,
     settings: Vec<(&'static str, String)>,
@@ -44,19 +44,20 @@ impl Deref for ServerProcess {
 }
 
 impl ServerProcess {
-    /// On a new embedded database, serving.
+    /// Starts a server on a new embedded database; returns once it listens.
     pub async fn start() -> Self {
         Self::start_with("127.0.0.1", Vec::new()).await
     }
 
-    /// A replica on a database of the tests' cluster, serving.
+    /// Starts a replica on a database of the tests' shared Postgres.
     pub async fn on(database: &TestDatabase) -> Self {
-        // That cluster does not wait for its disk.
+        // The shared Postgres runs with fsync off, which a server refuses without
+        // MILEPOST_UNSAFE_DATABASE.
         let settings = [("DATABASE_URL", database.url.as_str()), ("MILEPOST_UNSAFE_DATABASE", "true")];
         Self::start_with("127.0.0.1", settings.map(|(name, value)| (name, value.to_owned())).to_vec()).await
     }
 
-    /// The same, on any address of this machine's and with more settings.
+    /// Starts a server on this local address, with more environment variables.
     pub async fn start_with(host: &str, settings: Vec<(&'static str, String)>) -> Self {
         let address = own_address(host);
         let mut dir = TemporaryDir::new();
@@ -64,33 +65,32 @@ impl ServerProcess {
         Self { address, clients: Clients::of(address), child, dir, settings }
     }
 
-    /// Starts again where the last one ended, on the same folder and address.
+    /// Starts the server again with the same directory, address and settings.
     pub async fn restart(&mut self) {
         self.child = serve(self.address, &mut self.dir, &self.settings).await;
     }
 
-    /// What it has logged, over all its restarts.
+    /// The server's log, over all restarts.
     pub fn log(&self) -> String {
         fs::read_to_string(self.dir.path().join("server.log")).unwrap()
     }
 
-    /// Where its data are.
     pub fn data_dir(&self) -> std::path::PathBuf {
         self.dir.path().to_owned()
     }
 
-    /// The database that it serves.
+    /// The embedded database that this server runs.
     pub fn database(&self) -> TestDatabase {
         TestDatabase::served(Embedded::url_of_served(self.dir.path()).unwrap())
     }
 
-    /// SIGKILL: nothing is closed, flushed or told.
+    /// Sends SIGKILL: the server closes and flushes nothing.
     pub async fn kill(&mut self) {
         self.child.kill().await.unwrap();
     }
 
-    /// SIGKILL to its Postgres. Returns when nothing of it can answer any more:
-    /// its children outlive it by a moment.
+    /// Sends SIGKILL to the embedded Postgres. Returns once its child
+    /// processes have exited too: they outlive it by a moment and still answer.
     pub async fn kill_postgres(&self) {
         let file = self.dir.path().join("cluster/data/postmaster.pid");
         let text = fs::read_to_string(file).unwrap();
@@ -105,13 +105,13 @@ impl ServerProcess {
         .await;
     }
 
-    /// Waits until it answers calls that need its database, asking again when it
-    /// says so.
+    /// Waits until the server answers a call that needs its database. Repeats the
+    /// call after the delay that RetryInfo gives.
     pub async fn ready(&self) {
-        let nobody = LogInRequest { email: "nobody@example.com".to_owned(), password: PASSWORD.to_owned() };
-        within_timeout("the database to be back", async {
+        let request = LogInRequest { email: "nobody@example.com".to_owned(), password: PASSWORD.to_owned() };
+        within_timeout("the database to be available", async {
             loop {
-                match self.anonymous().auth.log_in(nobody.clone()).await {
+                match self.anonymous().auth.log_in(request.clone()).await {
                     Err(status) if status.code() == Code::Unavailable => {
                         let retry = status.get_details_retry_info().and_then(|info| info.retry_delay);
                         tokio::time::sleep(retry.unwrap_or_default()).await;
@@ -123,12 +123,12 @@ impl ServerProcess {
         .await;
     }
 
-    /// What the binary says that refuses to serve this database.
+    /// The standard error of a `milepost serve` that refuses this database.
     pub async fn refused_on(database_url: &str) -> String {
         Self::refused_with(database_url, &[]).await
     }
 
-    /// The same with further flags.
+    /// The same with more flags.
     pub async fn refused_with(database_url: &str, flags: &[&str]) -> String {
         let serving = Command::new(env!("CARGO_BIN_EXE_milepost"))
             .arg("serve")
@@ -143,17 +143,17 @@ impl ServerProcess {
         String::from_utf8(output.stderr).unwrap()
     }
 
-    /// SIGTERM, without waiting for what follows.
+    /// Sends SIGTERM without waiting for the exit.
     pub async fn terminate(&self) {
-        signal("TERM", &self.child.id().expect("it runs").to_string()).await;
+        signal("TERM", &self.child.id().expect("the server is running").to_string()).await;
     }
 
-    /// SIGHUP.
+    /// Sends SIGHUP.
     pub async fn hang_up(&self) {
-        signal("HUP", &self.child.id().expect("it runs").to_string()).await;
+        signal("HUP", &self.child.id().expect("the server is running").to_string()).await;
     }
 
-    /// Waits until its log says so as often.
+    /// Waits until the log contains `words` at least `times` times.
     pub async fn logged(&self, words: &str, times: usize) {
         let log = self.dir.path().join("server.log");
         within_timeout(format!("{words:?} in the log"), async {
@@ -164,26 +164,26 @@ impl ServerProcess {
         .await;
     }
 
-    /// How it ended.
+    /// Waits for the exit.
     pub async fn exit(&mut self) -> ExitStatus {
         within_timeout("the server's exit", self.child.wait()).await.unwrap()
     }
 }
 
-/// `milepost user …` on that database: what it says.
+/// Runs `milepost user …` on this database, with `password` on its standard
+/// input; returns its standard output.
 pub async fn operate(database: &TestDatabase, arguments: &[&str], password: &str) -> String {
     let mut command = Command::new(env!("CARGO_BIN_EXE_milepost"));
     command.arg("user").args(arguments).env("DATABASE_URL", &database.url).env("MILEPOST_BCRYPT_COST", "4");
-    let mut operating =
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true).spawn().unwrap();
-    // Not every command reads it.
-    let _ = operating.stdin.take().unwrap().write_all(password.as_bytes()).await;
-    let output = within_timeout("the operator's command", operating.wait_with_output()).await.unwrap();
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true).spawn().unwrap();
+    // Not every command reads the password, so the pipe may be closed.
+    let _ = child.stdin.take().unwrap().write_all(password.as_bytes()).await;
+    let output = within_timeout("the operator's command", child.wait_with_output()).await.unwrap();
     assert!(output.status.success(), "{arguments:?}");
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Whether a process is there and is no mere zombie.
+/// Whether the process runs; a zombie does not.
 fn runs(pid: &str) -> bool {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     status.lines().any(|line| line.starts_with("State:") && !line.contains('Z'))
@@ -194,7 +194,7 @@ async fn signal(name: &str, pid: &str) {
     assert!(status.success(), "kill -s {name} {pid}");
 }
 
-/// Starts the binary and waits until it says where it listens.
+/// Starts the binary and waits until it prints the address on which it listens.
 async fn serve(address: SocketAddr, dir: &mut TemporaryDir, settings: &[(&'static str, String)]) -> Child {
     let log = dir.path().join("server.log");
     let mut child = Command::new(env!("CARGO_BIN_EXE_milepost"))
@@ -212,10 +212,14 @@ async fn serve(address: SocketAddr, dir: &mut TemporaryDir, settings: &[(&'stati
         .kill_on_drop(true)
         .spawn()
         .unwrap();
-    dir.guard(child.id().expect("it runs"));
+    dir.guard(child.id().expect("the server is running"));
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
     let line = within_timeout("the server to listen", lines.next_line()).await.unwrap();
     let log = || fs::read_to_string(&log).unwrap();
-    assert!(line.is_some_and(|line| line.contains(&address.to_string())), "it did not listen:\n{}", log());
+    assert!(
+        line.is_some_and(|line| line.contains(&address.to_string())),
+        "the server did not listen on {address}:\n{}",
+        log()
+    );
     child
 }

@@ -1,4 +1,4 @@
-//! A way to the database that can be closed.
+//! A proxy between a server and Postgres that a test can close, delay or silence.
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
@@ -12,33 +12,33 @@ use tokio_postgres::config::Host;
 /// How the proxy treats connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
-    /// What is said is passed on.
+    /// Forwards bytes both ways.
     Pass,
-    /// The same, but it takes so long, each way.
+    /// Forwards bytes both ways and delays each direction by this duration.
     Far(Duration),
-    /// There are none, and no new ones.
+    /// Closes all connections and refuses new ones.
     Refuse,
-    /// What is said is swallowed. A connection that lived through it is silent
-    /// for good, as after the loss of a machine.
+    /// Reads bytes and drops them. A connection that is open in this mode stays
+    /// silent for good, as after the loss of a machine.
     Swallow,
-    /// As a Postgres answers that is only just starting; none is left of those
-    /// from before.
+    /// Closes all connections and answers new ones like a Postgres that is still
+    /// starting.
     Starting,
 }
 
-/// A proxy, until it is dropped.
+/// A proxy that runs until it is dropped.
 #[derive(Debug)]
 pub struct Proxy {
-    /// Of the database, through it.
+    /// The database's URL through this proxy.
     pub url: String,
     mode: watch::Sender<Mode>,
 }
 
-/// ErrorResponse, in Postgres's protocol.
+/// The fields of an ErrorResponse in Postgres's protocol: cannot_connect_now.
 const STARTING: &[u8] = b"SFATAL\0VFATAL\0C57P03\0Mthe database system is starting up\0\0";
 
 impl Proxy {
-    /// To the database of that URL, reached by socket.
+    /// Starts a proxy to the database of this URL, whose host is a Unix socket.
     pub async fn to(url: &str) -> Self {
         let config: tokio_postgres::Config = url.parse().unwrap();
         let [Host::Unix(dir)] = config.get_hosts() else { panic!("{:?}", config.get_hosts()) };
@@ -77,32 +77,33 @@ async fn run(
         tokio::select! {
             changed = modes.changed() => if changed.is_err() { return },
             accepted = listening.accept() => {
-                tokio::spawn(pass(accepted.unwrap().0, socket.clone(), modes.clone()));
+                tokio::spawn(serve(accepted.unwrap().0, socket.clone(), modes.clone()));
             }
         }
     }
 }
 
-async fn pass(mut client: TcpStream, socket: PathBuf, mut modes: watch::Receiver<Mode>) {
+async fn serve(mut client: TcpStream, socket: PathBuf, mut modes: watch::Receiver<Mode>) {
     let mode = *modes.borrow_and_update();
     match mode {
         Mode::Pass | Mode::Far(_) => {
             let mut postgres = UnixStream::connect(socket).await.unwrap();
-            let passing = async {
-                if let Mode::Far(way) = mode {
-                    let ((near_in, near_out), (far_in, far_out)) = (client.split(), postgres.split());
+            let forwarding = async {
+                if let Mode::Far(delay) = mode {
+                    let ((from_client, to_client), (from_postgres, to_postgres)) =
+                        (client.split(), postgres.split());
                     tokio::select! {
-                        () = carry(near_in, far_out, way) => {}
-                        () = carry(far_in, near_out, way) => {}
+                        () = forward(from_client, to_postgres, delay) => {}
+                        () = forward(from_postgres, to_client, delay) => {}
                     }
                 } else {
-                    // Either end may break off.
+                    // Either side may close the connection.
                     let _ = copy_bidirectional(&mut client, &mut postgres).await;
                 }
             };
             tokio::select! {
-                () = passing => return,
-                changed = modes.wait_for(|now| *now != mode) => {
+                () = forwarding => return,
+                changed = modes.wait_for(|new| *new != mode) => {
                     if changed.is_err() || matches!(*changed.unwrap(), Mode::Refuse | Mode::Starting) {
                         return;
                     }
@@ -122,18 +123,18 @@ async fn pass(mut client: TcpStream, socket: PathBuf, mut modes: watch::Receiver
         Mode::Swallow => {}
     }
     let closed = modes.wait_for(|mode| matches!(mode, Mode::Refuse | Mode::Starting));
-    let mut nowhere = sink();
+    let mut discard = sink();
     tokio::select! {
-        _ = copy(&mut client, &mut nowhere) => {}
+        _ = copy(&mut client, &mut discard) => {}
         _ = closed => {}
     }
 }
 
-/// Until either end is gone.
-async fn carry(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin, way: Duration) {
+/// Forwards bytes, each read after a delay, until either side closes.
+async fn forward(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin, delay: Duration) {
     let mut buffer = [0; 8 * 1024];
     while let Ok(read @ 1..) = from.read(&mut buffer).await {
-        tokio::time::sleep(way).await;
+        tokio::time::sleep(delay).await;
         if to.write_all(&buffer[..read]).await.is_err() {
             return;
         }

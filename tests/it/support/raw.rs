@@ -1,5 +1,5 @@
-//! Calls of any method with messages as they are, and what the descriptors
-//! say of them.
+//! Calls of any method with encoded messages, and the methods that the
+//! descriptor set lists.
 
 use bytes::{Buf as _, BufMut as _, Bytes};
 use futures_util::stream;
@@ -13,7 +13,7 @@ use tonic::{
     transport::Channel,
 };
 
-/// Messages as they are.
+/// A codec that passes encoded messages through unchanged.
 #[derive(Clone, Copy, Debug, Default)]
 struct Raw;
 
@@ -51,7 +51,8 @@ impl Decoder for Raw {
     }
 }
 
-/// Calls `SERVICE/METHOD` of the API and says nothing more.
+/// Calls `SERVICE/METHOD` of the API, but sends no message and does not
+/// half-close.
 pub async fn begin(channel: Channel, method: &str) -> Result<(), Status> {
     let mut grpc = Grpc::new(channel);
     grpc.ready().await.unwrap();
@@ -59,7 +60,7 @@ pub async fn begin(channel: Channel, method: &str) -> Result<(), Status> {
     grpc.streaming(Request::new(stream::pending()), path, Raw).await.map(drop)
 }
 
-/// Calls `SERVICE/METHOD` of the API with these messages and then half-closes.
+/// Calls `SERVICE/METHOD` of the API with these messages and half-closes.
 pub async fn open(
     channel: Channel,
     secret: Option<&str>,

@@ -1,4 +1,4 @@
-//! What a refusal says.
+//! Assertions about error statuses and their details.
 
 use std::collections::HashMap;
 
@@ -6,25 +6,25 @@ use milepost::{limits, pb::ErrorReason};
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
-/// The details of an error, ready to be compared.
+/// The decoded details of an error status.
 #[derive(Debug)]
 pub struct Refusal {
     pub details: ErrorDetails,
-    /// ErrorInfo's.
+    /// The metadata of ErrorInfo.
     pub metadata: HashMap<String, String>,
-    /// The fields at fault, in order.
+    /// The field of each BadRequest violation, in order.
     pub fields: Vec<String>,
 }
 
-/// Decodes a refusal and checks what holds for every one of them.
+/// Decodes an error status and checks what holds for every error of the API.
 #[track_caller]
 fn refusal(status: &Status, code: Code, reason: ErrorReason) -> Refusal {
     assert_eq!(status.code(), code, "{status:?}");
-    let details = status.check_error_details().expect("details that decode");
+    let details = status.check_error_details().expect("the details decode");
     let info = details.error_info().unwrap_or_else(|| panic!("no ErrorInfo: {status:?}")).clone();
     assert_eq!(info.domain, "milepost");
     assert_eq!(info.reason, reason.as_str_name().trim_start_matches("ERROR_REASON_"), "{status:?}");
-    assert!(!status.message().is_empty(), "a sentence for a developer");
+    assert!(!status.message().is_empty(), "the message is empty");
     assert!(status.details().len() <= limits::ERROR_DETAILS_BYTES, "{} bytes", status.details().len());
     let fields = details
         .bad_request()
@@ -33,7 +33,7 @@ fn refusal(status: &Status, code: Code, reason: ErrorReason) -> Refusal {
     Refusal { metadata: info.metadata, fields, details }
 }
 
-/// The call was refused so.
+/// Asserts that the call failed with this code and reason.
 #[track_caller]
 pub fn assert_refused<T: std::fmt::Debug>(
     answer: Result<T, Status>,
@@ -46,7 +46,7 @@ pub fn assert_refused<T: std::fmt::Debug>(
     }
 }
 
-/// The call was refused for the shape of exactly these fields.
+/// Asserts that the call failed with INVALID_ARGUMENT for exactly these fields.
 #[track_caller]
 pub fn assert_violations<T: std::fmt::Debug>(answer: Result<T, Status>, fields: &[&str]) -> Refusal {
     let refusal = assert_refused(answer, Code::InvalidArgument, ErrorReason::FieldInvalid);

@@ -1,4 +1,4 @@
-//! A server in this process.
+//! A server that runs in the test process.
 
 use std::{
     convert::Infallible,
@@ -24,17 +24,17 @@ use tokio_util::{
 
 use super::{Authority, Clients, Proxy, cluster::TestDatabase};
 
-/// Whose word is taken for where a call comes from; nobody else calls from it.
+/// The only address whose `x-forwarded-for` the server trusts. Other clients do
+/// not call from it.
 pub const TRUSTED_PROXY: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 9));
-/// Most connections to the database at once.
+/// Connections in the pool of one server.
 pub const CONNECTIONS: usize = 8;
-/// Most streams of one user at once.
+/// Most open streams of one user on one server.
 pub const STREAMS_PER_USER: usize = 40;
-
-/// Most streams of one connection at once.
+/// Most open streams of one connection.
 pub const STREAMS_PER_CONNECTION: u32 = 1000;
 
-/// A server on a database of its own, or a replica of another. It stops when
+/// A server, alone on its database or a replica of another server. It drains when
 /// it is dropped.
 #[derive(Debug)]
 pub struct TestServer {
@@ -55,12 +55,12 @@ impl Deref for TestServer {
 }
 
 impl TestServer {
-    /// On a fresh database.
+    /// Starts a server on a new database.
     pub async fn start() -> Self {
         Self::on(TestDatabase::migrated().await).await
     }
 
-    /// Another server, with nothing in common but the database.
+    /// Starts another server that shares nothing but the database.
     pub async fn replica(&self) -> Self {
         Self::on(self.database.clone()).await
     }
@@ -69,12 +69,13 @@ impl TestServer {
         Self::that_keeps(database, None).await
     }
 
-    /// One that removes the events of jobs that closed so long ago.
+    /// Starts a server that removes the events of a job this long after it closed;
+    /// `None` keeps them.
     pub async fn that_keeps(database: TestDatabase, retention: Option<Duration>) -> Self {
         Setup { retention, ..Setup::of(database) }.serve(Clients::of).await
     }
 
-    /// On a fresh database that it reaches through a proxy.
+    /// Starts a server that reaches its new database through a proxy.
     pub async fn through_proxy() -> (Self, Proxy) {
         let database = TestDatabase::migrated().await;
         let proxy = Proxy::to(&database.url).await;
@@ -82,31 +83,32 @@ impl TestServer {
         (setup.serve(Clients::of).await, proxy)
     }
 
-    /// On a fresh database, encrypted; called by those who believe the authority.
+    /// Starts a server with TLS on a new database; its clients trust `authority`.
     pub async fn encrypted(tls: &TlsConfig, authority: &Authority) -> Self {
         let clients = |address| Clients::over_tls(address, authority.believer());
         let tls = Tls::start(tls).await.unwrap();
         Setup { tls, ..Setup::of(TestDatabase::migrated().await) }.serve(clients).await
     }
 
-    /// On a fresh database, sending its traces there.
+    /// Starts a server on a new database; it exports its traces through `traces`.
     pub async fn traced(traces: Traces) -> Self {
         let telemetry = Telemetry { traces, ..Telemetry::default() };
         Setup { telemetry, ..Setup::of(TestDatabase::migrated().await) }.serve(Clients::of).await
     }
 
-    /// Drains it, as a signal would.
+    /// Starts the drain, as SIGTERM does.
     pub fn stop(&mut self) {
         self.stop = None;
     }
 
-    /// How many rows a table has.
+    /// The number of rows of a table.
     pub async fn count(&self, table: &str) -> usize {
         let sql = format!("SELECT count(*)::text AS text FROM {table}");
         self.database.texts(&sql).await[0].parse().unwrap()
     }
 
-    /// A fingerprint of all that the services store but for credentials.
+    /// Row counts and hashes of the tables that the services write, without users
+    /// and credentials.
     pub async fn stored(&self) -> Vec<String> {
         let tables =
             ["job_configurations", "step_configurations", "metadata_configurations", "jobs", "events"];
@@ -131,10 +133,10 @@ fn settings(tls: Option<Tls>) -> ServerSettings {
     }
 }
 
-/// How a server differs from others.
+/// The settings in which test servers differ.
 struct Setup {
     database: TestDatabase,
-    /// How it reaches that.
+    /// The URL by which the server reaches `database`.
     url: String,
     retention: Option<Duration>,
     tls: Option<Tls>,
@@ -177,7 +179,7 @@ impl Setup {
         .unwrap();
         let auth = AuthSettings {
             session_lifetime: Duration::from_secs(60 * 60),
-            // The cheapest that bcrypt knows: tests sign up all the time.
+            // bcrypt's lowest cost, since almost every test signs up users.
             bcrypt_cost: 4,
             bcrypt_parallel: 2,
             sign_up_open: true,

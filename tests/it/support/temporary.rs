@@ -1,5 +1,5 @@
-//! Folders that a Postgres runs in, and that are gone after the tests, however
-//! these end.
+//! Temporary directories in which Postgres and servers run. They are removed
+//! after the tests, also when the test process is killed.
 
 use std::{
     env,
@@ -11,10 +11,11 @@ use std::{
 
 use uuid::Uuid;
 
-/// Waits until its input ends, which it does when we let go of it or die, even
-/// by SIGKILL. Then ends the servers whose process ids it has read, and every
-/// Postgres that runs in the folder (SIGQUIT is its immediate shutdown), unmounts
-/// what is mounted there, and removes the folder.
+/// A shell script that reads process ids until its standard input ends. The input
+/// ends when the test process drops the directory or exits, even by SIGKILL. The
+/// script then kills the servers of these ids, stops every Postgres that runs in
+/// the directory (SIGQUIT is its immediate shutdown), unmounts what is mounted
+/// there, and removes the directory.
 const WATCHDOG: &str = r#"
 pids=$(cat)
 for pid in $pids; do
@@ -34,7 +35,8 @@ done </proc/mounts
 rm -rf "$1"
 "#;
 
-/// A folder with a watchdog. Dropping it stops what runs in it.
+/// A temporary directory with a watchdog process. Dropping it stops every server
+/// and every Postgres that runs in it.
 #[derive(Debug)]
 pub struct TemporaryDir {
     path: PathBuf,
@@ -43,8 +45,8 @@ pub struct TemporaryDir {
 
 impl TemporaryDir {
     pub fn new() -> Self {
-        // Not below `target`: as root the database runs as another user, who
-        // may not enter root's home.
+        // Not below `target`: when the tests run as root, Postgres runs as another
+        // user, which cannot enter root's home directory.
         let path = env::temp_dir().join(format!("milepost-test-{}", Uuid::now_v7().simple()));
         std::fs::create_dir(&path).unwrap();
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
@@ -55,7 +57,7 @@ impl TemporaryDir {
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
-            // A Ctrl-C in the terminal is for us, not for the watchdog.
+            // A process group of its own, so that Ctrl-C does not end the watchdog.
             .process_group(0)
             .spawn()
             .unwrap();
@@ -66,7 +68,8 @@ impl TemporaryDir {
         &self.path
     }
 
-    /// Has the server of this process id ended with the folder.
+    /// Lets the watchdog kill the server of this process id when the directory is
+    /// removed.
     pub fn guard(&mut self, pid: u32) {
         writeln!(self.watchdog.stdin.as_mut().unwrap(), "{pid}").unwrap();
     }
@@ -75,7 +78,7 @@ impl TemporaryDir {
 impl Drop for TemporaryDir {
     fn drop(&mut self) {
         drop(self.watchdog.stdin.take());
-        // Nothing to tell if it fails: the folder is a temporary one.
+        // A failure is ignored, since the directory is temporary.
         let _ = self.watchdog.wait();
     }
 }

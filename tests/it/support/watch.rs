@@ -5,19 +5,19 @@ use tonic::{Status, Streaming};
 
 use super::within_timeout;
 
-/// A running watch.
+/// An open stream of WatchEvents.
 #[derive(Debug)]
 pub struct Watch {
     stream: Streaming<pb::WatchEventsResponse>,
-    /// That of the last message received; empty before the first.
+    /// The token of the last message received; empty before the first.
     pub resume_token: String,
 }
 
-/// All that a watch of one job said, from its start to its end.
+/// All that a watch of one closed job received.
 #[derive(Debug)]
-pub struct Film {
+pub struct WatchedJob {
     pub events: Vec<pb::Event>,
-    /// How many of them came before `caught_up`.
+    /// The number of events before `caught_up`; `None` without `caught_up`.
     pub past: Option<usize>,
     pub end: pb::WatchEnd,
 }
@@ -34,17 +34,22 @@ impl Watch {
         };
         assert!(!response.resume_token.is_empty(), "every message has a resume token");
         self.resume_token = response.resume_token;
-        Ok(Some(response.message.expect("every message says something")))
+        Ok(Some(response.message.expect("every response has a message")))
     }
 
-    /// Messages up to and with the first that the predicate holds for. It is not
-    /// waited for over a heartbeat, which says that there is nothing.
+    /// Reads messages up to and including the first for which the predicate holds.
+    /// Panics at an earlier heartbeat, since it means that the server has no more
+    /// to send.
     pub async fn until(&mut self, mut predicate: impl FnMut(&Message) -> bool) -> Vec<Message> {
         let mut messages = Vec::new();
         loop {
-            let message = self.next().await.unwrap().expect("the watch goes on");
+            let message =
+                self.next().await.unwrap().expect("the awaited message comes before the watch ends");
             let found = predicate(&message);
-            assert!(found || !matches!(message, Message::Heartbeat(_)), "all is quiet: it will not come");
+            assert!(
+                found || !matches!(message, Message::Heartbeat(_)),
+                "a heartbeat came instead of the awaited message"
+            );
             messages.push(message);
             if found {
                 return messages;
@@ -52,14 +57,14 @@ impl Watch {
         }
     }
 
-    /// Reads through the past: its events, and what `caught_up` says.
+    /// Reads the past; returns its events and the `caught_up` message.
     pub async fn caught_up(&mut self) -> (Vec<pb::Event>, pb::CaughtUp) {
         let mut messages = self.until(|message| matches!(message, Message::CaughtUp(_))).await;
         let Some(Message::CaughtUp(caught_up)) = messages.pop() else { unreachable!("just matched") };
         (events(messages), caught_up)
     }
 
-    /// At least the next `count` events; more, if more came with the last.
+    /// Reads at least `count` events, and more if the last message has more.
     pub async fn events(&mut self, count: usize) -> Vec<pb::Event> {
         let mut seen = 0;
         let messages = self
@@ -73,30 +78,31 @@ impl Watch {
         events(messages)
     }
 
-    /// Reads to the end of a job that closes, and checks that the stream is
-    /// then over with OK.
-    pub async fn film(mut self) -> Film {
-        let mut film = Film { events: Vec::new(), past: None, end: pb::WatchEnd::default() };
+    /// Reads up to the `end` of a closed job, and checks that the stream then ends
+    /// with OK.
+    pub async fn film(mut self) -> WatchedJob {
+        let mut job = WatchedJob { events: Vec::new(), past: None, end: pb::WatchEnd::default() };
         loop {
             match self.next().await.unwrap().expect("`end` is the last message") {
-                Message::Events(watched) => film.events.extend(watched.events),
+                Message::Events(watched) => job.events.extend(watched.events),
                 Message::CaughtUp(_) => {
-                    assert_eq!(film.past, None, "`caught_up` comes once");
-                    film.past = Some(film.events.len());
+                    assert_eq!(job.past, None, "`caught_up` comes once");
+                    job.past = Some(job.events.len());
                 }
-                Message::Heartbeat(_) => panic!("all is quiet after {} events", film.events.len()),
+                Message::Heartbeat(_) => {
+                    panic!("a heartbeat came before `end`, after {} events", job.events.len())
+                }
                 Message::End(end) => {
-                    film.end = end;
+                    job.end = end;
                     break;
                 }
             }
         }
         assert_eq!(self.next().await.unwrap(), None, "nothing comes after `end`");
-        film
+        job
     }
 }
 
-/// The events of these messages.
 fn events(messages: Vec<Message>) -> Vec<pb::Event> {
     let of_one = |message| match message {
         Message::Events(watched) => watched.events,

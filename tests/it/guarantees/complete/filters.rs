@@ -1,16 +1,17 @@
-//! The same for who watches all jobs of a configuration tag or with somebody.
+//! Completeness of watches of all jobs that filter by configuration tag or by
+//! counterpart.
 
 use milepost::pb::{self, Event, watch_events_request::Scope};
 
 use super::{by_job, collect};
 use crate::support::{TestServer, User, info, registration};
 
-/// Jobs of two providers, two configurations of each and two customers, whose
-/// events are named by whose they are: `first scan ada`.
+/// Jobs of two providers, two configurations of each and two customers. The name
+/// of a job and of its events has all three: `first scan ada`.
 struct Mixture {
     providers: [User; 2],
     customers: [User; 2],
-    /// With its name, and which provider's it is.
+    /// Name, index of the provider, job.
     jobs: Vec<(String, usize, pb::Job)>,
 }
 
@@ -28,32 +29,32 @@ impl Mixture {
         Self { providers, customers, jobs: Vec::new() }
     }
 
-    /// One more of each.
+    /// Creates one more job of each combination.
     async fn create_jobs(&mut self) {
-        for (index, of_whom) in ["first", "second"].into_iter().enumerate() {
+        for (index, provider_name) in ["first", "second"].into_iter().enumerate() {
             let provider = &mut self.providers[index];
             for tag in ["scan", "study"] {
-                for (customer, for_whom) in self.customers.iter().zip(["ada", "grace"]) {
+                for (customer, customer_name) in self.customers.iter().zip(["ada", "grace"]) {
                     let configuration_tag = tag.to_owned();
                     let request = pb::CreateJobRequest { configuration_tag, ..provider.new_job(customer) };
                     let job = provider.jobs.create_job(request).await.unwrap().into_inner().job.unwrap();
-                    self.jobs.push((format!("{of_whom} {tag} {for_whom}"), index, job));
+                    self.jobs.push((format!("{provider_name} {tag} {customer_name}"), index, job));
                 }
             }
         }
     }
 
-    /// One event to each job there is.
+    /// Appends one event to each job.
     async fn append(&mut self) {
         for (name, provider, job) in &self.jobs {
             self.providers[*provider].append(job, [info(name)]).await;
         }
     }
 
-    /// The names of so many events of each job whose name has all these words.
-    fn names(&self, of: &[&str], each: usize) -> Vec<String> {
+    /// The names of `each` events of every job whose name has all these words.
+    fn names(&self, words: &[&str], each: usize) -> Vec<String> {
         let names = self.jobs.iter().map(|(name, ..)| name);
-        let names = names.filter(|name| of.iter().all(|word| name.split(' ').any(|own| own == *word)));
+        let names = names.filter(|name| words.iter().all(|word| name.split(' ').any(|part| part == *word)));
         sorted(names.flat_map(|name| std::iter::repeat_n(name.clone(), each)))
     }
 }
@@ -69,7 +70,7 @@ fn names(events: &[Event]) -> Vec<String> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn complete_with_jobs_that_are_created_later_and_filters() {
+async fn filtered_watches_of_all_jobs_receive_events_of_jobs_created_later() {
     let server = TestServer::start().await;
     let mut mixture = Mixture::new(&server).await;
     mixture.create_jobs().await;
@@ -82,14 +83,14 @@ async fn complete_with_jobs_that_are_created_later_and_filters() {
         (&of_first, "", "", vec!["first"]),
         (&of_first, "scan", "", vec!["first", "scan"]),
         (&of_first, "study", "", vec!["first", "study"]),
-        (&of_first, "another", "", vec!["nobody's"]),
+        (&of_first, "another", "", vec!["none"]),
         (&of_first, "", ada.as_str(), vec!["first", "ada"]),
         (&of_first, "study", grace.as_str(), vec!["first", "study", "grace"]),
         (&of_ada, "", "", vec!["ada"]),
         (&of_ada, "scan", "", vec!["scan", "ada"]),
         (&of_ada, "", second.as_str(), vec!["second", "ada"]),
         (&of_ada, "study", first.as_str(), vec!["first", "study", "ada"]),
-        (&of_ada, "", grace.as_str(), vec!["nobody's"]),
+        (&of_ada, "", grace.as_str(), vec!["none"]),
     ] {
         let (configuration_tag, counterpart_id) = (tag.to_owned(), counterpart.to_owned());
         let scope = Some(Scope::AllJobs(pb::AllJobs { configuration_tag, counterpart_id }));
@@ -100,7 +101,7 @@ async fn complete_with_jobs_that_are_created_later_and_filters() {
         watches.push((watch, expected));
     }
     mixture.create_jobs().await;
-    // Twice, so that something in sight follows what is not.
+    // Twice, so that events which pass the filter follow events which do not.
     mixture.append().await;
     mixture.append().await;
     for (watch, expected) in watches {
