@@ -1,5 +1,5 @@
-//! What holds at the edges: between a check and what it allows, between two
-//! answers that are both right, at the far end of a limit.
+//! Edge cases: credentials that end while their call waits, repeated calls whose
+//! outcome changed meanwhile, and values exactly at a limit.
 
 use std::{
     fmt::Debug,
@@ -20,21 +20,21 @@ use tonic::{Code, Request, Status};
 use uuid::Uuid;
 
 use crate::{
-    metrics::until,
+    metrics::wait_for_sample,
     support::{
         CONNECTIONS, Caller, Clients, Mode, PASSWORD, Proxy, STREAMS_PER_USER, ServerProcess, TestDatabase,
         TestServer, User, assert_refused, assert_violations, info, registration, step, within_timeout,
     },
 };
 
-struct Scene {
+struct Fixture {
     server: TestServer,
     provider: User,
     customer: User,
     job: pb::Job,
 }
 
-impl Scene {
+impl Fixture {
     async fn new() -> Self {
         Self::on(TestServer::start().await).await
     }
@@ -46,7 +46,7 @@ impl Scene {
         Self { server, provider, customer, job }
     }
 
-    /// The id of the key that the provider calls with.
+    /// The id of the API key that the provider calls with.
     async fn key_id(&mut self) -> String {
         let keys = self.provider.session.auth.list_api_keys(pb::ListApiKeysRequest::default()).await.unwrap();
         keys.into_inner().api_keys[0].id.clone()
@@ -63,8 +63,8 @@ impl Scene {
         Ok(self.provider.session.auth.rotate_api_key(request).await?.into_inner())
     }
 
-    /// A job of a configuration that the server has not looked up yet.
-    async fn unknown_job(&mut self) -> pb::Job {
+    /// A job of a configuration that the server has not cached yet.
+    async fn uncached_job(&mut self) -> pb::Job {
         self.provider.register(registration("2.0.0", &[])).await;
         self.provider.job(&self.customer).await
     }
@@ -75,12 +75,12 @@ impl Scene {
     }
 }
 
-async fn who(caller: &mut Caller) -> Result<(), Status> {
+async fn get_current_user(caller: &mut Caller) -> Result<(), Status> {
     caller.auth.get_current_user(pb::GetCurrentUserRequest {}).await.map(drop)
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_trusted_proxy_is_known_by_its_ipv4_address_where_ipv6_is_served_too() {
+async fn a_trusted_proxy_is_recognized_by_its_ipv4_address_on_a_dual_stack_listener() {
     let database = TestDatabase::migrated().await;
     let settings = [
         ("DATABASE_URL", database.url.as_str()),
@@ -94,31 +94,32 @@ async fn a_trusted_proxy_is_known_by_its_ipv4_address_where_ipv6_is_served_too()
     let clients = Clients::of(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), server.address.port()));
     let customer = clients.customer().await;
 
-    let told = async |from: [u8; 4], hops: &str| {
-        let claim = pb::LogInRequest { email: customer.email.clone(), password: PASSWORD.to_owned() };
-        let mut request = Request::new(claim);
+    let logged_address = async |from: [u8; 4], hops: &str| {
+        let credentials = pb::LogInRequest { email: customer.email.clone(), password: PASSWORD.to_owned() };
+        let mut request = Request::new(credentials);
         request.metadata_mut().insert("x-forwarded-for", hops.parse().unwrap());
         clients.from(Ipv4Addr::from(from)).anonymous().auth.log_in(request).await.unwrap();
         let last = "SELECT host(client_address) AS text FROM audit_entries ORDER BY created_at DESC LIMIT 1";
         database.texts(last).await.remove(0)
     };
-    assert_eq!(told([127, 0, 0, 1], "10.1.2.3").await, "127.0.0.1");
-    assert_eq!(told([127, 0, 0, 8], "10.1.2.3").await, "10.1.2.3");
-    assert_eq!(told([127, 0, 0, 9], "::ffff:10.1.2.4").await, "10.1.2.4");
-    assert_eq!(told([127, 0, 0, 9], "10.1.2.5, ::ffff:127.0.0.8").await, "10.1.2.5");
+    assert_eq!(logged_address([127, 0, 0, 1], "10.1.2.3").await, "127.0.0.1");
+    assert_eq!(logged_address([127, 0, 0, 8], "10.1.2.3").await, "10.1.2.3");
+    assert_eq!(logged_address([127, 0, 0, 9], "::ffff:10.1.2.4").await, "10.1.2.4");
+    assert_eq!(logged_address([127, 0, 0, 9], "10.1.2.5, ::ffff:127.0.0.8").await, "10.1.2.5");
 }
 
-/// The database is away meanwhile: nobody else can know.
+/// The database is unavailable when the overlap ends, so that the expiry is
+/// known only to the process that rotated the key.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_rotated_key_ends_with_its_overlap_where_it_was_rotated() {
+async fn a_rotated_key_expires_at_the_end_of_its_overlap_even_during_an_outage() {
     let database = TestDatabase::migrated().await;
     let proxy = Proxy::to(&database.url).await;
-    let mut scene = Scene::on(TestServer::on(database.through(proxy.url.clone())).await).await;
-    let job = scene.job.clone();
-    let mut watch = scene.provider.watch(&job).await;
+    let mut fixture = Fixture::on(TestServer::on(database.through(proxy.url.clone())).await).await;
+    let job = fixture.job.clone();
+    let mut watch = fixture.provider.watch(&job).await;
     watch.caught_up().await;
 
-    let rotated = scene.rotate_key(Duration::from_millis(1_500)).await.unwrap();
+    let rotated = fixture.rotate_key(Duration::from_millis(1_500)).await.unwrap();
     proxy.set(Mode::Refuse);
     let expires_at = rotated.old_api_key.unwrap().expires_at.unwrap();
     let expires_at = SystemTime::try_from(expires_at).unwrap();
@@ -129,90 +130,98 @@ async fn a_rotated_key_ends_with_its_overlap_where_it_was_rotated() {
     assert_refused(watch.next().await, Code::Unauthenticated, ErrorReason::CredentialInvalid);
     let (soonest, latest) = (Duration::from_millis(500), Duration::from_secs(1));
     assert!(now + soonest > expires_at && now < expires_at + latest, "{now:?} {expires_at:?}");
-    // Wrong in its shape, which it is not told.
-    let refused = scene.provider.events.append_events(pb::AppendEventsRequest::default()).await;
+    // The request is invalid, but the credential is checked before the shape.
+    let refused = fixture.provider.events.append_events(pb::AppendEventsRequest::default()).await;
     let code = refused.unwrap_err().code();
     assert!(matches!(code, Code::Unauthenticated | Code::Unavailable), "{code:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_had_ended_already_is_ended_here_as_well() {
-    let mut scene = Scene::new().await;
-    let Scene { server, job, .. } = &scene;
+async fn expiring_an_already_expired_credential_also_ends_the_cached_one() {
+    let mut fixture = Fixture::new().await;
+    let Fixture { server, job, .. } = &fixture;
     let (database, job) = (server.database.clone(), job.clone());
     let job = Some(pb::create_watch_token_request::Job::JobId(job.id));
     let request = pb::CreateWatchTokenRequest { job, ..Default::default() };
-    let created = scene.provider.auth.create_watch_token(request).await.unwrap().into_inner();
-    let mut guest = scene.server.with_secret(created.secret);
-    who(&mut guest).await.unwrap();
-    // As after an answer that was lost.
+    let created = fixture.provider.auth.create_watch_token(request).await.unwrap().into_inner();
+    let mut viewer = fixture.server.with_secret(created.secret);
+    get_current_user(&mut viewer).await.unwrap();
+    // As if ExpireWatchToken had succeeded on another replica and its answer were lost.
     database.execute("UPDATE watch_tokens SET expires_at = now()").await;
     let request = pb::ExpireWatchTokenRequest { watch_token_id: created.watch_token.unwrap().id };
-    let again = scene.provider.auth.expire_watch_token(request).await;
+    let again = fixture.provider.auth.expire_watch_token(request).await;
     assert_refused(again, Code::FailedPrecondition, ErrorReason::WatchTokenAlreadyExpired);
-    assert_refused(who(&mut guest).await, Code::Unauthenticated, ErrorReason::CredentialInvalid);
+    assert_refused(
+        get_current_user(&mut viewer).await,
+        Code::Unauthenticated,
+        ErrorReason::CredentialInvalid,
+    );
 
     for rotates in [false, true] {
-        let mut scene = Scene::new().await;
-        let database = scene.server.database.clone();
-        who(&mut scene.provider.key).await.unwrap();
+        let mut fixture = Fixture::new().await;
+        let database = fixture.server.database.clone();
+        get_current_user(&mut fixture.provider.key).await.unwrap();
         database.execute("UPDATE api_keys SET expires_at = now()").await;
         let again = if rotates {
-            scene.rotate_key(Duration::from_secs(60)).await.map(drop)
+            fixture.rotate_key(Duration::from_secs(60)).await.map(drop)
         } else {
-            scene.expire_key().await
+            fixture.expire_key().await
         };
         assert_refused(again, Code::FailedPrecondition, ErrorReason::ApiKeyAlreadyExpired);
-        let refused = who(&mut scene.provider.key).await;
+        let refused = get_current_user(&mut fixture.provider.key).await;
         assert_refused(refused, Code::Unauthenticated, ErrorReason::CredentialInvalid);
     }
 }
 
-/// Keeps whoever looks up a configuration waiting until it is dropped.
-async fn hold_configurations(database: &TestDatabase) -> AsyncPgConnection {
-    let mut holder = database.connect().await;
-    holder.batch_execute("BEGIN; LOCK TABLE job_configurations IN ACCESS EXCLUSIVE MODE").await.unwrap();
-    holder
+/// Locks `job_configurations`. Statements that read a configuration wait until the
+/// returned connection is dropped.
+async fn lock_configurations(database: &TestDatabase) -> AsyncPgConnection {
+    let mut locker = database.connect().await;
+    locker.batch_execute("BEGIN; LOCK TABLE job_configurations IN ACCESS EXCLUSIVE MODE").await.unwrap();
+    locker
 }
 
-async fn somebody_waits(database: &TestDatabase) {
+async fn wait_for_blocked_statement(database: &TestDatabase) {
     const WAITING: &str = "SELECT pid::text AS text FROM pg_locks
         WHERE NOT granted AND relation = 'job_configurations'::regclass
           AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
-    within_timeout("somebody to wait", async { while database.texts(WAITING).await.is_empty() {} }).await;
+    within_timeout("a statement that waits for the lock", async {
+        while database.texts(WAITING).await.is_empty() {}
+    })
+    .await;
 }
 
-/// That a call for a job, which has to wait while its key is expired, is refused
-/// and leaves nothing.
-async fn assert_not_done_once_ended<T, F>(call: impl FnOnce(User, pb::Job) -> F)
+/// Expires the API key of a call while the call waits for a lock. Asserts that the
+/// call is refused and that the job has no event.
+async fn assert_refused_once_expired<T, F>(call: impl FnOnce(User, pb::Job) -> F)
 where
     T: Debug + Send + 'static,
     F: Future<Output = Result<T, Status>> + Send + 'static,
 {
-    let mut scene = Scene::new().await;
-    let database = scene.server.database.clone();
-    let job = scene.unknown_job().await;
-    let holder = hold_configurations(&database).await;
-    let calling = tokio::spawn(call(scene.provider.clone(), job.clone()));
-    somebody_waits(&database).await;
-    scene.expire_key().await.unwrap();
-    drop(holder);
+    let mut fixture = Fixture::new().await;
+    let database = fixture.server.database.clone();
+    let job = fixture.uncached_job().await;
+    let locker = lock_configurations(&database).await;
+    let calling = tokio::spawn(call(fixture.provider.clone(), job.clone()));
+    wait_for_blocked_statement(&database).await;
+    fixture.expire_key().await.unwrap();
+    drop(locker);
     let refused = within_timeout("an answer", calling).await.unwrap();
     assert_refused(refused, Code::Unauthenticated, ErrorReason::CredentialInvalid);
-    assert_eq!(scene.event_names(&job).await, [""; 0]);
+    assert_eq!(fixture.event_names(&job).await, [""; 0]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_waits_is_not_accepted_once_its_credential_has_ended() {
-    assert_not_done_once_ended(
-        |mut provider, job| async move { provider.try_append(&job, [info("late")]).await },
-    )
+async fn an_append_that_waits_is_refused_once_its_credential_has_ended() {
+    assert_refused_once_expired(|mut provider, job| async move {
+        provider.try_append(&job, [info("late")]).await
+    })
     .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_job_is_not_closed_once_the_credential_has_ended() {
-    assert_not_done_once_ended(|mut provider, job| async move {
+async fn a_close_that_waits_is_refused_once_its_credential_has_ended() {
+    assert_refused_once_expired(|mut provider, job| async move {
         let job = Some(pb::close_job_request::Job::JobId(job.id));
         provider.jobs.close_job(pb::CloseJobRequest { job, ..Default::default() }).await
     })
@@ -220,27 +229,27 @@ async fn a_job_is_not_closed_once_the_credential_has_ended() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_made_once_the_credential_ended_while_its_call_waited_for_a_connection() {
-    let mut scene = Scene::new().await;
-    let database = scene.server.database.clone();
+async fn calls_that_wait_for_a_connection_write_nothing_once_their_credential_has_ended() {
+    let mut fixture = Fixture::new().await;
+    let database = fixture.server.database.clone();
     let scopes = [ApiKeyScope::Read, ApiKeyScope::Append, ApiKeyScope::Manage].map(i32::from).to_vec();
     let request = pb::CreateApiKeyRequest { scopes, ..Default::default() };
-    let ending = scene.provider.session.auth.create_api_key(request).await.unwrap().into_inner();
-    let mut ending_user = scene.provider.clone();
-    ending_user.key = scene.server.with_secret(ending.secret);
-    let mut watch = ending_user.watch(&scene.job).await;
+    let expiring = fixture.provider.session.auth.create_api_key(request).await.unwrap().into_inner();
+    let mut expiring_user = fixture.provider.clone();
+    expiring_user.key = fixture.server.with_secret(expiring.secret);
+    let mut watch = expiring_user.watch(&fixture.job).await;
     watch.caught_up().await;
-    let (api_key_id, job) = (scene.key_id().await, scene.job.id.clone());
+    let (api_key_id, job) = (fixture.key_id().await, fixture.job.id.clone());
     let rotated = format!("api_keys WHERE id = '{api_key_id}' AND expires_at IS NOT NULL");
-    let made = async || {
+    let row_counts = async || {
         let tables = ["api_keys", &rotated, "watch_tokens", "job_configurations", "audit_entries"];
-        join_all(tables.map(|table| scene.server.count(table))).await
+        join_all(tables.map(|table| fixture.server.count(table))).await
     };
-    let before = made().await;
+    let before = row_counts().await;
 
-    let holder = hold_configurations(&database).await;
+    let locker = lock_configurations(&database).await;
     for _ in 0..CONNECTIONS {
-        let mut configurations = scene.provider.configurations.clone();
+        let mut configurations = fixture.provider.configurations.clone();
         let request = pb::ListJobConfigurationsRequest::default();
         tokio::spawn(async move { configurations.list_job_configurations(request).await });
     }
@@ -249,38 +258,39 @@ async fn nothing_is_made_once_the_credential_ended_while_its_call_waited_for_a_c
     })
     .await;
     let calling = tokio::spawn(async move {
-        let Caller { auth, mut configurations, .. } = ending_user.key;
-        let [mut creating, mut rotating, mut showing] = [(); 3].map(|()| auth.clone());
+        let Caller { auth, mut configurations, .. } = expiring_user.key;
+        let [mut creating, mut rotating, mut sharing] = [(); 3].map(|()| auth.clone());
         let rotate = pb::RotateApiKeyRequest { api_key_id, overlap: None };
         let job = Some(pb::create_watch_token_request::Job::JobId(job));
-        let show = pb::CreateWatchTokenRequest { job, ..Default::default() };
+        let share = pb::CreateWatchTokenRequest { job, ..Default::default() };
         let answers = tokio::join!(
             creating.create_api_key(pb::CreateApiKeyRequest::default()),
             rotating.rotate_api_key(rotate),
-            showing.create_watch_token(show),
+            sharing.create_watch_token(share),
             configurations.register_job_configuration(registration("2.0.0", &[])),
         );
         [answers.0.map(drop), answers.1.map(drop), answers.2.map(drop), answers.3.map(drop)]
     });
-    until(&scene.server, "milepost_database_connections_waiting", |calls| calls >= 4.0).await;
-    let end = format!("UPDATE api_keys SET expires_at = now() WHERE id = '{}'", ending.api_key.unwrap().id);
-    database.execute(&end).await;
+    wait_for_sample(&fixture.server, "milepost_database_connections_waiting", |calls| calls >= 4.0).await;
+    let expire =
+        format!("UPDATE api_keys SET expires_at = now() WHERE id = '{}'", expiring.api_key.unwrap().id);
+    database.execute(&expire).await;
     watch.until(|message| matches!(message, Message::End(_))).await;
-    drop(holder);
+    drop(locker);
     let answers = within_timeout("the answers", calling).await.unwrap();
     let codes = answers.map(|answer| answer.map_err(|status| status.code()));
     assert_eq!(codes, [Err(Code::Unauthenticated); 4]);
-    assert_eq!(made().await, before);
+    assert_eq!(row_counts().await, before);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_publish_stream_ends_with_its_credential_also_while_a_batch_waits() {
-    let mut scene = Scene::new().await;
-    let database = scene.server.database.clone();
-    let job = scene.unknown_job().await;
-    let holder = hold_configurations(&database).await;
+async fn a_publish_stream_ends_with_its_credential_even_while_a_batch_waits() {
+    let mut fixture = Fixture::new().await;
+    let database = fixture.server.database.clone();
+    let job = fixture.uncached_job().await;
+    let locker = lock_configurations(&database).await;
     let (batches, stream) = mpsc::channel(1);
-    let answers = scene.provider.events.publish_events(ReceiverStream::new(stream)).await;
+    let answers = fixture.provider.events.publish_events(ReceiverStream::new(stream)).await;
     let mut answers = answers.unwrap().into_inner();
     let batch = pb::PublishEventsRequest {
         batch_id: "late".to_owned(),
@@ -289,24 +299,26 @@ async fn a_publish_stream_ends_with_its_credential_also_while_a_batch_waits() {
         events: vec![info("late")],
     };
     batches.send(batch).await.unwrap();
-    somebody_waits(&database).await;
-    scene.expire_key().await.unwrap();
-    // Sooner than the database gives up.
-    let refused = timeout(Duration::from_secs(3), answers.message()).await.expect("the end, at once");
+    wait_for_blocked_statement(&database).await;
+    fixture.expire_key().await.unwrap();
+    // Sooner than the statement timeout of 5 s.
+    let refused = timeout(Duration::from_secs(3), answers.message())
+        .await
+        .expect("the stream ends while the batch still waits");
     assert_refused(refused, Code::Unauthenticated, ErrorReason::CredentialInvalid);
-    drop(holder);
-    // Whoever comes next comes after it.
-    let mut provider = scene.provider.clone();
+    drop(locker);
+    // The refused batch stored nothing: the next event is the only one.
+    let mut provider = fixture.provider.clone();
     provider.key = provider.session.clone();
     provider.append(&job, [info("next")]).await;
-    assert_eq!(scene.event_names(&job).await, ["next"]);
+    assert_eq!(fixture.event_names(&job).await, ["next"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_batch_id_that_is_too_long_is_echoed_shortly() {
-    let mut scene = Scene::new().await;
+async fn a_batch_id_that_is_too_long_is_echoed_truncated() {
+    let mut fixture = Fixture::new().await;
     let (batches, stream) = mpsc::channel(1);
-    let answers = scene.provider.events.publish_events(ReceiverStream::new(stream)).await;
+    let answers = fixture.provider.events.publish_events(ReceiverStream::new(stream)).await;
     let mut answers = answers.unwrap().into_inner();
     for (length, echo) in [
         (256, "ü".repeat(256)),
@@ -315,7 +327,7 @@ async fn a_batch_id_that_is_too_long_is_echoed_shortly() {
     ] {
         let batch = pb::PublishEventsRequest {
             batch_id: "ü".repeat(length),
-            job: Some(pb::publish_events_request::Job::JobId(scene.job.id.clone())),
+            job: Some(pb::publish_events_request::Job::JobId(fixture.job.id.clone())),
             expected_sequence: None,
             events: vec![info("an event")],
         };
@@ -327,8 +339,8 @@ async fn a_batch_id_that_is_too_long_is_echoed_shortly() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_repeated_job_is_compared_whoever_its_customer_is_by_now() {
-    let Scene { server, mut provider, customer, .. } = Scene::new().await;
+async fn a_repeated_create_job_is_compared_even_if_its_customer_is_disabled() {
+    let Fixture { server, mut provider, customer, .. } = Fixture::new().await;
     let stored = provider.new_job(&customer);
     let job = provider.jobs.create_job(stored.clone()).await.unwrap().into_inner().job.unwrap();
     server
@@ -338,12 +350,15 @@ async fn a_repeated_job_is_compared_whoever_its_customer_is_by_now() {
 
     let again = provider.jobs.create_job(stored.clone()).await.unwrap().into_inner();
     assert!(again.existed && again.job.unwrap().id == job.id);
-    let named = pb::CreateJobRequest { provider_job_name: "Another".to_owned(), ..stored.clone() };
-    let strangers = pb::CreateJobRequest { customer_id: Uuid::now_v7().to_string(), ..stored.clone() };
-    let elsewhere = pb::CreateJobRequest { configuration_tag: "none".to_owned(), ..stored.clone() };
-    for (request, field) in
-        [(named, "provider_job_name"), (strangers, "customer_id"), (elsewhere, "configuration_tag")]
-    {
+    let renamed = pb::CreateJobRequest { provider_job_name: "Another".to_owned(), ..stored.clone() };
+    let of_other_customer =
+        pb::CreateJobRequest { customer_id: Uuid::now_v7().to_string(), ..stored.clone() };
+    let of_other_tag = pb::CreateJobRequest { configuration_tag: "none".to_owned(), ..stored.clone() };
+    for (request, field) in [
+        (renamed, "provider_job_name"),
+        (of_other_customer, "customer_id"),
+        (of_other_tag, "configuration_tag"),
+    ] {
         let refused = provider.jobs.create_job(request).await;
         let refusal = assert_refused(refused, Code::AlreadyExists, ErrorReason::JobDiffers);
         assert_eq!(refusal.fields, [field]);
@@ -354,9 +369,9 @@ async fn a_repeated_job_is_compared_whoever_its_customer_is_by_now() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn of_known_steps_the_first_are_named_however_long_and_all_are_counted() {
-    let Scene { server: _server, mut provider, customer, .. } = Scene::new().await;
-    let mut known = async |version: &str, first: String| {
+async fn an_unknown_step_tag_is_refused_with_the_first_known_tags_and_their_number() {
+    let Fixture { server: _server, mut provider, customer, .. } = Fixture::new().await;
+    let mut known_tags = async |version: &str, first: String| {
         let mut request = registration(version, &[]);
         let tags = std::iter::once(first).chain((1..100).map(|n| format!("step {n}")));
         request.steps =
@@ -369,46 +384,46 @@ async fn of_known_steps_the_first_are_named_however_long_and_all_are_counted() {
         let description = &refusal.details.bad_request().unwrap().field_violations[0].description;
         description.split_once("known: ").unwrap().1.to_owned()
     };
-    let short = known("2.0.0", "step 0".to_owned()).await;
+    let short = known_tags("2.0.0", "step 0".to_owned()).await;
     assert!(short.starts_with(r#""step 0", "step 1", "step 2", "#) && short.ends_with(", …"), "{short}");
-    let long = known("3.0.0", "\u{1F9E0}".repeat(256)).await;
+    let long = known_tags("3.0.0", "\u{1F9E0}".repeat(256)).await;
     assert_eq!(long, format!("\"{}…\", …", "\u{1F9E0}".repeat(64)));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_no_resume_token_is_told_before_anything_is_looked_for() {
-    let mut scene = Scene::new().await;
-    let job = scene.job.clone();
-    let mut watch = scene.provider.watch(&job).await;
+async fn an_invalid_resume_token_is_refused_before_the_job_is_looked_up() {
+    let mut fixture = Fixture::new().await;
+    let job = fixture.job.clone();
+    let mut watch = fixture.provider.watch(&job).await;
     watch.caught_up().await;
     let from = |scope: Scope, token: &str| pb::WatchEventsRequest {
         scope: Some(scope),
         start: Some(pb::watch_events_request::Start::ResumeToken(token.to_owned())),
         ..Default::default()
     };
-    let nowhere = Scope::JobId(Uuid::now_v7().to_string());
-    let cut = &watch.resume_token[1..];
-    let mut open = async |request| scene.provider.watch_by(request).await.map(|_watch| ());
-    for bad in ["nonsense", "", cut] {
-        assert_violations(open(from(nowhere.clone(), bad)).await, &["resume_token"]);
+    let unknown_job = Scope::JobId(Uuid::now_v7().to_string());
+    let truncated = &watch.resume_token[1..];
+    let mut open = async |request| fixture.provider.watch_by(request).await.map(|_watch| ());
+    for bad in ["nonsense", "", truncated] {
+        assert_violations(open(from(unknown_job.clone(), bad)).await, &["resume_token"]);
     }
-    let wrong = pb::WatchEventsRequest { kinds: vec![77], ..from(nowhere.clone(), "nonsense") };
+    let wrong = pb::WatchEventsRequest { kinds: vec![77], ..from(unknown_job.clone(), "nonsense") };
     assert_violations(open(wrong).await, &["kinds[0]", "resume_token"]);
-    // Of another job: which one has to be known first.
-    let elsewhere = open(from(nowhere, &watch.resume_token)).await;
-    assert_refused(elsewhere, Code::NotFound, ErrorReason::ResourceNotFound);
+    // A valid token of another job: the job is looked up before both are compared.
+    let of_other_job = open(from(unknown_job, &watch.resume_token)).await;
+    assert_refused(of_other_job, Code::NotFound, ErrorReason::ResourceNotFound);
 
     let mut watches = vec![watch];
     while watches.len() < STREAMS_PER_USER {
-        watches.push(scene.provider.watch(&job).await);
+        watches.push(fixture.provider.watch(&job).await);
     }
-    let bad = scene.provider.watch_by(from(Scope::JobId(job.id), "nonsense")).await.map(drop);
+    let bad = fixture.provider.watch_by(from(Scope::JobId(job.id), "nonsense")).await.map(drop);
     assert_violations(bad, &["resume_token"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_path_of_a_mask_that_is_at_fault_is_told() {
-    let Scene { server: _server, mut provider, .. } = Scene::new().await;
+async fn every_invalid_path_of_an_update_mask_is_reported() {
+    let Fixture { server: _server, mut provider, .. } = Fixture::new().await;
     let mut update = async |paths: Vec<&str>| {
         let paths = paths.into_iter().map(str::to_owned).collect();
         let request = pb::UpdateCurrentUserRequest {
@@ -423,7 +438,7 @@ async fn every_path_of_a_mask_that_is_at_fault_is_told() {
     for (violation, path) in violations.iter().zip(["email", "role"]) {
         assert!(violation.description.contains(path), "{violation:?}");
     }
-    // Bounded all the same.
+    // The number of paths and the number of violations are bounded.
     update(vec!["first_name"; 64]).await.unwrap();
     let refusal = assert_violations(update(vec!["first_name"; 65]).await, &["update_mask"]);
     assert_eq!(refusal.metadata["violations"], "1");
@@ -433,21 +448,21 @@ async fn every_path_of_a_mask_that_is_at_fault_is_told() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_may_not_rotate_a_key_is_not_told_that_it_has_expired() {
-    let mut scene = Scene::new().await;
-    scene.expire_key().await.unwrap();
+async fn rotating_an_expired_key_without_its_scopes_is_permission_denied() {
+    let mut fixture = Fixture::new().await;
+    fixture.expire_key().await.unwrap();
     let request = pb::CreateApiKeyRequest { scopes: vec![ApiKeyScope::Manage.into()], ..Default::default() };
-    let manager = scene.provider.session.auth.create_api_key(request).await.unwrap().into_inner();
-    let mut manager = scene.server.with_secret(manager.secret);
-    let request = pb::RotateApiKeyRequest { api_key_id: scene.key_id().await, overlap: None };
+    let manager = fixture.provider.session.auth.create_api_key(request).await.unwrap().into_inner();
+    let mut manager = fixture.server.with_secret(manager.secret);
+    let request = pb::RotateApiKeyRequest { api_key_id: fixture.key_id().await, overlap: None };
     let refused = manager.auth.rotate_api_key(request).await;
     assert_refused(refused, Code::PermissionDenied, ErrorReason::ScopeRequired);
-    let refused = scene.rotate_key(Duration::ZERO).await;
+    let refused = fixture.rotate_key(Duration::ZERO).await;
     assert_refused(refused, Code::FailedPrecondition, ErrorReason::ApiKeyAlreadyExpired);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_user_may_not_be_given_as_many_streams_as_a_connection_has() {
+async fn streams_per_user_must_be_less_than_streams_per_connection() {
     let database = TestDatabase::migrated().await;
     for (of_user, of_connection) in [("1000", "1000"), ("99999", "1000"), ("500", "2")] {
         let flags =

@@ -1,4 +1,4 @@
-//! What an error tells, and what it must not.
+//! What errors contain, and what they must not reveal.
 
 use std::time::Duration;
 
@@ -44,7 +44,7 @@ async fn quoted_values_are_cut() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_database_that_is_away_is_told_at_once_and_comes_back_without_a_restart() {
+async fn an_outage_is_reported_at_once_and_calls_succeed_after_it_without_a_restart() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[]).await;
@@ -58,7 +58,7 @@ async fn a_database_that_is_away_is_told_at_once_and_comes_back_without_a_restar
     assert!(retry_after > Duration::ZERO);
 
     server.database.bring_back().await;
-    let appended = within_timeout("the database to be back", async {
+    let appended = within_timeout("the database to be available again", async {
         loop {
             match provider.try_append(&job, [event.clone()]).await {
                 Err(status) if status.code() == Code::Unavailable => {}
@@ -71,10 +71,10 @@ async fn a_database_that_is_away_is_told_at_once_and_comes_back_without_a_restar
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_decodable_message_makes_an_internal_error() {
+async fn an_empty_request_never_causes_an_internal_error() {
     let server = TestServer::start().await;
     let mut user = server.provider().await;
-    // Every method, with nothing in the request at all.
+    // Requests without any field.
     let codes = [
         user.session.auth.sign_up(pb::SignUpRequest::default()).await.map(|_| ()),
         user.session.auth.log_in(pb::LogInRequest::default()).await.map(|_| ()),

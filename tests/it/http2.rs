@@ -1,5 +1,5 @@
-//! What stands below the API: deadlines as gRPC has them, and HTTP/2's own
-//! limits. By clients who look after nothing by themselves.
+//! Below the API: gRPC deadlines and the limits of HTTP/2, tested with clients that
+//! enforce neither themselves.
 
 use std::net::SocketAddr;
 
@@ -26,7 +26,7 @@ use crate::support::{
     within_timeout,
 };
 
-/// Kinds of frames, flags and codes (RFC 9113).
+/// Frame types, flags and error codes of HTTP/2 (RFC 9113).
 const HEADERS: u8 = 1;
 const RST_STREAM: u8 = 3;
 const PING: u8 = 6;
@@ -41,8 +41,9 @@ async fn connect(address: SocketAddr) -> (SendRequest<Bytes>, Connection<TcpStre
     h2::client::handshake(TcpStream::connect(address).await.unwrap()).await.unwrap()
 }
 
-/// Calls a method of EventService with one message and a deadline that only the
-/// server knows of: tonic's client would keep it itself.
+/// Calls a method of EventService with one message and with `timeout` in the header
+/// `grpc-timeout`. The server alone enforces that deadline; tonic's client would
+/// enforce it as well.
 async fn call(
     server: &TestServer,
     user: &User,
@@ -67,7 +68,6 @@ fn request(address: SocketAddr, user: &User, method: &str) -> Request<()> {
         .unwrap()
 }
 
-/// Sends the request with its one message.
 fn send(mut client: SendRequest<Bytes>, request: Request<()>, message: &impl Message) -> ResponseFuture {
     let (answer, mut body) = client.send_request(request, false).unwrap();
     let mut frame = BytesMut::new();
@@ -78,7 +78,7 @@ fn send(mut client: SendRequest<Bytes>, request: Request<()>, message: &impl Mes
     answer
 }
 
-/// The status in headers or trailers.
+/// The gRPC status, from headers or trailers.
 fn status(headers: &HeaderMap) -> Result<(), Status> {
     match Status::from_header_map(headers).expect("a status") {
         status if status.code() == Code::Ok => Ok(()),
@@ -86,7 +86,7 @@ fn status(headers: &HeaderMap) -> Result<(), Status> {
     }
 }
 
-/// Reads a stream of answers to its end: how many bytes, and with which status.
+/// Reads a response stream to its end. Returns the number of bytes and the status.
 async fn read(mut body: RecvStream) -> (usize, Result<(), Status>) {
     let mut bytes = 0;
     while let Some(data) = within_timeout("more of the stream", body.data()).await {
@@ -106,7 +106,7 @@ async fn job(server: &TestServer) -> (User, pb::Job) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_call_past_the_deadline_of_its_client_is_told_so_with_details() {
+async fn a_call_past_its_grpc_timeout_gets_deadline_exceeded_with_details() {
     let server = TestServer::start().await;
     let (mut provider, job) = job(&server).await;
     let append = |name: &str| pb::AppendEventsRequest {
@@ -114,16 +114,16 @@ async fn a_call_past_the_deadline_of_its_client_is_told_so_with_details() {
         expected_sequence: None,
         events: vec![info(name)],
     };
-    let mut holder = server.database.connect().await;
-    let hold = format!("BEGIN; SELECT 1 FROM jobs WHERE id = '{}' FOR UPDATE", job.id);
-    holder.batch_execute(&hold).await.unwrap();
-    // Again and again: tonic has a timer of its own for the same deadline.
+    let mut locker = server.database.connect().await;
+    let lock = format!("BEGIN; SELECT 1 FROM jobs WHERE id = '{}' FOR UPDATE", job.id);
+    locker.batch_execute(&lock).await.unwrap();
+    // Repeated, because tonic's own timer for the same deadline races with milepost's.
     for timeout in ["100m", "0S", "1n", "50000u", "100m", "100m"] {
         let answer = call(&server, &provider, "AppendEvents", timeout, &append("held")).await;
         assert_refused(status(answer.headers()), Code::DeadlineExceeded, ErrorReason::DeadlineExceeded);
     }
-    holder.batch_execute("COMMIT").await.unwrap();
-    // One that is far away, and what is no deadline, do no harm.
+    locker.batch_execute("COMMIT").await.unwrap();
+    // A distant deadline and malformed values of `grpc-timeout` have no effect.
     for timeout in ["99999999H", "5", "x", "-1S"] {
         let answer = call(&server, &provider, "AppendEvents", timeout, &append("free")).await;
         assert_eq!(read(answer.into_body()).await.1.map_err(|status| status.code()), Ok(()), "{timeout}");
@@ -132,7 +132,7 @@ async fn a_call_past_the_deadline_of_its_client_is_told_so_with_details() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_deadline_covers_all_of_a_stream() {
+async fn a_deadline_covers_the_whole_stream() {
     let server = TestServer::start().await;
     let (mut provider, job) = job(&server).await;
     provider.append(&job, [info("past")]).await;
@@ -140,7 +140,7 @@ async fn a_deadline_covers_all_of_a_stream() {
     let watch = pb::WatchEventsRequest { scope, ..Default::default() };
     let answer = call(&server, &provider, "WatchEvents", "1S", &watch).await;
     let (bytes, status) = read(answer.into_body()).await;
-    assert!(bytes > 0, "the past came before");
+    assert!(bytes > 0, "the past events come before the deadline");
     assert_refused(status, Code::DeadlineExceeded, ErrorReason::DeadlineExceeded);
 }
 
@@ -148,18 +148,18 @@ async fn a_deadline_covers_all_of_a_stream() {
 async fn a_connection_tells_how_many_streams_it_may_have_and_refuses_one_more() {
     let server = TestServer::start().await;
     let mut client = Frames::connect(server.address).await;
-    let told = client.settings.iter().find(|(id, _)| *id == 3).map(|(_, value)| *value);
-    assert_eq!(told, Some(STREAMS_PER_CONNECTION));
-    // Each waits for its message.
+    let announced = client.settings.iter().find(|(id, _)| *id == 3).map(|(_, value)| *value);
+    assert_eq!(announced, Some(STREAMS_PER_CONNECTION));
+    // Each call stays open, because the server waits for its message.
     for _ in 0..STREAMS_PER_CONNECTION {
         client.open(END_HEADERS).await;
     }
     let last = client.open(END_HEADERS).await;
-    assert_eq!(client.until(RST_STREAM).await, (last, REFUSED_STREAM));
+    assert_eq!(client.read_until(RST_STREAM).await, (last, REFUSED_STREAM));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_client_that_is_gone_without_a_word_is_let_go_and_its_streams_count_no_longer() {
+async fn a_client_that_stops_answering_pings_is_disconnected_and_its_streams_are_no_longer_counted() {
     let database = TestDatabase::migrated().await;
     let settings = [
         ("DATABASE_URL", database.url.as_str()),
@@ -175,11 +175,11 @@ async fn a_client_that_is_gone_without_a_word_is_let_go_and_its_streams_count_no
     let job = provider.job(&customer).await;
     let scope = Some(pb::watch_events_request::Scope::JobId(job.id.clone()));
     let watch = pb::WatchEventsRequest { scope, ..Default::default() };
-    let mut lives = customer.clone().watch(&job).await;
-    lives.caught_up().await;
+    let mut live = customer.clone().watch(&job).await;
+    live.caught_up().await;
 
-    // Nobody turns the crank of this one any more, which answers PINGs, once it
-    // has its stream.
+    // Once the stream is open, nothing polls `connection` any more, so that the
+    // client answers no PING.
     let (client, mut connection) = connect(server.address).await;
     let opening = async {
         let client = client.ready().await.unwrap();
@@ -194,21 +194,21 @@ async fn a_client_that_is_gone_without_a_word_is_let_go_and_its_streams_count_no
     assert_eq!(opened.status(), 200);
     let one_more = provider.watch_by(watch.clone()).await;
     assert_refused(one_more, Code::ResourceExhausted, ErrorReason::Overloaded);
-    let room = async { while provider.watch_by(watch.clone()).await.is_err() {} };
-    within_timeout("the end of who does not answer", room).await;
+    let freed = async { while provider.watch_by(watch.clone()).await.is_err() {} };
+    within_timeout("the end of the unresponsive client's stream", freed).await;
     let end = within_timeout("the end of the connection", connection).await;
-    // Closed, with or without a word.
+    // The connection may end with or without an error.
     drop((end, opened));
 
-    // Who answers stays.
+    // A connection that answers PINGs stays open.
     provider.append(&job, [info("later")]).await;
-    assert_eq!(lives.events(1).await[0].name, "later");
+    assert_eq!(live.events(1).await[0].name, "later");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn who_resets_what_they_asked_for_again_and_again_is_cut_off() {
     let server = TestServer::start().await;
-    // In one go, so that none is looked at in between.
+    // In one write, so that the server does not accept a stream before its reset.
     let reset = async |streams: usize| {
         let mut client = Frames::connect(server.address).await;
         let mut frames = BytesMut::new();
@@ -220,10 +220,10 @@ async fn who_resets_what_they_asked_for_again_and_again_is_cut_off() {
         client.send(&frames).await;
         client
     };
-    reset(limits::PENDING_RESET_STREAMS).await.is_answered().await;
+    reset(limits::PENDING_RESET_STREAMS).await.assert_open().await;
     let mut client = reset(limits::PENDING_RESET_STREAMS + 1).await;
-    assert_eq!(client.until(GOAWAY).await.1, ENHANCE_YOUR_CALM);
-    // Others are served.
+    assert_eq!(client.read_until(GOAWAY).await.1, ENHANCE_YOUR_CALM);
+    // Other connections are still served.
     server.customer().await;
 }
 
@@ -232,15 +232,16 @@ async fn who_sends_faulty_requests_again_and_again_is_cut_off() {
     let server = TestServer::start().await;
     let mut client = Frames::connect(server.address).await;
     for _ in 0..limits::FAULTY_STREAMS {
-        client.ask_faultily().await;
+        client.send_malformed_request().await;
     }
-    client.is_answered().await;
-    client.ask_faultily().await;
-    assert_eq!(client.until(GOAWAY).await.1, ENHANCE_YOUR_CALM);
+    client.assert_open().await;
+    client.send_malformed_request().await;
+    assert_eq!(client.read_until(GOAWAY).await.1, ENHANCE_YOUR_CALM);
 }
 
-/// POST, http, and SignUp's path, which waits for its message (RFC 7541: three
-/// from the static table, the path a literal of its index 4).
+/// The header block of a SignUp call, after which the server waits for the message.
+/// By RFC 7541, POST and http are entries of the static table; `:path` and
+/// `:authority` are literals with names from that table.
 const REQUEST: &[u8] = b"\x83\x86\x04\x1f/milepost.v1.AuthService/SignUp\x01\x01x";
 
 fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Bytes {
@@ -253,11 +254,11 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Bytes {
     frame.freeze()
 }
 
-/// A client that sends and sees frames as they are.
+/// An HTTP/2 client that writes and reads raw frames.
 struct Frames {
     stream: TcpStream,
     last: u32,
-    /// Id and value of what the server told first.
+    /// Id and value of each setting in the server's first SETTINGS frame.
     settings: Vec<(u16, u32)>,
 }
 
@@ -268,7 +269,7 @@ impl Frames {
         stream.write_all(&frame(4, 0, 0, &[])).await.unwrap();
         let mut client = Self { stream, last: 0, settings: Vec::new() };
         let (kind, _, payload) = client.read().await;
-        assert_eq!(kind, 4, "settings come first");
+        assert_eq!(kind, 4, "the first frame is SETTINGS");
         let (settings, _) = payload.as_chunks::<6>();
         let parsed = settings
             .iter()
@@ -283,7 +284,7 @@ impl Frames {
     }
 
     async fn send(&mut self, frames: &[u8]) {
-        // It may have been cut off already.
+        // The server may have closed the connection already.
         let _ = within_timeout("the server to read", self.stream.write_all(frames)).await;
     }
 
@@ -293,8 +294,8 @@ impl Frames {
         stream
     }
 
-    /// With `:status`, in a request.
-    async fn ask_faultily(&mut self) {
+    /// A request must not have the pseudo-header `:status` (RFC 9113, section 8.3).
+    async fn send_malformed_request(&mut self) {
         let stream = self.next_stream();
         self.send(&frame(HEADERS, END_HEADERS | END_STREAM, stream, &[0x88])).await;
     }
@@ -311,15 +312,16 @@ impl Frames {
         within_timeout("a frame", read).await
     }
 
-    /// All that was sent was read, and was not too much.
-    async fn is_answered(&mut self) {
+    /// Asserts by a PING that the server has read every frame and has kept the
+    /// connection open.
+    async fn assert_open(&mut self) {
         self.send(&frame(PING, 0, 0, &[0; 8])).await;
-        self.until(PING).await;
+        self.read_until(PING).await;
     }
 
-    /// Stream and code of the next frame of this kind, which says why something
-    /// is over.
-    async fn until(&mut self, wanted: u8) -> (u32, u32) {
+    /// Reads up to the next frame of this type. Returns its stream and, of RST_STREAM
+    /// and GOAWAY, its error code.
+    async fn read_until(&mut self, wanted: u8) -> (u32, u32) {
         loop {
             let (kind, stream, payload) = self.read().await;
             if kind == wanted {

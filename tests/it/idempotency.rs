@@ -1,4 +1,4 @@
-//! A write that has a natural key may be repeated: it happens once and says so.
+//! A repeated write with a natural key takes effect once, and its answer sets `existed`.
 
 use milepost::pb::{self, ErrorReason, NewEvent};
 use prost_types::{Timestamp, Value};
@@ -7,7 +7,7 @@ use tonic::{Code, Request};
 use crate::support::{TestServer, assert_refused, complete, info, named, noted, registration, step};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_repeated_registration_changes_nothing_and_says_so() {
+async fn a_repeated_registration_changes_nothing_and_sets_existed() {
     let server = TestServer::start().await;
     let mut provider = server.provider().await;
     let mut request = registration("1.0.0", &[("load", 10), ("report", 1)]);
@@ -45,7 +45,7 @@ async fn a_repeated_registration_changes_nothing_and_says_so() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn ten_simultaneous_identical_registrations_make_one_row_and_ten_good_answers() {
+async fn ten_concurrent_identical_registrations_insert_one_row_and_all_succeed() {
     let server = TestServer::start().await;
     let replica = server.replica().await;
     let provider = server.provider().await;
@@ -71,7 +71,7 @@ async fn ten_simultaneous_identical_registrations_make_one_row_and_ten_good_answ
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_repeated_job_changes_nothing_and_says_so() {
+async fn a_repeated_create_job_changes_nothing_and_sets_existed() {
     let server = TestServer::start().await;
     let (mut provider, customer, other) =
         (server.provider().await, server.customer().await, server.customer().await);
@@ -80,7 +80,7 @@ async fn a_repeated_job_changes_nothing_and_says_so() {
     let first = provider.jobs.create_job(request.clone()).await.unwrap().into_inner();
     assert!(!first.existed);
 
-    // A later version does not matter to one who gave none.
+    // A request without a version matches even though a later version exists.
     provider.register(registration("2.0.0", &[])).await;
     let same_version = pb::CreateJobRequest { configuration_version: "1.0.0".to_owned(), ..request.clone() };
     for request in [request.clone(), same_version] {
@@ -104,14 +104,14 @@ async fn a_repeated_job_changes_nothing_and_says_so() {
     }
     assert_eq!(server.count("jobs").await, 1);
 
-    // Nor does it matter that the job is closed.
+    // A closed job is answered in the same way.
     provider.append(&first.job.unwrap(), [complete()]).await;
     let again = provider.jobs.create_job(request).await.unwrap().into_inner();
     assert!(again.existed && again.job.unwrap().closed_at.is_some());
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn ten_simultaneous_identical_jobs_are_one() {
+async fn ten_concurrent_identical_create_jobs_insert_one_job() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[]).await;
@@ -130,7 +130,7 @@ async fn ten_simultaneous_identical_jobs_are_one() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_repeated_batch_is_answered_as_stored_also_after_the_job_is_closed() {
+async fn a_repeated_batch_is_answered_with_its_stored_events_even_after_the_job_is_closed() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1), ("report", 1)]).await;
@@ -149,7 +149,7 @@ async fn a_repeated_batch_is_answered_as_stored_also_after_the_job_is_closed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn of_a_mixed_batch_the_new_events_are_appended_in_request_order() {
+async fn the_new_events_of_a_mixed_batch_are_appended_in_request_order() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[]).await;
@@ -157,14 +157,14 @@ async fn of_a_mixed_batch_the_new_events_are_appended_in_request_order() {
     let (a, b, c, d) = (info("a"), info("b"), info("c"), info("d"));
     provider.append(&job, [b.clone(), d.clone()]).await;
     let appended = provider.append(&job, [a, b, c, d]).await;
-    let told: Vec<_> = appended.iter().map(|event| (event.sequence, event.existed)).collect();
-    assert_eq!(told, [(3, false), (1, true), (4, false), (2, true)]);
+    let answered: Vec<_> = appended.iter().map(|event| (event.sequence, event.existed)).collect();
+    assert_eq!(answered, [(3, false), (1, true), (4, false), (2, true)]);
     let names: Vec<_> = provider.list(&job).await.into_iter().map(|event| event.name).collect();
     assert_eq!(names, ["b", "d", "a", "c"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_mixed_batch_to_a_closed_job_is_refused_whole() {
+async fn a_mixed_batch_to_a_closed_job_is_refused_as_a_whole() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[]).await;
@@ -177,7 +177,7 @@ async fn a_mixed_batch_to_a_closed_job_is_refused_whole() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stored_id_with_other_content_is_refused_with_what_differs() {
+async fn a_stored_event_id_with_other_content_is_refused_with_the_fields_that_differ() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1), ("report", 1)]).await;
@@ -203,9 +203,9 @@ async fn a_stored_id_with_other_content_is_refused_with_what_differs() {
         assert!(refusal.fields.iter().all(|found| found.starts_with(field)), "{field}: {:?}", refusal.fields);
         assert!(!refusal.fields.is_empty());
     }
-    assert_eq!(provider.list(&job).await.len(), 1, "nothing of those batches");
+    assert_eq!(provider.list(&job).await.len(), 1, "no event of a refused batch is stored");
 
-    // Cut to microseconds, and the case of an id, are no difference.
+    // `occurred_at` is compared in microseconds and an id without regard to case.
     let mut same = stored.clone();
     same.id = stored.id.to_uppercase();
     same.occurred_at = Some(Timestamp { seconds: 1_700_000_000, nanos: 123_456_000 });
@@ -213,7 +213,7 @@ async fn a_stored_id_with_other_content_is_refused_with_what_differs() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_id_may_be_in_the_logs_of_two_jobs() {
+async fn two_jobs_may_have_events_with_the_same_id() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[]).await;
@@ -236,7 +236,7 @@ async fn an_event_without_an_id_is_appended_each_time_it_is_sent() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn ten_simultaneous_identical_batches_are_appended_once() {
+async fn ten_concurrent_identical_batches_are_appended_once() {
     let server = TestServer::start().await;
     let replica = server.replica().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
@@ -261,7 +261,7 @@ async fn ten_simultaneous_identical_batches_are_appended_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_repeated_close_changes_nothing_and_says_so() {
+async fn a_repeated_close_changes_nothing_and_sets_existed() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[]).await;

@@ -1,4 +1,4 @@
-//! Other people's clients: grpcurl as the README uses it, and the Python of
+//! Clients in other languages: grpcurl as the README uses it, and the Python of
 //! `examples/python`.
 
 use std::{
@@ -15,15 +15,14 @@ use crate::support::{Authority, Files, TestServer, User, info};
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 const GRPCURL: &str = "github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.3";
 
-/// Longest that a foreign process may take.
+/// Timeout of one bash, grpcurl, pip or Python process.
 const TIMEOUT: Duration = Duration::from_secs(120);
 
-/// What a command says, and that it ended well.
 async fn output(command: &mut Command) -> Output {
     command.kill_on_drop(true).stdin(Stdio::null());
     let shown = format!("{command:?}");
     let running = tokio::time::timeout(TIMEOUT, command.output());
-    running.await.unwrap_or_else(|_| panic!("{shown} does not end")).unwrap()
+    running.await.unwrap_or_else(|_| panic!("{shown} did not end within {TIMEOUT:?}")).unwrap()
 }
 
 #[track_caller]
@@ -36,33 +35,36 @@ fn succeeded(output: Output) -> String {
 /// The fenced `sh` blocks of a section of the README, in order.
 fn shell_of_readme(heading: &str) -> String {
     let readme = fs::read_to_string(Path::new(ROOT).join("README.md")).unwrap();
-    let section = readme.split("\n## ").find(|section| section.starts_with(heading)).expect("the section");
+    let section = readme
+        .split("\n## ")
+        .find(|section| section.starts_with(heading))
+        .expect("the README has this section");
     let blocks = section.split("```sh\n").skip(1);
     blocks.map(|block| block.split("```").next().unwrap()).collect()
 }
 
-/// PATH with grpcurl in it: where `go install` puts it by default or, made here
-/// if need be, below `target`.
+/// A PATH with grpcurl. If neither PATH nor the default directory of `go install` has
+/// grpcurl, it is installed below `target`.
 async fn path_with_grpcurl() -> String {
-    let ours = Path::new(env!("CARGO_TARGET_TMPDIR")).join("go");
+    let go_bin = Path::new(env!("CARGO_TARGET_TMPDIR")).join("go");
     let path = format!(
         "{}:{}/go/bin:{}",
         env::var("PATH").unwrap_or_default(),
         env::var("HOME").unwrap_or_default(),
-        ours.display()
+        go_bin.display()
     );
     let found = async || Command::new("grpcurl").env("PATH", &path).arg("-version").output().await.is_ok();
     if !found().await {
         let mut go = Command::new("go");
-        // Whether there is a Go at all is told by what follows.
-        let _made = go.args(["install", GRPCURL]).env("GOBIN", &ours).output().await;
+        // If Go is missing, the assertion below fails.
+        let _installed = go.args(["install", GRPCURL]).env("GOBIN", &go_bin).output().await;
         assert!(found().await, "grpcurl is missing: install Go, then go install {GRPCURL}");
     }
     path
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_tour_of_the_readme_goes_from_sign_up_to_a_watched_completion() {
+async fn the_readme_tour_runs_from_sign_up_to_the_end_of_a_watch() {
     let server = TestServer::start().await;
     let script = shell_of_readme("A five-minute tour");
     assert!(script.contains("WatchEvents"), "{script}");
@@ -70,22 +72,22 @@ async fn the_tour_of_the_readme_goes_from_sign_up_to_a_watched_completion() {
     bash.args(["-euo", "pipefail", "-c", &script])
         .env("PATH", path_with_grpcurl().await)
         .env("SERVER", server.address.to_string());
-    let said = succeeded(output(&mut bash).await);
+    let stdout = succeeded(output(&mut bash).await);
 
     for service in ["AuthService", "ConfigurationService", "JobService", "EventService"] {
-        assert!(said.contains(&format!("milepost.v1.{service}")), "{said}");
+        assert!(stdout.contains(&format!("milepost.v1.{service}")), "{stdout}");
     }
-    let caught_up = said.find("\"caughtUp\"").expect("the watch caught up");
-    let complete = said.rfind("EVENT_KIND_COMPLETE").expect("the watch saw the end");
-    let end = said.rfind("WATCH_END_REASON_JOB_CLOSED").expect("the watch ended by itself");
-    assert!(caught_up < end && complete < end, "{said}");
-    assert!(said.contains("\"percent\": 100"), "{said}");
+    let caught_up = stdout.find("\"caughtUp\"").expect("the watch caught up");
+    let complete = stdout.rfind("EVENT_KIND_COMPLETE").expect("the watch received `complete`");
+    let end = stdout.rfind("WATCH_END_REASON_JOB_CLOSED").expect("the watch ended with the job");
+    assert!(caught_up < end && complete < end, "{stdout}");
+    assert!(stdout.contains("\"percent\": 100"), "{stdout}");
     let status = server.database.texts("SELECT status::text AS text FROM jobs").await;
     assert_eq!(status, ["complete"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn grpcurl_speaks_to_a_server_whose_authority_it_is_told() {
+async fn grpcurl_connects_only_with_the_ca_certificate_of_the_server() {
     let authority = Authority::new();
     let files = Files::new(&authority);
     let server = TestServer::encrypted(&files.server(), &authority).await;
@@ -105,8 +107,8 @@ async fn grpcurl_speaks_to_a_server_whose_authority_it_is_told() {
     assert!(!unencrypted.status.success());
 }
 
-/// A Python with what `examples/python` needs, made once for each version of
-/// its requirements and kept below `target`.
+/// A Python with the packages that `examples/python` needs. It is installed below
+/// `target`, once for each version of `requirements.txt`.
 pub async fn python() -> PathBuf {
     static PYTHON: OnceCell<PathBuf> = OnceCell::const_new();
     PYTHON.get_or_init(make_python).await.clone()
@@ -117,9 +119,9 @@ async fn make_python() -> PathBuf {
     let python = venv.join("bin/python");
     let requirements = examples.join("requirements.txt");
     let wanted = fs::read_to_string(&requirements).unwrap();
-    // Written last, so that what was interrupted is made again.
-    let made = venv.join("made-from.txt");
-    if fs::read_to_string(&made).ok().as_ref() != Some(&wanted) {
+    // Written last, so that an interrupted installation is repeated.
+    let marker = venv.join("made-from.txt");
+    if fs::read_to_string(&marker).ok().as_ref() != Some(&wanted) {
         let venv_command = output(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&venv)).await;
         assert!(
             venv_command.status.success(),
@@ -129,7 +131,7 @@ async fn make_python() -> PathBuf {
         let mut pip = Command::new(&python);
         pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r"]).arg(requirements);
         succeeded(output(&mut pip).await);
-        fs::write(&made, wanted).unwrap();
+        fs::write(&marker, wanted).unwrap();
     }
     succeeded(output(Command::new(&python).arg(examples.join("generate.py"))).await);
     python
@@ -139,7 +141,7 @@ pub fn examples() -> PathBuf {
     Path::new(ROOT).join("examples/python")
 }
 
-/// A script, as this user.
+/// A command that runs a Python script with the API key of this user.
 async fn script(server: &TestServer, user: &User, path: PathBuf) -> Command {
     let mut command = Command::new(python().await);
     command
@@ -161,27 +163,27 @@ async fn a_python_provider_is_watched_by_a_python_watcher() {
         command.args(["--provider-job-id", "scan-1", "--customer-id", &customer.id]);
         succeeded(output(&mut command).await)
     };
-    let said = run().await;
-    let job_id = said.lines().find_map(|line| line.strip_prefix("job ")).expect("the job's id").to_owned();
+    let stdout = run().await;
+    let job_id = stdout.lines().find_map(|line| line.strip_prefix("job ")).expect("the job's id").to_owned();
 
-    // The film is the same afterwards, from another replica.
+    // Another replica replays the events after the job is complete.
     let mut watcher = script(&replica, &customer, examples().join("watcher.py")).await;
-    let film = succeeded(output(watcher.args(["--job-id", &job_id])).await);
-    for told in ["[", "0 %", "Load the slice", "Calibrate", "Segment", "Measure", "report", "bone 11.3"] {
-        assert!(film.contains(told), "{told:?} in\n{film}");
+    let replay = succeeded(output(watcher.args(["--job-id", &job_id])).await);
+    for part in ["[", "0 %", "Load the slice", "Calibrate", "Segment", "Measure", "report", "bone 11.3"] {
+        assert!(replay.contains(part), "{part:?} in\n{replay}");
     }
     let percents: Vec<u32> =
-        film.lines().filter_map(|line| line.split_once(" %")?.0.rsplit(' ').next()?.parse().ok()).collect();
-    assert!(percents.is_sorted() && percents.last() == Some(&100), "{percents:?}\n{film}");
-    assert_eq!(film.lines().last(), Some("complete"));
+        replay.lines().filter_map(|line| line.split_once(" %")?.0.rsplit(' ').next()?.parse().ok()).collect();
+    assert!(percents.is_sorted() && percents.last() == Some(&100), "{percents:?}\n{replay}");
+    assert_eq!(replay.lines().last(), Some("complete"));
 
     assert!(run().await.contains("was done before"));
     let sequences = server.database.texts("SELECT last_sequence::text AS text FROM jobs").await;
-    assert_eq!(sequences, [(film.lines().filter(|line| line.starts_with('[')).count()).to_string()]);
+    assert_eq!(sequences, [(replay.lines().filter(|line| line.starts_with('[')).count()).to_string()]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_python_watcher_follows_a_job_live_and_fails_with_it() {
+async fn a_python_watcher_follows_a_job_live_and_exits_with_1_if_it_is_cancelled() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
@@ -195,7 +197,7 @@ async fn a_python_watcher_follows_a_job_live_and_fails_with_it() {
     };
     let mut next = async || {
         let line = tokio::time::timeout(TIMEOUT, lines.next_line()).await.expect("a line in time");
-        line.unwrap().expect("the watcher goes on")
+        line.unwrap().expect("the watcher is still running")
     };
 
     assert_eq!(next().await, "--- live ---");
@@ -208,15 +210,15 @@ async fn a_python_watcher_follows_a_job_live_and_fails_with_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_python_client_receives_the_details_of_500_wrong_events() {
+async fn a_python_client_receives_the_error_details_of_500_invalid_events() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
     let job = provider.job(&customer).await;
     let path = Path::new(ROOT).join("tests/it/wrong_events.py");
     let mut command = script(&server, &provider, path).await;
-    let said = succeeded(output(command.arg(&job.id)).await);
-    assert!(said.starts_with("INVALID_ARGUMENT FIELD_INVALID"), "{said}");
-    assert!(said.contains("events[0].name"), "{said}");
+    let stdout = succeeded(output(command.arg(&job.id)).await);
+    assert!(stdout.starts_with("INVALID_ARGUMENT FIELD_INVALID"), "{stdout}");
+    assert!(stdout.contains("events[0].name"), "{stdout}");
     assert_eq!(provider.get(&job).await.last_sequence, 0);
 }

@@ -1,4 +1,4 @@
-//! Jobs: created, found, listed and sealed.
+//! Creating, finding, listing and closing jobs.
 
 use milepost::pb::{
     self, ErrorReason, JobOpenness, JobStatus, close_job_request, get_job_request::Job as ByKey,
@@ -13,7 +13,7 @@ async fn find(user: &mut User, job: ByKey) -> Result<pb::GetJobResponse, Status>
     Ok(user.jobs.get_job(pb::GetJobRequest { job: Some(job) }).await?.into_inner())
 }
 
-/// The provider's ids of the jobs that match, over all pages.
+/// `provider_job_id` of each job that matches, over all pages.
 async fn list(user: &mut User, mut request: pb::ListJobsRequest) -> Vec<String> {
     let mut listed = Vec::new();
     loop {
@@ -36,7 +36,7 @@ async fn job_called(provider: &mut User, customer: &User, name: &str) -> pb::Job
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_new_job_is_pending_and_known_to_both_sides() {
+async fn a_new_job_is_pending_and_visible_to_its_provider_and_its_customer() {
     let server = TestServer::start().await;
     let (mut provider, mut customer) = (server.provider().await, server.customer().await);
     let configuration = provider.configuration(&[("load", 10), ("report", 30)]).await;
@@ -63,25 +63,25 @@ async fn a_new_job_is_pending_and_known_to_both_sides() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_job_of_somebody_else_does_not_exist() {
+async fn the_job_of_another_user_is_not_found() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
     let job = provider.job(&customer).await;
-    for mut stranger in [server.provider().await, server.customer().await] {
+    for mut other_user in [server.provider().await, server.customer().await] {
         let refusal = assert_refused(
-            find(&mut stranger, ByKey::JobId(job.id.clone())).await,
+            find(&mut other_user, ByKey::JobId(job.id.clone())).await,
             Code::NotFound,
             ErrorReason::ResourceNotFound,
         );
         assert_eq!(refusal.details.resource_info().unwrap().resource_type, "milepost.v1.Job");
-        assert_eq!(list(&mut stranger, pb::ListJobsRequest::default()).await, Vec::<String>::new());
+        assert_eq!(list(&mut other_user, pb::ListJobsRequest::default()).await, Vec::<String>::new());
     }
-    let mut stranger = server.provider().await;
+    let mut other_provider = server.provider().await;
     for answer in [
-        find(&mut stranger, ByKey::ProviderJobId(job.provider_job_id.clone())).await.map(|_| ()),
-        stranger.close(&job).await.map(|_| ()),
-        stranger.try_append(&job, [step("load")]).await.map(|_| ()),
+        find(&mut other_provider, ByKey::ProviderJobId(job.provider_job_id.clone())).await.map(|_| ()),
+        other_provider.close(&job).await.map(|_| ()),
+        other_provider.try_append(&job, [step("load")]).await.map(|_| ()),
     ] {
         assert_refused(answer, Code::NotFound, ErrorReason::ResourceNotFound);
     }
@@ -109,23 +109,23 @@ async fn a_job_keeps_the_configuration_that_it_was_created_with() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_job_needs_a_customer_and_a_configuration_that_exist() {
+async fn create_job_requires_an_existing_customer_and_configuration() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[]).await;
-    let good = provider.new_job(&customer);
-    let stranger = server.provider().await;
-    let nobody = "00000000-0000-7000-8000-000000000000";
+    let valid = provider.new_job(&customer);
+    let other_provider = server.provider().await;
+    let unknown_id = "00000000-0000-7000-8000-000000000000";
 
     let cases = [
-        (pb::CreateJobRequest { customer_id: nobody.to_owned(), ..good.clone() }, "milepost.v1.User"),
-        (pb::CreateJobRequest { customer_id: stranger.id, ..good.clone() }, "milepost.v1.User"),
+        (pb::CreateJobRequest { customer_id: unknown_id.to_owned(), ..valid.clone() }, "milepost.v1.User"),
+        (pb::CreateJobRequest { customer_id: other_provider.id, ..valid.clone() }, "milepost.v1.User"),
         (
-            pb::CreateJobRequest { configuration_tag: "other".to_owned(), ..good.clone() },
+            pb::CreateJobRequest { configuration_tag: "other".to_owned(), ..valid.clone() },
             "milepost.v1.JobConfiguration",
         ),
         (
-            pb::CreateJobRequest { configuration_version: "9.0.0".to_owned(), ..good.clone() },
+            pb::CreateJobRequest { configuration_version: "9.0.0".to_owned(), ..valid.clone() },
             "milepost.v1.JobConfiguration",
         ),
     ];
@@ -228,7 +228,7 @@ async fn jobs_are_listed_newest_first_and_filters_combine() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_closed_job_is_cancelled_unless_it_had_failed() {
+async fn closing_a_job_cancels_it_unless_it_has_failed() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1), ("report", 1)]).await;
@@ -271,7 +271,7 @@ async fn a_complete_job_cannot_be_closed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_request_that_names_no_job_is_refused() {
+async fn a_request_without_a_valid_job_key_is_refused() {
     let server = TestServer::start().await;
     let (mut provider, _) = (server.provider().await, server.customer().await);
     assert_violations(provider.jobs.get_job(pb::GetJobRequest { job: None }).await, &["job"]);
@@ -281,7 +281,7 @@ async fn a_request_that_names_no_job_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_watch_of_all_jobs_shows_those_of_the_caller_and_no_others() {
+async fn a_watch_of_all_jobs_delivers_the_events_of_the_callers_jobs_only() {
     let server = TestServer::start().await;
     let (mut ada, mut grace) = (server.customer().await, server.customer().await);
     let (mut provider, mut other) = (server.provider().await, server.provider().await);
@@ -293,7 +293,7 @@ async fn a_watch_of_all_jobs_shows_those_of_the_caller_and_no_others() {
     }
     let [of_ada, of_provider, of_grace] = &mut watches;
 
-    // Jobs of the same provider, of the same customer, and of neither.
+    // One job for each pair of provider and customer.
     let first = provider.job(&ada).await;
     provider.append(&first, [info("first")]).await;
     let second = other.job(&ada).await;

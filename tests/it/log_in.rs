@@ -1,4 +1,4 @@
-//! Log-ins that fail: how guessing gets slow, and for whom.
+//! Failed log-ins: which later log-ins they throttle, and for how long.
 
 use std::{net::Ipv4Addr, time::Duration};
 
@@ -9,17 +9,19 @@ use tonic::{Code, Request, Status};
 
 use crate::support::{Clients, PASSWORD, TRUSTED_PROXY, TestServer, assert_refused, within_timeout};
 
-const STRANGER: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
+/// An address from which no user has logged in before.
+const OTHER_ADDRESS: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
 
-fn claim(email: &str, password: &str) -> pb::LogInRequest {
+fn credentials(email: &str, password: &str) -> pb::LogInRequest {
     pb::LogInRequest { email: email.to_owned(), password: password.to_owned() }
 }
 
 async fn log_in(clients: &Clients, email: &str, password: &str) -> Result<(), Status> {
-    clients.anonymous().auth.log_in(claim(email, password)).await.map(drop)
+    clients.anonymous().auth.log_in(credentials(email, password)).await.map(drop)
 }
 
-fn throttled(answer: Result<(), Status>) -> Duration {
+/// Asserts that a log-in is throttled. Returns the wait before the next attempt.
+fn assert_throttled(answer: Result<(), Status>) -> Duration {
     let refusal = assert_refused(answer, Code::ResourceExhausted, ErrorReason::LogInThrottled);
     let wait = refusal.details.retry_info().unwrap().retry_delay.unwrap();
     assert!(!wait.is_zero() && wait <= Duration::from_secs(60), "{wait:?}");
@@ -34,21 +36,21 @@ async fn guessing_gets_slow_on_every_replica_and_locks_nobody_out_who_is_known()
     log_in(&server, &user.email, PASSWORD).await.unwrap();
 
     for _ in 0..5 {
-        let wrong = log_in(&server.from(STRANGER), &user.email, "a wrong guess").await;
+        let wrong = log_in(&server.from(OTHER_ADDRESS), &user.email, "a wrong guess").await;
         assert_refused(wrong, Code::Unauthenticated, ErrorReason::LogInFailed);
     }
     server.database.block_log_ins_for(30).await;
-    throttled(log_in(&server.from(STRANGER), &user.email, "a wrong guess").await);
-    throttled(log_in(&replica.from(STRANGER), &user.email.to_uppercase(), PASSWORD).await);
-    // Not for who has been here before, nor for others there.
+    assert_throttled(log_in(&server.from(OTHER_ADDRESS), &user.email, "a wrong guess").await);
+    assert_throttled(log_in(&replica.from(OTHER_ADDRESS), &user.email.to_uppercase(), PASSWORD).await);
+    // Neither the known pair nor another e-mail from the same address is throttled.
     log_in(&server, &user.email, PASSWORD).await.unwrap();
     let other = server.customer().await;
-    log_in(&server.from(STRANGER), &other.email, PASSWORD).await.unwrap();
+    log_in(&server.from(OTHER_ADDRESS), &other.email, PASSWORD).await.unwrap();
 
     server.database.block_log_ins_for(3).await;
-    let wait = throttled(log_in(&server.from(STRANGER), &user.email, PASSWORD).await);
+    let wait = assert_throttled(log_in(&server.from(OTHER_ADDRESS), &user.email, PASSWORD).await);
     tokio::time::sleep(wait).await;
-    log_in(&replica.from(STRANGER), &user.email, PASSWORD).await.unwrap();
+    log_in(&replica.from(OTHER_ADDRESS), &user.email, PASSWORD).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -61,41 +63,42 @@ async fn guessing_from_many_addresses_gets_slow_as_well() {
         assert_refused(wrong, Code::Unauthenticated, ErrorReason::LogInFailed);
     }
     server.database.block_log_ins_for(30).await;
-    throttled(log_in(&server.from(STRANGER), &user.email, PASSWORD).await);
+    assert_throttled(log_in(&server.from(OTHER_ADDRESS), &user.email, PASSWORD).await);
     log_in(&server, &user.email, PASSWORD).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_address_that_tries_many_users_gets_slow_whether_they_exist_or_not() {
+async fn log_ins_from_one_address_to_many_emails_are_throttled_whether_the_users_exist_or_not() {
     let server = TestServer::start().await;
     let user = server.customer().await;
-    let stranger = server.from(STRANGER);
+    let remote = server.from(OTHER_ADDRESS);
     for n in 0..20 {
-        let wrong = log_in(&stranger, &format!("nobody-{n}@example.com"), "a wrong guess").await;
+        let wrong = log_in(&remote, &format!("nobody-{n}@example.com"), "a wrong guess").await;
         assert_refused(wrong, Code::Unauthenticated, ErrorReason::LogInFailed);
     }
     server.database.block_log_ins_for(30).await;
-    throttled(log_in(&stranger, "nobody@example.com", PASSWORD).await);
-    throttled(log_in(&stranger, &user.email, PASSWORD).await);
+    assert_throttled(log_in(&remote, "nobody@example.com", PASSWORD).await);
+    assert_throttled(log_in(&remote, &user.email, PASSWORD).await);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_is_known_at_an_address_logs_in_there_whatever_others_do() {
+async fn a_known_pair_logs_in_although_its_address_is_blocked() {
     let server = TestServer::start().await;
     let (known, other) = (server.customer().await, server.customer().await);
-    let stranger = server.from(STRANGER);
-    log_in(&stranger, &known.email, PASSWORD).await.unwrap();
+    let remote = server.from(OTHER_ADDRESS);
+    log_in(&remote, &known.email, PASSWORD).await.unwrap();
     for n in 0..20 {
-        let wrong = log_in(&stranger, &format!("nobody-{n}@example.com"), "a wrong guess").await;
+        let wrong = log_in(&remote, &format!("nobody-{n}@example.com"), "a wrong guess").await;
         assert_refused(wrong, Code::Unauthenticated, ErrorReason::LogInFailed);
     }
     server.database.block_log_ins_for(30).await;
-    throttled(log_in(&stranger, &other.email, PASSWORD).await);
-    log_in(&stranger, &known.email, PASSWORD).await.unwrap();
+    assert_throttled(log_in(&remote, &other.email, PASSWORD).await);
+    log_in(&remote, &known.email, PASSWORD).await.unwrap();
 }
 
-/// As if so many log-ins had failed so long ago, and the wait since were over.
-async fn failed_before(server: &TestServer, failures: i32, minutes_ago: u32) {
+/// Sets every row of `log_in_attempts` to this many failures, the last of them this
+/// many minutes ago, and ends every block.
+async fn set_failures(server: &TestServer, failures: i32, minutes_ago: u32) {
     let sql = format!(
         "UPDATE log_in_attempts SET failures = {failures}, blocked_until = NULL,
              last_at = clock_timestamp() - interval '{minutes_ago} minutes'"
@@ -104,11 +107,11 @@ async fn failed_before(server: &TestServer, failures: i32, minutes_ago: u32) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn each_failure_doubles_the_wait_until_it_is_a_minute() {
+async fn each_failure_doubles_the_wait_up_to_one_minute() {
     let server = TestServer::start().await;
     let guess = async || log_in(&server, "nobody@example.com", "a wrong guess").await;
     guess().await.unwrap_err();
-    // In seconds: of the user from the address, of the address, of the user.
+    // Seconds for which the pair, the address and the e-mail are blocked.
     let waits = "SELECT coalesce(extract(epoch FROM blocked_until - last_at)::int, 0)::text AS text
         FROM log_in_attempts ORDER BY blocked_until DESC NULLS LAST";
     for (failures, expected) in [
@@ -125,41 +128,42 @@ async fn each_failure_doubles_the_wait_until_it_is_a_minute() {
         (25, ["60", "60", "60"]),
         (i32::MAX - 1, ["60", "60", "60"]),
     ] {
-        failed_before(&server, failures, 0).await;
+        set_failures(&server, failures, 0).await;
         assert_refused(guess().await, Code::Unauthenticated, ErrorReason::LogInFailed);
         assert_eq!(server.database.texts(waits).await, expected, "after {failures} failures");
     }
-    let wait = throttled(guess().await);
+    let wait = assert_throttled(guess().await);
     assert!(wait > Duration::from_secs(30), "{wait:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_quarter_of_an_hour_without_a_failure_is_a_new_beginning() {
+async fn failures_are_forgotten_after_15_minutes_without_another() {
     let server = TestServer::start().await;
     let guess = async || log_in(&server, "nobody@example.com", "a wrong guess").await;
     guess().await.unwrap_err();
-    failed_before(&server, 25, 14).await;
+    set_failures(&server, 25, 14).await;
     assert_refused(guess().await, Code::Unauthenticated, ErrorReason::LogInFailed);
-    throttled(guess().await);
+    assert_throttled(guess().await);
 
-    failed_before(&server, 25, 16).await;
+    set_failures(&server, 25, 16).await;
     for _ in 0..5 {
         assert_refused(guess().await, Code::Unauthenticated, ErrorReason::LogInFailed);
     }
     server.database.block_log_ins_for(30).await;
-    throttled(guess().await);
+    assert_throttled(guess().await);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn many_guesses_at_once_are_slowed_down_like_those_one_after_the_other() {
+async fn concurrent_failures_are_throttled_like_consecutive_ones() {
     let server = TestServer::start().await;
     let user = server.customer().await;
-    let stranger = server.from(STRANGER);
-    log_in(&stranger, &user.email, "a wrong guess").await.unwrap_err();
-    // One more, and the next has to wait for half a minute.
-    failed_before(&server, 9, 0).await;
-    let guesses = (0..40).map(|_| log_in(&stranger, &user.email, "a wrong guess"));
-    // Those that ask while another one is being counted look again when it is.
+    let remote = server.from(OTHER_ADDRESS);
+    log_in(&remote, &user.email, "a wrong guess").await.unwrap_err();
+    // The next failure blocks the pair for 32 s.
+    set_failures(&server, 9, 0).await;
+    let guesses = (0..40).map(|_| log_in(&remote, &user.email, "a wrong guess"));
+    // The attempts wait for this row lock. Each of them reads the row again once the
+    // attempt before it is counted.
     let mut counting = server.database.connect().await;
     counting.batch_execute("BEGIN; SELECT 1 FROM log_in_attempts FOR UPDATE").await.unwrap();
     let counted = async {
@@ -168,17 +172,17 @@ async fn many_guesses_at_once_are_slowed_down_like_those_one_after_the_other() {
     };
     let both = join(join_all(guesses), counted);
     let (answers, ()) = within_timeout("the answers", both).await;
-    let (looked_at, refused): (Vec<_>, Vec<_>) = answers
+    let (verified, refused): (Vec<_>, Vec<_>) = answers
         .into_iter()
         .partition(|answer| answer.as_ref().is_err_and(|status| status.code() == Code::Unauthenticated));
     for answer in refused {
-        throttled(answer);
+        assert_throttled(answer);
     }
-    assert_eq!(looked_at.len(), 1);
+    assert_eq!(verified.len(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_wrong_current_password_is_a_failed_log_in() {
+async fn a_wrong_current_password_counts_as_a_failed_log_in() {
     let server = TestServer::start().await;
     let mut user = server.customer().await;
     let change = |current: &str| pb::ChangePasswordRequest {
@@ -190,39 +194,39 @@ async fn a_wrong_current_password_is_a_failed_log_in() {
         assert_refused(wrong, Code::InvalidArgument, ErrorReason::FieldInvalid);
     }
     server.database.block_log_ins_for(30).await;
-    throttled(user.session.auth.change_password(change(PASSWORD)).await.map(drop));
-    throttled(log_in(&server, &user.email, PASSWORD).await);
+    assert_throttled(user.session.auth.change_password(change(PASSWORD)).await.map(drop));
+    assert_throttled(log_in(&server, &user.email, PASSWORD).await);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn only_a_trusted_proxy_may_say_where_a_call_comes_from() {
+async fn x_forwarded_for_is_read_only_from_trusted_proxies() {
     let server = TestServer::start().await;
     let user = server.customer().await;
     let guess = async |through: Clients, forwarded: &str| {
-        let mut request = Request::new(claim(&user.email, "a wrong guess"));
+        let mut request = Request::new(credentials(&user.email, "a wrong guess"));
         request.metadata_mut().insert("x-forwarded-for", forwarded.parse().unwrap());
         through.anonymous().auth.log_in(request).await.map(drop)
     };
     for n in 0..5 {
-        // What the client made up comes before what the proxy added.
+        // The proxy appends the client's address; the entry before it may be forged.
         let wrong = guess(server.from(TRUSTED_PROXY), &format!("10.0.1.{n}, 10.0.0.1")).await;
         assert_refused(wrong, Code::Unauthenticated, ErrorReason::LogInFailed);
     }
     server.database.block_log_ins_for(30).await;
-    throttled(guess(server.from(TRUSTED_PROXY), "10.0.0.1").await);
-    let elsewhere = guess(server.from(TRUSTED_PROXY), "10.0.0.2").await;
-    assert_refused(elsewhere, Code::Unauthenticated, ErrorReason::LogInFailed);
+    assert_throttled(guess(server.from(TRUSTED_PROXY), "10.0.0.1").await);
+    let other_client = guess(server.from(TRUSTED_PROXY), "10.0.0.2").await;
+    assert_refused(other_client, Code::Unauthenticated, ErrorReason::LogInFailed);
 
     for n in 0..5 {
-        let wrong = guess(server.from(STRANGER), &format!("10.0.2.{n}")).await;
+        let wrong = guess(server.from(OTHER_ADDRESS), &format!("10.0.2.{n}")).await;
         assert_refused(wrong, Code::Unauthenticated, ErrorReason::LogInFailed);
     }
     server.database.block_log_ins_for(30).await;
-    throttled(guess(server.from(STRANGER), "10.0.3.1").await);
+    assert_throttled(guess(server.from(OTHER_ADDRESS), "10.0.3.1").await);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_hash_of_another_cost_is_made_anew_at_the_next_log_in() {
+async fn a_password_hash_of_another_cost_is_replaced_at_the_next_log_in() {
     let server = TestServer::start().await;
     let user = server.customer().await;
     let hash = || async { server.database.texts("SELECT password_hash AS text FROM users").await };
@@ -237,7 +241,7 @@ async fn a_hash_of_another_cost_is_made_anew_at_the_next_log_in() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_hash_that_cannot_be_made_anew_keeps_nobody_out() {
+async fn a_log_in_succeeds_although_its_password_hash_cannot_be_replaced() {
     let server = TestServer::start().await;
     let user = server.customer().await;
     let older = bcrypt::hash(PASSWORD, 5).unwrap();

@@ -1,4 +1,4 @@
-//! What Prometheus is told.
+//! The metrics endpoint, as Prometheus scrapes it.
 
 use std::{collections::BTreeMap, net::SocketAddr};
 
@@ -17,15 +17,15 @@ use crate::support::{
     PASSWORD, TestDatabase, TestServer, assert_refused, complete, info, noted, step, within_timeout,
 };
 
-/// The samples of a scrape, by name and labels as they stand there.
+/// The samples of one scrape. The keys are names with labels as scraped.
 pub type Samples = BTreeMap<String, f64>;
 
-/// An answer over HTTP/1.1: status line and headers, and the body.
+/// The head and the body of an HTTP/1.1 response.
 async fn get(address: SocketAddr, path: &str) -> (String, String) {
     let mut stream = TcpStream::connect(address).await.unwrap();
     stream.write_all(format!("GET {path} HTTP/1.1\r\nhost: {address}\r\n\r\n").as_bytes()).await.unwrap();
     let mut answer = String::new();
-    within_timeout("the whole answer", stream.read_to_string(&mut answer)).await.unwrap();
+    within_timeout("the whole response", stream.read_to_string(&mut answer)).await.unwrap();
     let (head, body) = answer.split_once("\r\n\r\n").unwrap();
     (head.to_owned(), body.to_owned())
 }
@@ -37,9 +37,9 @@ async fn scrape(server: &TestServer) -> Samples {
     parse(&body)
 }
 
-/// Scrapes until a sample is as it is wanted; counting follows the answer to a
-/// call by a moment.
-pub async fn until(server: &TestServer, series: &str, wanted: impl Fn(f64) -> bool) -> Samples {
+/// Scrapes until a sample satisfies `wanted`. A call is counted a moment after its
+/// answer.
+pub async fn wait_for_sample(server: &TestServer, series: &str, wanted: impl Fn(f64) -> bool) -> Samples {
     let mut last = None;
     let found = async {
         loop {
@@ -57,11 +57,11 @@ pub async fn until(server: &TestServer, series: &str, wanted: impl Fn(f64) -> bo
     }
 }
 
-/// OpenMetrics 1.0, strictly: families in one piece, each described before its
-/// samples, names, labels and values well formed, nothing twice, histograms that
-/// add up.
+/// Parses OpenMetrics 1.0 strictly. Each family is contiguous and described before its
+/// samples. Names, labels and values are well formed, no series occurs twice, and the
+/// counts of each histogram add up.
 fn parse(text: &str) -> Samples {
-    let body = text.strip_suffix("# EOF\n").expect("it ends with EOF");
+    let body = text.strip_suffix("# EOF\n").expect("the text ends with # EOF");
     let mut samples = Samples::new();
     let mut kinds = BTreeMap::new();
     let mut family = (String::new(), String::new());
@@ -100,7 +100,7 @@ fn parse(text: &str) -> Samples {
         }
         let value: f64 = value.parse().unwrap();
         assert!(value.is_finite() && value >= 0.0, "{line}");
-        assert_eq!(samples.insert(series.to_owned(), value), None, "twice: {line}");
+        assert_eq!(samples.insert(series.to_owned(), value), None, "duplicate series: {line}");
     }
     assert_histograms_add_up(body, &samples);
     samples
@@ -115,7 +115,7 @@ fn assert_histograms_add_up(body: &str, samples: &Samples) {
     for line in body.lines().filter(|line| line.contains("_bucket{")) {
         let (series, count) = line.rsplit_once(' ').unwrap();
         let count: f64 = count.parse().unwrap();
-        assert!(count >= below, "cumulative: {line}");
+        assert!(count >= below, "bucket counts are cumulative: {line}");
         below = count;
         if series.contains("le=\"+Inf\"") {
             let total = series.replace("_bucket", "_count").replace("le=\"+Inf\"", "");
@@ -151,7 +151,8 @@ async fn appends_transactions_and_watches_are_measured() {
     provider.append(&job, [step("load"), info("two")]).await;
     one.events(2).await;
     all.events(2).await;
-    let samples = until(&server, "milepost_append_duration_seconds_count", |count| count == 1.0).await;
+    let samples =
+        wait_for_sample(&server, "milepost_append_duration_seconds_count", |count| count == 1.0).await;
     assert!(samples["milepost_append_duration_seconds_sum"] > 0.0);
     assert_eq!(samples["milepost_transaction_duration_seconds_count"], 1.0);
     assert!(
@@ -163,29 +164,29 @@ async fn appends_transactions_and_watches_are_measured() {
     assert_eq!(samples["milepost_transaction_batches_sum"], 1.0);
     assert_eq!(samples["milepost_watches{scope=\"job\"}"], 1.0);
     assert_eq!(samples["milepost_watches{scope=\"all_jobs\"}"], 1.0);
-    // A message each at least; none of what was not live.
+    // At least one live message per watch; replayed events are not measured.
     assert!(samples["milepost_send_delay_seconds_count{commit=\"own\"}"] >= 2.0);
     assert_eq!(samples["milepost_send_delay_seconds_count{commit=\"other\"}"], 0.0);
 
-    // Elsewhere, it is another's commit.
+    // On the replica, the event was committed by another process.
     let replica = server.replica().await;
-    let mut there = replica.same(&customer).watch(&job).await;
-    there.caught_up().await;
+    let mut replica_watch = replica.same(&customer).watch(&job).await;
+    replica_watch.caught_up().await;
     assert_eq!(scrape(&replica).await["milepost_send_delay_seconds_count{commit=\"other\"}"], 0.0);
     provider.append(&job, [info("three")]).await;
-    there.events(1).await;
+    replica_watch.events(1).await;
     let other = scrape(&replica).await;
     assert_eq!(other["milepost_send_delay_seconds_count{commit=\"other\"}"], 1.0);
     assert_eq!(other["milepost_send_delay_seconds_count{commit=\"own\"}"], 0.0);
     assert_eq!(other["milepost_transaction_events_count"], 0.0);
 
     drop((one, all));
-    until(&server, "milepost_watches{scope=\"job\"}", |open| open == 0.0).await;
-    until(&server, "milepost_watches{scope=\"all_jobs\"}", |open| open == 0.0).await;
+    wait_for_sample(&server, "milepost_watches{scope=\"job\"}", |open| open == 0.0).await;
+    wait_for_sample(&server, "milepost_watches{scope=\"all_jobs\"}", |open| open == 0.0).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn callers_that_share_a_transaction_are_counted_in_it() {
+async fn every_batch_of_a_shared_transaction_is_counted() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[]).await;
@@ -195,10 +196,11 @@ async fn callers_that_share_a_transaction_are_counted_in_it() {
         async move { provider.append(&job, [info(&format!("{n}"))]).await }
     });
     futures_util::future::join_all(callers).await;
-    let samples = until(&server, "milepost_append_duration_seconds_count", |count| count == 64.0).await;
+    let samples =
+        wait_for_sample(&server, "milepost_append_duration_seconds_count", |count| count == 64.0).await;
     assert_eq!(samples["milepost_transaction_events_sum"], 64.0);
     assert_eq!(samples["milepost_transaction_batches_sum"], 64.0);
-    assert!(samples["milepost_transaction_batches_count"] < 64.0, "some of them shared");
+    assert!(samples["milepost_transaction_batches_count"] < 64.0, "some callers share a transaction");
     assert_eq!(
         samples["milepost_transaction_batches_count"],
         samples["milepost_transaction_duration_seconds_count"]
@@ -215,61 +217,65 @@ async fn calls_and_refusals_are_counted_by_method() {
     let refused = customer.clone().try_append(&job, [info("not mine")]).await;
     assert_refused(refused, Code::PermissionDenied, ErrorReason::RoleRequired);
     let method = "method=\"milepost.v1.EventService/AppendEvents\"";
-    let samples =
-        until(&server, &format!("milepost_calls_total{{{method},code=\"PERMISSION_DENIED\"}}"), |n| n == 1.0)
-            .await;
+    let samples = wait_for_sample(
+        &server,
+        &format!("milepost_calls_total{{{method},code=\"PERMISSION_DENIED\"}}"),
+        |n| n == 1.0,
+    )
+    .await;
     assert_eq!(samples[&format!("milepost_calls_total{{{method},code=\"OK\"}}")], 1.0);
     assert_eq!(samples[&format!("milepost_refusals_total{{{method},reason=\"ROLE_REQUIRED\"}}")], 1.0);
     assert_eq!(samples[&format!("milepost_call_duration_seconds_count{{{method}}}")], 2.0);
     assert!(samples[&format!("milepost_call_duration_seconds_sum{{{method}}}")] > 0.0);
 
-    let claim = pb::LogInRequest { email: customer.email.clone(), password: "certainly not it".to_owned() };
+    let credentials =
+        pb::LogInRequest { email: customer.email.clone(), password: "certainly not it".to_owned() };
     for _ in 0..5 {
-        let wrong = server.anonymous().auth.log_in(claim.clone()).await;
+        let wrong = server.anonymous().auth.log_in(credentials.clone()).await;
         assert_refused(wrong, Code::Unauthenticated, ErrorReason::LogInFailed);
     }
     server.database.block_log_ins_for(30).await;
-    let slow = server.anonymous().auth.log_in(claim).await;
+    let slow = server.anonymous().auth.log_in(credentials).await;
     assert_refused(slow, Code::ResourceExhausted, ErrorReason::LogInThrottled);
     let log_in = |reason| {
         format!("milepost_refusals_total{{method=\"milepost.v1.AuthService/LogIn\",reason=\"{reason}\"}}")
     };
-    let samples = until(&server, &log_in("LOG_IN_THROTTLED"), |count| count == 1.0).await;
+    let samples = wait_for_sample(&server, &log_in("LOG_IN_THROTTLED"), |count| count == 1.0).await;
     assert_eq!(samples[&log_in("LOG_IN_FAILED")], 5.0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn batches_that_a_stream_refuses_are_refusals_as_well() {
+async fn batches_refused_on_a_publish_stream_count_as_refusals() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[]).await;
     let job = provider.job(&customer).await;
     let (batches, stream) = mpsc::channel(1);
     let mut answers = provider.events.publish_events(ReceiverStream::new(stream)).await.unwrap().into_inner();
-    batches.send(publish("good", &job, vec![complete()])).await.unwrap();
+    batches.send(publish("valid", &job, vec![complete()])).await.unwrap();
     answers.message().await.unwrap().unwrap();
     batches.send(publish("late", &job, vec![info("after the end")])).await.unwrap();
     answers.message().await.unwrap().unwrap();
     let method = "method=\"milepost.v1.EventService/PublishEvents\"";
     let refused = format!("milepost_refusals_total{{{method},reason=\"JOB_CLOSED\"}}");
-    let samples = until(&server, &refused, |count| count == 1.0).await;
+    let samples = wait_for_sample(&server, &refused, |count| count == 1.0).await;
     assert_eq!(samples["milepost_publish_streams"], 1.0);
-    assert_eq!(samples["milepost_append_duration_seconds_count"], 1.0, "a refusal is no append");
-    let over = format!("milepost_calls_total{{{method},code=\"OK\"}}");
-    assert!(!samples.contains_key(&over), "it is still open");
+    assert_eq!(samples["milepost_append_duration_seconds_count"], 1.0, "a refused batch is not an append");
+    let ended_ok = format!("milepost_calls_total{{{method},code=\"OK\"}}");
+    assert!(!samples.contains_key(&ended_ok), "the stream is still open");
     drop(batches);
     assert_eq!(answers.message().await.unwrap(), None);
-    let samples = until(&server, &over, |count| count == 1.0).await;
+    let samples = wait_for_sample(&server, &ended_ok, |count| count == 1.0).await;
     assert_eq!(samples["milepost_publish_streams"], 0.0);
     assert!(!samples.keys().any(|name| name.starts_with("milepost_call_duration") && name.contains(method)));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_path_that_nothing_is_served_on_adds_no_series() {
+async fn calls_to_unknown_paths_add_no_series() {
     let server = TestServer::start().await;
-    // Who calls is asked before what for.
+    // Authentication comes before the look-up of the method.
     let bearer = format!("Bearer {}", server.provider().await.key_secret);
-    let unknown = async |path: String| {
+    let call_unknown = async |path: String| {
         let mut grpc = tonic::client::Grpc::new(server.channel.clone());
         grpc.ready().await.unwrap();
         let codec = tonic_prost::ProstCodec::<(), ()>::default();
@@ -278,21 +284,21 @@ async fn a_path_that_nothing_is_served_on_adds_no_series() {
         request.metadata_mut().insert("authorization", bearer.parse().unwrap());
         grpc.unary(request, path, codec).await.unwrap_err().code()
     };
-    assert_eq!(unknown("/secret/path".to_owned()).await, Code::Unimplemented);
+    assert_eq!(call_unknown("/secret/path".to_owned()).await, Code::Unimplemented);
     let series = "milepost_calls_total{method=\"other\",code=\"UNIMPLEMENTED\"}";
-    let before = until(&server, series, |count| count == 1.0).await;
+    let before = wait_for_sample(&server, series, |count| count == 1.0).await;
     for n in 0..20 {
         for path in [format!("/secret/path{n}"), format!("/milepost.v1.EventService/Append{n}")] {
-            unknown(path).await;
+            call_unknown(path).await;
         }
     }
-    let after = until(&server, series, |count| count == 41.0).await;
+    let after = wait_for_sample(&server, series, |count| count == 41.0).await;
     let names = |samples: &Samples| samples.keys().cloned().collect::<Vec<_>>();
     assert_eq!(names(&before), names(&after));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_watcher_that_falls_behind_is_seen_until_it_has_caught_up() {
+async fn the_lag_of_a_slow_watch_is_exported_until_it_has_caught_up() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[]).await;
@@ -309,25 +315,25 @@ async fn a_watcher_that_falls_behind_is_seen_until_it_has_caught_up() {
             provider.append(&job, [event]).await;
         }
         samples = scrape(&server).await;
-        // What overflowed may be told only once the watch looks.
+        // The overflow may be counted only when the watch reads its mailbox.
         if samples[lag] > 0.5 {
             break;
         }
     }
-    let earlier = until(&server, lag, |lag| lag > 0.0).await[lag];
-    until(&server, lag, |lag| lag > earlier).await;
+    let earlier = wait_for_sample(&server, lag, |lag| lag > 0.0).await[lag];
+    wait_for_sample(&server, lag, |lag| lag > earlier).await;
     provider.append(&job, [complete()]).await;
     slow.film().await;
-    let samples = until(&server, lag, |lag| lag == 0.0).await;
+    let samples = wait_for_sample(&server, lag, |lag| lag == 0.0).await;
     assert!(samples["milepost_watch_overflows_total"] >= 1.0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nobody_falls_behind_for_what_they_did_not_ask_for() {
+async fn events_outside_the_filter_do_not_overflow_a_mailbox() {
     let server = TestServer::start().await;
     let (mut provider, mut customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[]).await;
-    let (job, others) = (provider.job(&customer).await, provider.job(&server.customer().await).await);
+    let (job, other_job) = (provider.job(&customer).await, provider.job(&server.customer().await).await);
     let of_kinds = |scope, kinds: &[EventKind]| pb::WatchEventsRequest {
         scope: Some(scope),
         kinds: kinds.iter().map(|kind| (*kind).into()).collect(),
@@ -341,31 +347,31 @@ async fn nobody_falls_behind_for_what_they_did_not_ask_for() {
     for watch in &mut watches {
         watch.caught_up().await;
     }
-    // Each batch is more than a mailbox holds.
+    // Each batch has more events than a mailbox holds.
     for name in ["first", "second"] {
-        for job in [&job, &others] {
+        for job in [&job, &other_job] {
             provider.append(job, (0..500).map(|_| info("passes"))).await;
         }
         provider.append(&job, [pb::NewEvent { kind: EventKind::Error.into(), ..info(name) }]).await;
-        provider.append(&others, (0..500).map(|_| info("passes"))).await;
+        provider.append(&other_job, (0..500).map(|_| info("passes"))).await;
         for watch in &mut watches {
             let [event] = watch.events(1).await.try_into().unwrap();
             assert_eq!(event.name, name);
         }
     }
     assert_eq!(scrape(&server).await["milepost_watch_overflows_total"], 0.0);
-    // Nothing is missing of what the end says.
+    // The last sequence at the end of the watch includes the filtered events.
     provider.append(&job, (0..500).map(|_| info("passes"))).await;
     provider.append(&job, [complete()]).await;
     let [of_one, _] = watches;
-    let film = of_one.film().await;
-    assert_eq!((film.events, film.end.job.unwrap().last_sequence), (vec![], 1_503));
+    let watched = of_one.film().await;
+    assert_eq!((watched.events, watched.end.job.unwrap().last_sequence), (vec![], 1_503));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn bells_that_are_lost_are_seen() {
+async fn lost_notifications_are_counted() {
     let database = TestDatabase::migrated().await;
-    // Found before Postgres's own: nobody hears anything.
+    // Shadows Postgres's own pg_notify, so that no notification is sent.
     database
         .execute(
             "CREATE FUNCTION pg_notify(text, text) RETURNS void LANGUAGE sql AS 'SELECT';
@@ -378,49 +384,49 @@ async fn bells_that_are_lost_are_seen() {
     provider.configuration(&[]).await;
     let job = provider.job(&customer).await;
     assert_eq!(scrape(&replica).await["milepost_sweep_finds_total"], 0.0);
-    provider.append(&job, [info("unheard")]).await;
-    until(&replica, "milepost_sweep_finds_total", |count| count == 1.0).await;
-    // One's own needs no bell.
+    provider.append(&job, [info("not notified")]).await;
+    wait_for_sample(&replica, "milepost_sweep_finds_total", |count| count == 1.0).await;
+    // A process needs no notification of its own commits.
     assert_eq!(scrape(&server).await["milepost_sweep_finds_total"], 0.0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn metrics_are_served_while_the_database_is_away_and_while_the_server_drains() {
+async fn metrics_are_served_during_an_outage_and_while_the_server_drains() {
     let mut server = TestServer::start().await;
     let customer = server.customer().await;
-    let samples = until(&server, "milepost_ready", |ready| ready == 1.0).await;
+    let samples = wait_for_sample(&server, "milepost_ready", |ready| ready == 1.0).await;
     assert_eq!(samples["milepost_draining"], 0.0);
     assert_eq!(samples["milepost_database_connections_max"], 8.0);
     assert_eq!(samples["milepost_database_connections_waiting"], 0.0);
     let open = |state| samples[&format!("milepost_database_connections{{state=\"{state}\"}}")];
     assert!((1.0..=8.0).contains(&(open("idle") + open("in_use"))));
-    // The session and the key.
+    // The session; the API key has not been used yet.
     assert_eq!(samples["milepost_credentials_cached"], 1.0);
     assert!(samples["milepost_credentials_confirmed_age_seconds"] < 5.0);
     let version = format!("milepost_build_info{{version=\"{}\"}}", env!("CARGO_PKG_VERSION"));
     assert_eq!(samples[&version], 1.0);
 
     server.database.take_away().await;
-    until(&server, "milepost_ready", |ready| ready == 0.0).await;
-    // Past what a round of confirmation leaves when all is well.
-    until(&server, "milepost_credentials_confirmed_age_seconds", |age| age > 3.0).await;
-    let away = customer.clone().session.auth.get_current_user(pb::GetCurrentUserRequest {}).await;
-    assert_refused(away, Code::Unavailable, ErrorReason::DatabaseUnavailable);
+    wait_for_sample(&server, "milepost_ready", |ready| ready == 0.0).await;
+    // Older than confirmations get while the database is available.
+    wait_for_sample(&server, "milepost_credentials_confirmed_age_seconds", |age| age > 3.0).await;
+    let refused = customer.clone().session.auth.get_current_user(pb::GetCurrentUserRequest {}).await;
+    assert_refused(refused, Code::Unavailable, ErrorReason::DatabaseUnavailable);
     server.database.bring_back().await;
-    until(&server, "milepost_ready", |ready| ready == 1.0).await;
-    until(&server, "milepost_credentials_confirmed_age_seconds", |age| age < 3.0).await;
+    wait_for_sample(&server, "milepost_ready", |ready| ready == 1.0).await;
+    wait_for_sample(&server, "milepost_credentials_confirmed_age_seconds", |age| age < 3.0).await;
 
     server.stop();
-    let samples = until(&server, "milepost_draining", |draining| draining == 1.0).await;
+    let samples = wait_for_sample(&server, "milepost_draining", |draining| draining == 1.0).await;
     assert_eq!(samples["milepost_ready"], 0.0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn metrics_tell_of_nobody() {
+async fn metrics_contain_no_secrets_and_no_personal_data() {
     let server = TestServer::start().await;
     let customer = server.customer().await;
-    let claim = pb::LogInRequest { email: customer.email.clone(), password: PASSWORD.to_owned() };
-    server.anonymous().auth.log_in(claim).await.unwrap();
+    let credentials = pb::LogInRequest { email: customer.email.clone(), password: PASSWORD.to_owned() };
+    server.anonymous().auth.log_in(credentials).await.unwrap();
     let (_, text) = get(server.metrics_address, "/metrics").await;
     for secret in [&customer.email, &customer.key_secret, &customer.id, "@", PASSWORD, "Lovelace"] {
         assert!(!text.contains(secret), "{secret}");
@@ -428,7 +434,7 @@ async fn metrics_tell_of_nobody() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn clients_that_say_nothing_are_cut_and_keep_nobody_waiting() {
+async fn silent_connections_are_closed_and_do_not_delay_scrapes() {
     let server = TestServer::start().await;
     let mut silent = TcpStream::connect(server.metrics_address).await.unwrap();
     let mut slow = TcpStream::connect(server.metrics_address).await.unwrap();
@@ -436,8 +442,9 @@ async fn clients_that_say_nothing_are_cut_and_keep_nobody_waiting() {
     scrape(&server).await;
     for stream in [&mut silent, &mut slow] {
         let mut rest = Vec::new();
-        // A reset is an end as well.
-        let _end = within_timeout("the end", stream.read_to_end(&mut rest)).await;
+        // The server may also reset the connection.
+        let _closed =
+            within_timeout("the server to close the connection", stream.read_to_end(&mut rest)).await;
         assert_eq!(rest, b"");
     }
     let (head, _) = get(server.metrics_address, "/").await;
@@ -445,17 +452,17 @@ async fn clients_that_say_nothing_are_cut_and_keep_nobody_waiting() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn beyond_loopback_metrics_are_served_only_if_that_is_said_outright() {
+async fn a_metrics_listener_beyond_loopback_requires_insecure_metrics_listen() {
     let mut command = Command::new(env!("CARGO_BIN_EXE_milepost"));
     command.args(["serve", "--listen", "127.0.0.1:0", "--metrics-listen", "0.0.0.0:0"]).kill_on_drop(true);
     let output = within_timeout("a refusal", command.output()).await.unwrap();
     assert!(!output.status.success());
-    let words = String::from_utf8(output.stderr).unwrap();
-    assert!(words.contains("--insecure-metrics-listen"), "{words}");
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(stderr.contains("--insecure-metrics-listen"), "{stderr}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_first_fault_of_a_method_is_a_rise() {
+async fn refusal_series_start_at_zero_so_that_the_first_refusal_is_an_increase() {
     let samples = scrape(&TestServer::start().await).await;
     for method in ["EventService/AppendEvents", "AuthService/LogIn"] {
         for reason in ["INTERNAL", "DATABASE_UNAVAILABLE"] {

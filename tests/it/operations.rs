@@ -1,4 +1,4 @@
-//! What an operator meets: health, reflection, signals, restarts.
+//! What operators use: health, reflection, signals and restarts.
 
 use std::time::Duration;
 
@@ -20,32 +20,33 @@ const SERVICES: [&str; 4] = [
     "milepost.v1.JobService",
 ];
 
-fn asked(service: &str) -> HealthCheckRequest {
+fn health_request(service: &str) -> HealthCheckRequest {
     HealthCheckRequest { service: service.to_owned() }
 }
 
-/// Waits until a service's health is that.
+/// Waits until the health of a service is `wanted`.
 async fn wait_for_health(server: &TestServer, service: &str, wanted: ServingStatus) {
     let mut client = HealthClient::new(server.channel.clone());
-    let mut statuses = client.watch(asked(service)).await.unwrap().into_inner();
+    let mut statuses = client.watch(health_request(service)).await.unwrap().into_inner();
     within_timeout(format!("{service:?} to be {wanted:?}"), async {
-        while statuses.next().await.expect("the stream goes on").unwrap().status() != wanted {}
+        while statuses.next().await.expect("the health stream stays open").unwrap().status() != wanted {}
     })
     .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn health_of_everything_is_served() {
+async fn health_is_served_for_every_service_and_for_liveness() {
     let server = TestServer::start().await;
     for service in SERVICES.into_iter().chain(["", "liveness"]) {
         wait_for_health(&server, service, ServingStatus::Serving).await;
     }
-    let unknown = HealthClient::new(server.channel.clone()).check(asked("nonsense")).await.unwrap_err();
+    let unknown =
+        HealthClient::new(server.channel.clone()).check(health_request("nonsense")).await.unwrap_err();
     assert_eq!(unknown.code(), tonic::Code::NotFound);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_its_database_a_server_is_alive_but_not_ready() {
+async fn during_an_outage_a_server_is_alive_but_not_ready() {
     let server = TestServer::start().await;
     wait_for_health(&server, "", ServingStatus::Serving).await;
     server.database.take_away().await;
@@ -56,7 +57,7 @@ async fn without_its_database_a_server_is_alive_but_not_ready() {
     wait_for_health(&server, "", ServingStatus::Serving).await;
 }
 
-/// The services that reflection lists; the two versions differ in nothing but
+/// The services that reflection lists. The two versions of the protocol differ only in
 /// their package.
 macro_rules! listed_services {
     ($version:ident, $channel:expr) => {{
@@ -92,7 +93,7 @@ async fn both_versions_of_reflection_list_the_services() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn reflection_knows_the_details_of_errors() {
+async fn reflection_describes_the_messages_of_error_details() {
     use tonic_reflection::pb::v1::{
         ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
         server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
@@ -112,11 +113,11 @@ async fn reflection_knows_the_details_of_errors() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_answer_carries_a_request_id() {
+async fn every_response_carries_a_request_id() {
     let server = TestServer::start().await;
     let mut user = server.customer().await;
-    let good = user.auth.get_current_user(pb::GetCurrentUserRequest {}).await.unwrap();
-    assert!(good.metadata().contains_key("x-request-id"));
+    let answered = user.auth.get_current_user(pb::GetCurrentUserRequest {}).await.unwrap();
+    assert!(answered.metadata().contains_key("x-request-id"));
     let refused = server.anonymous().auth.get_current_user(pb::GetCurrentUserRequest {}).await.unwrap_err();
     assert!(refused.metadata().contains_key("x-request-id"));
 }
@@ -139,43 +140,47 @@ async fn on_sigterm_watchers_are_told_and_the_exit_is_clean() {
     assert_eq!(status.code(), tonic::Code::Unavailable);
     assert_eq!(server.exit().await.code(), Some(0));
 
-    // What it served is there for the next one, and the watch goes on.
+    // After a restart, the watch resumes with its token.
     server.restart().await;
     let start = pb::watch_events_request::Start::ResumeToken(watch.resume_token);
     let watch = customer.watch_from(&job, Some(start)).await;
     provider.append(&job, [complete()]).await;
-    let film = watch.film().await;
-    assert_eq!(film.events.iter().map(|event| event.sequence).collect::<Vec<_>>(), [2]);
+    let watched = watch.film().await;
+    assert_eq!(watched.events.iter().map(|event| event.sequence).collect::<Vec<_>>(), [2]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn on_sigterm_health_says_so_first_and_calls_under_way_are_finished() {
+async fn on_sigterm_health_becomes_not_serving_first_and_calls_in_flight_finish() {
     let database = TestDatabase::migrated().await;
     let mut server = ServerProcess::on(&database).await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[]).await;
     let job = provider.job(&customer).await;
     let mut client = HealthClient::new(server.other_clients().channel);
-    let mut statuses = client.watch(asked("")).await.unwrap().into_inner();
+    let mut statuses = client.watch(health_request("")).await.unwrap().into_inner();
     within_timeout("readiness", async {
-        while statuses.next().await.expect("the stream goes on").unwrap().status() != ServingStatus::Serving {
-        }
+        while statuses.next().await.expect("the health stream stays open").unwrap().status()
+            != ServingStatus::Serving
+        {}
     })
     .await;
-    let mut holder = database.connect().await;
-    let hold = format!("BEGIN; SELECT 1 FROM jobs WHERE id = '{}' FOR UPDATE", job.id);
-    holder.batch_execute(&hold).await.unwrap();
-    let appending = tokio::spawn(async move { provider.try_append(&job, [info("under way")]).await });
-    within_timeout("an append that waits", async { while database.waiting_for_locks().await.is_empty() {} })
-        .await;
+    let mut locker = database.connect().await;
+    let lock = format!("BEGIN; SELECT 1 FROM jobs WHERE id = '{}' FOR UPDATE", job.id);
+    locker.batch_execute(&lock).await.unwrap();
+    let appending = tokio::spawn(async move { provider.try_append(&job, [info("in flight")]).await });
+    within_timeout("an append that waits for the lock", async {
+        while database.waiting_for_locks().await.is_empty() {}
+    })
+    .await;
 
     server.terminate().await;
-    let told = within_timeout("a word about it", statuses.next()).await.expect("the stream goes on");
-    assert_eq!(told.expect("it is told before the stream ends").status(), ServingStatus::NotServing);
-    // Longer than it would stay for nobody.
+    let update =
+        within_timeout("a change of health", statuses.next()).await.expect("the health stream stays open");
+    assert_eq!(update.expect("health changes before the stream ends").status(), ServingStatus::NotServing);
+    // Longer than the drain of a server without calls takes.
     let ended = timeout(Duration::from_secs(3), server.exit()).await;
-    assert!(ended.is_err(), "it went with a call under way: {ended:?}");
-    holder.batch_execute("COMMIT").await.unwrap();
+    assert!(ended.is_err(), "the server exited with a call in flight: {ended:?}");
+    locker.batch_execute("COMMIT").await.unwrap();
     let appended = within_timeout("the answer", appending).await.unwrap().unwrap();
     assert_eq!(appended[0].sequence, 1);
     assert_eq!(server.exit().await.code(), Some(0));
@@ -183,7 +188,7 @@ async fn on_sigterm_health_says_so_first_and_calls_under_way_are_finished() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn after_a_kill_the_next_start_takes_over_what_it_finds() {
+async fn after_sigkill_a_restarted_server_has_all_acknowledged_events() {
     let mut server = ServerProcess::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
@@ -201,7 +206,7 @@ async fn after_a_kill_the_next_start_takes_over_what_it_finds() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_postgres_that_is_killed_is_started_again() {
+async fn an_embedded_postgres_that_is_killed_is_restarted() {
     let server = ServerProcess::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[]).await;

@@ -1,5 +1,5 @@
-//! What callers and watchers meet while the database is away, and when it is
-//! back; and that nobody keeps it from others.
+//! Outages of the database: what calls and watches get during and after one. Also, no
+//! kind of call or watch uses up the database connections of the others.
 
 use std::time::Duration;
 
@@ -19,36 +19,35 @@ use crate::support::{
     CONNECTIONS, Caller, Mode, TestServer, User, Watch, assert_refused, info, registration, within_timeout,
 };
 
-/// Longest that a refusal may take once the database is known to be away: far
-/// from any time-out.
-const AT_ONCE: Duration = Duration::from_secs(1);
-/// Longest until a database that is silent is known to be away.
-const KNOWN: Duration = Duration::from_secs(4);
-/// Longest until all is well after its return.
-const BACK: Duration = Duration::from_secs(2);
-/// The same after a silence: whoever had begun to connect meanwhile hears
-/// nothing any more, and first waits in vain.
-const BACK_FROM_SILENCE: Duration = Duration::from_secs(3);
+/// Longest time for a refusal once the outage is known; far below any timeout.
+const REFUSAL: Duration = Duration::from_secs(1);
+/// Longest time until the outage of a database that does not answer is known.
+const DETECTION: Duration = Duration::from_secs(4);
+/// Longest time from the end of the outage to full service.
+const RECOVERY: Duration = Duration::from_secs(2);
+/// The same after [`Mode::Swallow`]. Connections begun during the outage never get an
+/// answer and first have to time out.
+const RECOVERY_FROM_SILENCE: Duration = Duration::from_secs(3);
 
 async fn health(server: &TestServer, service: &str) -> ServingStatus {
-    let asked = HealthCheckRequest { service: service.to_owned() };
-    HealthClient::new(server.channel.clone()).check(asked).await.unwrap().into_inner().status()
+    let request = HealthCheckRequest { service: service.to_owned() };
+    HealthClient::new(server.channel.clone()).check(request).await.unwrap().into_inner().status()
 }
 
 async fn wait_for_readiness(server: &TestServer, wanted: ServingStatus) {
-    let asked = HealthCheckRequest { service: String::new() };
-    let mut statuses = HealthClient::new(server.channel.clone()).watch(asked).await.unwrap().into_inner();
-    while statuses.next().await.expect("the stream goes on").unwrap().status() != wanted {}
+    let request = HealthCheckRequest { service: String::new() };
+    let mut statuses = HealthClient::new(server.channel.clone()).watch(request).await.unwrap().into_inner();
+    while statuses.next().await.expect("the health stream stays open").unwrap().status() != wanted {}
 }
 
 #[track_caller]
-fn assert_away<T: std::fmt::Debug>(what: &str, answer: Result<T, Status>) {
-    assert!(answer.is_err(), "{what}: {answer:?}");
+fn assert_unavailable<T: std::fmt::Debug>(method: &str, answer: Result<T, Status>) {
+    assert!(answer.is_err(), "{method}: {answer:?}");
     let refusal = assert_refused(answer, Code::Unavailable, ErrorReason::DatabaseUnavailable);
-    assert!(refusal.details.retry_info().is_some_and(|info| info.retry_delay.is_some()), "{what}");
+    assert!(refusal.details.retry_info().is_some_and(|info| info.retry_delay.is_some()), "{method}");
 }
 
-/// A call of every kind is refused at once.
+/// Asserts that calls of every kind are refused as unavailable, each within [`REFUSAL`].
 async fn assert_all_refused_at_once(provider: &mut User, customer: &User, job: &pb::Job) {
     let by_id = || Some(pb::get_job_request::Job::JobId(job.id.clone()));
     let new_job = provider.new_job(customer);
@@ -57,8 +56,8 @@ async fn assert_all_refused_at_once(provider: &mut User, customer: &User, job: &
     let listed = Some(pb::list_events_request::Job::JobId(job.id.clone()));
     macro_rules! refused {
         ($($name:literal: $call:expr;)*) => {$(
-            let answer = timeout(AT_ONCE, $call).await;
-            assert_away($name, answer.unwrap_or_else(|_| panic!("{} takes long", $name)));
+            let answer = timeout(REFUSAL, $call).await;
+            assert_unavailable($name, answer.unwrap_or_else(|_| panic!("{} is not refused at once", $name)));
         )*};
     }
     refused! {
@@ -81,10 +80,14 @@ async fn assert_all_refused_at_once(provider: &mut User, customer: &User, job: &
     };
     let publish =
         async { events.publish_events(tokio_stream::once(batch)).await?.into_inner().message().await };
-    assert_away("PublishEvents", timeout(AT_ONCE, publish).await.expect("PublishEvents takes long"));
+    assert_unavailable(
+        "PublishEvents",
+        timeout(REFUSAL, publish).await.expect("PublishEvents is refused at once"),
+    );
 }
 
-/// The names of the events of a live watch until this one; nothing else is said.
+/// The names of the events that a live watch receives, up to the name `last`. Any other
+/// message is a panic.
 async fn events_until(watch: &mut Watch, last: &str) -> Vec<String> {
     let mut names = Vec::new();
     while names.last().is_none_or(|name| name != last) {
@@ -98,13 +101,13 @@ async fn events_until(watch: &mut Watch, last: &str) -> Vec<String> {
     names
 }
 
-async fn goes_away_and_comes_back(mode: Mode) {
+async fn test_outage(mode: Mode) {
     let (server, proxy) = TestServer::through_proxy().await;
     within_timeout("readiness", wait_for_readiness(&server, ServingStatus::Serving)).await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[]).await;
     let job = provider.job(&customer).await;
-    // Notices by itself that the other one has appended.
+    // Connected without the proxy, so that it appends during the outage.
     let replica = server.replica().await;
     let mut elsewhere = replica.same(&provider);
     let scope = Some(pb::watch_events_request::Scope::JobId(job.id.clone()));
@@ -114,33 +117,35 @@ async fn goes_away_and_comes_back(mode: Mode) {
     watch.caught_up().await;
 
     proxy.set(mode);
-    let left = Instant::now();
-    // What is under way when it goes is told as well, and so is what comes
-    // before that is known.
+    let began = Instant::now();
+    // Calls in flight when the outage begins are refused as well, and so are calls
+    // made before the outage is known.
     let (mut writer, mut reader) = (provider.clone(), provider.clone());
     let get = pb::GetJobRequest { job: Some(pb::get_job_request::Job::JobId(job.id.clone())) };
     let (appended, read) = within_timeout(
-        "the first to be refused",
+        "the first refusals",
         futures_util::future::join(writer.try_append(&job, [info("lost")]), async {
             reader.jobs.get_job(get).await
         }),
     )
     .await;
-    assert_away("the first AppendEvents", appended);
-    assert_away("the first GetJob", read);
-    within_timeout("not to be ready", wait_for_readiness(&server, ServingStatus::NotServing)).await;
-    assert!(left.elapsed() < KNOWN, "known after {:?}", left.elapsed());
+    assert_unavailable("the first AppendEvents", appended);
+    assert_unavailable("the first GetJob", read);
+    within_timeout("the server not to be ready", wait_for_readiness(&server, ServingStatus::NotServing))
+        .await;
+    assert!(began.elapsed() < DETECTION, "the outage was known after {:?}", began.elapsed());
     assert_all_refused_at_once(&mut provider, &customer, &job).await;
     assert_eq!(health(&server, "liveness").await, ServingStatus::Serving);
-    // Longer than a heartbeat's interval; one would say that all is well.
+    // Longer than the heartbeat interval. A heartbeat would claim that every committed
+    // event was sent.
     let silence = timeout(Duration::from_secs(6), watch.next()).await;
     assert!(silence.is_err(), "{silence:?}");
-    // Credentials could not be confirmed for long, which is no excuse.
+    // By now the credentials have been unconfirmed for too long; the refusals are the same.
     assert_all_refused_at_once(&mut provider, &customer, &job).await;
 
     elsewhere.append(&job, [info("meanwhile")]).await;
     proxy.set(Mode::Pass);
-    let returned = Instant::now();
+    let restored = Instant::now();
     let service = async {
         let append = async {
             while let Err(status) = writer.try_append(&job, [info("back")]).await {
@@ -155,58 +160,59 @@ async fn goes_away_and_comes_back(mode: Mode) {
         provider.get(&job).await;
         provider.list(&job).await
     };
-    let log = within_timeout("the return", service).await;
-    let limit = if mode == Mode::Swallow { BACK_FROM_SILENCE } else { BACK };
-    assert!(returned.elapsed() < limit, "back after {:?}", returned.elapsed());
+    let log = within_timeout("the recovery", service).await;
+    let limit = if mode == Mode::Swallow { RECOVERY_FROM_SILENCE } else { RECOVERY };
+    assert!(restored.elapsed() < limit, "recovered after {:?}", restored.elapsed());
     assert_eq!(log.iter().map(|event| event.name.as_str()).collect::<Vec<_>>(), ["meanwhile", "back"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn while_connections_are_refused_calls_are_and_then_all_goes_on() {
-    goes_away_and_comes_back(Mode::Refuse).await;
+async fn calls_are_refused_while_connections_are_refused_and_succeed_again_afterwards() {
+    test_outage(Mode::Refuse).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn while_the_database_is_silent_calls_are_refused_and_then_all_goes_on() {
-    goes_away_and_comes_back(Mode::Swallow).await;
+async fn calls_are_refused_while_the_database_does_not_answer_and_succeed_again_afterwards() {
+    test_outage(Mode::Swallow).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn while_the_database_starts_calls_are_refused_and_then_all_goes_on() {
-    goes_away_and_comes_back(Mode::Starting).await;
+async fn calls_are_refused_while_the_database_starts_and_succeed_again_afterwards() {
+    test_outage(Mode::Starting).await;
 }
 
 const END_CONNECTIONS: &str = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
     WHERE datname = current_database() AND pid <> pg_backend_pid()";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_database_that_is_far_away_is_there_nonetheless() {
+async fn a_database_with_high_latency_is_available() {
     let (server, proxy) = TestServer::through_proxy().await;
     within_timeout("readiness", wait_for_readiness(&server, ServingStatus::Serving)).await;
     proxy.set(Mode::Refuse);
-    within_timeout("not to be ready", wait_for_readiness(&server, ServingStatus::NotServing)).await;
+    within_timeout("the server not to be ready", wait_for_readiness(&server, ServingStatus::NotServing))
+        .await;
     let nearby = server.replica().await;
     let users = [nearby.provider().await, nearby.provider().await];
 
-    // To connect takes longer now than it may take to answer.
+    // Connecting now takes longer than the database may take for one answer.
     proxy.set(Mode::Far(Duration::from_millis(120)));
     for user in users {
         within_timeout("readiness", wait_for_readiness(&server, ServingStatus::Serving)).await;
-        let who = pb::GetCurrentUserRequest {};
-        server.same(&user).auth.get_current_user(who).await.unwrap();
-        // A broken connection is not the database's end, there as anywhere.
+        let request = pb::GetCurrentUserRequest {};
+        server.same(&user).auth.get_current_user(request).await.unwrap();
+        // Broken connections alone are not an outage.
         server.database.execute(END_CONNECTIONS).await;
-        let lost = timeout(KNOWN, wait_for_readiness(&server, ServingStatus::NotServing)).await;
-        assert!(lost.is_err(), "a database that is far away was given up");
+        let lost = timeout(DETECTION, wait_for_readiness(&server, ServingStatus::NotServing)).await;
+        assert!(lost.is_err(), "a database with high latency counted as unavailable");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_replica_far_from_the_database_appends_to_a_job_that_another_is_busy_with() {
+async fn a_replica_with_high_database_latency_appends_to_a_job_that_another_one_appends_to_all_the_time() {
     let (far, proxy) = TestServer::through_proxy().await;
     within_timeout("readiness", wait_for_readiness(&far, ServingStatus::Serving)).await;
     proxy.set(Mode::Refuse);
-    within_timeout("not to be ready", wait_for_readiness(&far, ServingStatus::NotServing)).await;
+    within_timeout("the server not to be ready", wait_for_readiness(&far, ServingStatus::NotServing)).await;
     proxy.set(Mode::Far(Duration::from_millis(30)));
     let near = far.replica().await;
     let (mut provider, customer) = (near.provider().await, near.customer().await);
@@ -223,26 +229,26 @@ async fn a_replica_far_from_the_database_appends_to_a_job_that_another_is_busy_w
     }
     within_timeout("readiness", wait_for_readiness(&far, ServingStatus::Serving)).await;
     let mut provider = far.same(&provider);
-    let from_afar = async {
+    let far_appends = async {
         for _ in 0..5 {
-            // While it asks where the job is, the other appends many times.
-            provider.append(&job, [info("from afar")]).await;
+            // While this replica reads the state of the job, the other one appends many times.
+            provider.append(&job, [info("high latency")]).await;
         }
     };
-    let looking = async {
-        // Sessions and locks are not looked at in one moment: who is found twice, and
-        // has done nothing in between, has held it.
+    let sampling = async {
+        // pg_stat_activity and pg_locks are not read at the same instant. A session has
+        // held the lock if it is found twice with the same `state_change`.
         let mut before = Vec::new();
         loop {
-            let now = near.database.texts(HOLDING_THE_LOG).await;
+            let now = near.database.texts(IDLE_WITH_LOG_LOCK).await;
             let holding: Vec<_> = now.iter().filter(|session| before.contains(*session)).collect();
-            assert!(holding.is_empty(), "appends to all jobs wait for what is under way to {holding:?}");
+            assert!(holding.is_empty(), "appends to all jobs wait for the idle sessions {holding:?}");
             before = now;
         }
     };
     tokio::select! {
-        () = from_afar => {}
-        () = looking => {}
+        () = far_appends => {}
+        () = sampling => {}
     }
     writers.abort_all();
     while let Some(ended) = writers.join_next().await {
@@ -250,26 +256,27 @@ async fn a_replica_far_from_the_database_appends_to_a_job_that_another_is_busy_w
     }
 }
 
-/// Sessions that have the log locked and wait for their client.
-const HOLDING_THE_LOG: &str = "SELECT pid::text || ' ' || state_change || ' ' || query AS text
+/// Sessions that have a lock on `event_log` and wait for their client.
+const IDLE_WITH_LOG_LOCK: &str = "SELECT pid::text || ' ' || state_change || ' ' || query AS text
     FROM pg_stat_activity AS a JOIN pg_locks AS l USING (pid)
     WHERE a.datname = current_database() AND a.state LIKE 'idle%' AND l.relation = 'event_log'::regclass";
 
-/// Sessions of servers that have something locked, or a transaction open.
-const HOLDING: &str = "SELECT pid::text || ' ' || state || ' ' || query AS text FROM pg_stat_activity AS a
+/// Sessions of milepost that have a lock or an open transaction.
+const LOCK_OR_TRANSACTION: &str =
+    "SELECT pid::text || ' ' || state || ' ' || query AS text FROM pg_stat_activity AS a
     WHERE datname = current_database() AND pid <> pg_backend_pid() AND application_name = 'milepost'
       AND (state <> 'idle' OR EXISTS (SELECT FROM pg_locks AS l WHERE l.pid = a.pid))";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn callers_that_leave_in_the_middle_leave_no_lock_behind() {
+async fn cancelled_calls_leave_no_lock_or_transaction_behind() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[]).await;
     let job = provider.job(&customer).await;
-    // The longest call of them takes some milliseconds.
+    // The calls are cancelled after 0 to 6 ms; the longest takes some milliseconds.
     for round in 0..60_u64 {
-        let moment = Duration::from_micros(round * 100);
-        let email = format!("left-{round}@example.com");
+        let cancel_after = Duration::from_micros(round * 100);
+        let email = format!("cancelled-{round}@example.com");
         let sign_up = pb::SignUpRequest {
             role: pb::UserRole::Provider.into(),
             email: email.clone(),
@@ -300,10 +307,10 @@ async fn callers_that_leave_in_the_middle_leave_no_lock_behind() {
         let Caller { auth, configurations, jobs, .. } = provider.key.clone();
         let (anonymous, session) = (server.anonymous().auth, provider.session.auth.clone());
         let mut appender = provider.clone();
-        macro_rules! leave {
-            ($($call:expr),* $(,)?) => { tokio::join!($(timeout(moment, async { $call.await })),*) };
+        macro_rules! cancelled {
+            ($($call:expr),* $(,)?) => { tokio::join!($(timeout(cancel_after, async { $call.await })),*) };
         }
-        let _left = leave!(
+        let _cancelled = cancelled!(
             anonymous.clone().sign_up(sign_up),
             anonymous.clone().log_in(log_in),
             session.clone().update_current_user(rename),
@@ -313,26 +320,26 @@ async fn callers_that_leave_in_the_middle_leave_no_lock_behind() {
             configurations.clone().register_job_configuration(registered),
             jobs.clone().create_job(new_job),
             jobs.clone().close_job(close),
-            appender.try_append(&job, [info("left")]),
+            appender.try_append(&job, [info("cancelled")]),
         );
     }
-    // Sooner than Postgres itself would end them, which it does after 5 s.
-    let quiet = async {
+    // Sooner than Postgres's own timeouts, which are 5 s.
+    let released = async {
         loop {
-            let holding = server.database.texts(HOLDING).await;
+            let holding = server.database.texts(LOCK_OR_TRANSACTION).await;
             if holding.is_empty() {
                 break;
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     };
-    if timeout(Duration::from_secs(3), quiet).await.is_err() {
-        panic!("{:?}", server.database.texts(HOLDING).await);
+    if timeout(Duration::from_secs(3), released).await.is_err() {
+        panic!("{:?}", server.database.texts(LOCK_OR_TRANSACTION).await);
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_database_whose_connections_are_all_in_use_is_there_nonetheless() {
+async fn the_database_is_available_while_all_pooled_connections_are_in_use() {
     let server = TestServer::start().await;
     within_timeout("readiness", wait_for_readiness(&server, ServingStatus::Serving)).await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
@@ -346,14 +353,14 @@ async fn a_database_whose_connections_are_all_in_use_is_there_nonetheless() {
             tokio::spawn(async move { provider.get(&job).await })
         })
         .collect();
-    within_timeout("readers that have all connections", async {
+    within_timeout("reads on all connections", async {
         while server.database.waiting_for_locks().await.len() < CONNECTIONS {}
     })
     .await;
-    // For as long as the database is asked a few times.
+    // Long enough for some checks of availability.
     let lost = timeout(Duration::from_secs(3), wait_for_readiness(&server, ServingStatus::NotServing)).await;
-    assert!(lost.is_err(), "a database that is busy was given up");
-    assert!(server.database.waiting_for_locks().await.len() >= CONNECTIONS, "it was busy all the time");
+    assert!(lost.is_err(), "a busy database counted as unavailable");
+    assert!(server.database.waiting_for_locks().await.len() >= CONNECTIONS, "all connections stayed in use");
     drop(locker);
     for read in reading {
         assert_eq!(within_timeout("an answer", read).await.unwrap(), job);
@@ -361,7 +368,7 @@ async fn a_database_whose_connections_are_all_in_use_is_there_nonetheless() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn watchers_hear_of_events_while_calls_have_all_connections() {
+async fn watches_receive_events_while_calls_use_all_pooled_connections() {
     let server = TestServer::start().await;
     let replica = server.replica().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
@@ -378,18 +385,21 @@ async fn watchers_hear_of_events_while_calls_have_all_connections() {
         let request = pb::ListJobConfigurationsRequest::default();
         tokio::spawn(async move { provider.configurations.list_job_configurations(request).await });
     }
-    within_timeout("calls that have all connections", async {
+    within_timeout("calls on all connections", async {
         while server.database.waiting_for_locks().await.len() < CONNECTIONS {}
     })
     .await;
     elsewhere.append(&job, [info("meanwhile")]).await;
-    let heard = timeout(Duration::from_secs(1), watch.events(1)).await;
-    assert_eq!(heard.expect("it is not held up by calls")[0].name, "meanwhile");
-    assert!(server.database.waiting_for_locks().await.len() >= CONNECTIONS, "they had them all the time");
+    let received = timeout(Duration::from_secs(1), watch.events(1)).await;
+    assert_eq!(received.expect("the watch does not wait for a pooled connection")[0].name, "meanwhile");
+    assert!(
+        server.database.waiting_for_locks().await.len() >= CONNECTIONS,
+        "calls used all connections throughout"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn however_many_watchers_read_the_past_calls_find_a_connection() {
+async fn many_watches_that_replay_leave_connections_for_calls() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[]).await;
@@ -401,13 +411,13 @@ async fn however_many_watchers_read_the_past_calls_find_a_connection() {
     for _ in 0..30 {
         watches.push(customer.clone().watch(&job).await);
     }
-    within_timeout("readers of the past that wait", async {
+    within_timeout("replays that wait for the lock", async {
         while server.database.waiting_for_locks().await.len() < 4 {}
     })
     .await;
     for _ in 0..20 {
         let read = timeout(Duration::from_secs(2), provider.get(&job)).await;
-        assert!(read.is_ok(), "watchers hold all connections");
+        assert!(read.is_ok(), "watches use all connections");
     }
     drop(locker);
     for mut watch in watches {
@@ -416,7 +426,7 @@ async fn however_many_watchers_read_the_past_calls_find_a_connection() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn however_many_watchers_look_where_the_log_ends_calls_find_a_connection() {
+async fn many_watches_that_read_the_end_of_the_log_leave_connections_for_calls() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[]).await;
@@ -429,19 +439,19 @@ async fn however_many_watchers_look_where_the_log_ends_calls_find_a_connection()
     }
     let mut locker = server.database.connect().await;
     locker.batch_execute("BEGIN; LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE").await.unwrap();
-    // As if retention had been faster than the tail: all who watch are told that
-    // something may have passed them by.
+    // As if retention had removed an event before the tail read it. Each watch has to
+    // check in the database whether it missed an event.
     server.database.execute("UPDATE event_log SET position = position + 1").await;
-    within_timeout("watchers that wait", async {
+    within_timeout("watches that wait for the lock", async {
         while server.database.waiting_for_locks().await.len() < CONNECTIONS / 2 {}
     })
     .await;
     for _ in 0..20 {
-        let claim =
+        let credentials =
             pb::LogInRequest { email: customer.email.clone(), password: crate::support::PASSWORD.to_owned() };
-        let mut stranger = server.anonymous();
-        let logged_in = timeout(Duration::from_secs(2), stranger.auth.log_in(claim)).await;
-        logged_in.expect("watchers hold all connections").unwrap();
+        let mut anonymous = server.anonymous();
+        let logged_in = timeout(Duration::from_secs(2), anonymous.auth.log_in(credentials)).await;
+        logged_in.expect("watches use all connections").unwrap();
     }
     drop(locker);
     provider.append(&job, [info("after")]).await;

@@ -1,4 +1,4 @@
-//! How things are looked up: along an index, and within a bound.
+//! Query plans: reads use ranges of indexes, and the number of rows is bounded.
 
 use milepost::pb::{self, append_events_request, list_events_request, watch_events_request::Scope};
 use serde_json::Value;
@@ -8,26 +8,26 @@ use crate::{
     support::{TestDatabase, TestServer, User},
 };
 
-/// Jobs of the provider asked, and of another one; a hundredth of them are open.
+/// Jobs of each of the two providers; one in a hundred is open.
 const JOBS: u64 = 30_000;
-/// Events of the one long job.
+/// Events of the long job.
 const EVENTS: u64 = 20_000;
 const PAGE: f64 = 20.0;
-/// Of one range of an index, for a page by filters that combine.
-const LOOKED_AT: f64 = 10_000.0;
-/// Sequences that a page of events of some kinds looks through.
+/// Most rows that a page with combined filters reads of one range of an index.
+const FILTERED_ROWS: f64 = 10_000.0;
+/// Most sequences that a page filtered by kind reads.
 const WINDOW: f64 = 5_000.0;
 
-struct Scene {
+struct Fixture {
     database: TestDatabase,
-    /// Serves the users.
+    /// Serves the calls of both users.
     _server: TestServer,
     provider: User,
     customer: User,
     long_job: String,
 }
 
-async fn scene() -> Scene {
+async fn fixture() -> Fixture {
     let database = TestDatabase::migrated().await;
     let server = TestServer::on(database.clone()).await;
     let (mut provider, mut other, customer) =
@@ -62,51 +62,51 @@ async fn scene() -> Scene {
         ))
         .await;
     database.log_plans().await;
-    // Its connections are new.
+    // Plans are logged on new connections only, such as those of a new replica.
     let server = server.replica().await;
     let (provider, customer) = (server.same(&provider), server.same(&customer));
-    Scene { database, _server: server, provider, customer, long_job }
+    Fixture { database, _server: server, provider, customer, long_job }
 }
 
-/// A plan's node, and all below it.
+/// A node of a plan and all its descendants.
 fn nodes(node: &Value) -> Vec<&Value> {
     let below = node["Plans"].as_array().into_iter().flatten().flat_map(nodes);
     std::iter::once(node).chain(below).collect()
 }
 
-/// Rows that a plan took from these tables: (from which, by which way, how
-/// many, how many of them for nothing).
+/// What the scans of a plan read of `jobs` and `events`: the table, the node type and
+/// the number of rows, including those that a filter removed.
 fn reads(plan: &Value) -> Vec<(String, String, f64)> {
     let mut reads = Vec::new();
     for node in nodes(&plan["Plan"]) {
         let number = |key: &str| node[key].as_f64().unwrap_or_default();
-        let way = node["Node Type"].as_str().unwrap();
+        let node_type = node["Node Type"].as_str().unwrap();
         if let Some(table) = node["Relation Name"].as_str().filter(|table| ["jobs", "events"].contains(table))
-            && way.ends_with("Scan")
+            && node_type.ends_with("Scan")
         {
             let rows = number("Actual Rows") + number("Rows Removed by Filter");
             let rows = rows * number("Actual Loops");
-            reads.push((table.to_owned(), way.to_owned(), rows));
+            reads.push((table.to_owned(), node_type.to_owned(), rows));
         }
     }
     reads
 }
 
-/// That what was just asked was read by ranges of indexes, none of which had
-/// more rows than that.
-async fn assert_read_by_ranges(database: &TestDatabase, asked: &str, before: usize, most: f64) {
+/// Asserts that every statement since the first `before` plans read ranges of indexes
+/// only, of at most `most` rows each.
+async fn assert_read_by_ranges(database: &TestDatabase, label: &str, before: usize, most: f64) {
     let plans = database.plans().await;
     let read: Vec<_> = plans[before..].iter().flat_map(reads).collect();
-    assert!(!read.is_empty(), "{asked}: nothing was read");
-    for (table, way, rows) in &read {
-        let by_index = ["Index Scan", "Index Only Scan", "Bitmap Heap Scan"].contains(&way.as_str());
-        assert!(by_index && *rows <= most, "{asked}: {rows} rows of {table} by {way}: {read:?}");
+    assert!(!read.is_empty(), "{label}: nothing was read");
+    for (table, node_type, rows) in &read {
+        let by_index = ["Index Scan", "Index Only Scan", "Bitmap Heap Scan"].contains(&node_type.as_str());
+        assert!(by_index && *rows <= most, "{label}: {rows} rows of {table} by {node_type}: {read:?}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_page_of_jobs_is_a_range_of_an_index() {
-    let Scene { database, _server, mut provider, mut customer, .. } = scene().await;
+async fn list_jobs_reads_ranges_of_indexes() {
+    let Fixture { database, _server, mut provider, mut customer, .. } = fixture().await;
     let base = || pb::ListJobsRequest { page_size: 20, ..Default::default() };
     let text = str::to_owned;
     let running = i32::from(pb::JobStatus::Running);
@@ -117,7 +117,7 @@ async fn a_page_of_jobs_is_a_range_of_an_index() {
         Some(prost_types::Timestamp { seconds, nanos: 0 })
     };
     let singles = [
-        ("nothing", base()),
+        ("no filter", base()),
         ("running", pb::ListJobsRequest { statuses: vec![running], ..base() }),
         ("complete", pb::ListJobsRequest { statuses: vec![complete], ..base() }),
         ("running or complete", pb::ListJobsRequest { statuses: vec![running, complete], ..base() }),
@@ -132,11 +132,11 @@ async fn a_page_of_jobs_is_a_range_of_an_index() {
     let counterparts = [provider.id.clone(), customer.id.clone()];
     for (user, other) in [(&mut provider, &counterparts[1]), (&mut customer, &counterparts[0])] {
         let with = ("counterpart", pb::ListJobsRequest { counterpart_id: other.clone(), ..base() });
-        for (asked, request) in singles.iter().cloned().chain([with]) {
+        for (label, request) in singles.iter().cloned().chain([with]) {
             let before = database.plans().await.len();
             user.jobs.list_jobs(request).await.unwrap();
-            // A filter that most jobs pass may be left to the range of all.
-            assert_read_by_ranges(&database, asked, before, 3.0 * PAGE).await;
+            // For a filter that most jobs pass, Postgres may read the range of all jobs.
+            assert_read_by_ranges(&database, label, before, 3.0 * PAGE).await;
         }
         let combined = [
             (
@@ -152,7 +152,7 @@ async fn a_page_of_jobs_is_a_range_of_an_index() {
                 pb::ListJobsRequest { statuses: vec![running], openness: closed, ..base() },
             ),
             (
-                "closed with somebody, by name",
+                "closed, by counterpart and name",
                 pb::ListJobsRequest {
                     openness: closed,
                     counterpart_id: other.clone(),
@@ -161,18 +161,18 @@ async fn a_page_of_jobs_is_a_range_of_an_index() {
                 },
             ),
         ];
-        for (asked, request) in combined {
+        for (label, request) in combined {
             let before = database.plans().await.len();
             user.jobs.list_jobs(request).await.unwrap();
-            // The range may be one that holds as many of somebody else's.
-            assert_read_by_ranges(&database, asked, before, 3.0 * LOOKED_AT).await;
+            // The range may contain as many jobs of the other provider.
+            assert_read_by_ranges(&database, label, before, 3.0 * FILTERED_ROWS).await;
         }
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_page_of_events_is_a_range_of_an_index() {
-    let Scene { database, _server, mut provider, long_job, .. } = scene().await;
+async fn list_events_reads_ranges_of_indexes() {
+    let Fixture { database, _server, mut provider, long_job, .. } = fixture().await;
     let page = |after_sequence, kinds| pb::ListEventsRequest {
         job: Some(list_events_request::Job::ProviderJobId(long_job.clone())),
         after_sequence,
@@ -181,20 +181,20 @@ async fn a_page_of_events_is_a_range_of_an_index() {
         ..Default::default()
     };
     let (info, error) = (i32::from(pb::EventKind::Info), i32::from(pb::EventKind::Error));
-    for (asked, request, most) in [
+    for (label, request, most) in [
         ("the first", page(0, vec![]), PAGE),
         ("the middle", page(10_000, vec![]), PAGE),
         ("a kind", page(10_000, vec![info]), PAGE),
-        ("a kind that there is none of", page(0, vec![error]), WINDOW),
+        ("a kind without events", page(0, vec![error]), WINDOW),
     ] {
         let before = database.plans().await.len();
         provider.events.list_events(request).await.unwrap();
-        assert_read_by_ranges(&database, asked, before, most).await;
+        assert_read_by_ranges(&database, label, before, most).await;
     }
 }
 
-/// Jobs of a customer with two providers, of 20 events each: interleaved, as in
-/// life; and nothing is analysed.
+/// Jobs of one customer with two providers. Each has 20 events, which interleave in the
+/// log. The tables have no statistics, because ANALYZE does not run.
 async fn small_jobs(server: &TestServer) -> (User, User) {
     const JOBS: u64 = 2_000;
     let customer = server.customer().await;
@@ -224,7 +224,7 @@ async fn small_jobs(server: &TestServer) -> (User, User) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_page_of_a_watch_is_a_range_of_the_log_whatever_is_known_of_the_tables() {
+async fn a_watch_reads_ranges_of_the_log_even_without_table_statistics() {
     const PAGE: f64 = 200.0;
     let server = TestServer::on(TestDatabase::migrated().await).await;
     let (provider, customer) = small_jobs(&server).await;
@@ -246,7 +246,7 @@ async fn a_page_of_a_watch_is_a_range_of_the_log_whatever_is_known_of_the_tables
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn events_that_are_sent_again_are_looked_up_one_by_one_however_long_their_job_has_grown() {
+async fn repeated_events_are_looked_up_one_by_one_however_long_the_log_of_their_job_is() {
     const SENT: u16 = 300;
     let server = TestServer::on(TestDatabase::migrated().await).await;
     let (provider, _) = small_jobs(&server).await;
@@ -283,7 +283,7 @@ async fn events_that_are_sent_again_are_looked_up_one_by_one_however_long_their_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_has_expired_is_removed_by_ranges_whatever_is_known_of_the_tables() {
+async fn retention_reads_ranges_of_indexes_even_without_table_statistics() {
     const KEPT: u64 = 20_000;
     const EXPIRED: u64 = 3;
     const STEP: f64 = 1_000.0;
@@ -292,7 +292,7 @@ async fn what_has_expired_is_removed_by_ranges_whatever_is_known_of_the_tables()
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[]).await;
     provider.job(&customer).await;
-    // Nothing is analysed.
+    // Without ANALYZE, the tables have no statistics.
     database
         .execute(&format!(
             "INSERT INTO jobs (id, provider_id, customer_id, job_configuration_id, configuration_tag,
@@ -318,12 +318,12 @@ async fn what_has_expired_is_removed_by_ranges_whatever_is_known_of_the_tables()
              END $$"
         ))
         .await;
-    assert_read_by_ranges(&database, "what has expired", 0, STEP).await;
+    assert_read_by_ranges(&database, "expired events", 0, STEP).await;
     assert_eq!(database.texts("SELECT count(*)::text AS text FROM events").await, [KEPT.to_string()]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_call_reads_a_whole_table_however_small_it_is() {
+async fn no_call_scans_a_table_sequentially_however_small_it_is() {
     let database = TestDatabase::migrated().await;
     database.log_plans().await;
     for method in methods() {
@@ -338,10 +338,10 @@ async fn no_call_reads_a_whole_table_however_small_it_is() {
     let plans = database.plans().await;
     assert!(plans.len() > 100, "{} plans", plans.len());
     for plan in plans {
-        let whole = nodes(&plan["Plan"]).into_iter().filter(|node| node["Node Type"] == "Seq Scan");
-        let whole = whole.map(|node| node["Relation Name"].as_str().unwrap());
-        // They have one row.
-        let whole: Vec<_> = whole.filter(|table| !["event_log", "retention"].contains(table)).collect();
-        assert!(whole.is_empty(), "{whole:?} by {}", plan["Query Text"]);
+        let scanned = nodes(&plan["Plan"]).into_iter().filter(|node| node["Node Type"] == "Seq Scan");
+        let scanned = scanned.map(|node| node["Relation Name"].as_str().unwrap());
+        // These tables have one row each.
+        let scanned: Vec<_> = scanned.filter(|table| !["event_log", "retention"].contains(table)).collect();
+        assert!(scanned.is_empty(), "{scanned:?} by {}", plan["Query Text"]);
     }
 }

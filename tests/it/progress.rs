@@ -1,5 +1,5 @@
-//! Status and progress as a caller sees them; the rules themselves are tested
-//! where they stand.
+//! Status and progress in answers. The unit tests of the rules are in
+//! `src/progress.rs`.
 
 use milepost::pb::{self, JobStatus};
 
@@ -10,7 +10,7 @@ fn percents(appended: &[pb::AppendedEvent]) -> Vec<i32> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_repeated_step_does_not_move_the_bar() {
+async fn a_repeated_step_does_not_change_the_progress() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1), ("segment", 2), ("report", 1)]).await;
@@ -34,9 +34,9 @@ async fn a_configuration_without_steps_works_from_creation_to_100_percent() {
     assert_eq!(appended[0].progress, Some(nothing));
     assert_eq!(appended[1].progress, Some(pb::Progress { percent: 100, ..nothing }));
 
-    let film = customer.watch(&job).await.film().await;
-    assert_eq!(film.events.len(), 2);
-    assert_eq!(film.end.job.unwrap().progress, Some(pb::Progress { percent: 100, ..nothing }));
+    let watched = customer.watch(&job).await.film().await;
+    assert_eq!(watched.events.len(), 2);
+    assert_eq!(watched.end.job.unwrap().progress, Some(pb::Progress { percent: 100, ..nothing }));
     assert_eq!(customer.get(&job).await.status(), JobStatus::Complete);
 }
 
@@ -65,7 +65,7 @@ async fn a_failed_job_recovers_with_the_next_step_and_not_with_an_info() {
     assert_eq!(statuses, [Running, Failed, Failed, Running, Failed, Complete]);
     assert_eq!(percents(&appended), [50, 50, 50, 99, 99, 100]);
 
-    // Everybody sees the same film, live or later.
+    // A later read of the events shows the same statuses.
     let replayed = provider.list(&job).await;
     assert_eq!(replayed.iter().map(pb::Event::status).collect::<Vec<_>>(), statuses);
     let job = provider.get(&job).await;

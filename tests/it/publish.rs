@@ -1,4 +1,4 @@
-//! PublishEvents: a stream of batches, each answered once.
+//! PublishEvents: a stream of batches, each of which is answered once.
 
 use std::time::Duration;
 
@@ -16,10 +16,10 @@ use crate::support::{
     registration, step, within_timeout,
 };
 
-/// As the tests' servers are set.
+/// The `publish_window` of [`TestServer`], in batches.
 const WINDOW: usize = 8;
 
-/// A publish stream, both of its ends.
+/// Both ends of a publish stream.
 struct Publisher {
     batches: mpsc::Sender<pb::PublishEventsRequest>,
     answers: Streaming<pb::PublishEventsResponse>,
@@ -33,37 +33,37 @@ impl Publisher {
     }
 
     async fn send(&self, batch: pb::PublishEventsRequest) {
-        within_timeout("room for a batch", self.batches.send(batch)).await.unwrap();
+        within_timeout("a batch to be read", self.batches.send(batch)).await.unwrap();
     }
 
     async fn next(&mut self) -> Result<Option<pb::PublishEventsResponse>, Status> {
         within_timeout("an answer", self.answers.message()).await
     }
 
-    /// The answer to the batch of this id, which is the next.
+    /// The outcome in the next answer, which must be the answer to this batch.
     async fn answer(&mut self, batch_id: &str) -> Outcome {
-        let answer = self.next().await.unwrap().expect("the stream goes on");
+        let answer = self.next().await.unwrap().expect("the stream stays open");
         assert_eq!(answer.batch_id, batch_id);
-        answer.outcome.expect("an answer says what became of the batch")
+        answer.outcome.expect("every answer has an outcome")
     }
 
-    /// Returns once the server has handed in what was sent before: it reads batch
-    /// by batch, and looks for the configuration of this last one's job, which
-    /// nobody gets to see meanwhile.
-    async fn handed_in(&self, database: &TestDatabase, unknown: &pb::Job) {
+    /// Returns once the server has read every batch sent so far. The server reads one
+    /// batch after the other. The batch sent here makes it look up a configuration,
+    /// which waits for the lock on `job_configurations`.
+    async fn wait_until_read(&self, database: &TestDatabase, uncached: &pb::Job) {
         const WAITING: &str = "SELECT pid::text AS text FROM pg_locks
             WHERE NOT granted AND relation = 'job_configurations'::regclass
               AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
-        let mut locked = database.connect().await;
-        locked.batch_execute("BEGIN; LOCK TABLE job_configurations IN ACCESS EXCLUSIVE MODE").await.unwrap();
-        self.send(batch("last", unknown, [info("last")])).await;
+        let mut locker = database.connect().await;
+        locker.batch_execute("BEGIN; LOCK TABLE job_configurations IN ACCESS EXCLUSIVE MODE").await.unwrap();
+        self.send(batch("last", uncached, [info("last")])).await;
         within_timeout("the last batch to be read", async {
             while database.texts(WAITING).await.is_empty() {}
         })
         .await;
     }
 
-    /// The sequences at which the next batch, of this id, was appended.
+    /// The sequences in the next answer, which must say that this batch was appended.
     async fn appended(&mut self, batch_id: &str) -> Vec<i64> {
         match self.answer(batch_id).await {
             Outcome::Appended(appended) => appended.events.iter().map(|event| event.sequence).collect(),
@@ -85,13 +85,13 @@ fn batch(
     }
 }
 
-/// Keeps whoever appends to this job waiting until it is dropped.
-struct Held {
+/// A lock on the row of a job. Appends to the job wait until it is dropped.
+struct JobLock {
     _connection: AsyncPgConnection,
 }
 
-impl Held {
-    async fn job(database: &TestDatabase, job: &pb::Job) -> Self {
+impl JobLock {
+    async fn new(database: &TestDatabase, job: &pb::Job) -> Self {
         let mut connection = database.connect().await;
         connection
             .batch_execute(&format!("BEGIN; SELECT 1 FROM jobs WHERE id = '{}' FOR UPDATE", job.id))
@@ -100,9 +100,9 @@ impl Held {
         Self { _connection: connection }
     }
 
-    /// The backends of those who wait, of whom there is at least one.
+    /// Process ids of the backends that wait for a lock; at least one.
     async fn waiting(&self, database: &TestDatabase) -> Vec<String> {
-        within_timeout("an append that waits", async {
+        within_timeout("an append that waits for the lock", async {
             loop {
                 let pids = database.waiting_for_locks().await;
                 if !pids.is_empty() {
@@ -114,14 +114,14 @@ impl Held {
     }
 }
 
-/// A job of a configuration that the server has not looked up yet.
-async fn unknown_job(provider: &mut User, customer: &User, version: &str) -> pb::Job {
+/// A job of a configuration that the server has not cached yet.
+async fn uncached_job(provider: &mut User, customer: &User, version: &str) -> pb::Job {
     provider.register(registration(version, &[])).await;
     provider.job(customer).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_batch_is_answered_once_in_order_and_after_the_half_close_comes_ok() {
+async fn every_batch_is_answered_once_in_order_and_a_half_close_with_ok() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
@@ -148,10 +148,10 @@ async fn every_batch_is_answered_once_in_order_and_after_the_half_close_comes_ok
     for (n, batch) in sent.iter().enumerate() {
         let sequences = publisher.appended(&batch.batch_id).await;
         let expected: Vec<i64> = (last[n % 3] + 1..).take(batch.events.len()).collect();
-        assert_eq!(sequences, expected, "the batches of one job in the order sent");
+        assert_eq!(sequences, expected, "the batches of a job are appended in the order sent");
         last[n % 3] += i64::try_from(batch.events.len()).unwrap();
     }
-    assert_eq!(publisher.next().await.unwrap(), None, "OK, and nothing else");
+    assert_eq!(publisher.next().await.unwrap(), None, "the stream ends with OK");
     sending.await.unwrap();
     for (index, job) in jobs.iter().enumerate() {
         let names: Vec<String> = provider.list(job).await.into_iter().map(|event| event.name).collect();
@@ -161,7 +161,7 @@ async fn every_batch_is_answered_once_in_order_and_after_the_half_close_comes_ok
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_refused_batch_is_answered_and_the_stream_goes_on() {
+async fn a_refused_batch_is_answered_and_the_stream_stays_open() {
     let server = TestServer::start().await;
     let (mut provider, mut other, customer) =
         (server.provider().await, server.provider().await, server.customer().await);
@@ -172,10 +172,10 @@ async fn a_refused_batch_is_answered_and_the_stream_goes_on() {
     let mut publisher = Publisher::open(&mut provider).await;
     let by_name = pb::PublishEventsRequest {
         job: Some(Job::ProviderJobId(job.provider_job_id.clone())),
-        ..batch("good", &job, [first.clone()])
+        ..batch("valid", &job, [first.clone()])
     };
     publisher.send(by_name).await;
-    assert_eq!(publisher.appended("good").await, [1]);
+    assert_eq!(publisher.appended("valid").await, [1]);
     let ahead = pb::PublishEventsRequest { expected_sequence: Some(7), ..batch("ahead", &job, [info("a")]) };
     for (sent, code, reason) in [
         (batch("empty", &job, []), Code::InvalidArgument, ErrorReason::FieldInvalid),
@@ -189,7 +189,7 @@ async fn a_refused_batch_is_answered_and_the_stream_goes_on() {
         (ahead, Code::Aborted, ErrorReason::SequenceMismatch),
         (batch("closed", &job, [complete(), info("late")]), Code::FailedPrecondition, ErrorReason::JobClosed),
     ] {
-        // What follows a refused batch at once is none the worse for it.
+        // A batch sent directly after a refused one is not affected.
         let batch_id = sent.batch_id.clone();
         publisher.send(sent).await;
         publisher.send(batch("again", &job, [first.clone()])).await;
@@ -208,33 +208,33 @@ async fn a_refused_batch_is_answered_and_the_stream_goes_on() {
     }
     publisher.send(batch("last", &job, [step("load"), complete()])).await;
     assert_eq!(publisher.appended("last").await, [2, 3]);
-    assert_eq!(provider.list(&job).await.len(), 3, "nothing of what was refused");
+    assert_eq!(provider.list(&job).await.len(), 3, "no event of a refused batch is stored");
     assert_eq!(other.list(&foreign).await, []);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_drains_answers_what_it_accepted_and_then_says_so() {
+async fn a_draining_server_answers_every_accepted_batch_and_then_ends_the_stream() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
     let job = provider.job(&customer).await;
-    let unknown = unknown_job(&mut provider, &customer, "2.0.0").await;
+    let uncached = uncached_job(&mut provider, &customer, "2.0.0").await;
     let mut watch = customer.clone().watch(&job).await;
     watch.caught_up().await;
     let database = server.database.clone();
-    let held = Held::job(&database, &job).await;
+    let lock = JobLock::new(&database, &job).await;
     let mut publisher = Publisher::open(&mut provider).await;
     for n in 0..3 {
         publisher.send(batch(n.to_string(), &job, [info(&format!("{n}"))])).await;
     }
-    held.waiting(&database).await;
-    publisher.handed_in(&database, &unknown).await;
+    lock.waiting(&database).await;
+    publisher.wait_until_read(&database, &uncached).await;
 
     drop(server);
-    // Told that the server drains.
+    // The watch ends once the server drains.
     let last = watch.next().await.unwrap();
     assert!(matches!(last, Some(pb::watch_events_response::Message::End(_))), "{last:?}");
-    drop(held);
+    drop(lock);
     for n in 0..3_i64 {
         assert_eq!(publisher.appended(&n.to_string()).await, [n + 1]);
     }
@@ -249,12 +249,12 @@ async fn with_as_many_batches_unanswered_as_the_window_allows_reading_stops() {
     provider.configuration(&[("load", 1)]).await;
     let job = provider.job(&customer).await;
     let text = Value { kind: Some(Kind::StringValue("x".repeat(15_000))) };
-    // 150 KB, so that what the connection itself takes is less than a window.
+    // 150 KB, so that the buffers of the connection take fewer batches than the window.
     let large = |n: usize| {
         let events = (0..10).map(|index| noted(info(&format!("{n}/{index}")), [("text", text.clone())]));
         batch(n.to_string(), &job, events)
     };
-    let held = Held::job(&server.database, &job).await;
+    let lock = JobLock::new(&server.database, &job).await;
     let mut publisher = Publisher::open(&mut provider).await;
     let total = 5 * WINDOW;
     let mut sent = 0;
@@ -266,13 +266,13 @@ async fn with_as_many_batches_unanswered_as_the_window_allows_reading_stops() {
         sent += 1;
     }
     assert!((WINDOW..total / 2 + WINDOW).contains(&sent), "{sent} of {total} batches were read");
-    // Each answer makes room.
-    drop(held);
+    // Each answer frees a slot of the window.
+    drop(lock);
     let mut answered = 0;
     while answered < total {
         tokio::select! {
-            room = publisher.batches.reserve(), if sent < total => {
-                room.unwrap().send(large(sent));
+            slot = publisher.batches.reserve(), if sent < total => {
+                slot.unwrap().send(large(sent));
                 sent += 1;
             }
             answer = publisher.answers.message() => {
@@ -285,30 +285,30 @@ async fn with_as_many_batches_unanswered_as_the_window_allows_reading_stops() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_after_a_failed_batch_of_the_same_job_is_committed() {
+async fn no_batch_after_a_failed_one_of_the_same_job_is_committed() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
     for round in 0..5 {
         let job = provider.job(&customer).await;
-        let unknown = unknown_job(&mut provider, &customer, &format!("2.0.{round}")).await;
-        let held = Held::job(&server.database, &job).await;
+        let uncached = uncached_job(&mut provider, &customer, &format!("2.0.{round}")).await;
+        let lock = JobLock::new(&server.database, &job).await;
         let mut publisher = Publisher::open(&mut provider).await;
         let batches: Vec<_> = (0..5).map(|n| batch(n.to_string(), &job, [info(&format!("{n}"))])).collect();
         publisher.send(batches[0].clone()).await;
-        let waiting = held.waiting(&server.database).await;
+        let waiting = lock.waiting(&server.database).await;
         for batch in &batches[1..] {
             publisher.send(batch.clone()).await;
         }
-        publisher.handed_in(&server.database, &unknown).await;
-        // The first one's transaction is lost; the database is there for those
-        // that wait behind it.
+        publisher.wait_until_read(&server.database, &uncached).await;
+        // The transaction of the first batch is lost. The database stays available for
+        // the batches that wait behind it.
         for pid in waiting {
             server.database.execute(&format!("SELECT pg_terminate_backend({pid})")).await;
         }
-        drop(held);
+        drop(lock);
         assert_refused(publisher.next().await, Code::Unavailable, ErrorReason::DatabaseUnavailable);
-        // Sent again, in order: none of them is there already.
+        // All batches are sent again in order; none of them is stored already.
         let mut again = Publisher::open(&mut provider).await;
         for batch in &batches {
             again.send(batch.clone()).await;
@@ -332,7 +332,7 @@ async fn a_publish_stream_ends_with_its_credential() {
     let keys = provider.session.auth.list_api_keys(pb::ListApiKeysRequest::default()).await.unwrap();
     let api_key_id = keys.into_inner().api_keys[0].id.clone();
     provider.session.auth.expire_api_key(pb::ExpireApiKeyRequest { api_key_id }).await.unwrap();
-    // Whether or not the client goes on sending.
+    // The send fails if the stream has ended already.
     let _ = publisher.batches.send(batch("after", &job, [info("after")])).await;
     assert_refused(publisher.next().await, Code::Unauthenticated, ErrorReason::CredentialInvalid);
 }
@@ -349,15 +349,15 @@ async fn a_publish_stream_too_many_is_refused_with_an_answer_and_makes_room_when
     let refused = provider.events.publish_events(empty()).await;
     let refusal = assert_refused(refused, Code::ResourceExhausted, ErrorReason::Overloaded);
     assert!(refusal.details.retry_info().is_some() && refusal.details.quota_failure().is_some());
-    // They are streams like those that watch.
+    // Publish streams and watches count towards the same limit.
     let scope = pb::watch_events_request::Scope::AllJobs(pb::AllJobs::default());
     let watch = pb::WatchEventsRequest { scope: Some(scope), ..Default::default() };
     let refused = provider.watch_by(watch).await;
     assert_refused(refused, Code::ResourceExhausted, ErrorReason::Overloaded);
-    // Somebody else's is not counted.
+    // The stream of another user is not counted.
     Publisher::open(&mut other).await;
 
     drop(publishers.pop());
-    let room = async { while provider.events.publish_events(empty()).await.is_err() {} };
-    within_timeout("room for another stream", room).await;
+    let freed = async { while provider.events.publish_events(empty()).await.is_err() {} };
+    within_timeout("the closed stream no longer to be counted", freed).await;
 }

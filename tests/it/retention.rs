@@ -1,6 +1,6 @@
-//! Retention removes the events of a job a set time after it closed. All that
-//! was promised holds for what was not removed, and nobody misses anything
-//! without being told.
+//! Retention removes the events of a job a set time after the job closed. All
+//! guarantees hold for the events that are kept. A read or watch that would miss removed
+//! events ends with EVENTS_EXPIRED.
 
 use std::time::Duration;
 
@@ -16,8 +16,8 @@ use crate::support::{
     within_timeout,
 };
 
-/// One step of whoever removes, of what has closed until now: how many jobs
-/// were marked, and how many events deleted.
+/// One step of the removal, with a retention time of zero. Returns how many jobs were
+/// marked and how many events were deleted.
 async fn remove(server: &TestServer, most_jobs: u32, most_events: u32) -> (u32, u32) {
     let sql = format!(
         "SELECT unnest(ARRAY[marked, deleted])::text AS text
@@ -31,7 +31,7 @@ async fn remove_all(server: &TestServer) {
     while remove(server, 100, 1_000).await != (0, 0) {}
 }
 
-/// A job that took this many events and one more that completed it.
+/// A job with this many `info` events and a `complete`.
 async fn completed(provider: &mut User, customer: &User, events: usize) -> pb::Job {
     let job = provider.job(customer).await;
     let infos: Vec<_> = (0..events).map(|n| info(&format!("{n}"))).collect();
@@ -42,7 +42,7 @@ async fn completed(provider: &mut User, customer: &User, events: usize) -> pb::J
     job
 }
 
-/// More than is on its way to a client that does not read.
+/// Appends more bytes than the buffers of a connection take whose client does not read.
 async fn append_large(provider: &mut User, job: &pb::Job, events: usize) {
     let large = || Value { kind: Some(Kind::StringValue("x".repeat(16_000))) };
     for n in 0..events / 40 {
@@ -65,9 +65,8 @@ fn tagged(tag: &str, token: &str) -> pb::WatchEventsRequest {
     pb::WatchEventsRequest { scope: Some(Scope::AllJobs(all)), start, ..Default::default() }
 }
 
-/// Reads until the watch is over, which is to be because of retention. What it
-/// said before.
-async fn overtaken(watch: &mut Watch, first_sequence: Option<&str>) -> Vec<Event> {
+/// Reads until retention ends the watch. Returns the events that came before the end.
+async fn read_until_expired(watch: &mut Watch, first_sequence: Option<&str>) -> Vec<Event> {
     let mut events = Vec::new();
     loop {
         match watch.next().await.unwrap().expect("an `end` before the status") {
@@ -77,7 +76,7 @@ async fn overtaken(watch: &mut Watch, first_sequence: Option<&str>) -> Vec<Event
                 break;
             }
             Message::CaughtUp(_) | Message::Heartbeat(_) => {
-                panic!("it goes on after {} events", events.len())
+                panic!("the watch goes on after {} events", events.len())
             }
         }
     }
@@ -88,9 +87,9 @@ async fn overtaken(watch: &mut Watch, first_sequence: Option<&str>) -> Vec<Event
 
 #[tokio::test(flavor = "multi_thread")]
 async fn events_are_removed_a_set_time_after_their_job_closed() {
-    let keeps = Some(Duration::from_secs(1));
-    let server = TestServer::that_keeps(TestDatabase::migrated().await, keeps).await;
-    let _rival = TestServer::that_keeps(server.database.clone(), keeps).await;
+    let retention = Some(Duration::from_secs(1));
+    let server = TestServer::that_keeps(TestDatabase::migrated().await, retention).await;
+    let _replica = TestServer::that_keeps(server.database.clone(), retention).await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 3), ("report", 1)]).await;
     let open = provider.job(&customer).await;
@@ -109,25 +108,25 @@ async fn events_are_removed_a_set_time_after_their_job_closed() {
         finals.push(provider.get(job).await);
     }
 
-    let ours = format!("SELECT count(*)::text AS text FROM events WHERE job_id <> '{}'", open.id);
-    within_timeout("the events to go", async {
-        while server.database.texts(&ours).await != ["0"] {
+    let of_closed_jobs = format!("SELECT count(*)::text AS text FROM events WHERE job_id <> '{}'", open.id);
+    within_timeout("the events to be removed", async {
+        while server.database.texts(&of_closed_jobs).await != ["0"] {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     })
     .await;
     for job in finals {
-        assert_eq!(provider.get(&job).await, job, "it stays as it was");
+        assert_eq!(provider.get(&job).await, job, "the job itself does not change");
     }
     assert_eq!(provider.list(&open).await, kept);
-    // All of that took place no sooner than it was to.
+    // No log was removed before its time.
     let early = "SELECT removed_logs.job_id::text AS text FROM removed_logs JOIN jobs ON jobs.id = job_id
                  WHERE removed_logs.created_at < closed_at + interval '1 s'";
     assert_eq!(server.database.texts(early).await, Vec::<String>::new());
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_asked_for_by_name_is_out_of_range_and_says_what_is_left() {
+async fn reading_removed_events_of_a_job_is_out_of_range_and_names_the_first_kept_sequence() {
     let server = TestServer::start().await;
     let (mut provider, mut customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
@@ -152,17 +151,21 @@ async fn what_is_asked_for_by_name_is_out_of_range_and_says_what_is_left() {
         );
         assert_eq!(refusal.metadata["first_sequence"], "11");
         let start = (after > 0).then_some(Start::AfterSequence(after));
-        let told = overtaken(&mut customer.watch_from(&job, start).await, Some("11")).await;
-        assert_eq!(told, []);
+        let received = read_until_expired(&mut customer.watch_from(&job, start).await, Some("11")).await;
+        assert_eq!(received, []);
     }
     let page = customer.events.list_events(list(10)).await.unwrap().into_inner();
     assert_eq!((page.events.len(), page.next_page_token.as_str()), (0, ""));
     for start in [Start::AfterSequence(10), Start::FromNow(pb::FromNow {}), Start::ResumeToken(end_token)] {
-        let film = customer.watch_from(&job, Some(start)).await.film().await;
-        assert_eq!((film.events.len(), film.end.job), (0, caught_up.job), "the state is still told");
+        let watched = customer.watch_from(&job, Some(start)).await.film().await;
+        assert_eq!(
+            (watched.events.len(), watched.end.job),
+            (0, caught_up.job),
+            "the state of the job is still sent"
+        );
     }
     assert_eq!(provider.get(&job).await, before);
-    assert!(provider.close(&job).await.is_err(), "complete it was, complete it stays");
+    assert!(provider.close(&job).await.is_err(), "a complete job stays complete");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -186,7 +189,7 @@ async fn a_removed_event_is_never_appended_a_second_time() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_watch_of_all_jobs_from_the_beginning_starts_with_the_oldest_kept() {
+async fn a_watch_of_all_jobs_from_the_beginning_starts_with_the_oldest_kept_event() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
@@ -198,12 +201,12 @@ async fn a_watch_of_all_jobs_from_the_beginning_starts_with_the_oldest_kept() {
     let mut kept = provider.list(&first).await;
     kept.extend(provider.list(&second).await);
 
-    // Whatever step the removal has come to, none of the job is told.
+    // After each step of the removal, no event of the closed job is sent.
     let mut steps = 0;
     loop {
         let step = remove(&server, 1, 7).await;
-        let (told, _) = customer.clone().watch_all().await.caught_up().await;
-        assert_eq!(told, kept);
+        let (received, _) = customer.clone().watch_all().await.caught_up().await;
+        assert_eq!(received, kept);
         if step == (0, 0) {
             break;
         }
@@ -211,12 +214,12 @@ async fn a_watch_of_all_jobs_from_the_beginning_starts_with_the_oldest_kept() {
         assert!(step.0 <= 1 && step.1 <= 7, "small steps: {step:?}");
     }
     assert!(steps > 4);
-    // Nothing at all left but the last event.
+    // The only event left is that of the open job.
     provider.append(&first, [complete()]).await;
     remove_all(&server).await;
-    let (told, _) = customer.clone().watch_all().await.caught_up().await;
-    assert_eq!(told, kept[1..]);
-    // Such a watch is as good as any: its tokens go on, and it lives.
+    let (received, _) = customer.clone().watch_all().await.caught_up().await;
+    assert_eq!(received, kept[1..]);
+    // Such a watch continues live, and its resume tokens are valid.
     let mut watch = provider.watch_all().await;
     watch.caught_up().await;
     let start = Start::ResumeToken(watch.resume_token.clone());
@@ -227,10 +230,10 @@ async fn a_watch_of_all_jobs_from_the_beginning_starts_with_the_oldest_kept() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_token_from_before_is_refused_if_something_unseen_was_removed_from_its_scope() {
+async fn a_resume_token_is_refused_if_unread_events_of_its_scope_were_removed() {
     let server = TestServer::start().await;
     let (mut provider, mut other) = (server.provider().await, server.provider().await);
-    let (mut customer, mut stranger) = (server.customer().await, server.customer().await);
+    let (mut customer, mut other_customer) = (server.customer().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
     provider
         .register(pb::RegisterJobConfigurationRequest {
@@ -242,12 +245,12 @@ async fn a_token_from_before_is_refused_if_something_unseen_was_removed_from_its
     let tag = registration("1.0.0", &[]).tag;
 
     let job = provider.job(&customer).await;
-    provider.append(&job, [info("seen by all")]).await;
-    let elsewhere = other.job(&stranger).await;
-    other.append(&elsewhere, [info("seen by all")]).await;
+    provider.append(&job, [info("read before the removal")]).await;
+    let of_other = other.job(&other_customer).await;
+    other.append(&of_other, [info("read before the removal")]).await;
     let requests = [tagged("", ""), tagged(&tag, ""), tagged("other", "")];
     let mut before = Vec::new();
-    for user in [&mut provider, &mut customer, &mut other, &mut stranger] {
+    for user in [&mut provider, &mut customer, &mut other, &mut other_customer] {
         for request in &requests {
             let mut watch = user.watch_by(request.clone()).await.unwrap();
             watch.caught_up().await;
@@ -255,28 +258,28 @@ async fn a_token_from_before_is_refused_if_something_unseen_was_removed_from_its
         }
     }
     provider.append(&job, [complete()]).await;
-    let mut seen = provider.watch_all().await;
-    seen.caught_up().await;
+    let mut read_to_end = provider.watch_all().await;
+    read_to_end.caught_up().await;
     remove_all(&server).await;
 
     let mut tokens = before.iter();
     let expected = [[true, true, false], [true, true, false], [false; 3], [false; 3]];
     for (user, expected) in
-        [&mut provider, &mut customer, &mut other, &mut stranger].into_iter().zip(expected)
+        [&mut provider, &mut customer, &mut other, &mut other_customer].into_iter().zip(expected)
     {
         for (tag, lost) in ["", &tag, "other"].into_iter().zip(expected) {
             let mut watch = user.watch_by(tagged(tag, tokens.next().unwrap())).await.unwrap();
             if lost {
-                assert_eq!(overtaken(&mut watch, None).await, []);
+                assert_eq!(read_until_expired(&mut watch, None).await, []);
             } else {
                 assert_eq!(watch.caught_up().await.0, []);
             }
         }
     }
-    // Who has seen it all goes on.
-    let mut resumed = provider.watch_by(tagged("", &seen.resume_token)).await.unwrap();
+    // A token after the last removed event is valid.
+    let mut resumed = provider.watch_by(tagged("", &read_to_end.resume_token)).await.unwrap();
     assert_eq!(resumed.caught_up().await.0, []);
-    // Nor does it matter to whoever only sees a job with another customer.
+    // A watch that is limited to another customer is not affected.
     let with = |user: &User, start: &str| {
         let mut request = tagged("", start);
         if let Some(Scope::AllJobs(all)) = &mut request.scope {
@@ -285,20 +288,23 @@ async fn a_token_from_before_is_refused_if_something_unseen_was_removed_from_its
         request
     };
     let mut tokens = Vec::new();
-    for user in [&customer, &stranger] {
+    for user in [&customer, &other_customer] {
         let mut watch = provider.watch_by(with(user, "")).await.unwrap();
         watch.caught_up().await;
         tokens.push(watch.resume_token);
     }
     completed(&mut provider, &customer, 1).await;
     remove_all(&server).await;
-    assert_eq!(overtaken(&mut provider.watch_by(with(&customer, &tokens[0])).await.unwrap(), None).await, []);
-    let mut watch = provider.watch_by(with(&stranger, &tokens[1])).await.unwrap();
+    assert_eq!(
+        read_until_expired(&mut provider.watch_by(with(&customer, &tokens[0])).await.unwrap(), None).await,
+        []
+    );
+    let mut watch = provider.watch_by(with(&other_customer, &tokens[1])).await.unwrap();
     assert_eq!(watch.caught_up().await.0, []);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_open_watcher_that_is_overtaken_is_told() {
+async fn an_open_watch_that_is_overtaken_by_retention_ends_with_events_expired() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
@@ -306,22 +312,26 @@ async fn an_open_watcher_that_is_overtaken_is_told() {
     let events = 1_200;
     append_large(&mut provider, &job, events).await;
     let reader = || server.other_clients().same(&provider);
-    // Both have the first message, and most of it all to come.
+    // Both watches have received the first message but not most of the log.
     let (mut all, mut one) = (reader().watch_all().await, reader().watch(&job).await);
-    let mut told = [all.events(1).await, one.events(1).await];
+    let mut received = [all.events(1).await, one.events(1).await];
     provider.append(&job, [complete()]).await;
     remove_all(&server).await;
-    told[0].extend(overtaken(&mut all, None).await);
-    told[1].extend(overtaken(&mut one, Some("1202")).await);
-    for told in told {
-        assert!(!told.is_empty() && told.len() < events, "{} of {events}", told.len());
-        let sequences: Vec<_> = told.iter().map(|event| event.sequence).collect();
-        assert_eq!(sequences, (1..).take(told.len()).collect::<Vec<_>>(), "without a gap up to the end");
+    received[0].extend(read_until_expired(&mut all, None).await);
+    received[1].extend(read_until_expired(&mut one, Some("1202")).await);
+    for received in received {
+        assert!(!received.is_empty() && received.len() < events, "{} of {events}", received.len());
+        let sequences: Vec<_> = received.iter().map(|event| event.sequence).collect();
+        assert_eq!(
+            sequences,
+            (1..).take(received.len()).collect::<Vec<_>>(),
+            "the events before the end have no gap"
+        );
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_watch_from_the_beginning_passes_over_what_is_removed_before_it_comes_there() {
+async fn a_watch_from_the_beginning_skips_events_removed_before_it_reads_them() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
@@ -330,30 +340,31 @@ async fn a_watch_from_the_beginning_passes_over_what_is_removed_before_it_comes_
     let (before, spans) = (completed(&mut provider, &customer, 3).await, provider.job(&customer).await);
     provider.append(&spans, [info("past")]).await;
     let reader = || server.other_clients().same(&provider);
-    // All have the first message, and most of it all to come.
+    // All watches have received the first message but not most of the log.
     let mut from_beginning = reader().watch_all().await;
-    let mut told = from_beginning.events(1).await;
+    let mut received = from_beginning.events(1).await;
     let resumed = all_jobs(Some(Start::ResumeToken(from_beginning.resume_token.clone())));
     let mut resumed = reader().watch_by(resumed).await.unwrap();
     resumed.events(1).await;
     let mut overlapped = reader().watch_all().await;
     overlapped.events(1).await;
     remove_all(&server).await;
-    told.extend(from_beginning.caught_up().await.0);
-    assert!(told.iter().all(|event| event.job_id != before.id), "a log that is gone is told");
-    assert_eq!(told.len(), 1_201, "and nothing else is left out");
-    // It is live now, and as strict as any.
-    overtaken(&mut resumed, None).await;
+    received.extend(from_beginning.caught_up().await.0);
+    assert!(received.iter().all(|event| event.job_id != before.id), "an event of a removed log is sent");
+    assert_eq!(received.len(), 1_201, "no other event is skipped");
+    // A watch from a resume token must not skip events.
+    read_until_expired(&mut resumed, None).await;
 
-    // Its past is gone, and the rest waits for a watch to come there.
+    // The log of `spans` began before `overlapped` was opened and went on after that, so
+    // that `overlapped` must not skip it. `from_beginning` receives the last event live.
     provider.append(&spans, [complete()]).await;
     remove_all(&server).await;
-    overtaken(&mut overlapped, None).await;
+    read_until_expired(&mut overlapped, None).await;
     assert_eq!(from_beginning.events(1).await[0].kind(), pb::EventKind::Complete);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_log_that_is_half_removed_is_not_told_from_its_middle() {
+async fn a_partly_removed_log_is_not_sent_from_its_middle() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
@@ -362,29 +373,29 @@ async fn a_log_that_is_half_removed_is_not_told_from_its_middle() {
     let after = |sequence| Some(Start::AfterSequence(sequence));
     for start in [None, after(150), after(299)] {
         let mut watch = customer.clone().watch_from(&job, start).await;
-        assert_eq!(overtaken(&mut watch, Some("1001")).await, []);
+        assert_eq!(read_until_expired(&mut watch, Some("1001")).await, []);
     }
-    let film = customer.clone().watch_from(&job, after(300)).await.film().await;
-    assert_eq!((film.events.len(), film.events[0].sequence), (700, 301), "what is there is told whole");
+    let watched = customer.clone().watch_from(&job, after(300)).await.film().await;
+    assert_eq!((watched.events.len(), watched.events[0].sequence), (700, 301), "all kept events are sent");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_came_and_went_unseen_is_not_passed_over() {
+async fn a_watch_ends_if_events_were_appended_and_removed_before_the_tail_read_them() {
     let server = TestServer::start().await;
     let (mut provider, mut customer) = (server.provider().await, server.customer().await);
     let mut other = server.provider().await;
     provider.configuration(&[("load", 1)]).await;
     other.configuration(&[("load", 1)]).await;
     let job = provider.job(&customer).await;
-    let others = other.job(&server.customer().await).await;
+    let other_job = other.job(&server.customer().await).await;
     let (mut one, mut all) = (customer.watch(&job).await, provider.watch_all().await);
-    let mut elsewhere = other.watch_all().await;
-    for watch in [&mut one, &mut all, &mut elsewhere] {
+    let mut of_other = other.watch_all().await;
+    for watch in [&mut one, &mut all, &mut of_other] {
         watch.caught_up().await;
     }
-    // As if this server had been away from its database for longer than events
-    // are kept: it finds the log's end moved, and no events.
-    let closes = format!(
+    // As after an outage longer than the retention time: the server finds that the end
+    // of the log has moved, but no events.
+    let append_and_remove = format!(
         "BEGIN;
          UPDATE jobs SET last_sequence = 2, status = 'cancelled', closed_at = clock_timestamp() WHERE id = '{id}';
          UPDATE event_log SET position = position + 2;
@@ -396,12 +407,12 @@ async fn what_came_and_went_unseen_is_not_passed_over() {
          COMMIT",
         id = job.id
     );
-    server.database.execute(&closes).await;
+    server.database.execute(&append_and_remove).await;
     assert_eq!(server.count("events").await, 0);
-    assert_eq!(overtaken(&mut all, None).await, []);
-    assert_eq!(overtaken(&mut one, Some("3")).await, []);
-    other.append(&others, [info("of somebody else")]).await;
-    assert_eq!(elsewhere.events(1).await.len(), 1);
+    assert_eq!(read_until_expired(&mut all, None).await, []);
+    assert_eq!(read_until_expired(&mut one, Some("3")).await, []);
+    other.append(&other_job, [info("of another provider")]).await;
+    assert_eq!(of_other.events(1).await.len(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,9 +1,9 @@
-"""Writes, reads, publishes and watches over replicas that come and go, with no
-retries but those of the service config; what ends a stream is resumed.
+"""Appends, reads, publishes and watches while replicas are replaced. Calls have no
+retries but those of the service config. Streams that end are opened again.
 
     MILEPOST_API_KEY=mpk_... python rolling.py TARGET SERVICE_CONFIG JOB_ID...
 
-Goes on until its input ends. Then prints, as JSON, every failure, and by job
+Runs until its standard input ends. Then prints as JSON every failure and, for each job,
 the ids of the acknowledged events in the order of their sequences.
 """
 
@@ -43,7 +43,7 @@ channel = grpc.insecure_channel(
     target,
     options=[
         ("grpc.service_config", Path(service_config).read_text()),
-        # A list of addresses is no name to call a server by.
+        # The target is a list of addresses, which is not a valid authority.
         ("grpc.default_authority", "milepost"),
     ],
 )
@@ -52,7 +52,7 @@ jobs_api = jobs_pb2_grpc.JobServiceStub(channel)
 
 stopping = threading.Event()
 failures: list[str] = []
-# By job: sequence to id.
+# For each job, the event id of each sequence.
 acknowledged: dict[str, dict[int, str]] = collections.defaultdict(dict)
 
 
@@ -80,7 +80,7 @@ def read(job: str) -> None:
 
 
 def publish(job: str) -> None:
-    """Every batch until it is answered, in order, over as many streams as it takes."""
+    """Sends each batch until it is answered, in order, over one stream after the other."""
     unanswered: dict[str, list[NewEvent]] = {}
     numbers = itertools.count()
 
@@ -118,10 +118,10 @@ def publish(job: str) -> None:
 
 class Watcher:
     def __init__(self) -> None:
-        self.seen = {job: [] for job in jobs}
+        self.received = {job: [] for job in jobs}
 
     def run(self) -> None:
-        # A heartbeat wakes a watcher that has seen all before that was known.
+        # A heartbeat makes a watcher check is_done() even if no further event comes.
         heartbeat = Duration(seconds=5)
         request = WatchEventsRequest(all_jobs=AllJobs(), heartbeat_interval=heartbeat)
         while not self.is_done():
@@ -129,7 +129,7 @@ class Watcher:
                 self.stream = events_api.WatchEvents(request, metadata=METADATA)
                 for message in self.stream:
                     for event in message.events.events:
-                        self.seen[event.job_id].append((event.sequence, event.id))
+                        self.received[event.job_id].append((event.sequence, event.id))
                     request.resume_token = message.resume_token
                     if self.is_done():
                         return
@@ -139,11 +139,11 @@ class Watcher:
 
     def is_done(self) -> bool:
         return all_written.is_set() and all(
-            len(self.seen[job]) >= len(acknowledged[job]) for job in jobs
+            len(self.received[job]) >= len(acknowledged[job]) for job in jobs
         )
 
 
-def watched(work) -> None:
+def record_failure(work) -> None:
     try:
         work()
     except Exception:
@@ -152,7 +152,7 @@ def watched(work) -> None:
 
 
 def start(work, *arguments) -> threading.Thread:
-    thread = threading.Thread(target=watched, args=[lambda: work(*arguments)], daemon=True)
+    thread = threading.Thread(target=record_failure, args=[lambda: work(*arguments)], daemon=True)
     thread.start()
     return thread
 
@@ -170,14 +170,15 @@ for thread in writing:
     if thread.is_alive():
         failures.append("a writer does not end")
 all_written.set()
-until = time.monotonic() + CATCH_UP_SECONDS
+deadline = time.monotonic() + CATCH_UP_SECONDS
 for thread, watcher in zip(watching, watchers, strict=True):
-    thread.join(max(0.0, until - time.monotonic()))
+    thread.join(max(0.0, deadline - time.monotonic()))
     for job in jobs:
-        if watcher.seen[job] != sorted(acknowledged[job].items()):
-            failures.append(f"{job}: a watcher saw {len(watcher.seen[job])} of {len(acknowledged[job])}")
+        if watcher.received[job] != sorted(acknowledged[job].items()):
+            counts = f"{len(watcher.received[job])} of {len(acknowledged[job])}"
+            failures.append(f"{job}: a watcher received {counts} events")
 log = {job: [id for _, id in sorted(events.items())] for job, events in acknowledged.items()}
 json.dump({"failures": failures, "acknowledged": log}, sys.stdout)
 sys.stdout.flush()
-# Streams that are left would be waited for.
+# A normal exit would wait for the streams that are still open.
 os._exit(0)

@@ -1,5 +1,5 @@
-//! Replicas that are replaced one by one under load: what a client meets that
-//! has nothing but the service config of `examples`.
+//! Replicas are replaced one by one under load. The retries of the client are only those
+//! of the service config in `examples`.
 
 use std::{collections::HashMap, path::Path, process::Stdio, time::Duration};
 
@@ -14,31 +14,32 @@ use crate::{
 /// How often each replica is replaced.
 const ROUNDS: usize = 3;
 const REPLICAS: usize = 2;
-/// The first is published to, the others are written to call by call.
+/// Batches of the first job go through PublishEvents, those of the others through
+/// AppendEvents.
 const JOBS: usize = 5;
-/// So many appends through a replica say that clients have found it again.
-const FOUND: usize = 20;
+/// Appends through a replica that show that clients use it again.
+const APPENDS: usize = 20;
 
-/// How many single appends a replica has answered.
+/// The number of AppendEvents calls that a replica has answered.
 fn appends(server: &ServerProcess) -> usize {
     server.log().matches("EventService/AppendEvents").count()
 }
 
-async fn wait_until_found(server: &ServerProcess) {
+async fn wait_until_used(server: &ServerProcess) {
     let before = appends(server);
-    let found = async {
-        while appends(server) < before + FOUND {
+    let used = async {
+        while appends(server) < before + APPENDS {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };
-    // Another process, which first has to start.
-    if timeout(TIMEOUT * 3, found).await.is_err() {
-        panic!("clients do not find a replica, which logged\n{}", server.log());
+    // The client is another process, which has to start first.
+    if timeout(TIMEOUT * 3, used).await.is_err() {
+        panic!("no client uses a replica, whose log is\n{}", server.log());
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn while_replicas_are_replaced_no_call_fails_and_no_event_is_lost_or_doubled() {
+async fn while_replicas_are_replaced_no_call_fails_and_no_event_is_lost_or_duplicated() {
     let python = python().await;
     let database = TestDatabase::migrated().await;
     let mut servers = [ServerProcess::on(&database).await, ServerProcess::on(&database).await];
@@ -62,31 +63,31 @@ async fn while_replicas_are_replaced_no_call_fails_and_no_event_is_lost_or_doubl
         .spawn()
         .unwrap();
     for server in &servers {
-        wait_until_found(server).await;
+        wait_until_used(server).await;
     }
     for round in 0..ROUNDS * REPLICAS {
         let server = &mut servers[round % REPLICAS];
         server.terminate().await;
         assert_eq!(server.exit().await.code(), Some(0));
         server.restart().await;
-        // A replica that is ready is not yet one that clients have found: they
-        // wait between their attempts to connect.
-        wait_until_found(server).await;
+        // Clients find a ready replica only later, because they wait between their
+        // attempts to connect.
+        wait_until_used(server).await;
     }
     drop(load.stdin.take());
-    let mut said = String::new();
+    let mut report = String::new();
     let mut stdout = load.stdout.take().unwrap();
-    within_timeout("what the load has to say", stdout.read_to_string(&mut said)).await.unwrap();
-    let said: Value = serde_json::from_str(&said).unwrap_or_else(|_| panic!("{said}"));
-    assert_eq!(said["failures"], serde_json::json!([]), "{}", said["failures"]);
+    within_timeout("the report of rolling.py", stdout.read_to_string(&mut report)).await.unwrap();
+    let report: Value = serde_json::from_str(&report).unwrap_or_else(|_| panic!("{report}"));
+    assert_eq!(report["failures"], serde_json::json!([]), "{}", report["failures"]);
 
     let acknowledged: HashMap<String, Vec<String>> =
-        serde_json::from_value(said["acknowledged"].clone()).unwrap();
+        serde_json::from_value(report["acknowledged"].clone()).unwrap();
     for job in &jobs {
         let stored = database
             .texts(&format!("SELECT id::text AS text FROM events WHERE job_id = '{job}' ORDER BY sequence"))
             .await;
-        assert!(stored.len() > FOUND, "{} events are no load", stored.len());
+        assert!(stored.len() > APPENDS, "only {} events were appended", stored.len());
         assert_eq!(stored, acknowledged[job]);
     }
 }

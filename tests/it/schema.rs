@@ -1,17 +1,17 @@
-//! What the schema promises, asked of Postgres itself.
+//! Invariants of the schema, read from the catalogs of Postgres.
 
 use milepost::db::migrations;
 
 use crate::support::TestDatabase;
 
-/// They hold no entities.
+/// Tables that hold no entities.
 const BOOKKEEPING: &str = "('schema_compatibility', 'event_log', 'retention', 'removed_logs', 'log_in_attempts', '__diesel_schema_migrations')";
 
 async fn texts(sql: &str) -> Vec<String> {
     TestDatabase::migrated().await.texts(sql).await
 }
 
-fn none() -> Vec<String> {
+fn no_rows() -> Vec<String> {
     Vec::new()
 }
 
@@ -24,9 +24,9 @@ async fn every_foreign_key_has_an_index() {
              SELECT FROM pg_index WHERE indrelid = conrelid AND indkey[0] = conkey[1])",
     )
     .await;
-    assert_eq!(without, none());
+    assert_eq!(without, no_rows());
     let all = texts("SELECT conname::text AS text FROM pg_constraint WHERE contype = 'f'").await;
-    assert!(all.len() > 5, "the question finds foreign keys at all: {all:?}");
+    assert!(all.len() > 5, "the query finds foreign keys: {all:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -42,12 +42,12 @@ async fn every_entity_has_id_created_at_and_updated_at() {
              AND atttypid = wanted.type::regtype)",
     ))
     .await;
-    assert_eq!(missing, none());
+    assert_eq!(missing, no_rows());
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_constraint_and_index_is_named_by_the_pattern() {
-    let odd = texts(
+async fn the_name_of_every_constraint_and_index_follows_the_pattern() {
+    let misnamed = texts(
         "SELECT conrelid::regclass || ': ' || conname AS text FROM pg_constraint
          WHERE connamespace = 'public'::regnamespace AND contype IN ('p', 'f', 'u', 'c')
          AND conrelid <> '__diesel_schema_migrations'::regclass
@@ -60,11 +60,11 @@ async fn every_constraint_and_index_is_named_by_the_pattern() {
              WHEN indisprimary THEN '_pkey$' WHEN indisunique THEN '_.+_key$' ELSE '_.+_idx$' END)",
     )
     .await;
-    assert_eq!(odd, none());
+    assert_eq!(misnamed, no_rows());
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rows_that_never_change_cannot_be_changed() {
+async fn rows_of_immutable_tables_cannot_be_updated() {
     let unguarded = texts(
         "SELECT relname::text AS text FROM pg_class
          WHERE relname IN (
@@ -74,12 +74,13 @@ async fn rows_that_never_change_cannot_be_changed() {
              WHERE tgrelid = pg_class.oid AND tgfoid = 'refuse_update'::regproc AND tgenabled = 'O')",
     )
     .await;
-    assert_eq!(unguarded, none());
+    assert_eq!(unguarded, no_rows());
 }
 
-/// What foreign keys would do, for all events of a statement at once.
+/// The triggers `events_references` check in place of foreign keys, for all events of a
+/// statement at once.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_event_is_of_a_job_and_of_one_of_its_steps() {
+async fn an_event_references_an_existing_job_and_a_step_of_it() {
     const INSERT: &str = "
         INSERT INTO events (job_id, sequence, position, id, kind, name, step_configuration_id,
                             event_metadata, status, points_done, percent, created_at)
@@ -121,14 +122,14 @@ async fn an_event_is_of_a_job_and_of_one_of_its_steps() {
         let violated = database.violated_by(delete).await;
         assert_eq!(violated.as_deref(), Some("events_references"), "{delete}");
     }
-    let of_nobody = "DELETE FROM jobs WHERE provider_job_id = 'other'";
-    assert_eq!(database.violated_by(of_nobody).await, None);
+    let without_events = "DELETE FROM jobs WHERE provider_job_id = 'other'";
+    assert_eq!(database.violated_by(without_events).await, None);
     let left = database.texts("SELECT provider_job_id AS text FROM jobs").await;
     assert_eq!(left, ["own"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn migrations_go_down_to_nothing_and_up_again() {
+async fn all_migrations_can_be_reverted_and_applied_again() {
     const SHAPE: &str = "
         SELECT format('%s.%s %s %s', table_name, column_name, data_type, is_nullable) AS text
         FROM information_schema.columns WHERE table_schema = 'public'
@@ -149,7 +150,7 @@ async fn migrations_go_down_to_nothing_and_up_again() {
     assert_eq!(reverted, applied);
     let mut left = database.texts(SHAPE).await;
     left.retain(|text| !text.contains("__diesel_schema_migrations"));
-    assert_eq!(left, none());
+    assert_eq!(left, no_rows());
 
     migrations::migrate(&database.url, None).await.unwrap();
     assert_eq!(database.texts(SHAPE).await, up);

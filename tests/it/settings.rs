@@ -1,4 +1,4 @@
-//! Settings: `--help` tells them all, and each reaches what it sets.
+//! Settings: `--help` lists them all, and each takes effect.
 
 use std::{
     collections::BTreeMap,
@@ -30,7 +30,7 @@ use crate::support::{
     within_timeout,
 };
 
-/// Values that a server may well go without.
+/// Value names of settings that have no default.
 const OPTIONAL: [&str; 3] = ["FILE", "URL", "ADDRESSES"];
 
 #[tokio::test]
@@ -41,7 +41,7 @@ async fn help_lists_every_setting_with_its_flag_its_variable_and_its_default_or_
     let mut help = Command::new(env!("CARGO_BIN_EXE_milepost"));
     let help = help.args(["serve", "--help"]).stdin(Stdio::null()).kill_on_drop(true).output();
     let help = String::from_utf8(within_timeout("help", help).await.unwrap().stdout).unwrap();
-    let mut told: BTreeMap<&str, String> = BTreeMap::new();
+    let mut entries: BTreeMap<&str, String> = BTreeMap::new();
     let mut flag = "";
     for line in help.lines() {
         if let Some(name) = line.split_whitespace().find(|word| word.starts_with("--"))
@@ -49,27 +49,27 @@ async fn help_lists_every_setting_with_its_flag_its_variable_and_its_default_or_
         {
             flag = name;
         }
-        told.entry(flag).or_default().push_str(line);
+        entries.entry(flag).or_default().push_str(line);
     }
     for setting in serve.get_arguments().filter(|argument| argument.get_id() != "help") {
         let flag = format!("--{}", setting.get_long().expect("a flag"));
-        let words = told.get(flag.as_str()).unwrap_or_else(|| panic!("{flag} in {help}"));
+        let entry = entries.get(flag.as_str()).unwrap_or_else(|| panic!("{flag} in {help}"));
         let variable = match flag.as_str() {
             "--database-url" => "DATABASE_URL".to_owned(),
             _ => format!("MILEPOST_{}", flag[2..].replace('-', "_").to_uppercase()),
         };
-        assert!(words.contains(&format!("[env: {variable}")), "{variable} in {words}");
-        // What takes no value is off by default.
-        let value = words.split_once(&format!("{flag} <")).and_then(|(_, rest)| rest.split_once('>'));
+        assert!(entry.contains(&format!("[env: {variable}")), "{variable} in {entry}");
+        // A flag without a value is off by default.
+        let value = entry.split_once(&format!("{flag} <")).and_then(|(_, rest)| rest.split_once('>'));
         if let Some((value, _)) = value {
-            assert!(OPTIONAL.contains(&value) || words.contains("default"), "{words}");
-            assert_eq!(value == "SECONDS", flag.ends_with("-s"), "{words}");
+            assert!(OPTIONAL.contains(&value) || entry.contains("default"), "{entry}");
+            assert_eq!(value == "SECONDS", flag.ends_with("-s"), "{entry}");
         }
     }
 }
 
 #[tokio::test]
-async fn more_streams_of_a_user_than_a_connection_could_refuse_are_a_contradiction_told_at_the_start() {
+async fn serve_does_not_start_unless_streams_per_user_is_less_than_streams_per_connection() {
     let mut serve = Command::new(env!("CARGO_BIN_EXE_milepost"));
     serve
         .args(["serve", "--streams-per-user", "7", "--streams-per-connection", "7"])
@@ -78,25 +78,28 @@ async fn more_streams_of_a_user_than_a_connection_could_refuse_are_a_contradicti
         .stdin(Stdio::null())
         .kill_on_drop(true);
     let output = within_timeout("a refusal", serve.output()).await.unwrap();
-    let told = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(1), "{told}");
-    assert!(told.contains("--streams-per-user 7 must be less than") && told.lines().count() == 1, "{told}");
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(
+        stderr.contains("--streams-per-user 7 must be less than") && stderr.lines().count() == 1,
+        "{stderr}"
+    );
 }
 
-/// A server that is set otherwise than by default, beside one that all is made
-/// on.
-struct Scene {
+/// `configured` has settings other than the defaults. `server` shares its database and
+/// prepares the users and the job.
+struct Fixture {
     server: TestServer,
-    odd: ServerProcess,
+    configured: ServerProcess,
     metrics: SocketAddr,
     collector: TcpListener,
-    /// They call the odd one.
+    /// Both users call `configured`.
     provider: User,
     customer: User,
     job: pb::Job,
 }
 
-impl Scene {
+impl Fixture {
     async fn start() -> Self {
         let server = TestServer::start().await;
         let (mut provider, customer) = (server.provider().await, server.customer().await);
@@ -129,29 +132,30 @@ impl Scene {
             ("MILEPOST_LOG_LEVEL", "warn"),
         ];
         let settings = settings.map(|(name, value)| (name, value.to_owned())).to_vec();
-        let odd = ServerProcess::start_with("127.0.0.1", settings).await;
-        let (provider, customer) = (odd.same(&provider), odd.same(&customer));
-        Self { server, odd, metrics, collector, provider, customer, job }
+        let configured = ServerProcess::start_with("127.0.0.1", settings).await;
+        let (provider, customer) = (configured.same(&provider), configured.same(&customer));
+        Self { server, configured, metrics, collector, provider, customer, job }
     }
 
     async fn texts(&self, sql: &str) -> Vec<String> {
         self.server.database.texts(sql).await
     }
 
-    /// Keeps whoever appends to the job waiting until it is dropped.
-    async fn hold(&self) -> AsyncPgConnection {
-        let mut holder = self.server.database.connect().await;
-        let hold = format!("BEGIN; SELECT 1 FROM jobs WHERE id = '{}' FOR UPDATE", self.job.id);
-        holder.batch_execute(&hold).await.unwrap();
-        holder
+    /// Locks the row of the job. Appends to it wait until the returned connection is
+    /// dropped.
+    async fn lock_job(&self) -> AsyncPgConnection {
+        let mut locker = self.server.database.connect().await;
+        let lock = format!("BEGIN; SELECT 1 FROM jobs WHERE id = '{}' FOR UPDATE", self.job.id);
+        locker.batch_execute(&lock).await.unwrap();
+        locker
     }
 
-    /// A publish stream over a connection of its own, both of its ends.
+    /// Both ends of a publish stream over a connection of its own.
     async fn publish(
         &self,
     ) -> (mpsc::Sender<pb::PublishEventsRequest>, Streaming<pb::PublishEventsResponse>) {
         let (batches, stream) = mpsc::channel(1);
-        let mut provider = self.odd.other_clients().same(&self.provider);
+        let mut provider = self.configured.other_clients().same(&self.provider);
         let answers = provider.events.publish_events(ReceiverStream::new(stream)).await.unwrap();
         (batches, answers.into_inner())
     }
@@ -168,45 +172,47 @@ impl Scene {
     async fn sign_up(&self) {
         let request = pb::SignUpRequest {
             role: pb::UserRole::Customer.into(),
-            email: "stranger@example.com".to_owned(),
+            email: "new@example.com".to_owned(),
             password: PASSWORD.to_owned(),
             ..Default::default()
         };
-        let answer = self.odd.anonymous().auth.sign_up(request).await;
+        let answer = self.configured.anonymous().auth.sign_up(request).await;
         assert_refused(answer, Code::PermissionDenied, ErrorReason::SignUpClosed);
     }
 
-    /// Lifetime, cost and trusted proxies; and what a connection to the database
-    /// is set to, as a trigger sees it.
+    /// Session lifetime, bcrypt cost and trusted proxies. Also the settings of a database
+    /// connection, which a trigger records.
     async fn log_in(&self) {
         self.server
             .database
             .execute(
-                "CREATE TABLE seen (setting text);
-                 CREATE FUNCTION look() RETURNS trigger LANGUAGE plpgsql AS $$
+                "CREATE TABLE recorded (setting text);
+                 CREATE FUNCTION record_settings() RETURNS trigger LANGUAGE plpgsql AS $$
                  BEGIN
-                     INSERT INTO seen SELECT name || ' ' || current_setting(name) FROM unnest(ARRAY[
+                     INSERT INTO recorded SELECT name || ' ' || current_setting(name) FROM unnest(ARRAY[
                          'statement_timeout', 'lock_timeout', 'idle_in_transaction_session_timeout',
                          'synchronous_commit']) AS name;
                      RETURN NEW;
                  END $$;
-                 CREATE TRIGGER look BEFORE INSERT ON sessions FOR EACH ROW EXECUTE FUNCTION look()",
+                 CREATE TRIGGER record_settings BEFORE INSERT ON sessions
+                     FOR EACH ROW EXECUTE FUNCTION record_settings()",
             )
             .await;
-        let claim = pb::LogInRequest { email: self.customer.email.clone(), password: PASSWORD.to_owned() };
-        let mut request = Request::new(claim);
+        let credentials =
+            pb::LogInRequest { email: self.customer.email.clone(), password: PASSWORD.to_owned() };
+        let mut request = Request::new(credentials);
         request.metadata_mut().insert("x-forwarded-for", "10.1.2.3".parse().unwrap());
-        let proxy = self.odd.from(Ipv4Addr::new(127, 0, 0, 8));
+        let proxy = self.configured.from(Ipv4Addr::new(127, 0, 0, 8));
         proxy.anonymous().auth.log_in(request).await.unwrap();
 
-        let seen = self.texts("SELECT setting AS text FROM seen ORDER BY setting").await;
+        let recorded = self.texts("SELECT setting AS text FROM recorded ORDER BY setting").await;
         let expected = [
             "idle_in_transaction_session_timeout 4s",
             "lock_timeout 4s",
             "statement_timeout 4s",
             "synchronous_commit remote_apply",
         ];
-        assert_eq!(seen, expected);
+        assert_eq!(recorded, expected);
         let lifetime = "SELECT extract(epoch FROM expires_at - created_at)::integer::text AS text
             FROM sessions ORDER BY created_at DESC LIMIT 1";
         assert_eq!(self.texts(lifetime).await, ["77"]);
@@ -219,10 +225,10 @@ impl Scene {
     }
 
     async fn streams(&self) {
-        let stream = TcpStream::connect(self.odd.address).await.unwrap();
+        let stream = TcpStream::connect(self.configured.address).await.unwrap();
         let (client, connection) = h2::client::handshake(stream).await.unwrap();
         tokio::spawn(connection);
-        within_timeout("7 streams a connection to be told", async {
+        within_timeout("SETTINGS_MAX_CONCURRENT_STREAMS of 7", async {
             while client.current_max_send_streams() != 7 {
                 tokio::task::yield_now().await;
             }
@@ -235,36 +241,36 @@ impl Scene {
         assert_refused(third, Code::ResourceExhausted, ErrorReason::Overloaded);
     }
 
-    /// How many connections there are, how long somebody waits for one, and how
-    /// long for an answer.
+    /// The number of database connections, the timeout of a checkout and the request
+    /// timeout.
     async fn waits(&self) {
         let list = async || {
             let mut configurations = self.provider.configurations.clone();
             configurations.list_job_configurations(pb::ListJobConfigurationsRequest::default()).await
         };
-        // Known from here on, so that each needs one connection and no more.
+        // The credential is cached from here on, so that each call checks out one connection.
         list().await.unwrap();
         let mut locker = self.server.database.connect().await;
         locker.batch_execute("BEGIN; LOCK TABLE job_configurations IN ACCESS EXCLUSIVE MODE").await.unwrap();
         let answers = within_timeout("refusals", join_all((0..6).map(|_| list()))).await;
         drop(locker);
-        let (late, away): (Vec<_>, Vec<_>) = answers
+        let (late, unavailable): (Vec<_>, Vec<_>) = answers
             .into_iter()
             .partition(|answer| answer.as_ref().is_err_and(|status| status.code() == Code::DeadlineExceeded));
-        assert_eq!((late.len(), away.len()), (4, 2), "{late:?} {away:?}");
-        for answer in away {
+        assert_eq!((late.len(), unavailable.len()), (4, 2), "{late:?} {unavailable:?}");
+        for answer in unavailable {
             assert_refused(answer, Code::Unavailable, ErrorReason::DatabaseUnavailable);
         }
     }
 
     async fn publish_window(&self) {
         const MOST: usize = 16;
-        let holder = self.hold().await;
+        let locker = self.lock_job().await;
         let (batches, _answers) = self.publish().await;
         let text = Value { kind: Some(Kind::StringValue("x".repeat(15_000))) };
         let mut sent = 0;
         while sent < MOST {
-            // 900 KB, so that the connection itself takes one or two.
+            // 900 KB, so that the buffers of the connection take one or two batches.
             let events = (0..60).map(|_| noted(info("large"), [("text", text.clone())]));
             let sending = batches.send(self.batch(events));
             if timeout(Duration::from_secs(1), sending).await.is_err() {
@@ -272,8 +278,8 @@ impl Scene {
             }
             sent += 1;
         }
-        assert!((2..MOST / 2).contains(&sent), "{sent} batches were taken");
-        drop(holder);
+        assert!((2..MOST / 2).contains(&sent), "{sent} batches were read");
+        drop(locker);
     }
 
     async fn retention(&self) {
@@ -281,7 +287,7 @@ impl Scene {
         let job = provider.job(&self.customer).await;
         provider.append(&job, [complete()]).await;
         let kept = format!("SELECT id::text AS text FROM events WHERE job_id = '{}'", job.id);
-        within_timeout("the events to go", async {
+        within_timeout("the events to be removed", async {
             while !self.texts(&kept).await.is_empty() {
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
@@ -302,19 +308,19 @@ impl Scene {
         within_timeout("traces", collector.accept()).await.unwrap();
     }
 
-    /// Bounded, though something is under way for longer; and what the log says
-    /// of it.
+    /// The drain ends at its deadline although an append is in flight for longer. The
+    /// log has the format and the level that are set.
     async fn drain(mut self) {
-        let _holder = self.hold().await;
+        let _locker = self.lock_job().await;
         let (batches, _answers) = self.publish().await;
-        batches.send(self.batch([info("under way")])).await.unwrap();
-        within_timeout("an append that waits", async {
+        batches.send(self.batch([info("in flight")])).await.unwrap();
+        within_timeout("an append that waits for the lock", async {
             while self.server.database.waiting_for_locks().await.is_empty() {}
         })
         .await;
-        self.odd.terminate().await;
-        assert_eq!(self.odd.exit().await.code(), Some(0));
-        let log = self.odd.log();
+        self.configured.terminate().await;
+        assert_eq!(self.configured.exit().await.code(), Some(0));
+        let log = self.configured.log();
         assert!(log.contains("WARN") && log.contains("deadline passed"), "{log}");
         assert!(!log.contains("INFO") && !log.starts_with('{'), "{log}");
     }
@@ -324,7 +330,7 @@ impl Scene {
 async fn as_many_passwords_are_hashed_at_once_as_is_set() {
     let server = TestServer::start().await;
     let (slow, quick) = (server.customer().await, server.customer().await);
-    // To verify it takes minutes.
+    // At cost 20, to verify the password takes minutes.
     let cost = format!(
         "UPDATE users SET password_hash = overlay(password_hash PLACING '20' FROM 5) WHERE id = '{}'",
         slow.id
@@ -337,29 +343,29 @@ async fn as_many_passwords_are_hashed_at_once_as_is_set() {
             ("MILEPOST_BCRYPT_PARALLEL", parallel),
         ];
         let settings = settings.map(|(name, value)| (name, value.to_owned())).to_vec();
-        let odd = ServerProcess::start_with("127.0.0.1", settings).await;
+        let configured = ServerProcess::start_with("127.0.0.1", settings).await;
         for _ in 0..busy {
-            tokio::spawn(log_in(&odd, &slow));
+            tokio::spawn(log_in(&configured, &slow));
         }
-        odd
+        configured
     };
 
-    let odd = start("1", 1).await;
+    let configured = start("1", 1).await;
     let refused = within_timeout("a refusal", async {
         loop {
-            if let Err(status) = log_in(&odd, &quick).await {
+            if let Err(status) = log_in(&configured, &quick).await {
                 break Err::<(), _>(status);
             }
         }
     });
     assert_refused(refused.await, Code::ResourceExhausted, ErrorReason::Overloaded);
 
-    drop(odd);
+    drop(configured);
 
-    // Whatever the default is here, one of the two is another.
-    let odd = start("3", 2).await;
+    // The default is not both 1 and 3, so that one of the two values differs from it.
+    let configured = start("3", 2).await;
     for _ in 0..100 {
-        log_in(&odd, &quick).await.expect("the third of three at once");
+        log_in(&configured, &quick).await.expect("one of three hashes at once is free");
     }
 }
 
@@ -370,14 +376,14 @@ fn log_in(clients: &Clients, user: &User) -> impl Future<Output = Result<(), Sta
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_setting_reaches_what_it_sets() {
-    let scene = Scene::start().await;
-    scene.sign_up().await;
-    scene.log_in().await;
-    scene.streams().await;
-    scene.waits().await;
-    scene.publish_window().await;
-    scene.retention().await;
-    scene.monitoring().await;
-    scene.drain().await;
+async fn every_setting_takes_effect() {
+    let fixture = Fixture::start().await;
+    fixture.sign_up().await;
+    fixture.log_in().await;
+    fixture.streams().await;
+    fixture.waits().await;
+    fixture.publish_window().await;
+    fixture.retention().await;
+    fixture.monitoring().await;
+    fixture.drain().await;
 }

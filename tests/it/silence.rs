@@ -1,5 +1,5 @@
-//! What is told of a database that has nothing to say for long, of such a past,
-//! and of one that is no longer as it was.
+//! Backends of Postgres that do not answer, a replay that finds no events for long, and
+//! a log that has become shorter.
 
 use std::time::Duration;
 
@@ -10,11 +10,11 @@ use tonic::Code;
 
 use crate::support::{TestServer, assert_refused, info, within_timeout};
 
-/// Backends of Postgres that do nothing any more, until this is dropped.
+/// Process ids of backends of Postgres that are stopped (SIGSTOP) until this is dropped.
 struct Stopped(Vec<String>);
 
 impl Stopped {
-    async fn these(pids: Vec<String>) -> Self {
+    async fn new(pids: Vec<String>) -> Self {
         let status = Command::new("kill").args(["-s", "STOP"]).args(&pids).status().await.unwrap();
         assert!(status.success(), "kill -s STOP {pids:?}");
         Self(pids)
@@ -23,19 +23,19 @@ impl Stopped {
 
 impl Drop for Stopped {
     fn drop(&mut self) {
-        // Those that are gone meanwhile need it no more.
+        // `kill` fails if a backend has ended meanwhile.
         let _ = std::process::Command::new("kill").args(["-s", "CONT"]).args(&self.0).status();
     }
 }
 
-/// Connections of the pool and the tail's: not the one that appends, nor those
-/// that listen and ask.
-const OF_READERS: &str = "SELECT pid::text AS text FROM pg_stat_activity
+/// Backends of the pooled connections and of the tail, but not those that append, LISTEN
+/// or check the availability.
+const READERS: &str = "SELECT pid::text AS text FROM pg_stat_activity
     WHERE datname = current_database() AND application_name = 'milepost'
       AND query !~ 'append_events|^LISTEN|^SELECT 1$'";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn connections_on_which_nobody_answers_are_given_up() {
+async fn connections_whose_backend_does_not_answer_are_dropped() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[]).await;
@@ -43,36 +43,44 @@ async fn connections_on_which_nobody_answers_are_given_up() {
     provider.append(&job, [info("here")]).await;
     let mut watch = customer.clone().watch(&job).await;
     watch.caught_up().await;
-    let ask = || {
+    let get_job = || {
         let (mut provider, job) = (provider.clone(), job.clone());
         async move { provider.get(&job).await }
     };
-    join_all((0..30).map(|_| ask())).await;
-    let pids = server.database.texts(OF_READERS).await;
+    join_all((0..30).map(|_| get_job())).await;
+    let pids = server.database.texts(READERS).await;
     assert!(pids.len() > 2, "{pids:?}");
 
-    let _stopped = Stopped::these(pids).await;
+    let _stopped = Stopped::new(pids).await;
     let replica = server.replica().await;
     replica.same(&provider).append(&job, [info("elsewhere")]).await;
-    // Here a statement may take 5 s, and nobody tells that a connection is lost.
-    let heard = timeout(Duration::from_secs(8), watch.events(1)).await;
-    assert_eq!(heard.expect("the tail waits for what never answers")[0].name, "elsewhere");
-    // And a use of one out of the pool twice as much, however soon callers leave.
-    let given_up = async { while timeout(Duration::from_secs(2), ask()).await.is_err() {} };
-    assert!(timeout(Duration::from_secs(16), given_up).await.is_ok(), "no call gets through");
+    // The statement timeout is 5 s, but a stopped backend does not enforce it, and its
+    // connection stays open.
+    let received = timeout(Duration::from_secs(8), watch.events(1)).await;
+    assert_eq!(
+        received.expect("the tail drops a connection whose backend does not answer")[0].name,
+        "elsewhere"
+    );
+    // A checked-out connection is closed after twice the statement timeout, however early
+    // its callers cancel.
+    let dropped = async { while timeout(Duration::from_secs(2), get_job()).await.is_err() {} };
+    assert!(timeout(Duration::from_secs(16), dropped).await.is_ok(), "no call succeeds");
     for _ in 0..10 {
-        assert!(timeout(Duration::from_secs(2), ask()).await.is_ok(), "such a connection is still in use");
+        assert!(
+            timeout(Duration::from_secs(2), get_job()).await.is_ok(),
+            "a connection to a stopped backend is still in use"
+        );
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_past_with_nothing_to_tell_is_not_silent() {
+async fn a_replay_that_finds_no_events_sends_heartbeats() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[]).await;
     let job = provider.job(&customer).await;
     provider.append(&job, [info("first")]).await;
-    // As much of others' as takes minutes to look through.
+    // The end of the log is so far away that to read up to it takes minutes.
     server.database.execute("UPDATE event_log SET position = 10000000000").await;
     let replica = server.replica().await;
     let request = pb::WatchEventsRequest {
@@ -85,14 +93,14 @@ async fn a_past_with_nothing_to_tell_is_not_silent() {
     let first = watch.resume_token.clone();
     for _ in 0..2 {
         match timeout(Duration::from_secs(8), watch.next()).await.expect("a heartbeat").unwrap() {
-            Some(Message::Heartbeat(_)) => assert_ne!(watch.resume_token, first, "it gets on"),
+            Some(Message::Heartbeat(_)) => assert_ne!(watch.resume_token, first, "the resume token advances"),
             other => panic!("{other:?}"),
         }
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_log_that_is_shorter_than_it_was_ends_who_watched_it() {
+async fn watches_end_if_the_log_has_become_shorter() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[]).await;
@@ -102,7 +110,7 @@ async fn a_log_that_is_shorter_than_it_was_ends_who_watched_it() {
     for watch in &mut watches {
         assert_eq!(watch.caught_up().await.0.len(), 2);
     }
-    // As if a back-up had been restored.
+    // As if an older backup had been restored.
     let restore = "BEGIN;
         ALTER TABLE events DISABLE TRIGGER events_refuse_delete;
         DELETE FROM events WHERE sequence = 2;

@@ -1,5 +1,5 @@
-//! Servers that start before their database does, or in a place where it
-//! cannot.
+//! Servers that start before their database, or in a directory that Postgres cannot
+//! enter.
 
 use std::{
     fs::{self, Permissions},
@@ -15,7 +15,7 @@ use tokio::{
 
 use crate::support::{Mode, Proxy, ServerProcess, TIMEOUT, TemporaryDir, TestDatabase, within_timeout};
 
-/// A server on its way, once it has said that it waits for the database.
+/// A starting server that has logged that it waits for the database.
 async fn waiting(proxy: &Proxy) -> Child {
     let mut server = Command::new(env!("CARGO_BIN_EXE_milepost"))
         .arg("serve")
@@ -30,7 +30,7 @@ async fn waiting(proxy: &Proxy) -> Child {
         .spawn()
         .unwrap();
     let mut log = BufReader::new(server.stderr.as_mut().unwrap()).lines();
-    let waits = within_timeout("a word about it", log.next_line()).await.unwrap().unwrap();
+    let waits = within_timeout("the first line of the log", log.next_line()).await.unwrap().unwrap();
     assert!(waits.contains("waiting for the database"), "{waits}");
     server
 }
@@ -42,26 +42,26 @@ async fn a_server_that_starts_before_its_database_waits_for_it() {
         let proxy = Proxy::to(&database.url).await;
         proxy.set(mode);
         let mut server = waiting(&proxy).await;
-        let mut said = BufReader::new(server.stdout.take().unwrap()).lines();
+        let mut stdout = BufReader::new(server.stdout.take().unwrap()).lines();
         proxy.set(Mode::Pass);
-        let serves = within_timeout("the server", said.next_line()).await.unwrap();
+        let serves = within_timeout("the server to listen", stdout.next_line()).await.unwrap();
         assert!(serves.is_some_and(|line| line.contains("listens")));
         server.kill().await.unwrap();
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_waits_for_its_database_can_be_told_to_go() {
+async fn a_signal_ends_a_server_that_waits_for_its_database() {
     let proxy = Proxy::to(&TestDatabase::migrated().await.url).await;
     proxy.set(Mode::Refuse);
     for signal in ["TERM", "INT"] {
         let mut server = waiting(&proxy).await;
-        let (told, pid) = (Instant::now(), server.id().expect("it runs").to_string());
+        let (signalled, pid) = (Instant::now(), server.id().expect("it runs").to_string());
         let sent = Command::new("kill").args(["-s", signal, &pid]).status().await.unwrap();
         assert!(sent.success());
         let ended = within_timeout("the exit", server.wait()).await.unwrap();
         assert_eq!(ended.code(), Some(0), "{signal}");
-        assert!(told.elapsed() < TIMEOUT / 4, "it waited");
+        assert!(signalled.elapsed() < TIMEOUT / 4, "the server did not exit at once");
     }
 }
 
@@ -75,25 +75,25 @@ async fn a_start_waits_no_longer_than_it_is_told() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_waiting_does_not_cure_is_told_at_once_in_one_line() {
+async fn permanent_connection_errors_are_reported_at_once_in_one_line() {
     let database = TestDatabase::migrated().await;
-    let elsewhere = database.url.replace("/test_", "/no_such_");
-    let nobody = database.url.replace("//milepost@", "//nobody@");
+    let no_database = database.url.replace("/test_", "/no_such_");
+    let no_role = database.url.replace("//milepost@", "//nobody@");
     for (url, word) in
-        [(&elsewhere, "no_such_"), (&nobody, "nobody"), (&"postgresql:nonsense".to_owned(), "connect")]
+        [(&no_database, "no_such_"), (&no_role, "nobody"), (&"postgresql:nonsense".to_owned(), "connect")]
     {
         assert_ne!(*url, database.url);
         let started = Instant::now();
         let refusal = ServerProcess::refused_on(url).await;
         assert!(refusal.contains(word) && refusal.lines().count() == 1, "{refusal}");
-        assert!(started.elapsed() < TIMEOUT / 2, "it waited");
+        assert!(started.elapsed() < TIMEOUT / 2, "the server did not exit at once");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn root_is_told_which_folder_keeps_postgres_out_and_what_to_do() {
+async fn as_root_an_error_names_the_directory_that_postgres_cannot_enter_and_the_remedy() {
     if fs::metadata("/proc/self").unwrap().uid() != 0 {
-        eprintln!("skipped: only root runs Postgres as somebody else");
+        eprintln!("skipped: milepost runs Postgres as another user only if it runs as root");
         return;
     }
     let dir = TemporaryDir::new();
@@ -108,15 +108,16 @@ async fn root_is_told_which_folder_keeps_postgres_out_and_what_to_do() {
             .stdin(Stdio::null())
             .kill_on_drop(true)
             .output();
-        let Output { status, stderr, .. } = within_timeout("its end", migrating).await.unwrap();
+        let Output { status, stderr, .. } =
+            within_timeout("the end of milepost migrate", migrating).await.unwrap();
         (status.code(), String::from_utf8(stderr).unwrap())
     };
-    let (code, told) = migrate(0o700).await;
-    assert_eq!((code, told.lines().count()), (Some(1), 1), "{told}");
+    let (code, stderr) = migrate(0o700).await;
+    assert_eq!((code, stderr.lines().count()), (Some(1), 1), "{stderr}");
     for word in [format!(" {}: ", closed.display()).as_str(), "chmod o+x", "--data-dir"] {
-        assert!(told.contains(word), "{word} in {told}");
+        assert!(stderr.contains(word), "{word} in {stderr}");
     }
-    // Who does what it says is helped.
-    let (code, told) = migrate(0o711).await;
-    assert_eq!(code, Some(0), "{told}");
+    // The remedy that the error names is sufficient.
+    let (code, stderr) = migrate(0o711).await;
+    assert_eq!(code, Some(0), "{stderr}");
 }

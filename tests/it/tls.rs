@@ -1,5 +1,5 @@
-//! Encryption: who speaks with whom, certificates that change, and clients that
-//! keep still.
+//! TLS: which clients and servers connect, certificates that are replaced, and clients
+//! that stay silent.
 
 use std::{
     fs,
@@ -32,22 +32,23 @@ use crate::support::{
     info, step, within_timeout,
 };
 
-/// What somebody without a credential is told by a server that they reach.
-async fn asked(clients: &Clients) -> Result<pb::GetCurrentUserResponse, Status> {
+/// The answer to GetCurrentUser without a credential.
+async fn get_current_user(clients: &Clients) -> Result<pb::GetCurrentUserResponse, Status> {
     let request = clients.anonymous().auth.get_current_user(pb::GetCurrentUserRequest {}).await;
     request.map(tonic::Response::into_inner)
 }
 
-/// Whether a new connection made so reaches the server.
+/// Whether a new connection with this configuration reaches the server.
 async fn reaches(address: SocketAddr, tls: ClientTlsConfig) -> bool {
-    let status = asked(&Clients::over_tls(address, tls)).await.unwrap_err();
-    // A connection that is not made is no answer of a server's.
+    let status = get_current_user(&Clients::over_tls(address, tls)).await.unwrap_err();
+    // Any other code means that there was no connection.
     status.code() == Code::Unauthenticated
 }
 
-/// Waits until new connections made so reach the server, or do so no longer.
-async fn until(address: SocketAddr, tls: &ClientTlsConfig, reached: bool) {
-    within_timeout("other files to be in use", async {
+/// Waits until new connections with this configuration reach the server, or until they no
+/// longer do.
+async fn wait_until(address: SocketAddr, tls: &ClientTlsConfig, reached: bool) {
+    within_timeout("the replaced files to be in use", async {
         while reaches(address, tls.clone()).await != reached {
             tokio::time::sleep(std::time::Duration::from_millis(50)).await;
         }
@@ -56,7 +57,7 @@ async fn until(address: SocketAddr, tls: &ClientTlsConfig, reached: bool) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn everything_works_over_tls_and_nothing_without() {
+async fn a_tls_server_serves_calls_over_tls_and_none_in_plaintext() {
     let authority = Authority::new();
     let files = Files::new(&authority);
     let server = TestServer::encrypted(&files.server(), &authority).await;
@@ -69,16 +70,16 @@ async fn everything_works_over_tls_and_nothing_without() {
     provider.append(&job, [step("load"), complete()]).await;
     assert_eq!(watch.film().await.events.len(), 202);
 
-    let status = asked(&Clients::of(server.address)).await.unwrap_err();
+    let status = get_current_user(&Clients::of(server.address)).await.unwrap_err();
     assert_ne!(status.code(), Code::Unauthenticated, "{status:?}");
-    assert!(Client::connect(&server.address.to_string()).await.is_ok(), "TCP is there");
+    assert!(Client::connect(&server.address.to_string()).await.is_ok(), "the TCP connection succeeds");
     let plain = Client::connect(&format!("http://{}", server.address)).await.unwrap();
     let refused = plain.auth().get_current_user(pb::GetCurrentUserRequest {}).await.unwrap_err();
     assert_ne!(refused.code(), Code::Unauthenticated, "{refused:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn our_client_speaks_to_nobody_but_its_server() {
+async fn the_client_connects_only_to_a_server_whose_certificate_it_can_verify() {
     let authority = Authority::new();
     let files = Files::new(&authority);
     let server = TestServer::encrypted(&files.server(), &authority).await;
@@ -88,7 +89,7 @@ async fn our_client_speaks_to_nobody_but_its_server() {
     let client = connect(&url, &files.client()).await.unwrap();
     let answer = client.auth().get_current_user(pb::GetCurrentUserRequest {}).await;
     assert_refused(answer, Code::Unauthenticated, ErrorReason::CredentialInvalid);
-    // Whoever names an authority means encryption.
+    // A CA implies TLS where the address has no scheme.
     let client = connect(&server.address.to_string(), &files.client()).await.unwrap();
     let answer = client.auth().get_current_user(pb::GetCurrentUserRequest {}).await;
     assert_refused(answer, Code::Unauthenticated, ErrorReason::CredentialInvalid);
@@ -97,11 +98,11 @@ async fn our_client_speaks_to_nobody_but_its_server() {
         tls_ca: Some(files.write("foreign.pem", &Authority::new().pem())),
         ..ClientTls::default()
     };
-    let elsewhere = format!("https://localhost:{}", server.address.port());
-    for (url, tls) in [(&url, &foreign), (&url, &ClientTls::default()), (&elsewhere, &files.client())] {
+    let other_name = format!("https://localhost:{}", server.address.port());
+    for (url, tls) in [(&url, &foreign), (&url, &ClientTls::default()), (&other_name, &files.client())] {
         let error = connect(url, tls).await.unwrap_err();
-        let told = milepost::cli::one_line(&error);
-        assert!(told.contains("certificate"), "{told}");
+        let message = milepost::cli::one_line(&error);
+        assert!(message.contains("certificate"), "{message}");
     }
 
     let no_file = ClientTls { tls_ca: Some(files.path("missing.pem")), ..ClientTls::default() };
@@ -114,37 +115,38 @@ async fn our_client_speaks_to_nobody_but_its_server() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_asks_for_certificates_speaks_to_nobody_without_a_good_one() {
+async fn a_server_with_a_client_ca_refuses_connections_without_a_valid_certificate() {
     let (authority, clients) = (Authority::new(), Authority::new());
     let files = Files::new(&authority);
-    let good = clients.client();
+    let valid = clients.client();
     let server = TestServer::encrypted(&files.asking(&clients), &authority).await;
     let with = |pair: &crate::support::Pair| authority.believer().identity(pair.identity());
-    assert!(reaches(server.address, with(&good)).await);
+    assert!(reaches(server.address, with(&valid)).await);
     for (tls, which) in [
-        (authority.believer(), "none"),
-        (with(&authority.client()), "a foreign one"),
-        (with(&clients.server(&["client.example.com"])), "a server's"),
+        (authority.believer(), "no certificate"),
+        (with(&authority.client()), "a certificate of another CA"),
+        (with(&clients.server(&["client.example.com"])), "the certificate of a server"),
     ] {
         assert!(!reaches(server.address, tls).await, "{which}");
     }
 
     let tls = ClientTls {
-        tls_client_cert: Some(files.write("client.pem", &good.certificate)),
-        tls_client_key: Some(files.write("client.key", &good.key)),
+        tls_client_cert: Some(files.write("client.pem", &valid.certificate)),
+        tls_client_key: Some(files.write("client.key", &valid.key)),
         ..files.client()
     };
     let client = Client::connect_with(&format!("https://{}", server.address), &tls).await.unwrap();
     let answer = client.auth().get_current_user(pb::GetCurrentUserRequest {}).await;
     assert_refused(answer, Code::Unauthenticated, ErrorReason::CredentialInvalid);
 
-    // Another authority from now on.
+    // The server changes to another client CA.
     files.asking(&authority);
-    until(server.address, &with(&authority.client()), true).await;
-    assert!(!reaches(server.address, with(&good)).await);
+    wait_until(server.address, &with(&authority.client()), true).await;
+    assert!(!reaches(server.address, with(&valid)).await);
 }
 
-/// A folder as Kubernetes mounts a secret: a link decides which version is there.
+/// Fills a directory as Kubernetes mounts a secret: the symbolic link `..data` selects the
+/// version.
 fn mount(dir: &Path, version: &str, authority: &Authority) -> TlsConfig {
     let pair = authority.server(&["127.0.0.1"]);
     fs::create_dir(dir.join(version)).unwrap();
@@ -158,7 +160,7 @@ fn mount(dir: &Path, version: &str, authority: &Authority) -> TlsConfig {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_new_certificate_is_shown_to_new_connections_and_open_ones_go_on() {
+async fn a_new_certificate_is_used_for_new_connections_and_open_ones_continue() {
     let (old, new) = (Authority::new(), Authority::new());
     let files = Files::new(&old);
     let server = TestServer::encrypted(&mount(files.dir(), "..v1", &old), &old).await;
@@ -170,14 +172,14 @@ async fn a_new_certificate_is_shown_to_new_connections_and_open_ones_go_on() {
     assert!(!reaches(server.address, new.believer()).await);
 
     mount(files.dir(), "..v2", &new);
-    until(server.address, &new.believer(), true).await;
+    wait_until(server.address, &new.believer(), true).await;
     assert!(!reaches(server.address, old.believer()).await);
     let mut provider = Clients::over_tls(server.address, new.believer()).same(&provider);
     provider.append(&job, [step("load"), complete()]).await;
     assert_eq!(watch.film().await.events.len(), 2);
 }
 
-/// A server's process beyond loopback, by encryption alone.
+/// A server process that listens beyond loopback with TLS and no further flag.
 async fn process(files: &Files) -> (ServerProcess, SocketAddr) {
     let settings = vec![
         ("MILEPOST_TLS_CERT", files.path("server.pem").display().to_string()),
@@ -190,7 +192,7 @@ async fn process(files: &Files) -> (ServerProcess, SocketAddr) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn on_sighup_a_pair_that_does_not_match_is_told_and_changes_nothing() {
+async fn on_sighup_a_certificate_and_a_key_that_do_not_match_are_logged_and_not_used() {
     let (old, new) = (Authority::new(), Authority::new());
     let files = Files::new(&old);
     let (server, address) = process(&files).await;
@@ -208,16 +210,16 @@ async fn on_sighup_a_pair_that_does_not_match_is_told_and_changes_nothing() {
 
     files.put(&pair);
     server.hang_up().await;
-    until(address, &new.believer(), true).await;
+    wait_until(address, &new.believer(), true).await;
     assert!(!reaches(address, old.believer()).await);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_sighup_is_a_look_of_its_own_whose_outcome_is_told() {
+async fn every_sighup_reads_the_files_and_logs_the_outcome() {
     let authority = Authority::new();
     let files = Files::new(&authority);
     let (server, _) = process(&files).await;
-    // The looks that nobody asks for say nothing of what is as it was.
+    // The periodic reads log nothing about unchanged files.
     for times in [1, 2] {
         server.hang_up().await;
         server.logged("the certificate is the one in use already", times).await;
@@ -230,7 +232,7 @@ async fn every_sighup_is_a_look_of_its_own_whose_outcome_is_told() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn beyond_loopback_a_server_speaks_without_encryption_only_if_that_is_said_outright() {
+async fn a_plaintext_listener_beyond_loopback_requires_insecure_listen() {
     let files = Files::new(&Authority::new());
     let serving = Command::new(env!("CARGO_BIN_EXE_milepost"))
         .args(["serve", "--listen", "0.0.0.0:0"])
@@ -243,7 +245,7 @@ async fn beyond_loopback_a_server_speaks_without_encryption_only_if_that_is_said
     let stderr = String::from_utf8(stderr).unwrap();
     assert_eq!(status.code(), Some(1), "{stderr}");
     assert!(stderr.contains("--insecure-listen") && stderr.lines().count() == 1, "{stderr}");
-    assert!(!files.path("data").exists(), "nothing was started");
+    assert!(!files.path("data").exists(), "the data directory was not created");
 
     let database = TestDatabase::migrated().await;
     let settings = [
@@ -253,42 +255,42 @@ async fn beyond_loopback_a_server_speaks_without_encryption_only_if_that_is_said
     ];
     let settings = settings.map(|(name, value)| (name, value.to_owned())).to_vec();
     let server = ServerProcess::start_with("0.0.0.0", settings).await;
-    let reached = asked(&Clients::of(([127, 0, 0, 1], server.address.port()).into())).await;
-    assert_refused(reached, Code::Unauthenticated, ErrorReason::CredentialInvalid);
+    let answer = get_current_user(&Clients::of(([127, 0, 0, 1], server.address.port()).into())).await;
+    assert_refused(answer, Code::Unauthenticated, ErrorReason::CredentialInvalid);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn encrypted_a_server_listens_everywhere_and_strangers_may_not_sign_up() {
+async fn with_tls_a_server_listens_on_any_address_and_sign_up_is_closed() {
     let authority = Authority::new();
     let (_server, address) = process(&Files::new(&authority)).await;
-    let stranger = Clients::over_tls(address, authority.believer());
+    let clients = Clients::over_tls(address, authority.believer());
     let request = pb::SignUpRequest {
         role: pb::UserRole::Customer.into(),
-        email: "stranger@example.com".to_owned(),
+        email: "new@example.com".to_owned(),
         password: PASSWORD.to_owned(),
         ..Default::default()
     };
-    let answer = stranger.anonymous().auth.sign_up(request).await;
+    let answer = clients.anonymous().auth.sign_up(request).await;
     assert_refused(answer, Code::PermissionDenied, ErrorReason::SignUpClosed);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn files_that_do_not_do_are_one_line_at_the_start() {
+async fn invalid_tls_files_are_reported_in_one_line_at_the_start() {
     let authority = Authority::new();
     let files = Files::new(&authority);
-    let (good, key) = (files.path("server.pem"), files.path("server.key"));
+    let (cert, key) = (files.path("server.pem"), files.path("server.key"));
     let other = files.write("other.key", &authority.client().key);
     let missing = files.path("missing.pem");
     let empty = files.write("empty.pem", "");
-    for (settings, said) in [
-        (vec![("CERT", &good)], "--tls-cert needs --tls-key"),
+    for (settings, message) in [
+        (vec![("CERT", &cert)], "--tls-cert needs --tls-key"),
         (vec![("KEY", &key)], "--tls-key needs --tls-cert"),
-        (vec![("CLIENT_CA", &good)], "--tls-client-ca needs"),
+        (vec![("CLIENT_CA", &cert)], "--tls-client-ca needs"),
         (vec![("CERT", &missing), ("KEY", &key)], "missing.pem"),
-        (vec![("CERT", &good), ("KEY", &other)], "does not go with"),
+        (vec![("CERT", &cert), ("KEY", &other)], "does not go with"),
         (vec![("CERT", &key), ("KEY", &key)], "holds no certificate"),
-        (vec![("CERT", &good), ("KEY", &good)], "holds no private key"),
-        (vec![("CERT", &good), ("KEY", &key), ("CLIENT_CA", &empty)], "empty.pem holds no certificate"),
+        (vec![("CERT", &cert), ("KEY", &cert)], "holds no private key"),
+        (vec![("CERT", &cert), ("KEY", &key), ("CLIENT_CA", &empty)], "empty.pem holds no certificate"),
     ] {
         let serving = Command::new(env!("CARGO_BIN_EXE_milepost"))
             .args(["serve", "--listen", "127.0.0.1:0"])
@@ -301,13 +303,13 @@ async fn files_that_do_not_do_are_one_line_at_the_start() {
         let Output { status, stderr, .. } = within_timeout("a refusal", serving).await.unwrap();
         let stderr = String::from_utf8(stderr).unwrap();
         assert_eq!(status.code(), Some(1), "{stderr}");
-        assert!(stderr.contains(said) && stderr.lines().count() == 1, "{said} in {stderr}");
+        assert!(stderr.contains(message) && stderr.lines().count() == 1, "{message} in {stderr}");
     }
-    assert!(!files.path("data").exists(), "nothing was started");
+    assert!(!files.path("data").exists(), "the data directory was not created");
 }
 
-/// A connection that has shaken hands.
-async fn shaken(address: SocketAddr, authority: &Authority) -> TlsStream<TcpStream> {
+/// A connection after the handshake of TLS and before the preface of HTTP/2.
+async fn handshaken(address: SocketAddr, authority: &Authority) -> TlsStream<TcpStream> {
     let mut roots = RootCertStore::empty();
     roots.add(CertificateDer::from_pem_slice(authority.pem().as_bytes()).unwrap()).unwrap();
     let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
@@ -338,18 +340,18 @@ async fn who_says_nothing_keeps_nobody_waiting_and_is_let_go() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn silent_connections_do_not_keep_a_server_from_its_end() {
+async fn silent_connections_do_not_delay_the_exit_of_a_server() {
     let authority = Authority::new();
     let (mut server, address) = process(&Files::new(&authority)).await;
     let _before = TcpStream::connect(address).await.unwrap();
-    let _after = shaken(address, &authority).await;
+    let _after = handshaken(address, &authority).await;
     assert!(reaches(address, authority.believer()).await);
     server.terminate().await;
     assert_eq!(server.exit().await.code(), Some(0));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_job_is_watched_in_the_terminal_over_tls_of_a_named_authority_or_the_systems() {
+async fn milepost_watch_trusts_the_named_ca_or_the_root_certificates_of_the_system() {
     let authority = Authority::new();
     let files = Files::new(&authority);
     let server = TestServer::encrypted(&files.server(), &authority).await;
@@ -366,17 +368,17 @@ async fn a_job_is_watched_in_the_terminal_over_tls_of_a_named_authority_or_the_s
             .env(authority, files.path(file))
             .stdin(Stdio::null())
             .kill_on_drop(true);
-        async move { within_timeout("the watch's end", command.output()).await.unwrap() }
+        async move { within_timeout("the end of milepost watch", command.output()).await.unwrap() }
     };
     files.write("foreign.pem", &Authority::new().pem());
-    // The second is where a system says that it keeps its own.
+    // SSL_CERT_FILE names the root certificates of the system.
     for authority in ["MILEPOST_TLS_CA", "SSL_CERT_FILE"] {
         let watched = watch(authority, "ca.pem").await;
         assert_eq!(watched.status.code(), Some(0), "{authority}: {watched:?}");
         assert!(String::from_utf8(watched.stdout).unwrap().contains("100 %"));
         let refused = watch(authority, "foreign.pem").await;
         assert_eq!(refused.status.code(), Some(1));
-        let told = String::from_utf8(refused.stderr).unwrap();
-        assert!(told.contains("certificate") && told.lines().count() == 1, "{told}");
+        let stderr = String::from_utf8(refused.stderr).unwrap();
+        assert!(stderr.contains("certificate") && stderr.lines().count() == 1, "{stderr}");
     }
 }

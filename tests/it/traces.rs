@@ -1,4 +1,4 @@
-//! What an OpenTelemetry collector is sent.
+//! The spans that an OpenTelemetry collector receives.
 
 use std::{
     sync::{Arc, Mutex},
@@ -26,7 +26,7 @@ use tonic::{
 
 use crate::support::{PASSWORD, TemporaryDir, TestServer, User, info, named, step, within_timeout};
 
-/// A collector; keeps what it is sent.
+/// A collector that keeps every request.
 #[derive(Clone, Debug, Default)]
 struct Collector(Arc<Mutex<Vec<ExportTraceServiceRequest>>>);
 
@@ -59,7 +59,7 @@ impl Collector {
         resources.flat_map(|spans| spans.scope_spans).flat_map(|spans| spans.spans).collect()
     }
 
-    /// Of what it was sent.
+    /// An attribute of the resource in the first request.
     fn resource(&self, name: &str) -> Option<String> {
         let requests = self.0.lock().unwrap().clone();
         attribute(&requests.first()?.resource_spans.first()?.resource.as_ref()?.attributes, name)
@@ -79,7 +79,7 @@ fn attribute(attributes: &[KeyValue], name: &str) -> Option<String> {
 fn only<'a>(spans: &'a [Span], name: &str) -> &'a Span {
     let mut of_name = spans.iter().filter(|span| span.name == name);
     let span = of_name.next().unwrap_or_else(|| panic!("no {name} in {spans:#?}"));
-    assert_eq!(of_name.next(), None, "one {name}");
+    assert_eq!(of_name.next(), None, "exactly one {name}");
     span
 }
 
@@ -87,11 +87,11 @@ fn links(span: &Span) -> Vec<(Vec<u8>, Vec<u8>)> {
     span.links.iter().map(|link| (link.trace_id.clone(), link.span_id.clone())).collect()
 }
 
-fn itself(span: &Span) -> (Vec<u8>, Vec<u8>) {
+fn ids(span: &Span) -> (Vec<u8>, Vec<u8>) {
     (span.trace_id.clone(), span.span_id.clone())
 }
 
-/// A server that traces that share of the calls, where callers say nothing.
+/// A server that traces the share `sampled` (0 to 1) of the calls without a `traceparent`.
 async fn traced(endpoint: &str, sampled: f64) -> (TestServer, Traces) {
     let settings = TraceSettings { endpoint: endpoint.to_owned(), sampled };
     let traces = Traces::start(&settings).unwrap();
@@ -129,9 +129,9 @@ async fn a_call_continues_its_callers_trace_and_is_linked_to_its_transaction() {
     let (mut provider, job) = job(&server).await;
     let events = vec![step("load"), named(info("x"), "a private name")];
     provider.events.append_events(within_trace(appending(&job, events), true)).await.unwrap();
-    // Nobody else asked for it.
+    // The `traceparent` of the next call is not sampled, so that the call has no spans.
     provider.events.append_events(within_trace(appending(&job, vec![info("y")]), false)).await.unwrap();
-    // That a call is over is known a moment after its answer.
+    // The span of a call ends a moment after the answer.
     within_timeout("the call's end", async {
         while collector.spans().iter().all(|span| span.name != APPEND) {
             tokio::time::sleep(Duration::from_millis(20)).await;
@@ -153,9 +153,9 @@ async fn a_call_continues_its_callers_trace_and_is_linked_to_its_transaction() {
     let append = only(&spans, "append");
     assert_eq!((&append.trace_id, &append.parent_span_id), (&call.trace_id, &call.span_id));
     let transaction = only(&spans, "append transaction");
-    assert_ne!(transaction.trace_id, call.trace_id, "it serves many callers");
-    assert_eq!(links(transaction), [itself(append)]);
-    assert_eq!(links(append), [itself(transaction)]);
+    assert_ne!(transaction.trace_id, call.trace_id, "a transaction serves many callers");
+    assert_eq!(links(transaction), [ids(append)]);
+    assert_eq!(links(append), [ids(transaction)]);
     let of_transaction = |name| attribute(&transaction.attributes, name);
     assert_eq!(of_transaction("milepost.events").unwrap(), "2");
     assert_eq!(of_transaction("milepost.batches").unwrap(), "1");
@@ -174,7 +174,7 @@ async fn a_call_continues_its_callers_trace_and_is_linked_to_its_transaction() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_caller_in_a_transaction_is_linked_with_it() {
+async fn every_append_in_a_transaction_is_linked_with_it() {
     let (collector, endpoint) = Collector::start().await;
     let (server, traces) = traced(&endpoint, 0.0).await;
     let (provider, job) = job(&server).await;
@@ -188,20 +188,23 @@ async fn every_caller_in_a_transaction_is_linked_with_it() {
     let named = |name| spans.iter().filter(move |span| span.name == name);
     assert_eq!(named("append").count(), 48);
     let transactions: Vec<_> = named("append transaction").collect();
-    assert!(transactions.len() < 48, "some of them shared");
+    assert!(transactions.len() < 48, "some appends share a transaction");
     let events = transactions.iter().map(|span| attribute(&span.attributes, "milepost.events").unwrap());
     assert_eq!(events.map(|count| count.parse::<usize>().unwrap()).sum::<usize>(), 48);
     for append in named("append") {
         assert!(!append.links.is_empty());
         for link in links(append) {
-            let transaction = transactions.iter().find(|span| itself(span) == link).expect("it was sent");
-            assert!(links(transaction).contains(&itself(append)));
+            let transaction = transactions
+                .iter()
+                .find(|span| ids(span) == link)
+                .expect("the linked transaction was exported");
+            assert!(links(transaction).contains(&ids(append)));
         }
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_batches_of_a_stream_are_part_of_its_call() {
+async fn the_batches_of_a_publish_stream_are_child_spans_of_its_call() {
     let (collector, endpoint) = Collector::start().await;
     let (server, traces) = traced(&endpoint, 0.0).await;
     let (mut provider, job) = job(&server).await;
@@ -237,7 +240,7 @@ async fn the_batches_of_a_stream_are_part_of_its_call() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_path_that_nothing_is_served_on_is_not_told() {
+async fn the_path_of_an_unknown_method_is_not_exported() {
     let (collector, endpoint) = Collector::start().await;
     let (server, traces) = traced(&endpoint, 1.0).await;
     let mut grpc = tonic::client::Grpc::new(server.channel.clone());
@@ -253,17 +256,17 @@ async fn a_path_that_nothing_is_served_on_is_not_told() {
     traces.stop().await;
     let spans = collector.spans();
     assert!(!format!("{spans:?}").contains("private"));
-    assert_eq!(only(&spans, "other").status.as_ref().unwrap().code, 2, "an error of the server's");
+    assert_eq!(only(&spans, "other").status.as_ref().unwrap().code, 2, "the status of the span is an error");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_collector_that_never_answers_slows_nobody() {
-    // It takes connections and says nothing.
+async fn a_collector_that_never_answers_delays_neither_calls_nor_the_exit() {
+    // The listener accepts connections and never answers.
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let endpoint = format!("http://{}", listener.local_addr().unwrap());
     let (server, traces) = traced(&endpoint, 1.0).await;
     let (mut provider, job) = job(&server).await;
-    // More spans than its queue holds.
+    // More spans than the queue of the exporter holds.
     for _ in 0..30 {
         let callers = (0..32).map(|_| {
             let (mut provider, job) = (provider.clone(), job.clone());
@@ -275,12 +278,12 @@ async fn a_collector_that_never_answers_slows_nobody() {
     let at = Instant::now();
     traces.stop().await;
     assert!(at.elapsed() < Duration::from_secs(5), "{:?}", at.elapsed());
-    // And once more without.
+    // Calls still succeed once the exporter has stopped.
     provider.append(&job, [info("last")]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_standard_variables_switch_it_on_and_the_last_spans_are_sent() {
+async fn the_standard_variables_enable_traces_and_the_last_spans_are_exported() {
     let (collector, endpoint) = Collector::start().await;
     let dir = TemporaryDir::new();
     let mut demo = Command::new(env!("CARGO_BIN_EXE_milepost"));

@@ -1,5 +1,5 @@
-//! Requests that are wrong in themselves: each is refused with its code, its
-//! reason and every field at fault, and nothing of it is stored.
+//! Invalid requests: each is refused with its code, its reason and every field at fault,
+//! and stores nothing.
 
 use std::collections::BTreeMap;
 
@@ -42,7 +42,7 @@ fn nested() -> Value {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_event_that_is_wrong_is_refused_with_its_fields_and_nothing_of_its_batch_is_stored() {
+async fn an_invalid_event_is_refused_with_its_fields_and_no_event_of_its_batch_is_stored() {
     let server = TestServer::start().await;
     let (mut provider, job) = running_job(&server).await;
     let before = server.stored().await;
@@ -92,7 +92,7 @@ async fn an_event_that_is_wrong_is_refused_with_its_fields_and_nothing_of_its_ba
         ),
     ];
     for (event, fields) in cases {
-        // The events beside it are good.
+        // The other events of the batch are valid.
         let batch = [info("before"), event.clone(), info("after")];
         let shown = format!("{event:?}").chars().take(300).collect::<String>();
         let answer = provider.try_append(&job, batch).await;
@@ -104,7 +104,7 @@ async fn an_event_that_is_wrong_is_refused_with_its_fields_and_nothing_of_its_ba
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_unknown_step_is_answered_with_the_known_ones() {
+async fn an_unknown_step_tag_is_refused_with_the_known_tags() {
     let server = TestServer::start().await;
     let (mut provider, job) = running_job(&server).await;
     let answer = provider.try_append(&job, [step("lod")]).await;
@@ -138,8 +138,8 @@ async fn a_batch_has_1_to_500_events_and_each_id_once() {
     let many: Vec<_> = (0..=limits::BATCH_EVENTS).map(|_| info("x")).collect();
     assert_violations(provider.try_append(&job, many).await, &["events"]);
     let twice = info("x");
-    let spelled_otherwise = NewEvent { id: twice.id.to_uppercase(), ..info("x") };
-    let answer = provider.try_append(&job, [twice, info("y"), spelled_otherwise]).await;
+    let in_uppercase = NewEvent { id: twice.id.to_uppercase(), ..info("x") };
+    let answer = provider.try_append(&job, [twice, info("y"), in_uppercase]).await;
     assert_violations(answer, &["events[2].id"]);
     assert_eq!(provider.get(&job).await.last_sequence, 1);
 
@@ -195,16 +195,16 @@ async fn a_wrong_expected_sequence_is_aborted_with_the_actual_one() {
     let event = info("x");
     provider.events.append_events(batch(1, event.clone())).await.unwrap();
     let again = provider.events.append_events(batch(1, event)).await.unwrap().into_inner();
-    assert!(again.events[0].existed, "not looked at where all is stored already");
+    assert!(again.events[0].existed, "expected_sequence is not checked if every event is stored already");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_configuration_that_is_wrong_is_refused_with_every_field_at_fault() {
+async fn an_invalid_configuration_is_refused_with_every_field_at_fault() {
     let server = TestServer::start().await;
     let mut provider = server.provider().await;
-    let good = || registration("1.0.0", &[("load", 1), ("report", 1)]);
+    let valid = || registration("1.0.0", &[("load", 1), ("report", 1)]);
     let with = |change: &dyn Fn(&mut pb::RegisterJobConfigurationRequest)| {
-        let mut request = good();
+        let mut request = valid();
         change(&mut request);
         request
     };
@@ -283,7 +283,7 @@ async fn five_hundred_wrong_events_get_an_answer_that_arrives() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_watch_that_is_asked_for_wrongly_is_refused() {
+async fn an_invalid_watch_request_is_refused() {
     use watch_events_request::{Scope, Start};
     let server = TestServer::start().await;
     let (mut provider, job) = running_job(&server).await;
@@ -304,12 +304,12 @@ async fn a_watch_that_is_asked_for_wrongly_is_refused() {
     let beyond = request(one_job(), Some(Start::AfterSequence(2)));
     let answer = refused_watch(&mut provider, beyond).await;
     assert_refused(answer, Code::OutOfRange, ErrorReason::PositionBeyondLog);
-    let mut stranger = server.customer().await;
-    let answer = refused_watch(&mut stranger, request(one_job(), None)).await;
+    let mut other_customer = server.customer().await;
+    let answer = refused_watch(&mut other_customer, request(one_job(), None)).await;
     assert_refused(answer, Code::NotFound, ErrorReason::ResourceNotFound);
 }
 
-/// A refusal may come instead of the stream or as its first message.
+/// The refusal of a watch. It comes instead of the stream or as its first message.
 async fn refused_watch(user: &mut User, request: pb::WatchEventsRequest) -> Result<(), tonic::Status> {
     let message = user.watch_by(request).await?.next().await?;
     panic!("expected a refusal, got {message:?}")
@@ -326,8 +326,8 @@ async fn a_page_size_is_cut_and_a_negative_one_refused() {
     assert_violations(provider.jobs.list_jobs(jobs).await, &["page_size"]);
 
     provider.append(&job, (0..500).map(|_| info("x"))).await;
-    for (asked, given) in [(0, 50), (7, 7), (500, 500), (i32::MAX, 500)] {
-        let page = provider.events.list_events(request(asked)).await.unwrap().into_inner();
-        assert_eq!((page.events.len(), page.next_page_token.is_empty()), (given, false));
+    for (page_size, events) in [(0, 50), (7, 7), (500, 500), (i32::MAX, 500)] {
+        let page = provider.events.list_events(request(page_size)).await.unwrap().into_inner();
+        assert_eq!((page.events.len(), page.next_page_token.is_empty()), (events, false));
     }
 }

@@ -1,4 +1,4 @@
-//! Watch tokens: one job, for people without an account.
+//! Watch tokens: access to one job for people without an account.
 
 use milepost::pb::{
     self, ErrorReason, WatchEndReason, get_current_user_response::Credential, watch_events_request::Scope,
@@ -8,22 +8,22 @@ use tonic::Code;
 
 use crate::support::{Caller, TestServer, User, Watch, assert_refused, assert_violations, info};
 
-fn of(job: &pb::Job) -> pb::CreateWatchTokenRequest {
+fn token_request(job: &pb::Job) -> pb::CreateWatchTokenRequest {
     let job = Some(pb::create_watch_token_request::Job::JobId(job.id.clone()));
     pb::CreateWatchTokenRequest { job, ..Default::default() }
 }
 
-async fn token(provider: &mut User, job: &pb::Job) -> (pb::WatchToken, String) {
-    let created = provider.auth.create_watch_token(of(job)).await.unwrap().into_inner();
+async fn create_token(provider: &mut User, job: &pb::Job) -> (pb::WatchToken, String) {
+    let created = provider.auth.create_watch_token(token_request(job)).await.unwrap().into_inner();
     (created.watch_token.unwrap(), created.secret)
 }
 
-async fn watch(guest: &mut Caller, scope: Scope) -> Result<Watch, tonic::Status> {
+async fn watch(viewer: &mut Caller, scope: Scope) -> Result<Watch, tonic::Status> {
     let request = pb::WatchEventsRequest { scope: Some(scope), ..Default::default() };
-    Ok(Watch::new(guest.events.watch_events(request).await?.into_inner()))
+    Ok(Watch::new(viewer.events.watch_events(request).await?.into_inner()))
 }
 
-async fn scene() -> (TestServer, User, pb::Job) {
+async fn fixture() -> (TestServer, User, pb::Job) {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
@@ -32,83 +32,83 @@ async fn scene() -> (TestServer, User, pb::Job) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_guest_follows_the_one_job_live() {
-    let (server, mut provider, job) = scene().await;
+async fn a_watch_token_gives_live_access_to_one_job_only() {
+    let (server, mut provider, job) = fixture().await;
     provider.append(&job, [info("before")]).await;
-    let (token, secret) = token(&mut provider, &job).await;
+    let (token, secret) = create_token(&mut provider, &job).await;
     assert!(secret.starts_with("mpw_") && secret.starts_with(&token.secret_prefix));
-    let mut guest = server.with_secret(&secret);
+    let mut viewer = server.with_secret(&secret);
 
-    let mut film = watch(&mut guest, Scope::JobId(job.id.clone())).await.unwrap();
-    assert_eq!(film.caught_up().await.0.len(), 1);
+    let mut watching = watch(&mut viewer, Scope::JobId(job.id.clone())).await.unwrap();
+    assert_eq!(watching.caught_up().await.0.len(), 1);
     provider.append(&job, [info("live")]).await;
-    assert_eq!(film.events(1).await[0].name, "live");
+    assert_eq!(watching.events(1).await[0].name, "live");
 
-    let me = guest.auth.get_current_user(pb::GetCurrentUserRequest {}).await.unwrap().into_inner();
+    let me = viewer.auth.get_current_user(pb::GetCurrentUserRequest {}).await.unwrap().into_inner();
     assert_eq!(me.user, None);
-    let Some(Credential::WatchToken(told)) = me.credential else { panic!("{:?}", me.credential) };
-    assert_eq!((told.id, told.job_id), (token.id, job.id.clone()));
+    let Some(Credential::WatchToken(shown)) = me.credential else { panic!("{:?}", me.credential) };
+    assert_eq!((shown.id, shown.job_id), (token.id, job.id.clone()));
 
-    let all = watch(&mut guest, Scope::AllJobs(pb::AllJobs::default())).await;
+    let all = watch(&mut viewer, Scope::AllJobs(pb::AllJobs::default())).await;
     assert_refused(all, Code::PermissionDenied, ErrorReason::RoleRequired);
-    // The provider's own name for the job is the provider's.
-    let named = watch(&mut guest, Scope::ProviderJobId(job.provider_job_id)).await;
-    assert_refused(named, Code::NotFound, ErrorReason::ResourceNotFound);
+    // The provider_job_id is valid for the provider only.
+    let by_provider_job_id = watch(&mut viewer, Scope::ProviderJobId(job.provider_job_id)).await;
+    assert_refused(by_provider_job_id, Code::NotFound, ErrorReason::ResourceNotFound);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_expired_token_is_refused_and_its_streams_end() {
-    let (server, mut provider, job) = scene().await;
-    let (token, secret) = token(&mut provider, &job).await;
-    let mut guest = server.with_secret(&secret);
-    let mut film = watch(&mut guest, Scope::JobId(job.id.clone())).await.unwrap();
-    film.caught_up().await;
+async fn an_expired_watch_token_is_refused_and_its_streams_end() {
+    let (server, mut provider, job) = fixture().await;
+    let (token, secret) = create_token(&mut provider, &job).await;
+    let mut viewer = server.with_secret(&secret);
+    let mut watching = watch(&mut viewer, Scope::JobId(job.id.clone())).await.unwrap();
+    watching.caught_up().await;
 
     let request = pb::ExpireWatchTokenRequest { watch_token_id: token.id };
     let expired = provider.auth.expire_watch_token(request.clone()).await.unwrap().into_inner();
     assert!(expired.watch_token.unwrap().expires_at.is_some());
-    let refused = guest.auth.get_current_user(pb::GetCurrentUserRequest {}).await;
+    let refused = viewer.auth.get_current_user(pb::GetCurrentUserRequest {}).await;
     assert_refused(refused, Code::Unauthenticated, ErrorReason::CredentialInvalid);
-    let Some(Message::End(end)) = film.next().await.unwrap() else { panic!("no end") };
+    let Some(Message::End(end)) = watching.next().await.unwrap() else { panic!("no end") };
     assert_eq!(end.reason(), WatchEndReason::CredentialEnded);
-    assert_refused(film.next().await, Code::Unauthenticated, ErrorReason::CredentialInvalid);
+    assert_refused(watching.next().await, Code::Unauthenticated, ErrorReason::CredentialInvalid);
     let again = provider.auth.expire_watch_token(request).await;
     assert_refused(again, Code::FailedPrecondition, ErrorReason::WatchTokenAlreadyExpired);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_token_lives_as_long_as_it_was_made_for_and_ends_with_its_maker() {
-    let (server, mut provider, job) = scene().await;
+async fn a_watch_token_ends_after_its_lifetime_or_with_its_creator() {
+    let (server, mut provider, job) = fixture().await;
     let lifetime = |seconds| Some(prost_types::Duration { seconds, nanos: 0 });
     for bad in [0, -1, 30 * 24 * 60 * 60 + 1] {
-        let request = pb::CreateWatchTokenRequest { lifetime: lifetime(bad), ..of(&job) };
+        let request = pb::CreateWatchTokenRequest { lifetime: lifetime(bad), ..token_request(&job) };
         assert_violations(provider.auth.create_watch_token(request).await, &["lifetime"]);
     }
-    let request = pb::CreateWatchTokenRequest { lifetime: lifetime(1), ..of(&job) };
+    let request = pb::CreateWatchTokenRequest { lifetime: lifetime(1), ..token_request(&job) };
     let short = provider.auth.create_watch_token(request).await.unwrap().into_inner().secret;
-    let (_, long) = token(&mut provider, &job).await;
-    let mut film = watch(&mut server.with_secret(&short), Scope::JobId(job.id.clone())).await.unwrap();
-    film.caught_up().await;
-    let Some(Message::End(end)) = film.next().await.unwrap() else { panic!("no end") };
+    let (_, long) = create_token(&mut provider, &job).await;
+    let mut watching = watch(&mut server.with_secret(&short), Scope::JobId(job.id.clone())).await.unwrap();
+    watching.caught_up().await;
+    let Some(Message::End(end)) = watching.next().await.unwrap() else { panic!("no end") };
     assert_eq!(end.reason(), WatchEndReason::CredentialEnded);
 
-    let mut guest = server.with_secret(&long);
-    let mut film = watch(&mut guest, Scope::JobId(job.id.clone())).await.unwrap();
-    film.caught_up().await;
+    let mut viewer = server.with_secret(&long);
+    let mut watching = watch(&mut viewer, Scope::JobId(job.id.clone())).await.unwrap();
+    watching.caught_up().await;
     server
         .database
         .execute(&format!("UPDATE users SET disabled_at = now() WHERE id = '{}'", provider.id))
         .await;
-    let Some(Message::End(end)) = film.next().await.unwrap() else { panic!("no end") };
+    let Some(Message::End(end)) = watching.next().await.unwrap() else { panic!("no end") };
     assert_eq!(end.reason(), WatchEndReason::CredentialEnded);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn tokens_are_listed_page_by_page_without_their_secrets() {
-    let (_server, mut provider, job) = scene().await;
-    let mut made = Vec::new();
+async fn watch_tokens_are_listed_in_pages() {
+    let (_server, mut provider, job) = fixture().await;
+    let mut created_ids = Vec::new();
     for _ in 0..3 {
-        made.push(token(&mut provider, &job).await.0.id);
+        created_ids.push(create_token(&mut provider, &job).await.0.id);
     }
     let mut request = pb::ListWatchTokensRequest {
         job: Some(pb::list_watch_tokens_request::Job::ProviderJobId(job.provider_job_id.clone())),
@@ -122,5 +122,5 @@ async fn tokens_are_listed_page_by_page_without_their_secrets() {
     assert_eq!(second.next_page_token, "");
     let listed: Vec<_> =
         first.watch_tokens.into_iter().chain(second.watch_tokens).map(|token| token.id).collect();
-    assert_eq!(listed, made);
+    assert_eq!(listed, created_ids);
 }

@@ -1,7 +1,7 @@
-"""Sends 500 wrong events to the job given and prints the error received.
+"""Sends 500 invalid events to a given job and prints the error that it receives.
 
-Sends them ten times, since a client that drops large trailers may drop only
-some of them.
+Sends the batch ten times, since a client that drops large trailers may drop only some
+of them.
 """
 
 import sys
@@ -19,7 +19,7 @@ with Connection() as connection:
     for _ in range(10):
         try:
             connection.call(connection.events.AppendEvents, request)
-            sys.exit("nothing was refused")
+            sys.exit("the batch was not refused")
         except grpc.RpcError as error:
             explanations.add(explain(error))
 [explanation] = explanations
