@@ -65,8 +65,8 @@ pub const HANDSHAKES: usize = 1000;
 /// Most sign-ups and log-ins under way, most open streams of reflection and health, and
 /// most secret look-ups under way, each counted by itself. There are as many as
 /// connections, so that each connection may have one.
-pub const STRANGERS: usize = CONNECTIONS;
+pub const UNAUTHENTICATED_CALLS: usize = CONNECTIONS;
 /// Most bytes that a call without a credential may send.
-pub const STRANGER_BYTES: usize = 64 * 1024;
+pub const UNAUTHENTICATED_CALL_BYTES: usize = 64 * 1024;
 /// Most credentials in the cache of one process.
 pub const CREDENTIALS: usize = 65_536;

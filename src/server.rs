@@ -98,7 +98,7 @@ pub async fn serve(
     let layer = {
         let (draining, request_timeout) = (draining.clone(), settings.request_timeout);
         let (app, calls) = (app.clone(), calls.clone());
-        let strangers = Strangers::new(limits::STRANGERS);
+        let strangers = Strangers::new(limits::UNAUTHENTICATED_CALLS);
         layer_fn(move |routes| {
             let gate = Gate::new(routes, app.clone(), strangers.clone());
             Calls::new(gate, request_timeout, draining.clone(), calls.clone(), telemetry.clone())

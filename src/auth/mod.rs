@@ -39,7 +39,7 @@ use self::{
 use crate::{
     db::{Asker, Database},
     error::{Error, Result},
-    limits::{CREDENTIAL_CONFIRMED_WITHIN, STRANGERS},
+    limits::{CREDENTIAL_CONFIRMED_WITHIN, UNAUTHENTICATED_CALLS},
     models::{api_key::ApiKey, caller::CredentialId, session::Session, watch_token::WatchToken},
     secret::{Secret, SecretHash, SecretKind},
 };
@@ -105,7 +105,7 @@ impl Auth {
             streams: Streams::new(settings.streams_per_user),
             settings,
             cache: Mutex::default(),
-            look_ups: Semaphore::new(STRANGERS),
+            look_ups: Semaphore::new(UNAUTHENTICATED_CALLS),
             database,
             confirmed_at: AtomicU64::new(Moment::now().0),
             bell: bell.clone(),

@@ -21,7 +21,7 @@ use tokio::sync::Semaphore;
 use tonic::{Status, body::Body, service::Routes};
 use tower::Service;
 
-use crate::{error::Error, limits::STRANGER_BYTES, services::App};
+use crate::{error::Error, limits::UNAUTHENTICATED_CALL_BYTES, services::App};
 
 /// Our methods, and those of them for whoever has no credential yet. Health and
 /// reflection ask for none.
@@ -94,8 +94,8 @@ impl Service<Request<Body>> for Gate {
                     return Ok(Status::from(full).into_http());
                 }
             };
-            let request =
-                request.map(|body| Body::new(Limited::new(body, STRANGER_BYTES).map_err(too_large)));
+            let request = request
+                .map(|body| Body::new(Limited::new(body, UNAUTHENTICATED_CALL_BYTES).map_err(too_large)));
             let response = routes.call(request).await?;
             if ours {
                 return Ok(response);
@@ -115,7 +115,9 @@ impl Service<Request<Body>> for Gate {
 /// As gRPC has it where a message is larger than is read.
 fn too_large(error: Box<dyn std::error::Error + Send + Sync>) -> Status {
     if error.is::<LengthLimitError>() {
-        Status::out_of_range(format!("a call without a credential has at most {STRANGER_BYTES} bytes"))
+        Status::out_of_range(format!(
+            "a call without a credential has at most {UNAUTHENTICATED_CALL_BYTES} bytes"
+        ))
     } else {
         Status::from_error(error)
     }

@@ -19,7 +19,7 @@ use crate::support::{PASSWORD, TestServer, User, raw, registration, within_timeo
 /// All callers. Requests name resources of "the provider" and "the customer";
 /// "another provider" and "another customer" are a second tenant.
 const CALLERS: [&str; 13] = [
-    "nobody",
+    "no credential",
     "a malformed secret",
     "an expired key",
     "a revoked key",
@@ -103,11 +103,11 @@ impl World {
         }
     }
 
-    /// The secret that this caller sends; `None` for "nobody".
+    /// The secret that this caller sends; `None` for "no credential".
     pub async fn secret(&mut self, caller: &str, method: &str) -> Option<String> {
         let provider = &mut self.provider;
         Some(match caller {
-            "nobody" => return None,
+            "no credential" => return None,
             "a malformed secret" => "mpk_garbage".to_owned(),
             "an expired key" => {
                 let (id, secret) = key(provider, &[ApiKeyScope::Read]).await;

@@ -44,7 +44,7 @@ async fn a_server_on_a_restored_dump_continues_its_jobs_and_watches() {
     );
     provider.append(&job, [complete()]).await;
     let start = Some(Start::ResumeToken(watch.resume_token));
-    let watched = customer.watch_from(&job, start).await.film().await;
+    let watched = customer.watch_from(&job, start).await.read_to_end().await;
     assert_eq!(caught_up.job.unwrap().last_sequence, 2);
     assert_eq!(watched.events.iter().map(|event| event.sequence).collect::<Vec<_>>(), [3, 4]);
     assert_eq!(customer.get(&done).await.progress.unwrap().percent, 100);

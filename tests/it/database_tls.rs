@@ -28,7 +28,7 @@ use tokio::{
 use uuid::Uuid;
 
 use crate::support::{
-    Authority, Files, TemporaryDir, TestDatabase, TestServer, complete, step, within_timeout,
+    Authority, TemporaryDir, TestDatabase, TestServer, TlsFiles, complete, step, within_timeout,
 };
 
 /// A Postgres that accepts TCP connections over TLS alone. Its Unix socket is not
@@ -36,7 +36,7 @@ use crate::support::{
 struct Postgres {
     embedded: Embedded,
     address: IpAddr,
-    files: Files,
+    files: TlsFiles,
     _dir: TemporaryDir,
 }
 
@@ -53,7 +53,7 @@ impl Postgres {
         let embedded = Embedded::start(settings).await.unwrap();
 
         let authority = Authority::new();
-        let files = Files::new(&authority);
+        let files = TlsFiles::new(&authority);
         let pair = authority.server(&[&address.to_string()]);
         let data = dir.path().join("cluster/data");
         let owner = fs::metadata(&data).unwrap();
@@ -156,7 +156,7 @@ async fn sslmode_require_or_a_ca_verifies_the_certificate_and_prefer_encrypts() 
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_startup_message_is_sent_to_a_server_that_refuses_required_tls() {
-    let files = Files::new(&Authority::new());
+    let files = TlsFiles::new(&Authority::new());
     let ca = files.path("ca.pem");
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address: SocketAddr = listener.local_addr().unwrap();
@@ -225,7 +225,7 @@ async fn a_database_is_migrated_and_served_by_two_replicas_over_tls_alone() {
     let mut watch = replica.same(&customer).watch(&job).await;
     watch.caught_up().await;
     provider.append(&job, [step("load"), complete()]).await;
-    assert_eq!(watch.film().await.events.len(), 2);
+    assert_eq!(watch.read_to_end().await.events.len(), 2);
 
     let mut admin = postgres.open(&postgres.embedded.database_url(), None).await.unwrap();
     let sql = "SELECT bool_and(ssl) AS ssl FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) \

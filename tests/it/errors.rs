@@ -18,7 +18,7 @@ async fn a_wrong_password_and_an_unknown_email_are_indistinguishable() {
     let user = server.customer().await;
     let wrong_password = failed_log_in(&server, &user.email, "a wrong password").await;
     let unknown_email = failed_log_in(&server, "nobody@example.com", PASSWORD).await;
-    let not_an_email = failed_log_in(&server, "nobody", "x").await;
+    let not_an_email = failed_log_in(&server, "no credential", "x").await;
     for status in [&wrong_password, &unknown_email, &not_an_email] {
         assert_eq!(status.code(), wrong_password.code());
         assert_eq!(status.message(), wrong_password.message());
@@ -31,7 +31,7 @@ async fn a_wrong_password_and_an_unknown_email_are_indistinguishable() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn quoted_values_are_cut() {
+async fn values_quoted_in_errors_are_truncated() {
     let server = TestServer::start().await;
     let mut provider = server.provider().await;
     let request = pb::GetJobRequest { job: Some(pb::get_job_request::Job::ProviderJobId("ü".repeat(256))) };
@@ -51,13 +51,13 @@ async fn an_outage_is_reported_at_once_and_calls_succeed_after_it_without_a_rest
     let job = provider.job(&customer).await;
     let event = info("x");
 
-    server.database.take_away().await;
+    server.database.make_unavailable().await;
     let answer = within_timeout("a refusal", provider.try_append(&job, [event.clone()])).await;
     let refusal = assert_refused(answer, Code::Unavailable, ErrorReason::DatabaseUnavailable);
     let retry_after = refusal.details.retry_info().unwrap().retry_delay.unwrap();
     assert!(retry_after > Duration::ZERO);
 
-    server.database.bring_back().await;
+    server.database.make_available().await;
     let appended = within_timeout("the database to be available again", async {
         loop {
             match provider.try_append(&job, [event.clone()]).await {

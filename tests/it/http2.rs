@@ -145,7 +145,7 @@ async fn a_deadline_covers_the_whole_stream() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_connection_tells_how_many_streams_it_may_have_and_refuses_one_more() {
+async fn a_connection_announces_max_concurrent_streams_and_refuses_one_more() {
     let server = TestServer::start().await;
     let mut client = Frames::connect(server.address).await;
     let announced = client.settings.iter().find(|(id, _)| *id == 3).map(|(_, value)| *value);
@@ -206,7 +206,7 @@ async fn a_client_that_stops_answering_pings_is_disconnected_and_its_streams_are
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_resets_what_they_asked_for_again_and_again_is_cut_off() {
+async fn a_connection_that_resets_too_many_streams_is_closed() {
     let server = TestServer::start().await;
     // In one write, so that the server does not accept a stream before its reset.
     let reset = async |streams: usize| {
@@ -228,7 +228,7 @@ async fn who_resets_what_they_asked_for_again_and_again_is_cut_off() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_sends_faulty_requests_again_and_again_is_cut_off() {
+async fn a_connection_that_sends_too_many_malformed_requests_is_closed() {
     let server = TestServer::start().await;
     let mut client = Frames::connect(server.address).await;
     for _ in 0..limits::FAULTY_STREAMS {

@@ -4,7 +4,7 @@ use milepost::pb::{self, ErrorReason, NewEvent};
 use prost_types::{Timestamp, Value};
 use tonic::{Code, Request};
 
-use crate::support::{TestServer, assert_refused, complete, info, named, noted, registration, step};
+use crate::support::{TestServer, assert_refused, complete, info, named, registration, step, with_metadata};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_repeated_registration_changes_nothing_and_sets_existed() {
@@ -135,7 +135,7 @@ async fn a_repeated_batch_is_answered_with_its_stored_events_even_after_the_job_
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1), ("report", 1)]).await;
     let job = provider.job(&customer).await;
-    let first = [step("load"), noted(info("half"), [("mean", Value::from(0.5))])];
+    let first = [step("load"), with_metadata(info("half"), [("mean", Value::from(0.5))])];
     let second = [step("report"), complete()];
     let answers = [provider.append(&job, first.clone()).await, provider.append(&job, second.clone()).await];
     let before = server.stored().await;
@@ -182,7 +182,7 @@ async fn a_stored_event_id_with_other_content_is_refused_with_the_fields_that_di
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1), ("report", 1)]).await;
     let job = provider.job(&customer).await;
-    let mut stored = noted(step("load"), [("mean", Value::from(0.5)), ("unit", Value::from("HU"))]);
+    let mut stored = with_metadata(step("load"), [("mean", Value::from(0.5)), ("unit", Value::from("HU"))]);
     stored.occurred_at = Some(Timestamp { seconds: 1_700_000_000, nanos: 123_456_789 });
     provider.append(&job, [stored.clone()]).await;
 
@@ -192,7 +192,7 @@ async fn a_stored_event_id_with_other_content_is_refused_with_the_fields_that_di
         (NewEvent { step_tag: "report".to_owned(), ..stored.clone() }, "events[1].step_tag"),
         (NewEvent { metadata: None, ..stored.clone() }, "events[1].metadata"),
         (
-            noted(stored.clone(), [("mean", Value::from("0.5")), ("unit", Value::from("HU"))]),
+            with_metadata(stored.clone(), [("mean", Value::from("0.5")), ("unit", Value::from("HU"))]),
             "events[1].metadata",
         ),
         (NewEvent { occurred_at: None, ..stored.clone() }, "events[1].occurred_at"),

@@ -10,7 +10,7 @@ use std::{
 
 use tokio::{process::Command, sync::OnceCell};
 
-use crate::support::{Authority, Files, TestServer, User, info};
+use crate::support::{Authority, TestServer, TlsFiles, User, info};
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 const GRPCURL: &str = "github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.3";
@@ -89,8 +89,8 @@ async fn the_readme_tour_runs_from_sign_up_to_the_end_of_a_watch() {
 #[tokio::test(flavor = "multi_thread")]
 async fn grpcurl_connects_only_with_the_ca_certificate_of_the_server() {
     let authority = Authority::new();
-    let files = Files::new(&authority);
-    let server = TestServer::encrypted(&files.server(), &authority).await;
+    let files = TlsFiles::new(&authority);
+    let server = TestServer::with_tls(&files.server(), &authority).await;
     let path = path_with_grpcurl().await;
     let grpcurl = || {
         let mut command = Command::new("grpcurl");
@@ -215,7 +215,7 @@ async fn a_python_client_receives_the_error_details_of_500_invalid_events() {
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
     let job = provider.job(&customer).await;
-    let path = Path::new(ROOT).join("tests/it/wrong_events.py");
+    let path = Path::new(ROOT).join("tests/it/invalid_events.py");
     let mut command = script(&server, &provider, path).await;
     let stdout = succeeded(output(command.arg(&job.id)).await);
     assert!(stdout.starts_with("INVALID_ARGUMENT FIELD_INVALID"), "{stdout}");

@@ -29,7 +29,7 @@ fn assert_throttled(answer: Result<(), Status>) -> Duration {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn guessing_gets_slow_on_every_replica_and_locks_nobody_out_who_is_known() {
+async fn repeated_failures_are_throttled_on_every_replica_except_for_known_pairs() {
     let server = TestServer::start().await;
     let replica = server.replica().await;
     let user = server.customer().await;
@@ -54,7 +54,7 @@ async fn guessing_gets_slow_on_every_replica_and_locks_nobody_out_who_is_known()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn guessing_from_many_addresses_gets_slow_as_well() {
+async fn failures_of_one_email_from_many_addresses_are_throttled() {
     let server = TestServer::start().await;
     let user = server.customer().await;
     log_in(&server, &user.email, PASSWORD).await.unwrap();

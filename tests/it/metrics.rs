@@ -14,7 +14,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Code;
 
 use crate::support::{
-    PASSWORD, TestDatabase, TestServer, assert_refused, complete, info, noted, step, within_timeout,
+    PASSWORD, TestDatabase, TestServer, assert_refused, complete, info, step, with_metadata, within_timeout,
 };
 
 /// The samples of one scrape. The keys are names with labels as scraped.
@@ -310,7 +310,7 @@ async fn the_lag_of_a_slow_watch_is_exported_until_it_has_caught_up() {
     let text = Value { kind: Some(Kind::StringValue("x".repeat(12_000))) };
     let mut samples = Samples::new();
     while samples.get("milepost_watch_overflows_total").is_none_or(|count| *count == 0.0) {
-        let events = (0..100).map(|n| noted(info(&format!("{n}")), [("text", text.clone())]));
+        let events = (0..100).map(|n| with_metadata(info(&format!("{n}")), [("text", text.clone())]));
         for event in events {
             provider.append(&job, [event]).await;
         }
@@ -323,7 +323,7 @@ async fn the_lag_of_a_slow_watch_is_exported_until_it_has_caught_up() {
     let earlier = wait_for_sample(&server, lag, |lag| lag > 0.0).await[lag];
     wait_for_sample(&server, lag, |lag| lag > earlier).await;
     provider.append(&job, [complete()]).await;
-    slow.film().await;
+    slow.read_to_end().await;
     let samples = wait_for_sample(&server, lag, |lag| lag == 0.0).await;
     assert!(samples["milepost_watch_overflows_total"] >= 1.0);
 }
@@ -364,7 +364,7 @@ async fn events_outside_the_filter_do_not_overflow_a_mailbox() {
     provider.append(&job, (0..500).map(|_| info("passes"))).await;
     provider.append(&job, [complete()]).await;
     let [of_one, _] = watches;
-    let watched = of_one.film().await;
+    let watched = of_one.read_to_end().await;
     assert_eq!((watched.events, watched.end.job.unwrap().last_sequence), (vec![], 1_503));
 }
 
@@ -406,13 +406,13 @@ async fn metrics_are_served_during_an_outage_and_while_the_server_drains() {
     let version = format!("milepost_build_info{{version=\"{}\"}}", env!("CARGO_PKG_VERSION"));
     assert_eq!(samples[&version], 1.0);
 
-    server.database.take_away().await;
+    server.database.make_unavailable().await;
     wait_for_sample(&server, "milepost_ready", |ready| ready == 0.0).await;
     // Older than confirmations get while the database is available.
     wait_for_sample(&server, "milepost_credentials_confirmed_age_seconds", |age| age > 3.0).await;
     let refused = customer.clone().session.auth.get_current_user(pb::GetCurrentUserRequest {}).await;
     assert_refused(refused, Code::Unavailable, ErrorReason::DatabaseUnavailable);
-    server.database.bring_back().await;
+    server.database.make_available().await;
     wait_for_sample(&server, "milepost_ready", |ready| ready == 1.0).await;
     wait_for_sample(&server, "milepost_credentials_confirmed_age_seconds", |age| age < 3.0).await;
 

@@ -49,11 +49,11 @@ async fn health_is_served_for_every_service_and_for_liveness() {
 async fn during_an_outage_a_server_is_alive_but_not_ready() {
     let server = TestServer::start().await;
     wait_for_health(&server, "", ServingStatus::Serving).await;
-    server.database.take_away().await;
+    server.database.make_unavailable().await;
     wait_for_health(&server, "", ServingStatus::NotServing).await;
     wait_for_health(&server, "milepost.v1.EventService", ServingStatus::NotServing).await;
     wait_for_health(&server, "liveness", ServingStatus::Serving).await;
-    server.database.bring_back().await;
+    server.database.make_available().await;
     wait_for_health(&server, "", ServingStatus::Serving).await;
 }
 
@@ -123,7 +123,7 @@ async fn every_response_carries_a_request_id() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn on_sigterm_watchers_are_told_and_the_exit_is_clean() {
+async fn on_sigterm_watches_end_with_draining_and_the_exit_code_is_0() {
     let mut server = ServerProcess::start().await;
     let (mut provider, mut customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
@@ -145,7 +145,7 @@ async fn on_sigterm_watchers_are_told_and_the_exit_is_clean() {
     let start = pb::watch_events_request::Start::ResumeToken(watch.resume_token);
     let watch = customer.watch_from(&job, Some(start)).await;
     provider.append(&job, [complete()]).await;
-    let watched = watch.film().await;
+    let watched = watch.read_to_end().await;
     assert_eq!(watched.events.iter().map(|event| event.sequence).collect::<Vec<_>>(), [2]);
 }
 

@@ -25,7 +25,7 @@ const REFUSAL: Duration = Duration::from_secs(1);
 const DETECTION: Duration = Duration::from_secs(4);
 /// Longest time from the end of the outage to full service.
 const RECOVERY: Duration = Duration::from_secs(2);
-/// The same after [`Mode::Swallow`]. Connections begun during the outage never get an
+/// The same after [`Mode::Discard`]. Connections begun during the outage never get an
 /// answer and first have to time out.
 const RECOVERY_FROM_SILENCE: Duration = Duration::from_secs(3);
 
@@ -161,7 +161,7 @@ async fn test_outage(mode: Mode) {
         provider.list(&job).await
     };
     let log = within_timeout("the recovery", service).await;
-    let limit = if mode == Mode::Swallow { RECOVERY_FROM_SILENCE } else { RECOVERY };
+    let limit = if mode == Mode::Discard { RECOVERY_FROM_SILENCE } else { RECOVERY };
     assert!(restored.elapsed() < limit, "recovered after {:?}", restored.elapsed());
     assert_eq!(log.iter().map(|event| event.name.as_str()).collect::<Vec<_>>(), ["meanwhile", "back"]);
 }
@@ -173,7 +173,7 @@ async fn calls_are_refused_while_connections_are_refused_and_succeed_again_after
 
 #[tokio::test(flavor = "multi_thread")]
 async fn calls_are_refused_while_the_database_does_not_answer_and_succeed_again_afterwards() {
-    test_outage(Mode::Swallow).await;
+    test_outage(Mode::Discard).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -195,7 +195,7 @@ async fn a_database_with_high_latency_is_available() {
     let users = [nearby.provider().await, nearby.provider().await];
 
     // Connecting now takes longer than the database may take for one answer.
-    proxy.set(Mode::Far(Duration::from_millis(120)));
+    proxy.set(Mode::Delay(Duration::from_millis(120)));
     for user in users {
         within_timeout("readiness", wait_for_readiness(&server, ServingStatus::Serving)).await;
         let request = pb::GetCurrentUserRequest {};
@@ -213,7 +213,7 @@ async fn a_replica_with_high_database_latency_appends_to_a_job_that_another_one_
     within_timeout("readiness", wait_for_readiness(&far, ServingStatus::Serving)).await;
     proxy.set(Mode::Refuse);
     within_timeout("the server not to be ready", wait_for_readiness(&far, ServingStatus::NotServing)).await;
-    proxy.set(Mode::Far(Duration::from_millis(30)));
+    proxy.set(Mode::Delay(Duration::from_millis(30)));
     let near = far.replica().await;
     let (mut provider, customer) = (near.provider().await, near.customer().await);
     provider.configuration(&[]).await;

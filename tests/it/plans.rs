@@ -329,7 +329,7 @@ async fn no_call_scans_a_table_sequentially_however_small_it_is() {
     for method in methods() {
         let mut world = World::new(TestServer::on(database.clone()).await).await;
         database.execute("ANALYZE").await;
-        for caller in ["nobody", "a watch token of the job", "the customer", "the provider"] {
+        for caller in ["no credential", "a watch token of the job", "the customer", "the provider"] {
             let secret = world.secret(caller, &method).await;
             let message = world.request(caller, &method).await;
             call(world.server.channel.clone(), secret, &method, message).await;

@@ -34,7 +34,7 @@ async fn a_configuration_without_steps_works_from_creation_to_100_percent() {
     assert_eq!(appended[0].progress, Some(nothing));
     assert_eq!(appended[1].progress, Some(pb::Progress { percent: 100, ..nothing }));
 
-    let watched = customer.watch(&job).await.film().await;
+    let watched = customer.watch(&job).await.read_to_end().await;
     assert_eq!(watched.events.len(), 2);
     assert_eq!(watched.end.job.unwrap().progress, Some(pb::Progress { percent: 100, ..nothing }));
     assert_eq!(customer.get(&job).await.status(), JobStatus::Complete);

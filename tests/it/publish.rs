@@ -12,8 +12,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming};
 
 use crate::support::{
-    STREAMS_PER_USER, TestDatabase, TestServer, User, assert_refused, complete, info, named, noted,
-    registration, step, within_timeout,
+    STREAMS_PER_USER, TestDatabase, TestServer, User, assert_refused, complete, info, named, registration,
+    step, with_metadata, within_timeout,
 };
 
 /// The `publish_window` of [`TestServer`], in batches.
@@ -243,7 +243,7 @@ async fn a_draining_server_answers_every_accepted_batch_and_then_ends_the_stream
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn with_as_many_batches_unanswered_as_the_window_allows_reading_stops() {
+async fn a_publish_stream_is_not_read_while_its_window_is_full() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
@@ -251,7 +251,8 @@ async fn with_as_many_batches_unanswered_as_the_window_allows_reading_stops() {
     let text = Value { kind: Some(Kind::StringValue("x".repeat(15_000))) };
     // 150 KB, so that the buffers of the connection take fewer batches than the window.
     let large = |n: usize| {
-        let events = (0..10).map(|index| noted(info(&format!("{n}/{index}")), [("text", text.clone())]));
+        let events =
+            (0..10).map(|index| with_metadata(info(&format!("{n}/{index}")), [("text", text.clone())]));
         batch(n.to_string(), &job, events)
     };
     let lock = JobLock::new(&server.database, &job).await;
@@ -338,7 +339,7 @@ async fn a_publish_stream_ends_with_its_credential() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_publish_stream_too_many_is_refused_with_an_answer_and_makes_room_when_it_closes() {
+async fn a_publish_stream_beyond_the_limit_is_refused_until_another_one_closes() {
     let server = TestServer::start().await;
     let (mut provider, mut other) = (server.provider().await, server.provider().await);
     let mut publishers = Vec::new();

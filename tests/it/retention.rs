@@ -12,7 +12,7 @@ use prost_types::{Value, value::Kind};
 use tonic::Code;
 
 use crate::support::{
-    TestDatabase, TestServer, User, Watch, assert_refused, complete, info, noted, registration, step,
+    TestDatabase, TestServer, User, Watch, assert_refused, complete, info, registration, step, with_metadata,
     within_timeout,
 };
 
@@ -46,7 +46,7 @@ async fn completed(provider: &mut User, customer: &User, events: usize) -> pb::J
 async fn append_large(provider: &mut User, job: &pb::Job, events: usize) {
     let large = || Value { kind: Some(Kind::StringValue("x".repeat(16_000))) };
     for n in 0..events / 40 {
-        let batch = (0..40).map(|m| noted(info(&format!("{}", n * 40 + m)), [("large", large())]));
+        let batch = (0..40).map(|m| with_metadata(info(&format!("{}", n * 40 + m)), [("large", large())]));
         provider.append(job, batch.collect::<Vec<_>>()).await;
     }
 }
@@ -88,8 +88,8 @@ async fn read_until_expired(watch: &mut Watch, first_sequence: Option<&str>) -> 
 #[tokio::test(flavor = "multi_thread")]
 async fn events_are_removed_a_set_time_after_their_job_closed() {
     let retention = Some(Duration::from_secs(1));
-    let server = TestServer::that_keeps(TestDatabase::migrated().await, retention).await;
-    let _replica = TestServer::that_keeps(server.database.clone(), retention).await;
+    let server = TestServer::with_retention(TestDatabase::migrated().await, retention).await;
+    let _replica = TestServer::with_retention(server.database.clone(), retention).await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 3), ("report", 1)]).await;
     let open = provider.job(&customer).await;
@@ -157,7 +157,7 @@ async fn reading_removed_events_of_a_job_is_out_of_range_and_names_the_first_kep
     let page = customer.events.list_events(list(10)).await.unwrap().into_inner();
     assert_eq!((page.events.len(), page.next_page_token.as_str()), (0, ""));
     for start in [Start::AfterSequence(10), Start::FromNow(pb::FromNow {}), Start::ResumeToken(end_token)] {
-        let watched = customer.watch_from(&job, Some(start)).await.film().await;
+        let watched = customer.watch_from(&job, Some(start)).await.read_to_end().await;
         assert_eq!(
             (watched.events.len(), watched.end.job),
             (0, caught_up.job),
@@ -375,7 +375,7 @@ async fn a_partly_removed_log_is_not_sent_from_its_middle() {
         let mut watch = customer.clone().watch_from(&job, start).await;
         assert_eq!(read_until_expired(&mut watch, Some("1001")).await, []);
     }
-    let watched = customer.clone().watch_from(&job, after(300)).await.film().await;
+    let watched = customer.clone().watch_from(&job, after(300)).await.read_to_end().await;
     assert_eq!((watched.events.len(), watched.events[0].sequence), (700, 301), "all kept events are sent");
 }
 

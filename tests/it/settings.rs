@@ -26,8 +26,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Status, Streaming};
 
 use crate::support::{
-    Clients, PASSWORD, ServerProcess, TestServer, User, assert_refused, complete, info, noted, own_address,
-    within_timeout,
+    Clients, PASSWORD, ServerProcess, TestServer, User, assert_refused, complete, info, own_address,
+    with_metadata, within_timeout,
 };
 
 /// Value names of settings that have no default.
@@ -271,7 +271,7 @@ impl Fixture {
         let mut sent = 0;
         while sent < MOST {
             // 900 KB, so that the buffers of the connection take one or two batches.
-            let events = (0..60).map(|_| noted(info("large"), [("text", text.clone())]));
+            let events = (0..60).map(|_| with_metadata(info("large"), [("text", text.clone())]));
             let sending = batches.send(self.batch(events));
             if timeout(Duration::from_secs(1), sending).await.is_err() {
                 break;
@@ -327,7 +327,7 @@ impl Fixture {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn as_many_passwords_are_hashed_at_once_as_is_set() {
+async fn bcrypt_parallel_bounds_how_many_passwords_are_hashed_at_once() {
     let server = TestServer::start().await;
     let (slow, quick) = (server.customer().await, server.customer().await);
     // At cost 20, to verify the password takes minutes.

@@ -66,7 +66,7 @@ async fn a_signal_ends_a_server_that_waits_for_its_database() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_start_waits_no_longer_than_it_is_told() {
+async fn a_start_waits_no_longer_than_its_timeout() {
     let proxy = Proxy::to(&TestDatabase::migrated().await.url).await;
     proxy.set(Mode::Refuse);
     let refusal = ServerProcess::refused_with(&proxy.url, &["--database-start-timeout-s", "1"]).await;
@@ -79,9 +79,11 @@ async fn permanent_connection_errors_are_reported_at_once_in_one_line() {
     let database = TestDatabase::migrated().await;
     let no_database = database.url.replace("/test_", "/no_such_");
     let no_role = database.url.replace("//milepost@", "//nobody@");
-    for (url, word) in
-        [(&no_database, "no_such_"), (&no_role, "nobody"), (&"postgresql:nonsense".to_owned(), "connect")]
-    {
+    for (url, word) in [
+        (&no_database, "no_such_"),
+        (&no_role, "no credential"),
+        (&"postgresql:nonsense".to_owned(), "connect"),
+    ] {
         assert_ne!(*url, database.url);
         let started = Instant::now();
         let refusal = ServerProcess::refused_on(url).await;

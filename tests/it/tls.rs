@@ -28,8 +28,8 @@ use tokio_rustls::{
 use tonic::{Code, Status, transport::ClientTlsConfig};
 
 use crate::support::{
-    Authority, Clients, Files, PASSWORD, ServerProcess, TestDatabase, TestServer, assert_refused, complete,
-    info, step, within_timeout,
+    Authority, Clients, PASSWORD, ServerProcess, TestDatabase, TestServer, TlsFiles, assert_refused,
+    complete, info, step, within_timeout,
 };
 
 /// The answer to GetCurrentUser without a credential.
@@ -59,8 +59,8 @@ async fn wait_until(address: SocketAddr, tls: &ClientTlsConfig, reached: bool) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_tls_server_serves_calls_over_tls_and_none_in_plaintext() {
     let authority = Authority::new();
-    let files = Files::new(&authority);
-    let server = TestServer::encrypted(&files.server(), &authority).await;
+    let files = TlsFiles::new(&authority);
+    let server = TestServer::with_tls(&files.server(), &authority).await;
     let (mut provider, mut customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
     let job = provider.job(&customer).await;
@@ -68,7 +68,7 @@ async fn a_tls_server_serves_calls_over_tls_and_none_in_plaintext() {
     watch.caught_up().await;
     provider.append(&job, (0..200).map(|n| info(&format!("{n} {}", "x".repeat(200))))).await;
     provider.append(&job, [step("load"), complete()]).await;
-    assert_eq!(watch.film().await.events.len(), 202);
+    assert_eq!(watch.read_to_end().await.events.len(), 202);
 
     let status = get_current_user(&Clients::of(server.address)).await.unwrap_err();
     assert_ne!(status.code(), Code::Unauthenticated, "{status:?}");
@@ -81,8 +81,8 @@ async fn a_tls_server_serves_calls_over_tls_and_none_in_plaintext() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_client_connects_only_to_a_server_whose_certificate_it_can_verify() {
     let authority = Authority::new();
-    let files = Files::new(&authority);
-    let server = TestServer::encrypted(&files.server(), &authority).await;
+    let files = TlsFiles::new(&authority);
+    let server = TestServer::with_tls(&files.server(), &authority).await;
     let url = format!("https://{}", server.address);
     let connect = async |server: &str, tls: &ClientTls| Client::connect_with(server, tls).await;
 
@@ -117,13 +117,13 @@ async fn the_client_connects_only_to_a_server_whose_certificate_it_can_verify() 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_with_a_client_ca_refuses_connections_without_a_valid_certificate() {
     let (authority, clients) = (Authority::new(), Authority::new());
-    let files = Files::new(&authority);
+    let files = TlsFiles::new(&authority);
     let valid = clients.client();
-    let server = TestServer::encrypted(&files.asking(&clients), &authority).await;
-    let with = |pair: &crate::support::Pair| authority.believer().identity(pair.identity());
+    let server = TestServer::with_tls(&files.server_with_client_ca(&clients), &authority).await;
+    let with = |pair: &crate::support::TlsIdentity| authority.client_tls().identity(pair.identity());
     assert!(reaches(server.address, with(&valid)).await);
     for (tls, which) in [
-        (authority.believer(), "no certificate"),
+        (authority.client_tls(), "no certificate"),
         (with(&authority.client()), "a certificate of another CA"),
         (with(&clients.server(&["client.example.com"])), "the certificate of a server"),
     ] {
@@ -140,7 +140,7 @@ async fn a_server_with_a_client_ca_refuses_connections_without_a_valid_certifica
     assert_refused(answer, Code::Unauthenticated, ErrorReason::CredentialInvalid);
 
     // The server changes to another client CA.
-    files.asking(&authority);
+    files.server_with_client_ca(&authority);
     wait_until(server.address, &with(&authority.client()), true).await;
     assert!(!reaches(server.address, with(&valid)).await);
 }
@@ -162,25 +162,25 @@ fn mount(dir: &Path, version: &str, authority: &Authority) -> TlsConfig {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_new_certificate_is_used_for_new_connections_and_open_ones_continue() {
     let (old, new) = (Authority::new(), Authority::new());
-    let files = Files::new(&old);
-    let server = TestServer::encrypted(&mount(files.dir(), "..v1", &old), &old).await;
+    let files = TlsFiles::new(&old);
+    let server = TestServer::with_tls(&mount(files.dir(), "..v1", &old), &old).await;
     let (mut provider, mut customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
     let job = provider.job(&customer).await;
     let mut watch = customer.watch(&job).await;
     watch.caught_up().await;
-    assert!(!reaches(server.address, new.believer()).await);
+    assert!(!reaches(server.address, new.client_tls()).await);
 
     mount(files.dir(), "..v2", &new);
-    wait_until(server.address, &new.believer(), true).await;
-    assert!(!reaches(server.address, old.believer()).await);
-    let mut provider = Clients::over_tls(server.address, new.believer()).same(&provider);
+    wait_until(server.address, &new.client_tls(), true).await;
+    assert!(!reaches(server.address, old.client_tls()).await);
+    let mut provider = Clients::over_tls(server.address, new.client_tls()).same(&provider);
     provider.append(&job, [step("load"), complete()]).await;
-    assert_eq!(watch.film().await.events.len(), 2);
+    assert_eq!(watch.read_to_end().await.events.len(), 2);
 }
 
 /// A server process that listens beyond loopback with TLS and no further flag.
-async fn process(files: &Files) -> (ServerProcess, SocketAddr) {
+async fn process(files: &TlsFiles) -> (ServerProcess, SocketAddr) {
     let settings = vec![
         ("MILEPOST_TLS_CERT", files.path("server.pem").display().to_string()),
         ("MILEPOST_TLS_KEY", files.path("server.key").display().to_string()),
@@ -194,30 +194,30 @@ async fn process(files: &Files) -> (ServerProcess, SocketAddr) {
 #[tokio::test(flavor = "multi_thread")]
 async fn on_sighup_a_certificate_and_a_key_that_do_not_match_are_logged_and_not_used() {
     let (old, new) = (Authority::new(), Authority::new());
-    let files = Files::new(&old);
+    let files = TlsFiles::new(&old);
     let (server, address) = process(&files).await;
-    assert!(reaches(address, old.believer()).await);
+    assert!(reaches(address, old.client_tls()).await);
 
     let pair = new.server(&["127.0.0.1"]);
     files.write("server.pem", &pair.certificate);
     server.hang_up().await;
     server.logged("the certificate in use stays", 1).await;
-    assert!(reaches(address, old.believer()).await);
+    assert!(reaches(address, old.client_tls()).await);
     files.write("server.pem", "-----BEGIN CERTIFICATE-----\nhalf of a fi");
     server.hang_up().await;
     server.logged("is no PEM file", 1).await;
-    assert!(reaches(address, old.believer()).await);
+    assert!(reaches(address, old.client_tls()).await);
 
-    files.put(&pair);
+    files.replace_server_certificate(&pair);
     server.hang_up().await;
-    wait_until(address, &new.believer(), true).await;
-    assert!(!reaches(address, old.believer()).await);
+    wait_until(address, &new.client_tls(), true).await;
+    assert!(!reaches(address, old.client_tls()).await);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_sighup_reads_the_files_and_logs_the_outcome() {
     let authority = Authority::new();
-    let files = Files::new(&authority);
+    let files = TlsFiles::new(&authority);
     let (server, _) = process(&files).await;
     // The periodic reads log nothing about unchanged files.
     for times in [1, 2] {
@@ -233,7 +233,7 @@ async fn every_sighup_reads_the_files_and_logs_the_outcome() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_plaintext_listener_beyond_loopback_requires_insecure_listen() {
-    let files = Files::new(&Authority::new());
+    let files = TlsFiles::new(&Authority::new());
     let serving = Command::new(env!("CARGO_BIN_EXE_milepost"))
         .args(["serve", "--listen", "0.0.0.0:0"])
         .env_remove("DATABASE_URL")
@@ -262,8 +262,8 @@ async fn a_plaintext_listener_beyond_loopback_requires_insecure_listen() {
 #[tokio::test(flavor = "multi_thread")]
 async fn with_tls_a_server_listens_on_any_address_and_sign_up_is_closed() {
     let authority = Authority::new();
-    let (_server, address) = process(&Files::new(&authority)).await;
-    let clients = Clients::over_tls(address, authority.believer());
+    let (_server, address) = process(&TlsFiles::new(&authority)).await;
+    let clients = Clients::over_tls(address, authority.client_tls());
     let request = pb::SignUpRequest {
         role: pb::UserRole::Customer.into(),
         email: "new@example.com".to_owned(),
@@ -277,7 +277,7 @@ async fn with_tls_a_server_listens_on_any_address_and_sign_up_is_closed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn invalid_tls_files_are_reported_in_one_line_at_the_start() {
     let authority = Authority::new();
-    let files = Files::new(&authority);
+    let files = TlsFiles::new(&authority);
     let (cert, key) = (files.path("server.pem"), files.path("server.key"));
     let other = files.write("other.key", &authority.client().key);
     let missing = files.path("missing.pem");
@@ -323,15 +323,15 @@ async fn handshaken(address: SocketAddr, authority: &Authority) -> TlsStream<Tcp
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_says_nothing_keeps_nobody_waiting_and_is_let_go() {
+async fn silent_connections_delay_no_others_and_are_closed() {
     let authority = Authority::new();
-    let files = Files::new(&authority);
-    let server = TestServer::encrypted(&files.server(), &authority).await;
+    let files = TlsFiles::new(&authority);
+    let server = TestServer::with_tls(&files.server(), &authority).await;
     let mut silent = Vec::new();
     for _ in 0..20 {
         silent.push(TcpStream::connect(server.address).await.unwrap());
     }
-    assert!(reaches(server.address, authority.believer()).await);
+    assert!(reaches(server.address, authority.client_tls()).await);
     for stream in &mut silent {
         let mut nothing = [0];
         let read = within_timeout("the end of a silent connection", stream.read(&mut nothing)).await;
@@ -342,10 +342,10 @@ async fn who_says_nothing_keeps_nobody_waiting_and_is_let_go() {
 #[tokio::test(flavor = "multi_thread")]
 async fn silent_connections_do_not_delay_the_exit_of_a_server() {
     let authority = Authority::new();
-    let (mut server, address) = process(&Files::new(&authority)).await;
+    let (mut server, address) = process(&TlsFiles::new(&authority)).await;
     let _before = TcpStream::connect(address).await.unwrap();
     let _after = handshaken(address, &authority).await;
-    assert!(reaches(address, authority.believer()).await);
+    assert!(reaches(address, authority.client_tls()).await);
     server.terminate().await;
     assert_eq!(server.exit().await.code(), Some(0));
 }
@@ -353,8 +353,8 @@ async fn silent_connections_do_not_delay_the_exit_of_a_server() {
 #[tokio::test(flavor = "multi_thread")]
 async fn milepost_watch_trusts_the_named_ca_or_the_root_certificates_of_the_system() {
     let authority = Authority::new();
-    let files = Files::new(&authority);
-    let server = TestServer::encrypted(&files.server(), &authority).await;
+    let files = TlsFiles::new(&authority);
+    let server = TestServer::with_tls(&files.server(), &authority).await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
     let job = provider.job(&customer).await;

@@ -95,7 +95,7 @@ fn ids(span: &Span) -> (Vec<u8>, Vec<u8>) {
 async fn traced(endpoint: &str, sampled: f64) -> (TestServer, Traces) {
     let settings = TraceSettings { endpoint: endpoint.to_owned(), sampled };
     let traces = Traces::start(&settings).unwrap();
-    (TestServer::traced(traces.clone()).await, traces)
+    (TestServer::with_traces(traces.clone()).await, traces)
 }
 
 async fn job(server: &TestServer) -> (User, pb::Job) {

@@ -11,8 +11,8 @@ use prost_types::{Value, value::Kind};
 use tonic::Code;
 
 use crate::support::{
-    TestServer, User, assert_refused, assert_violations, complete, info, metadata, named, noted,
-    registration, step,
+    TestServer, User, assert_refused, assert_violations, complete, info, metadata, named, registration, step,
+    with_metadata,
 };
 
 const LONG: usize = 100_000;
@@ -61,24 +61,27 @@ async fn an_invalid_event_is_refused_with_its_fields_and_no_event_of_its_batch_i
         (NewEvent { step_tag: "lo\0ad".to_owned(), ..step("load") }, &["events[1].step_tag"]),
         (step("no-such-step"), &["events[1].step_tag"]),
         (NewEvent { step_tag: "no-such-step".to_owned(), ..info("x") }, &["events[1].step_tag"]),
-        (noted(info("x"), [("inner", nested())]), &["events[1].metadata.inner"]),
-        (noted(info("x"), [("list", Value::from(vec![Value::from(1.0)]))]), &["events[1].metadata.list"]),
-        (noted(info("x"), [("nothing", value(Kind::NullValue(0)))]), &["events[1].metadata.nothing"]),
-        (noted(info("x"), [("kindless", Value { kind: None })]), &["events[1].metadata.kindless"]),
-        (noted(info("x"), [("nan", Value::from(f64::NAN))]), &["events[1].metadata.nan"]),
-        (noted(info("x"), [("inf", Value::from(f64::NEG_INFINITY))]), &["events[1].metadata.inf"]),
-        (noted(info("x"), [("nul", Value::from("a\0b"))]), &["events[1].metadata.nul"]),
+        (with_metadata(info("x"), [("inner", nested())]), &["events[1].metadata.inner"]),
         (
-            noted(info("x"), [("long", Value::from("x".repeat(limits::METADATA_BYTES)))]),
+            with_metadata(info("x"), [("list", Value::from(vec![Value::from(1.0)]))]),
+            &["events[1].metadata.list"],
+        ),
+        (with_metadata(info("x"), [("nothing", value(Kind::NullValue(0)))]), &["events[1].metadata.nothing"]),
+        (with_metadata(info("x"), [("kindless", Value { kind: None })]), &["events[1].metadata.kindless"]),
+        (with_metadata(info("x"), [("nan", Value::from(f64::NAN))]), &["events[1].metadata.nan"]),
+        (with_metadata(info("x"), [("inf", Value::from(f64::NEG_INFINITY))]), &["events[1].metadata.inf"]),
+        (with_metadata(info("x"), [("nul", Value::from("a\0b"))]), &["events[1].metadata.nul"]),
+        (
+            with_metadata(info("x"), [("long", Value::from("x".repeat(limits::METADATA_BYTES)))]),
             &["events[1].metadata"],
         ),
-        (noted(step("load"), [("mean", Value::from("much"))]), &["events[1].metadata.mean"]),
-        (noted(step("load"), [("source", Value::from("/tmp/scan"))]), &["events[1].metadata.source"]),
+        (with_metadata(step("load"), [("mean", Value::from("much"))]), &["events[1].metadata.mean"]),
+        (with_metadata(step("load"), [("source", Value::from("/tmp/scan"))]), &["events[1].metadata.source"]),
         (
-            noted(step("load"), [("source", Value::from("ftp://example.com/scan"))]),
+            with_metadata(step("load"), [("source", Value::from("ftp://example.com/scan"))]),
             &["events[1].metadata.source"],
         ),
-        (noted(step("load"), [("comment", Value::from(true))]), &["events[1].metadata.comment"]),
+        (with_metadata(step("load"), [("comment", Value::from(true))]), &["events[1].metadata.comment"]),
         (
             NewEvent {
                 occurred_at: Some(prost_types::Timestamp { seconds: i64::MAX, nanos: 0 }),
@@ -264,7 +267,7 @@ async fn an_invalid_configuration_is_refused_with_every_field_at_fault() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn five_hundred_wrong_events_get_an_answer_that_arrives() {
+async fn the_error_of_500_invalid_events_is_small_enough_to_arrive() {
     let server = TestServer::start().await;
     let (mut provider, job) = running_job(&server).await;
     let name = "\u{1F6A7}\0".repeat(200);
@@ -316,7 +319,7 @@ async fn refused_watch(user: &mut User, request: pb::WatchEventsRequest) -> Resu
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_page_size_is_cut_and_a_negative_one_refused() {
+async fn a_large_page_size_is_cut_and_a_negative_one_is_refused() {
     let server = TestServer::start().await;
     let (mut provider, job) = running_job(&server).await;
     let by_id = Some(pb::list_events_request::Job::JobId(job.id.clone()));

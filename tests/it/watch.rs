@@ -51,7 +51,7 @@ async fn assert_ends(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_heartbeat_comes_when_nothing_was_sent_for_the_interval_which_is_5_seconds_at_least() {
+async fn a_heartbeat_is_sent_after_an_interval_without_messages_of_at_least_5_seconds() {
     let server = TestServer::start().await;
     let (mut provider, mut customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
@@ -101,14 +101,14 @@ async fn no_heartbeat_is_sent_during_an_outage() {
     // The database is unavailable when the heartbeat is due, but too briefly for the
     // credential to count as unconfirmed.
     assert!(silent(&mut watches[0], Duration::from_millis(3_000)).await);
-    server.database.take_away().await;
+    server.database.make_unavailable().await;
     for watch in &mut watches {
         assert!(
             silent(watch, Duration::from_millis(1_500)).await,
             "a heartbeat would claim that every committed event was sent"
         );
     }
-    server.database.bring_back().await;
+    server.database.make_available().await;
     for watch in &mut watches {
         assert_heartbeat(watch).await;
     }
@@ -212,7 +212,7 @@ async fn the_watches_of_a_draining_server_end_and_resume_on_another_replica() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stream_too_many_is_refused_with_an_answer_and_makes_room_when_it_closes() {
+async fn a_watch_beyond_the_limit_is_refused_until_another_one_closes() {
     let server = TestServer::start().await;
     let (mut provider, mut customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
@@ -253,7 +253,7 @@ async fn a_provider_watches_a_job_by_its_provider_job_id() {
     assert_eq!(caught_up.job.unwrap().last_sequence, 1);
     other.append(&jobs[1], [info("another's")]).await;
     provider.append(&jobs[0], [info("live"), complete()]).await;
-    let watched = watch.film().await;
+    let watched = watch.read_to_end().await;
     assert!(watched.events.iter().all(|event| event.job_id == jobs[0].id));
     assert_eq!(watched.events.iter().map(|event| event.sequence).collect::<Vec<_>>(), [2, 3]);
     // The provider_job_id is valid for the provider only.

@@ -12,7 +12,7 @@ use milepost::pb::{self, Event, watch_events_request::Scope, watch_events_reques
 use prost_types::{Value, value::Kind};
 
 use super::{assert_gap_free, by_job};
-use crate::support::{TestServer, User, Watch, complete, error, info, noted, step};
+use crate::support::{TestServer, User, Watch, complete, error, info, step, with_metadata};
 
 /// Reads exactly `count` events; panics if the last message has more.
 async fn collect(mut watch: Watch, count: usize) -> Vec<Event> {
@@ -100,7 +100,7 @@ async fn events_committed_between_the_past_and_the_first_live_event_are_received
             tokio::task::yield_now().await;
         }
         for watch in watches {
-            let watched = watch.film().await;
+            let watched = watch.read_to_end().await;
             assert_gap_free(&watched.events);
             assert_eq!(watched.events.len(), round + 21);
             assert!(watched.past.is_some());
@@ -119,7 +119,7 @@ async fn events_committed_between_the_past_and_the_first_live_event_are_received
         let users = [customer.clone(), replica.same(&customer), provider.clone()];
         let watches = users.map(|mut user| {
             let job = job.clone();
-            async move { user.watch(&job).await.film().await }
+            async move { user.watch(&job).await.read_to_end().await }
         });
         for watched in futures_util::future::join_all(watches).await {
             assert_gap_free(&watched.events);
@@ -144,18 +144,19 @@ async fn a_slow_watcher_receives_every_event_beside_fast_watchers() {
     slow.caught_up().await;
     let text = Value { kind: Some(Kind::StringValue("x".repeat(12_000))) };
     let (batches, each) = (60, 20);
-    let fast = tokio::spawn(fast.film());
+    let fast = tokio::spawn(fast.read_to_end());
     let fast_all = tokio::spawn(collect(fast_all, batches * each + 1));
     // 14 MB: far more than the mailbox, the stream and the connection buffer together.
     for batch in 0..batches {
-        let events = (0..each).map(|n| noted(info(&format!("{batch}/{n}")), [("text", text.clone())]));
+        let events =
+            (0..each).map(|n| with_metadata(info(&format!("{batch}/{n}")), [("text", text.clone())]));
         provider.append(&job, events).await;
     }
     provider.append(&job, [complete()]).await;
     // The fast watches end although the slow watcher has read no event.
     assert_eq!(fast.await.unwrap().events.len(), batches * each + 1);
     fast_all.await.unwrap();
-    let watched = slow.film().await;
+    let watched = slow.read_to_end().await;
     assert_gap_free(&watched.events);
     assert_eq!(watched.events.len(), batches * each + 1);
 }

@@ -27,8 +27,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Status, Streaming};
 
 use crate::support::{
-    Authority, Caller, Clients, Files, Mode, PASSWORD, Proxy, TestServer, User, Watch, assert_refused, info,
-    noted, operate, within_timeout,
+    Authority, Caller, Clients, Mode, PASSWORD, Proxy, TestServer, TlsFiles, User, Watch, assert_refused,
+    info, operate, with_metadata, within_timeout,
 };
 
 /// Longest until every replica refuses an ended credential.
@@ -466,7 +466,7 @@ async fn events_held_back_for_an_unconfirmed_credential_are_received_after_a_res
     // Events for four messages, which the server reads from the log at once.
     let text = Value { kind: Some(Kind::StringValue("x".repeat(16_300))) };
     for batch in 0..4 {
-        let events = (0..50).map(|n| noted(info(&format!("{batch}/{n}")), [("text", text.clone())]));
+        let events = (0..50).map(|n| with_metadata(info(&format!("{batch}/{n}")), [("text", text.clone())]));
         provider.append(&job, events).await;
     }
     // The stream's window takes less than one message before the client reads.
@@ -477,7 +477,7 @@ async fn events_held_back_for_an_unconfirmed_credential_are_received_after_a_res
     let mut seen = watch.events(1).await;
 
     let database = server.database.clone();
-    database.take_away().await;
+    database.make_unavailable().await;
     // A malformed request is answered INVALID_ARGUMENT while the credential counts
     // as confirmed.
     within_timeout("a credential that is not confirmed", async {
@@ -498,7 +498,7 @@ async fn events_held_back_for_an_unconfirmed_credential_are_received_after_a_res
     assert_eq!(end.reason(), WatchEndReason::Draining);
     assert_refused(watch.next().await, Code::Unavailable, ErrorReason::Draining);
 
-    database.bring_back().await;
+    database.make_available().await;
     let mut customer = replica.same(&customer);
     let start = Some(Start::ResumeToken(watch.resume_token));
     let mut resumed = within_timeout("the database to be available", async {
@@ -524,8 +524,8 @@ async fn a_connection_is_closed_if_its_client_does_not_read_the_end_of_a_stream(
 #[tokio::test(flavor = "multi_thread")]
 async fn a_tls_connection_is_closed_if_its_client_does_not_read_the_end_of_a_stream() {
     let authority = Authority::new();
-    let files = Files::new(&authority);
-    assert_closed_if_end_is_unread(&TestServer::encrypted(&files.server(), &authority).await).await;
+    let files = TlsFiles::new(&authority);
+    assert_closed_if_end_is_unread(&TestServer::with_tls(&files.server(), &authority).await).await;
 }
 
 /// Expires the key that the user calls with.

@@ -55,10 +55,10 @@ async fn watches_lists_and_appends_agree_on_status_and_progress() {
     );
     let mut logs = vec![provider.list(&job).await, replica.same(&provider).list(&job).await];
     for watch in live {
-        logs.push(watch.film().await.events);
+        logs.push(watch.read_to_end().await.events);
     }
-    logs.push(customer.clone().watch(&job).await.film().await.events);
-    logs.push(replica.same(&customer).watch(&job).await.film().await.events);
+    logs.push(customer.clone().watch(&job).await.read_to_end().await.events);
+    logs.push(replica.same(&customer).watch(&job).await.read_to_end().await.events);
     for events in &logs {
         assert_eq!(events, &logs[0], "every reader receives the same fields of every event");
         let seen: Vec<_> =

@@ -33,7 +33,7 @@ async fn watches_on_either_replica_end_once_the_job_is_closed() {
         for (watch, past) in
             watches.into_iter().map(|watch| (watch, None)).chain(late.map(|w| (w, Some(count))))
         {
-            let watched = watch.film().await;
+            let watched = watch.read_to_end().await;
             assert_eq!(watched.end.reason(), WatchEndReason::JobClosed);
             assert_eq!(watched.past, past);
             assert_eq!(watched.events.len(), count);
@@ -59,7 +59,7 @@ async fn a_kinds_filter_hides_neither_the_end_nor_the_state_of_the_job() {
     provider.append(&job, [info("a"), error("b"), step("load")]).await;
     provider.append(&job, [complete()]).await;
     for watch in [watch, customer.watch_by(request).await.unwrap()] {
-        let watched = watch.film().await;
+        let watched = watch.read_to_end().await;
         assert_eq!(watched.events.iter().map(|event| event.name.as_str()).collect::<Vec<_>>(), ["b"]);
         let state = watched.end.job.unwrap();
         assert_eq!((state.last_sequence, state.status()), (4, JobStatus::Complete));

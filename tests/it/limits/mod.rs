@@ -12,7 +12,9 @@ use diesel_async::SimpleAsyncConnection as _;
 use milepost::{
     db::{Database, DatabaseSettings},
     error::Error,
-    limits::{MESSAGE_BYTES, PASSWORD_MIN_BYTES, STRANGER_BYTES, STRANGERS, TEXT_CHARS},
+    limits::{
+        MESSAGE_BYTES, PASSWORD_MIN_BYTES, TEXT_CHARS, UNAUTHENTICATED_CALL_BYTES, UNAUTHENTICATED_CALLS,
+    },
     pb::{self, ErrorReason, EventKind},
 };
 use prost::Message as _;
@@ -24,7 +26,7 @@ use uuid::Uuid;
 
 use crate::support::{
     Clients, PASSWORD, STREAMS_PER_CONNECTION, TestDatabase, TestServer, User, assert_refused,
-    assert_violations, info, noted, raw, registration, within_timeout,
+    assert_violations, info, raw, registration, with_metadata, within_timeout,
 };
 
 /// Limits of `src/limits.rs` and `src/config.rs` without a row in `rows.rs`: the
@@ -36,23 +38,23 @@ const ELSEWHERE: [(&str, &str, &str); 39] = [
     ("MESSAGE_BYTES", "tests/it/limits/pages.rs", "no_page_of_jobs_is_larger_than_one_mebibyte"),
     ("MESSAGE_BYTES", "tests/it/limits/pages.rs", "no_page_of_configurations_is_larger_than_one_mebibyte"),
     ("PASSWORD_WAIT", "src/auth/password.rs", "the_wait_for_a_turn_is_bounded"),
-    ("PAGE_DEFAULT", "tests/it/validation.rs", "a_page_size_is_cut_and_a_negative_one_refused"),
-    ("PAGE_MAX", "tests/it/validation.rs", "a_page_size_is_cut_and_a_negative_one_refused"),
+    ("PAGE_DEFAULT", "tests/it/validation.rs", "a_large_page_size_is_cut_and_a_negative_one_is_refused"),
+    ("PAGE_MAX", "tests/it/validation.rs", "a_large_page_size_is_cut_and_a_negative_one_is_refused"),
     ("TOKEN_BYTES", "tests/it/limits/pages.rs", "a_page_token_that_is_too_long_is_not_decoded"),
-    ("ERROR_DETAILS_BYTES", "tests/it/validation.rs", "five_hundred_wrong_events_get_an_answer_that_arrives"),
-    ("ERROR_QUOTE_CHARS", "tests/it/errors.rs", "quoted_values_are_cut"),
+    (
+        "ERROR_DETAILS_BYTES",
+        "tests/it/validation.rs",
+        "the_error_of_500_invalid_events_is_small_enough_to_arrive",
+    ),
+    ("ERROR_QUOTE_CHARS", "tests/it/errors.rs", "values_quoted_in_errors_are_truncated"),
     (
         "HEARTBEAT",
         "tests/it/watch.rs",
-        "a_heartbeat_comes_when_nothing_was_sent_for_the_interval_which_is_5_seconds_at_least",
+        "a_heartbeat_is_sent_after_an_interval_without_messages_of_at_least_5_seconds",
     ),
     ("HEARTBEAT", "src/services/events/requests.rs", "a_heartbeat_interval_is_cut_to_5_to_60_seconds"),
-    (
-        "PENDING_RESET_STREAMS",
-        "tests/it/http2.rs",
-        "who_resets_what_they_asked_for_again_and_again_is_cut_off",
-    ),
-    ("FAULTY_STREAMS", "tests/it/http2.rs", "who_sends_faulty_requests_again_and_again_is_cut_off"),
+    ("PENDING_RESET_STREAMS", "tests/it/http2.rs", "a_connection_that_resets_too_many_streams_is_closed"),
+    ("FAULTY_STREAMS", "tests/it/http2.rs", "a_connection_that_sends_too_many_malformed_requests_is_closed"),
     (
         "CREDENTIAL_CONFIRMED_WITHIN",
         "tests/it/guarantees/confined.rs",
@@ -62,44 +64,44 @@ const ELSEWHERE: [(&str, &str, &str); 39] = [
     (
         "PAIR_FREE",
         "tests/it/log_in.rs",
-        "guessing_gets_slow_on_every_replica_and_locks_nobody_out_who_is_known",
+        "repeated_failures_are_throttled_on_every_replica_except_for_known_pairs",
     ),
-    ("OTHER_FREE", "tests/it/log_in.rs", "guessing_from_many_addresses_gets_slow_as_well"),
+    ("OTHER_FREE", "tests/it/log_in.rs", "failures_of_one_email_from_many_addresses_are_throttled"),
     ("bcrypt_parallel", "src/auth/password.rs", "the_wait_for_a_turn_is_bounded"),
-    ("bcrypt_parallel", "tests/it/settings.rs", "as_many_passwords_are_hashed_at_once_as_is_set"),
+    (
+        "bcrypt_parallel",
+        "tests/it/settings.rs",
+        "bcrypt_parallel_bounds_how_many_passwords_are_hashed_at_once",
+    ),
     ("request_timeout_s", "src/server/calls.rs", "a_handler_that_takes_too_long_is_past_its_deadline"),
-    ("drain_deadline_s", "tests/it/operations.rs", "on_sigterm_watchers_are_told_and_the_exit_is_clean"),
+    (
+        "drain_deadline_s",
+        "tests/it/operations.rs",
+        "on_sigterm_watches_end_with_draining_and_the_exit_code_is_0",
+    ),
     (
         "streams_per_connection",
         "tests/it/http2.rs",
-        "a_connection_tells_how_many_streams_it_may_have_and_refuses_one_more",
+        "a_connection_announces_max_concurrent_streams_and_refuses_one_more",
     ),
-    (
-        "streams_per_user",
-        "tests/it/watch.rs",
-        "a_stream_too_many_is_refused_with_an_answer_and_makes_room_when_it_closes",
-    ),
+    ("streams_per_user", "tests/it/watch.rs", "a_watch_beyond_the_limit_is_refused_until_another_one_closes"),
     (
         "streams_per_user",
         "tests/it/publish.rs",
-        "a_publish_stream_too_many_is_refused_with_an_answer_and_makes_room_when_it_closes",
+        "a_publish_stream_beyond_the_limit_is_refused_until_another_one_closes",
     ),
-    (
-        "publish_window",
-        "tests/it/publish.rs",
-        "with_as_many_batches_unanswered_as_the_window_allows_reading_stops",
-    ),
+    ("publish_window", "tests/it/publish.rs", "a_publish_stream_is_not_read_while_its_window_is_full"),
     (
         "CONNECTIONS",
         "src/server/incoming.rs",
         "who_connects_when_there_are_too_many_is_closed_and_who_says_nothing_makes_room",
     ),
-    ("STRANGERS", "tests/it/limits/mod.rs", "unauthenticated_streams_open_at_once_are_limited"),
-    ("STRANGERS", "tests/it/limits/mod.rs", "unauthenticated_calls_in_flight_are_limited"),
-    ("STRANGER_BYTES", "tests/it/limits/mod.rs", "an_unauthenticated_call_sends_at_most_64_kib"),
-    ("HANDSHAKE", "tests/it/tls.rs", "who_says_nothing_keeps_nobody_waiting_and_is_let_go"),
+    ("UNAUTHENTICATED_CALLS", "tests/it/limits/mod.rs", "unauthenticated_streams_open_at_once_are_limited"),
+    ("UNAUTHENTICATED_CALLS", "tests/it/limits/mod.rs", "unauthenticated_calls_in_flight_are_limited"),
+    ("UNAUTHENTICATED_CALL_BYTES", "tests/it/limits/mod.rs", "an_unauthenticated_call_sends_at_most_64_kib"),
+    ("HANDSHAKE", "tests/it/tls.rs", "silent_connections_delay_no_others_and_are_closed"),
     ("HANDSHAKES", "src/server/incoming.rs", "where_too_many_shake_hands_the_oldest_is_let_go"),
-    ("database_start_timeout_s", "tests/it/starts.rs", "a_start_waits_no_longer_than_it_is_told"),
+    ("database_start_timeout_s", "tests/it/starts.rs", "a_start_waits_no_longer_than_its_timeout"),
     ("retention_s", "tests/it/retention.rs", "events_are_removed_a_set_time_after_their_job_closed"),
     ("session_lifetime_s", "tests/it/limits/mod.rs", "a_session_expires_after_its_lifetime"),
     (
@@ -180,7 +182,8 @@ impl Scene {
 
 /// An event whose metadata has exactly this many bytes.
 fn large(bytes: usize) -> pb::NewEvent {
-    let mut sized = (0..64).map(|less| noted(info("x"), [("text", Value::from("x".repeat(bytes - less)))]));
+    let mut sized =
+        (0..64).map(|less| with_metadata(info("x"), [("text", Value::from("x".repeat(bytes - less)))]));
     sized.find(|event| event.metadata.as_ref().unwrap().encoded_len() == bytes).unwrap()
 }
 
@@ -268,8 +271,8 @@ async fn a_message_has_at_most_one_mebibyte() {
 async fn an_unauthenticated_call_sends_at_most_64_kib() {
     let server = TestServer::start().await;
     // The limit includes the five bytes of the prefix of each gRPC message.
-    let at = HealthCheckRequest { service: "x".repeat(STRANGER_BYTES - 5 - 4) };
-    assert_eq!(at.encoded_len(), STRANGER_BYTES - 5);
+    let at = HealthCheckRequest { service: "x".repeat(UNAUTHENTICATED_CALL_BYTES - 5 - 4) };
+    assert_eq!(at.encoded_len(), UNAUTHENTICATED_CALL_BYTES - 5);
     let mut past = at.clone();
     past.service.push('x');
     let mut health = HealthClient::new(server.channel.clone());
@@ -279,11 +282,13 @@ async fn an_unauthenticated_call_sends_at_most_64_kib() {
         let mut answers = raw::open(server.channel.clone(), None, "AuthService/SignUp", [message]).await?;
         within_timeout("an answer", answers.message()).await
     };
-    assert!(sign_up(STRANGER_BYTES).await.unwrap().is_some());
-    for refused in [sign_up(STRANGER_BYTES + 1).await.map(drop), health.check(past).await.map(drop)] {
+    assert!(sign_up(UNAUTHENTICATED_CALL_BYTES).await.unwrap().is_some());
+    for refused in
+        [sign_up(UNAUTHENTICATED_CALL_BYTES + 1).await.map(drop), health.check(past).await.map(drop)]
+    {
         let status = refused.unwrap_err();
         assert_eq!(status.code(), Code::OutOfRange);
-        assert!(status.message().contains(&STRANGER_BYTES.to_string()), "{status:?}");
+        assert!(status.message().contains(&UNAUTHENTICATED_CALL_BYTES.to_string()), "{status:?}");
     }
 }
 
@@ -303,7 +308,7 @@ async fn unauthenticated_streams_open_at_once_are_limited() {
     let server = TestServer::start().await;
     let user = server.customer().await;
     let (mut connections, mut watching) = (Vec::new(), Vec::new());
-    for n in 0..STRANGERS {
+    for n in 0..UNAUTHENTICATED_CALLS {
         if n % STREAMS_PER_CONNECTION as usize == 0 {
             connections.push(server.other_clients());
         }
@@ -331,7 +336,7 @@ async fn unauthenticated_calls_in_flight_are_limited() {
     };
     let mut unfinished = JoinSet::new();
     let mut connection = server.other_clients();
-    for n in 0..=STRANGERS {
+    for n in 0..=UNAUTHENTICATED_CALLS {
         if n % STREAMS_PER_CONNECTION as usize == 0 {
             connection = server.other_clients();
         }

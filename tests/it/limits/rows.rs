@@ -13,7 +13,7 @@ use prost::Message;
 use prost_types::{Struct, Value};
 
 use super::{Scene, assert_limit_named, exactly, large, sign_up};
-use crate::support::{info, noted, registration};
+use crate::support::{info, registration, with_metadata};
 
 /// A request at a limit and one past it.
 struct Row {
@@ -81,8 +81,8 @@ impl Scene {
                 APPEND,
                 "events[0].metadata",
                 TEXT_CHARS,
-                &one(noted(info("x"), [(&"ü".repeat(TEXT_CHARS), Value::from(1.0))])),
-                &one(noted(info("x"), [(&"ü".repeat(TEXT_CHARS + 1), Value::from(1.0))])),
+                &one(with_metadata(info("x"), [(&"ü".repeat(TEXT_CHARS), Value::from(1.0))])),
+                &one(with_metadata(info("x"), [(&"ü".repeat(TEXT_CHARS + 1), Value::from(1.0))])),
             ),
             row(
                 &["CONFIGURATION_STEPS"],

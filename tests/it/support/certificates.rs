@@ -21,7 +21,7 @@ pub struct Authority {
 
 /// A certificate and its private key, as PEM.
 #[derive(Clone, Debug)]
-pub struct Pair {
+pub struct TlsIdentity {
     pub certificate: String,
     pub key: String,
 }
@@ -40,30 +40,30 @@ impl Authority {
     }
 
     /// A server certificate for these DNS names or IP addresses.
-    pub fn server(&self, names: &[&str]) -> Pair {
+    pub fn server(&self, names: &[&str]) -> TlsIdentity {
         self.issue(names, ExtendedKeyUsagePurpose::ServerAuth)
     }
 
-    pub fn client(&self) -> Pair {
+    pub fn client(&self) -> TlsIdentity {
         self.issue(&["client.example.com"], ExtendedKeyUsagePurpose::ClientAuth)
     }
 
-    fn issue(&self, names: &[&str], purpose: ExtendedKeyUsagePurpose) -> Pair {
+    fn issue(&self, names: &[&str], purpose: ExtendedKeyUsagePurpose) -> TlsIdentity {
         let names: Vec<String> = names.iter().map(ToString::to_string).collect();
         let mut params = CertificateParams::new(names).unwrap();
         params.extended_key_usages = vec![purpose];
         let key = KeyPair::generate().unwrap();
         let certificate = params.signed_by(&key, &self.issuer).unwrap();
-        Pair { certificate: certificate.pem(), key: key.serialize_pem() }
+        TlsIdentity { certificate: certificate.pem(), key: key.serialize_pem() }
     }
 
     /// The TLS settings of a client that trusts this authority alone.
-    pub fn believer(&self) -> ClientTlsConfig {
+    pub fn client_tls(&self) -> ClientTlsConfig {
         ClientTlsConfig::new().ca_certificate(Certificate::from_pem(self.pem()))
     }
 }
 
-impl Pair {
+impl TlsIdentity {
     pub fn identity(&self) -> Identity {
         Identity::from_pem(&self.certificate, &self.key)
     }
@@ -71,14 +71,14 @@ impl Pair {
 
 /// The TLS files of a server and its clients, in a temporary directory.
 #[derive(Debug)]
-pub struct Files(TemporaryDir);
+pub struct TlsFiles(TemporaryDir);
 
-impl Files {
+impl TlsFiles {
     /// The files of a server at 127.0.0.1 whose certificate this authority signs.
     pub fn new(authority: &Authority) -> Self {
         let files = Self(TemporaryDir::new());
         files.write("ca.pem", &authority.pem());
-        files.put(&authority.server(&["127.0.0.1"]));
+        files.replace_server_certificate(&authority.server(&["127.0.0.1"]));
         files
     }
 
@@ -95,7 +95,7 @@ impl Files {
     }
 
     /// Replaces the server's certificate and key.
-    pub fn put(&self, pair: &Pair) {
+    pub fn replace_server_certificate(&self, pair: &TlsIdentity) {
         self.write("server.pem", &pair.certificate);
         self.write("server.key", &pair.key);
     }
@@ -109,7 +109,7 @@ impl Files {
     }
 
     /// The settings of a server that demands client certificates of this authority.
-    pub fn asking(&self, authority: &Authority) -> TlsConfig {
+    pub fn server_with_client_ca(&self, authority: &Authority) -> TlsConfig {
         TlsConfig { tls_client_ca: Some(self.write("clients.pem", &authority.pem())), ..self.server() }
     }
 

@@ -172,14 +172,14 @@ impl TestDatabase {
 
     /// Makes Postgres refuse new connections to this database and terminates the
     /// open ones.
-    pub async fn take_away(&self) {
+    pub async fn make_unavailable(&self) {
         let name = &self.name;
         admin(&format!("ALTER DATABASE {name} ALLOW_CONNECTIONS false")).await;
         admin(&format!("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"))
             .await;
     }
 
-    pub async fn bring_back(&self) {
+    pub async fn make_available(&self) {
         admin(&format!("ALTER DATABASE {} ALLOW_CONNECTIONS true", self.name)).await;
     }
 }

@@ -41,7 +41,7 @@ pub fn named(event: NewEvent, name: impl Into<String>) -> NewEvent {
 }
 
 /// The event with this metadata.
-pub fn noted<const N: usize>(event: NewEvent, entries: [(&str, Value); N]) -> NewEvent {
+pub fn with_metadata<const N: usize>(event: NewEvent, entries: [(&str, Value); N]) -> NewEvent {
     NewEvent { metadata: Some(metadata(entries)), ..event }
 }
 

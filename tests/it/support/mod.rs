@@ -14,10 +14,10 @@ mod server;
 mod temporary;
 mod watch;
 
-pub use certificates::{Authority, Files, Pair};
+pub use certificates::{Authority, TlsFiles, TlsIdentity};
 pub use clients::{Caller, Clients, PASSWORD, User, registration};
 pub use cluster::TestDatabase;
-pub use events::{complete, error, info, metadata, named, noted, step};
+pub use events::{complete, error, info, metadata, named, step, with_metadata};
 pub use port::own_address;
 pub use process::{DRAIN_DEADLINE, ServerProcess, operate};
 pub use proxy::{Mode, Proxy};

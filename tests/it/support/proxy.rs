@@ -15,12 +15,12 @@ pub enum Mode {
     /// Forwards bytes both ways.
     Pass,
     /// Forwards bytes both ways and delays each direction by this duration.
-    Far(Duration),
+    Delay(Duration),
     /// Closes all connections and refuses new ones.
     Refuse,
     /// Reads bytes and drops them. A connection that is open in this mode stays
     /// silent for good, as after the loss of a machine.
-    Swallow,
+    Discard,
     /// Closes all connections and answers new ones like a Postgres that is still
     /// starting.
     Starting,
@@ -86,10 +86,10 @@ async fn run(
 async fn serve(mut client: TcpStream, socket: PathBuf, mut modes: watch::Receiver<Mode>) {
     let mode = *modes.borrow_and_update();
     match mode {
-        Mode::Pass | Mode::Far(_) => {
+        Mode::Pass | Mode::Delay(_) => {
             let mut postgres = UnixStream::connect(socket).await.unwrap();
             let forwarding = async {
-                if let Mode::Far(delay) = mode {
+                if let Mode::Delay(delay) = mode {
                     let ((from_client, to_client), (from_postgres, to_postgres)) =
                         (client.split(), postgres.split());
                     tokio::select! {
@@ -120,7 +120,7 @@ async fn serve(mut client: TcpStream, socket: PathBuf, mut modes: watch::Receive
             return;
         }
         Mode::Refuse => return,
-        Mode::Swallow => {}
+        Mode::Discard => {}
     }
     let closed = modes.wait_for(|mode| matches!(mode, Mode::Refuse | Mode::Starting));
     let mut discard = sink();

@@ -66,12 +66,12 @@ impl TestServer {
     }
 
     pub async fn on(database: TestDatabase) -> Self {
-        Self::that_keeps(database, None).await
+        Self::with_retention(database, None).await
     }
 
     /// Starts a server that removes the events of a job this long after it closed;
     /// `None` keeps them.
-    pub async fn that_keeps(database: TestDatabase, retention: Option<Duration>) -> Self {
+    pub async fn with_retention(database: TestDatabase, retention: Option<Duration>) -> Self {
         Setup { retention, ..Setup::of(database) }.serve(Clients::of).await
     }
 
@@ -84,14 +84,14 @@ impl TestServer {
     }
 
     /// Starts a server with TLS on a new database; its clients trust `authority`.
-    pub async fn encrypted(tls: &TlsConfig, authority: &Authority) -> Self {
-        let clients = |address| Clients::over_tls(address, authority.believer());
+    pub async fn with_tls(tls: &TlsConfig, authority: &Authority) -> Self {
+        let clients = |address| Clients::over_tls(address, authority.client_tls());
         let tls = Tls::start(tls).await.unwrap();
         Setup { tls, ..Setup::of(TestDatabase::migrated().await) }.serve(clients).await
     }
 
     /// Starts a server on a new database; it exports its traces through `traces`.
-    pub async fn traced(traces: Traces) -> Self {
+    pub async fn with_traces(traces: Traces) -> Self {
         let telemetry = Telemetry { traces, ..Telemetry::default() };
         Setup { telemetry, ..Setup::of(TestDatabase::migrated().await) }.serve(Clients::of).await
     }

@@ -80,7 +80,7 @@ impl Watch {
 
     /// Reads up to the `end` of a closed job, and checks that the stream then ends
     /// with OK.
-    pub async fn film(mut self) -> WatchedJob {
+    pub async fn read_to_end(mut self) -> WatchedJob {
         let mut job = WatchedJob { events: Vec::new(), past: None, end: pb::WatchEnd::default() };
         loop {
             match self.next().await.unwrap().expect("`end` is the last message") {
