@@ -1,5 +1,5 @@
-//! Whether what was acknowledged is what is stored: every event once, under
-//! its sequence, and nothing else.
+//! Checks that exactly the acknowledged events are stored: each once, with its
+//! sequence, and no others.
 
 use std::collections::BTreeMap;
 
@@ -9,18 +9,18 @@ use uuid::Uuid;
 
 use crate::{Result, store::Acked};
 
-/// Logs that are read back at once.
+/// Number of logs that are read back concurrently.
 const AT_ONCE: usize = 8;
 
-/// How far each job's log has been checked.
+/// Reads logs back; it remembers the last checked sequence of each.
 #[derive(Default)]
 pub(crate) struct Checker {
     checked: BTreeMap<usize, i64>,
 }
 
 impl Checker {
-    /// Reads back through ListEvents what was appended since the last check and
-    /// compares it with what was acknowledged.
+    /// Reads with `ListEvents` the events appended since the last check and compares
+    /// them with the acknowledged ones.
     pub(crate) async fn check(&mut self, client: &Client, jobs: &[String], acked: &[Acked]) -> Result<()> {
         let mut logs: BTreeMap<usize, BTreeMap<i64, Uuid>> = BTreeMap::new();
         for event in acked {
@@ -38,7 +38,7 @@ impl Checker {
     }
 }
 
-/// Compares one job's log after a sequence; its last sequence.
+/// Compares a job's log after a sequence, and returns its last sequence.
 async fn compare(client: &Client, job: &str, after: i64, acked: &BTreeMap<i64, Uuid>) -> Result<i64> {
     let mut expected = acked.iter();
     let mut last = after;
@@ -53,11 +53,13 @@ async fn compare(client: &Client, job: &str, after: i64, acked: &BTreeMap<i64, U
         for event in page.events {
             let stored = (event.sequence, event.id.parse::<Uuid>()?);
             if event.sequence != last + 1 {
-                return Err(format!("job {job} has event {} after {last}", event.sequence).into());
+                return Err(format!("job {job} has event {} after event {last}", event.sequence).into());
             }
             last = event.sequence;
             if expected.next() != Some((&stored.0, &stored.1)) {
-                return Err(format!("event {last} of job {job} is not what was acknowledged").into());
+                return Err(
+                    format!("event {last} of job {job} has another id than the acknowledged event").into()
+                );
             }
         }
         if page.next_page_token.is_empty() {
@@ -68,18 +70,18 @@ async fn compare(client: &Client, job: &str, after: i64, acked: &BTreeMap<i64, U
     match expected.next() {
         None => Ok(last),
         Some((sequence, _)) => {
-            Err(format!("event {sequence} of job {job} was acknowledged and is lost").into())
+            Err(format!("event {sequence} of job {job} was acknowledged, but is not stored").into())
         }
     }
 }
 
-/// That etcd counted as many changes as it acknowledged.
+/// Checks that etcd's revision grew by the number of acknowledged puts.
 pub(crate) fn check_etcd(before: i64, acked: &[Acked]) -> Result<()> {
     let last = acked.iter().map(|event| event.sequence).max().unwrap_or(before);
     let acked = i64::try_from(acked.len())?;
     if last - before == acked {
         Ok(())
     } else {
-        Err(format!("etcd acknowledged {acked} puts and counted {}", last - before).into())
+        Err(format!("etcd acknowledged {acked} puts, but its revision grew by {}", last - before).into())
     }
 }

@@ -1,5 +1,5 @@
-//! A tonic server of one method that takes nothing, does nothing and answers
-//! with nothing: what a call costs at least.
+//! A tonic server of one method with an empty request and response, which does nothing.
+//! It shows the minimal cost of a call.
 
 use std::{
     convert::Infallible,
@@ -39,19 +39,19 @@ impl tower::Service<http::Request<Body>> for Empty {
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
         Box::pin(async move {
-            let nothing = service_fn(async |_: Request<()>| Ok::<_, Status>(Response::new(())));
+            let method = service_fn(async |_: Request<()>| Ok::<_, Status>(Response::new(())));
             let mut grpc = tonic::server::Grpc::new(ProstCodec::<(), ()>::default());
-            Ok(grpc.unary(nothing, request).await)
+            Ok(grpc.unary(method, request).await)
         })
     }
 }
 
-/// Serves until the process is ended.
+/// Serves until the process is killed.
 pub(crate) async fn serve(address: SocketAddr) -> Result<()> {
     Ok(Server::builder().add_service(Empty).serve(address).await?)
 }
 
-/// Calls it.
+/// Calls the empty method.
 pub(crate) async fn call(grpc: &mut Grpc<Channel>) -> Result<()> {
     grpc.ready().await?;
     let path = PathAndQuery::from_static("/bench.Empty/Call");

@@ -1,5 +1,5 @@
-//! etcd's `Put` and `Watch`: the messages of its public API, as far as they
-//! are used here, and the calls.
+//! A client for etcd's `Put` and `Watch`, with those fields of its public API that are
+//! used here.
 
 use std::{net::SocketAddr, process::Command};
 
@@ -37,7 +37,7 @@ pub(crate) struct ResponseHeader {
 
 #[derive(Clone, PartialEq, prost::Message)]
 struct WatchRequest {
-    // The only member that is used of a oneof, which is the same on the wire.
+    // One member of a oneof, declared as a field: the encoding is the same.
     #[prost(message, optional, tag = "1")]
     create_request: Option<WatchCreateRequest>,
 }
@@ -79,7 +79,7 @@ pub(crate) struct KeyValue {
     pub(crate) value: Bytes,
 }
 
-/// Stores a value; the revision of the whole store after it.
+/// Stores a value and returns the revision of the whole store after it.
 pub(crate) async fn put(grpc: &mut Grpc<Channel>, key: Bytes, value: Bytes) -> Result<i64> {
     grpc.ready().await?;
     let path = PathAndQuery::from_static("/etcdserverpb.KV/Put");
@@ -88,8 +88,8 @@ pub(crate) async fn put(grpc: &mut Grpc<Channel>, key: Bytes, value: Bytes) -> R
     Ok(response.into_inner().header.ok_or("an answer without a header")?.revision)
 }
 
-/// A stream with one watch of one key, from now on or from a revision, which
-/// has been confirmed when this returns.
+/// Opens a stream with a watch of one key and waits until etcd confirms the watch. It
+/// starts at a revision, or from now on for revision 0.
 pub(crate) async fn watch(
     channel: Channel,
     key: Bytes,
@@ -98,7 +98,7 @@ pub(crate) async fn watch(
     let mut grpc = Grpc::new(channel);
     grpc.ready().await?;
     let create = WatchRequest { create_request: Some(WatchCreateRequest { key, start_revision }) };
-    // The end of the requests would end the watch.
+    // The stream of requests stays open: its end would end the watch.
     let requests = stream::once(async move { create }).chain(stream::pending());
     let path = PathAndQuery::from_static("/etcdserverpb.Watch/Watch");
     let codec = Codec::<WatchRequest, WatchResponse>::default();
@@ -109,14 +109,14 @@ pub(crate) async fn watch(
     }
 }
 
-/// Whether it answers.
+/// Fails if etcd does not answer.
 pub(crate) async fn probe(address: SocketAddr) -> Result<()> {
     let channel = Endpoint::from_shared(format!("http://{address}"))?.connect().await?;
     put(&mut Grpc::new(channel), Bytes::from_static(b"probe"), Bytes::new()).await?;
     Ok(())
 }
 
-/// Of the etcd that is installed, if one is.
+/// The version of the installed etcd; none without one.
 pub(crate) fn version() -> Option<String> {
     let output = Command::new("etcd").arg("--version").output().ok()?;
     let text = String::from_utf8(output.stdout).ok()?;

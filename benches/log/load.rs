@@ -1,4 +1,4 @@
-//! Closed loops: workers that call again as soon as they are answered.
+//! Closed-loop load: each worker makes its next call once the last one is answered.
 
 use std::time::{Duration, Instant};
 
@@ -6,39 +6,39 @@ use tokio::task::JoinSet;
 
 use crate::{Options, Result, report::Measure};
 
-/// Somebody who calls.
 pub(crate) trait Worker: Send + 'static {
-    /// One call, until it is answered.
+    /// Makes one call and returns once it is answered.
     fn work(&mut self) -> impl Future<Output = Result<()>> + Send;
 
-    /// Waits for what is under way.
+    /// Waits for answers that are outstanding at the end of a round.
     fn finish(&mut self) -> impl Future<Output = Result<()>> + Send {
         async { Ok(()) }
     }
 }
 
-/// How long the calls of a round took that ended within its time.
+/// The calls of a round that ended within its measured time.
 pub(crate) struct Calls {
     pub(crate) latencies: Vec<Duration>,
+    /// The measured time.
     pub(crate) window: Duration,
 }
 
 impl Calls {
-    /// Calls a second, each of them counted so many times.
+    /// The calls a second, multiplied by `units`, the number of events in a call.
     pub(crate) fn rate(&self, units: f64) -> Measure {
         let calls = f64::from(u32::try_from(self.latencies.len()).unwrap_or(u32::MAX));
         let value = units * calls / self.window.as_secs_f64();
         Measure { value, latencies: Some(latency(&self.latencies)) }
     }
 
-    /// The median of the latencies, in milliseconds.
+    /// The median latency in milliseconds.
     pub(crate) fn p50(&self) -> Measure {
         let latencies = latency(&self.latencies);
         Measure { value: latencies[0], latencies: Some(latencies) }
     }
 }
 
-/// p50, p99 and p99.9, in milliseconds; zeros for none.
+/// p50, p99 and p99.9 in milliseconds; zeros without latencies.
 pub(crate) fn latency(latencies: &[Duration]) -> [f64; 3] {
     let mut sorted = latencies.to_vec();
     sorted.sort_unstable();
@@ -48,8 +48,8 @@ pub(crate) fn latency(latencies: &[Duration]) -> [f64; 3] {
     })
 }
 
-/// Drives the workers for a round, after a fifth of its time, at most 3 s, to
-/// get going. Gives them back when all that was called is answered.
+/// Runs the workers for a round. Before it they warm up for a fifth of its time, at most
+/// 3 s, which is not measured. Returns the workers once all calls are answered.
 pub(crate) async fn drive<W: Worker>(workers: Vec<W>, options: &Options) -> Result<(Vec<W>, Calls)> {
     let window = options.round();
     let from = Instant::now() + (window / 5).min(Duration::from_secs(3));

@@ -1,10 +1,10 @@
-//! What the numbers were measured on.
+//! Describes the machine and the versions that were measured.
 
 use std::{fs, thread};
 
 use crate::{Result, etcd};
 
-/// A few lines for above the table.
+/// The lines to print above the table.
 pub(crate) fn describe(postgres: &str) -> Result<String> {
     let file = |path| fs::read_to_string(path).unwrap_or_default();
     let value = |text: &str, name: &str| {

@@ -1,49 +1,49 @@
-//! The benchmark: milepost beside what a user would otherwise pick.
+//! The benchmark: compares milepost with other systems that its users could choose,
+//! called peers.
 //!
-//! `cargo bench --bench log [-- ROW…]` starts a durable Postgres, the release
-//! server and the row's peer, each a process of its own, and loads them in
-//! turns: milepost, peer, milepost, peer … Each round comes after a CHECKPOINT;
-//! the median of the rounds' ratios decides. What is received is checked: a
-//! wrong answer, however fast, fails the run.
+//! `cargo bench --bench log [-- ROW…]` starts a durable Postgres, the release server
+//! and the row's peer, each as a process of its own. It loads milepost and the peer in
+//! alternating rounds, each after a CHECKPOINT. The median of the rounds' ratios
+//! decides. All answers and received events are checked: a wrong one fails the row.
 
-mod bed;
+mod accounts;
 mod check;
-mod data_dir;
 mod empty;
 mod etcd;
+mod event_service;
+mod harness;
 mod load;
 mod machine;
 mod report;
 mod rows;
-mod service;
 mod store;
-mod tenant;
+mod temporary_dir;
 
 use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Parser, ValueEnum as _};
 
-use self::{bed::Bed, rows::Row};
+use self::{harness::Harness, rows::Row};
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Measures milepost beside its peers: etcd, the append statement driven by pgbench, COPY, an empty method
+/// Compares milepost with its peers: etcd, the append statement driven by pgbench, COPY, an empty method
 #[derive(Clone, Debug, Parser)]
 struct Options {
     /// Rows to measure; all of them by default
     #[arg(value_enum)]
     rows: Vec<Row>,
 
-    /// File for the table as JSON: objects with row, milepost, peer, ratio, goal, met
+    /// File to write the table to as JSON: objects with row, milepost, peer, ratio, goal, met
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 
-    /// Fail where a peer is not installed
+    /// Fail if a peer is not installed; the default is a warning
     #[arg(long)]
     require_peers: bool,
 
-    /// Rounds of each side
+    /// Rounds of milepost, and as many of the peer
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
     rounds: u32,
 
@@ -56,15 +56,15 @@ struct Options {
           value_parser = clap::value_parser!(u32).range(10_000..=100_000_000))]
     flat_events: u32,
 
-    /// A setting of Postgres to try, as NAME=VALUE; may be given more than once
+    /// A Postgres setting, as NAME=VALUE; may be given several times
     #[arg(long, value_name = "SETTING", value_parser = setting)]
     set: Vec<(String, String)>,
 
-    /// Given by `cargo bench`
+    /// `cargo bench` passes it
     #[arg(long, hide = true)]
     bench: bool,
 
-    /// How the benchmark starts the empty method in a process of its own
+    /// Serve the empty method at this address; the benchmark starts itself so
     #[arg(long, hide = true, value_name = "ADDRESS")]
     serve_empty: Option<SocketAddr>,
 }
@@ -76,7 +76,7 @@ impl Options {
 }
 
 fn setting(text: &str) -> Result<(String, String), String> {
-    let (name, value) = text.split_once('=').ok_or("NAME=VALUE is expected")?;
+    let (name, value) = text.split_once('=').ok_or("expected NAME=VALUE")?;
     Ok((name.to_owned(), value.to_owned()))
 }
 
@@ -99,20 +99,20 @@ async fn run(options: Options) -> Result<()> {
     let rows = if options.rows.is_empty() { Row::value_variants().to_vec() } else { options.rows.clone() };
     let json = options.json.clone();
     let mut conditions =
-        format!("rounds: {} of {} s, milepost and peer in turns\n", options.rounds, options.seconds);
+        format!("rounds: {} of {} s, milepost and peer alternating\n", options.rounds, options.seconds);
     for (name, value) in &options.set {
         conditions.push_str(&format!("Postgres with {name} = {value}\n"));
     }
-    let bed = Bed::start(options).await?;
+    let harness = Harness::start(options).await?;
     let measured = tokio::select! {
-        measured = measure(&bed, &rows) => measured,
+        measured = measure(&harness, &rows) => measured,
         interrupted = tokio::signal::ctrl_c() => interrupted.map_err(Error::from).and(Err("interrupted".into())),
     };
-    let described = match bed.postgres_version().await {
+    let described = match harness.postgres_version().await {
         Ok(version) => machine::describe(&version),
         Err(error) => Err(error),
     };
-    bed.stop().await?;
+    harness.stop().await?;
     let (outcomes, failed) = measured?;
     println!("\n{}{conditions}", described?);
     println!("{}", report::table(&outcomes));
@@ -122,12 +122,12 @@ async fn run(options: Options) -> Result<()> {
     if failed.is_empty() { Ok(()) } else { Err(failed.join("\n").into()) }
 }
 
-/// The rows' outcomes, and what failed: one row's failure does not take away
-/// what the others came to.
-async fn measure(bed: &Bed, rows: &[Row]) -> Result<(Vec<report::Outcome>, Vec<String>)> {
+/// The outcomes of the rows, and the errors of those that failed. A row that fails does
+/// not stop the others.
+async fn measure(harness: &Harness, rows: &[Row]) -> Result<(Vec<report::Outcome>, Vec<String>)> {
     let (mut outcomes, mut failed) = (Vec::new(), Vec::new());
     for row in rows {
-        match row.measure(bed).await {
+        match row.measure(harness).await {
             Ok(measured) => outcomes.extend(measured),
             Err(error) => {
                 let name = row.name();

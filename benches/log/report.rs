@@ -1,8 +1,8 @@
-//! What rows come to, as a table and as JSON.
+//! The outcomes of the rows, printed as a table and as JSON.
 
 use std::fmt::Write as _;
 
-/// What one side came to in one round.
+/// The measurement of milepost or a peer in one round.
 #[derive(Clone, Copy)]
 pub(crate) struct Measure {
     /// In the row's unit.
@@ -17,31 +17,31 @@ impl Measure {
     }
 }
 
-/// What has to hold for a row.
+/// What a row must reach to be met.
 #[derive(Clone, Copy)]
 pub(crate) enum Goal {
-    /// At least so many times the peer.
+    /// The ratio to the peer is at least this.
     AtLeast(f64),
-    /// At most so many times the peer.
+    /// The ratio to the peer is at most this.
     AtMost(f64),
-    /// At most so many times the peer, and at most so much.
+    /// The ratio to the peer is at most the first number, and the value in the row's unit
+    /// at most the second.
     AtMostAnd(f64, f64),
-    /// At most so much.
+    /// The value in the row's unit is at most this.
     Within(f64),
 }
 
-/// A row of the table, round by round.
+/// The measurements of one row of the table, one a round.
 pub(crate) struct Outcome {
     pub(crate) row: String,
     pub(crate) unit: &'static str,
-    /// What it is compared with.
     pub(crate) peer_name: &'static str,
     pub(crate) goal: Option<Goal>,
     milepost: Vec<Measure>,
     peer: Vec<Measure>,
 }
 
-/// One side's median over the rounds.
+/// The medians of milepost's or the peer's measurements over the rounds.
 struct Side {
     median: f64,
     least: f64,
@@ -59,22 +59,26 @@ impl Outcome {
         Self { row: row.into(), unit, peer_name, goal, milepost: Vec::new(), peer: Vec::new() }
     }
 
-    /// Takes in what milepost came to in a round.
-    pub(crate) fn milepost(&mut self, measure: Measure) {
+    /// Adds milepost's measurement of a round.
+    pub(crate) fn add_milepost(&mut self, measure: Measure) {
         eprintln!("{:<22} milepost {} {}", self.row, number(measure.value), self.unit);
         self.milepost.push(measure);
     }
 
-    /// Takes in what the peer came to in the same round.
-    pub(crate) fn peer(&mut self, measure: Measure) {
+    /// Adds the peer's measurement of a round.
+    pub(crate) fn add_peer(&mut self, measure: Measure) {
         eprintln!("{:<22} {} {} {}", self.row, self.peer_name, number(measure.value), self.unit);
         self.peer.push(measure);
     }
 
-    /// Median, least and most of the rounds' ratios.
+    /// Median, minimum and maximum of the rounds' ratios.
     fn ratio(&self) -> Option<[f64; 3]> {
-        let mut ratios: Vec<f64> =
-            self.milepost.iter().zip(&self.peer).map(|(ours, theirs)| ours.value / theirs.value).collect();
+        let mut ratios: Vec<f64> = self
+            .milepost
+            .iter()
+            .zip(&self.peer)
+            .map(|(milepost, peer)| milepost.value / peer.value)
+            .collect();
         ratios.sort_by(f64::total_cmp);
         Some([median(&ratios)?, *ratios.first()?, *ratios.last()?])
     }
@@ -119,13 +123,13 @@ impl Outcome {
     }
 }
 
-/// A list of objects.
+/// A JSON list with an object for each row.
 pub(crate) fn json(outcomes: &[Outcome]) -> String {
     let objects: Vec<String> = outcomes.iter().map(|outcome| format!("  {}", outcome.json())).collect();
     format!("[\n{}\n]\n", objects.join(",\n"))
 }
 
-/// In Markdown, aligned to be read as text too.
+/// Markdown tables, aligned to be readable as plain text.
 pub(crate) fn table(outcomes: &[Outcome]) -> String {
     let head = ["row", "unit", "milepost", "peer", "", "ratio", "spread of ratio", "goal", "met"];
     let mut rows = vec![head.map(str::to_owned)];
@@ -151,8 +155,8 @@ pub(crate) fn table(outcomes: &[Outcome]) -> String {
                 .and_then(|side| side.latencies)
                 .map(|of| of.map(|ms| format!("{ms:.2}")).join(" / "))
         };
-        if let Some(ours) = text(&outcome.milepost) {
-            latencies.push([outcome.row.clone(), ours, text(&outcome.peer).unwrap_or_default()]);
+        if let Some(milepost) = text(&outcome.milepost) {
+            latencies.push([outcome.row.clone(), milepost, text(&outcome.peer).unwrap_or_default()]);
         }
     }
     if latencies.len() > 1 {
@@ -168,7 +172,7 @@ fn lines<const N: usize>(rows: &[[String; N]]) -> String {
     let widths: [usize; N] = std::array::from_fn(width);
     for (number, row) in rows.iter().enumerate() {
         for (cell, width) in row.iter().zip(widths) {
-            // Writing to a string does not fail.
+            // Writing to a `String` does not fail.
             let _ = write!(text, "| {cell:<width$} ");
         }
         text.push_str("|\n");
@@ -201,14 +205,14 @@ fn side(measures: &[Measure]) -> Option<Side> {
     Some(Side { median: median(&values)?, least: *values.first()?, most: *values.last()?, latencies })
 }
 
-/// Of sorted values.
+/// The median of sorted values; none of an empty list.
 pub(crate) fn median(sorted: &[f64]) -> Option<f64> {
     let upper = sorted.get(sorted.len() / 2)?;
     let lower = sorted.get((sorted.len() - 1) / 2)?;
     Some(f64::midpoint(*lower, *upper))
 }
 
-/// With three digits or all of the whole ones.
+/// A number with three decimals below 10, one below 100, and none from there on.
 fn number(value: f64) -> String {
     let decimals = if value >= 100.0 {
         0

@@ -1,6 +1,6 @@
-//! milepost and etcd behind one face: many named logs, appended to and watched
-//! over some connections. A job is a log of milepost's; of etcd's, a key whose
-//! versions are the events.
+//! One interface to milepost and etcd: named logs that are appended to and watched. A
+//! log is a job in milepost. In etcd it is a key, and the versions of its value are the
+//! events.
 
 use std::{net::SocketAddr, sync::Arc, time::Instant};
 
@@ -19,19 +19,19 @@ use uuid::Uuid;
 
 use crate::{
     Result,
+    accounts::step_tag,
     etcd::{self, WatchResponse},
-    service::{Connection, endpoint},
-    tenant::step_tag,
+    event_service::{Connection, endpoint},
 };
 
 /// Length of each event's name, in bytes.
 const NAME_BYTES: usize = 64;
 
-/// One of the two, over some connections.
+/// The logs of milepost or etcd, reached over some connections.
 #[derive(Clone)]
 pub(crate) struct Store {
     connections: Connections,
-    /// Job ids, which are etcd's keys as well.
+    /// Job ids; the same texts are the keys in etcd.
     pub(crate) logs: Arc<[String]>,
 }
 
@@ -41,40 +41,40 @@ enum Connections {
     Etcd(Vec<Channel>),
 }
 
-/// One who appends, over one of the connections.
+/// Appends over one of the connections.
 pub(crate) enum Writer {
     Milepost(Connection),
     Etcd(Box<Grpc<Channel>>),
 }
 
-/// An event that was acknowledged.
+/// An acknowledged event.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Acked {
-    /// Which log.
+    /// Index of the log in [`Store::logs`].
     pub(crate) log: usize,
-    /// Its place there; of etcd, the revision of the whole store.
+    /// In milepost the job's sequence; in etcd the revision of the whole store.
     pub(crate) sequence: i64,
-    /// Its client's id; none for etcd.
+    /// The event id given by the client; nil for etcd.
     pub(crate) id: Uuid,
 }
 
-/// An open watch, past `caught_up`.
-pub(crate) enum Feed {
-    Milepost(Box<Streaming<crate::service::WatchEventsResponse>>),
+/// The stream of an open watch, after milepost's `caught_up`.
+pub(crate) enum EventStream {
+    Milepost(Box<Streaming<crate::event_service::WatchEventsResponse>>),
     Etcd(Box<Streaming<WatchResponse>>),
 }
 
-/// An event that was watched.
+/// An event that a watch received.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Seen {
-    /// Its place in its log: 1, 2, 3 … with both.
+pub(crate) struct ReceivedEvent {
+    /// 1, 2, 3 … in each log, for milepost and etcd.
     pub(crate) sequence: i64,
-    /// What it was stamped with.
+    /// The stamp that the event was appended with.
     pub(crate) stamp: u64,
 }
 
 impl Store {
-    /// A server's jobs, called with a key.
+    /// The jobs of a milepost server, called with an API key.
     pub(crate) async fn milepost(
         server: SocketAddr,
         key: &str,
@@ -88,7 +88,7 @@ impl Store {
         Ok(Self { connections: Connections::Milepost(open), logs })
     }
 
-    /// An etcd's keys.
+    /// The keys of an etcd server.
     pub(crate) async fn etcd(server: SocketAddr, logs: Arc<[String]>, connections: usize) -> Result<Self> {
         let endpoint = endpoint(server)?;
         let mut channels = Vec::new();
@@ -98,7 +98,7 @@ impl Store {
         Ok(Self { connections: Connections::Etcd(channels), logs })
     }
 
-    /// Somebody who appends over this connection, counted round and round.
+    /// A writer over this connection; the number wraps around.
     pub(crate) fn writer(&self, connection: usize) -> Writer {
         match &self.connections {
             Connections::Milepost(open) => Writer::Milepost(open[connection % open.len()].clone()),
@@ -108,25 +108,25 @@ impl Store {
         }
     }
 
-    /// Watches one log over this connection, from now on; and the sequence up
-    /// to which nothing will come, which etcd does not tell.
-    pub(crate) async fn watch(&self, connection: usize, log: usize) -> Result<(Feed, Option<i64>)> {
+    /// Watches a log from now on over this connection; the number wraps around. Returns
+    /// the stream, and for milepost the log's last sequence, which etcd does not give.
+    pub(crate) async fn watch(&self, connection: usize, log: usize) -> Result<(EventStream, Option<i64>)> {
         let name = self.logs[log].clone();
         match &self.connections {
             Connections::Milepost(open) => {
                 let (stream, sequence) = open[connection % open.len()].watch(name).await?;
-                Ok((Feed::Milepost(Box::new(stream)), Some(sequence)))
+                Ok((EventStream::Milepost(Box::new(stream)), Some(sequence)))
             }
             Connections::Etcd(channels) => {
                 let channel = channels[connection % channels.len()].clone();
-                Ok((Feed::Etcd(Box::new(etcd::watch(channel, name.into(), 0).await?)), None))
+                Ok((EventStream::Etcd(Box::new(etcd::watch(channel, name.into(), 0).await?)), None))
             }
         }
     }
 }
 
-/// Opens a watch and reads through the past to `caught_up`: the stream, the
-/// token there, and for one job its last sequence.
+/// Opens a watch and reads to `caught_up`. Returns the stream, the resume token there,
+/// and for one job its last sequence.
 pub(crate) async fn watch(
     client: &Client,
     scope: watch_events_request::Scope,
@@ -135,7 +135,7 @@ pub(crate) async fn watch(
     let request = WatchEventsRequest { scope: Some(scope), start: Some(start), ..Default::default() };
     let mut stream = client.events().watch_events(request).await?.into_inner();
     loop {
-        let response = stream.message().await?.ok_or("a watch that ended before it caught up")?;
+        let response = stream.message().await?.ok_or("a watch ended before it caught up")?;
         if let Some(Message::CaughtUp(caught_up)) = response.message {
             let sequence = caught_up.job.map_or(0, |job| job.last_sequence);
             return Ok((stream, response.resume_token, sequence));
@@ -144,13 +144,13 @@ pub(crate) async fn watch(
 }
 
 impl Writer {
-    /// Appends one event; returns when it is acknowledged.
+    /// Appends one event and returns once it is acknowledged.
     pub(crate) async fn append(&mut self, logs: &[String], log: usize, stamp: u64) -> Result<Acked> {
         match self {
             Self::Milepost(connection) => {
                 let event = new_event(log, stamp);
                 let id = event.id.parse()?;
-                let sequence = connection.append(append(logs[log].clone(), vec![event])).await?;
+                let sequence = connection.append(append_request(logs[log].clone(), vec![event])).await?;
                 Ok(Acked { log, sequence, id })
             }
             Self::Etcd(grpc) => {
@@ -162,7 +162,7 @@ impl Writer {
     }
 }
 
-/// An event with an id, of one of the steps, that carries a stamp.
+/// A `step` event with a new id; its name begins with the stamp.
 pub(crate) fn new_event(step: usize, stamp: u64) -> NewEvent {
     NewEvent {
         id: Uuid::now_v7().to_string(),
@@ -174,25 +174,26 @@ pub(crate) fn new_event(step: usize, stamp: u64) -> NewEvent {
     }
 }
 
-/// A batch for a job.
-pub(crate) fn append(job_id: String, events: Vec<NewEvent>) -> pb::AppendEventsRequest {
+/// A request that appends events to a job.
+pub(crate) fn append_request(job_id: String, events: Vec<NewEvent>) -> pb::AppendEventsRequest {
     let job = Some(append_events_request::Job::JobId(job_id));
     pb::AppendEventsRequest { job, expected_sequence: None, events }
 }
 
-/// The same for etcd, so long that its request has as many bytes.
+/// The key and value of an event in etcd. The value is padded so that the `Put` request
+/// has as many bytes as the `AppendEvents` request.
 fn etcd_event(job_id: &str, step: usize, stamp: u64) -> (Bytes, Bytes) {
     let mut value = format!("{stamp:020}");
-    // Of the whole request but for the key and the value's own tag and length.
+    // The request without the key's field and without the value's tag and length.
     let length = payload_bytes(job_id, step) - (job_id.len() + 2) - 2;
     value.extend(std::iter::repeat_n('.', length.saturating_sub(value.len())));
     (job_id.to_owned().into(), value.into())
 }
 
-/// Bytes of a request that appends one event.
+/// The size in bytes of an `AppendEvents` request with one event.
 pub(crate) fn payload_bytes(job_id: &str, step: usize) -> usize {
-    // An id and a stamp of any value have the same length; made without the
-    // cost of a new id.
+    // All ids have the same length: the job id stands in for an event id, which costs
+    // time to generate.
     let event = NewEvent {
         id: job_id.to_owned(),
         kind: pb::EventKind::Step.into(),
@@ -200,24 +201,26 @@ pub(crate) fn payload_bytes(job_id: &str, step: usize) -> usize {
         step_tag: step_tag(step),
         ..Default::default()
     };
-    append(job_id.to_owned(), vec![event]).encoded_len()
+    append_request(job_id.to_owned(), vec![event]).encoded_len()
 }
 
-impl Feed {
-    /// The next events; a watch that ends or jumps is an error.
-    pub(crate) async fn next(&mut self) -> Result<Vec<Seen>> {
+impl EventStream {
+    /// The next events. The end of the watch is an error.
+    pub(crate) async fn next(&mut self) -> Result<Vec<ReceivedEvent>> {
         match self {
             Self::Milepost(stream) => loop {
                 let response = stream.message().await?.ok_or("a watch ended")?;
                 match (response.events, response.heartbeat) {
                     (Some(watched), _) => {
-                        let seen = |event: &crate::service::Event| {
-                            Ok(Seen { sequence: event.sequence, stamp: stamp_of(&event.name)? })
+                        let received = |event: &crate::event_service::Event| {
+                            Ok(ReceivedEvent { sequence: event.sequence, stamp: stamp_of(&event.name)? })
                         };
-                        return watched.events.iter().map(seen).collect();
+                        return watched.events.iter().map(received).collect();
                     }
                     (None, Some(_)) => {}
-                    (None, None) => return Err("a watch said neither events nor a heartbeat".into()),
+                    (None, None) => {
+                        return Err("a watch sent a message with neither events nor a heartbeat".into());
+                    }
                 }
             },
             Self::Etcd(stream) => {
@@ -225,29 +228,30 @@ impl Feed {
                 if response.canceled {
                     return Err("etcd canceled a watch".into());
                 }
-                let seen = response
+                let received = response
                     .events
                     .into_iter()
                     .filter_map(|event| event.kv)
-                    .map(|kv| Ok(Seen { sequence: kv.version, stamp: stamp_of(&kv.value)? }));
-                seen.collect()
+                    .map(|kv| Ok(ReceivedEvent { sequence: kv.version, stamp: stamp_of(&kv.value)? }));
+                received.collect()
             }
         }
     }
 }
 
-/// Each log's events exactly once and in order: what follows what.
-pub(crate) struct Order(Option<i64>);
+/// Checks that a watch receives each event of a log once and in order. It holds the last
+/// sequence, if it is known.
+pub(crate) struct SequenceCheck(Option<i64>);
 
-impl Order {
+impl SequenceCheck {
     pub(crate) fn after(sequence: Option<i64>) -> Self {
         Self(sequence)
     }
 
-    pub(crate) fn check(&mut self, seen: Seen) -> Result<()> {
-        match self.0.replace(seen.sequence) {
-            Some(last) if seen.sequence != last + 1 => {
-                Err(format!("a watcher got event {} after event {last}", seen.sequence).into())
+    pub(crate) fn check(&mut self, event: ReceivedEvent) -> Result<()> {
+        match self.0.replace(event.sequence) {
+            Some(last) if event.sequence != last + 1 => {
+                Err(format!("a watch received event {} after event {last}", event.sequence).into())
             }
             _ => Ok(()),
         }

@@ -1,4 +1,5 @@
-//! From the first job to the last read.
+//! One campaign: starts Postgres, the replicas and the load, injects faults, reads
+//! back every log, and has the history checked.
 
 use std::{
     sync::{Arc, Mutex, atomic::Ordering},
@@ -11,222 +12,241 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     checker::{self, Violation},
-    cluster::Cluster,
-    history::{Disturbance, History, Read, Scope},
-    nemesis::{Bed, Episode, PROMISE},
+    context::{Context, PROVIDERS, Pace, UserClient, within},
+    fault_injector::{FaultInjector, InjectedFault, RECOVERY_LIMIT},
+    history::{FaultWindow, FinalRead, History, Scope},
+    postgres::Postgres,
+    print_line,
     probes::{Successes, probe},
     proxy::Proxy,
     publishers::publish,
-    readers::look_around,
+    readers::read_jobs,
     replica::{Clock, Replica},
-    say,
     temporary::TemporaryDir,
-    watchers::{Habit, Watcher, watch_from_now, watch_jobs},
-    world::{Caller, PROVIDERS, Pace, World, within},
-    writers::{Slots, Writer},
+    watchers::{Behavior, Watcher, watch_from_now, watch_jobs},
+    writers::{SharedJobs, Writer},
 };
 
-/// By provider.
+/// Writers of each provider.
 const WRITERS: [usize; PROVIDERS] = [8, 2];
 const READERS: usize = 2;
 const PUBLISHERS: usize = 4;
 const JOB_WATCHERS: usize = 5;
-const LATE_WATCHERS: usize = 3;
-/// Jobs that several write to at once.
-const SHARED: usize = 3;
-/// Jobs that are watched once more when all is over, at each server.
-const WATCHED_AGAIN: usize = 20;
-/// Longest that anything may take once all is healed.
+const NEW_EVENT_WATCHERS: usize = 3;
+/// Jobs of a provider that several writers append to at once.
+const SHARED_JOBS: usize = 3;
+/// Jobs that are watched from the beginning after the campaign, at each replica.
+const JOBS_WATCHED_AGAIN: usize = 20;
+/// Limit of each step after the last fault has been healed.
 const TIMEOUT: Duration = Duration::from_secs(60);
-/// From so many seconds on, everybody takes more time, so that what is
-/// remembered for the checker fits into memory.
-const LONG_S: u64 = 300;
-const SHORT: Pace = Pace { slower: 1, rest_ms: 100, fault_ms: 2_500 };
-const LONG: Pace = Pace { slower: 3, rest_ms: 4_000, fault_ms: 8_000 };
+/// A run longer than this uses the pace [`LONG`], so that the history for the
+/// checker fits into memory.
+const LONG_RUN_S: u64 = 300;
+const SHORT: Pace = Pace { pause_factor: 1, max_rest_ms: 100, max_fault_ms: 2_500 };
+const LONG: Pace = Pace { pause_factor: 3, max_rest_ms: 4_000, max_fault_ms: 8_000 };
 
-/// What came of a campaign.
-pub struct Finding {
+pub struct CampaignResult {
     pub history: History,
-    pub episodes: Vec<Episode>,
+    pub injected_faults: Vec<InjectedFault>,
     pub messages: u64,
     pub violations: Vec<Violation>,
 }
 
-impl Finding {
-    /// Faults of the database after which the service was not back as promised.
-    pub fn late(&self) -> Vec<&Episode> {
-        let is_late = |episode: &&Episode| {
-            episode.fault.is_of_the_database()
-                && episode.outages.iter().any(|outage| outage.until_back > PROMISE)
+impl CampaignResult {
+    /// Database faults after which a replica did not append again within
+    /// [`RECOVERY_LIMIT`].
+    pub fn slow_recoveries(&self) -> Vec<&InjectedFault> {
+        let is_slow = |injected: &&InjectedFault| {
+            injected.fault.is_database_fault()
+                && injected.outages.iter().any(|outage| outage.until_recovered > RECOVERY_LIMIT)
         };
-        self.episodes.iter().filter(is_late).collect()
+        self.injected_faults.iter().filter(is_slow).collect()
     }
 }
 
-pub async fn run(seed: u64, seconds: u64) -> Finding {
+pub async fn run(seed: u64, seconds: u64) -> CampaignResult {
     let mut random = fastrand::Rng::with_seed(seed);
     let mut dir = TemporaryDir::new();
     let clock = Clock::new(&dir);
-    let cluster = Cluster::start(&dir, seconds).await;
-    let proxies = ["near-0", "near-1"].map(|name| Proxy::start(dir.path().join(name), cluster.socket()));
+    let postgres = Postgres::start(&dir, seconds).await;
+    let proxies = ["proxy-0", "proxy-1"].map(|name| Proxy::start(dir.path().join(name), postgres.socket()));
     let [first, second] = [0, 1].map(|n: usize| proxies[n].database_url());
     let replicas = [
         Replica::start("server-0", first, &mut dir, None).await,
         Replica::start("server-1", second, &mut dir, Some(clock)).await,
     ];
     let addresses = [replicas[0].address, replicas[1].address];
-    let pace = if seconds > LONG_S { LONG } else { SHORT };
-    let world = Arc::new(World::new(addresses, random.u64(..), pace).await);
+    let pace = if seconds > LONG_RUN_S { LONG } else { SHORT };
+    let context = Arc::new(Context::new(addresses, random.u64(..), pace).await);
     let successes = [Successes::default(), Successes::default()];
 
-    let over = CancellationToken::new();
-    let mut load = start_load(&world, &successes);
-    let mut watchers = start_watchers(&world, &over);
-    let mut bed = Bed { dir, cluster, proxies, replicas, world: Arc::clone(&world), successes, random };
-    let episodes = bed.torment(Duration::from_secs(seconds)).await;
+    let stop_watching = CancellationToken::new();
+    let mut load = start_load(&context, &successes);
+    let mut watchers = start_watchers(&context, &stop_watching);
+    let mut injector =
+        FaultInjector { dir, postgres, proxies, replicas, context: Arc::clone(&context), successes, random };
+    let injected_faults = injector.run(Duration::from_secs(seconds)).await;
 
-    world.finishing.cancel();
-    within(TIMEOUT, "everything to be answered", join(&mut load)).await;
-    let answered = world.now();
-    say(format!("{:8.3} s  everything is answered", answered.as_secs_f64()));
-    let jobs = world.history.lock().unwrap().jobs.len();
+    context.finishing.cancel();
+    within(TIMEOUT, "all requests to be answered", join(&mut load)).await;
+    let answered = context.now();
+    print_line(format!("{:8.3} s  all requests are answered", answered.as_secs_f64()));
+    let jobs = context.history.lock().unwrap().jobs.len();
     for replica in 0..2 {
-        within(TIMEOUT * 5, "every job to be read", read_all(&world, replica, jobs)).await;
-        watch_again(&world, replica, jobs, &over, &mut watchers);
+        within(TIMEOUT * 5, "every job to be read", read_all_jobs(&context, replica, jobs)).await;
+        watch_again(&context, replica, jobs, &stop_watching, &mut watchers);
     }
-    let read = world.now();
-    say(format!("{:8.3} s  every job was read", read.as_secs_f64()));
-    within(TIMEOUT * 5, "watchers to have seen everything", until_quiet(&world)).await;
-    say(format!("{:8.3} s  watchers saw everything", world.now().as_secs_f64()));
-    over.cancel();
-    within(TIMEOUT, "watchers to leave", join(&mut watchers)).await;
+    let read = context.now();
+    print_line(format!("{:8.3} s  every job is read", read.as_secs_f64()));
+    within(TIMEOUT * 5, "watchers to receive all events", until_no_events_arrive(&context)).await;
+    print_line(format!("{:8.3} s  watchers have received all events", context.now().as_secs_f64()));
+    stop_watching.cancel();
+    within(TIMEOUT, "watchers to close their streams", join(&mut watchers)).await;
 
-    say(format!("{:8.3} s  watchers left", world.now().as_secs_f64()));
-    let mut history = std::mem::take(&mut *world.history.lock().unwrap());
-    history.name_nameless();
-    history.disturbances = episodes.iter().map(Episode::disturbance).collect();
-    // Whoever reads everything at once takes it from all others.
-    history.disturbances.push(Disturbance { from: answered, to: read, touches: [true; 2] });
+    print_line(format!("{:8.3} s  watchers have closed their streams", context.now().as_secs_f64()));
+    let mut history = std::mem::take(&mut *context.history.lock().unwrap());
+    history.resolve_missing_ids();
+    history.fault_windows = injected_faults.iter().map(InjectedFault::fault_window).collect();
+    // Reading all logs at once slows all other calls down.
+    history.fault_windows.push(FaultWindow { from: answered, to: read, affects: [true; 2] });
     let violations = checker::check(&history);
-    say(format!("{:8.3} s  everything is checked", world.now().as_secs_f64()));
-    Finding { history, episodes, messages: world.messages.load(Ordering::Relaxed), violations }
-}
-
-/// Waits for all of them; what panics, panics here.
-async fn join(tasks: &mut JoinSet<()>) {
-    while let Some(done) = tasks.join_next().await {
-        done.unwrap();
+    print_line(format!("{:8.3} s  the history is checked", context.now().as_secs_f64()));
+    CampaignResult {
+        history,
+        injected_faults,
+        messages: context.messages_received.load(Ordering::Relaxed),
+        violations,
     }
 }
 
-fn start_load(world: &Arc<World>, successes: &[Successes; 2]) -> JoinSet<()> {
+/// Waits for all tasks and passes on their panics.
+async fn join(tasks: &mut JoinSet<()>) {
+    while let Some(joined) = tasks.join_next().await {
+        joined.unwrap();
+    }
+}
+
+fn start_load(context: &Arc<Context>, successes: &[Successes; 2]) -> JoinSet<()> {
     let mut load = JoinSet::new();
     for (provider, writers) in WRITERS.into_iter().enumerate() {
-        let slots: Arc<Slots> = Arc::new(Mutex::new(vec![None; SHARED]));
+        let shared_jobs: Arc<SharedJobs> = Arc::new(Mutex::new(vec![None; SHARED_JOBS]));
         for n in 0..writers {
-            let writer = Writer::new(world, format!("writer {n} of {provider}"), provider);
-            load.spawn(writer.write(Arc::clone(&slots)));
+            let writer = Writer::new(context, format!("writer {n} of provider {provider}"), provider);
+            load.spawn(writer.write(Arc::clone(&shared_jobs)));
         }
-        let careless = Writer::new(world, format!("careless writer of {provider}"), provider);
-        load.spawn(careless.write_carelessly());
+        let without_ids =
+            Writer::new(context, format!("writer without ids of provider {provider}"), provider);
+        load.spawn(without_ids.write_without_ids());
     }
     for _ in 0..READERS {
-        load.spawn(look_around(Arc::clone(world)));
+        load.spawn(read_jobs(Arc::clone(context)));
     }
     for n in 0..PUBLISHERS {
-        load.spawn(publish(Arc::clone(world), format!("publisher {n}")));
+        load.spawn(publish(Arc::clone(context), format!("publisher {n}")));
     }
     for (replica, successes) in successes.iter().enumerate() {
-        load.spawn(probe(Arc::clone(world), replica, Arc::clone(successes)));
+        load.spawn(probe(Arc::clone(context), replica, Arc::clone(successes)));
     }
     load
 }
 
-fn start_watchers(world: &Arc<World>, over: &CancellationToken) -> JoinSet<()> {
-    let watcher = |name: &str, scope, habit| Watcher::new(world, name, scope, habit);
-    let rare = [EventKind::Error, EventKind::Complete, EventKind::Close];
+fn start_watchers(context: &Arc<Context>, stop: &CancellationToken) -> JoinSet<()> {
+    let watcher = |name: &str, scope, behavior| Watcher::new(context, name, scope, behavior);
+    let rare_kinds = [EventKind::Error, EventKind::Complete, EventKind::Close];
     let all = [
-        watcher("the provider", Scope::OfProvider(0), Habit::Patient),
-        watcher("the other provider", Scope::OfProvider(1), Habit::Patient),
-        watcher("a customer", Scope::OfCustomer(0), Habit::Patient),
-        watcher("a restless provider", Scope::OfProvider(0), Habit::Restless),
-        watcher("the other restless provider", Scope::OfProvider(1), Habit::Restless),
-        watcher("a restless customer", Scope::OfCustomer(1), Habit::Restless),
-        watcher("a slow provider", Scope::OfProvider(0), Habit::Slow),
-        watcher("a slow customer", Scope::OfCustomer(1), Habit::Slow),
-        watcher("a provider who looks for trouble", Scope::OfProvider(0), Habit::Restless).of_kinds(&rare),
-        watcher("a provider with one configuration", Scope::OfProvider(0), Habit::Restless)
-            .only(Some(1), None),
-        watcher("a customer with one provider", Scope::OfCustomer(1), Habit::Patient).only(None, Some(1)),
-        watcher("a customer with little time", Scope::OfCustomer(0), Habit::Slow).only(Some(2), Some(0)),
+        watcher("provider 0, staying", Scope::OfProvider(0), Behavior::Stay),
+        watcher("provider 1, staying", Scope::OfProvider(1), Behavior::Stay),
+        watcher("customer 0, staying", Scope::OfCustomer(0), Behavior::Stay),
+        watcher("provider 0, reconnecting", Scope::OfProvider(0), Behavior::Reconnect),
+        watcher("provider 1, reconnecting", Scope::OfProvider(1), Behavior::Reconnect),
+        watcher("customer 1, reconnecting", Scope::OfCustomer(1), Behavior::Reconnect),
+        watcher("provider 0, reading slowly", Scope::OfProvider(0), Behavior::ReadSlowly),
+        watcher("customer 1, reading slowly", Scope::OfCustomer(1), Behavior::ReadSlowly),
+        watcher("provider 0, some kinds, reconnecting", Scope::OfProvider(0), Behavior::Reconnect)
+            .of_kinds(&rare_kinds),
+        watcher("provider 0, configuration 1, reconnecting", Scope::OfProvider(0), Behavior::Reconnect)
+            .with_filter(Some(1), None),
+        watcher("customer 1, provider 1, staying", Scope::OfCustomer(1), Behavior::Stay)
+            .with_filter(None, Some(1)),
+        watcher(
+            "customer 0, configuration 2, provider 0, reading slowly",
+            Scope::OfCustomer(0),
+            Behavior::ReadSlowly,
+        )
+        .with_filter(Some(2), Some(0)),
     ];
     let mut watchers = JoinSet::new();
     for watcher in all {
-        watchers.spawn(watcher.watch(over.clone()));
+        watchers.spawn(watcher.watch(stop.clone()));
     }
     for n in 0..JOB_WATCHERS {
-        watchers.spawn(watch_jobs(Arc::clone(world), format!("job watcher {n}"), over.clone()));
+        watchers.spawn(watch_jobs(Arc::clone(context), format!("watcher {n} of single jobs"), stop.clone()));
     }
-    for n in 0..LATE_WATCHERS {
-        watchers.spawn(watch_from_now(Arc::clone(world), format!("late watcher {n}"), over.clone()));
+    for n in 0..NEW_EVENT_WATCHERS {
+        watchers.spawn(watch_from_now(
+            Arc::clone(context),
+            format!("watcher {n} of new events"),
+            stop.clone(),
+        ));
     }
     watchers
 }
 
-/// Everything once more, from its beginning.
+/// Starts watches from the beginning: of all jobs, and of the last jobs singly.
 fn watch_again(
-    world: &Arc<World>,
+    context: &Arc<Context>,
     replica: usize,
     jobs: usize,
-    over: &CancellationToken,
+    stop: &CancellationToken,
     watchers: &mut JoinSet<()>,
 ) {
     for provider in 0..PROVIDERS {
-        let all = Watcher::new(world, "a last watcher", Scope::OfProvider(provider), Habit::Patient);
-        watchers.spawn(all.at(replica).watch(over.clone()));
+        let name = format!("final watcher of provider {provider}");
+        let watcher = Watcher::new(context, &name, Scope::OfProvider(provider), Behavior::Stay);
+        watchers.spawn(watcher.at(replica).watch(stop.clone()));
     }
-    for job in (0..jobs).rev().take(WATCHED_AGAIN) {
-        let one = Watcher::new(world, "a last watcher", Scope::Job(job), Habit::Patient).at(replica);
-        watchers.spawn(one.watch(over.clone()));
+    for job in (0..jobs).rev().take(JOBS_WATCHED_AGAIN) {
+        let watcher = Watcher::new(context, "final watcher of a job", Scope::Job(job), Behavior::Stay);
+        watchers.spawn(watcher.at(replica).watch(stop.clone()));
     }
 }
 
-/// Returns once nobody has seen an event for a while.
-async fn until_quiet(world: &World) {
-    let mut seen = 0;
+/// Returns once no watcher has received an event for 1.5 s.
+async fn until_no_events_arrive(context: &Context) {
+    let mut before = 0;
     loop {
         tokio::time::sleep(Duration::from_millis(1_500)).await;
-        let now = world.seen.load(Ordering::Relaxed);
-        if now == seen {
+        let now = context.events_received.load(Ordering::Relaxed);
+        if now == before {
             return;
         }
-        seen = now;
+        before = now;
     }
 }
 
-/// What a server says of every job.
-async fn read_all(world: &Arc<World>, replica: usize, jobs: usize) {
+/// Records every job and its log as a replica returns them.
+async fn read_all_jobs(context: &Arc<Context>, replica: usize, jobs: usize) {
     let mut readers = JoinSet::new();
     for first in 0..8 {
-        let world = Arc::clone(world);
-        let mut callers: Vec<_> =
-            world.providers.iter().map(|provider| world.caller(replica, provider)).collect();
+        let context = Arc::clone(context);
+        let mut clients: Vec<_> =
+            context.providers.iter().map(|provider| context.client(replica, provider)).collect();
         readers.spawn(async move {
             for job in (first..jobs).step_by(8) {
-                let provider = world.history.lock().unwrap().jobs[job].provider;
-                let read = read(&world, &mut callers[provider], replica, job).await;
-                world.history.lock().unwrap().reads.push(read);
+                let provider = context.history.lock().unwrap().jobs[job].provider;
+                let read = read_job(&context, &mut clients[provider], replica, job).await;
+                context.history.lock().unwrap().final_reads.push(read);
             }
         });
     }
     join(&mut readers).await;
 }
 
-/// What a server says of a job.
-pub async fn read(world: &World, caller: &mut Caller, replica: usize, job: usize) -> Read {
-    let id = world.job_id(job);
+/// A job and its whole log, read in pages whose size differs by job.
+pub async fn read_job(context: &Context, client: &mut UserClient, replica: usize, job: usize) -> FinalRead {
+    let id = context.job_id(job);
     let request = pb::GetJobRequest { job: Some(pb::get_job_request::Job::JobId(id.clone())) };
-    let found = caller.jobs.get_job(request).await.unwrap().into_inner().job.unwrap();
+    let found = client.jobs.get_job(request).await.unwrap().into_inner().job.unwrap();
     let mut log = Vec::new();
     let mut request = pb::ListEventsRequest {
         job: Some(pb::list_events_request::Job::JobId(id)),
@@ -234,10 +254,10 @@ pub async fn read(world: &World, caller: &mut Caller, replica: usize, job: usize
         ..Default::default()
     };
     loop {
-        let page = caller.events.list_events(request.clone()).await.unwrap().into_inner();
-        log.extend(page.events.into_iter().map(|event| world.events.one_of(event)));
+        let page = client.events.list_events(request.clone()).await.unwrap().into_inner();
+        log.extend(page.events.into_iter().map(|event| context.interner.intern(event)));
         if page.next_page_token.is_empty() {
-            return Read { replica, job, found, log };
+            return FinalRead { replica, job, found, log };
         }
         request.page_token = page.next_page_token;
     }

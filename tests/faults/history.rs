@@ -1,4 +1,5 @@
-//! What everybody sent, was told and saw, and when.
+//! The record of a campaign: every request, answer and received message, with
+//! its time.
 
 use std::{
     collections::HashMap,
@@ -9,10 +10,10 @@ use std::{
 use milepost::pb;
 use tonic::Code;
 
-/// Since the campaign began.
+/// Time since the campaign began.
 pub type Moment = Duration;
 
-/// A configuration's steps and their points.
+/// The tag and points of each step of a configuration.
 pub type Configuration = Vec<(String, i64)>;
 
 #[derive(Clone, Debug)]
@@ -23,27 +24,29 @@ pub struct Job {
     pub customer: usize,
 }
 
-/// One request to append, however often it was sent.
+/// One append request and all attempts to send it.
 #[derive(Clone, Debug)]
 pub struct Batch {
     pub writer: String,
     pub job: usize,
+    /// The request's `expected_sequence`.
     pub expected: Option<i64>,
-    /// How many of its events, its first ones, had been acknowledged before
-    /// it was first sent.
+    /// How many events at the start of the batch were already acknowledged
+    /// before its first attempt.
     pub repeats: usize,
     pub events: Vec<pb::NewEvent>,
-    /// In the order sent.
+    /// In the order in which they were sent.
     pub attempts: Vec<Attempt>,
-    /// For one that was published: its place among those of its writer.
+    /// The number of a published batch within all its writer's streams; none
+    /// for `AppendEvents`.
     pub order: Option<u64>,
 }
 
 #[derive(Clone, Debug)]
 pub struct Attempt {
     pub replica: usize,
-    pub sent: Moment,
-    pub over: Moment,
+    pub sent_at: Moment,
+    pub ended_at: Moment,
     pub outcome: Outcome,
 }
 
@@ -51,28 +54,28 @@ pub struct Attempt {
 pub enum Outcome {
     Appended(Vec<pb::AppendedEvent>),
     Refused(Refusal),
-    Unknown(Lost),
+    Unknown(UnknownReason),
 }
 
-/// Why it is not known what became of a request.
+/// Why the client does not know whether its request was executed.
 #[derive(Clone, Debug)]
-pub enum Lost {
-    /// The connection broke, or the server said that it cannot tell or could not
-    /// do it.
+pub enum UnknownReason {
+    /// The connection broke, or the status leaves it open, such as UNAVAILABLE.
     Broken(String),
-    /// The client did not wait any longer.
-    GaveUp,
+    /// The client stopped waiting for the answer.
+    Abandoned,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal {
     pub code: Code,
     pub message: String,
-    /// Where the log was said to end.
+    /// The job's last sequence as given in the status.
     pub last_sequence: Option<i64>,
 }
 
 impl Batch {
+    /// The first acknowledged attempt and its answer.
     pub fn answer(&self) -> Option<(&Attempt, &Vec<pb::AppendedEvent>)> {
         self.attempts.iter().find_map(|attempt| match &attempt.outcome {
             Outcome::Appended(events) => Some((attempt, events)),
@@ -80,19 +83,19 @@ impl Batch {
         })
     }
 
-    pub fn first_sent(&self) -> Moment {
-        self.attempts.first().map_or(Moment::MAX, |attempt| attempt.sent)
+    pub fn first_sent_at(&self) -> Moment {
+        self.attempts.first().map_or(Moment::MAX, |attempt| attempt.sent_at)
     }
 }
 
-/// A CloseJob that was answered.
+/// An answered `CloseJob`.
 #[derive(Clone, Debug)]
 pub struct Close {
     pub job: usize,
     pub reason: String,
-    /// For the first time.
-    pub sent: Moment,
-    pub over: Moment,
+    /// When its first attempt was sent.
+    pub sent_at: Moment,
+    pub ended_at: Moment,
     pub outcome: Result<Closed, Refusal>,
 }
 
@@ -102,6 +105,7 @@ pub struct Closed {
     pub existed: bool,
 }
 
+/// What a watcher watches: all jobs of a provider or a customer, or one job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope {
     OfProvider(usize),
@@ -109,34 +113,37 @@ pub enum Scope {
     Job(usize),
 }
 
-/// Which of all jobs.
+/// The filter of a watch of all jobs.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Only {
+pub struct JobFilter {
     pub configuration: Option<usize>,
-    /// A customer for a provider, and the other way round.
+    /// The customer if a provider watches, the provider if a customer does.
     pub counterpart: Option<usize>,
 }
 
-/// Streams of one watcher, each resuming one before it.
+/// The streams of one watcher, each of which resumes an earlier one.
 #[derive(Clone, Debug)]
-pub struct Chain {
+pub struct WatcherRecord {
     pub name: String,
     pub scope: Scope,
-    pub only: Only,
-    /// Delivery to it is not held up by itself.
-    pub prompt: bool,
+    pub filter: JobFilter,
+    /// The watcher reads without pauses, so that events and the stream's end
+    /// reach it when they are sent.
+    pub reads_promptly: bool,
     pub kinds: Vec<pb::EventKind>,
     pub streams: Vec<Stream>,
-    /// It was read until nothing more could come: what it lacks is missing.
-    pub whole: bool,
+    /// The watcher read until no event could follow: an event that it has not
+    /// received is missing.
+    pub read_to_end: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Start {
     Beginning,
     AfterSequence(i64),
-    /// After so many messages of that stream of the same chain.
-    After {
+    /// With the token of the last of the first `messages` messages of an earlier
+    /// stream of the same watcher.
+    Resume {
         stream: usize,
         messages: usize,
     },
@@ -147,38 +154,39 @@ pub enum Start {
 pub struct Stream {
     pub replica: usize,
     pub start: Start,
-    pub opened: Moment,
+    pub opened_at: Moment,
     pub messages: Vec<Message>,
-    pub end: End,
-    pub over: Moment,
+    pub end: StreamEnd,
+    pub ended_at: Moment,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum End {
-    /// By the server, with OK.
+pub enum StreamEnd {
+    /// The server ended it with OK.
     Ok,
-    /// Nothing came for so long that the watcher gave up.
+    /// The watcher received no message for [`SILENCE`](crate::watchers::SILENCE)
+    /// and gave up.
     Silent,
-    /// By the watcher.
-    Left,
-    /// The connection broke, or the server said so.
+    ClosedByWatcher,
+    /// The connection broke, or the server ended it with a status that names no
+    /// fault of the request.
     Broken(String),
-    /// It was not opened at all, for what it asked for.
+    /// The server refused the request.
     Refused(Refusal),
 }
 
-impl From<Lost> for End {
-    fn from(lost: Lost) -> Self {
-        match lost {
-            Lost::Broken(why) => Self::Broken(why),
-            Lost::GaveUp => Self::Left,
+impl From<UnknownReason> for StreamEnd {
+    fn from(reason: UnknownReason) -> Self {
+        match reason {
+            UnknownReason::Broken(why) => Self::Broken(why),
+            UnknownReason::Abandoned => Self::ClosedByWatcher,
         }
     }
 }
 
 #[derive(Clone, Debug)]
 pub struct Message {
-    pub at: Moment,
+    pub received_at: Moment,
     pub body: Body,
 }
 
@@ -186,7 +194,7 @@ impl Message {
     pub fn last_event(&self) -> Option<&pb::Event> {
         match &self.body {
             Body::Events(events) => events.last().map(Arc::as_ref),
-            Body::CaughtUp(_) | Body::Heartbeat | Body::Ended(..) | Body::Listed => None,
+            Body::CaughtUp(_) | Body::Heartbeat | Body::End(..) | Body::ListEnd => None,
         }
     }
 }
@@ -196,41 +204,41 @@ pub enum Body {
     Events(Vec<Arc<pb::Event>>),
     CaughtUp(Option<pb::JobState>),
     Heartbeat,
-    Ended(pb::WatchEndReason, Option<pb::JobState>),
-    /// Of pages, not of a watch: there is no more.
-    Listed,
+    End(pb::WatchEndReason, Option<pb::JobState>),
+    /// Not of a watch: the last page of `ListEvents` was read.
+    ListEnd,
 }
 
-/// What a replica said of a job when all was over.
+/// A job and its whole log as a replica returns them after the campaign.
 #[derive(Clone, Debug)]
-pub struct Read {
+pub struct FinalRead {
     pub replica: usize,
     pub job: usize,
     pub found: pb::Job,
     pub log: Vec<Arc<pb::Event>>,
 }
 
-/// What a replica said of a job, by its id, in between.
+/// A job as a replica returns it during the campaign.
 #[derive(Clone, Debug)]
-pub struct Glance {
+pub struct JobRead {
     pub replica: usize,
-    pub sent: Moment,
-    pub over: Moment,
+    pub sent_at: Moment,
+    pub ended_at: Moment,
     pub found: pb::Job,
 }
 
-/// A time in which something was broken, or was just being mended.
+/// A time in which a fault, or the recovery from it, excuses failed calls.
 #[derive(Clone, Copy, Debug)]
-pub struct Disturbance {
+pub struct FaultWindow {
     pub from: Moment,
     pub to: Moment,
-    /// By server.
-    pub touches: [bool; 2],
+    /// By replica.
+    pub affects: [bool; 2],
 }
 
 /// An answer that no fault excuses.
 #[derive(Clone, Debug)]
-pub struct Unexcused {
+pub struct UnexpectedAnswer {
     pub at: Moment,
     pub what: String,
 }
@@ -241,20 +249,19 @@ pub struct History {
     pub jobs: Vec<Job>,
     pub batches: Vec<Batch>,
     pub closes: Vec<Close>,
-    pub chains: Vec<Chain>,
-    pub reads: Vec<Read>,
-    pub glances: Vec<Glance>,
-    pub disturbances: Vec<Disturbance>,
-    pub unexcused: Vec<Unexcused>,
+    pub watchers: Vec<WatcherRecord>,
+    pub final_reads: Vec<FinalRead>,
+    pub job_reads: Vec<JobRead>,
+    pub fault_windows: Vec<FaultWindow>,
+    pub unexpected_answers: Vec<UnexpectedAnswer>,
 }
 
 impl History {
-    /// Gives events that were sent without an id, and never answered, the one
-    /// under which they are stored, if they are: by their name, which nothing
-    /// else has.
-    pub fn name_nameless(&mut self) {
-        let logs: HashMap<usize, &Read> =
-            self.reads.iter().filter(|read| read.replica == 0).map(|read| (read.job, read)).collect();
+    /// Fills in the ids of events that were sent without one and never answered.
+    /// The stored event is found by its name, which is unique.
+    pub fn resolve_missing_ids(&mut self) {
+        let logs: HashMap<usize, &FinalRead> =
+            self.final_reads.iter().filter(|read| read.replica == 0).map(|read| (read.job, read)).collect();
         for batch in &mut self.batches {
             for event in batch.events.iter_mut().filter(|event| event.id.is_empty()) {
                 let stored = logs
@@ -268,16 +275,16 @@ impl History {
     }
 }
 
-/// Keeps one copy of each event, however often it is received; of one that is
-/// received with different content, one of each.
+/// Keeps one copy of each event however often it is received, to save memory.
+/// Copies of one event whose content differs are kept apart.
 #[derive(Default)]
-pub struct Events(Mutex<HashMap<Place, Vec<Arc<pb::Event>>>>);
+pub struct EventInterner(Mutex<HashMap<JobSequence, Vec<Arc<pb::Event>>>>);
 
-/// A job's id and a sequence.
-type Place = (String, i64);
+/// A job's id and a sequence in its log.
+type JobSequence = (String, i64);
 
-impl Events {
-    pub fn one_of(&self, event: pb::Event) -> Arc<pb::Event> {
+impl EventInterner {
+    pub fn intern(&self, event: pb::Event) -> Arc<pb::Event> {
         let mut all = self.0.lock().unwrap();
         let known = all.entry((event.job_id.clone(), event.sequence)).or_default();
         if let Some(same) = known.iter().find(|known| ***known == event) {

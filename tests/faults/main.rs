@@ -1,26 +1,27 @@
-//! The fault campaign: two servers on one Postgres under load, while what can
-//! fail does; then everything that was sent, told and seen is held against the
-//! guarantees.
+//! The fault campaign: two replicas on one Postgres serve writers, readers and
+//! watchers while faults are injected. Afterwards a checker compares all
+//! requests, answers and received events with the guarantees.
 //!
 //! `cargo test --test faults` is the short form. `MILEPOST_FAULTS_SECONDS` sets
-//! how long things fail, `MILEPOST_FAULTS_SEED` repeats a run's choices, though
-//! not what the machine makes of them.
+//! for how long faults are injected. `MILEPOST_FAULTS_SEED` repeats the random
+//! choices of a run, but not the timing of the machine.
 
 #![allow(
     clippy::unwrap_used,
     clippy::wildcard_enum_match_arm,
     clippy::too_many_lines,
     unreachable_pub,
-    reason = "a test that panics has failed, as it should; the rest would only be in the way"
+    reason = "in a test a panic is a failure, and the other lints serve code that is published"
 )]
 
 mod campaign;
 mod checker;
-mod cluster;
+mod context;
+mod fault_injector;
 mod history;
-mod nemesis;
 #[path = "../it/support/port.rs"]
 mod port;
+mod postgres;
 mod probes;
 mod proxy;
 mod publishers;
@@ -30,45 +31,48 @@ mod report;
 #[path = "../it/support/temporary.rs"]
 mod temporary;
 mod watchers;
-mod world;
 mod writers;
 
 use std::{env, io::Write as _, str::FromStr, time::Duration};
 
-/// How long things fail unless told otherwise; longer if not everything has
-/// failed once by then.
+/// Default for how long faults are injected, in seconds. A run takes longer if
+/// some fault has not been injected by then.
 const SECONDS: u64 = 45;
-/// What all else may take, beside what fails: twice as much in a long run.
+/// A run is aborted after twice the time for which faults are injected, plus this.
 const SLACK: Duration = Duration::from_secs(240);
 
-/// A line past the test harness, which would keep it to itself.
-fn say(line: impl AsRef<str>) {
-    // Whether anybody reads it is their affair.
+/// Writes to stdout directly: the test harness captures `println!`.
+fn print_line(line: impl AsRef<str>) {
+    // A closed stdout does not fail the campaign.
     let _ = writeln!(std::io::stdout(), "{}", line.as_ref());
 }
 
-fn variable<T: FromStr>(name: &str) -> Option<T> {
+fn number_from_env<T: FromStr>(name: &str) -> Option<T> {
     let value = env::var(name).ok()?;
-    let Ok(value) = value.parse() else { panic!("{name} is no number: {value}") };
+    let Ok(value) = value.parse() else { panic!("{name} must be a whole number from 0, and is {value:?}") };
     Some(value)
 }
 
-/// Ends this process, and with it all that it started, if it takes too long.
-fn limit_time(limit: Duration) {
+/// Exits this process once `limit` has passed. Its child processes are then
+/// killed by the watchdog of the temporary directory.
+fn exit_after(limit: Duration) {
     std::thread::spawn(move || {
         std::thread::sleep(limit);
-        say(format!("the campaign took longer than {limit:?}"));
+        print_line(format!("the campaign did not finish within {limit:?}"));
         std::process::exit(1);
     });
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_guarantees_hold_whatever_fails() {
-    let seed = variable("MILEPOST_FAULTS_SEED").unwrap_or_else(|| fastrand::u64(..1_000_000));
-    let seconds = variable("MILEPOST_FAULTS_SECONDS").unwrap_or(SECONDS);
-    say(format!("\nMILEPOST_FAULTS_SEED={seed} MILEPOST_FAULTS_SECONDS={seconds}"));
-    limit_time(Duration::from_secs(seconds * 2) + SLACK);
-    let outcome = campaign::run(seed, seconds).await;
-    say(report::report(&outcome));
-    assert!(outcome.violations.is_empty() && outcome.late().is_empty(), "see above");
+async fn guarantees_hold_while_faults_are_injected() {
+    let seed = number_from_env("MILEPOST_FAULTS_SEED").unwrap_or_else(|| fastrand::u64(..1_000_000));
+    let seconds = number_from_env("MILEPOST_FAULTS_SECONDS").unwrap_or(SECONDS);
+    print_line(format!("\nMILEPOST_FAULTS_SEED={seed} MILEPOST_FAULTS_SECONDS={seconds}"));
+    exit_after(Duration::from_secs(seconds * 2) + SLACK);
+    let result = campaign::run(seed, seconds).await;
+    print_line(report::report(&result));
+    assert!(
+        result.violations.is_empty() && result.slow_recoveries().is_empty(),
+        "guarantees were violated or the service recovered too slowly: see the report above"
+    );
 }

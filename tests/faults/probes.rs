@@ -1,5 +1,5 @@
-//! One client per server that appends one event after the other, to see
-//! whether the service is there.
+//! A probe for each replica: it appends one event after the other, to measure from
+//! when to when the replica can append.
 
 use std::{
     sync::{Arc, Mutex},
@@ -9,53 +9,53 @@ use std::{
 use milepost::pb;
 
 use crate::{
+    context::{Context, append_outcome},
     history::{Attempt, Moment, Outcome},
-    world::{World, outcome},
     writers::{Writer, event},
 };
 
-/// Between one append and the next.
+/// Pause after each append.
 const INTERVAL: Duration = Duration::from_millis(25);
 /// How long an answer may take before the event is sent again.
 const TIMEOUT: Duration = Duration::from_millis(400);
-/// Events in one job, then comes another one.
-const EVENTS: usize = 1_000;
+/// After so many events a probe creates another job.
+const EVENTS_PER_JOB: usize = 1_000;
 
-/// When a server was asked, and when it answered that it had appended.
+/// For each successful append the moments when it was sent and when it was answered.
 pub type Successes = Arc<Mutex<Vec<(Moment, Moment)>>>;
 
-pub async fn probe(world: Arc<World>, replica: usize, successes: Successes) {
-    let mut writer = Writer::new(&world, format!("probe {replica}"), 0);
-    let mut job = writer.new_job().await;
+pub async fn probe(context: Arc<Context>, replica: usize, successes: Successes) {
+    let mut writer = Writer::new(&context, format!("probe {replica}"), 0);
+    let mut job = writer.create_job().await;
     let mut appended = 0;
-    while !world.is_finishing() {
-        if appended == EVENTS {
-            job = writer.new_job().await;
+    while !context.is_finishing() {
+        if appended == EVENTS_PER_JOB {
+            job = writer.create_job().await;
             appended = 0;
         }
-        let event = event(&world, &mut writer.random, job);
+        let event = event(&context, &mut writer.random, job);
         let mut batch = writer.batch(job, vec![event]);
         let request = pb::AppendEventsRequest {
-            job: Some(pb::append_events_request::Job::JobId(world.job_id(job))),
+            job: Some(pb::append_events_request::Job::JobId(context.job_id(job))),
             expected_sequence: None,
             events: batch.events.clone(),
         };
         while batch.answer().is_none() {
-            let sent = world.now();
-            let call = writer.callers[replica].events.append_events(request.clone());
-            let outcome = outcome(world.answer_within(TIMEOUT, "AppendEvents", call).await);
-            let over = world.now();
+            let sent_at = context.now();
+            let call = writer.clients[replica].events.append_events(request.clone());
+            let outcome = append_outcome(context.call_within(TIMEOUT, "AppendEvents", call).await);
+            let ended_at = context.now();
             if let Outcome::Appended(_) = outcome {
-                successes.lock().unwrap().push((sent, over));
+                successes.lock().unwrap().push((sent_at, ended_at));
             }
             let refused = matches!(outcome, Outcome::Refused(_));
-            batch.attempts.push(Attempt { replica, sent, over, outcome });
+            batch.attempts.push(Attempt { replica, sent_at, ended_at, outcome });
             tokio::time::sleep(INTERVAL).await;
             if refused {
                 break;
             }
         }
         appended += 1;
-        world.history.lock().unwrap().batches.push(batch);
+        context.history.lock().unwrap().batches.push(batch);
     }
 }

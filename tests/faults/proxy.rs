@@ -1,5 +1,5 @@
-//! What lies between a server and its Postgres: a socket that cuts, refuses,
-//! delays and holds back.
+//! A proxy between one replica and Postgres, on Unix sockets. It can cut, refuse and
+//! delay connections and hold their bytes back.
 
 use std::{fs, path::PathBuf, time::Duration};
 
@@ -13,19 +13,20 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
-/// What happens to bytes on their way.
+/// What the proxy does with the bytes that it receives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flow {
     Free,
-    /// Each time by another while up to this, so that what was sent on one
-    /// connection overtakes what was sent on another.
+    /// Each read is delayed by a random time up to this, so that bytes of one
+    /// connection overtake those of another.
     Delayed(Duration),
-    /// Nothing passes; what came goes on its way when it is free again.
+    /// No byte is forwarded until the flow changes.
     Held,
 }
 
 pub struct Proxy {
     dir: PathBuf,
+    /// Path of Postgres's socket.
     postgres: PathBuf,
     flow: watch::Sender<Flow>,
     /// Cancelled to cut all connections.
@@ -34,7 +35,7 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    /// A socket in a new folder that leads to that of Postgres.
+    /// Listens on a socket in a new directory and forwards to Postgres's socket.
     pub fn start(dir: PathBuf, postgres: PathBuf) -> Self {
         fs::create_dir(&dir).unwrap();
         let flow = watch::Sender::new(Flow::Free);
@@ -51,7 +52,7 @@ impl Proxy {
         self.flow.send_replace(flow);
     }
 
-    /// Ends every connection, with what is on its way.
+    /// Closes every connection and drops the bytes not yet forwarded.
     pub fn cut(&mut self) {
         self.open.cancel();
         self.open = CancellationToken::new();
@@ -60,22 +61,22 @@ impl Proxy {
         }
     }
 
-    /// No new connection is made from now on.
+    /// Refuses new connections until [`Self::accept`]; open ones stay.
     pub fn refuse(&mut self) {
         self.accepting = None;
         fs::remove_file(self.socket()).unwrap();
     }
 
-    /// They are made again.
+    /// Accepts new connections.
     pub fn accept(&mut self) {
         self.accepting = None;
         let _ = fs::remove_file(self.socket());
         let listener = UnixListener::bind(self.socket()).unwrap();
         let (postgres, flow, open) = (self.postgres.clone(), self.flow.subscribe(), self.open.clone());
         let accept = async move {
-            while let Ok((near, _)) = listener.accept().await {
+            while let Ok((server, _)) = listener.accept().await {
                 let open = open.clone();
-                tokio::spawn(open.run_until_cancelled_owned(join(near, postgres.clone(), flow.clone())));
+                tokio::spawn(open.run_until_cancelled_owned(forward(server, postgres.clone(), flow.clone())));
             }
         };
         self.accepting = Some(AbortOnDropHandle::new(tokio::spawn(accept)));
@@ -86,23 +87,23 @@ impl Proxy {
     }
 }
 
-/// Carries bytes both ways until either side is gone.
-async fn join(near: UnixStream, postgres: PathBuf, flow: watch::Receiver<Flow>) {
-    // Nobody there: the near side is closed.
-    let Ok(far) = UnixStream::connect(postgres).await else { return };
-    let ((near_in, near_out), (far_in, far_out)) = (near.into_split(), far.into_split());
+/// Forwards bytes both ways until either side closes.
+async fn forward(server: UnixStream, postgres: PathBuf, flow: watch::Receiver<Flow>) {
+    // Without Postgres the server's connection is closed by being dropped.
+    let Ok(postgres) = UnixStream::connect(postgres).await else { return };
+    let ((server_in, server_out), (postgres_in, postgres_out)) = (server.into_split(), postgres.into_split());
     tokio::select! {
-        () = carry(near_in, far_out, flow.clone()) => {}
-        () = carry(far_in, near_out, flow) => {}
+        () = copy(server_in, postgres_out, flow.clone()) => {}
+        () = copy(postgres_in, server_out, flow) => {}
     }
 }
 
-async fn carry(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut flow: watch::Receiver<Flow>) {
+async fn copy(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut flow: watch::Receiver<Flow>) {
     let mut buffer = vec![0; 32 * 1024];
     while let Ok(read @ 1..) = from.read(&mut buffer).await {
         let now = *flow.borrow();
-        if let Flow::Delayed(longest) = now {
-            tokio::time::sleep(longest.mul_f64(fastrand::f64())).await;
+        if let Flow::Delayed(max) = now {
+            tokio::time::sleep(max.mul_f64(fastrand::f64())).await;
         }
         if flow.wait_for(|flow| *flow != Flow::Held).await.is_err() {
             return;

@@ -1,5 +1,5 @@
-//! Those who append over a stream, and send again, in order, what was not
-//! answered when it broke.
+//! Publishers that append with `PublishEvents`. When a stream breaks, the next one
+//! starts with the unanswered batches, in their order.
 
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 
@@ -9,140 +9,144 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Streaming};
 
 use crate::{
-    history::{Attempt, Batch, Lost, Moment, Outcome, Refusal},
-    world::{Failure, World},
+    context::{CallError, Context},
+    history::{Attempt, Batch, Moment, Outcome, Refusal, UnexpectedAnswer, UnknownReason},
     writers::{Writer, complete, events},
 };
 
-/// Most batches that are unanswered at once.
+/// Maximum of unanswered batches.
 const WINDOW: usize = 12;
-/// How long an answer may take before a stream is given up.
+/// How long an answer may take before the publisher gives the stream up.
 const TIMEOUT: Duration = Duration::from_secs(4);
 
-struct Own {
+/// A job that only this publisher appends to.
+struct OwnJob {
     job: usize,
-    /// Its last sequence once everything sent is appended.
-    last: i64,
+    /// The last sequence once all sent batches are appended.
+    last_sequence: i64,
     batches_left: u32,
 }
 
 struct Publisher {
     writer: Writer,
-    jobs: Vec<Own>,
-    /// Unanswered, in the order sent.
-    sent: VecDeque<Batch>,
-    next: u64,
+    jobs: Vec<OwnJob>,
+    /// In the order in which they were sent.
+    unanswered: VecDeque<Batch>,
+    /// The next batch's [`Batch::order`].
+    next_order: u64,
 }
 
-/// Publishes to jobs of its own until the end, and then until everything is
-/// answered.
-pub async fn publish(world: Arc<World>, name: String) {
-    let writer = Writer::new(&world, name, 0);
-    let mut publisher = Publisher { writer, jobs: Vec::new(), sent: VecDeque::new(), next: 0 };
-    while !(world.is_finishing() && publisher.sent.is_empty()) {
+/// Publishes to jobs of its own until the load finishes and every batch is answered.
+pub async fn publish(context: Arc<Context>, name: String) {
+    let writer = Writer::new(&context, name, 0);
+    let mut publisher = Publisher { writer, jobs: Vec::new(), unanswered: VecDeque::new(), next_order: 0 };
+    while !(context.is_finishing() && publisher.unanswered.is_empty()) {
         publisher.stream().await;
-        let rest = Duration::from_millis(publisher.writer.random.u64(5..world.pace.rest_ms));
-        let _ = timeout(rest, world.finishing.cancelled()).await;
+        let rest = Duration::from_millis(publisher.writer.random.u64(5..context.pace.max_rest_ms));
+        let _ = timeout(rest, context.finishing.cancelled()).await;
     }
 }
 
 impl Publisher {
-    /// One stream, until it breaks or is left.
+    /// Opens one stream and publishes until it ends.
     async fn stream(&mut self) {
-        let world = Arc::clone(&self.writer.world);
+        let context = Arc::clone(&self.writer.context);
         let replica = self.writer.random.usize(..2);
         let (batches, requests) = mpsc::channel(WINDOW);
-        let opened = world.now();
-        for batch in &mut self.sent {
-            batches.try_send(request(&world, batch)).expect("the window has room");
-            begin(batch, replica, opened);
+        let opened_at = context.now();
+        for batch in &mut self.unanswered {
+            batches.try_send(request(&context, batch)).expect("the channel has room for a whole window");
+            start_attempt(batch, replica, opened_at);
         }
-        let call = self.writer.callers[replica].events.publish_events(ReceiverStream::new(requests));
-        let broken = match world.answer("PublishEvents", call).await {
-            Ok(answers) => self.converse(&world, replica, batches, answers).await,
-            Err(Failure::Refused(refusal)) => {
-                panic!("a publish stream was refused: {refusal:?}");
+        let call = self.writer.clients[replica].events.publish_events(ReceiverStream::new(requests));
+        let reason = match context.call("PublishEvents", call).await {
+            Ok(answers) => self.exchange(&context, replica, batches, answers).await,
+            Err(CallError::Refused(refusal)) => {
+                panic!("PublishEvents was refused: {refusal:?}");
             }
-            Err(Failure::Unknown(lost)) => lost,
+            Err(CallError::Unknown(reason)) => reason,
         };
-        let over = world.now();
-        for batch in &mut self.sent {
-            settle(batch, over, Outcome::Unknown(broken.clone()));
+        let ended_at = context.now();
+        for batch in &mut self.unanswered {
+            finish_attempt(batch, ended_at, Outcome::Unknown(reason.clone()));
         }
-        // A client that crashes never comes back to what was not answered.
+        // A client that crashes does not send its unanswered batches again.
         if self.writer.random.u32(..60) == 0 {
-            world.history.lock().unwrap().batches.extend(self.sent.drain(..));
+            context.history.lock().unwrap().batches.extend(self.unanswered.drain(..));
             self.jobs.clear();
         }
     }
 
-    /// Sends and hears until the stream is over; what that is to what was not
-    /// answered.
-    async fn converse(
+    /// Sends batches and receives answers until the stream ends. Returns why the
+    /// outcome of the unanswered batches is unknown.
+    async fn exchange(
         &mut self,
-        world: &World,
+        context: &Context,
         replica: usize,
         batches: mpsc::Sender<pb::PublishEventsRequest>,
         mut answers: Streaming<pb::PublishEventsResponse>,
-    ) -> Lost {
-        let mut left = self.writer.random.u32(5..400);
+    ) -> UnknownReason {
+        let mut batches_left = self.writer.random.u32(5..400);
         let half_closes = self.writer.random.bool();
         let mut batches = Some(batches);
         loop {
-            if left == 0 || world.is_finishing() {
-                if !half_closes && !world.is_finishing() {
-                    return Lost::GaveUp;
+            if batches_left == 0 || context.is_finishing() {
+                if !half_closes && !context.is_finishing() {
+                    return UnknownReason::Abandoned;
                 }
                 batches = None;
-            } else if self.sent.len() < WINDOW
+            } else if self.unanswered.len() < WINDOW
                 && let Some(batches) = &batches
             {
-                left -= 1;
-                let mut batch = self.next_batch(world).await;
-                begin(&mut batch, replica, world.now());
-                let request = request(world, &batch);
-                self.sent.push_back(batch);
-                // If it is closed, the answers tell why.
+                batches_left -= 1;
+                let mut batch = self.next_batch(context).await;
+                start_attempt(&mut batch, replica, context.now());
+                let request = request(context, &batch);
+                self.unanswered.push_back(batch);
+                // Sending fails if the server has ended the stream: its status follows.
                 let _ = batches.try_send(request);
             }
-            let longest = if self.sent.len() < WINDOW && batches.is_some() {
-                Duration::from_millis(self.writer.random.u64(..60)) * world.pace.slower
+            let max_wait = if self.unanswered.len() < WINDOW && batches.is_some() {
+                Duration::from_millis(self.writer.random.u64(..60)) * context.pace.pause_factor
             } else {
                 TIMEOUT
             };
-            match timeout(longest, answers.message()).await {
-                Err(_) if longest < TIMEOUT && !self.is_overdue(world) => {}
-                Err(_) => return Lost::GaveUp,
-                Ok(Ok(Some(answer))) => self.hear(world, answer),
+            match timeout(max_wait, answers.message()).await {
+                Err(_) if max_wait < TIMEOUT && !self.is_overdue(context) => {}
+                Err(_) => return UnknownReason::Abandoned,
+                Ok(Ok(Some(answer))) => self.receive(context, answer),
                 Ok(Ok(None)) => {
-                    if batches.is_some() || !self.sent.is_empty() {
-                        self.complain(world, "a stream of answers ended with OK and answers were missing");
+                    if batches.is_some() || !self.unanswered.is_empty() {
+                        self.record_unexpected(
+                            context,
+                            "PublishEvents ended with OK before all requests were sent and answered",
+                        );
                     }
-                    return Lost::GaveUp;
+                    return UnknownReason::Abandoned;
                 }
-                Ok(Err(status)) => match world.failure("PublishEvents", &status) {
-                    Failure::Unknown(lost) => return lost,
-                    Failure::Refused(refusal) => {
-                        self.complain(world, &format!("a stream ended with {refusal:?}"));
-                        return Lost::GaveUp;
+                Ok(Err(status)) => match context.classify("PublishEvents", &status) {
+                    CallError::Unknown(reason) => return reason,
+                    CallError::Refused(refusal) => {
+                        self.record_unexpected(context, &format!("PublishEvents ended with {refusal:?}"));
+                        return UnknownReason::Abandoned;
                     }
                 },
             }
         }
     }
 
-    fn is_overdue(&self, world: &World) -> bool {
-        let oldest = self.sent.front().and_then(|batch| batch.attempts.last());
-        oldest.is_some_and(|attempt| world.now() > attempt.sent + TIMEOUT)
+    fn is_overdue(&self, context: &Context) -> bool {
+        let oldest = self.unanswered.front().and_then(|batch| batch.attempts.last());
+        oldest.is_some_and(|attempt| context.now() > attempt.sent_at + TIMEOUT)
     }
 
-    fn hear(&mut self, world: &World, answer: pb::PublishEventsResponse) {
-        let due = self.sent.front().and_then(|batch| batch.order).map(|order| order.to_string());
-        if due.as_deref() != Some(&answer.batch_id) {
-            return self
-                .complain(world, &format!("batch {} was answered when {due:?} was due", answer.batch_id));
+    fn receive(&mut self, context: &Context, answer: pb::PublishEventsResponse) {
+        let expected = self.unanswered.front().and_then(|batch| batch.order).map(|order| order.to_string());
+        if expected.as_deref() != Some(&answer.batch_id) {
+            let what = format!("batch {} was answered, expected batch {expected:?}", answer.batch_id);
+            return self.record_unexpected(context, &what);
         }
-        let Some(mut batch) = self.sent.pop_front() else { return };
+        let Some(mut batch) = self.unanswered.pop_front() else { return };
         let outcome = match answer.outcome {
             Some(Answer::Appended(appended)) => Outcome::Appended(appended.events),
             Some(Answer::Refused(status)) => Outcome::Refused(Refusal {
@@ -150,37 +154,37 @@ impl Publisher {
                 message: status.message,
                 last_sequence: None,
             }),
-            None => return self.complain(world, "an answer says nothing"),
+            None => return self.record_unexpected(context, "an answer has no outcome"),
         };
-        settle(&mut batch, world.now(), outcome);
-        world.history.lock().unwrap().batches.push(batch);
+        finish_attempt(&mut batch, context.now(), outcome);
+        context.history.lock().unwrap().batches.push(batch);
     }
 
-    fn complain(&self, world: &World, what: &str) {
+    fn record_unexpected(&self, context: &Context, what: &str) {
         let what = format!("{}: {what}", self.writer.name);
-        let unexcused = crate::history::Unexcused { at: world.now(), what };
-        world.history.lock().unwrap().unexcused.push(unexcused);
+        let unexpected = UnexpectedAnswer { at: context.now(), what };
+        context.history.lock().unwrap().unexpected_answers.push(unexpected);
     }
 
-    /// A batch for any of its jobs; as it alone writes to them, it knows where
-    /// each will end.
-    async fn next_batch(&mut self, world: &World) -> Batch {
+    /// A batch for one of the publisher's jobs. Half of the batches carry an
+    /// `expected_sequence`, which is known because no other writer appends there.
+    async fn next_batch(&mut self, context: &Context) -> Batch {
         while self.jobs.len() < 3 {
-            let job = self.writer.new_job().await;
-            self.jobs.push(Own { job, last: 0, batches_left: self.writer.random.u32(3..40) });
+            let job = self.writer.create_job().await;
+            self.jobs.push(OwnJob { job, last_sequence: 0, batches_left: self.writer.random.u32(3..40) });
         }
         let random = &mut self.writer.random;
         let chosen = random.usize(..self.jobs.len());
         let own = &mut self.jobs[chosen];
         own.batches_left -= 1;
-        let mut events = events(world, random, own.job);
+        let mut events = events(context, random, own.job);
         if own.batches_left == 0 {
             events.push(complete());
         }
-        let expected = random.bool().then_some(own.last);
-        let batch = Batch { expected, order: Some(self.next), ..self.writer.batch(own.job, events) };
-        self.next += 1;
-        own.last += i64::try_from(batch.events.len()).unwrap();
+        let expected = random.bool().then_some(own.last_sequence);
+        let batch = Batch { expected, order: Some(self.next_order), ..self.writer.batch(own.job, events) };
+        self.next_order += 1;
+        own.last_sequence += i64::try_from(batch.events.len()).unwrap();
         if own.batches_left == 0 {
             self.jobs.remove(chosen);
         }
@@ -188,23 +192,23 @@ impl Publisher {
     }
 }
 
-fn request(world: &World, batch: &Batch) -> pb::PublishEventsRequest {
+fn request(context: &Context, batch: &Batch) -> pb::PublishEventsRequest {
     pb::PublishEventsRequest {
-        batch_id: batch.order.expect("it is published").to_string(),
-        job: Some(pb::publish_events_request::Job::JobId(world.job_id(batch.job))),
+        batch_id: batch.order.expect("a published batch has an order").to_string(),
+        job: Some(pb::publish_events_request::Job::JobId(context.job_id(batch.job))),
         expected_sequence: batch.expected,
         events: batch.events.clone(),
     }
 }
 
-/// It goes out; whatever comes of it is filled in later.
-fn begin(batch: &mut Batch, replica: usize, sent: Moment) {
-    let outcome = Outcome::Unknown(Lost::GaveUp);
-    batch.attempts.push(Attempt { replica, sent, over: Moment::MAX, outcome });
+/// Adds an attempt, whose outcome `finish_attempt` fills in.
+fn start_attempt(batch: &mut Batch, replica: usize, sent_at: Moment) {
+    let outcome = Outcome::Unknown(UnknownReason::Abandoned);
+    batch.attempts.push(Attempt { replica, sent_at, ended_at: Moment::MAX, outcome });
 }
 
-fn settle(batch: &mut Batch, over: Moment, outcome: Outcome) {
+fn finish_attempt(batch: &mut Batch, ended_at: Moment, outcome: Outcome) {
     if let Some(attempt) = batch.attempts.last_mut() {
-        (attempt.over, attempt.outcome) = (over, outcome);
+        (attempt.ended_at, attempt.outcome) = (ended_at, outcome);
     }
 }

@@ -1,86 +1,85 @@
-//! Those who ask how jobs are while everything goes on: by GetJob, ListJobs and
-//! ListEvents.
+//! Readers that call `GetJob`, `ListJobs` and `ListEvents` during the campaign.
 
 use std::sync::Arc;
 
 use milepost::pb;
 
 use crate::{
-    history::{Body, Chain, End, Glance, Message, Only, Scope, Start, Stream},
-    world::{Caller, World},
+    context::{Context, UserClient},
+    history::{Body, JobFilter, JobRead, Message, Scope, Start, Stream, StreamEnd, WatcherRecord},
 };
 
-/// Between one look and the next.
-const PAUSE_MS: u64 = 100;
+/// Maximal pause between two calls.
+const MAX_PAUSE_MS: u64 = 100;
 
-pub async fn look_around(world: Arc<World>) {
-    let mut random = world.random();
-    let mut callers: Vec<_> = world.providers.iter().map(|provider| world.callers(provider)).collect();
-    while !world.is_finishing() {
-        world.pause(&mut random, PAUSE_MS).await;
-        let Some((job, sequence)) = world.recently_acknowledged(&mut random) else { continue };
-        let (provider, replica) = (world.history.lock().unwrap().jobs[job].provider, random.usize(..2));
-        let caller = &mut callers[provider][replica];
+pub async fn read_jobs(context: Arc<Context>) {
+    let mut random = context.random();
+    let mut clients: Vec<_> = context.providers.iter().map(|provider| context.clients(provider)).collect();
+    while !context.is_finishing() {
+        context.pause(&mut random, MAX_PAUSE_MS).await;
+        let Some((job, sequence)) = context.recently_acknowledged(&mut random) else { continue };
+        let (provider, replica) = (context.history.lock().unwrap().jobs[job].provider, random.usize(..2));
+        let client = &mut clients[provider][replica];
         match random.u32(..10) {
-            0 => glance_at_all(&world, caller, replica).await,
-            1..4 => list(&world, caller, replica, job, sequence).await,
-            _ => glance(&world, caller, replica, job).await,
+            0 => list_jobs(&context, client, replica).await,
+            1..4 => list_events(&context, client, replica, job, sequence).await,
+            _ => get_job(&context, client, replica, job).await,
         }
     }
 }
 
-async fn glance(world: &World, caller: &mut Caller, replica: usize, job: usize) {
-    let request = pb::GetJobRequest { job: Some(pb::get_job_request::Job::JobId(world.job_id(job))) };
-    let sent = world.now();
-    // Who is not answered has learned nothing.
-    if let Ok(answer) = world.answer("GetJob", caller.jobs.get_job(request)).await {
-        let found = answer.job.expect("a job");
-        let glance = Glance { replica, sent, over: world.now(), found };
-        world.history.lock().unwrap().glances.push(glance);
+async fn get_job(context: &Context, client: &mut UserClient, replica: usize, job: usize) {
+    let request = pb::GetJobRequest { job: Some(pb::get_job_request::Job::JobId(context.job_id(job))) };
+    let sent_at = context.now();
+    // A call without a response leaves nothing to check.
+    if let Ok(answer) = context.call("GetJob", client.jobs.get_job(request)).await {
+        let found = answer.job.expect("the response has a job");
+        let read = JobRead { replica, sent_at, ended_at: context.now(), found };
+        context.history.lock().unwrap().job_reads.push(read);
     }
 }
 
-async fn glance_at_all(world: &World, caller: &mut Caller, replica: usize) {
-    let sent = world.now();
+async fn list_jobs(context: &Context, client: &mut UserClient, replica: usize) {
+    let sent_at = context.now();
     let request = pb::ListJobsRequest::default();
-    if let Ok(page) = world.answer("ListJobs", caller.jobs.list_jobs(request)).await {
-        let over = world.now();
-        let glances = page.jobs.into_iter().map(|found| Glance { replica, sent, over, found });
-        world.history.lock().unwrap().glances.extend(glances);
+    if let Ok(page) = context.call("ListJobs", client.jobs.list_jobs(request)).await {
+        let ended_at = context.now();
+        let job_reads = page.jobs.into_iter().map(|found| JobRead { replica, sent_at, ended_at, found });
+        context.history.lock().unwrap().job_reads.extend(job_reads);
     }
 }
 
-/// Page by page to where there is no more, as a watch would tell it.
-async fn list(world: &World, caller: &mut Caller, replica: usize, job: usize, after: i64) {
-    let opened = world.now();
+/// Reads all pages after a sequence and records them as the stream of a watcher.
+async fn list_events(context: &Context, client: &mut UserClient, replica: usize, job: usize, after: i64) {
+    let opened_at = context.now();
     let mut request = pb::ListEventsRequest {
-        job: Some(pb::list_events_request::Job::JobId(world.job_id(job))),
+        job: Some(pb::list_events_request::Job::JobId(context.job_id(job))),
         after_sequence: after,
         page_size: 20,
         ..Default::default()
     };
     let mut messages = Vec::new();
     loop {
-        let call = caller.events.list_events(request.clone());
-        let Ok(page) = world.answer("ListEvents", call).await else { return };
-        let events = page.events.into_iter().map(|event| world.events.one_of(event)).collect();
-        messages.push(Message { at: world.now(), body: Body::Events(events) });
+        let call = client.events.list_events(request.clone());
+        let Ok(page) = context.call("ListEvents", call).await else { return };
+        let events = page.events.into_iter().map(|event| context.interner.intern(event)).collect();
+        messages.push(Message { received_at: context.now(), body: Body::Events(events) });
         if page.next_page_token.is_empty() {
             break;
         }
         request.page_token = page.next_page_token;
     }
-    messages.push(Message { at: world.now(), body: Body::Listed });
-    let (start, over) = (Start::AfterSequence(after), world.now());
-    let stream = Stream { replica, start, opened, messages, end: End::Left, over };
-    let chain = Chain {
-        name: "a reader".to_owned(),
+    messages.push(Message { received_at: context.now(), body: Body::ListEnd });
+    let (start, ended_at) = (Start::AfterSequence(after), context.now());
+    let stream = Stream { replica, start, opened_at, messages, end: StreamEnd::ClosedByWatcher, ended_at };
+    let record = WatcherRecord {
+        name: "a reader of ListEvents".to_owned(),
         scope: Scope::Job(job),
-        only: Only::default(),
-        prompt: false,
+        filter: JobFilter::default(),
+        reads_promptly: false,
         kinds: Vec::new(),
         streams: vec![stream],
-        whole: false,
+        read_to_end: false,
     };
-    world.history.lock().unwrap().chains.push(chain);
+    context.history.lock().unwrap().watchers.push(record);
 }

@@ -1,4 +1,5 @@
-//! A server: the binary in a process of its own, and the clock that it sees.
+//! A replica: the milepost binary in a process of its own, and the clock that
+//! libfaketime shows it.
 
 use std::{
     fs::{self, File},
@@ -14,15 +15,15 @@ use tokio::{
 };
 
 use crate::{
+    context::{send_signal, within},
     port::own_address,
     temporary::TemporaryDir,
-    world::{signal, within},
 };
 
-/// Few, so that they are used up when the database is slow.
+/// Few, so that a slow database uses the server's whole pool up.
 const DATABASE_CONNECTIONS: &str = "4";
-/// Lines of its log that are told of a server that does not recover.
-const LAST_LINES: usize = 30;
+/// How many lines of its log a failure message quotes.
+const LOG_TAIL_LINES: usize = 30;
 
 pub struct Replica {
     pub address: SocketAddr,
@@ -43,48 +44,54 @@ impl Replica {
         let log = dir.path().join(format!("{name}.log"));
         let child = serve(address, &database_url, &log, clock.as_ref(), dir);
         let mut replica = Self { address, database_url, log, clock, child };
-        replica.listens().await;
+        replica.wait_until_listening().await;
         replica
     }
 
-    /// Starts again where the last one ended; it may not listen yet.
+    /// Starts a new process at the same address. Does not wait until it listens.
     pub fn start_again(&mut self, dir: &mut TemporaryDir) {
         self.child = serve(self.address, &self.database_url, &self.log, self.clock.as_ref(), dir);
     }
 
-    /// Waits until it says that it listens.
-    pub async fn listens(&mut self) {
+    /// Waits for the server's first line on stdout, which says that it listens.
+    pub async fn wait_until_listening(&mut self) {
         let mut lines = BufReader::new(self.child.stdout.take().unwrap()).lines();
         let line = within(Duration::from_secs(30), "a server to listen", lines.next_line()).await.unwrap();
-        assert!(line.is_some(), "it did not listen:\n{}", fs::read_to_string(&self.log).unwrap());
+        let log = || fs::read_to_string(&self.log).unwrap();
+        assert!(
+            line.is_some(),
+            "the server at {} ended before it listened; its log:\n{}",
+            self.address,
+            log()
+        );
     }
 
-    /// SIGKILL.
+    /// Sends SIGKILL and waits for the exit.
     pub async fn kill(&mut self) {
         self.child.kill().await.unwrap();
     }
 
-    /// SIGTERM, and how it ended.
+    /// Sends SIGTERM and waits for the exit.
     pub async fn terminate(&mut self) -> ExitStatus {
-        self.signal("TERM").await;
-        within(Duration::from_secs(30), "a server's exit", self.child.wait()).await.unwrap()
+        self.send_signal("TERM").await;
+        within(Duration::from_secs(30), "a server to exit after SIGTERM", self.child.wait()).await.unwrap()
     }
 
-    /// The end of its log.
-    pub fn last_words(&self) -> String {
+    /// The last lines of the server's log.
+    pub fn log_tail(&self) -> String {
         let log = fs::read_to_string(&self.log).unwrap();
         let lines: Vec<&str> = log.lines().collect();
-        lines[lines.len().saturating_sub(LAST_LINES)..].join("\n")
+        lines[lines.len().saturating_sub(LOG_TAIL_LINES)..].join("\n")
     }
 
-    /// STOP or CONT.
-    pub async fn signal(&self, name: &str) {
-        signal(name, &self.child.id().expect("it runs").to_string()).await;
+    /// Sends STOP or CONT.
+    pub async fn send_signal(&self, name: &str) {
+        send_signal(name, &self.child.id().expect("the server runs").to_string()).await;
     }
 
-    /// Moves the clock that it sees away from everybody else's.
+    /// Sets by how many seconds this server's clock is ahead of the real one.
     pub fn move_clock(&self, seconds: i64) {
-        self.clock.as_ref().expect("it has a clock of its own").set(seconds);
+        self.clock.as_ref().expect("this replica has a clock of its own").set(seconds);
     }
 }
 
@@ -110,11 +117,12 @@ fn serve(
         clock.apply(&mut command);
     }
     let child = command.spawn().unwrap();
-    dir.guard(child.id().expect("it runs"));
+    dir.guard(child.id().expect("the server runs"));
     child
 }
 
-/// A clock that can be moved while a process looks at it.
+/// A clock that libfaketime shows a process, with an offset that can be changed
+/// while the process runs.
 pub struct Clock {
     library: PathBuf,
     file: PathBuf,
@@ -128,7 +136,7 @@ impl Clock {
             library.chain(["/usr/lib/faketime/libfaketimeMT.so.1".into()]).find(|path| path.exists());
         let Some(library) = library else {
             panic!(
-                "a server's clock cannot be moved: install libfaketime (Debian: apt-get install faketime)"
+                "libfaketime, which moves a server's clock, is not installed; Debian: apt-get install faketime"
             );
         };
         let clock = Self { library, file: dir.path().join("clock") };
@@ -147,7 +155,7 @@ impl Clock {
             .env("LD_PRELOAD", &self.library)
             .env("FAKETIME_TIMESTAMP_FILE", &self.file)
             .env("FAKETIME_CACHE_DURATION", "1")
-            // Time-outs go by the other clock, which nobody moves.
+            // Timeouts use the monotonic clock, which stays real.
             .env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
     }
 }

@@ -1,5 +1,5 @@
-//! Those who append by single calls, some of them to the same jobs, and send
-//! the very same again after a lost answer.
+//! Writers that append with `AppendEvents`. Several writers share some jobs. After a
+//! lost answer a writer sends the same request again.
 
 use std::{
     collections::VecDeque,
@@ -15,17 +15,17 @@ use prost_types::{Struct, Timestamp, Value, value::Kind};
 use uuid::Uuid;
 
 use crate::{
+    context::{Context, UserClient, append_outcome},
     history::{Attempt, Batch, Outcome},
-    world::{Caller, World, outcome},
 };
 
-/// How many batches of a job its writer remembers, to send them once more.
+/// How many acknowledged batches of a job a writer keeps, to repeat their events.
 const REMEMBERED: usize = 20;
 
-/// An event of any kind that does not close its job.
-pub fn event(world: &World, random: &mut fastrand::Rng, job: usize) -> pb::NewEvent {
+/// A random event of a kind that does not close its job.
+pub fn event(context: &Context, random: &mut fastrand::Rng, job: usize) -> pb::NewEvent {
     let steps = {
-        let history = world.history.lock().unwrap();
+        let history = context.history.lock().unwrap();
         history.configurations[history.jobs[job].configuration].len()
     };
     let tag = if steps > 0 { format!("step-{}", random.usize(..steps)) } else { String::new() };
@@ -65,144 +65,147 @@ pub fn complete() -> pb::NewEvent {
     }
 }
 
-/// Mostly one or a few, now and then many.
-pub fn events(world: &World, random: &mut fastrand::Rng, job: usize) -> Vec<pb::NewEvent> {
+/// 1 to 150 random events, mostly few.
+pub fn events(context: &Context, random: &mut fastrand::Rng, job: usize) -> Vec<pb::NewEvent> {
     let count = match random.u32(..100) {
         0..60 => 1,
         60..92 => random.usize(2..=5),
         92..99 => random.usize(6..=40),
         _ => random.usize(41..=150),
     };
-    (0..count).map(|_| event(world, random, job)).collect()
+    (0..count).map(|_| event(context, random, job)).collect()
 }
 
-/// A job that several write to.
-pub struct Shared {
+/// A job that several writers append to.
+pub struct SharedJob {
     job: usize,
-    /// The last sequence that any of them was told.
-    last: AtomicI64,
+    /// The highest sequence in any answer so far.
+    last_sequence: AtomicI64,
 }
 
-/// What is written to now, by whoever comes along.
-pub type Slots = Mutex<Vec<Option<Arc<Shared>>>>;
+/// The open shared jobs of a provider. A writer that finds an empty slot creates a
+/// job for it.
+pub type SharedJobs = Mutex<Vec<Option<Arc<SharedJob>>>>;
 
 pub struct Writer {
-    pub world: Arc<World>,
+    pub context: Arc<Context>,
     pub name: String,
     pub random: fastrand::Rng,
     provider: usize,
-    pub callers: [Caller; 2],
+    pub clients: [UserClient; 2],
 }
 
 impl Writer {
-    pub fn new(world: &Arc<World>, name: String, provider: usize) -> Self {
-        let callers = world.callers(&world.providers[provider]);
-        Self { world: Arc::clone(world), name, random: world.random(), provider, callers }
+    pub fn new(context: &Arc<Context>, name: String, provider: usize) -> Self {
+        let clients = context.clients(&context.providers[provider]);
+        Self { context: Arc::clone(context), name, random: context.random(), provider, clients }
     }
 
-    pub async fn new_job(&mut self) -> usize {
-        self.world.new_job(self.provider, &mut self.callers, &mut self.random).await
+    pub async fn create_job(&mut self) -> usize {
+        self.context.create_job(self.provider, &mut self.clients, &mut self.random).await
     }
 
-    /// Writes to jobs of its own and to shared ones until the end.
-    pub async fn write(mut self, slots: Arc<Slots>) {
-        while !self.world.is_finishing() {
+    /// Appends to jobs of its own and to shared ones until the load finishes.
+    pub async fn write(mut self, shared_jobs: Arc<SharedJobs>) {
+        while !self.context.is_finishing() {
             if self.random.bool() {
-                self.write_shared(&slots).await;
+                self.write_to_shared_job(&shared_jobs).await;
             } else {
-                self.write_own().await;
+                self.write_to_own_job().await;
             }
         }
     }
 
-    async fn write_shared(&mut self, slots: &Slots) {
-        let slot = self.random.usize(..slots.lock().unwrap().len());
-        let known = slots.lock().unwrap()[slot].clone();
+    async fn write_to_shared_job(&mut self, shared_jobs: &SharedJobs) {
+        let slot = self.random.usize(..shared_jobs.lock().unwrap().len());
+        let known = shared_jobs.lock().unwrap()[slot].clone();
         let shared = match known {
             Some(shared) => shared,
             None => {
-                let job = self.new_job().await;
-                let shared = Arc::new(Shared { job, last: AtomicI64::new(0) });
-                slots.lock().unwrap()[slot] = Some(Arc::clone(&shared));
+                let job = self.create_job().await;
+                let shared = Arc::new(SharedJob { job, last_sequence: AtomicI64::new(0) });
+                shared_jobs.lock().unwrap()[slot] = Some(Arc::clone(&shared));
                 shared
             }
         };
         let mut acknowledged = VecDeque::new();
         for _ in 0..self.random.usize(3..15) {
-            let last = shared.last.load(Ordering::Relaxed);
+            let last = shared.last_sequence.load(Ordering::Relaxed);
             let expected = (self.random.u32(..3) == 0).then_some(last);
             let closes = self.random.u32(..40) == 0;
             let batch = self.append(shared.job, expected, closes, &mut acknowledged).await;
             let closed = match batch.attempts.last().map(|attempt| &attempt.outcome) {
                 Some(Outcome::Appended(events)) => {
-                    let told = events.iter().map(|event| event.sequence).max().unwrap_or_default();
-                    shared.last.fetch_max(told, Ordering::Relaxed);
+                    let last = events.iter().map(|event| event.sequence).max().unwrap_or_default();
+                    shared.last_sequence.fetch_max(last, Ordering::Relaxed);
                     closes
                 }
                 Some(Outcome::Refused(refusal)) => {
-                    shared.last.fetch_max(refusal.last_sequence.unwrap_or(0), Ordering::Relaxed);
+                    shared.last_sequence.fetch_max(refusal.last_sequence.unwrap_or(0), Ordering::Relaxed);
                     refusal.code == tonic::Code::FailedPrecondition
                 }
                 Some(Outcome::Unknown(_)) | None => false,
             };
             self.record(batch, &mut acknowledged).await;
-            if closed || self.world.is_finishing() {
+            if closed || self.context.is_finishing() {
                 break;
             }
             if self.random.u32(..60) == 0 {
-                self.world.close_job(&mut self.callers, &mut self.random, shared.job).await;
+                self.context.close_job(&mut self.clients, &mut self.random, shared.job).await;
             }
         }
-        let mut slots = slots.lock().unwrap();
-        // Whoever comes next starts another one.
-        if slots[slot].as_ref().is_some_and(|known| Arc::ptr_eq(known, &shared)) && self.random.u32(..4) == 0
+        let mut shared_jobs = shared_jobs.lock().unwrap();
+        // The next writer that takes this slot creates another job.
+        if shared_jobs[slot].as_ref().is_some_and(|known| Arc::ptr_eq(known, &shared))
+            && self.random.u32(..4) == 0
         {
-            slots[slot] = None;
+            shared_jobs[slot] = None;
         }
     }
 
-    async fn write_own(&mut self) {
-        let job = self.new_job().await;
+    async fn write_to_own_job(&mut self) {
+        let job = self.create_job().await;
         let mut acknowledged = VecDeque::new();
-        let (batches, completes) = (self.random.usize(2..25), self.random.u32(..10));
+        let (batches, ending) = (self.random.usize(2..25), self.random.u32(..10));
         for n in 0..batches {
-            let closes = n + 1 == batches && completes < 6;
+            let closes = n + 1 == batches && ending < 6;
             let batch = self.append(job, None, closes, &mut acknowledged).await;
             self.record(batch, &mut acknowledged).await;
-            if self.world.is_finishing() {
+            if self.context.is_finishing() {
                 return;
             }
         }
-        if (4..9).contains(&completes) {
-            self.world.close_job(&mut self.callers, &mut self.random, job).await;
+        if (4..9).contains(&ending) {
+            self.context.close_job(&mut self.clients, &mut self.random, job).await;
         }
-        // Whatever became of the job, what is stored is answered as it is.
+        // Also on a closed job, events that are stored are answered as stored.
         for _ in 0..self.random.usize(..3) {
             let Some(mut batch) = acknowledged.pop_front() else { return };
             batch.attempts = Vec::new();
             batch.repeats = batch.events.len();
             self.send(&mut batch, false).await;
-            self.world.history.lock().unwrap().batches.push(batch);
+            self.context.history.lock().unwrap().batches.push(batch);
         }
     }
 
-    /// Gives its events no ids, and so sends none of them a second time.
-    pub async fn write_carelessly(mut self) {
-        while !self.world.is_finishing() {
-            let job = self.new_job().await;
+    /// Appends events without ids, and sends none of them a second time.
+    pub async fn write_without_ids(mut self) {
+        while !self.context.is_finishing() {
+            let job = self.create_job().await;
             for _ in 0..self.random.usize(3..15) {
                 let id = String::new();
-                let event = pb::NewEvent { id, ..event(&self.world, &mut self.random, job) };
+                let event = pb::NewEvent { id, ..event(&self.context, &mut self.random, job) };
                 let mut batch = self.batch(job, vec![event]);
                 self.send(&mut batch, true).await;
-                let told = batch.answer().map(|(_, told)| told[0].id.clone());
-                batch.events[0].id = told.unwrap_or_default();
+                let id = batch.answer().map(|(_, appended)| appended[0].id.clone());
+                batch.events[0].id = id.unwrap_or_default();
                 self.record(batch, &mut VecDeque::new()).await;
             }
         }
     }
 
-    /// A new batch, sent until it is answered; or, now and then, not.
+    /// Sends a new batch until it is answered. Now and then it repeats an
+    /// acknowledged event first, or gives up after a lost answer.
     async fn append(
         &mut self,
         job: usize,
@@ -210,7 +213,7 @@ impl Writer {
         closes: bool,
         acknowledged: &mut VecDeque<Batch>,
     ) -> Batch {
-        let mut fresh = events(&self.world, &mut self.random, job);
+        let mut fresh = events(&self.context, &mut self.random, job);
         if closes {
             fresh.push(complete());
         }
@@ -222,12 +225,12 @@ impl Writer {
             batch.repeats = 1;
         }
         batch.events.append(&mut fresh);
-        let leaves = self.random.u32(..40) == 0;
-        self.send(&mut batch, leaves).await;
+        let gives_up = self.random.u32(..40) == 0;
+        self.send(&mut batch, gives_up).await;
         batch
     }
 
-    /// One to be sent for the first time.
+    /// A batch of new events that has not been sent.
     pub fn batch(&self, job: usize, events: Vec<pb::NewEvent>) -> Batch {
         Batch {
             writer: self.name.clone(),
@@ -240,22 +243,22 @@ impl Writer {
         }
     }
 
-    /// Sends it until it is answered, or if it `leaves` until an answer is lost.
-    async fn send(&mut self, batch: &mut Batch, leaves: bool) {
+    /// Sends a batch until it is answered. With `gives_up` it sends it only once, as a
+    /// client that crashes.
+    async fn send(&mut self, batch: &mut Batch, gives_up: bool) {
         let mut replica = self.random.usize(..2);
         let request = pb::AppendEventsRequest {
-            job: Some(pb::append_events_request::Job::JobId(self.world.job_id(batch.job))),
+            job: Some(pb::append_events_request::Job::JobId(self.context.job_id(batch.job))),
             expected_sequence: batch.expected,
             events: batch.events.clone(),
         };
         loop {
-            let sent = self.world.now();
-            let call = self.callers[replica].events.append_events(request.clone());
-            let outcome = outcome(self.world.answer("AppendEvents", call).await);
-            let lost = matches!(outcome, Outcome::Unknown(_));
-            batch.attempts.push(Attempt { replica, sent, over: self.world.now(), outcome });
-            // As one that crashes.
-            if !lost || leaves {
+            let sent_at = self.context.now();
+            let call = self.clients[replica].events.append_events(request.clone());
+            let outcome = append_outcome(self.context.call("AppendEvents", call).await);
+            let is_unknown = matches!(outcome, Outcome::Unknown(_));
+            batch.attempts.push(Attempt { replica, sent_at, ended_at: self.context.now(), outcome });
+            if !is_unknown || gives_up {
                 return;
             }
             tokio::time::sleep(Duration::from_millis(self.random.u64(5..100))).await;
@@ -270,7 +273,7 @@ impl Writer {
             acknowledged.push_back(batch.clone());
             acknowledged.truncate(REMEMBERED);
         }
-        self.world.history.lock().unwrap().batches.push(batch);
-        self.world.pause(&mut self.random, 100).await;
+        self.context.history.lock().unwrap().batches.push(batch);
+        self.context.pause(&mut self.random, 100).await;
     }
 }

@@ -1,4 +1,4 @@
-//! Unary appends of one event, beside etcd's `Put`.
+//! `AppendEvents` with one event, compared with etcd's `Put`.
 
 use std::{sync::Arc, time::Instant};
 
@@ -7,46 +7,51 @@ use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use super::{Row, fan_out};
 use crate::{
     Result,
-    bed::{Bed, Process},
+    accounts::{self, Accounts},
     check::{Checker, check_etcd},
+    harness::{Harness, Process},
     load::{Calls, Worker, drive},
     report::{Goal, Outcome},
     store::{Acked, Store, Writer, stamp},
-    tenant::{self, Tenant},
 };
 
-/// How a row loads.
-struct Shape {
+/// The load of a row.
+struct RowLoad {
     connections: usize,
+    /// Calls in flight on each connection.
     in_flight: usize,
     jobs: usize,
-    /// Jobs that are watched and not appended to.
-    idle: usize,
+    /// Jobs that are watched but not appended to.
+    idle_jobs: usize,
     replicas: usize,
     goal: Option<Goal>,
-    /// What counts is the median latency rather than the rate.
-    latency: bool,
+    /// The value is the median latency, not the rate.
+    by_latency: bool,
 }
 
-fn shape(row: Row) -> Shape {
-    let usual = Shape {
+fn row_load(row: Row) -> RowLoad {
+    let default = RowLoad {
         connections: 8,
         in_flight: 32,
         jobs: 1_000,
-        idle: 0,
+        idle_jobs: 0,
         replicas: 1,
         goal: None,
-        latency: false,
+        by_latency: false,
     };
     match row {
-        Row::Append8x32 => Shape { goal: Some(Goal::AtLeast(1.1)), ..usual },
-        Row::Append8x1 => Shape { in_flight: 1, goal: Some(Goal::AtLeast(1.0)), ..usual },
-        Row::Append1x1 => {
-            Shape { connections: 1, in_flight: 1, goal: Some(Goal::AtMost(1.1)), latency: true, ..usual }
-        }
-        Row::Idle10000 => Shape { idle: 1_000, ..usual },
-        Row::OneJob32 => Shape { in_flight: 4, jobs: 1, ..usual },
-        Row::TwoReplicas => Shape { replicas: 2, ..usual },
+        Row::Append8x32 => RowLoad { goal: Some(Goal::AtLeast(1.1)), ..default },
+        Row::Append8x1 => RowLoad { in_flight: 1, goal: Some(Goal::AtLeast(1.0)), ..default },
+        Row::Append1x1 => RowLoad {
+            connections: 1,
+            in_flight: 1,
+            goal: Some(Goal::AtMost(1.1)),
+            by_latency: true,
+            ..default
+        },
+        Row::Idle10000 => RowLoad { idle_jobs: 1_000, ..default },
+        Row::OneJob32 => RowLoad { in_flight: 4, jobs: 1, ..default },
+        Row::TwoReplicas => RowLoad { replicas: 2, ..default },
         Row::Publish100
         | Row::Watch1000
         | Row::FanOut
@@ -56,16 +61,16 @@ fn shape(row: Row) -> Shape {
         | Row::GetJob
         | Row::GetCurrentUser
         | Row::Reconnect1000
-        | Row::Sleepers100
-        | Row::ReplicaDelay => usual,
+        | Row::StalledWatchers100
+        | Row::ReplicaDelay => default,
     }
 }
 
-/// One who appends to its share of the logs, one after the other.
+/// Appends to its share of the logs, one after the other.
 struct Appender {
     writer: Writer,
     logs: Arc<[String]>,
-    /// Its logs: every `stride`th, from this one on.
+    /// Its logs are `first`, `first + stride`, and so on.
     first: usize,
     stride: usize,
     next: usize,
@@ -85,98 +90,100 @@ impl Worker for Appender {
     }
 }
 
-pub(super) async fn unary(bed: &Bed, row: Row) -> Result<Vec<Outcome>> {
-    let shape = shape(row);
-    let database = bed.database().await?;
+pub(super) async fn unary(harness: &Harness, row: Row) -> Result<Vec<Outcome>> {
+    let load = row_load(row);
+    let database = harness.database().await?;
     let mut servers = Vec::new();
-    for _ in 0..shape.replicas {
-        servers.push(bed.server(&database).await?);
+    for _ in 0..load.replicas {
+        servers.push(harness.server(&database).await?);
     }
-    let tenant = Tenant::create(servers[0].address).await?;
-    let jobs = tenant.jobs(servers[0].address, shape.jobs + shape.idle).await?;
-    let idle: Arc<[String]> = jobs[shape.jobs..].into();
-    let jobs: Arc<[String]> = jobs[..shape.jobs].into();
-    let etcd = bed.etcd().await?;
+    let accounts = Accounts::create(servers[0].address).await?;
+    let jobs = accounts.create_jobs(servers[0].address, load.jobs + load.idle_jobs).await?;
+    let idle_jobs: Arc<[String]> = jobs[load.jobs..].into();
+    let jobs: Arc<[String]> = jobs[..load.jobs].into();
+    let etcd = harness.etcd().await?;
 
-    let ours = stores(&servers, &tenant, &jobs, shape.connections).await?;
-    let theirs = match &etcd {
-        Some(etcd) => vec![Store::etcd(etcd.address, Arc::clone(&jobs), shape.connections).await?],
+    let milepost_stores = stores(&servers, &accounts, &jobs, load.connections).await?;
+    let etcd_stores = match &etcd {
+        Some(etcd) => vec![Store::etcd(etcd.address, Arc::clone(&jobs), load.connections).await?],
         None => Vec::new(),
     };
-    let idle = if idle.is_empty() {
+    let idle_watchers = if idle_jobs.is_empty() {
         Vec::new()
     } else {
-        stand_idle(&servers[0], etcd.as_ref(), &tenant, idle).await?
+        open_idle_watchers(&servers[0], etcd.as_ref(), &accounts, idle_jobs).await?
     };
-    let reader = &tenant::connect(servers[0].address, &tenant.customer_key, 1).await?[0];
-    let (unit, peer) = if shape.latency { ("ms p50", "etcd Put") } else { ("events/s", "etcd Put") };
-    let mut outcome = Outcome::new(row.name(), unit, peer, shape.goal);
-    let measure = |calls: &Calls| if shape.latency { calls.p50() } else { calls.rate(1.0) };
+    let reader = &accounts::connect(servers[0].address, &accounts.customer_key, 1).await?[0];
+    let (unit, peer) = if load.by_latency { ("ms p50", "etcd Put") } else { ("events/s", "etcd Put") };
+    let mut outcome = Outcome::new(row.name(), unit, peer, load.goal);
+    let measure = |calls: &Calls| if load.by_latency { calls.p50() } else { calls.rate(1.0) };
     let mut checker = Checker::default();
-    for store in &ours {
-        checker.check(reader, &jobs, &warm(store).await?).await?;
+    for store in &milepost_stores {
+        checker.check(reader, &jobs, &warm_up(store).await?).await?;
     }
-    for _ in 0..bed.options.rounds {
-        bed.checkpoint().await?;
-        let (acked, calls) = round(bed, &shape, &ours).await?;
-        outcome.milepost(measure(&calls));
+    for _ in 0..harness.options.rounds {
+        harness.checkpoint().await?;
+        let (acked, calls) = round(harness, &load, &milepost_stores).await?;
+        outcome.add_milepost(measure(&calls));
         checker.check(reader, &jobs, &acked).await?;
-        if !theirs.is_empty() {
-            bed.checkpoint().await?;
-            let before = theirs[0].writer(0).append(&jobs, 0, 0).await?.sequence;
-            let (acked, calls) = round(bed, &shape, &theirs).await?;
-            outcome.peer(measure(&calls));
+        if !etcd_stores.is_empty() {
+            harness.checkpoint().await?;
+            let before = etcd_stores[0].writer(0).append(&jobs, 0, 0).await?.sequence;
+            let (acked, calls) = round(harness, &load, &etcd_stores).await?;
+            outcome.add_peer(measure(&calls));
             check_etcd(before, &acked)?;
         }
     }
-    idle.iter().try_for_each(fan_out::Audience::check)?;
+    idle_watchers.iter().try_for_each(fan_out::Watchers::check)?;
     Ok(vec![outcome])
 }
 
-/// A store for each replica, with its share of the connections.
+/// Opens a store for each replica, with an equal share of the connections.
 async fn stores(
     servers: &[Process],
-    tenant: &Tenant,
+    accounts: &Accounts,
     jobs: &Arc<[String]>,
     connections: usize,
 ) -> Result<Vec<Store>> {
     let mut stores = Vec::new();
     for server in servers {
         let share = connections / servers.len();
-        stores.push(Store::milepost(server.address, &tenant.provider_key, Arc::clone(jobs), share).await?);
+        stores.push(Store::milepost(server.address, &accounts.provider_key, Arc::clone(jobs), share).await?);
     }
     Ok(stores)
 }
 
-async fn stand_idle(
+/// Opens 10,000 watches of the logs in milepost, and as many in etcd.
+async fn open_idle_watchers(
     server: &Process,
     etcd: Option<&Process>,
-    tenant: &Tenant,
+    accounts: &Accounts,
     logs: Arc<[String]>,
-) -> Result<Vec<fan_out::Audience>> {
-    let ours = Store::milepost(server.address, &tenant.customer_key, Arc::clone(&logs), fan_out::CONNECTIONS);
-    let mut audiences = vec![fan_out::Audience::gather(&ours.await?).await?];
+) -> Result<Vec<fan_out::Watchers>> {
+    let key = &accounts.customer_key;
+    let store = Store::milepost(server.address, key, Arc::clone(&logs), fan_out::CONNECTIONS).await?;
+    let mut watchers = vec![fan_out::Watchers::open(&store).await?];
     if let Some(etcd) = etcd {
-        let theirs = Store::etcd(etcd.address, logs, fan_out::CONNECTIONS).await?;
-        audiences.push(fan_out::Audience::gather(&theirs).await?);
+        let store = Store::etcd(etcd.address, logs, fan_out::CONNECTIONS).await?;
+        watchers.push(fan_out::Watchers::open(&store).await?);
     }
-    Ok(audiences)
+    Ok(watchers)
 }
 
-/// An event for each log: a round is about jobs that run, not about the first
-/// that the server hears of each.
-async fn warm(store: &Store) -> Result<Vec<Acked>> {
+/// Appends an event to each log, so that no round measures a job's first event, for
+/// which the server must load the job.
+async fn warm_up(store: &Store) -> Result<Vec<Acked>> {
     let append = |log: usize| async move { store.writer(log).append(&store.logs, log, 0).await };
     stream::iter(0..store.logs.len()).map(append).buffer_unordered(32).try_collect().await
 }
 
-/// All that was acknowledged, and how long it took.
-async fn round(bed: &Bed, shape: &Shape, stores: &[Store]) -> Result<(Vec<Acked>, Calls)> {
-    let count = shape.connections * shape.in_flight;
+/// Loads the stores for one round. Returns the acknowledged events and the calls.
+async fn round(harness: &Harness, load: &RowLoad, stores: &[Store]) -> Result<(Vec<Acked>, Calls)> {
+    let count = load.connections * load.in_flight;
     let started = Instant::now();
     let appender = |number: usize| {
         let store = &stores[number % stores.len()];
-        // Two replicas append to the same jobs, so that they meet.
+        // Two replicas append to the same jobs at the same time.
         let first = number / stores.len() % store.logs.len();
         let stride = (count / stores.len()).min(store.logs.len());
         Appender {
@@ -189,19 +196,24 @@ async fn round(bed: &Bed, shape: &Shape, stores: &[Store]) -> Result<(Vec<Acked>
             acked: Vec::new(),
         }
     };
-    let (workers, calls) = drive((0..count).map(appender).collect(), &bed.options).await?;
+    let (workers, calls) = drive((0..count).map(appender).collect(), &harness.options).await?;
     for worker in &workers {
-        in_order(worker, stores[0].logs.len())?;
+        check_order(worker, stores[0].logs.len())?;
     }
     Ok((workers.into_iter().flat_map(|worker| worker.acked).collect(), calls))
 }
 
-/// Whoever waits for each answer gets rising sequences of a job.
-fn in_order(worker: &Appender, logs: usize) -> Result<()> {
+/// Checks that an appender, which waits for each answer, received rising sequences of
+/// each log.
+fn check_order(worker: &Appender, logs: usize) -> Result<()> {
     let mut last = vec![0; logs];
     for event in &worker.acked {
         if event.sequence <= last[event.log] {
-            return Err(format!("event {} came after event {}", event.sequence, last[event.log]).into());
+            return Err(format!(
+                "sequence {} was acknowledged after sequence {}",
+                event.sequence, last[event.log]
+            )
+            .into());
         }
         last[event.log] = event.sequence;
     }

@@ -1,4 +1,4 @@
-//! Calls that read, beside a method that does nothing.
+//! `GetJob` and `GetCurrentUser`, compared with a method that does nothing.
 
 use milepost::{
     client::Client,
@@ -9,14 +9,15 @@ use tonic::{client::Grpc, transport::Channel, transport::Endpoint};
 use super::Row;
 use crate::{
     Result,
-    bed::Bed,
+    accounts::{self, Accounts},
     empty,
+    harness::Harness,
     load::{Worker, drive},
     report::Outcome,
-    tenant::{self, Tenant},
 };
 
 const CONNECTIONS: usize = 8;
+/// Calls in flight on each connection.
 const IN_FLIGHT: usize = 32;
 const JOBS: usize = 1_000;
 
@@ -47,18 +48,18 @@ impl Worker for Caller {
     }
 }
 
-pub(super) async fn measure(bed: &Bed, row: Row) -> Result<Vec<Outcome>> {
-    let server = bed.server(&bed.database().await?).await?;
-    let tenant = Tenant::create(server.address).await?;
-    let jobs = tenant.jobs(server.address, JOBS).await?;
-    let clients = tenant::connect(server.address, &tenant.customer_key, CONNECTIONS).await?;
-    let empty = bed.empty().await?;
+pub(super) async fn measure(harness: &Harness, row: Row) -> Result<Vec<Outcome>> {
+    let server = harness.server(&harness.database().await?).await?;
+    let accounts = Accounts::create(server.address).await?;
+    let jobs = accounts.create_jobs(server.address, JOBS).await?;
+    let clients = accounts::connect(server.address, &accounts.customer_key, CONNECTIONS).await?;
+    let empty = harness.empty().await?;
     let endpoint = Endpoint::from_shared(format!("http://{}", empty.address))?;
     let mut channels = Vec::new();
     for _ in 0..CONNECTIONS {
         channels.push(endpoint.connect().await?);
     }
-    let ours = |number: usize| {
+    let milepost_caller = |number: usize| {
         let client = clients[number % CONNECTIONS].clone();
         if matches!(row, Row::GetJob) {
             Caller::GetJob { client, jobs: jobs.clone(), next: number * 37 % JOBS }
@@ -66,14 +67,15 @@ pub(super) async fn measure(bed: &Bed, row: Row) -> Result<Vec<Outcome>> {
             Caller::GetCurrentUser { client }
         }
     };
-    let theirs = |number: usize| Caller::Empty(Box::new(Grpc::new(channels[number % CONNECTIONS].clone())));
+    let empty_caller =
+        |number: usize| Caller::Empty(Box::new(Grpc::new(channels[number % CONNECTIONS].clone())));
     let mut outcome = Outcome::new(row.name(), "calls/s", "empty method", None);
-    for _ in 0..bed.options.rounds {
-        bed.checkpoint().await?;
-        let callers = (0..CONNECTIONS * IN_FLIGHT).map(ours).collect();
-        outcome.milepost(drive(callers, &bed.options).await?.1.rate(1.0));
-        let callers = (0..CONNECTIONS * IN_FLIGHT).map(theirs).collect();
-        outcome.peer(drive(callers, &bed.options).await?.1.rate(1.0));
+    for _ in 0..harness.options.rounds {
+        harness.checkpoint().await?;
+        let callers = (0..CONNECTIONS * IN_FLIGHT).map(milepost_caller).collect();
+        outcome.add_milepost(drive(callers, &harness.options).await?.1.rate(1.0));
+        let callers = (0..CONNECTIONS * IN_FLIGHT).map(empty_caller).collect();
+        outcome.add_peer(drive(callers, &harness.options).await?.1.rate(1.0));
     }
     Ok(vec![outcome])
 }

@@ -1,5 +1,5 @@
-//! Calls with much stored, beside the same calls with little: the same number
-//! of jobs is called for in both, drawn from all over.
+//! Calls on a large database, compared with the same calls on a small one. In both the
+//! calls go to the same number of jobs; in the large one these are spread over all jobs.
 
 use std::{
     sync::Arc,
@@ -17,60 +17,62 @@ use milepost::{
 
 use crate::{
     Result,
-    bed::{Bed, Process, connect},
+    accounts::{self, Accounts},
+    harness::{Harness, Process, connect},
     load::latency,
     report::{Goal, Measure, Outcome},
-    store::{append, new_event, watch},
-    tenant::{self, Tenant},
+    store::{append_request, new_event, watch},
 };
 
-/// Events of each job, and jobs that are called for.
 const EVENTS_PER_JOB: u32 = 10;
+/// Jobs that calls go to; the small database has no others.
 const JOBS: u32 = 1_000;
 /// Events between a token and the end of the log, when a watch is resumed.
 const MISSED: usize = 10;
 
-/// What is called.
+/// The calls, each a row of the table.
 const CALLS: [&str; 6] = ["append", "get-job", "resume-job", "resume-all", "list-jobs", "list-events"];
 
-/// A server on a database that was filled.
+/// A server on a filled database.
 struct Side {
     _server: Process,
     provider: Client,
     customer: Client,
     jobs: Arc<[String]>,
-    /// Of a watch of all jobs, and of each job, before some last events.
+    /// A token of a watch of all jobs, [`MISSED`] events or more before the end of the log.
     all_token: String,
+    /// For each job a token of its watch from before the appends of the row.
     job_tokens: Vec<String>,
+    /// Index of the next call's job.
     next: usize,
 }
 
-pub(super) async fn measure(bed: &Bed) -> Result<Vec<Outcome>> {
-    let large = bed.options.flat_events / EVENTS_PER_JOB;
+pub(super) async fn measure(harness: &Harness) -> Result<Vec<Outcome>> {
+    let large = harness.options.flat_events / EVENTS_PER_JOB;
     eprintln!(
-        "flat: {} events of {large} jobs beside {} of {JOBS}",
+        "flat: {} events of {large} jobs compared with {} events of {JOBS} jobs",
         large * EVENTS_PER_JOB,
         JOBS * EVENTS_PER_JOB
     );
-    let (mut few, mut many) = (Side::fill(bed, JOBS).await?, Side::fill(bed, large).await?);
+    let (mut few, mut many) = (Side::fill(harness, JOBS).await?, Side::fill(harness, large).await?);
     let outcome =
         |call: &&str| Outcome::new(format!("flat-{call}"), "ms p50", "with few", Some(Goal::AtMost(1.2)));
     let mut outcomes: Vec<Outcome> = CALLS.iter().map(outcome).collect();
-    let share = bed.options.round() / u32::try_from(CALLS.len())?;
-    for _ in 0..bed.options.rounds {
+    let share = harness.options.round() / u32::try_from(CALLS.len())?;
+    for _ in 0..harness.options.rounds {
         for (call, outcome) in CALLS.iter().zip(&mut outcomes) {
-            bed.checkpoint().await?;
-            let [ours, theirs] = in_turns(call, [&mut many, &mut few], share).await?;
-            outcome.milepost(ours);
-            outcome.peer(theirs);
+            harness.checkpoint().await?;
+            let [in_large, in_small] = alternate(call, [&mut many, &mut few], share).await?;
+            outcome.add_milepost(in_large);
+            outcome.add_peer(in_small);
         }
     }
     Ok(outcomes)
 }
 
-/// One call after the other, for a time, on either side in turn, so that what
-/// else the machine does burdens both alike: their medians.
-async fn in_turns(call: &str, mut sides: [&mut Side; 2], time: Duration) -> Result<[Measure; 2]> {
+/// Makes calls on both sides alternately, so that other load of the machine slows both
+/// equally. Returns their median latencies.
+async fn alternate(call: &str, mut sides: [&mut Side; 2], time: Duration) -> Result<[Measure; 2]> {
     let mut latencies = [Vec::new(), Vec::new()];
     for side in &mut sides {
         side.prepare().await?;
@@ -90,25 +92,25 @@ async fn in_turns(call: &str, mut sides: [&mut Side; 2], time: Duration) -> Resu
 }
 
 impl Side {
-    async fn fill(bed: &Bed, jobs: u32) -> Result<Self> {
-        let database = bed.database().await?;
-        let server = bed.server(&database).await?;
-        let tenant = Tenant::create(server.address).await?;
-        tenant.jobs(server.address, 1).await?;
+    async fn fill(harness: &Harness, jobs: u32) -> Result<Self> {
+        let database = harness.database().await?;
+        let server = harness.server(&database).await?;
+        let accounts = Accounts::create(server.address).await?;
+        accounts.create_jobs(server.address, 1).await?;
         let client = connect(&database).await?;
-        client.batch_execute(&filling(jobs)).await?;
-        // As autovacuum would have, in time.
+        client.batch_execute(&insert_jobs_sql(jobs)).await?;
+        // In time autovacuum would do the same.
         client.batch_execute("VACUUM ANALYZE").await?;
-        // The server has not seen how these events came about.
+        // A restarted server has cached nothing from before the INSERTs.
         server.stop().await?;
-        let server = bed.server(&database).await?;
+        let server = harness.server(&database).await?;
         let stride = i64::from(jobs / JOBS);
         let rows = client
             .query(&format!("SELECT id::text FROM jobs WHERE provider_job_id LIKE 'fill-%' AND substr(provider_job_id, 6)::bigint % {stride} = 0 ORDER BY 1"), &[])
             .await?;
         let jobs: Arc<[String]> = rows.iter().map(|row| row.get(0)).collect();
-        let provider = tenant::connect(server.address, &tenant.provider_key, 1).await?.remove(0);
-        let customer = tenant::connect(server.address, &tenant.customer_key, 1).await?.remove(0);
+        let provider = accounts::connect(server.address, &accounts.provider_key, 1).await?.remove(0);
+        let customer = accounts::connect(server.address, &accounts.customer_key, 1).await?.remove(0);
         let (all_token, job_tokens) = (String::new(), Vec::new());
         let mut side = Self { _server: server, provider, customer, jobs, all_token, job_tokens, next: 0 };
         for index in 0..side.jobs.len() {
@@ -120,7 +122,7 @@ impl Side {
         Ok(side)
     }
 
-    /// Has a token of all jobs ready, just before the end of the log.
+    /// Takes a token of all jobs at the end of the log, and then appends [`MISSED`] events.
     async fn prepare(&mut self) -> Result<()> {
         let all = Scope::AllJobs(AllJobs::default());
         (_, self.all_token, _) = watch(&self.customer, all, Start::FromNow(FromNow {})).await?;
@@ -135,9 +137,13 @@ impl Side {
         let job = self.jobs[self.next].clone();
         match call {
             "append" => {
-                let request = append(job, vec![new_event(self.next, 0)]);
+                let request = append_request(job, vec![new_event(self.next, 0)]);
                 let answer = self.provider.events().append_events(request).await?.into_inner();
-                answer.events.first().filter(|event| !event.existed).ok_or("nothing was appended")?;
+                answer
+                    .events
+                    .first()
+                    .filter(|event| !event.existed)
+                    .ok_or("AppendEvents appended no event")?;
             }
             "get-job" => {
                 let request = GetJobRequest { job: Some(get_job_request::Job::JobId(job)) };
@@ -153,21 +159,21 @@ impl Side {
             }
             "list-jobs" => {
                 let page = self.customer.jobs().list_jobs(ListJobsRequest::default()).await?.into_inner();
-                page.jobs.get(49).ok_or("a short page")?;
+                page.jobs.get(49).ok_or("a page has fewer items than expected")?;
             }
             _ => {
                 let job = Some(list_events_request::Job::JobId(job));
                 let request = ListEventsRequest { job, ..Default::default() };
                 let page = self.customer.events().list_events(request).await?.into_inner();
-                page.events.get(9).ok_or("a short page")?;
+                page.events.get(9).ok_or("a page has fewer items than expected")?;
             }
         }
         Ok(())
     }
 }
 
-/// SQL that makes jobs and their events, as appends would have left them.
-fn filling(jobs: u32) -> String {
+/// SQL that inserts jobs and their events as appends would have stored them.
+fn insert_jobs_sql(jobs: u32) -> String {
     let events = u64::from(jobs) * u64::from(EVENTS_PER_JOB);
     format!(
         "CREATE TEMPORARY TABLE made AS

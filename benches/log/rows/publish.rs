@@ -1,5 +1,5 @@
-//! Publish streams of batches, beside the append statement alone, driven by
-//! pgbench, and beside COPY into the same tables.
+//! `PublishEvents` with batches of 100, compared with the append statement alone, driven
+//! by pgbench, and with COPY into the same table.
 
 use std::{collections::VecDeque, process::Stdio, sync::Arc, time::Instant};
 
@@ -19,35 +19,38 @@ use uuid::Uuid;
 
 use crate::{
     Result,
-    bed::{Bed, connect},
+    accounts::{self, Accounts},
     check::Checker,
+    harness::{Harness, connect},
     load::{Worker, drive},
     report::{Goal, Measure, Outcome},
     store::{Acked, new_event, stamp},
-    tenant::{self, Tenant},
 };
 
-/// Events of a batch.
+/// Events in a batch.
 const BATCH: usize = 100;
-/// Streams, each on a connection of its own, and unanswered batches of each.
+/// Publish streams, each on a connection of its own.
 const STREAMS: usize = 8;
+/// Unanswered batches of each stream.
 const WINDOW: usize = 16;
 const JOBS: usize = 1_000;
-/// Clients of pgbench; jobs of each; jobs in one statement, as many batches as
-/// the server takes into one transaction.
+/// Clients of pgbench.
 const SQL_CLIENTS: usize = 2;
+/// Jobs that each pgbench client appends to.
 const SQL_CLIENT_JOBS: usize = 500;
+/// Jobs in one statement: as many batches as the server appends in one transaction.
 const SQL_JOBS: usize = 20;
-/// Connections that COPY, and rows of one COPY.
+/// Connections that run COPY.
 const COPIERS: usize = 2;
+/// Rows of one COPY.
 const COPY_ROWS: usize = 2_000;
 
-/// One stream.
+/// One publish stream.
 struct Publisher {
     requests: Option<mpsc::Sender<PublishEventsRequest>>,
     answers: Streaming<PublishEventsResponse>,
-    /// Sent and not answered.
-    under_way: VecDeque<(usize, Vec<Uuid>)>,
+    /// The job and the event ids of each unanswered batch, in the order sent.
+    unanswered: VecDeque<(usize, Vec<Uuid>)>,
     jobs: Arc<[String]>,
     next: usize,
     first: usize,
@@ -63,7 +66,7 @@ impl Publisher {
         Ok(Self {
             requests: Some(requests),
             answers,
-            under_way: VecDeque::new(),
+            unanswered: VecDeque::new(),
             jobs,
             next: first,
             first,
@@ -88,20 +91,20 @@ impl Publisher {
             expected_sequence: None,
             events,
         };
-        self.under_way.push_back((job, ids));
-        self.requests.as_ref().ok_or("the stream is closed")?.send(request).await?;
+        self.unanswered.push_back((job, ids));
+        self.requests.as_ref().ok_or("the publish stream is closed")?.send(request).await?;
         Ok(())
     }
 
-    /// Answers come in the order of the batches.
+    /// Receives one answer. Answers arrive in the order of the batches.
     async fn receive(&mut self) -> Result<()> {
-        let answer = self.answers.message().await?.ok_or("the stream ended")?;
-        let (job, ids) = self.under_way.pop_front().ok_or("an answer too many")?;
+        let answer = self.answers.message().await?.ok_or("the publish stream ended")?;
+        let (job, ids) = self.unanswered.pop_front().ok_or("there are more answers than batches")?;
         let Some(Answer::Appended(appended)) = answer.outcome else {
             return Err(format!("a batch was refused: {:?}", answer.outcome).into());
         };
         if appended.events.len() != ids.len() {
-            return Err("an answer of another length than its batch".into());
+            return Err("an answer has another number of events than its batch".into());
         }
         let acked = appended.events.iter().zip(ids).map(|(event, id)| Acked {
             log: job,
@@ -115,7 +118,7 @@ impl Publisher {
 
 impl Worker for Publisher {
     async fn work(&mut self) -> Result<()> {
-        while self.under_way.len() < WINDOW {
+        while self.unanswered.len() < WINDOW {
             self.send().await?;
         }
         self.receive().await
@@ -123,57 +126,57 @@ impl Worker for Publisher {
 
     async fn finish(&mut self) -> Result<()> {
         self.requests = None;
-        while !self.under_way.is_empty() {
+        while !self.unanswered.is_empty() {
             self.receive().await?;
         }
         match self.answers.message().await? {
             None => Ok(()),
-            Some(_) => Err("an answer after the last".into()),
+            Some(_) => Err("there are more answers than batches".into()),
         }
     }
 }
 
-pub(super) async fn measure(bed: &Bed, name: &str) -> Result<Vec<Outcome>> {
-    let database = bed.database().await?;
-    let server = bed.server(&database).await?;
-    let tenant = Tenant::create(server.address).await?;
-    let jobs: Arc<[String]> = tenant.jobs(server.address, JOBS).await?.into();
-    let clients = tenant::connect(server.address, &tenant.provider_key, STREAMS).await?;
-    let reader = &tenant::connect(server.address, &tenant.customer_key, 1).await?[0];
-    let pgbench = Command::new("pgbench").arg("--version").stdout(Stdio::null()).status().await.is_ok();
-    if !pgbench {
-        bed.missing("pgbench (Debian: postgresql)")?;
+pub(super) async fn measure(harness: &Harness, name: &str) -> Result<Vec<Outcome>> {
+    let database = harness.database().await?;
+    let server = harness.server(&database).await?;
+    let accounts = Accounts::create(server.address).await?;
+    let jobs: Arc<[String]> = accounts.create_jobs(server.address, JOBS).await?.into();
+    let clients = accounts::connect(server.address, &accounts.provider_key, STREAMS).await?;
+    let reader = &accounts::connect(server.address, &accounts.customer_key, 1).await?[0];
+    let has_pgbench = Command::new("pgbench").arg("--version").stdout(Stdio::null()).status().await.is_ok();
+    if !has_pgbench {
+        harness.report_missing_peer("pgbench (Debian: postgresql)")?;
     }
     let mut by_statement = Outcome::new(name, "events/s", "append statement", Some(Goal::AtLeast(0.75)));
     let mut by_copy = Outcome::new(format!("{name}-copy"), "events/s", "COPY", None);
     let mut checker = Checker::default();
-    for round in 0..bed.options.rounds {
-        bed.checkpoint().await?;
+    for round in 0..harness.options.rounds {
+        harness.checkpoint().await?;
         let mut publishers = Vec::new();
         for (first, client) in clients.iter().enumerate() {
             publishers.push(Publisher::open(client, Arc::clone(&jobs), first).await?);
         }
-        let (publishers, calls) = drive(publishers, &bed.options).await?;
+        let (publishers, calls) = drive(publishers, &harness.options).await?;
         let rate = calls.rate(f64::from(u32::try_from(BATCH)?));
-        by_statement.milepost(Measure::of(rate.value));
-        by_copy.milepost(Measure::of(rate.value));
+        by_statement.add_milepost(Measure::of(rate.value));
+        by_copy.add_milepost(Measure::of(rate.value));
         let acked: Vec<Acked> = publishers.into_iter().flat_map(|publisher| publisher.acked).collect();
         checker.check(reader, &jobs, &acked).await?;
-        if pgbench {
-            let first = make_jobs(&database, round, SQL_CLIENTS * SQL_CLIENT_JOBS).await?;
-            bed.checkpoint().await?;
-            by_statement.peer(statement(bed, &database, first).await?);
+        if has_pgbench {
+            let first = insert_jobs(&database, round, SQL_CLIENTS * SQL_CLIENT_JOBS).await?;
+            harness.checkpoint().await?;
+            by_statement.add_peer(append_statement_rate(harness, &database, first).await?);
         }
-        let first = make_jobs(&database, round + 1_000, COPIERS).await?;
-        bed.checkpoint().await?;
-        by_copy.peer(copy(bed, &database, first, round).await?);
+        let first = insert_jobs(&database, round + 1_000, COPIERS).await?;
+        harness.checkpoint().await?;
+        by_copy.add_peer(copy_rate(harness, &database, first, round).await?);
     }
     Ok(vec![by_statement, by_copy])
 }
 
-/// Makes jobs straight in the database, with ids that count on from the number
-/// that is given back.
-async fn make_jobs(database: &str, set: u32, count: usize) -> Result<i64> {
+/// Inserts jobs directly into the database. Their ids are made of consecutive numbers;
+/// the first number is returned.
+async fn insert_jobs(database: &str, set: u32, count: usize) -> Result<i64> {
     let first = i64::from(set) * 1_000_000;
     let (from, to) = (first, first + i64::try_from(count)? - 1);
     let sql = format!(
@@ -187,18 +190,18 @@ async fn make_jobs(database: &str, set: u32, count: usize) -> Result<i64> {
     Ok(first)
 }
 
-/// SQL for the id of a job that was made so.
+/// An SQL expression for the id that `insert_jobs` makes of a number.
 fn job_id(number: &str) -> String {
     format!("('00000000-0000-7000-8000-' || lpad(to_hex({number}), 12, '0'))::uuid")
 }
 
-/// Events a second by the append statement alone, with as many jobs and events
-/// in one transaction as the server would take into it.
-async fn statement(bed: &Bed, database: &str, first: i64) -> Result<Measure> {
+/// Events a second of the append statement alone, with as many jobs and events in one
+/// transaction as the server appends in one.
+async fn append_statement_rate(harness: &Harness, database: &str, first: i64) -> Result<Measure> {
     let events = SQL_JOBS * BATCH;
     let (last_job, last_event) = (SQL_JOBS - 1, events - 1);
-    // Where the client is: its statements so far are counted by itself, since
-    // a look-up would cost it a round trip.
+    // Each pgbench client counts its statements in `i` to know its next job and that
+    // job's last sequence: a query for them would cost a round trip.
     let script = format!(
         r"\set first {first} + :client_id * {SQL_CLIENT_JOBS} + (:i * {SQL_JOBS}) % {SQL_CLIENT_JOBS}
 \set after ((:i * {SQL_JOBS}) / {SQL_CLIENT_JOBS}) * {BATCH}
@@ -228,37 +231,45 @@ SELECT outcomes FROM append_events(
         id = job_id("(:first)::bigint + j"),
         step = step_id(database).await?,
     );
-    let script = bed.write("append.sql", &script)?;
+    let script = harness.write_file("append.sql", &script)?;
     let mut pgbench = Command::new("pgbench");
     pgbench
         .args(["--no-vacuum", "--protocol=prepared", "--define=i=0"])
         .arg(format!("--client={SQL_CLIENTS}"))
         .arg(format!("--jobs={SQL_CLIENTS}"))
-        .arg(format!("--time={}", bed.options.seconds))
+        .arg(format!("--time={}", harness.options.seconds))
         .arg(format!("--file={}", script.display()))
         .arg(database);
-    let before = count(database, first).await?;
-    let output = bed.run(pgbench).await?;
-    let rate = output.lines().find_map(|line| line.strip_prefix("tps = ")).ok_or("pgbench told no rate")?;
+    let before = count_events(database, first).await?;
+    let output = harness.run(pgbench).await?;
+    let rate = output
+        .lines()
+        .find_map(|line| line.strip_prefix("tps = "))
+        .ok_or("the output of pgbench has no line `tps = `")?;
     let rate: f64 = rate.split(' ').next().unwrap_or_default().parse()?;
-    let done =
+    let transactions =
         output.lines().find_map(|line| line.strip_prefix("number of transactions actually processed: "));
-    let statements: i64 = done.and_then(|done| done.split('/').next()).unwrap_or_default().trim().parse()?;
-    let appended = count(database, first).await? - before;
+    let statements: i64 =
+        transactions.and_then(|text| text.split('/').next()).unwrap_or_default().trim().parse()?;
+    let appended = count_events(database, first).await? - before;
     if appended != statements * i64::try_from(events)? {
-        return Err(format!("{statements} statements appended {appended} events").into());
+        return Err(format!(
+            "{statements} append statements appended {appended} events, expected {events} each"
+        )
+        .into());
     }
     Ok(Measure::of(rate * f64::from(u32::try_from(events)?)))
 }
 
-/// Any step of the one configuration.
+/// The id of a step of the configuration.
 async fn step_id(database: &str) -> Result<String> {
     let client = connect(database).await?;
     Ok(client.query_one("SELECT min(id::text) FROM step_configurations", &[]).await?.get(0))
 }
 
-/// Events of the jobs that count on from there, as the jobs have it.
-async fn count(database: &str, first: i64) -> Result<i64> {
+/// The number of events of the jobs inserted from this number on, by their
+/// `last_sequence`.
+async fn count_events(database: &str, first: i64) -> Result<i64> {
     let last = first + i64::try_from(SQL_CLIENTS * SQL_CLIENT_JOBS)? - 1;
     let sql = format!(
         "SELECT sum(last_sequence)::bigint FROM jobs WHERE id BETWEEN {} AND {}",
@@ -268,17 +279,17 @@ async fn count(database: &str, first: i64) -> Result<i64> {
     Ok(connect(database).await?.query_one(&sql, &[]).await?.get(0))
 }
 
-/// Rows a second by COPY into the table of events, with the same columns,
-/// indexes and checks, but nothing numbered and no job moved.
-async fn copy(bed: &Bed, database: &str, first: i64, round: u32) -> Result<Measure> {
+/// Rows a second of COPY into the table `events`, with the same columns, indexes and
+/// checks, but without numbering events and without updating jobs.
+async fn copy_rate(harness: &Harness, database: &str, first: i64, round: u32) -> Result<Measure> {
     let step: Arc<str> = step_id(database).await?.into();
-    let (started, window) = (Instant::now(), bed.options.round());
+    let (started, window) = (Instant::now(), harness.options.round());
     let mut copying = JoinSet::new();
     for copier in 0..COPIERS {
         let (client, step) = (connect(database).await?, Arc::clone(&step));
         let number = first + i64::try_from(copier)?;
         let job = format!("00000000-0000-7000-8000-{number:012x}");
-        // Far beyond the log's end, where nobody looks.
+        // Far beyond the end of the log, where no server reads.
         let mut position = (1_i64 << 50) + ((i64::from(round) * 16 + i64::try_from(copier)?) << 40);
         copying.spawn(async move {
             let (mut sequence, mut copied) = (0_i64, 0_u32);

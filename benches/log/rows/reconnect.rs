@@ -1,4 +1,4 @@
-//! Many watchers that resume at once after the server was restarted.
+//! Many watchers that all resume after a restart of the server.
 
 use std::{
     net::SocketAddr,
@@ -21,57 +21,61 @@ use tokio::{
 
 use crate::{
     Result,
-    bed::Bed,
+    accounts::{self, Accounts},
+    harness::Harness,
     load::latency,
     report::{Measure, Outcome},
-    store::{append, new_event, watch},
-    tenant::{self, Tenant},
+    store::{append_request, new_event, watch},
 };
 
 /// Watchers, each of its own job.
 const WATCHERS: usize = 1_000;
 const CONNECTIONS: usize = 8;
-/// Longest that resuming may take.
+/// Limit for a watcher to resume.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// The time until the last watcher is caught up again, from when the new server
-/// listens. Each has one event to catch up with.
-pub(super) async fn measure(bed: &Bed, name: &str) -> Result<Vec<Outcome>> {
-    let database = bed.database().await?;
-    let mut server = bed.server(&database).await?;
+/// Measures the time from when the new server listens until the last watcher has caught
+/// up. Each watcher has missed one event.
+pub(super) async fn measure(harness: &Harness, name: &str) -> Result<Vec<Outcome>> {
+    let database = harness.database().await?;
+    let mut server = harness.server(&database).await?;
     let address = server.address;
-    let tenant = Tenant::create(address).await?;
-    let jobs = tenant.jobs(address, WATCHERS).await?;
+    let accounts = Accounts::create(address).await?;
+    let jobs = accounts.create_jobs(address, WATCHERS).await?;
     let mut outcome = Outcome::new(name, "ms to the last", "none", None);
-    for _ in 0..bed.options.rounds {
-        let tokens = leave(address, &tenant, &jobs).await?;
+    for _ in 0..harness.options.rounds {
+        let tokens = watch_and_close(address, &accounts, &jobs).await?;
         server.stop().await?;
-        server = bed.server_at(&database, address).await?;
-        bed.checkpoint().await?;
-        outcome.milepost(resume(address, &tenant, tokens).await?);
+        server = harness.server_at(&database, address).await?;
+        harness.checkpoint().await?;
+        outcome.add_milepost(resume(address, &accounts, tokens).await?);
     }
     Ok(vec![outcome])
 }
 
-/// Opens all the watches, appends an event that they do not read any more; their
-/// tokens.
-async fn leave(server: SocketAddr, tenant: &Tenant, jobs: &[String]) -> Result<Vec<(String, String)>> {
-    let customers = &tenant::connect(server, &tenant.customer_key, CONNECTIONS).await?;
-    let provider = &tenant::connect(server, &tenant.provider_key, 1).await?[0];
-    let left = |(number, job): (usize, String)| async move {
+/// Opens a watch of each job, appends an event to the job, and closes the watch without
+/// reading it. Returns each job's id with the token from before the event.
+async fn watch_and_close(
+    server: SocketAddr,
+    accounts: &Accounts,
+    jobs: &[String],
+) -> Result<Vec<(String, String)>> {
+    let customers = &accounts::connect(server, &accounts.customer_key, CONNECTIONS).await?;
+    let provider = &accounts::connect(server, &accounts.provider_key, 1).await?[0];
+    let watch_one = |(number, job): (usize, String)| async move {
         let scope = Scope::JobId(job.clone());
         let start = Start::FromNow(milepost::pb::FromNow {});
         let (stream, token, _) = watch(&customers[number % CONNECTIONS], scope, start).await?;
-        provider.events().append_events(append(job.clone(), vec![new_event(number, 0)])).await?;
+        provider.events().append_events(append_request(job.clone(), vec![new_event(number, 0)])).await?;
         drop(stream);
         Ok::<_, crate::Error>((job, token))
     };
-    stream::iter(jobs.iter().cloned().enumerate()).map(left).buffer_unordered(64).try_collect().await
+    stream::iter(jobs.iter().cloned().enumerate()).map(watch_one).buffer_unordered(64).try_collect().await
 }
 
-async fn resume(server: SocketAddr, tenant: &Tenant, tokens: Vec<(String, String)>) -> Result<Measure> {
+async fn resume(server: SocketAddr, accounts: &Accounts, tokens: Vec<(String, String)>) -> Result<Measure> {
     let started = Instant::now();
-    let clients = tenant::connect(server, &tenant.customer_key, CONNECTIONS).await?;
+    let clients = accounts::connect(server, &accounts.customer_key, CONNECTIONS).await?;
     let mut resuming = JoinSet::new();
     for (number, (job, token)) in tokens.into_iter().enumerate() {
         let client = clients[number % CONNECTIONS].clone();
@@ -88,8 +92,8 @@ async fn resume(server: SocketAddr, tenant: &Tenant, tokens: Vec<(String, String
     Ok(Measure { value: last.as_secs_f64() * 1e3, latencies: Some(latency(&delays)) })
 }
 
-/// Until `caught_up`, with exactly the one event that was missed; again after a
-/// refusal that says that it may be tried again.
+/// Resumes a watch and checks that exactly the one missed event comes before
+/// `caught_up`. Tries again after UNAVAILABLE.
 async fn catch_up(client: &Client, job: String, token: String) -> Result<()> {
     let scope = Some(Scope::JobId(job));
     let request = WatchEventsRequest { scope, start: Some(Start::ResumeToken(token)), ..Default::default() };
@@ -107,8 +111,8 @@ async fn catch_up(client: &Client, job: String, token: String) -> Result<()> {
         match response.message {
             Some(Message::Events(watched)) => events += watched.events.len(),
             Some(Message::CaughtUp(_)) if events == 1 => return Ok(()),
-            other => return Err(format!("after {events} events a resumed watch said {other:?}").into()),
+            other => return Err(format!("a resumed watch sent {other:?} after {events} events").into()),
         }
     }
-    Err("a resumed watch ended".into())
+    Err("a resumed watch ended before it caught up".into())
 }

@@ -1,5 +1,5 @@
-//! A long job from its beginning, through a watch, beside COPY of the same rows
-//! out of Postgres.
+//! A watch of a long job from its beginning, compared with COPY of the same rows out of
+//! Postgres.
 
 use std::time::Instant;
 
@@ -12,31 +12,31 @@ use milepost::pb::{
 
 use crate::{
     Result,
-    bed::{Bed, connect},
+    accounts::{self, Accounts},
+    harness::{Harness, connect},
     report::{Goal, Measure, Outcome},
-    tenant::{self, Tenant},
 };
 
 const EVENTS: u32 = 500_000;
-/// The most that the server may grow by while it replays, in kB.
-const MOST_KB: f64 = 16_000.0;
+/// Goal for the growth of the server's memory during a replay, in kB.
+const GOAL_KB: f64 = 16_000.0;
 
-pub(super) async fn measure(bed: &Bed, name: &str) -> Result<Vec<Outcome>> {
-    let database = bed.database().await?;
-    let server = bed.server(&database).await?;
-    let tenant = Tenant::create(server.address).await?;
-    let job = tenant.jobs(server.address, 1).await?.remove(0);
+pub(super) async fn measure(harness: &Harness, name: &str) -> Result<Vec<Outcome>> {
+    let database = harness.database().await?;
+    let server = harness.server(&database).await?;
+    let accounts = Accounts::create(server.address).await?;
+    let job = accounts.create_jobs(server.address, 1).await?.remove(0);
     let postgres = connect(&database).await?;
-    postgres.batch_execute(&filling()).await?;
+    postgres.batch_execute(&insert_events_sql()).await?;
     postgres.batch_execute("VACUUM ANALYZE").await?;
-    // The server has not seen how these events came about.
+    // A restarted server has cached nothing from before the INSERT.
     server.stop().await?;
-    let server = bed.server(&database).await?;
-    let customer = tenant::connect(server.address, &tenant.customer_key, 1).await?.remove(0);
+    let server = harness.server(&database).await?;
+    let customer = accounts::connect(server.address, &accounts.customer_key, 1).await?.remove(0);
 
     let mut rate = Outcome::new(name, "events/s", "COPY out", None);
-    let mut memory = Outcome::new(format!("{name}-memory"), "kB", "none", Some(Goal::Within(MOST_KB)));
-    for _ in 0..bed.options.rounds {
+    let mut memory = Outcome::new(format!("{name}-memory"), "kB", "none", Some(Goal::Within(GOAL_KB)));
+    for _ in 0..harness.options.rounds {
         let before = server.resident_bytes()?;
         let started = Instant::now();
         let request = WatchEventsRequest {
@@ -57,11 +57,11 @@ pub(super) async fn measure(bed: &Bed, name: &str) -> Result<Vec<Outcome>> {
             }
         }
         if last != i64::from(EVENTS) {
-            return Err(format!("{last} events of {EVENTS}").into());
+            return Err(format!("the watch ended after {last} events of {EVENTS}").into());
         }
-        rate.milepost(Measure::of(f64::from(EVENTS) / started.elapsed().as_secs_f64()));
+        rate.add_milepost(Measure::of(f64::from(EVENTS) / started.elapsed().as_secs_f64()));
         let grown = server.resident_bytes()?.saturating_sub(before) / 1_000;
-        memory.milepost(Measure::of(f64::from(u32::try_from(grown)?)));
+        memory.add_milepost(Measure::of(f64::from(u32::try_from(grown)?)));
 
         let started = Instant::now();
         let rows = postgres.copy_out("COPY (SELECT * FROM events ORDER BY sequence) TO STDOUT").await?;
@@ -72,15 +72,15 @@ pub(super) async fn measure(bed: &Bed, name: &str) -> Result<Vec<Outcome>> {
             copied += 1;
         }
         if copied != EVENTS {
-            return Err(format!("{copied} rows of {EVENTS}").into());
+            return Err(format!("COPY returned {copied} rows of {EVENTS}").into());
         }
-        rate.peer(Measure::of(f64::from(EVENTS) / started.elapsed().as_secs_f64()));
+        rate.add_peer(Measure::of(f64::from(EVENTS) / started.elapsed().as_secs_f64()));
     }
     Ok(vec![rate, memory])
 }
 
-/// SQL that makes the events of the one job, as appends would have left them.
-fn filling() -> String {
+/// SQL that inserts the events of the job as appends would have stored them.
+fn insert_events_sql() -> String {
     format!(
         "INSERT INTO events (job_id, sequence, position, id, kind, name, step_configuration_id, event_metadata,
                              status, points_done, percent, created_at)

@@ -1,30 +1,31 @@
-//! What writers sent and were told, against what is stored in the end.
+//! Compares the requests of writers and their answers with the logs after the
+//! campaign.
 
 use std::collections::HashMap;
 
 use milepost::pb;
 use tonic::Code;
 
-use super::{Case, Guarantee, Log, Origin, Violations};
-use crate::history::{Attempt, Batch, Close, Lost, Moment, Outcome, Refusal};
+use super::{Guarantee, IndexedHistory, Log, Origin, Violations};
+use crate::history::{Attempt, Batch, Close, Moment, Outcome, Refusal, UnknownReason};
 
-pub fn check(case: &Case<'_>, violations: &mut Violations) {
-    for (job, log) in case.logs.iter().enumerate() {
-        check_log(case, job, log, violations);
+pub fn check(indexed: &IndexedHistory<'_>, violations: &mut Violations) {
+    for (job, log) in indexed.logs.iter().enumerate() {
+        check_log(indexed, job, log, violations);
     }
     let mut published: HashMap<(&str, usize), Vec<&Batch>> = HashMap::new();
-    for batch in &case.history.batches {
-        check_batch(case, batch, violations);
+    for batch in &indexed.history.batches {
+        check_batch(indexed, batch, violations);
         if batch.order.is_some() {
             published.entry((&batch.writer, batch.job)).or_default().push(batch);
         }
     }
     for mut batches in published.into_values() {
         batches.sort_by_key(|batch| batch.order);
-        check_published(case, &batches, violations);
+        check_published(indexed, &batches, violations);
     }
-    for close in &case.history.closes {
-        check_close(&case.logs[close.job], close, violations);
+    for close in &indexed.history.closes {
+        check_close(&indexed.logs[close.job], close, violations);
     }
 }
 
@@ -34,111 +35,128 @@ fn check_close(log: &Log, close: &Close, violations: &mut Violations) {
     let id = last.map(|event| event.id.as_str());
     match &close.outcome {
         Ok(_) if kind != Some(pb::EventKind::Close) => {
-            let what = "CloseJob was answered and the job's last event is no `close`";
+            let what = "CloseJob was acknowledged, but the job's last event is no `close`";
             violations.add(Guarantee::Durable, id, what);
         }
         Ok(closed) => {
             if !closed.existed && last.is_some_and(|event| event.name != close.reason) {
-                let what = format!("closed for {:?}, it was said, and it was not so before", close.reason);
+                let what = format!(
+                    "CloseJob answered that it closed the job for {:?}, stored is another reason",
+                    close.reason
+                );
                 violations.add(Guarantee::Unique, id, what);
             }
             if usize::try_from(closed.last_sequence) != Ok(log.events.len()) {
-                let what = format!("CloseJob was answered as {closed:?} of {} events", log.events.len());
+                let what = format!(
+                    "CloseJob was answered by {closed:?}, but {} events are stored",
+                    log.events.len()
+                );
                 violations.add(Guarantee::Terminating, id, what);
             }
         }
         Err(Refusal { code: Code::FailedPrecondition, .. }) if kind == Some(pb::EventKind::Complete) => {}
         Err(refusal) => {
-            let what = format!("CloseJob was refused by {refusal:?}, and the job ends with {kind:?}");
+            let what = format!("CloseJob was refused by {refusal:?}, but the job's last event is {kind:?}");
             violations.add(Guarantee::Contract, id, what);
         }
     }
 }
 
-/// The log by itself, and that it says nothing that nobody sent.
-fn check_log(case: &Case<'_>, job: usize, log: &Log, violations: &mut Violations) {
-    if log.places.len() != log.events.len() {
+/// Checks a log by itself, and that a recorded request sent each of its events.
+fn check_log(indexed: &IndexedHistory<'_>, job: usize, log: &Log, violations: &mut Violations) {
+    if log.index_of.len() != log.events.len() {
         violations.add(
             Guarantee::Unique,
             None,
-            format!("job {}: an id is stored twice", case.history.jobs[job].id),
+            format!("job {}: an event id is stored twice", indexed.history.jobs[job].id),
         );
     }
-    let mut film = case.film(job);
-    let mut later = Moment::MAX;
-    for (place, event) in log.events.iter().enumerate() {
+    let mut replay = indexed.replay(job);
+    for (index, event) in log.events.iter().enumerate() {
         let id = Some(event.id.as_str());
-        if event.sequence != i64::try_from(place + 1).unwrap() {
-            let what = format!("sequence {} stands at place {}", event.sequence, place + 1);
+        if event.sequence != i64::try_from(index + 1).unwrap() {
+            let what = format!("sequence {} is stored where {} is expected", event.sequence, index + 1);
             violations.add(Guarantee::Ordered, id, what);
         }
-        if film.closed {
-            violations.add(Guarantee::Terminating, id, "an event after the job was closed");
+        if replay.closed {
+            violations.add(Guarantee::Terminating, id, "stored after the event that closed the job");
         }
-        film.play(event.kind(), &event.step_tag);
-        if event.status() != film.status || event.progress != Some(film.progress) {
+        replay.apply(event.kind(), &event.step_tag);
+        if event.status() != replay.status || event.progress != Some(replay.progress) {
             let what = format!(
-                "stored with {:?} {:?}, and by the rules it is {:?} {:?}",
+                "stored with {:?} {:?}, by the rules it is {:?} {:?}",
                 event.status(),
                 event.progress,
-                film.status,
-                film.progress
+                replay.status,
+                replay.progress
             );
             violations.add(Guarantee::Deterministic, id, what);
         }
-        if let Origin::Nobody = log.origins[place] {
-            violations.add(Guarantee::Unique, id, "stored, and nobody sent it");
+        if let Origin::Unknown = log.origins[index] {
+            violations.add(Guarantee::Unique, id, "stored, but no recorded request sent it");
         }
     }
-    // From the end: what was acknowledged before another was sent is before it.
+    // Backwards through the log: each event must have been first sent before any later
+    // event was acknowledged.
+    let mut earliest_answer = Moment::MAX;
     for (event, &origin) in log.events.iter().zip(&log.origins).rev() {
-        if case.first_sent(origin) > later {
-            let what = "stands before an event that had been acknowledged when it was first sent";
+        if indexed.first_sent_at(origin) > earliest_answer {
+            let what = "stored before an event that was acknowledged before this one was first sent";
             violations.add(Guarantee::Ordered, Some(&event.id), what);
         }
         let answered = match origin {
-            Origin::Batch(number) => case.history.batches[number].answer().map(|(attempt, _)| attempt.over),
-            Origin::Close(number) => Some(case.history.closes[number].over),
-            Origin::Nobody => None,
+            Origin::Batch(number) => {
+                indexed.history.batches[number].answer().map(|(attempt, _)| attempt.ended_at)
+            }
+            Origin::Close(number) => Some(indexed.history.closes[number].ended_at),
+            Origin::Unknown => None,
         };
-        later = later.min(answered.unwrap_or(Moment::MAX));
+        earliest_answer = earliest_answer.min(answered.unwrap_or(Moment::MAX));
     }
 }
 
-fn check_batch(case: &Case<'_>, batch: &Batch, violations: &mut Violations) {
-    let log = &case.logs[batch.job];
-    let fresh = &batch.events[batch.repeats..];
-    let places: Vec<usize> = fresh.iter().filter_map(|event| log.places.get(&event.id).copied()).collect();
+fn check_batch(indexed: &IndexedHistory<'_>, batch: &Batch, violations: &mut Violations) {
+    let log = &indexed.logs[batch.job];
+    let new_events = &batch.events[batch.repeats..];
+    let indexes: Vec<usize> =
+        new_events.iter().filter_map(|event| log.index_of.get(&event.id).copied()).collect();
     let first = batch.events.first().map(|event| event.id.as_str());
-    if !places.is_empty() && places.len() < fresh.len() {
-        let what = format!("{} of the {} events of a batch are stored", places.len(), fresh.len());
+    if !indexes.is_empty() && indexes.len() < new_events.len() {
+        let what = format!("{} of the {} events of a batch are stored", indexes.len(), new_events.len());
         violations.add(Guarantee::Atomic, first, what);
     }
-    if places.windows(2).any(|pair| pair[1] != pair[0] + 1) {
-        violations.add(Guarantee::Atomic, first, format!("the events of a batch are apart, at {places:?}"));
+    if indexes.windows(2).any(|pair| pair[1] != pair[0] + 1) {
+        violations.add(
+            Guarantee::Atomic,
+            first,
+            format!("the events of a batch are not consecutive: indexes {indexes:?}"),
+        );
     }
     for event in &batch.events {
-        if let Some(&place) = log.places.get(&event.id)
-            && !is_same(event, &log.events[place])
+        if let Some(&index) = log.index_of.get(&event.id)
+            && !is_same(event, &log.events[index])
         {
-            let what = format!("stored with other content than {event:?}");
+            let what = format!("stored with another content than was sent: {event:?}");
             violations.add(Guarantee::Durable, Some(&event.id), what);
         }
     }
-    if let (Some(expected), Some(&place)) = (batch.expected, places.first())
-        && usize::try_from(expected) != Ok(place)
+    if let (Some(expected), Some(&index)) = (batch.expected, indexes.first())
+        && usize::try_from(expected) != Ok(index)
     {
-        let what = format!("expected to follow sequence {expected} and is stored as {}", place + 1);
+        let what = format!(
+            "expected_sequence was {expected}, but the batch is stored from sequence {} on",
+            index + 1
+        );
         violations.add(Guarantee::Contract, first, what);
     }
     for (number, attempt) in batch.attempts.iter().enumerate() {
         match &attempt.outcome {
-            Outcome::Appended(answer) => check_answer(case, batch, number, answer, violations),
-            Outcome::Refused(refusal) => check_refusal(case, batch, attempt, refusal, violations),
-            Outcome::Unknown(Lost::Broken(why))
-                if case.is_calm(attempt.replica, attempt.sent, attempt.over) =>
+            Outcome::Appended(answer) => check_answer(indexed, batch, number, answer, violations),
+            Outcome::Refused(refusal) => check_refusal(indexed, batch, attempt, refusal, violations),
+            Outcome::Unknown(UnknownReason::Broken(why))
+                if indexed.is_fault_free(attempt.replica, attempt.sent_at, attempt.ended_at) =>
             {
-                let what = format!("an append came to nothing when all was well: {why}");
+                let what = format!("an append failed although no fault affected the server: {why}");
                 violations.add(Guarantee::Contract, first, what);
             }
             Outcome::Unknown(_) => {}
@@ -147,15 +165,15 @@ fn check_batch(case: &Case<'_>, batch: &Batch, violations: &mut Violations) {
 }
 
 fn check_answer(
-    case: &Case<'_>,
+    indexed: &IndexedHistory<'_>,
     batch: &Batch,
     attempt: usize,
     answer: &[pb::AppendedEvent],
     violations: &mut Violations,
 ) {
-    let log = &case.logs[batch.job];
+    let log = &indexed.logs[batch.job];
     if answer.len() != batch.events.len() {
-        let what = format!("{} events were sent and {} answered", batch.events.len(), answer.len());
+        let what = format!("{} events were sent, the answer has {}", batch.events.len(), answer.len());
         return violations.add(
             Guarantee::Contract,
             batch.events.first().map(|event| event.id.as_str()),
@@ -164,71 +182,86 @@ fn check_answer(
     }
     let answered_before =
         batch.attempts[..attempt].iter().any(|attempt| matches!(attempt.outcome, Outcome::Appended(_)));
-    for (n, (event, told)) in batch.events.iter().zip(answer).enumerate() {
+    for (n, (event, appended)) in batch.events.iter().zip(answer).enumerate() {
         let id = Some(event.id.as_str());
-        if event.id != told.id {
-            violations.add(Guarantee::Contract, id, format!("answered as {}", told.id));
+        if event.id != appended.id {
+            violations.add(
+                Guarantee::Contract,
+                id,
+                format!("the answer has the id {} in its place", appended.id),
+            );
             continue;
         }
-        let Some(stored) = log.places.get(&event.id).map(|&place| &log.events[place]) else {
-            let what = format!("acknowledged as sequence {} and not stored", told.sequence);
+        let Some(stored) = log.index_of.get(&event.id).map(|&index| &log.events[index]) else {
+            let what = format!("acknowledged as sequence {}, but not stored", appended.sequence);
             violations.add(Guarantee::Durable, id, what);
             continue;
         };
-        if stored.sequence != told.sequence {
-            let what = format!("acknowledged as sequence {}, stored as {}", told.sequence, stored.sequence);
+        if stored.sequence != appended.sequence {
+            let what =
+                format!("acknowledged as sequence {}, stored as {}", appended.sequence, stored.sequence);
             violations.add(Guarantee::Durable, id, what);
-        } else if (stored.status, stored.progress) != (told.status, told.progress) {
+        } else if (stored.status, stored.progress) != (appended.status, appended.progress) {
             violations.add(
                 Guarantee::Deterministic,
                 id,
-                format!("acknowledged as {told:?}, stored as {stored:?}"),
+                format!("acknowledged as {appended:?}, stored as {stored:?}"),
             );
         }
         let must_have_existed = answered_before || n < batch.repeats;
         let may_have_existed = must_have_existed || attempt > 0;
-        if told.existed && !may_have_existed || !told.existed && must_have_existed {
-            violations.add(Guarantee::Unique, id, format!("answered with existed {}", told.existed));
+        if appended.existed && !may_have_existed || !appended.existed && must_have_existed {
+            violations.add(
+                Guarantee::Unique,
+                id,
+                format!("answered with a wrong `existed`: {}", appended.existed),
+            );
         }
     }
 }
 
-/// What is refused is not stored; and what is stored is not refused.
+/// Checks that a refused batch is not stored, and that its refusal has a reason.
 fn check_refusal(
-    case: &Case<'_>,
+    indexed: &IndexedHistory<'_>,
     batch: &Batch,
     attempt: &Attempt,
     refusal: &Refusal,
     violations: &mut Violations,
 ) {
-    let log = &case.logs[batch.job];
+    let log = &indexed.logs[batch.job];
     let first = batch.events.first().map(|event| event.id.as_str());
-    let stored = batch.events[batch.repeats..].iter().any(|event| log.places.contains_key(&event.id))
+    let stored = batch.events[batch.repeats..].iter().any(|event| log.index_of.contains_key(&event.id))
         || batch.repeats == batch.events.len();
     if stored {
-        let what = format!("refused by {refusal:?} although it is stored");
+        let what = format!("refused by {refusal:?}, but stored");
         violations.add(Guarantee::Unique, first, what);
         return;
     }
-    let excused = match refusal.code {
+    let has_reason = match refusal.code {
         Code::Aborted => match (batch.expected, refusal.last_sequence) {
             (Some(expected), Some(last)) => {
-                let can_be =
-                    case.acknowledged(batch.job, attempt.sent)..=case.possible(batch.job, attempt.over);
-                expected != last && can_be.contains(&last)
+                let possible = indexed.acknowledged_before(batch.job, attempt.sent_at)
+                    ..=indexed.possible_by(batch.job, attempt.ended_at);
+                expected != last && possible.contains(&last)
             }
-            // A publish stream's refusal tells it elsewhere; but who alone
-            // writes to a job knows where it ends.
+            // Refusals in publish streams are recorded without a last sequence. They are
+            // wrong: a publisher is its job's only writer and knows the last sequence.
             _ => false,
         },
         Code::FailedPrecondition => {
             let last = log.events.last().zip(log.origins.last());
-            last.is_some_and(|(event, &origin)| is_closing(event) && case.first_sent(origin) < attempt.over)
+            last.is_some_and(|(event, &origin)| {
+                is_closing(event) && indexed.first_sent_at(origin) < attempt.ended_at
+            })
         }
         _ => false,
     };
-    if !excused {
-        violations.add(Guarantee::Contract, first, format!("refused without a reason by {refusal:?}"));
+    if !has_reason {
+        violations.add(
+            Guarantee::Contract,
+            first,
+            format!("refused by {refusal:?} without a reason for that"),
+        );
     }
 }
 
@@ -236,29 +269,30 @@ pub(super) fn is_closing(event: &pb::Event) -> bool {
     matches!(event.kind(), pb::EventKind::Complete | pb::EventKind::Close)
 }
 
-/// Batches of one writer for one job, in the order sent: each is before the
-/// next, and nothing is stored after one that is not.
-fn check_published(case: &Case<'_>, batches: &[&Batch], violations: &mut Violations) {
+/// Checks the batches of one publisher for one job, in the order in which they were
+/// sent: their events are stored in this order, and none after a batch that was
+/// neither stored nor refused.
+fn check_published(indexed: &IndexedHistory<'_>, batches: &[&Batch], violations: &mut Violations) {
     let mut last = None;
-    let mut lost = false;
+    let mut one_is_missing = false;
     for batch in batches {
         let first = &batch.events[batch.repeats];
         let refused = batch.attempts.iter().any(|attempt| matches!(attempt.outcome, Outcome::Refused(_)));
-        let place = case.logs[batch.job].places.get(&first.id).copied();
-        match place {
-            None => lost |= !refused,
-            Some(place) => {
-                if lost || last.is_some_and(|last| place < last) {
-                    let what = "published after a batch that is not stored before it";
+        let index = indexed.logs[batch.job].index_of.get(&first.id).copied();
+        match index {
+            None => one_is_missing |= !refused,
+            Some(index) => {
+                if one_is_missing || last.is_some_and(|last| index < last) {
+                    let what = "published after a batch that is not stored before this one";
                     violations.add(Guarantee::Ordered, Some(&first.id), what);
                 }
-                last = Some(place);
+                last = Some(index);
             }
         }
     }
 }
 
-/// Whether what is stored is what was sent.
+/// Whether an event is stored as it was sent; times are stored in microseconds.
 fn is_same(sent: &pb::NewEvent, stored: &pb::Event) -> bool {
     let occurred_at = sent.occurred_at.map(|mut at| {
         at.nanos -= at.nanos % 1_000;

@@ -1,9 +1,9 @@
-//! Holds what was sent, told and seen against the guarantees. Knows the rules
-//! and the history, and nothing of how milepost works.
+//! Checks a history against the guarantees. The checker knows the documented rules and
+//! shares only the protobuf types with the implementation.
 
-mod film;
 mod log;
 mod reads;
+mod replay;
 mod streams;
 #[cfg(test)]
 mod tests;
@@ -16,10 +16,10 @@ use std::{
 
 use milepost::pb;
 
-use self::film::Film;
-use crate::history::{Attempt, History, Moment, Outcome};
+use self::replay::Replay;
+use crate::history::{Attempt, Body, History, Moment, Outcome};
 
-/// What a violation is one of.
+/// The guarantee that a violation breaks, numbered as in the README.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Guarantee {
     Durable = 1,
@@ -30,21 +30,19 @@ pub enum Guarantee {
     Resumable,
     Terminating,
     Deterministic,
-    /// `expected_sequence`, refusals, codes, availability: what the API says
-    /// beyond the eight.
+    /// What the API promises beyond the eight: `expected_sequence`, refusals, status
+    /// codes, availability.
     Contract,
 }
 
-/// Something that must not be.
 #[derive(Clone, Debug)]
 pub struct Violation {
     pub guarantee: Guarantee,
     pub what: String,
-    /// The event concerned.
+    /// The id of the event concerned.
     pub event: Option<String>,
 }
 
-/// Collects them.
 #[derive(Default)]
 pub struct Violations(pub Vec<Violation>);
 
@@ -63,76 +61,77 @@ impl fmt::Display for Guarantee {
     }
 }
 
-/// Whose an event is.
+/// The recorded request that appended an event, by its number in the history.
 #[derive(Clone, Copy)]
 enum Origin {
     Batch(usize),
     Close(usize),
-    Nobody,
+    Unknown,
 }
 
-/// A job's log as it was found in the end, and where each of its events is.
+/// A job's log after the campaign, as replica 0 returned it.
 #[derive(Default)]
 struct Log {
     events: Vec<Arc<pb::Event>>,
-    places: HashMap<String, usize>,
-    /// By place.
+    /// The index in `events` of each event id.
+    index_of: HashMap<String, usize>,
+    /// Of each event in `events`.
     origins: Vec<Origin>,
-    /// By place: when it can have been there at the earliest.
+    /// Of each event in `events`: the earliest moment at which it can have been stored.
     earliest: Vec<Moment>,
-    /// When each sequence was first acknowledged: a moment, and the highest
-    /// sequence acknowledged until then.
+    /// The answered appends in the order of their answers: the moment, and the highest
+    /// sequence acknowledged by then.
     acknowledged: Vec<(Moment, i64)>,
 }
 
-/// The history, and what was found in the end.
-struct Case<'a> {
+/// The history with an index of each job's log.
+struct IndexedHistory<'a> {
     history: &'a History,
     logs: Vec<Log>,
-    /// Of jobs, by their ids.
-    numbers: HashMap<&'a str, usize>,
+    /// The number of each job id.
+    job_numbers: HashMap<&'a str, usize>,
 }
 
-/// Everything that is wrong with a history.
+/// All violations in a history.
 pub fn check(history: &History) -> Vec<Violation> {
     let mut violations = Violations::default();
-    let case = Case::new(history);
-    log::check(&case, &mut violations);
-    reads::check(&case, &mut violations);
-    streams::check(&case, &mut violations);
-    for unexcused in &history.unexcused {
-        let at = unexcused.at.as_secs_f64();
-        violations.add(Guarantee::Contract, None, format!("at {at:.3} s: {}", unexcused.what));
+    let indexed = IndexedHistory::new(history);
+    log::check(&indexed, &mut violations);
+    reads::check(&indexed, &mut violations);
+    streams::check(&indexed, &mut violations);
+    for unexpected in &history.unexpected_answers {
+        let at = unexpected.at.as_secs_f64();
+        violations.add(Guarantee::Contract, None, format!("at {at:.3} s: {}", unexpected.what));
     }
     violations.0
 }
 
-impl<'a> Case<'a> {
+impl<'a> IndexedHistory<'a> {
     fn new(history: &'a History) -> Self {
         let mut logs: Vec<Log> = Vec::new();
         logs.resize_with(history.jobs.len(), Log::default);
-        // What another replica reads must be the same, see `reads`.
-        for read in history.reads.iter().filter(|read| read.replica == 0) {
+        // `reads` checks that the other replica returns the same.
+        for read in history.final_reads.iter().filter(|read| read.replica == 0) {
             let log = &mut logs[read.job];
             log.events.clone_from(&read.log);
-            log.origins = vec![Origin::Nobody; log.events.len()];
-            log.places =
-                read.log.iter().enumerate().map(|(place, event)| (event.id.clone(), place)).collect();
+            log.origins = vec![Origin::Unknown; log.events.len()];
+            log.index_of =
+                read.log.iter().enumerate().map(|(index, event)| (event.id.clone(), index)).collect();
         }
         for (number, batch) in history.batches.iter().enumerate() {
             let log = &mut logs[batch.job];
             for event in &batch.events[batch.repeats..] {
-                if let Some(&place) = log.places.get(&event.id)
-                    && let Origin::Nobody = log.origins[place]
+                if let Some(&index) = log.index_of.get(&event.id)
+                    && let Origin::Unknown = log.origins[index]
                 {
-                    log.origins[place] = Origin::Batch(number);
+                    log.origins[index] = Origin::Batch(number);
                 }
             }
             for attempt in &batch.attempts {
                 if let Outcome::Appended(events) = &attempt.outcome
                     && let Some(last) = events.iter().map(|event| event.sequence).max()
                 {
-                    log.acknowledged.push((attempt.over, last));
+                    log.acknowledged.push((attempt.ended_at, last));
                 }
             }
         }
@@ -144,13 +143,13 @@ impl<'a> Case<'a> {
                 *origin = Origin::Close(number);
             }
             if let Ok(closed) = &close.outcome {
-                log.acknowledged.push((close.over, closed.last_sequence));
+                log.acknowledged.push((close.ended_at, closed.last_sequence));
             }
         }
         for log in &mut logs {
             let mut earliest = Moment::ZERO;
             for &origin in &log.origins {
-                earliest = earliest.max(first_sent(history, origin));
+                earliest = earliest.max(first_sent_at(history, origin));
                 log.earliest.push(earliest);
             }
             log.acknowledged.sort_unstable();
@@ -160,96 +159,95 @@ impl<'a> Case<'a> {
                 *sequence = highest;
             }
         }
-        let numbers =
+        let job_numbers =
             history.jobs.iter().enumerate().map(|(number, job)| (job.id.as_str(), number)).collect();
-        Self { history, logs, numbers }
+        Self { history, logs, job_numbers }
     }
 
-    fn first_sent(&self, origin: Origin) -> Moment {
-        first_sent(self.history, origin)
+    fn first_sent_at(&self, origin: Origin) -> Moment {
+        first_sent_at(self.history, origin)
     }
 
-    /// The highest sequence of a job that was acknowledged before a moment.
-    fn acknowledged(&self, job: usize, before: Moment) -> i64 {
-        let moments = &self.logs[job].acknowledged;
-        let known = moments.partition_point(|(moment, _)| *moment < before);
-        known.checked_sub(1).map_or(0, |last| moments[last].1)
+    /// The highest sequence of a job that was acknowledged before this moment.
+    fn acknowledged_before(&self, job: usize, moment: Moment) -> i64 {
+        let acknowledged = &self.logs[job].acknowledged;
+        let count = acknowledged.partition_point(|(answered, _)| *answered < moment);
+        count.checked_sub(1).map_or(0, |last| acknowledged[last].1)
     }
 
-    /// The highest sequence of a job that can have been there by a moment.
-    fn possible(&self, job: usize, by: Moment) -> i64 {
-        let there = self.logs[job].earliest.partition_point(|earliest| *earliest <= by);
-        i64::try_from(there).unwrap()
+    /// The highest sequence of a job that can have been stored at this moment.
+    fn possible_by(&self, job: usize, moment: Moment) -> i64 {
+        let count = self.logs[job].earliest.partition_point(|earliest| *earliest <= moment);
+        i64::try_from(count).unwrap()
     }
 
-    /// Whether nothing was broken that a server needs, all the time.
-    fn is_calm(&self, replica: usize, from: Moment, to: Moment) -> bool {
-        let mut disturbances = self.history.disturbances.iter();
-        !disturbances.any(|disturbance| {
-            disturbance.touches[replica] && disturbance.from <= to && disturbance.to >= from
-        })
+    /// Whether no fault affected a replica in this time.
+    fn is_fault_free(&self, replica: usize, from: Moment, to: Moment) -> bool {
+        let mut fault_windows = self.history.fault_windows.iter();
+        !fault_windows.any(|window| window.affects[replica] && window.from <= to && window.to >= from)
     }
 
-    fn film(&self, job: usize) -> Film<'a> {
-        Film::new(&self.history.configurations[self.history.jobs[job].configuration])
+    fn replay(&self, job: usize) -> Replay<'a> {
+        Replay::new(&self.history.configurations[self.history.jobs[job].configuration])
     }
 }
 
-/// Never before then; for what nobody sent, any time.
-fn first_sent(history: &History, origin: Origin) -> Moment {
+/// When the request that appended an event was first sent; zero if it is unknown.
+fn first_sent_at(history: &History, origin: Origin) -> Moment {
     match origin {
-        Origin::Batch(number) => history.batches[number].first_sent(),
-        Origin::Close(number) => history.closes[number].sent,
-        Origin::Nobody => Moment::ZERO,
+        Origin::Batch(number) => history.batches[number].first_sent_at(),
+        Origin::Close(number) => history.closes[number].sent_at,
+        Origin::Unknown => Moment::ZERO,
     }
 }
 
-/// What is known about an event, line by line.
-pub fn biography(history: &History, id: &str) -> Vec<String> {
+/// All that the history records about an event, line by line.
+pub fn event_timeline(history: &History, id: &str) -> Vec<String> {
     let mut lines = Vec::new();
     for batch in history.batches.iter().filter(|batch| batch.events.iter().any(|event| event.id == id)) {
-        let place = batch.events.iter().position(|event| event.id == id).unwrap_or_default();
+        let index = batch.events.iter().position(|event| event.id == id).unwrap_or_default();
         lines.push(format!(
             "sent by {} as event {} of {} to job {}, expecting {:?}",
             batch.writer,
-            place + 1,
+            index + 1,
             batch.events.len(),
             history.jobs[batch.job].id,
             batch.expected
         ));
-        let mut again = 0;
-        for (number, Attempt { replica, sent, over, outcome }) in batch.attempts.iter().enumerate() {
-            let said = match outcome {
-                Outcome::Appended(events) => format!("appended: {:?}", events.get(place)),
+        let mut omitted = 0;
+        for (number, Attempt { replica, sent_at, ended_at, outcome }) in batch.attempts.iter().enumerate() {
+            let answer = match outcome {
+                Outcome::Appended(events) => format!("appended: {:?}", events.get(index)),
                 Outcome::Refused(refusal) => format!("refused: {refusal:?}"),
                 Outcome::Unknown(_) if number > 2 => {
-                    again += 1;
+                    omitted += 1;
                     continue;
                 }
-                Outcome::Unknown(lost) => format!("unknown: {lost:?}"),
+                Outcome::Unknown(reason) => format!("unknown: {reason:?}"),
             };
-            let (sent, over) = (sent.as_secs_f64(), over.as_secs_f64());
-            lines.push(format!("  {sent:.3} s to {over:.3} s, server {replica}: {said}"));
+            let (sent_s, ended_s) = (sent_at.as_secs_f64(), ended_at.as_secs_f64());
+            lines.push(format!("  {sent_s:.3} s to {ended_s:.3} s, server {replica}: {answer}"));
         }
-        if again > 0 {
-            lines.push(format!("  and {again} more times, unknown"));
+        if omitted > 0 {
+            lines.push(format!("  {omitted} more attempts with unknown outcome"));
         }
     }
-    for read in &history.reads {
+    for read in &history.final_reads {
         if let Some(event) = read.log.iter().find(|event| event.id == id) {
-            lines.push(format!("found at the end by server {}: {event:?}", read.replica));
+            lines
+                .push(format!("stored after the campaign, as server {} returns it: {event:?}", read.replica));
         }
     }
-    let mut seen: BTreeMap<&str, u32> = BTreeMap::new();
-    for chain in &history.chains {
-        for message in chain.streams.iter().flat_map(|stream| &stream.messages) {
-            if let crate::history::Body::Events(events) = &message.body
+    let mut received: BTreeMap<&str, u32> = BTreeMap::new();
+    for record in &history.watchers {
+        for message in record.streams.iter().flat_map(|stream| &stream.messages) {
+            if let Body::Events(events) = &message.body
                 && events.iter().any(|event| event.id == id)
             {
-                *seen.entry(&chain.name).or_default() += 1;
+                *received.entry(&record.name).or_default() += 1;
             }
         }
     }
-    lines.push(format!("seen by watchers: {seen:?}"));
+    lines.push(format!("received by watchers, with how often: {received:?}"));
     lines
 }

@@ -1,85 +1,88 @@
-//! What each watcher saw, stream by stream, against what is stored.
+//! Compares the messages that each watcher received, stream by stream, with the logs
+//! after the campaign.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use milepost::pb::{Event, JobState, WatchEndReason};
 
-use super::{Case, Guarantee, Violations, log::is_closing};
+use super::{Guarantee, IndexedHistory, Violations, log::is_closing};
 use crate::{
-    history::{Body, Chain, End, Message, Moment, Scope, Start, Stream},
+    history::{Body, Message, Moment, Scope, Start, Stream, StreamEnd, WatcherRecord},
     watchers::SILENCE,
 };
 
-/// How recent an event may be that is not there yet when a heartbeat says that all
-/// is: far from what is promised, but everybody here shares a small machine.
-const LATE: Duration = Duration::from_secs(3);
+/// An event acknowledged within this time before a heartbeat may be missing. The API
+/// promises less than a second, but here all processes share a small machine.
+const HEARTBEAT_TOLERANCE: Duration = Duration::from_secs(3);
 
-/// How far each job was watched: the sequence of the last event received, or
-/// from where on it was to be.
-type Position = HashMap<usize, i64>;
+/// For each job the sequence of the last received event, or the sequence after which
+/// the watch was asked to start.
+type Cursor = HashMap<usize, i64>;
 
-pub fn check(case: &Case<'_>, violations: &mut Violations) {
-    for chain in &case.history.chains {
-        Watch { case, chain, live_since: None }.check(violations);
+pub fn check(indexed: &IndexedHistory<'_>, violations: &mut Violations) {
+    for record in &indexed.history.watchers {
+        WatcherCheck { indexed, record, live_since: None }.check(violations);
     }
 }
 
-struct Watch<'a> {
-    case: &'a Case<'a>,
-    chain: &'a Chain,
-    /// For one that started from now: when it first had caught up. What was
-    /// sent later is not in its past.
+struct WatcherCheck<'a> {
+    indexed: &'a IndexedHistory<'a>,
+    record: &'a WatcherRecord,
+    /// For a watch from now: when it first caught up. It must receive all events that
+    /// were sent later.
     live_since: Option<Moment>,
 }
 
-impl Watch<'_> {
+impl WatcherCheck<'_> {
     fn check(&mut self, violations: &mut Violations) {
-        // After each message of each stream.
-        let mut positions: Vec<HashMap<usize, Position>> = Vec::new();
-        let mut wanted = vec![Vec::new(); self.chain.streams.len()];
-        for (stream, messages) in self.chain.streams.iter().filter_map(|stream| match stream.start {
-            Start::After { stream, messages } => Some((stream, messages)),
+        // By stream, and by how many of its messages a later stream resumes after.
+        let mut cursors: Vec<HashMap<usize, Cursor>> = Vec::new();
+        let mut resumed_after = vec![Vec::new(); self.record.streams.len()];
+        for (stream, messages) in self.record.streams.iter().filter_map(|stream| match stream.start {
+            Start::Resume { stream, messages } => Some((stream, messages)),
             _ => None,
         }) {
-            wanted[stream].push(messages);
+            resumed_after[stream].push(messages);
         }
         let mut last = None;
-        for (number, stream) in self.chain.streams.iter().enumerate() {
+        for (number, stream) in self.record.streams.iter().enumerate() {
             let start = match stream.start {
-                Start::After { stream, messages } => positions[stream][&messages].clone(),
-                Start::AfterSequence(sequence) => match self.chain.scope {
-                    Scope::Job(job) => Position::from([(job, sequence)]),
-                    Scope::OfProvider(_) | Scope::OfCustomer(_) => Position::new(),
+                Start::Resume { stream, messages } => cursors[stream][&messages].clone(),
+                Start::AfterSequence(sequence) => match self.record.scope {
+                    Scope::Job(job) => Cursor::from([(job, sequence)]),
+                    Scope::OfProvider(_) | Scope::OfCustomer(_) => Cursor::new(),
                 },
-                Start::Beginning | Start::Now => Position::new(),
+                Start::Beginning | Start::Now => Cursor::new(),
             };
-            let (kept, end) = self.check_stream(stream, start, &wanted[number], violations);
-            positions.push(kept);
+            let (kept, end) = self.check_stream(stream, start, &resumed_after[number], violations);
+            cursors.push(kept);
             last = Some(end);
         }
-        if self.chain.whole
-            && let Some(position) = last
+        if self.record.read_to_end
+            && let Some(cursor) = last
         {
-            self.check_whole(&position, violations);
+            self.check_read_to_end(&cursor, violations);
         }
     }
 
-    fn starts_now(&self) -> bool {
-        self.chain.streams.first().is_some_and(|stream| stream.start == Start::Now)
+    fn started_from_now(&self) -> bool {
+        self.record.streams.first().is_some_and(|stream| stream.start == Start::Now)
     }
 
-    fn name(&self, stream: &Stream) -> String {
-        let opened = stream.opened.as_secs_f64();
-        format!("{}'s stream of {opened:.3} s, at server {}", self.chain.name, stream.replica)
+    fn label(&self, stream: &Stream) -> String {
+        let (name, opened_s) = (&self.record.name, stream.opened_at.as_secs_f64());
+        format!("watcher {name:?}, stream opened at {opened_s:.3} s at server {}", stream.replica)
     }
 
+    /// Checks one stream from its start. Returns the cursor at its end, and those after
+    /// the messages in `resumed_after`.
     fn check_stream(
         &mut self,
         stream: &Stream,
-        mut position: Position,
-        wanted: &[usize],
+        mut cursor: Cursor,
+        resumed_after: &[usize],
         violations: &mut Violations,
-    ) -> (HashMap<usize, Position>, Position) {
+    ) -> (HashMap<usize, Cursor>, Cursor) {
         let mut kept = HashMap::new();
         let (mut caught_up, mut ended) = (false, false);
         for (number, message) in stream.messages.iter().enumerate() {
@@ -87,148 +90,166 @@ impl Watch<'_> {
                 violations.add(
                     Guarantee::Complete,
                     None,
-                    format!("{}: a message after `end`", self.name(stream)),
+                    format!("{}: a message after `end`", self.label(stream)),
                 );
             }
             match &message.body {
                 Body::Events(events) => {
                     for event in events {
-                        self.receive(stream, event, &mut position, violations);
+                        self.receive(stream, event, &mut cursor, violations);
                     }
                 }
                 Body::CaughtUp(state) => {
                     if std::mem::replace(&mut caught_up, true) {
-                        let what = format!("{}: `caught_up` comes twice", self.name(stream));
+                        let what = format!("{}: `caught_up` comes twice", self.label(stream));
                         violations.add(Guarantee::Complete, None, what);
                     }
                     if stream.start == Start::Now {
-                        if let (Scope::Job(job), Some(state)) = (self.chain.scope, state) {
-                            position.insert(job, state.last_sequence);
+                        if let (Scope::Job(job), Some(state)) = (self.record.scope, state) {
+                            cursor.insert(job, state.last_sequence);
                         }
                     } else {
-                        self.check_known(stream, &position, stream.opened, "`caught_up` came", violations);
+                        self.check_acknowledged(
+                            stream,
+                            &cursor,
+                            stream.opened_at,
+                            "`caught_up` came",
+                            violations,
+                        );
                     }
-                    if self.starts_now() {
-                        self.live_since.get_or_insert(message.at);
+                    if self.started_from_now() {
+                        self.live_since.get_or_insert(message.received_at);
                     }
                     self.check_state(stream, state.as_ref(), violations);
                 }
-                Body::Listed => {
-                    self.check_known(stream, &position, stream.opened, "the list ended", violations);
+                Body::ListEnd => {
+                    self.check_acknowledged(
+                        stream,
+                        &cursor,
+                        stream.opened_at,
+                        "the last page came",
+                        violations,
+                    );
                 }
                 Body::Heartbeat => {
-                    self.check_heartbeat(stream, message, caught_up, &position, violations);
+                    self.check_heartbeat(stream, message, caught_up, &cursor, violations);
                 }
-                Body::Ended(reason, state) => {
+                Body::End(reason, state) => {
                     ended = true;
                     self.check_state(stream, state.as_ref(), violations);
-                    self.check_end(stream, message, *reason, state.as_ref(), &position, violations);
+                    self.check_end(stream, message, *reason, state.as_ref(), &cursor, violations);
                 }
             }
-            if wanted.contains(&(number + 1)) {
-                kept.insert(number + 1, position.clone());
+            if resumed_after.contains(&(number + 1)) {
+                kept.insert(number + 1, cursor.clone());
             }
         }
         match &stream.end {
-            End::Refused(refusal) => {
-                let what =
-                    format!("{} was refused from {:?} by {refusal:?}", self.name(stream), stream.start);
+            StreamEnd::Refused(refusal) => {
+                let what = format!(
+                    "{}: the start {:?} was refused by {refusal:?}",
+                    self.label(stream),
+                    stream.start
+                );
                 violations.add(Guarantee::Resumable, None, what);
             }
-            End::Ok if !ended => {
-                let what = format!("{} is over with OK and without `end`", self.name(stream));
+            StreamEnd::Ok if !ended => {
+                let what = format!("{}: ended with OK without the message `end`", self.label(stream));
                 violations.add(Guarantee::Terminating, None, what);
             }
-            End::Silent if ended => {
-                let what = format!("{}: is not over after `end`", self.name(stream));
+            StreamEnd::Silent if ended => {
+                let what = format!("{}: did not end after the message `end`", self.label(stream));
                 violations.add(Guarantee::Terminating, None, what);
             }
-            End::Silent => {
-                let since = stream.messages.last().map_or(stream.opened, |message| message.at);
-                if self.case.is_calm(stream.replica, since, stream.over) {
+            StreamEnd::Silent => {
+                let since = stream.messages.last().map_or(stream.opened_at, |message| message.received_at);
+                if self.indexed.is_fault_free(stream.replica, since, stream.ended_at) {
                     let what = format!(
-                        "{}: {SILENCE:?} without a heartbeat, from {:.3} s on, {} `caught_up`",
-                        self.name(stream),
+                        "{}: no message for {SILENCE:?} from {:.3} s on, {} `caught_up`, although no fault affected the server",
+                        self.label(stream),
                         since.as_secs_f64(),
                         if caught_up { "after" } else { "before" },
                     );
                     violations.add(Guarantee::Complete, None, what);
                 }
             }
-            End::Broken(why) if self.was_calm_at_end(stream, stream.over) => {
-                let over = stream.over.as_secs_f64();
-                let what =
-                    format!("{}: broke off when all was well, at {over:.3} s: {why}", self.name(stream));
+            StreamEnd::Broken(why) if self.was_fault_free_at_end(stream, stream.ended_at) => {
+                let ended_s = stream.ended_at.as_secs_f64();
+                let what = format!(
+                    "{}: broke at {ended_s:.3} s although no fault affected the server: {why}",
+                    self.label(stream)
+                );
                 violations.add(Guarantee::Contract, None, what);
             }
-            End::Ok | End::Left | End::Broken(_) => {}
+            StreamEnd::Ok | StreamEnd::ClosedByWatcher | StreamEnd::Broken(_) => {}
         }
-        (kept, position)
+        (kept, cursor)
     }
 
-    /// After `caught_up` it says that all is there; and ever, that more may come.
+    /// A heartbeat after `caught_up` means that all earlier events were sent. Any
+    /// heartbeat means that the job is not closed.
     fn check_heartbeat(
         &self,
         stream: &Stream,
         message: &Message,
         caught_up: bool,
-        position: &Position,
+        cursor: &Cursor,
         violations: &mut Violations,
     ) {
-        if caught_up && self.chain.prompt {
-            let known = message.at.saturating_sub(LATE);
-            self.check_known(stream, position, known, "a heartbeat came", violations);
+        if caught_up && self.record.reads_promptly {
+            let before = message.received_at.saturating_sub(HEARTBEAT_TOLERANCE);
+            self.check_acknowledged(stream, cursor, before, "a heartbeat came", violations);
         }
-        if let Scope::Job(job) = self.chain.scope
-            && let Some(last) = self.case.logs[job].events.last().filter(|event| is_closing(event))
-            && position.get(&job) == Some(&last.sequence)
+        if let Scope::Job(job) = self.record.scope
+            && let Some(last) = self.indexed.logs[job].events.last().filter(|event| is_closing(event))
+            && cursor.get(&job) == Some(&last.sequence)
         {
-            let what = format!("{}: a heartbeat after the job was closed", self.name(stream));
+            let what = format!("{}: a heartbeat after the job was closed", self.label(stream));
             violations.add(Guarantee::Terminating, Some(&last.id), what);
         }
     }
 
-    fn receive(
-        &self,
-        stream: &Stream,
-        event: &Arc<Event>,
-        position: &mut Position,
-        violations: &mut Violations,
-    ) {
+    fn receive(&self, stream: &Stream, event: &Arc<Event>, cursor: &mut Cursor, violations: &mut Violations) {
         let id = Some(event.id.as_str());
-        let Some(&job) = self.case.numbers.get(event.job_id.as_str()).filter(|&&job| self.contains(job))
+        let Some(&job) =
+            self.indexed.job_numbers.get(event.job_id.as_str()).filter(|&&job| self.is_in_scope(job))
         else {
-            let what = format!("{}: {event:?} is not in its scope", self.name(stream));
+            let what = format!("{}: received {event:?}, which is not in its scope", self.label(stream));
             return violations.add(Guarantee::Complete, id, what);
         };
-        let log = &self.case.logs[job].events;
-        let stored = usize::try_from(event.sequence - 1).ok().and_then(|place| log.get(place));
+        let log = &self.indexed.logs[job].events;
+        let stored = usize::try_from(event.sequence - 1).ok().and_then(|index| log.get(index));
         match stored {
             None => {
-                let what = format!("{}: saw {event:?}, which is not stored", self.name(stream));
+                let what = format!("{}: received {event:?}, which is not stored", self.label(stream));
                 return violations.add(Guarantee::Durable, id, what);
             }
             Some(stored) if !Arc::ptr_eq(stored, event) && stored != event => {
                 let guarantee =
                     if stored.id == event.id { Guarantee::Deterministic } else { Guarantee::Durable };
-                let what = format!("{}: saw {event:?}, stored is {stored:?}", self.name(stream));
+                let what = format!("{}: received {event:?}, stored is {stored:?}", self.label(stream));
                 violations.add(guarantee, id, what);
             }
             Some(_) => {}
         }
         if !self.wants(event) {
-            violations.add(Guarantee::Complete, id, format!("{}: a kind not asked for", self.name(stream)));
+            violations.add(
+                Guarantee::Complete,
+                id,
+                format!("{}: received a kind that its filter excludes", self.label(stream)),
+            );
         }
-        let before = position.insert(job, event.sequence);
+        let before = cursor.insert(job, event.sequence);
         if before.is_some_and(|before| event.sequence <= before) {
-            let what = format!("{}: after {before:?} again {}", self.name(stream), event.sequence);
+            let what =
+                format!("{}: received sequence {} after {before:?}", self.label(stream), event.sequence);
             return violations.add(Guarantee::Complete, id, what);
         }
-        self.check_between(stream, job, before, event.sequence, violations);
+        self.check_no_gap(stream, job, before, event.sequence, violations);
     }
 
-    /// Nothing that is wanted lies between the last event received and this one.
-    fn check_between(
+    /// Checks that the stream skipped no event between the last one and `sequence`.
+    fn check_no_gap(
         &self,
         stream: &Stream,
         job: usize,
@@ -236,17 +257,17 @@ impl Watch<'_> {
         sequence: i64,
         violations: &mut Violations,
     ) {
-        let log = &self.case.logs[job].events;
+        let log = &self.indexed.logs[job].events;
         let (from, to) = (before.unwrap_or(0), sequence - 1);
-        for place in from..to {
-            let place = usize::try_from(place).unwrap();
-            let Some(event) = log.get(place) else { return };
-            if self.wants(event) && (before.is_some() || !self.is_past(job, place)) {
-                let resumed = matches!(stream.start, Start::After { .. } | Start::AfterSequence(_));
+        for index in from..to {
+            let index = usize::try_from(index).unwrap();
+            let Some(event) = log.get(index) else { return };
+            if self.wants(event) && (before.is_some() || !self.may_be_past(job, index)) {
+                let resumed = matches!(stream.start, Start::Resume { .. } | Start::AfterSequence(_));
                 let guarantee = if resumed { Guarantee::Resumable } else { Guarantee::Complete };
                 let what = format!(
-                    "{}: went from {before:?} to {sequence} without {}",
-                    self.name(stream),
+                    "{}: received sequence {sequence} after {before:?} without {}",
+                    self.label(stream),
                     event.sequence
                 );
                 return violations.add(guarantee, Some(&event.id), what);
@@ -254,70 +275,82 @@ impl Watch<'_> {
         }
     }
 
-    /// For a watch from now: whether an event may have been there before.
-    fn is_past(&self, job: usize, place: usize) -> bool {
-        if !self.starts_now() {
+    /// Whether an event may have been stored before a watch from now caught up.
+    fn may_be_past(&self, job: usize, index: usize) -> bool {
+        if !self.started_from_now() {
             return false;
         }
-        let sent = self.case.first_sent(self.case.logs[job].origins[place]);
-        self.live_since.is_none_or(|live_since| sent <= live_since)
+        let sent_at = self.indexed.first_sent_at(self.indexed.logs[job].origins[index]);
+        self.live_since.is_none_or(|live_since| sent_at <= live_since)
     }
 
-    /// What was acknowledged before a moment has been received.
-    fn check_known(
+    /// Checks that all events acknowledged before this moment were received.
+    fn check_acknowledged(
         &self,
         stream: &Stream,
-        position: &Position,
+        cursor: &Cursor,
         before: Moment,
-        then: &str,
+        milestone: &str,
         violations: &mut Violations,
     ) {
-        for job in (0..self.case.logs.len()).filter(|&job| self.contains(job)) {
-            let through = self.case.acknowledged(job, before);
-            self.check_received(stream, job, position.get(&job).copied(), through, then, violations);
+        for job in (0..self.indexed.logs.len()).filter(|&job| self.is_in_scope(job)) {
+            let through = self.indexed.acknowledged_before(job, before);
+            self.check_received_through(
+                stream,
+                job,
+                cursor.get(&job).copied(),
+                through,
+                milestone,
+                violations,
+            );
         }
     }
 
-    /// Everything that is wanted of a job through this sequence was received.
-    fn check_received(
+    /// Checks that all events of a job through this sequence were received, except
+    /// those that the filter of kinds excludes.
+    fn check_received_through(
         &self,
         stream: &Stream,
         job: usize,
         last: Option<i64>,
         through: i64,
-        then: &str,
+        milestone: &str,
         violations: &mut Violations,
     ) {
-        let log = &self.case.logs[job].events;
-        for place in last.unwrap_or(0)..through {
-            let place = usize::try_from(place).unwrap();
-            let Some(event) = log.get(place) else { return };
-            if self.wants(event) && (last.is_some() || !self.is_past(job, place)) {
-                let what = format!("{}: {then} without {}", self.name(stream), event.sequence);
+        let log = &self.indexed.logs[job].events;
+        for index in last.unwrap_or(0)..through {
+            let index = usize::try_from(index).unwrap();
+            let Some(event) = log.get(index) else { return };
+            if self.wants(event) && (last.is_some() || !self.may_be_past(job, index)) {
+                let what = format!(
+                    "{}: {milestone}, but sequence {} was not received",
+                    self.label(stream),
+                    event.sequence
+                );
                 return violations.add(Guarantee::Complete, Some(&event.id), what);
             }
         }
     }
 
-    /// What a message says of the job is what the log says at that sequence.
+    /// Checks the job state in a message against the log at the same sequence.
     fn check_state(&self, stream: &Stream, state: Option<&JobState>, violations: &mut Violations) {
-        let Scope::Job(job) = self.chain.scope else { return };
+        let Scope::Job(job) = self.record.scope else { return };
         let Some(state) = state else {
-            let what = format!("{}: does not say where the job is", self.name(stream));
+            let what = format!("{}: `caught_up` or `end` has no job state", self.label(stream));
             return violations.add(Guarantee::Deterministic, None, what);
         };
-        let mut film = self.case.film(job);
-        let log = &self.case.logs[job].events;
+        let mut replay = self.indexed.replay(job);
+        let log = &self.indexed.logs[job].events;
         for event in log.iter().take(usize::try_from(state.last_sequence).unwrap()) {
-            film.play(event.kind(), &event.step_tag);
+            replay.apply(event.kind(), &event.step_tag);
         }
-        let is_there = usize::try_from(state.last_sequence).is_ok_and(|last| last <= log.len());
-        if !is_there || (state.status(), state.progress) != (film.status, Some(film.progress)) {
+        let exists = usize::try_from(state.last_sequence).is_ok_and(|last| last <= log.len());
+        if !exists || (state.status(), state.progress) != (replay.status, Some(replay.progress)) {
             let what = format!(
-                "{}: says {state:?}, and by the log it is {:?} {:?}",
-                self.name(stream),
-                film.status,
-                film.progress
+                "{}: received {state:?}, by the log it is {:?} {:?}",
+                self.label(stream),
+                replay.status,
+                replay.progress
             );
             violations.add(Guarantee::Deterministic, None, what);
         }
@@ -329,84 +362,99 @@ impl Watch<'_> {
         message: &Message,
         reason: WatchEndReason,
         state: Option<&JobState>,
-        position: &Position,
+        cursor: &Cursor,
         violations: &mut Violations,
     ) {
-        match (reason, self.chain.scope) {
+        match (reason, self.record.scope) {
             (WatchEndReason::Draining, _) => {
-                if self.was_calm_at_end(stream, message.at) || stream.end == End::Ok {
-                    let what = format!("{}: drained, and is over with {:?}", self.name(stream), stream.end);
+                if self.was_fault_free_at_end(stream, message.received_at) || stream.end == StreamEnd::Ok {
+                    let what = format!(
+                        "{}: `end` DRAINING without a fault, or followed by OK: {:?}",
+                        self.label(stream),
+                        stream.end
+                    );
                     violations.add(Guarantee::Terminating, None, what);
                 }
             }
             (WatchEndReason::JobClosed, Scope::Job(job)) => {
-                let length = i64::try_from(self.case.logs[job].events.len()).unwrap();
+                let length = i64::try_from(self.indexed.logs[job].events.len()).unwrap();
                 if state.map(|state| state.last_sequence) != Some(length) {
-                    let what = format!("{}: ended with {state:?} of {length} events", self.name(stream));
+                    let what = format!(
+                        "{}: received `end` with {state:?}, but {length} events are stored",
+                        self.label(stream)
+                    );
                     violations.add(Guarantee::Terminating, None, what);
                 }
-                let last = position.get(&job).copied();
-                self.check_received(stream, job, last, length, "`end` came", violations);
+                let last = cursor.get(&job).copied();
+                self.check_received_through(stream, job, last, length, "`end` came", violations);
             }
             (reason, _) => {
-                let what = format!("{}: ended by {reason:?}", self.name(stream));
+                let what = format!("{}: received `end` with the reason {reason:?}", self.label(stream));
                 violations.add(Guarantee::Terminating, None, what);
             }
         }
     }
 
-    /// Whether nothing was broken when the server ended a stream. Who reads slowly
-    /// hears of it late, behind all that came before it, and so it may have been
-    /// at any time since the last event received was sent.
-    fn was_calm_at_end(&self, stream: &Stream, heard: Moment) -> bool {
+    /// Whether no fault affected the replica when it ended a stream. A watcher that
+    /// reads slowly learns of the end late, after all earlier messages. The end may then
+    /// have been at any time since its last event was sent.
+    fn was_fault_free_at_end(&self, stream: &Stream, learned_at: Moment) -> bool {
         let last = || stream.messages.iter().rev().find_map(Message::last_event);
-        let from = if self.chain.prompt {
-            heard
+        let from = if self.record.reads_promptly {
+            learned_at
         } else {
-            last().map_or(stream.opened, |event| self.earliest(event)).max(stream.opened)
+            last().map_or(stream.opened_at, |event| self.earliest_stored(event)).max(stream.opened_at)
         };
-        self.case.is_calm(stream.replica, from, heard)
+        self.indexed.is_fault_free(stream.replica, from, learned_at)
     }
 
-    /// When an event can have been there at the earliest.
-    fn earliest(&self, event: &Event) -> Moment {
-        let log = self.case.numbers.get(event.job_id.as_str()).map(|&job| &self.case.logs[job]);
-        let place = usize::try_from(event.sequence - 1).ok();
-        log.zip(place).and_then(|(log, place)| log.earliest.get(place)).copied().unwrap_or_default()
+    /// The earliest moment at which an event can have been stored.
+    fn earliest_stored(&self, event: &Event) -> Moment {
+        let log = self.indexed.job_numbers.get(event.job_id.as_str()).map(|&job| &self.indexed.logs[job]);
+        let index = usize::try_from(event.sequence - 1).ok();
+        log.zip(index).and_then(|(log, index)| log.earliest.get(index)).copied().unwrap_or_default()
     }
 
-    fn check_whole(&self, position: &Position, violations: &mut Violations) {
-        let Some(stream) = self.chain.streams.last() else { return };
-        for job in (0..self.case.logs.len()).filter(|&job| self.contains(job)) {
-            let length = i64::try_from(self.case.logs[job].events.len()).unwrap();
-            let last = position.get(&job).copied();
-            self.check_received(stream, job, last, length, "all was over", violations);
+    /// Checks that a watcher that read to the end received all events and, for a closed
+    /// job, the message `end`.
+    fn check_read_to_end(&self, cursor: &Cursor, violations: &mut Violations) {
+        let Some(stream) = self.record.streams.last() else { return };
+        for job in (0..self.indexed.logs.len()).filter(|&job| self.is_in_scope(job)) {
+            let length = i64::try_from(self.indexed.logs[job].events.len()).unwrap();
+            let last = cursor.get(&job).copied();
+            self.check_received_through(stream, job, last, length, "the watcher read to the end", violations);
         }
-        if let Scope::Job(job) = self.chain.scope {
-            let mut film = self.case.film(job);
-            self.case.logs[job].events.iter().for_each(|event| film.play(event.kind(), &event.step_tag));
+        if let Scope::Job(job) = self.record.scope {
+            let mut replay = self.indexed.replay(job);
+            self.indexed.logs[job]
+                .events
+                .iter()
+                .for_each(|event| replay.apply(event.kind(), &event.step_tag));
             let last = stream.messages.last().map(|message| &message.body);
-            if film.closed && !matches!(last, Some(Body::Ended(WatchEndReason::JobClosed, _))) {
-                let what = format!("{}: the job is closed and the watch did not end", self.name(stream));
+            if replay.closed && !matches!(last, Some(Body::End(WatchEndReason::JobClosed, _))) {
+                let what = format!(
+                    "{}: the job is closed, but the watch did not end with JOB_CLOSED",
+                    self.label(stream)
+                );
                 violations.add(Guarantee::Terminating, None, what);
             }
         }
     }
 
-    fn contains(&self, job: usize) -> bool {
-        let of = &self.case.history.jobs[job];
-        let (visible, counterpart) = match self.chain.scope {
-            Scope::OfProvider(provider) => (of.provider == provider, of.customer),
-            Scope::OfCustomer(customer) => (of.customer == customer, of.provider),
+    fn is_in_scope(&self, job: usize) -> bool {
+        let job_of = &self.indexed.history.jobs[job];
+        let (visible, counterpart) = match self.record.scope {
+            Scope::OfProvider(provider) => (job_of.provider == provider, job_of.customer),
+            Scope::OfCustomer(customer) => (job_of.customer == customer, job_of.provider),
             Scope::Job(own) => return own == job,
         };
-        let only = &self.chain.only;
+        let filter = &self.record.filter;
         visible
-            && only.configuration.is_none_or(|configuration| configuration == of.configuration)
-            && only.counterpart.is_none_or(|wanted| wanted == counterpart)
+            && filter.configuration.is_none_or(|configuration| configuration == job_of.configuration)
+            && filter.counterpart.is_none_or(|wanted| wanted == counterpart)
     }
 
     fn wants(&self, event: &Event) -> bool {
-        self.chain.kinds.is_empty() || self.chain.kinds.contains(&event.kind())
+        self.record.kinds.is_empty() || self.record.kinds.contains(&event.kind())
     }
 }

@@ -1,5 +1,5 @@
-//! A history in which all is well, and what the checker says once one thing in
-//! it is broken.
+//! Tests of the checker: a valid history has no violations, and each change to it that
+//! breaks a guarantee is detected.
 
 use std::{sync::Arc, time::Duration};
 
@@ -8,12 +8,12 @@ use tonic::Code;
 
 use super::{Guarantee, check};
 use crate::history::{
-    Attempt, Batch, Body, Chain, Close, Closed, Disturbance, End, Glance, History, Job, Lost, Message,
-    Moment, Only, Outcome, Read, Refusal, Scope, Start, Stream,
+    Attempt, Batch, Body, Close, Closed, FaultWindow, FinalRead, History, Job, JobFilter, JobRead, Message,
+    Moment, Outcome, Refusal, Scope, Start, Stream, StreamEnd, UnknownReason, WatcherRecord,
 };
 
 const JOB: usize = 0;
-const OTHER: usize = 1;
+const OTHER_JOB: usize = 1;
 
 fn at(seconds: u64) -> Moment {
     Duration::from_secs(seconds)
@@ -25,7 +25,7 @@ fn new_event(id: &str, kind: EventKind, step_tag: &str) -> pb::NewEvent {
     pb::NewEvent { id, kind: kind.into(), name: "name".to_owned(), step_tag, metadata: None, occurred_at }
 }
 
-/// As of itself: sequence, status, points done of four, percent.
+/// A sequence, and the job's state after it: status, points done of 4, percent.
 type State = (i64, JobStatus, i64, i32);
 
 fn progress((_, _, points_done, percent): State) -> Option<pb::Progress> {
@@ -47,7 +47,7 @@ fn stored(job: &str, sent: &pb::NewEvent, state: State) -> Arc<pb::Event> {
     })
 }
 
-fn told(id: &str, existed: bool, state: State) -> pb::AppendedEvent {
+fn appended(id: &str, existed: bool, state: State) -> pb::AppendedEvent {
     let (sequence, status, ..) = state;
     pb::AppendedEvent {
         id: id.to_owned(),
@@ -58,8 +58,8 @@ fn told(id: &str, existed: bool, state: State) -> pb::AppendedEvent {
     }
 }
 
-fn attempt(sent: u64, over: u64, outcome: Outcome) -> Attempt {
-    Attempt { replica: 0, sent: at(sent), over: at(over), outcome }
+fn attempt(sent_s: u64, ended_s: u64, outcome: Outcome) -> Attempt {
+    Attempt { replica: 0, sent_at: at(sent_s), ended_at: at(ended_s), outcome }
 }
 
 fn refused(code: Code, last_sequence: Option<i64>) -> Outcome {
@@ -72,7 +72,7 @@ fn batch(job: usize, events: Vec<pb::NewEvent>, attempts: Vec<Attempt>) -> Batch
 }
 
 fn message(seconds: u64, body: Body) -> Message {
-    Message { at: at(seconds), body }
+    Message { received_at: at(seconds), body }
 }
 
 fn state(state: State) -> Option<pb::JobState> {
@@ -80,8 +80,9 @@ fn state(state: State) -> Option<pb::JobState> {
     Some(pb::JobState { last_sequence, status: status.into(), progress: progress(state) })
 }
 
-/// A job that completes in five events, of which the first batch's answer was
-/// lost; one that is closed in two; and those who watched.
+/// A valid history of two jobs: one completes with its fifth event, the other is closed
+/// by its second. The answer to the first batch was lost once. One watcher watches all
+/// jobs, another the first job.
 fn history() -> History {
     use EventKind::{Complete, Error, Info, Step};
     let a = new_event("a", Step, "one");
@@ -92,67 +93,75 @@ fn history() -> History {
     let f = new_event("f", Info, "");
     let g = new_event("g", EventKind::Close, "");
     let g = pb::NewEvent { name: "a reason".to_owned(), ..g };
-    let film = [
+    let states = [
         (1, JobStatus::Running, 1, 25),
         (2, JobStatus::Running, 1, 25),
         (3, JobStatus::Failed, 1, 25),
         (4, JobStatus::Running, 4, 99),
         (5, JobStatus::Complete, 4, 100),
     ];
-    let other_film = [(1, JobStatus::Running, 0, 0), (2, JobStatus::Cancelled, 0, 0)];
+    let other_states = [(1, JobStatus::Running, 0, 0), (2, JobStatus::Cancelled, 0, 0)];
     let log: Vec<_> = [&a, &b, &c, &d, &e]
         .into_iter()
-        .zip(film)
+        .zip(states)
         .map(|(event, state)| stored("job", event, state))
         .collect();
     let other_log: Vec<_> =
-        [&f, &g].into_iter().zip(other_film).map(|(event, state)| stored("other", event, state)).collect();
-    let lost = Outcome::Unknown(Lost::Broken("lost".to_owned()));
-    let first = vec![told("a", true, film[0]), told("b", true, film[1])];
+        [&f, &g].into_iter().zip(other_states).map(|(event, state)| stored("other", event, state)).collect();
+    let lost = Outcome::Unknown(UnknownReason::Broken("lost".to_owned()));
+    let first = vec![appended("a", true, states[0]), appended("b", true, states[1])];
     let mut third = batch(
         JOB,
         vec![c.clone(), d.clone()],
-        vec![attempt(6, 7, Outcome::Appended(vec![told("c", true, film[2]), told("d", false, film[3])]))],
+        vec![attempt(
+            6,
+            7,
+            Outcome::Appended(vec![appended("c", true, states[2]), appended("d", false, states[3])]),
+        )],
     );
     third.repeats = 1;
     let mut stale =
         batch(JOB, vec![new_event("x", Info, "")], vec![attempt(4, 8, refused(Code::Aborted, Some(2)))]);
     stale.expected = Some(1);
     let mut second =
-        batch(JOB, vec![c], vec![attempt(4, 5, Outcome::Appended(vec![told("c", false, film[2])]))]);
+        batch(JOB, vec![c], vec![attempt(4, 5, Outcome::Appended(vec![appended("c", false, states[2])]))]);
     second.expected = Some(2);
     let batches = vec![
         batch(JOB, vec![a, b], vec![attempt(1, 2, lost), attempt(3, 4, Outcome::Appended(first))]),
         second,
         third,
         stale,
-        batch(JOB, vec![e], vec![attempt(8, 9, Outcome::Appended(vec![told("e", false, film[4])]))]),
+        batch(JOB, vec![e], vec![attempt(8, 9, Outcome::Appended(vec![appended("e", false, states[4])]))]),
         batch(
             JOB,
             vec![new_event("y", Info, "")],
             vec![attempt(10, 11, refused(Code::FailedPrecondition, None))],
         ),
-        batch(OTHER, vec![f], vec![attempt(1, 2, Outcome::Appended(vec![told("f", false, other_film[0])]))]),
+        batch(
+            OTHER_JOB,
+            vec![f],
+            vec![attempt(1, 2, Outcome::Appended(vec![appended("f", false, other_states[0])]))],
+        ),
     ];
     let events = |events: &[Arc<pb::Event>]| Body::Events(events.to_vec());
     let stream = |start, opened, messages, end| Stream {
         replica: 0,
         start,
-        opened: at(opened),
+        opened_at: at(opened),
         messages,
         end,
-        over: at(9),
+        ended_at: at(9),
     };
-    let chain = |scope, streams| Chain {
+    let watcher_record = |scope, streams| WatcherRecord {
         name: "a watcher".to_owned(),
         scope,
-        only: Only::default(),
-        prompt: true,
+        filter: JobFilter::default(),
+        reads_promptly: true,
         kinds: Vec::new(),
         streams,
-        whole: true,
+        read_to_end: true,
     };
-    let of_all = chain(
+    let all_jobs_watcher = watcher_record(
         Scope::OfProvider(0),
         vec![
             stream(
@@ -166,44 +175,44 @@ fn history() -> History {
                     message(5, Body::CaughtUp(None)),
                     message(7, events(&log[3..4])),
                 ],
-                End::Left,
+                StreamEnd::ClosedByWatcher,
             ),
             stream(
-                Start::After { stream: 0, messages: 2 },
+                Start::Resume { stream: 0, messages: 2 },
                 8,
                 vec![
                     message(8, events(&log[3..4])),
                     message(8, Body::CaughtUp(None)),
                     message(9, events(&[log[4].clone(), other_log[1].clone()])),
                 ],
-                End::Left,
+                StreamEnd::ClosedByWatcher,
             ),
         ],
     );
-    let of_job = chain(
+    let job_watcher = watcher_record(
         Scope::Job(JOB),
         vec![stream(
             Start::AfterSequence(1),
             5,
             vec![
                 message(5, events(&log[1..3])),
-                message(5, Body::CaughtUp(state(film[2]))),
+                message(5, Body::CaughtUp(state(states[2]))),
                 message(9, events(&log[3..])),
-                message(9, Body::Ended(pb::WatchEndReason::JobClosed, state(film[4]))),
+                message(9, Body::End(pb::WatchEndReason::JobClosed, state(states[4]))),
             ],
-            End::Ok,
+            StreamEnd::Ok,
         )],
     );
     let job = |id: &str| Job { id: id.to_owned(), configuration: 0, provider: 0, customer: 0 };
     let found = |log: &[Arc<pb::Event>]| {
-        let last = log.last().expect("an event");
+        let last = log.last().expect("the log has events");
         let closes = matches!(last.kind(), Complete | EventKind::Close);
         let closed_at = closes.then(prost_types::Timestamp::default);
         let (last_sequence, status, progress) = (last.sequence, last.status, last.progress);
         pb::Job { id: last.job_id.clone(), last_sequence, status, progress, closed_at, ..Default::default() }
     };
-    let reads = (0..2).flat_map(|replica| {
-        [(JOB, &log), (OTHER, &other_log)].map(|(job, log)| Read {
+    let final_reads = (0..2).flat_map(|replica| {
+        [(JOB, &log), (OTHER_JOB, &other_log)].map(|(job, log)| FinalRead {
             replica,
             job,
             found: found(log),
@@ -214,146 +223,146 @@ fn history() -> History {
         configurations: vec![vec![("one".to_owned(), 1), ("two".to_owned(), 3)]],
         jobs: vec![job("job"), job("other")],
         closes: vec![Close {
-            job: OTHER,
+            job: OTHER_JOB,
             reason: "a reason".to_owned(),
-            sent: at(8),
-            over: at(9),
+            sent_at: at(8),
+            ended_at: at(9),
             outcome: Ok(Closed { last_sequence: 2, existed: false }),
         }],
         batches,
-        chains: vec![of_all, of_job],
-        glances: vec![Glance { replica: 1, sent: at(6), over: at(7), found: found(&log[..3]) }],
-        reads: reads.collect(),
-        disturbances: vec![Disturbance { from: at(0), to: at(3), touches: [true; 2] }],
-        unexcused: Vec::new(),
+        watchers: vec![all_jobs_watcher, job_watcher],
+        job_reads: vec![JobRead { replica: 1, sent_at: at(6), ended_at: at(7), found: found(&log[..3]) }],
+        final_reads: final_reads.collect(),
+        fault_windows: vec![FaultWindow { from: at(0), to: at(3), affects: [true; 2] }],
+        unexpected_answers: Vec::new(),
     }
 }
 
-/// The guarantees that a history violates once it was broken.
-fn found(break_it: impl FnOnce(&mut History)) -> Vec<Guarantee> {
+/// The guarantees that the history violates after a change.
+fn violated(change: impl FnOnce(&mut History)) -> Vec<Guarantee> {
     let mut history = history();
-    break_it(&mut history);
-    let mut found: Vec<Guarantee> =
+    change(&mut history);
+    let mut violated: Vec<Guarantee> =
         check(&history).into_iter().map(|violation| violation.guarantee).collect();
-    found.sort_unstable();
-    found.dedup();
-    found
+    violated.sort_unstable();
+    violated.dedup();
+    violated
 }
 
 #[track_caller]
-fn assert_caught(guarantee: Guarantee, break_it: impl FnOnce(&mut History)) {
-    let found = found(break_it);
-    assert!(found.contains(&guarantee), "{guarantee} is violated, and what was found is {found:?}");
+fn assert_detects(guarantee: Guarantee, change: impl FnOnce(&mut History)) {
+    let detected = violated(change);
+    assert!(detected.contains(&guarantee), "expected a violation of {guarantee}, detected: {detected:?}");
 }
 
-/// What the stored log of the first job looks like to everybody.
+/// Changes the log of the first job as both replicas return it.
 fn change_log(history: &mut History, change: impl Fn(&mut Vec<Arc<pb::Event>>)) {
-    history.reads.iter_mut().filter(|read| read.job == JOB).for_each(|read| change(&mut read.log));
+    history.final_reads.iter_mut().filter(|read| read.job == JOB).for_each(|read| change(&mut read.log));
 }
 
-/// The events of a message of the watcher of all jobs.
-fn seen(history: &mut History, stream: usize, message: usize) -> &mut Vec<Arc<pb::Event>> {
-    match &mut history.chains[0].streams[stream].messages[message].body {
+/// The events of a message to the watcher of all jobs.
+fn received(history: &mut History, stream: usize, message: usize) -> &mut Vec<Arc<pb::Event>> {
+    match &mut history.watchers[0].streams[stream].messages[message].body {
         Body::Events(events) => events,
-        body => panic!("{body:?}"),
+        body => panic!("a message with events is expected: {body:?}"),
     }
 }
 
 #[test]
-fn a_history_in_which_all_is_well_is_found_so() {
+fn a_valid_history_has_no_violations() {
     let violations = check(&history());
     assert!(violations.is_empty(), "{violations:#?}");
 }
 
 #[test]
-fn an_acknowledged_event_that_is_gone_is_caught() {
-    assert_caught(Guarantee::Durable, |history| change_log(history, |log| _ = log.pop()));
+fn an_acknowledged_event_that_is_not_stored_is_detected() {
+    assert_detects(Guarantee::Durable, |history| change_log(history, |log| _ = log.pop()));
 }
 
 #[test]
-fn an_event_that_was_seen_and_is_not_stored_is_caught() {
-    assert_caught(Guarantee::Durable, |history| {
-        let phantom = pb::Event { id: "z".to_owned(), sequence: 6, ..(*seen(history, 0, 0)[0]).clone() };
-        seen(history, 1, 2).push(Arc::new(phantom));
+fn a_received_event_that_is_not_stored_is_detected() {
+    assert_detects(Guarantee::Durable, |history| {
+        let phantom = pb::Event { id: "z".to_owned(), sequence: 6, ..(*received(history, 0, 0)[0]).clone() };
+        received(history, 1, 2).push(Arc::new(phantom));
     });
 }
 
 #[test]
-fn other_content_than_was_sent_is_caught() {
-    assert_caught(Guarantee::Durable, |history| {
+fn an_event_stored_with_another_content_is_detected() {
+    assert_detects(Guarantee::Durable, |history| {
         history.batches[1].events[0].name = "another".to_owned();
     });
 }
 
 #[test]
-fn another_sequence_than_was_acknowledged_is_caught() {
-    assert_caught(Guarantee::Durable, |history| {
-        let Outcome::Appended(told) = &mut history.batches[1].attempts[0].outcome else { panic!() };
-        told[0].sequence = 4;
+fn an_event_stored_with_another_sequence_is_detected() {
+    assert_detects(Guarantee::Durable, |history| {
+        let Outcome::Appended(events) = &mut history.batches[1].attempts[0].outcome else { panic!() };
+        events[0].sequence = 4;
     });
 }
 
 #[test]
-fn a_gap_in_the_numbers_is_caught() {
-    assert_caught(Guarantee::Ordered, |history| {
+fn a_gap_in_the_sequences_is_detected() {
+    assert_detects(Guarantee::Ordered, |history| {
         change_log(history, |log| {
-            let last = log.last_mut().expect("an event");
+            let last = log.last_mut().expect("the log has events");
             *last = Arc::new(pb::Event { sequence: 6, ..(**last).clone() });
         });
     });
 }
 
 #[test]
-fn an_event_before_one_that_had_been_acknowledged_is_caught() {
-    assert_caught(Guarantee::Ordered, |history| {
-        history.batches[0].attempts = vec![attempt(10, 11, Outcome::Unknown(Lost::GaveUp))];
+fn an_event_stored_before_one_acknowledged_earlier_is_detected() {
+    assert_detects(Guarantee::Ordered, |history| {
+        history.batches[0].attempts = vec![attempt(10, 11, Outcome::Unknown(UnknownReason::Abandoned))];
     });
 }
 
 #[test]
-fn batches_of_a_stream_in_another_order_are_caught() {
-    assert_caught(Guarantee::Ordered, |history| {
+fn published_batches_stored_in_another_order_are_detected() {
+    assert_detects(Guarantee::Ordered, |history| {
         (history.batches[0].order, history.batches[1].order) = (Some(1), Some(0));
     });
 }
 
 #[test]
-fn an_event_that_is_stored_twice_is_caught() {
-    assert_caught(Guarantee::Unique, |history| {
+fn an_event_stored_twice_is_detected() {
+    assert_detects(Guarantee::Unique, |history| {
         change_log(history, |log| log.push(Arc::new(pb::Event { sequence: 6, ..(*log[0]).clone() })));
     });
 }
 
 #[test]
-fn an_event_that_nobody_sent_is_caught() {
-    assert_caught(Guarantee::Unique, |history| _ = history.batches.remove(0));
+fn a_stored_event_that_no_request_sent_is_detected() {
+    assert_detects(Guarantee::Unique, |history| _ = history.batches.remove(0));
 }
 
 #[test]
-fn a_refusal_of_what_is_stored_is_caught() {
-    assert_caught(Guarantee::Unique, |history| {
+fn a_refusal_of_a_stored_batch_is_detected() {
+    assert_detects(Guarantee::Unique, |history| {
         history.batches[4].attempts.push(attempt(10, 11, refused(Code::FailedPrecondition, None)));
     });
 }
 
 #[test]
-fn a_replay_that_did_not_exist_is_caught() {
-    assert_caught(Guarantee::Unique, |history| {
+fn a_repeated_event_answered_without_existed_is_detected() {
+    assert_detects(Guarantee::Unique, |history| {
         let again = history.batches[1].attempts[0].clone();
         history.batches[1].attempts.push(again);
     });
 }
 
 #[test]
-fn half_a_batch_is_caught() {
-    assert_caught(Guarantee::Atomic, |history| {
+fn a_partly_stored_batch_is_detected() {
+    assert_detects(Guarantee::Atomic, |history| {
         history.batches[4].events.push(new_event("w", EventKind::Info, ""));
     });
 }
 
 #[test]
-fn a_stranger_within_a_batch_is_caught() {
-    assert_caught(Guarantee::Atomic, |history| {
+fn an_event_of_another_batch_within_a_batch_is_detected() {
+    assert_detects(Guarantee::Atomic, |history| {
         history.batches.remove(2);
         history.batches[1].events[0].id = "b".to_owned();
         history.batches[0].events[1].id = "c".to_owned();
@@ -361,87 +370,87 @@ fn a_stranger_within_a_batch_is_caught() {
 }
 
 #[test]
-fn an_event_that_a_watcher_missed_is_caught() {
-    assert_caught(Guarantee::Complete, |history| _ = seen(history, 0, 0).remove(0));
-    assert_caught(Guarantee::Complete, |history| _ = seen(history, 0, 0).remove(1));
-    assert_caught(Guarantee::Complete, |history| _ = seen(history, 1, 2).pop());
+fn an_event_missing_in_a_watch_is_detected() {
+    assert_detects(Guarantee::Complete, |history| _ = received(history, 0, 0).remove(0));
+    assert_detects(Guarantee::Complete, |history| _ = received(history, 0, 0).remove(1));
+    assert_detects(Guarantee::Complete, |history| _ = received(history, 1, 2).pop());
 }
 
 #[test]
-fn an_event_that_a_watcher_saw_twice_is_caught() {
-    assert_caught(Guarantee::Complete, |history| {
-        let event = seen(history, 0, 0)[0].clone();
-        seen(history, 0, 2).push(event);
+fn an_event_received_twice_is_detected() {
+    assert_detects(Guarantee::Complete, |history| {
+        let event = received(history, 0, 0)[0].clone();
+        received(history, 0, 2).push(event);
     });
 }
 
 #[test]
-fn events_out_of_order_are_caught() {
-    assert_caught(Guarantee::Complete, |history| seen(history, 0, 0).swap(0, 2));
+fn events_received_out_of_order_are_detected() {
+    assert_detects(Guarantee::Complete, |history| received(history, 0, 0).swap(0, 2));
 }
 
 #[test]
-fn caught_up_before_the_past_is_over_is_caught() {
-    assert_caught(Guarantee::Complete, |history| {
-        let event = seen(history, 0, 0).pop().expect("an event");
-        history.chains[0].streams[0].opened = at(6);
-        seen(history, 0, 2).insert(0, event);
+fn caught_up_before_all_earlier_events_is_detected() {
+    assert_detects(Guarantee::Complete, |history| {
+        let event = received(history, 0, 0).pop().expect("the message has events");
+        history.watchers[0].streams[0].opened_at = at(6);
+        received(history, 0, 2).insert(0, event);
     });
 }
 
 #[test]
-fn an_event_after_caught_up_that_a_watcher_from_now_missed_is_caught() {
+fn a_live_event_missing_in_a_watch_from_now_is_detected() {
     let from_now = |history: &mut History| {
-        let streams = &mut history.chains[0].streams;
+        let streams = &mut history.watchers[0].streams;
         streams.truncate(1);
         streams[0].start = Start::Now;
         streams[0].messages.remove(0);
-        streams[0].messages[1].body = Body::Events(history.reads[JOB].log[3..].to_vec());
-        let other = history.reads[OTHER].log[1].clone();
+        streams[0].messages[1].body = Body::Events(history.final_reads[JOB].log[3..].to_vec());
+        let other = history.final_reads[OTHER_JOB].log[1].clone();
         let Body::Events(events) = &mut streams[0].messages[1].body else { panic!() };
         events.push(other);
     };
-    assert_eq!(found(from_now), []);
-    assert_caught(Guarantee::Complete, |history| {
+    assert_eq!(violated(from_now), []);
+    assert_detects(Guarantee::Complete, |history| {
         from_now(history);
-        seen(history, 0, 1).remove(1);
+        received(history, 0, 1).remove(1);
     });
-    assert_caught(Guarantee::Complete, |history| {
+    assert_detects(Guarantee::Complete, |history| {
         from_now(history);
-        seen(history, 0, 1).remove(0);
+        received(history, 0, 1).remove(0);
     });
 }
 
 #[test]
-fn a_stream_that_does_not_go_on_after_its_token_is_caught() {
-    assert_caught(Guarantee::Resumable, |history| _ = seen(history, 1, 0).pop());
-    assert_caught(Guarantee::Resumable, |history| {
+fn a_stream_that_does_not_resume_after_its_token_is_detected() {
+    assert_detects(Guarantee::Resumable, |history| _ = received(history, 1, 0).pop());
+    assert_detects(Guarantee::Resumable, |history| {
         let refusal = Refusal { code: Code::OutOfRange, message: String::new(), last_sequence: None };
-        history.chains[0].streams[1].end = End::Refused(refusal);
+        history.watchers[0].streams[1].end = StreamEnd::Refused(refusal);
     });
-    assert_caught(Guarantee::Resumable, |history| {
-        let Body::Events(events) = &mut history.chains[1].streams[0].messages[0].body else { panic!() };
+    assert_detects(Guarantee::Resumable, |history| {
+        let Body::Events(events) = &mut history.watchers[1].streams[0].messages[0].body else { panic!() };
         events.remove(0);
     });
 }
 
 #[test]
-fn a_watch_that_does_not_end_as_it_should_is_caught() {
-    assert_caught(Guarantee::Terminating, |history| {
-        let stream = &mut history.chains[1].streams[0];
+fn a_missing_or_early_end_of_a_watch_is_detected() {
+    assert_detects(Guarantee::Terminating, |history| {
+        let stream = &mut history.watchers[1].streams[0];
         stream.messages.pop();
-        stream.end = End::Broken("all was over".to_owned());
+        stream.end = StreamEnd::Broken("the connection broke".to_owned());
     });
-    assert_caught(Guarantee::Terminating, |history| _ = history.chains[1].streams[0].messages.pop());
-    assert_caught(Guarantee::Complete, |history| {
-        let end = history.chains[1].streams[0].messages.remove(3);
-        history.chains[1].streams[0].messages.insert(2, end);
+    assert_detects(Guarantee::Terminating, |history| _ = history.watchers[1].streams[0].messages.pop());
+    assert_detects(Guarantee::Complete, |history| {
+        let end = history.watchers[1].streams[0].messages.remove(3);
+        history.watchers[1].streams[0].messages.insert(2, end);
     });
 }
 
 #[test]
-fn an_event_after_the_job_was_closed_is_caught() {
-    assert_caught(Guarantee::Terminating, |history| {
+fn an_event_stored_after_the_job_was_closed_is_detected() {
+    assert_detects(Guarantee::Terminating, |history| {
         change_log(history, |log| {
             log.push(stored("job", &new_event("y", EventKind::Info, ""), (6, JobStatus::Running, 4, 99)));
         });
@@ -449,21 +458,21 @@ fn an_event_after_the_job_was_closed_is_caught() {
 }
 
 #[test]
-fn another_status_or_progress_is_caught() {
-    assert_caught(Guarantee::Deterministic, |history| {
-        let Outcome::Appended(told) = &mut history.batches[1].attempts[0].outcome else { panic!() };
-        told[0].status = JobStatus::Running.into();
+fn a_wrong_status_or_progress_is_detected() {
+    assert_detects(Guarantee::Deterministic, |history| {
+        let Outcome::Appended(events) = &mut history.batches[1].attempts[0].outcome else { panic!() };
+        events[0].status = JobStatus::Running.into();
     });
-    assert_caught(Guarantee::Deterministic, |history| {
-        let event = &mut seen(history, 0, 0)[0];
+    assert_detects(Guarantee::Deterministic, |history| {
+        let event = &mut received(history, 0, 0)[0];
         *event = Arc::new(pb::Event { progress: None, ..(**event).clone() });
     });
-    assert_caught(Guarantee::Deterministic, |history| {
+    assert_detects(Guarantee::Deterministic, |history| {
         change_log(history, |log| log[0] = Arc::new(pb::Event { status: 3, ..(*log[0]).clone() }));
     });
-    assert_caught(Guarantee::Deterministic, |history| history.reads[2].found.last_sequence = 4);
-    assert_caught(Guarantee::Deterministic, |history| {
-        let Body::CaughtUp(Some(state)) = &mut history.chains[1].streams[0].messages[1].body else {
+    assert_detects(Guarantee::Deterministic, |history| history.final_reads[2].found.last_sequence = 4);
+    assert_detects(Guarantee::Deterministic, |history| {
+        let Body::CaughtUp(Some(state)) = &mut history.watchers[1].streams[0].messages[1].body else {
             panic!()
         };
         state.last_sequence = 2;
@@ -471,159 +480,165 @@ fn another_status_or_progress_is_caught() {
 }
 
 #[test]
-fn an_expected_sequence_that_was_not_is_caught() {
-    assert_caught(Guarantee::Contract, |history| history.batches[1].expected = Some(1));
-    assert_caught(Guarantee::Contract, |history| history.batches[3].expected = Some(2));
-    // More had been acknowledged by then; so much had not even been sent.
-    for (sent, over, said) in [(5, 6, 1), (4, 5, 4)] {
-        assert_caught(Guarantee::Contract, |history| {
+fn a_wrong_check_of_expected_sequence_is_detected() {
+    assert_detects(Guarantee::Contract, |history| history.batches[1].expected = Some(1));
+    assert_detects(Guarantee::Contract, |history| history.batches[3].expected = Some(2));
+    // Sequence 2 was acknowledged before the first request was sent, and sequence 4 was
+    // sent only after the second was answered.
+    for (sent_s, ended_s, last_sequence) in [(5, 6, 1), (4, 5, 4)] {
+        assert_detects(Guarantee::Contract, |history| {
             history.batches[3].expected = Some(9);
-            history.batches[3].attempts[0] = attempt(sent, over, refused(Code::Aborted, Some(said)));
+            history.batches[3].attempts[0] =
+                attempt(sent_s, ended_s, refused(Code::Aborted, Some(last_sequence)));
         });
     }
 }
 
 #[test]
-fn a_refusal_without_a_reason_is_caught() {
-    assert_caught(Guarantee::Contract, |history| {
+fn a_refusal_without_a_reason_is_detected() {
+    assert_detects(Guarantee::Contract, |history| {
         history.batches[5].attempts[0].outcome = refused(Code::NotFound, None);
     });
-    assert_caught(Guarantee::Contract, |history| {
+    assert_detects(Guarantee::Contract, |history| {
         history.batches[5].attempts[0] = attempt(1, 2, refused(Code::FailedPrecondition, None));
     });
-    assert_caught(Guarantee::Contract, |history| {
+    assert_detects(Guarantee::Contract, |history| {
         history.closes[0].outcome =
             Err(Refusal { code: Code::FailedPrecondition, message: String::new(), last_sequence: None });
     });
 }
 
 #[test]
-fn a_close_that_was_answered_falsely_is_caught() {
+fn a_wrong_answer_to_close_job_is_detected() {
     let closed = |last_sequence, existed| Ok(Closed { last_sequence, existed });
-    assert_eq!(found(|history| history.closes[0].outcome = closed(2, true)), []);
-    assert_caught(Guarantee::Terminating, |history| history.closes[0].outcome = closed(1, false));
-    assert_caught(Guarantee::Unique, |history| {
+    assert_eq!(violated(|history| history.closes[0].outcome = closed(2, true)), []);
+    assert_detects(Guarantee::Terminating, |history| history.closes[0].outcome = closed(1, false));
+    assert_detects(Guarantee::Unique, |history| {
         let again = Close { reason: "another".to_owned(), ..history.closes[0].clone() };
         history.closes.push(again);
     });
-    // It was closed before the other event was sent.
-    assert_caught(Guarantee::Ordered, |history| {
-        history.batches[6].attempts = vec![attempt(10, 11, Outcome::Unknown(Lost::GaveUp))];
+    // The other event was sent only after the job was closed.
+    assert_detects(Guarantee::Ordered, |history| {
+        history.batches[6].attempts = vec![attempt(10, 11, Outcome::Unknown(UnknownReason::Abandoned))];
     });
-    assert_caught(Guarantee::Complete, |history| {
-        history.closes[0].over = at(8);
-        history.chains[0].streams[1].opened = at(9);
-        let event = seen(history, 1, 2).pop().expect("an event");
-        history.chains[0].streams[1].messages.push(message(9, Body::Events(vec![event])));
-        history.chains[0].streams[1].messages.swap(1, 2);
-    });
-}
-
-#[test]
-fn what_cannot_be_at_a_time_and_is_said_is_caught() {
-    assert_caught(Guarantee::Durable, |history| history.glances[0].found.last_sequence = 2);
-    assert_caught(Guarantee::Durable, |history| {
-        history.glances[0].found = history.reads[0].found.clone();
-    });
-    assert_caught(Guarantee::Deterministic, |history| {
-        history.glances[0].found.status = JobStatus::Running.into();
+    assert_detects(Guarantee::Complete, |history| {
+        history.closes[0].ended_at = at(8);
+        history.watchers[0].streams[1].opened_at = at(9);
+        let event = received(history, 1, 2).pop().expect("the message has events");
+        history.watchers[0].streams[1].messages.push(message(9, Body::Events(vec![event])));
+        history.watchers[0].streams[1].messages.swap(1, 2);
     });
 }
 
 #[test]
-fn a_watch_that_is_stuck_when_all_is_well_is_caught() {
-    let stuck = |history: &mut History| {
-        let stream = &mut history.chains[0].streams[1];
-        (stream.end, stream.over) = (End::Silent, at(20));
-        history.chains[0].whole = false;
+fn a_job_state_impossible_at_its_time_is_detected() {
+    assert_detects(Guarantee::Durable, |history| history.job_reads[0].found.last_sequence = 2);
+    assert_detects(Guarantee::Durable, |history| {
+        history.job_reads[0].found = history.final_reads[0].found.clone();
+    });
+    assert_detects(Guarantee::Deterministic, |history| {
+        history.job_reads[0].found.status = JobStatus::Running.into();
+    });
+}
+
+#[test]
+fn a_silent_watch_without_a_fault_is_detected() {
+    let silence = |history: &mut History| {
+        let stream = &mut history.watchers[0].streams[1];
+        (stream.end, stream.ended_at) = (StreamEnd::Silent, at(20));
+        history.watchers[0].read_to_end = false;
     };
-    assert_caught(Guarantee::Complete, stuck);
-    let disturbance = |server| Disturbance { from: at(15), to: at(16), touches: [server == 0, server == 1] };
+    assert_detects(Guarantee::Complete, silence);
+    let fault_window = |server| FaultWindow { from: at(15), to: at(16), affects: [server == 0, server == 1] };
     for (server, expected) in [(0, vec![]), (1, vec![Guarantee::Complete])] {
-        let found = found(|history| {
-            stuck(history);
-            history.disturbances.push(disturbance(server));
+        let detected = violated(|history| {
+            silence(history);
+            history.fault_windows.push(fault_window(server));
         });
-        assert_eq!(found, expected);
+        assert_eq!(detected, expected);
     }
 }
 
 #[test]
-fn what_fails_when_all_is_well_is_caught() {
-    assert_caught(Guarantee::Contract, |history| {
-        history.chains[0].streams[1].end = End::Broken("UNAVAILABLE".to_owned());
+fn a_failure_without_a_fault_is_detected() {
+    assert_detects(Guarantee::Contract, |history| {
+        history.watchers[0].streams[1].end = StreamEnd::Broken("UNAVAILABLE".to_owned());
     });
-    assert_caught(Guarantee::Contract, |history| {
-        let lost = Outcome::Unknown(Lost::Broken("UNAVAILABLE".to_owned()));
+    assert_detects(Guarantee::Contract, |history| {
+        let lost = Outcome::Unknown(UnknownReason::Broken("UNAVAILABLE".to_owned()));
         history.batches[3].attempts.insert(0, attempt(4, 5, lost));
     });
-    assert_caught(Guarantee::Terminating, |history| {
-        let drained = Body::Ended(pb::WatchEndReason::Draining, None);
-        history.chains[0].streams[1].messages.push(message(9, drained));
+    assert_detects(Guarantee::Terminating, |history| {
+        let drained = Body::End(pb::WatchEndReason::Draining, None);
+        history.watchers[0].streams[1].messages.push(message(9, drained));
     });
 }
 
 #[test]
-fn who_reads_slowly_may_hear_late_of_what_broke() {
-    // Its last event was sent at 6 s, and it heard of the end at 9 s.
+fn a_slow_reader_may_learn_late_that_its_stream_broke() {
+    // The watcher's last event was sent at 6 s, and it learned of the end at 9 s.
     let cases = [(false, 7, 0, true), (false, 7, 1, false), (false, 5, 0, false)];
-    for (prompt, second, server, excused) in
+    for (reads_promptly, fault_s, server, excused) in
         cases.into_iter().chain([(true, 7, 0, false), (true, 9, 0, true)])
     {
         for (drained, guarantee) in [(false, Guarantee::Contract), (true, Guarantee::Terminating)] {
-            let found = found(|history| {
-                history.chains[0].prompt = prompt;
-                let stream = &mut history.chains[0].streams[0];
-                stream.end = End::Broken("UNAVAILABLE".to_owned());
+            let detected = violated(|history| {
+                history.watchers[0].reads_promptly = reads_promptly;
+                let stream = &mut history.watchers[0].streams[0];
+                stream.end = StreamEnd::Broken("UNAVAILABLE".to_owned());
                 if drained {
-                    stream.messages.push(message(9, Body::Ended(pb::WatchEndReason::Draining, None)));
+                    stream.messages.push(message(9, Body::End(pb::WatchEndReason::Draining, None)));
                 }
-                let (from, touches) = (at(second), [server == 0, server == 1]);
-                history.disturbances.push(Disturbance { from, to: from, touches });
+                let (from, affects) = (at(fault_s), [server == 0, server == 1]);
+                history.fault_windows.push(FaultWindow { from, to: from, affects });
             });
-            assert_eq!(!found.contains(&guarantee), excused, "{prompt} {second} {server} {drained}");
+            assert_eq!(
+                !detected.contains(&guarantee),
+                excused,
+                "{reads_promptly} {fault_s} {server} {drained}"
+            );
         }
     }
 }
 
 #[test]
-fn a_heartbeat_that_lies_is_caught() {
-    let beat = |seconds| message(seconds, Body::Heartbeat);
-    assert_eq!(found(|history| history.chains[1].streams[0].messages.insert(2, beat(6))), []);
-    assert_eq!(found(|history| history.chains[1].streams[0].messages.insert(0, beat(20))), []);
-    assert_caught(Guarantee::Complete, |history| {
-        history.chains[1].streams[0].messages.insert(2, beat(20));
+fn a_wrong_heartbeat_is_detected() {
+    let heartbeat = |seconds| message(seconds, Body::Heartbeat);
+    assert_eq!(violated(|history| history.watchers[1].streams[0].messages.insert(2, heartbeat(6))), []);
+    assert_eq!(violated(|history| history.watchers[1].streams[0].messages.insert(0, heartbeat(20))), []);
+    assert_detects(Guarantee::Complete, |history| {
+        history.watchers[1].streams[0].messages.insert(2, heartbeat(20));
     });
-    assert_caught(Guarantee::Terminating, |history| {
-        history.chains[1].streams[0].messages.insert(3, beat(9));
+    assert_detects(Guarantee::Terminating, |history| {
+        history.watchers[1].streams[0].messages.insert(3, heartbeat(9));
     });
 }
 
 #[test]
-fn an_event_of_another_scope_is_caught() {
+fn an_event_outside_the_scope_or_filter_is_detected() {
     for (configuration, counterpart) in [(Some(1), None), (None, Some(1))] {
-        assert_caught(Guarantee::Complete, |history| {
-            history.chains[0].only = Only { configuration, counterpart };
+        assert_detects(Guarantee::Complete, |history| {
+            history.watchers[0].filter = JobFilter { configuration, counterpart };
         });
     }
-    assert_caught(Guarantee::Complete, |history| history.jobs[OTHER].provider = 1);
+    assert_detects(Guarantee::Complete, |history| history.jobs[OTHER_JOB].provider = 1);
     assert_eq!(
-        found(|history| {
-            history.chains[0].only = Only { configuration: Some(0), counterpart: Some(0) };
+        violated(|history| {
+            history.watchers[0].filter = JobFilter { configuration: Some(0), counterpart: Some(0) };
         }),
         []
     );
 }
 
 #[test]
-fn events_without_an_id_are_told_apart_by_their_names() {
-    let nameless = |name: &str| {
+fn events_sent_without_an_id_are_found_by_name() {
+    let without_id = |name: &str| {
         let event = pb::NewEvent { id: String::new(), name: name.to_owned(), ..Default::default() };
-        batch(OTHER, vec![event], vec![attempt(2, 3, Outcome::Unknown(Lost::GaveUp))])
+        batch(OTHER_JOB, vec![event], vec![attempt(2, 3, Outcome::Unknown(UnknownReason::Abandoned))])
     };
     let mut history = history();
-    history.batches.extend([nameless("a reason"), nameless("elsewhere")]);
-    history.name_nameless();
+    history.batches.extend([without_id("a reason"), without_id("a name that is not stored")]);
+    history.resolve_missing_ids();
     let ids: Vec<&str> = history.batches[7..].iter().map(|batch| batch.events[0].id.as_str()).collect();
     assert_eq!(ids, ["g", ""]);
 }

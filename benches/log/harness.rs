@@ -1,5 +1,5 @@
-//! What the rows stand on: a durable Postgres, servers and peers, each a
-//! process of its own on loopback.
+//! Starts and stops the processes of the rows: a durable Postgres, servers and peers,
+//! all on loopback.
 
 use std::{
     cell::{Cell, RefCell},
@@ -18,62 +18,63 @@ use tokio::{
 };
 use tokio_postgres::NoTls;
 
-use crate::{Options, Result, data_dir::Dir, etcd};
+use crate::{Options, Result, etcd, temporary_dir::TemporaryDir};
 
-/// Longest that anything may take to start or stop.
+/// Limit for each start and stop of a process.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Everything that the rows need; what runs ends with it.
-pub(crate) struct Bed {
+/// The Postgres of all rows and the directory of all processes. Processes that still run
+/// when it is dropped are ended.
+pub(crate) struct Harness {
     pub(crate) options: Options,
     admin: tokio_postgres::Client,
     embedded: Embedded,
-    dir: RefCell<Dir>,
-    started: Cell<u32>,
+    dir: RefCell<TemporaryDir>,
+    next_number: Cell<u32>,
 }
 
-/// A process that was started for the rows. It is killed when dropped.
+/// A server or a peer. Its process is killed when dropped.
 pub(crate) struct Process {
     child: Child,
     pub(crate) address: SocketAddr,
-    // Whoever writes there must find it open.
+    // Kept open, so that the process can write to its stdout.
     _stdout: Option<ChildStdout>,
 }
 
-impl Bed {
+impl Harness {
     pub(crate) async fn start(options: Options) -> Result<Self> {
-        let dir = Dir::new()?;
+        let dir = TemporaryDir::new()?;
         let settings =
             EmbeddedSettings { data_dir: dir.path().join("postgres"), extra_options: options.set.clone() };
         let embedded = Embedded::start(settings).await?;
         let admin = connect(&embedded.url("postgres")).await?;
-        Ok(Self { options, admin, embedded, dir: RefCell::new(dir), started: Cell::new(0) })
+        Ok(Self { options, admin, embedded, dir: RefCell::new(dir), next_number: Cell::new(0) })
     }
 
-    /// Stops Postgres in order; servers and peers have ended with their rows.
+    /// Shuts Postgres down. Servers and peers have ended with their rows.
     pub(crate) async fn stop(self) -> Result<()> {
         Ok(self.embedded.stop().await?)
     }
 
-    /// The version that Postgres tells of itself.
+    /// The `server_version` of Postgres.
     pub(crate) async fn postgres_version(&self) -> Result<String> {
         Ok(self.admin.query_one("SHOW server_version", &[]).await?.get(0))
     }
 
-    /// A new, empty database, and its URL.
+    /// Creates an empty database and returns its URL.
     pub(crate) async fn database(&self) -> Result<String> {
         let name = format!("row_{}", self.number());
         self.admin.batch_execute(&format!("CREATE DATABASE {name}")).await?;
         Ok(self.embedded.url(&name))
     }
 
-    /// Writes out what earlier rounds left to be written, so that it burdens
-    /// none of the next.
+    /// Runs CHECKPOINT, so that pages changed by earlier rounds are not written during
+    /// the next.
     pub(crate) async fn checkpoint(&self) -> Result<()> {
         Ok(self.admin.batch_execute("CHECKPOINT").await?)
     }
 
-    /// A server of the release build on this database.
+    /// Starts a server on this database, at a free address.
     pub(crate) async fn server(&self, database_url: &str) -> Result<Process> {
         self.server_at(database_url, free_address()?).await
     }
@@ -88,7 +89,8 @@ impl Bed {
             .env("MILEPOST_LISTEN", address.to_string())
             .env("MILEPOST_LOG_LEVEL", "warn")
             .env("MILEPOST_BCRYPT_COST", "4")
-            // A watch and a load share a connection in some rows.
+            // Some rows open 10,000 streams of one user, and some share a connection
+            // between watches and appends.
             .env("MILEPOST_STREAMS_PER_CONNECTION", "100000")
             .env("MILEPOST_STREAMS_PER_USER", "99999")
             .stdout(Stdio::piped())
@@ -98,16 +100,21 @@ impl Bed {
         let mut line = String::new();
         timeout(TIMEOUT, stdout.read_line(&mut line)).await??;
         if !line.contains("listens on") {
-            return Err(format!("the server did not listen:\n{}", fs::read_to_string(log)?).into());
+            return Err(format!(
+                "the server did not start to listen; its log:\n{}",
+                fs::read_to_string(log)?
+            )
+            .into());
         }
         process._stdout = Some(stdout.into_inner());
         Ok(process)
     }
 
-    /// A new etcd, or none where it is not installed.
+    /// Starts an etcd with a new data directory, or returns none if etcd is not
+    /// installed.
     pub(crate) async fn etcd(&self) -> Result<Option<Process>> {
         if etcd::version().is_none() {
-            return self.missing("etcd (Debian: etcd-server)").map(|()| None);
+            return self.report_missing_peer("etcd (Debian: etcd-server)").map(|()| None);
         }
         let (address, peer) = (free_address()?, free_address()?);
         let (client, peer) = (format!("http://{address}"), format!("http://{peer}"));
@@ -124,7 +131,7 @@ impl Bed {
             &peer,
             "--initial-cluster",
             &format!("default={peer}"),
-            // Its 2 GB would end a long run.
+            // The default of 2 GB is reached in a long run.
             "--quota-backend-bytes",
             "8589934592",
             "--log-level",
@@ -142,7 +149,7 @@ impl Bed {
         Ok(Some(process))
     }
 
-    /// A tonic server of one method that does nothing.
+    /// Starts a tonic server of one empty method.
     pub(crate) async fn empty(&self) -> Result<Process> {
         let address = free_address()?;
         let mut command = Command::new(env::current_exe()?);
@@ -158,32 +165,32 @@ impl Bed {
         Ok(process)
     }
 
-    /// Runs a command to its end; what it wrote to stdout.
+    /// Runs a command to its end and returns its stdout.
     pub(crate) async fn run(&self, mut command: Command) -> Result<String> {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
         let child = command.spawn()?;
         self.guard(&child)?;
         let output = child.wait_with_output().await?;
         if !output.status.success() {
-            let said = String::from_utf8_lossy(&output.stderr);
-            return Err(format!("{:?}: {}: {said}", command.as_std().get_program(), output.status).into());
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            return Err(format!("{:?}: {}: {stderr}", command.as_std().get_program(), output.status).into());
         }
         Ok(String::from_utf8(output.stdout)?)
     }
 
-    /// Where files may go.
-    pub(crate) fn write(&self, name: &str, text: &str) -> Result<std::path::PathBuf> {
+    /// Writes a file in the temporary directory and returns its path.
+    pub(crate) fn write_file(&self, name: &str, text: &str) -> Result<std::path::PathBuf> {
         let path = self.dir.borrow().path().join(name);
         fs::write(&path, text)?;
         Ok(path)
     }
 
-    /// Says so, or fails where peers are required.
-    pub(crate) fn missing(&self, peer: &str) -> Result<()> {
+    /// Warns that a peer is not installed, or fails with `--require-peers`.
+    pub(crate) fn report_missing_peer(&self, peer: &str) -> Result<()> {
         if self.options.require_peers {
-            return Err(format!("a peer is missing: {peer}").into());
+            return Err(format!("a peer is not installed: {peer}").into());
         }
-        eprintln!("\n!!! A PEER IS MISSING: {peer}. What follows has nothing to be compared with.\n");
+        eprintln!("\n!!! A PEER IS NOT INSTALLED: {peer}. The next row lacks this comparison.\n");
         Ok(())
     }
 
@@ -194,41 +201,45 @@ impl Bed {
     }
 
     fn guard(&self, child: &Child) -> Result<()> {
-        self.dir.borrow_mut().guard(child.id().ok_or("it has ended already")?)
+        self.dir.borrow_mut().guard(child.id().ok_or("the process has already ended")?)
     }
 
+    /// Counts up from 0, to name databases, logs and directories.
     fn number(&self) -> u32 {
-        self.started.replace(self.started.get() + 1)
+        self.next_number.replace(self.next_number.get() + 1)
     }
 }
 
 impl Process {
-    /// What it occupies of the machine's memory, in bytes.
+    /// The resident memory of the process, in bytes.
     pub(crate) fn resident_bytes(&self) -> Result<u64> {
-        let pid = self.child.id().ok_or("it has ended")?;
+        let pid = self.child.id().ok_or("the process has already ended")?;
         let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).ok_or("no VmRSS")?;
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmRSS:"))
+            .ok_or("/proc/PID/status has no VmRSS")?;
         let kib: u64 = line.trim().trim_end_matches(" kB").parse()?;
         Ok(kib * 1024)
     }
 
-    /// SIGTERM, and waits for the end.
+    /// Sends SIGTERM and waits for the exit.
     pub(crate) async fn stop(mut self) -> Result<()> {
-        let pid = self.child.id().ok_or("it has ended")?;
+        let pid = self.child.id().ok_or("the process has already ended")?;
         Command::new("kill").arg(pid.to_string()).status().await?;
         timeout(TIMEOUT, self.child.wait()).await??;
         Ok(())
     }
 }
 
-/// A connection to Postgres of the benchmark's own.
+/// Opens a connection to Postgres for the benchmark itself.
 pub(crate) async fn connect(url: &str) -> Result<tokio_postgres::Client> {
     let (client, connection) = tokio_postgres::connect(url, NoTls).await?;
     tokio::spawn(connection);
     Ok(client)
 }
 
-/// Free now, and most likely still so a moment later.
+/// An address whose port is free now. Another process may take it before it is used.
 fn free_address() -> Result<SocketAddr> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?)
 }

@@ -1,5 +1,5 @@
-//! milepost's `AppendEvents` and `WatchEvents`, their answers decoded as far as
-//! they are used here, as etcd's are.
+//! A client for milepost's `AppendEvents` and `WatchEvents` that decodes only the fields
+//! used here, as the client for etcd does.
 
 use std::net::SocketAddr;
 
@@ -30,7 +30,7 @@ struct AppendedEvent {
     sequence: i64,
 }
 
-/// The members of the oneof, which are the same on the wire.
+/// The members of the oneof as optional fields: the encoding is the same.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(crate) struct WatchEventsResponse {
     #[prost(message, optional, tag = "2")]
@@ -70,14 +70,14 @@ struct JobState {
 #[derive(Clone, PartialEq, prost::Message)]
 pub(crate) struct Heartbeat {}
 
-/// How either of the two is connected to. With tonic's own window, h2 gives a
-/// connection up when 10,000 small messages wait in it unread.
+/// The endpoint for milepost and etcd. With tonic's default window h2 closes a
+/// connection in which 10,000 small messages are unread.
 pub(crate) fn endpoint(server: SocketAddr) -> Result<Endpoint> {
     let endpoint = Endpoint::from_shared(format!("http://{server}"))?;
     Ok(endpoint.initial_connection_window_size(64 * 1024 * 1024))
 }
 
-/// A connection, and what its calls are made with.
+/// A connection with an API key for its calls.
 #[derive(Clone)]
 pub(crate) struct Connection {
     channel: Channel,
@@ -90,7 +90,7 @@ impl Connection {
         Ok(Self { channel, bearer: format!("Bearer {key}").parse()? })
     }
 
-    /// Appends one event; its sequence.
+    /// Appends one event and returns its sequence.
     pub(crate) async fn append(&self, request: AppendEventsRequest) -> Result<i64> {
         let mut grpc = Grpc::new(self.channel.clone());
         grpc.ready().await?;
@@ -100,7 +100,8 @@ impl Connection {
         Ok(response.events.first().ok_or("an answer without an event")?.sequence)
     }
 
-    /// A watch of a job from now on, past `caught_up`; the sequence there.
+    /// Watches a job from now on. Returns the stream after `caught_up`, and the job's
+    /// last sequence there.
     pub(crate) async fn watch(&self, job_id: String) -> Result<(Streaming<WatchEventsResponse>, i64)> {
         let request = WatchEventsRequest {
             scope: Some(watch_events_request::Scope::JobId(job_id)),
@@ -112,10 +113,10 @@ impl Connection {
         let path = PathAndQuery::from_static("/milepost.v1.EventService/WatchEvents");
         let codec = Codec::<WatchEventsRequest, WatchEventsResponse>::default();
         let mut responses = grpc.server_streaming(self.request(request), path, codec).await?.into_inner();
-        let first = responses.message().await?.ok_or("a watch that ended before it caught up")?;
+        let first = responses.message().await?.ok_or("a watch ended before it caught up")?;
         match first.caught_up.and_then(|caught_up| caught_up.job) {
             Some(job) => Ok((responses, job.last_sequence)),
-            None => Err("a watch from now on that did not begin with caught_up".into()),
+            None => Err("a watch from now did not begin with caught_up".into()),
         }
     }
 

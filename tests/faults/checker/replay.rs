@@ -1,4 +1,4 @@
-//! Status and progress, computed anew from the rules.
+//! Recomputes a job's status and progress from its events by the documented rules.
 
 use std::collections::HashSet;
 
@@ -6,28 +6,29 @@ use milepost::pb::{EventKind, JobStatus, Progress};
 
 use crate::history::Configuration;
 
-/// A job after some of its events.
-pub struct Film<'a> {
+/// A job's state after the events applied so far.
+pub struct Replay<'a> {
     steps: &'a Configuration,
-    done: HashSet<String>,
+    steps_done: HashSet<String>,
     pub status: JobStatus,
     pub progress: Progress,
     pub closed: bool,
 }
 
-impl<'a> Film<'a> {
+impl<'a> Replay<'a> {
     pub fn new(steps: &'a Configuration) -> Self {
-        let mut film = Self {
+        let mut replay = Self {
             steps,
-            done: HashSet::new(),
+            steps_done: HashSet::new(),
             status: JobStatus::Pending,
             progress: Progress::default(),
             closed: false,
         };
-        film.progress.points_total = steps.iter().map(|(tag, _)| film.weight(tag)).sum();
-        film
+        replay.progress.points_total = steps.iter().map(|(tag, _)| replay.weight(tag)).sum();
+        replay
     }
 
+    /// The points of a step; 1 each if no step of the configuration has points.
     fn weight(&self, tag: &str) -> i64 {
         if self.steps.iter().all(|(_, points)| *points == 0) {
             return 1;
@@ -35,9 +36,8 @@ impl<'a> Film<'a> {
         self.steps.iter().find(|(known, _)| known == tag).map_or(0, |(_, points)| *points)
     }
 
-    /// One event on.
-    pub fn play(&mut self, kind: EventKind, step_tag: &str) {
-        if kind == EventKind::Step && self.done.insert(step_tag.to_owned()) {
+    pub fn apply(&mut self, kind: EventKind, step_tag: &str) {
+        if kind == EventKind::Step && self.steps_done.insert(step_tag.to_owned()) {
             self.progress.points_done += self.weight(step_tag);
         }
         let failed = self.status == JobStatus::Failed;

@@ -1,5 +1,5 @@
-//! What all who take part share: where the servers are, who calls them, what
-//! was recorded, and when it is over.
+//! State that all tasks of the load share: the replicas' addresses, the users,
+//! the recorded history, and the signal to finish.
 
 use std::{
     fmt::Display,
@@ -27,14 +27,14 @@ use tonic_types::StatusExt as _;
 use uuid::Uuid;
 
 use crate::history::{
-    Close, Closed, Configuration, Events, History, Job, Lost, Moment, Outcome, Refusal, Unexcused,
+    Close, Closed, Configuration, EventInterner, History, Job, Moment, Outcome, Refusal, UnexpectedAnswer,
+    UnknownReason,
 };
 
-/// Longest that a client waits for an answer before it asks again.
+/// How long a client waits for an answer before it sends the request again.
 const TIMEOUT: Duration = Duration::from_secs(3);
-const TAG: &str = "faults";
+const TAG_PREFIX: &str = "faults";
 const PASSWORD: &str = "correct horse battery";
-/// How many run jobs, and for how many.
 pub const PROVIDERS: usize = 2;
 pub const CUSTOMERS: usize = 2;
 
@@ -50,27 +50,26 @@ impl Interceptor for Bearer {
 
 type Service = InterceptedService<Channel, Bearer>;
 
-/// One user's calls to one replica over a connection of their own.
+/// One user's generated clients, with one connection to one replica.
 #[derive(Clone)]
-pub struct Caller {
+pub struct UserClient {
     pub events: EventServiceClient<Service>,
     pub jobs: JobServiceClient<Service>,
 }
 
-/// Why a call has no answer.
-pub enum Failure {
-    /// For what it said.
+/// Why a call returned no response.
+pub enum CallError {
+    /// The server refused the request, which it did not execute.
     Refused(Refusal),
-    /// Perhaps it was done, perhaps not.
-    Unknown(Lost),
+    /// The request was executed, or it was not.
+    Unknown(UnknownReason),
 }
 
-/// What became of a request to append.
-pub fn outcome(answer: Result<pb::AppendEventsResponse, Failure>) -> Outcome {
+pub fn append_outcome(answer: Result<pb::AppendEventsResponse, CallError>) -> Outcome {
     match answer {
         Ok(answer) => Outcome::Appended(answer.events),
-        Err(Failure::Refused(refusal)) => Outcome::Refused(refusal),
-        Err(Failure::Unknown(lost)) => Outcome::Unknown(lost),
+        Err(CallError::Refused(refusal)) => Outcome::Refused(refusal),
+        Err(CallError::Unknown(reason)) => Outcome::Unknown(reason),
     }
 }
 
@@ -80,35 +79,36 @@ pub struct User {
     secret: String,
 }
 
-/// How hard everybody goes at it.
+/// The load and the faults of a run, depending on its length.
 #[derive(Clone, Copy, Debug)]
 pub struct Pace {
-    /// How many times slower than is sensible in a short run.
-    pub slower: u32,
-    /// Longest that a publisher rests between two streams. While it does not, it
-    /// sends as fast as it is answered.
-    pub rest_ms: u64,
-    /// Longest that a fault lasts.
-    pub fault_ms: u64,
+    /// Multiplies the pauses between calls.
+    pub pause_factor: u32,
+    /// Maximal pause of a publisher between two streams. During a stream it sends
+    /// as fast as it is answered.
+    pub max_rest_ms: u64,
+    pub max_fault_ms: u64,
 }
 
-pub struct World {
-    begun: Instant,
+pub struct Context {
+    began: Instant,
     pub pace: Pace,
     replicas: [SocketAddr; 2],
     pub providers: Vec<User>,
     pub customers: Vec<User>,
     pub history: Mutex<History>,
-    pub events: Events,
-    /// No new job, batch or stream from now on.
+    pub interner: EventInterner,
+    /// Once cancelled, the load starts no new job, batch or stream.
     pub finishing: CancellationToken,
-    pub messages: AtomicU64,
-    pub seen: AtomicU64,
+    /// By all watchers.
+    pub messages_received: AtomicU64,
+    /// By all watchers.
+    pub events_received: AtomicU64,
     next_seed: Mutex<fastrand::Rng>,
 }
 
-impl World {
-    /// Signs everybody up and registers configurations.
+impl Context {
+    /// Signs the users up and registers the configurations.
     pub async fn new(replicas: [SocketAddr; 2], seed: u64, pace: Pace) -> Self {
         let (mut providers, mut customers) = (Vec::new(), Vec::new());
         for _ in 0..PROVIDERS {
@@ -117,27 +117,27 @@ impl World {
         for _ in 0..CUSTOMERS {
             customers.push(sign_up(replicas[0], pb::UserRole::Customer).await);
         }
-        let world = Self {
-            begun: Instant::now(),
+        let context = Self {
+            began: Instant::now(),
             pace,
             replicas,
             providers,
             customers,
             history: Mutex::default(),
-            events: Events::default(),
+            interner: EventInterner::default(),
             finishing: CancellationToken::new(),
-            messages: AtomicU64::new(0),
-            seen: AtomicU64::new(0),
+            messages_received: AtomicU64::new(0),
+            events_received: AtomicU64::new(0),
             next_seed: Mutex::new(fastrand::Rng::with_seed(seed)),
         };
         let points: [&[i64]; 4] = [&[20, 60, 20], &[0, 0, 0, 0, 0, 0, 0], &[1, 1_000_000, 333_333, 0], &[]];
         for (number, points) in points.into_iter().enumerate() {
-            world.configure(number, points).await;
+            context.register_configuration(number, points).await;
         }
-        world
+        context
     }
 
-    async fn configure(&self, number: usize, points: &[i64]) {
+    async fn register_configuration(&self, number: usize, points: &[i64]) {
         let steps: Configuration =
             points.iter().enumerate().map(|(step, &points)| (format!("step-{step}"), points)).collect();
         let step = |(tag, points): &(String, i64)| pb::StepConfiguration {
@@ -147,7 +147,7 @@ impl World {
             metadata: Vec::new(),
         };
         let request = pb::RegisterJobConfigurationRequest {
-            tag: tag(number),
+            tag: configuration_tag(number),
             name: "Faults".to_owned(),
             version: "1.0.0".to_owned(),
             steps: steps.iter().map(step).collect(),
@@ -161,10 +161,11 @@ impl World {
     }
 
     pub fn now(&self) -> Moment {
-        self.begun.elapsed()
+        self.began.elapsed()
     }
 
-    /// For one task, so that its choices do not depend on others'.
+    /// A generator for one task, so that its choices do not depend on the other
+    /// tasks.
     pub fn random(&self) -> fastrand::Rng {
         self.next_seed.lock().unwrap().fork()
     }
@@ -173,77 +174,85 @@ impl World {
         self.finishing.is_cancelled()
     }
 
-    /// Waits somewhere between none of it and all of it, or until the end.
-    pub async fn pause(&self, random: &mut fastrand::Rng, longest_ms: u64) {
-        let pause = Duration::from_millis(random.u64(0..=longest_ms)) * self.pace.slower;
+    /// Sleeps for a random time up to `max_ms` (times the pace's `pause_factor`), or
+    /// until the load finishes.
+    pub async fn pause(&self, random: &mut fastrand::Rng, max_ms: u64) {
+        let pause = Duration::from_millis(random.u64(0..=max_ms)) * self.pace.pause_factor;
         let _ = tokio::time::timeout(pause, self.finishing.cancelled()).await;
     }
 
-    pub fn caller(&self, replica: usize, user: &User) -> Caller {
+    pub fn client(&self, replica: usize, user: &User) -> UserClient {
         let service = service(self.replicas[replica], &user.secret);
-        Caller { events: EventServiceClient::new(service.clone()), jobs: JobServiceClient::new(service) }
+        UserClient { events: EventServiceClient::new(service.clone()), jobs: JobServiceClient::new(service) }
     }
 
-    pub fn callers(&self, user: &User) -> [Caller; 2] {
-        [self.caller(0, user), self.caller(1, user)]
+    pub fn clients(&self, user: &User) -> [UserClient; 2] {
+        [self.client(0, user), self.client(1, user)]
     }
 
-    /// One that takes no more than it reads, and so is slow if it reads slowly.
-    pub fn slow_caller(&self, replica: usize, user: &User) -> EventServiceClient<Service> {
+    /// A client with small HTTP/2 windows: while it does not read, the server can
+    /// send it only 64 KiB.
+    pub fn slow_client(&self, replica: usize, user: &User) -> EventServiceClient<Service> {
         let window = 64 * 1024;
         let endpoint = endpoint(self.replicas[replica]);
         let endpoint = endpoint.initial_stream_window_size(window).initial_connection_window_size(window);
         EventServiceClient::with_interceptor(endpoint.connect_lazy(), Bearer(user.secret.clone()))
     }
 
-    /// A call's answer, or what became of it.
-    pub async fn answer<T>(
+    /// Awaits a call for at most [`TIMEOUT`].
+    pub async fn call<T>(
         &self,
-        what: impl Display,
+        method: impl Display,
         call: impl Future<Output = Result<Response<T>, Status>>,
-    ) -> Result<T, Failure> {
-        self.answer_within(TIMEOUT, what, call).await
+    ) -> Result<T, CallError> {
+        self.call_within(TIMEOUT, method, call).await
     }
 
-    pub async fn answer_within<T>(
+    pub async fn call_within<T>(
         &self,
         timeout: Duration,
-        what: impl Display,
+        method: impl Display,
         call: impl Future<Output = Result<Response<T>, Status>>,
-    ) -> Result<T, Failure> {
+    ) -> Result<T, CallError> {
         match tokio::time::timeout(timeout, call).await {
             Ok(Ok(response)) => Ok(response.into_inner()),
-            Ok(Err(status)) => Err(self.failure(what, &status)),
-            Err(_) => Err(Failure::Unknown(Lost::GaveUp)),
+            Ok(Err(status)) => Err(self.classify(method, &status)),
+            Err(_) => Err(CallError::Unknown(UnknownReason::Abandoned)),
         }
     }
 
-    /// What a status says, noted where no fault excuses it.
-    pub fn failure(&self, what: impl Display, status: &Status) -> Failure {
-        let broken = std::error::Error::source(status).is_some();
-        let lost = Lost::Broken(format!("{:?}: {}", status.code(), status.message()));
+    /// Tells by a status whether the request was refused, and records the status if
+    /// no fault excuses it.
+    pub fn classify(&self, method: impl Display, status: &Status) -> CallError {
+        // A status made by the client for a broken connection has a source.
+        let connection_broke = std::error::Error::source(status).is_some();
+        let unknown = UnknownReason::Broken(format!("{:?}: {}", status.code(), status.message()));
         match status.code() {
             Code::InvalidArgument
             | Code::NotFound
             | Code::AlreadyExists
             | Code::FailedPrecondition
             | Code::Aborted
-            | Code::OutOfRange => Failure::Refused(refusal(status)),
-            Code::Unavailable | Code::DeadlineExceeded => Failure::Unknown(lost),
-            code if broken || code == Code::Cancelled => Failure::Unknown(lost),
+            | Code::OutOfRange => CallError::Refused(refusal(status)),
+            Code::Unavailable | Code::DeadlineExceeded => CallError::Unknown(unknown),
+            code if connection_broke || code == Code::Cancelled => CallError::Unknown(unknown),
             code => {
-                let what = format!("{what}: {code:?}: {}", status.message());
-                self.history.lock().unwrap().unexcused.push(Unexcused { at: self.now(), what });
-                Failure::Unknown(lost)
+                let what = format!("{method}: {code:?}: {}", status.message());
+                self.history
+                    .lock()
+                    .unwrap()
+                    .unexpected_answers
+                    .push(UnexpectedAnswer { at: self.now(), what });
+                CallError::Unknown(unknown)
             }
         }
     }
 
-    /// Creates a job of the provider who calls, however long that takes.
-    pub async fn new_job(
+    /// Creates a job, with retries until the call is answered.
+    pub async fn create_job(
         &self,
         provider: usize,
-        callers: &mut [Caller; 2],
+        clients: &mut [UserClient; 2],
         random: &mut fastrand::Rng,
     ) -> usize {
         let configuration = random.usize(..self.history.lock().unwrap().configurations.len());
@@ -251,21 +260,21 @@ impl World {
         let request = pb::CreateJobRequest {
             provider_job_id: Uuid::now_v7().to_string(),
             customer_id: self.customers[customer].id.clone(),
-            configuration_tag: tag(configuration),
+            configuration_tag: configuration_tag(configuration),
             configuration_version: String::new(),
             provider_job_name: "A job".to_owned(),
         };
         loop {
-            let caller = &mut callers[random.usize(..2)];
-            match self.answer("CreateJob", caller.jobs.create_job(request.clone())).await {
+            let client = &mut clients[random.usize(..2)];
+            match self.call("CreateJob", client.jobs.create_job(request.clone())).await {
                 Ok(created) => {
-                    let id = created.job.expect("a job").id;
+                    let id = created.job.expect("the response has a job").id;
                     let mut history = self.history.lock().unwrap();
                     history.jobs.push(Job { id, configuration, provider, customer });
                     return history.jobs.len() - 1;
                 }
-                Err(Failure::Refused(refusal)) => panic!("a job was refused: {refusal:?}"),
-                Err(Failure::Unknown(_)) => tokio::time::sleep(Duration::from_millis(50)).await,
+                Err(CallError::Refused(refusal)) => panic!("CreateJob was refused: {refusal:?}"),
+                Err(CallError::Unknown(_)) => tokio::time::sleep(Duration::from_millis(50)).await,
             }
         }
     }
@@ -274,31 +283,31 @@ impl World {
         self.history.lock().unwrap().jobs[job].id.clone()
     }
 
-    /// Closes a job, however long that takes.
-    pub async fn close_job(&self, callers: &mut [Caller; 2], random: &mut fastrand::Rng, job: usize) {
+    /// Closes a job, with retries until the call is answered.
+    pub async fn close_job(&self, clients: &mut [UserClient; 2], random: &mut fastrand::Rng, job: usize) {
         let reason = format!("closed {}", random.u32(..));
         let request = pb::CloseJobRequest {
             job: Some(pb::close_job_request::Job::JobId(self.job_id(job))),
             reason: reason.clone(),
         };
-        let sent = self.now();
+        let sent_at = self.now();
         let outcome = loop {
-            let caller = &mut callers[random.usize(..2)];
-            match self.answer("CloseJob", caller.jobs.close_job(request.clone())).await {
+            let client = &mut clients[random.usize(..2)];
+            match self.call("CloseJob", client.jobs.close_job(request.clone())).await {
                 Ok(closed) => {
-                    let last_sequence = closed.job.expect("a job").last_sequence;
+                    let last_sequence = closed.job.expect("the response has a job").last_sequence;
                     break Ok(Closed { last_sequence, existed: closed.existed });
                 }
-                Err(Failure::Refused(refusal)) => break Err(refusal),
-                Err(Failure::Unknown(_)) => tokio::time::sleep(Duration::from_millis(50)).await,
+                Err(CallError::Refused(refusal)) => break Err(refusal),
+                Err(CallError::Unknown(_)) => tokio::time::sleep(Duration::from_millis(50)).await,
             }
         };
-        let close = Close { job, reason, sent, over: self.now(), outcome };
+        let close = Close { job, reason, sent_at, ended_at: self.now(), outcome };
         self.history.lock().unwrap().closes.push(close);
     }
 
-    /// A batch that was acknowledged not long ago: its job, and one of its
-    /// sequences.
+    /// The job of one of the latest acknowledged batches, and a sequence of that
+    /// batch.
     pub fn recently_acknowledged(&self, random: &mut fastrand::Rng) -> Option<(usize, i64)> {
         let history = self.history.lock().unwrap();
         let recent = history.batches.iter().rev().take(200);
@@ -307,21 +316,20 @@ impl World {
         Some((job, random.choice(events)?.sequence))
     }
 
-    /// Counts what a watcher received.
-    pub fn received(&self, message: &pb::WatchEventsResponse) {
-        self.messages.fetch_add(1, Ordering::Relaxed);
+    /// Counts a message that a watcher received.
+    pub fn count_message(&self, message: &pb::WatchEventsResponse) {
+        self.messages_received.fetch_add(1, Ordering::Relaxed);
         if let Some(pb::watch_events_response::Message::Events(watched)) = &message.message {
-            self.seen.fetch_add(watched.events.len() as u64, Ordering::Relaxed);
+            self.events_received.fetch_add(watched.events.len() as u64, Ordering::Relaxed);
         }
     }
 }
 
-/// Of a configuration, by its number.
-pub fn tag(configuration: usize) -> String {
-    format!("{TAG}-{configuration}")
+/// The tag of a configuration with this number.
+pub fn configuration_tag(configuration: usize) -> String {
+    format!("{TAG_PREFIX}-{configuration}")
 }
 
-/// What a status refuses, and where it says that the log ends.
 pub fn refusal(status: &Status) -> Refusal {
     let info = status.get_details_error_info();
     let last_sequence = info.and_then(|info| info.metadata.get("last_sequence")?.parse().ok());
@@ -344,28 +352,28 @@ async fn sign_up(address: SocketAddr, role: pb::UserRole) -> User {
         first_name: "Ada".to_owned(),
         last_name: "Lovelace".to_owned(),
     };
-    let mut anonymous = AuthServiceClient::new(endpoint(address).connect_lazy());
-    let signed_up = anonymous.sign_up(request).await.unwrap().into_inner();
+    let mut unauthenticated = AuthServiceClient::new(endpoint(address).connect_lazy());
+    let signed_up = unauthenticated.sign_up(request).await.unwrap().into_inner();
     let session = service(address, &signed_up.session.unwrap().secret);
     let key = AuthServiceClient::new(session).create_api_key(pb::CreateApiKeyRequest::default()).await;
     User { id: signed_up.user.unwrap().id, secret: key.unwrap().into_inner().secret }
 }
 
-/// `work`'s result, or a panic that names what was waited for in vain.
+/// Returns the result of `work`, or panics with `what` once `timeout` has passed.
 pub async fn within<T>(timeout: Duration, what: impl Display, work: impl Future<Output = T>) -> T {
     match tokio::time::timeout(timeout, work).await {
         Ok(result) => result,
-        Err(_) => panic!("waited {timeout:?} in vain for {what}"),
+        Err(_) => panic!("waited {timeout:?} for {what} without success"),
     }
 }
 
-pub async fn signal(name: &str, pid: &str) {
+pub async fn send_signal(name: &str, pid: &str) {
     let status = Command::new("kill").args(["-s", name, pid]).status().await.unwrap();
-    assert!(status.success(), "kill -s {name} {pid}");
+    assert!(status.success(), "kill -s {name} {pid} failed: {status}");
 }
 
-/// Whether a process is there and is no mere zombie.
-pub fn runs(pid: &str) -> bool {
+/// Whether a process exists and is no zombie.
+pub fn is_running(pid: &str) -> bool {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     status.lines().any(|line| line.starts_with("State:") && !line.contains('Z'))
 }

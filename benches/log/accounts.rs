@@ -1,4 +1,4 @@
-//! A provider, a customer and their jobs, made through the API.
+//! A provider and a customer, signed up through the API, and their jobs.
 
 use std::net::SocketAddr;
 
@@ -10,25 +10,25 @@ use milepost::{
 
 use crate::Result;
 
-/// Steps of the one configuration.
+/// Steps of the configuration.
 pub(crate) const STEPS: usize = 20;
-/// The tag of the one configuration.
+/// The tag of the configuration.
 const TAG: &str = "analysis";
 
-/// Who acts in a row; both with API keys.
+/// The provider and the customer of a row, with their API keys.
 #[derive(Clone)]
-pub(crate) struct Tenant {
+pub(crate) struct Accounts {
     pub(crate) provider_key: String,
     pub(crate) customer_key: String,
     customer_id: String,
 }
 
-/// The tag of a step, by any number.
+/// The tag of a step; any number is reduced to one of the steps.
 pub(crate) fn step_tag(number: usize) -> String {
     format!("step-{:02}", number % STEPS)
 }
 
-/// Connections to one server with one credential.
+/// Opens `count` connections to a server with one API key.
 pub(crate) async fn connect(server: SocketAddr, key: &str, count: usize) -> Result<Vec<Client>> {
     let mut clients = Vec::new();
     for _ in 0..count {
@@ -37,12 +37,12 @@ pub(crate) async fn connect(server: SocketAddr, key: &str, count: usize) -> Resu
     Ok(clients)
 }
 
-impl Tenant {
-    /// Signs both up and registers the configuration.
+impl Accounts {
+    /// Signs up the provider and the customer and registers the configuration.
     pub(crate) async fn create(server: SocketAddr) -> Result<Self> {
-        let stranger = Client::connect(&server.to_string()).await?;
-        let (_, provider_key) = sign_up(&stranger, UserRole::Provider).await?;
-        let (customer_id, customer_key) = sign_up(&stranger, UserRole::Customer).await?;
+        let unauthenticated = Client::connect(&server.to_string()).await?;
+        let (_, provider_key) = sign_up(&unauthenticated, UserRole::Provider).await?;
+        let (customer_id, customer_key) = sign_up(&unauthenticated, UserRole::Customer).await?;
         let step = |number| StepConfiguration {
             tag: step_tag(number),
             name: format!("Step {number}"),
@@ -55,18 +55,18 @@ impl Tenant {
             version: "1.0.0".to_owned(),
             steps: (0..STEPS).map(step).collect(),
         };
-        let provider = stranger.with_credential(&provider_key)?;
+        let provider = unauthenticated.with_credential(&provider_key)?;
         provider.configurations().register_job_configuration(request).await?;
         Ok(Self { provider_key, customer_key, customer_id })
     }
 
-    /// Creates jobs; their ids.
-    pub(crate) async fn jobs(&self, server: SocketAddr, count: usize) -> Result<Vec<String>> {
-        self.more_jobs(server, 0, count).await
+    /// Creates jobs and returns their ids.
+    pub(crate) async fn create_jobs(&self, server: SocketAddr, count: usize) -> Result<Vec<String>> {
+        self.create_more_jobs(server, 0, count).await
     }
 
-    /// Creates more jobs, where there are some already.
-    pub(crate) async fn more_jobs(
+    /// Creates jobs whose provider ids follow those of `existing` jobs.
+    pub(crate) async fn create_more_jobs(
         &self,
         server: SocketAddr,
         existing: usize,
@@ -88,8 +88,8 @@ impl Tenant {
     }
 }
 
-/// Signs somebody up; their id and an API key.
-async fn sign_up(stranger: &Client, role: UserRole) -> Result<(String, String)> {
+/// Signs a user up; returns the user's id and an API key.
+async fn sign_up(unauthenticated: &Client, role: UserRole) -> Result<(String, String)> {
     let request = SignUpRequest {
         role: role.into(),
         email: format!("{}@example.com", uuid::Uuid::now_v7()),
@@ -97,9 +97,9 @@ async fn sign_up(stranger: &Client, role: UserRole) -> Result<(String, String)> 
         first_name: "Ada".to_owned(),
         last_name: "Lovelace".to_owned(),
     };
-    let answer = stranger.auth().sign_up(request).await?.into_inner();
+    let answer = unauthenticated.auth().sign_up(request).await?.into_inner();
     let session = answer.session.ok_or("an answer without a session")?.secret;
-    let session = stranger.with_credential(&session)?;
+    let session = unauthenticated.with_credential(&session)?;
     let key = session.auth().create_api_key(pb::CreateApiKeyRequest::default()).await?.into_inner();
     Ok((answer.user.ok_or("an answer without a user")?.id, key.secret))
 }

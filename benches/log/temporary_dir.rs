@@ -1,5 +1,5 @@
-//! A temporary folder that is gone after the benchmark, and with it whatever
-//! runs in it or was started for it, however the benchmark ends.
+//! A temporary directory for the benchmark. However the benchmark ends, the directory
+//! is removed and the processes started for it are ended.
 
 use std::{
     env, fs,
@@ -13,10 +13,11 @@ use uuid::Uuid;
 
 use crate::Result;
 
-/// Waits until its input ends, which it does when we let go of it or die, even
-/// by SIGKILL. Then ends the processes that it has read of, each a process id
-/// and what it executes, and every Postgres that runs in the folder (SIGQUIT
-/// is its immediate shutdown), and removes the folder.
+/// A shell script that waits for the end of its stdin, which the benchmark closes or
+/// which closes when the benchmark dies, even by SIGKILL. Then the script kills the
+/// processes given on stdin, each by a line of process id and executable. It shuts down
+/// every Postgres in the directory (SIGQUIT is its immediate shutdown) and removes the
+/// directory.
 const WATCHDOG: &str = r#"
 guarded=$(cat)
 echo "$guarded" | while read -r pid exe; do
@@ -33,16 +34,16 @@ done
 rm -rf "$1"
 "#;
 
-/// A folder with a watchdog.
-pub(crate) struct Dir {
+/// A directory, and the watchdog that cleans it up.
+pub(crate) struct TemporaryDir {
     path: PathBuf,
     watchdog: Child,
 }
 
-impl Dir {
+impl TemporaryDir {
     pub(crate) fn new() -> Result<Self> {
-        // Not below `target`: as root the database runs as another user, who
-        // may not enter root's home.
+        // Not below `target`: started as root, Postgres runs as another user, who may
+        // not enter root's home.
         let path = env::temp_dir().join(format!("milepost-bench-{}", Uuid::now_v7().simple()));
         fs::create_dir(&path)?;
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
@@ -52,7 +53,7 @@ impl Dir {
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
-            // A Ctrl-C in the terminal is for us, not for the watchdog.
+            // In a process group of its own, Ctrl-C in the terminal does not end it.
             .process_group(0)
             .spawn()?;
         Ok(Self { path, watchdog })
@@ -62,7 +63,7 @@ impl Dir {
         &self.path
     }
 
-    /// Has this process end with the folder.
+    /// Has the watchdog kill this process when the directory is removed.
     pub(crate) fn guard(&mut self, pid: u32) -> Result<()> {
         let exe = fs::read_link(format!("/proc/{pid}/exe"))?;
         if let Some(stdin) = &mut self.watchdog.stdin {
@@ -72,10 +73,10 @@ impl Dir {
     }
 }
 
-impl Drop for Dir {
+impl Drop for TemporaryDir {
     fn drop(&mut self) {
         drop(self.watchdog.stdin.take());
-        // Nothing to tell if it fails: the folder is a temporary one.
+        // A failure leaves behind only a temporary directory.
         let _ = self.watchdog.wait();
     }
 }

@@ -1,0 +1,481 @@
+//! Injects one fault after the other, in an order that the seed decides, and measures
+//! for how long each replica cannot append.
+
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use tokio_postgres::Client;
+use uuid::Uuid;
+
+use crate::{
+    campaign::read_job,
+    context::{Context, send_signal, within},
+    history::{FaultWindow, Moment},
+    postgres::{MAX_CONNECTIONS, Postgres},
+    print_line,
+    probes::Successes,
+    proxy::{Flow, Proxy},
+    replica::Replica,
+    temporary::TemporaryDir,
+};
+
+/// The campaign is aborted if a replica does not append within this time after a
+/// fault.
+const TIMEOUT: Duration = Duration::from_secs(30);
+/// For so long after a fault has been healed it still excuses failed calls.
+const SETTLING: Duration = Duration::from_secs(3);
+/// One pause in so many is a long one. A stream without messages in a long pause is
+/// a violation, since no fault excuses it.
+const LONG_PAUSE_ONE_IN: u32 = 10;
+const LONG_PAUSE: Duration = Duration::from_secs(13);
+/// libfaketime reads the offset of a server's clock once a second.
+const CLOCK_REREAD: Duration = Duration::from_millis(1_100);
+/// The service promises to append again within this time once Postgres accepts
+/// connections.
+pub const RECOVERY_LIMIT: Duration = Duration::from_secs(2);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Fault {
+    KillServer,
+    TerminateServer,
+    StopServer,
+    MoveClock,
+    KillPostgres,
+    RestartPostgres,
+    TerminateBackends,
+    StopBackend,
+    CutConnections,
+    RefuseConnections,
+    DelayBytes,
+    HoldBytes,
+    FillDisk,
+    UseUpConnections,
+    HoldLocks,
+}
+
+impl Fault {
+    pub const ALL: [Self; 15] = [
+        Self::KillServer,
+        Self::TerminateServer,
+        Self::StopServer,
+        Self::MoveClock,
+        Self::KillPostgres,
+        Self::RestartPostgres,
+        Self::TerminateBackends,
+        Self::StopBackend,
+        Self::CutConnections,
+        Self::RefuseConnections,
+        Self::DelayBytes,
+        Self::HoldBytes,
+        Self::FillDisk,
+        Self::UseUpConnections,
+        Self::HoldLocks,
+    ];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::KillServer => "kill -9 of a server",
+            Self::TerminateServer => "SIGTERM to a server",
+            Self::StopServer => "a server stopped (SIGSTOP)",
+            Self::MoveClock => "a server's clock moved",
+            Self::KillPostgres => "kill -9 of Postgres",
+            Self::RestartPostgres => "restart of Postgres",
+            Self::TerminateBackends => "backends terminated",
+            Self::StopBackend => "a backend stopped (SIGSTOP)",
+            Self::CutConnections => "connections cut",
+            Self::RefuseConnections => "connections refused",
+            Self::DelayBytes => "bytes delayed",
+            Self::HoldBytes => "bytes held back",
+            Self::FillDisk => "disk full",
+            Self::UseUpConnections => "connections used up",
+            Self::HoldLocks => "locks held",
+        }
+    }
+
+    /// Whether [`RECOVERY_LIMIT`] holds after this fault: it makes the database
+    /// unavailable, and not the server.
+    pub fn is_database_fault(self) -> bool {
+        match self {
+            Self::KillServer | Self::TerminateServer | Self::StopServer | Self::MoveClock => false,
+            Self::KillPostgres
+            | Self::RestartPostgres
+            | Self::TerminateBackends
+            | Self::StopBackend
+            | Self::CutConnections
+            | Self::RefuseConnections
+            | Self::DelayBytes
+            | Self::HoldBytes
+            | Self::FillDisk
+            | Self::UseUpConnections
+            | Self::HoldLocks => true,
+        }
+    }
+}
+
+/// A fault that was injected, and the outage of each replica.
+#[derive(Clone, Debug)]
+pub struct InjectedFault {
+    pub fault: Fault,
+    pub what: String,
+    /// The replica affected, if it is only one.
+    pub replica: Option<usize>,
+    pub began_at: Moment,
+    /// When the fault was undone and Postgres accepted connections.
+    pub healed_at: Moment,
+    pub outages: [Outage; 2],
+}
+
+impl InjectedFault {
+    /// The time in which this fault excuses failed calls.
+    pub fn fault_window(&self) -> FaultWindow {
+        let affects = self.replica.map_or([true; 2], |replica| [replica == 0, replica == 1]);
+        FaultWindow { from: self.began_at, to: self.healed_at + SETTLING, affects }
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct Outage {
+    /// The longest time between two successful appends since the fault began.
+    pub longest_gap: Duration,
+    /// From the fault's end to the next successful append.
+    pub until_recovered: Duration,
+}
+
+/// The parts of the campaign that faults strike.
+pub struct FaultInjector {
+    pub dir: TemporaryDir,
+    pub postgres: Postgres,
+    pub proxies: [Proxy; 2],
+    pub replicas: [Replica; 2],
+    pub context: Arc<Context>,
+    pub successes: [Successes; 2],
+    pub random: fastrand::Rng,
+}
+
+impl FaultInjector {
+    /// Injects every fault once and then random ones until the time is up.
+    pub async fn run(&mut self, until: Moment) -> Vec<InjectedFault> {
+        let mut faults = Fault::ALL.to_vec();
+        if !self.postgres.has_own_disk() {
+            print_line(
+                "this process may not mount a disk (it needs root): the fault \"disk full\" is left out",
+            );
+            faults.retain(|&fault| fault != Fault::FillDisk);
+        }
+        let mut injected_faults = Vec::new();
+        self.random.shuffle(&mut faults);
+        let mut each_once = faults.clone().into_iter();
+        loop {
+            let next = each_once.next();
+            if next.is_none() && self.context.now() > until {
+                return injected_faults;
+            }
+            let fault = next.unwrap_or_else(|| faults[self.random.usize(..faults.len())]);
+            let pause = Duration::from_millis(self.random.u64(300..1_500));
+            let is_long = self.random.u32(..LONG_PAUSE_ONE_IN) == 0;
+            tokio::time::sleep(if is_long { LONG_PAUSE } else { pause }).await;
+            injected_faults.push(self.inject_and_measure(fault).await);
+        }
+    }
+
+    async fn inject_and_measure(&mut self, fault: Fault) -> InjectedFault {
+        let began_at = self.context.now();
+        let (what, replica) = self.inject(fault).await;
+        let undone_at = self.context.now();
+        self.postgres.wait_until_ready().await;
+        let healed_at = self.context.now();
+        let mut outages = [Outage { longest_gap: Duration::ZERO, until_recovered: Duration::ZERO }; 2];
+        for (number, outage) in outages.iter_mut().enumerate() {
+            *outage = self.outage(number, began_at, healed_at).await;
+        }
+        let [first, second] = outages.map(|outage| outage.until_recovered.as_millis());
+        let undone_s = (undone_at - began_at).as_secs_f64();
+        let healed_s = (healed_at - began_at).as_secs_f64();
+        print_line(format!(
+            "{:8.3} s  {what}; undone after {undone_s:.3} s, Postgres ready after {healed_s:.3} s, \
+             replicas append {first} and {second} ms later; {}",
+            began_at.as_secs_f64(),
+            self.postgres.disk_usage().await,
+        ));
+        InjectedFault { fault, what, replica, began_at, healed_at, outages }
+    }
+
+    /// Waits for an append that is answered after the fault's end, and computes the
+    /// outage from the successes since its beginning.
+    async fn outage(&self, replica: usize, began_at: Moment, healed_at: Moment) -> Outage {
+        let recovered_at = tokio::time::timeout(TIMEOUT, async {
+            loop {
+                let success = self.successes[replica]
+                    .lock()
+                    .unwrap()
+                    .iter()
+                    .rev()
+                    .take_while(|(_, answered)| *answered >= healed_at)
+                    .last()
+                    .copied();
+                if let Some((_, answered)) = success {
+                    return answered;
+                }
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        })
+        .await;
+        let Ok(recovered_at) = recovered_at else {
+            panic!(
+                "server {replica} has appended nothing in the {TIMEOUT:?} since the fault was healed; {}; the end of its log:\n{}",
+                self.postgres.disk_usage().await,
+                self.replicas[replica].log_tail(),
+            );
+        };
+        let successes = self.successes[replica].lock().unwrap();
+        let since_fault = successes.iter().rev().take_while(|(_, answered)| *answered >= began_at);
+        let mut moments: Vec<Moment> = since_fault.map(|&(_, answered)| answered).collect();
+        moments.push(began_at);
+        let longest_gap = moments.windows(2).map(|pair| pair[0] - pair[1]).max().unwrap_or_default();
+        Outage { longest_gap, until_recovered: recovered_at - healed_at }
+    }
+
+    /// Injects a fault and undoes it. Returns its description, and the replica if only
+    /// one is affected.
+    async fn inject(&mut self, fault: Fault) -> (String, Option<usize>) {
+        let struck = self.random.usize(..2);
+        let replica = match fault {
+            Fault::KillServer | Fault::TerminateServer | Fault::StopServer => Some(struck),
+            // Only replica 1 has a clock of its own.
+            Fault::MoveClock => Some(1),
+            _ => None,
+        };
+        let duration = Duration::from_millis(self.random.u64(200..self.context.pace.max_fault_ms));
+        let detail = match fault {
+            Fault::KillServer => {
+                self.replicas[struck].kill().await;
+                tokio::time::sleep(duration / 4).await;
+                self.replicas[struck].start_again(&mut self.dir);
+                self.replicas[struck].wait_until_listening().await;
+                format!("server {struck}")
+            }
+            Fault::TerminateServer => {
+                let exit = self.replicas[struck].terminate().await;
+                assert!(exit.success(), "server {struck} ended with {exit} after SIGTERM");
+                self.replicas[struck].start_again(&mut self.dir);
+                self.replicas[struck].wait_until_listening().await;
+                format!("server {struck}")
+            }
+            Fault::StopServer => {
+                self.replicas[struck].send_signal("STOP").await;
+                tokio::time::sleep(duration).await;
+                self.replicas[struck].send_signal("CONT").await;
+                format!("server {struck} for {duration:?}")
+            }
+            Fault::MoveClock => self.move_clock(duration).await,
+            Fault::KillPostgres => {
+                self.postgres.kill().await;
+                tokio::time::sleep(duration / 2).await;
+                self.postgres.start_again().await;
+                format!("for {:?}", duration / 2)
+            }
+            Fault::RestartPostgres => {
+                self.postgres.stop().await;
+                self.postgres.start_again().await;
+                String::new()
+            }
+            Fault::TerminateBackends => self.terminate_backends().await,
+            Fault::StopBackend => self.stop_backend(duration).await,
+            Fault::CutConnections | Fault::RefuseConnections | Fault::DelayBytes | Fault::HoldBytes => {
+                self.disturb_connections(fault, duration).await
+            }
+            Fault::FillDisk => self.fill_disk(duration).await,
+            Fault::UseUpConnections => self.use_up_connections(duration).await,
+            Fault::HoldLocks => self.hold_locks(duration).await,
+        };
+        (format!("{}: {detail}", fault.name()), replica)
+    }
+
+    async fn move_clock(&mut self, duration: Duration) -> String {
+        let seconds = self.random.i64(120..900) * if self.random.bool() { 1 } else { -1 };
+        for offset in [seconds, -seconds] {
+            self.replicas[1].move_clock(offset);
+            within(TIMEOUT, format!("server 1's clock to move by {offset} s"), async {
+                // The time in ids never goes back, so that only a forward move shows.
+                while self.seconds_ahead().await < offset.max(0) - 5 {
+                    tokio::time::sleep(CLOCK_REREAD).await;
+                }
+            })
+            .await;
+            tokio::time::sleep(CLOCK_REREAD + duration / 8).await;
+        }
+        self.replicas[1].move_clock(0);
+        tokio::time::sleep(CLOCK_REREAD).await;
+        format!("server 1, by {seconds} s and back")
+    }
+
+    /// By how many seconds the clock of server 1 is ahead, by the time in the id of an
+    /// event that it makes: the `close` event of a new job.
+    async fn seconds_ahead(&mut self) -> i64 {
+        let mut clients = [
+            self.context.client(1, &self.context.providers[0]),
+            self.context.client(1, &self.context.providers[0]),
+        ];
+        let job = self.context.create_job(0, &mut clients, &mut self.random).await;
+        self.context.close_job(&mut clients, &mut self.random, job).await;
+        let log = read_job(&self.context, &mut clients[1], 1, job).await.log;
+        let id: Uuid = log[0].id.parse().unwrap();
+        let (seconds, _) = id.get_timestamp().expect("the id is a UUID with a time").to_unix();
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+        i64::try_from(seconds).unwrap() - i64::try_from(now.as_secs()).unwrap()
+    }
+
+    async fn terminate_backends(&mut self) -> String {
+        let which = ["true", "random() < 0.5", "query ILIKE '%append_events%'"][self.random.usize(..3)];
+        let times = self.random.usize(1..4);
+        let admin = self.postgres.connect().await;
+        for _ in 0..times {
+            let sql = format!(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {SERVER_SESSIONS} AND {which}"
+            );
+            admin.simple_query(&sql).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(self.random.u64(0..200))).await;
+        }
+        format!("{times} times, where {which}")
+    }
+
+    async fn stop_backend(&mut self, duration: Duration) -> String {
+        let admin = self.postgres.connect().await;
+        let sql = format!(
+            "SELECT pid FROM pg_stat_activity WHERE {SERVER_SESSIONS} \
+             ORDER BY query ILIKE '%append_events%' DESC, random() LIMIT 3"
+        );
+        let pids: Vec<String> = column(&admin, &sql).await;
+        let Some(pid) = pids.get(self.random.usize(..pids.len().max(1))) else { return "none".to_owned() };
+        send_signal("STOP", pid).await;
+        tokio::time::sleep(duration).await;
+        send_signal("CONT", pid).await;
+        format!("for {duration:?}")
+    }
+
+    async fn disturb_connections(&mut self, fault: Fault, duration: Duration) -> String {
+        let which = [[true, false], [false, true], [true, true]][self.random.usize(..3)];
+        let delay = Duration::from_millis(self.random.u64(20..250));
+        let proxies = || (0..2).filter(|&proxy| which[proxy]);
+        if matches!(fault, Fault::CutConnections | Fault::RefuseConnections) {
+            // Bytes must be waiting in the proxy when it cuts the connections.
+            proxies().for_each(|proxy| self.proxies[proxy].set_flow(Flow::Delayed(delay)));
+            tokio::time::sleep(delay * 2).await;
+        }
+        for proxy in proxies() {
+            let proxy = &mut self.proxies[proxy];
+            match fault {
+                Fault::RefuseConnections => {
+                    proxy.refuse();
+                    proxy.cut();
+                }
+                Fault::DelayBytes => proxy.set_flow(Flow::Delayed(delay)),
+                Fault::HoldBytes => proxy.set_flow(Flow::Held),
+                _ => proxy.cut(),
+            }
+        }
+        let duration = match fault {
+            // Long enough for many requests and answers to pass.
+            Fault::DelayBytes => duration + Duration::from_secs(1),
+            _ => duration,
+        };
+        if fault != Fault::CutConnections {
+            tokio::time::sleep(duration).await;
+        }
+        for proxy in proxies() {
+            if fault == Fault::RefuseConnections {
+                self.proxies[proxy].accept();
+            }
+            self.proxies[proxy].set_flow(Flow::Free);
+        }
+        let which: Vec<String> = proxies().map(|proxy| proxy.to_string()).collect();
+        let servers = which.join(" and ");
+        match fault {
+            Fault::CutConnections => format!("of server {servers}"),
+            Fault::DelayBytes => format!("by up to {delay:?}, of server {servers}, for {duration:?}"),
+            _ => format!("of server {servers}, for {duration:?}"),
+        }
+    }
+
+    async fn fill_disk(&mut self, duration: Duration) -> String {
+        self.postgres.fill_disk().await;
+        tokio::time::sleep(duration).await;
+        // Postgres may have removed files: fill that space as well.
+        self.postgres.fill_disk().await;
+        tokio::time::sleep(duration / 2).await;
+        self.postgres.free_disk().await;
+        let has_exited = !self.postgres.is_running();
+        if has_exited {
+            self.postgres.start_again().await;
+        }
+        format!("for {duration:?}; Postgres {}", if has_exited { "exited" } else { "kept running" })
+    }
+
+    /// Opens connections until Postgres has none left. In half of the cases it also
+    /// terminates sessions of the servers, to take their connections.
+    async fn use_up_connections(&mut self, duration: Duration) -> String {
+        let admin = self.postgres.connect().await;
+        let mut taken = Vec::new();
+        let until = self.context.now() + duration;
+        let terminates = self.random.bool();
+        while self.context.now() < until {
+            match self.postgres.try_connect().await {
+                Ok(client) if taken.len() < MAX_CONNECTIONS => taken.push(client),
+                Ok(_) => {}
+                Err(_) => {
+                    if terminates {
+                        let sql = format!(
+                            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
+                             WHERE {SERVER_SESSIONS} AND random() < 0.3"
+                        );
+                        admin.simple_query(&sql).await.unwrap();
+                    }
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+            }
+        }
+        format!(
+            "{} taken for {duration:?}{}",
+            taken.len(),
+            if terminates { ", sessions of the servers terminated" } else { "" }
+        )
+    }
+
+    /// Holds a lock, so that statements wait and occupy the servers' few connections.
+    async fn hold_locks(&mut self, duration: Duration) -> String {
+        let lock = [
+            "SELECT FROM event_log FOR UPDATE",
+            "SELECT FROM jobs WHERE random() < 0.3 FOR UPDATE",
+            "LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE",
+            "LOCK TABLE events IN ACCESS EXCLUSIVE MODE",
+            "LOCK TABLE api_keys IN ACCESS EXCLUSIVE MODE",
+            "LOCK TABLE jobs, events, api_keys, users, event_log IN ACCESS EXCLUSIVE MODE",
+        ][self.random.usize(..6)];
+        let admin = self.postgres.connect().await;
+        // In a deadlock Postgres cancels the session whose `deadlock_timeout` passes
+        // first. That must be a session of a server.
+        let begin = format!("SET deadlock_timeout = '1min'; BEGIN; {lock}");
+        if let Err(error) = admin.batch_execute(&begin).await {
+            return format!("{lock}: {error}");
+        }
+        tokio::time::sleep(duration).await;
+        admin.batch_execute("ROLLBACK").await.unwrap();
+        format!("{lock}, for {duration:?}")
+    }
+}
+
+/// Condition on `pg_stat_activity`: sessions of the servers.
+const SERVER_SESSIONS: &str = "application_name = 'milepost' AND backend_type = 'client backend'";
+
+/// The first column of each row.
+async fn column(client: &Client, sql: &str) -> Vec<String> {
+    let rows = client.simple_query(sql).await.unwrap();
+    rows.iter()
+        .filter_map(|row| match row {
+            tokio_postgres::SimpleQueryMessage::Row(row) => row.get(0).map(str::to_owned),
+            _ => None,
+        })
+        .collect()
+}
