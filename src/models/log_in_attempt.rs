@@ -30,8 +30,7 @@ const SIGN_UPS_FREE: i32 = 100;
 /// The longest wait; the first is a second, each further one twice as long.
 const LONGEST: Duration = Duration::from_secs(60);
 
-/// See migrations/2026-11-25-000002_log_in_throttle/up.sql, and
-/// 2026-11-26-000001_log_ins_not_looked_at.
+/// See migrations/2026-11-26-000008_log_in_throttle/up.sql.
 mod sql {
     use diesel::{
         pg::sql_types::Timestamptz,
@@ -47,7 +46,7 @@ mod sql {
             pair_free: Integer,
             other_free: Integer,
             longest: Interval,
-            has_turn: Bool,
+            has_permit: Bool,
         ) -> Record<(Nullable<Timestamptz>, Nullable<Interval>, Bool, Bool)>;
     }
 
