@@ -27,6 +27,9 @@ const COLUMNS: &str = "SELECT table_name || '.' || column_name AS text FROM info
 const NEXT: &str = "20991231000001";
 /// The migration that creates watch_tokens. Its foreign key locks the table jobs.
 const WATCH_TOKENS: &str = "20261126000007";
+/// A migration that was applied by versions of milepost before the first release
+/// and does not exist any more.
+const UNRELEASED: &str = "20261123000001";
 /// Longest that an append may take while a migration waits for the table jobs: one
 /// such wait of a second, and the append itself on a busy machine.
 const LONGEST_APPEND: Duration = Duration::from_secs(3);
@@ -109,6 +112,28 @@ async fn serve_without_migrate_refuses_an_older_schema_and_does_not_change_it() 
         assert!(refusal.contains("`milepost migrate`") && refusal.lines().count() == 1, "{refusal}");
         assert_eq!(database.texts(COLUMNS).await, before);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_command_refuses_a_database_of_an_unreleased_version_in_one_line() {
+    let database = TestDatabase::migrated().await;
+    let made_before = format!(
+        "DELETE FROM __diesel_schema_migrations;
+         INSERT INTO __diesel_schema_migrations (version) VALUES ('{UNRELEASED}')"
+    );
+    database.execute(&made_before).await;
+    let columns = database.texts(COLUMNS).await;
+    for arguments in [&["serve"][..], &["serve", "--migrate"], &["migrate"], &["migrate", "--revert", "1"]] {
+        let output = milepost(&database, arguments).output();
+        let output = within_timeout("the refusal", output).await.unwrap();
+        let refusal = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success(), "{arguments:?}");
+        let expected = [UNRELEASED, "unreleased", "make a new database"];
+        assert!(expected.iter().all(|text| refusal.contains(text)), "{arguments:?}: {refusal}");
+        assert_eq!(refusal.lines().count(), 1, "{arguments:?}: {refusal}");
+    }
+    assert_eq!(database.texts(APPLIED).await, [UNRELEASED]);
+    assert_eq!(database.texts(COLUMNS).await, columns);
 }
 
 #[tokio::test(flavor = "multi_thread")]
