@@ -118,7 +118,12 @@ async fn retry_locked_tables(
 ) -> Result<String, SchemaError> {
     let started = Instant::now();
     loop {
-        match step() {
+        let done = step();
+        // The step blocks its thread on the connection. If the caller awaits it in a
+        // select!, that consumes the wake-up of another branch, such as a signal:
+        // this has the other branches polled before the next step.
+        tokio::task::yield_now().await;
+        match done {
             // Diesel keeps the error's text but not its code. The text of a Postgres
             // server with other messages than English ones is not recognised.
             Err(error)
