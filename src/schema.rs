@@ -142,9 +142,9 @@ diesel::table! {
         steps_done -> Bytea,
         last_sequence -> Int8,
         closed_at -> Nullable<Timestamptz>,
+        events_removed -> Bool,
         created_at -> Timestamptz,
         updated_at -> Timestamptz,
-        events_removed -> Bool,
     }
 }
 
@@ -181,9 +181,9 @@ diesel::table! {
         provider_id -> Uuid,
         customer_id -> Uuid,
         configuration_tag -> Text,
+        first_position -> Int8,
         position -> Int8,
         created_at -> Timestamptz,
-        first_position -> Int8,
     }
 }
 

@@ -1,4 +1,5 @@
-//! The schema's migrations, and whether this server may serve a database.
+//! Applies and reverts the migrations of `migrations/`, and checks whether this
+//! server may serve a database.
 
 use std::{
     collections::BTreeSet,
@@ -21,52 +22,60 @@ use super::{Database, KEEPALIVES, connect::establish, embedded::OLDEST_MAJOR};
 use crate::{error::BoxError, schema::schema_compatibility};
 
 const MIGRATIONS: EmbeddedMigrations = embed_migrations!("migrations");
-/// Key of the advisory lock that lets one replica at a time migrate: any
-/// number that nobody else would choose.
+/// Key of the advisory lock that lets one process at a time migrate: `milepost`
+/// in ASCII, which no other application is likely to use.
 const LOCK_KEY: i64 = 0x6d69_6c65_706f_7374;
-/// Longest wait for another replica's migrations.
-const TURN_TIMEOUT: &str = "10min";
-/// Longest that a migration may stop half-way: whoever holds tables locked and is
-/// gone is not waited for.
+/// Longest wait for the migrations of another process.
+const MIGRATION_LOCK_TIMEOUT: &str = "10min";
+/// Longest idle time within a migration's transaction: Postgres then ends the
+/// session, so that a process that hangs does not keep tables locked.
 const IDLE_TIMEOUT: &str = "10s";
-/// Longest wait for a table's lock at a time: whoever appends meanwhile queues up
-/// behind it, and must not for long.
+/// Longest wait for the lock of a table, each time: appends queue behind that
+/// wait.
 const TABLE_LOCK_TIMEOUT: &str = "1s";
-/// How long those who queued up have before the lock is asked for again, and for
-/// how long it is.
+/// Pause before the next wait for the lock of a table, in which queued appends run.
 const TABLE_LOCK_PAUSE: Duration = Duration::from_secs(1);
+/// Time after which a migration gives up waiting for the lock of a table.
 const TABLE_LOCK_RETRY_FOR: Duration = Duration::from_secs(60);
 
-/// Why a database is not migrated or not served; for the operator.
+/// Why a database cannot be migrated or served, in words for the operator.
 #[derive(Debug, thiserror::Error)]
 pub enum SchemaError {
-    /// No connection.
+    /// No connection for migrations.
     #[error("cannot connect to the database: {0}")]
     Connect(#[from] ConnectionError),
-    /// No connection out of the pool.
+    /// No connection from the pool.
     #[error("cannot connect to the database")]
     Unavailable(#[source] crate::error::Error),
     /// A query failed.
-    #[error("the database refuses: {0}")]
+    #[error("the database refused a query: {0}")]
     Query(#[from] DieselError),
-    /// A migration failed; nothing of it is left.
+    /// A migration failed, and its transaction was rolled back.
     #[error("a migration failed: {0}")]
     Migration(BoxError),
-    /// Migrations are missing.
+    /// The database lacks migrations of this server; holds how many.
     #[error("the database's schema lacks {0} of this server's migrations: run `milepost migrate`")]
     Older(usize),
-    /// The schema has moved on too far.
+    /// The database lacks migrations of this server and has others in their place:
+    /// a version of milepost before the first release made it. Holds the first of
+    /// the others.
+    #[error(
+        "the database was made by an unreleased version of milepost (migration {0} is not known here): make a new \
+         database, or for the embedded one choose an empty --data-dir"
+    )]
+    Unreleased(String),
+    /// The schema no longer supports servers as old as this one.
     #[error("the database's schema needs a server that knows migration {needed}; this one knows {known}")]
     Newer {
         /// The newest migration that a server must know.
         needed: String,
-        /// The newest one here.
+        /// The newest migration of this server.
         known: String,
     },
-    /// Postgres itself is too old.
+    /// The major version of Postgres is too old; holds it.
     #[error("the database is Postgres {0}; milepost needs {OLDEST_MAJOR} or later")]
     OldPostgres(i32),
-    /// Acknowledged events could be lost.
+    /// Acknowledged events could be lost in a crash; holds the name of the setting.
     #[error(
         "the database has {0}=off: a crash could lose acknowledged events or the whole database; set it to on, or \
          serve all the same with --unsafe-database"
@@ -74,11 +83,11 @@ pub enum SchemaError {
     Unsafe(&'static str),
 }
 
-/// Applies every migration that the database lacks, each in a transaction, one
-/// replica at a time. The versions that were applied. Needs tokio's
-/// multi-thread runtime.
+/// Applies every migration that the database lacks, each in a transaction of its
+/// own, and returns their versions. Processes that migrate at the same time wait
+/// for each other. Needs tokio's multi-thread runtime.
 pub async fn migrate(url: &str, ca: Option<&Path>) -> Result<Vec<String>, SchemaError> {
-    let mut harness = AsyncMigrationHarness::new(lock(url, ca).await?);
+    let mut harness = lock(url, ca).await?;
     let mut applied = Vec::new();
     while harness.has_pending_migration(MIGRATIONS).map_err(SchemaError::Migration)? {
         applied.push(
@@ -88,12 +97,11 @@ pub async fn migrate(url: &str, ca: Option<&Path>) -> Result<Vec<String>, Schema
     Ok(applied)
 }
 
-/// Reverts the newest migrations, as many as said or as there are. The
-/// versions that were reverted, newest first. Needs tokio's multi-thread
-/// runtime.
+/// Reverts the newest `count` migrations, or all if there are fewer, and returns
+/// their versions, newest first. Needs tokio's multi-thread runtime.
 pub async fn revert(url: &str, ca: Option<&Path>, count: usize) -> Result<Vec<String>, SchemaError> {
-    let mut harness = AsyncMigrationHarness::new(lock(url, ca).await?);
-    let applied = harness.applied_migrations().map_err(SchemaError::Migration)?.len();
+    let mut harness = lock(url, ca).await?;
+    let applied = applied_versions(&mut harness)?.len();
     let mut reverted = Vec::new();
     for _ in 0..count.min(applied) {
         reverted.push(
@@ -103,20 +111,25 @@ pub async fn revert(url: &str, ca: Option<&Path>, count: usize) -> Result<Vec<St
     Ok(reverted)
 }
 
-/// Tries again for a while where a table is locked by somebody else's
-/// transaction.
+/// Runs `step` again, for a limited time, while another transaction has locked a
+/// table that it needs.
 async fn retry_locked_tables(
     mut step: impl FnMut() -> Result<String, BoxError>,
 ) -> Result<String, SchemaError> {
     let started = Instant::now();
     loop {
-        match step() {
-            // Diesel keeps the words alone, not the code. Those of a server that
-            // speaks another language are an error like others.
+        let done = step();
+        // The step blocks its thread on the connection. If the caller awaits it in a
+        // select!, that consumes the wake-up of another branch, such as a signal:
+        // this has the other branches polled before the next step.
+        tokio::task::yield_now().await;
+        match done {
+            // Diesel keeps the error's text but not its code. The text of a Postgres
+            // server with other messages than English ones is not recognised.
             Err(error)
                 if error.to_string().contains("lock timeout") && started.elapsed() < TABLE_LOCK_RETRY_FOR =>
             {
-                tracing::info!("a table is in use, so a migration waits");
+                tracing::info!("a migration waits for a table that another transaction has locked");
                 tokio::time::sleep(TABLE_LOCK_PAUSE).await;
             }
             done => return done.map_err(SchemaError::Migration),
@@ -124,23 +137,33 @@ async fn retry_locked_tables(
     }
 }
 
-/// A connection that holds the migrations' lock until it is closed.
-async fn lock(url: &str, ca: Option<&Path>) -> Result<AsyncPgConnection, SchemaError> {
+/// Connects and takes the advisory lock of migrations, which is released when the
+/// connection closes. Refuses a database of an unreleased version.
+async fn lock(url: &str, ca: Option<&Path>) -> Result<AsyncMigrationHarness<AsyncPgConnection>, SchemaError> {
     let mut connection = establish(url, ca).await?;
     connection
         .batch_execute(&format!(
             "SET application_name = 'milepost migrate'; SET client_min_messages = warning; \
              {KEEPALIVES}; SET idle_in_transaction_session_timeout = '{IDLE_TIMEOUT}'; \
-             SET lock_timeout = '{TURN_TIMEOUT}'; SELECT pg_advisory_lock({LOCK_KEY}); \
+             SET lock_timeout = '{MIGRATION_LOCK_TIMEOUT}'; SELECT pg_advisory_lock({LOCK_KEY}); \
              SET lock_timeout = '{TABLE_LOCK_TIMEOUT}'"
         ))
         .await?;
-    Ok(connection)
+    let mut harness = AsyncMigrationHarness::new(connection);
+    refuse_unreleased(&known_versions()?, &applied_versions(&mut harness)?)?;
+    Ok(harness)
 }
 
-/// Whether this server may serve that database: its Postgres is new enough and
-/// durable (unless `unsafe_database`), and its schema is not older than this
-/// server's and not too new for it.
+fn applied_versions(
+    harness: &mut AsyncMigrationHarness<AsyncPgConnection>,
+) -> Result<BTreeSet<String>, SchemaError> {
+    let applied = harness.applied_migrations().map_err(SchemaError::Migration)?;
+    Ok(applied.iter().map(ToString::to_string).collect())
+}
+
+/// Checks that this server may serve the database: its Postgres is new enough and
+/// durable (unless `unsafe_database`), and its schema is neither older than this
+/// server's nor too new for it.
 pub async fn check(database: &Database, unsafe_database: bool) -> Result<(), SchemaError> {
     let mut connection = database.get().await.map_err(SchemaError::Unavailable)?;
     let postgres: Postgres = sql_query(
@@ -168,7 +191,7 @@ pub async fn check(database: &Database, unsafe_database: bool) -> Result<(), Sch
     check_versions(&known, &applied.into_iter().map(|row| row.version).collect(), &oldest_server)
 }
 
-/// How the database server is set.
+/// Version and settings of Postgres, and whether the database was ever migrated.
 #[derive(QueryableByName)]
 struct Postgres {
     #[diesel(sql_type = Integer)]
@@ -206,12 +229,22 @@ fn known_versions() -> Result<BTreeSet<String>, SchemaError> {
     Ok(migrations.iter().map(|migration| migration.name().version().to_string()).collect())
 }
 
-/// Versions are digits of one length, so their order is that of text.
+/// A newer server has applied all migrations of an older one. Unknown migrations in
+/// place of known ones are therefore those of a version before the first release.
+fn refuse_unreleased(known: &BTreeSet<String>, applied: &BTreeSet<String>) -> Result<(), SchemaError> {
+    match applied.difference(known).next() {
+        Some(unknown) if !known.is_subset(applied) => Err(SchemaError::Unreleased(unknown.clone())),
+        _ => Ok(()),
+    }
+}
+
+/// Versions have 14 digits each, so that they compare as text.
 fn check_versions(
     known: &BTreeSet<String>,
     applied: &BTreeSet<String>,
     oldest_server: &str,
 ) -> Result<(), SchemaError> {
+    refuse_unreleased(known, applied)?;
     let missing = known.difference(applied).count();
     if missing > 0 {
         return Err(SchemaError::Older(missing));
@@ -232,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn a_server_serves_its_own_schema_and_newer_ones_that_allow_it() {
+    fn a_server_serves_its_own_schema_and_newer_schemas_that_allow_it() {
         let known = set(&["20260101000001", "20260101000002"]);
         assert!(check_versions(&known, &known, "20260101000002").is_ok());
 
@@ -248,7 +281,26 @@ mod tests {
     }
 
     #[test]
-    fn a_database_that_loses_events_is_refused_by_default() {
+    fn unknown_migrations_in_place_of_known_ones_are_those_of_an_unreleased_version() {
+        let known = set(&["20260201000001", "20260201000002"]);
+        for applied in [
+            &["20260101000001", "20260101000002"][..],
+            &["20260101000001", "20260101000002", "20260201000001"],
+            &["20260201000001", "20260101000001"],
+        ] {
+            assert!(matches!(
+                check_versions(&known, &set(applied), "20260101000001"),
+                Err(SchemaError::Unreleased(unknown)) if unknown == "20260101000001"
+            ));
+        }
+        for applied in [&[][..], &["20260201000001"], &["20260101000001", "20260201000001", "20260201000002"]]
+        {
+            assert!(refuse_unreleased(&known, &set(applied)).is_ok(), "{applied:?}");
+        }
+    }
+
+    #[test]
+    fn a_database_that_could_lose_events_is_refused_by_default() {
         let postgres = Postgres { major: 15, fsync: true, full_page_writes: true, migrated: true };
         assert!(postgres.check(false).is_ok());
         let lossy = Postgres { fsync: false, ..postgres };

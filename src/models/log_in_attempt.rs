@@ -39,8 +39,7 @@ const SIGN_UPS_FREE: i32 = 100;
 /// long.
 const LONGEST: Duration = Duration::from_secs(60);
 
-/// Functions of migrations/2026-11-25-000002_log_in_throttle and
-/// migrations/2026-11-26-000001_log_ins_not_looked_at.
+/// See migrations/2026-11-26-000008_log_in_throttle/up.sql.
 mod sql {
     use diesel::{
         pg::sql_types::Timestamptz,

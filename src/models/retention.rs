@@ -23,7 +23,7 @@ const STEP_JOBS: i32 = 100;
 const STEP_EVENTS: i32 = 1_000;
 
 diesel::define_sql_function! {
-    /// See migrations/2026-11-23-000008_retention/up.sql.
+    /// See migrations/2026-11-26-000006_retention/up.sql.
     fn remove_expired_events(
         age: Interval,
         most_jobs: Integer,

@@ -1,4 +1,4 @@
-//! Old and new servers on one database, and the migration between them.
+//! Old and new servers on one database, and the migrations between their schemas.
 
 use std::{
     process::Stdio,
@@ -20,16 +20,19 @@ use tokio::{
 
 use crate::support::{ServerProcess, TestDatabase, TestServer, User, info, within_timeout};
 
-/// How many migrations there are.
 const APPLIED: &str = "SELECT version AS text FROM __diesel_schema_migrations ORDER BY version";
-/// Of all tables.
 const COLUMNS: &str = "SELECT table_name || '.' || column_name AS text FROM information_schema.columns
     WHERE table_schema = 'public' ORDER BY 1";
-/// Of a release to come.
+/// A migration of a later release.
 const NEXT: &str = "20991231000001";
-/// Longest that an append may take while a migration waits for a table: one
-/// wait of its, and the way there and back.
-const HELD_UP: Duration = Duration::from_secs(3);
+/// The migration that creates watch_tokens. Its foreign key locks the table jobs.
+const WATCH_TOKENS: &str = "20261126000007";
+/// A migration that was applied by versions of milepost before the first release
+/// and does not exist any more.
+const UNRELEASED: &str = "20261123000001";
+/// Longest that an append may take while a migration waits for the table jobs: one
+/// such wait of a second, and the append itself on a busy machine.
+const LONGEST_APPEND: Duration = Duration::from_secs(3);
 
 fn milepost(database: &TestDatabase, arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_milepost"));
@@ -43,9 +46,21 @@ fn milepost(database: &TestDatabase, arguments: &[&str]) -> Command {
     command
 }
 
-/// Several processes bring the schema up to date at once: none fails, and each
-/// migration is applied by one of them.
-async fn all_at_once(database: &TestDatabase, missing: usize) {
+/// Makes the migration of watch_tokens a pending one. The table is put aside rather
+/// than dropped, so that running servers and objects that depend on it still work.
+async fn unapply_watch_tokens(database: &TestDatabase) {
+    database
+        .execute(&format!(
+            "CREATE SCHEMA aside;
+             ALTER TABLE watch_tokens SET SCHEMA aside;
+             DELETE FROM __diesel_schema_migrations WHERE version = '{WATCH_TOKENS}'"
+        ))
+        .await;
+}
+
+/// Several processes migrate at once: none fails, and each migration is applied by
+/// one of them.
+async fn migrate_in_parallel(database: &TestDatabase, missing: usize) {
     let migrating: Vec<_> = (0..4)
         .map(|_| {
             let command =
@@ -66,31 +81,31 @@ async fn all_at_once(database: &TestDatabase, missing: usize) {
     for mut server in serving {
         let mut lines = BufReader::new(server.stdout.take().unwrap()).lines();
         let line = within_timeout("a server", lines.next_line()).await.unwrap();
-        assert!(line.is_some_and(|line| line.contains("listens")), "it serves");
+        assert!(line.is_some_and(|line| line.contains("listens")), "`serve --migrate` does not serve");
         server.kill().await.unwrap();
     }
-    // What is missing to the sum a server has applied.
+    // `serve --migrate` may have applied the others.
     assert!(applied <= missing, "{applied} of {missing} applied");
     let expected = TestDatabase::migrated().await.texts(APPLIED).await;
     assert_eq!(database.texts(APPLIED).await, expected);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn processes_that_migrate_at_once_take_turns() {
+async fn processes_that_migrate_at_once_apply_each_migration_once() {
     let all = TestDatabase::migrated().await.texts(APPLIED).await.len();
     let empty = TestDatabase::empty().await;
-    all_at_once(&empty, all).await;
+    migrate_in_parallel(&empty, all).await;
 
     let partly = TestDatabase::migrated().await;
-    migrations::revert(&partly.url, None, 2).await.unwrap();
-    all_at_once(&partly, 2).await;
+    unapply_watch_tokens(&partly).await;
+    migrate_in_parallel(&partly, 1).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_is_not_told_to_migrate_refuses_an_older_schema_and_leaves_it_as_it_is() {
+async fn serve_without_migrate_refuses_an_older_schema_and_does_not_change_it() {
     let empty = TestDatabase::empty().await;
     let partly = TestDatabase::migrated().await;
-    migrations::revert(&partly.url, None, 2).await.unwrap();
+    unapply_watch_tokens(&partly).await;
     for database in [empty, partly] {
         let before = database.texts(COLUMNS).await;
         let refusal = ServerProcess::refused_with(&database.url, &["--unsafe-database"]).await;
@@ -99,8 +114,39 @@ async fn who_is_not_told_to_migrate_refuses_an_older_schema_and_leaves_it_as_it_
     }
 }
 
-/// Appends, reads and lists until it is told to stop; how often, and how long
-/// the longest append took.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_command_refuses_a_database_of_an_unreleased_version_in_one_line() {
+    let database = TestDatabase::migrated().await;
+    let made_before = format!(
+        "DELETE FROM __diesel_schema_migrations;
+         INSERT INTO __diesel_schema_migrations (version) VALUES ('{UNRELEASED}')"
+    );
+    database.execute(&made_before).await;
+    let columns = database.texts(COLUMNS).await;
+    for arguments in [&["serve"][..], &["serve", "--migrate"], &["migrate"], &["migrate", "--revert", "1"]] {
+        let output = milepost(&database, arguments).output();
+        let output = within_timeout("the refusal", output).await.unwrap();
+        let refusal = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success(), "{arguments:?}");
+        let expected = [UNRELEASED, "unreleased", "make a new database"];
+        assert!(expected.iter().all(|text| refusal.contains(text)), "{arguments:?}: {refusal}");
+        assert_eq!(refusal.lines().count(), 1, "{arguments:?}: {refusal}");
+    }
+    assert_eq!(database.texts(APPLIED).await, [UNRELEASED]);
+    assert_eq!(database.texts(COLUMNS).await, columns);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_oldest_server_mark_is_the_version_of_a_migration() {
+    let mark = "SELECT oldest_server AS text FROM schema_compatibility";
+    let database = TestDatabase::migrated().await;
+    let marked = database.texts(mark).await;
+    assert_eq!(marked.len(), 1);
+    assert!(database.texts(APPLIED).await.contains(&marked[0]), "{marked:?}");
+}
+
+/// A task that appends to one job, watches, reads and lists it until it is stopped.
+/// It returns how long the longest append took.
 struct Load {
     stop: Arc<AtomicBool>,
     rounds: Arc<AtomicUsize>,
@@ -113,10 +159,10 @@ impl Load {
         let mut watch = customer.clone().watch(&job).await;
         watch.caught_up().await;
         let (stop, rounds) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
-        let (told, counted) = (Arc::clone(&stop), Arc::clone(&rounds));
+        let (stopped, counted) = (Arc::clone(&stop), Arc::clone(&rounds));
         let work = tokio::spawn(async move {
             let mut longest = Duration::ZERO;
-            while !told.load(Relaxed) {
+            while !stopped.load(Relaxed) {
                 let started = Instant::now();
                 provider.append(&job, [info("under load")]).await;
                 longest = longest.max(started.elapsed());
@@ -129,8 +175,8 @@ impl Load {
         Self { stop, rounds, work }
     }
 
-    /// Some rounds more have gone well.
-    async fn goes_on(&self) {
+    /// Waits until some more rounds have succeeded.
+    async fn continues(&self) {
         let before = self.rounds.load(Relaxed);
         within_timeout("some rounds", async {
             while self.rounds.load(Relaxed) < before + 5 && !self.work.is_finished() {
@@ -152,7 +198,7 @@ async fn a_newer_schema_that_expands_is_served_by_the_old_server_without_a_faile
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
     let load = Load::start(provider.clone(), &customer).await;
-    load.goes_on().await;
+    load.continues().await;
     server
         .database
         .execute(&format!(
@@ -166,13 +212,13 @@ async fn a_newer_schema_that_expands_is_served_by_the_old_server_without_a_faile
              COMMIT"
         ))
         .await;
-    load.goes_on().await;
-    // An old server may still be started, until the schema says otherwise.
+    load.continues().await;
+    // An old server may still be started until oldest_server is raised.
     let mut old = ServerProcess::on(&server.database).await;
     old.same(&provider).auth.get_current_user(pb::GetCurrentUserRequest {}).await.unwrap();
     old.terminate().await;
     assert_eq!(old.exit().await.code(), Some(0));
-    load.goes_on().await;
+    load.continues().await;
     load.stop().await;
     provider.job(&customer).await;
     provider.register(crate::support::registration("2.0.0", &[("load", 1)])).await;
@@ -184,17 +230,15 @@ async fn a_newer_schema_that_expands_is_served_by_the_old_server_without_a_faile
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_migration_that_waits_for_a_table_does_not_hold_appends_up() {
+async fn a_migration_that_waits_for_a_table_does_not_delay_appends_for_long() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[]).await;
-    // One that has a foreign key to jobs, for which it locks that table.
-    let down = include_str!("../../migrations/2026-11-23-000005_watch_tokens/down.sql");
-    let forget = "DELETE FROM __diesel_schema_migrations WHERE version = '20261123000005'";
-    server.database.execute(&format!("{down}; {forget}")).await;
+    unapply_watch_tokens(&server.database).await;
     let load = Load::start(provider.clone(), &customer).await;
-    load.goes_on().await;
-    // Somebody else's long transaction on the same table.
+    load.continues().await;
+    // A long transaction of another client, whose lock of jobs conflicts with the
+    // migration's but not with appends.
     let mut other = server.database.connect().await;
     other.batch_execute("BEGIN; UPDATE jobs SET provider_job_name = 'x' WHERE false").await.unwrap();
     let url = server.database.url.clone();
@@ -206,37 +250,37 @@ async fn a_migration_that_waits_for_a_table_does_not_hold_appends_up() {
             while server.database.texts(waiting).await.is_empty() {}
         })
         .await;
-        within_timeout("the migration to wait no more", async {
+        within_timeout("the migration to pause", async {
             while !server.database.texts(waiting).await.is_empty() {}
         })
         .await;
-        load.goes_on().await;
+        load.continues().await;
     }
     other.batch_execute("COMMIT").await.unwrap();
     let applied = within_timeout("the migration", migrating).await.unwrap().unwrap();
-    assert_eq!(applied, ["20261123000005"]);
-    load.goes_on().await;
+    assert_eq!(applied, [WATCH_TOKENS]);
+    load.continues().await;
     let longest = load.stop().await;
-    assert!(longest < HELD_UP, "an append took {longest:?}");
+    assert!(longest < LONGEST_APPEND, "an append took {longest:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_waits_to_migrate_can_be_told_to_go() {
+async fn a_server_that_waits_to_migrate_exits_on_sigterm() {
     let database = TestDatabase::migrated().await;
-    migrations::revert(&database.url, None, 4).await.unwrap();
-    // What those who migrate take turns by, and a table that one of those changes.
-    for held in ["SELECT pg_advisory_xact_lock(x'6d696c65706f7374'::bigint)", "LOCK TABLE removed_logs"] {
-        let mut holder = database.connect().await;
-        holder.batch_execute(&format!("BEGIN; {held}")).await.unwrap();
+    unapply_watch_tokens(&database).await;
+    // The advisory lock of migrations, and a table that the pending migration locks.
+    for locked in ["SELECT pg_advisory_xact_lock(x'6d696c65706f7374'::bigint)", "LOCK TABLE jobs"] {
+        let mut other = database.connect().await;
+        other.batch_execute(&format!("BEGIN; {locked}")).await.unwrap();
         let mut server = milepost(&database, &["serve", "--migrate"]).spawn().unwrap();
-        within_timeout("somebody who waits", async {
+        within_timeout("the server to wait for a lock", async {
             while database.waiting_for_locks().await.is_empty() {}
         })
         .await;
-        let (told, pid) = (Instant::now(), server.id().expect("it runs").to_string());
+        let (terminated, pid) = (Instant::now(), server.id().expect("the server runs").to_string());
         assert!(Command::new("kill").arg(&pid).status().await.unwrap().success());
-        let ended = within_timeout("the exit", server.wait()).await.unwrap();
-        assert_eq!(ended.code(), Some(0), "{held}");
-        assert!(told.elapsed() < Duration::from_secs(3), "it waited, {held}");
+        let exit = within_timeout("the exit", server.wait()).await.unwrap();
+        assert_eq!(exit.code(), Some(0), "{locked}");
+        assert!(terminated.elapsed() < Duration::from_secs(3), "the exit waited for a lock: {locked}");
     }
 }

@@ -23,7 +23,7 @@ mod sql {
     use crate::schema::sql_types;
 
     diesel::define_sql_function! {
-        /// See migrations/2026-11-23-000004_events/up.sql.
+        /// See migrations/2026-11-26-000005_event_log/up.sql.
         fn append_events(
             job_id: Array<SqlUuid>,
             job_last_sequence: Array<BigInt>,
@@ -50,7 +50,7 @@ mod sql {
     }
 
     diesel::define_sql_function! {
-        /// See migrations/2026-11-23-000007_audit_entries/up.sql.
+        /// See migrations/2026-11-26-000009_audit/up.sql.
         fn audit_closed_jobs(
             appended: Record<(Nullable<BigInt>, Nullable<Timestamptz>, Array<SmallInt>)>,
             job: Array<Integer>,

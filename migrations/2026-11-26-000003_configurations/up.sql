@@ -1,34 +1,34 @@
--- What jobs look like: versions of a configuration, their steps, the metadata
--- that each step reports. Registered once, never changed.
+-- Configurations: the versions of a provider's job configuration, their steps,
+-- and the metadata that each step declares. Registered once, never changed.
 
 CREATE TABLE job_configurations (
     id uuid NOT NULL,
     provider_id uuid NOT NULL,
-    -- Constant, so that the foreign key admits providers only.
+    -- A constant, so that the foreign key admits providers only.
     provider_role user_role NOT NULL GENERATED ALWAYS AS ('provider'::user_role) STORED,
     tag text NOT NULL,
     name text NOT NULL,
     version text NOT NULL,
-    -- Whether the version is no pre-release.
+    -- False for a pre-release version.
     release boolean NOT NULL,
-    -- Bytes whose order is the version's SemVer precedence.
+    -- Bytes that sort by the version's SemVer precedence.
     precedence bytea NOT NULL,
     created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     updated_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     CONSTRAINT job_configurations_pkey PRIMARY KEY (id),
     CONSTRAINT job_configurations_provider_fkey FOREIGN KEY (provider_id, provider_role) REFERENCES users (id, role),
     CONSTRAINT job_configurations_provider_id_tag_version_key UNIQUE (provider_id, tag, version),
-    -- What jobs' foreign key points at.
+    -- The target of a foreign key of jobs.
     CONSTRAINT job_configurations_id_provider_id_key UNIQUE (id, provider_id),
     CONSTRAINT job_configurations_tag_check CHECK (char_length(tag) BETWEEN 1 AND 256 AND tag = btrim(tag)),
     CONSTRAINT job_configurations_name_check CHECK (char_length(name) BETWEEN 1 AND 256 AND name = btrim(name)),
     CONSTRAINT job_configurations_version_check CHECK (
         char_length(version) <= 256
-        -- The regular expression that semver.org gives.
+        -- The regular expression published on semver.org.
         AND version ~ '^(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-((0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*)(\.(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*))*))?(\+([0-9a-zA-Z-]+(\.[0-9a-zA-Z-]+)*))?$')
 );
 
--- Latest first within a tag.
+-- The latest version of a tag: releases before pre-releases.
 CREATE INDEX job_configurations_latest_idx ON job_configurations
     (provider_id, tag, release DESC, precedence DESC, created_at DESC, id DESC);
 
@@ -42,7 +42,7 @@ CREATE TRIGGER job_configurations_refuse_update BEFORE UPDATE ON job_configurati
 CREATE TABLE step_configurations (
     id uuid NOT NULL,
     job_configuration_id uuid NOT NULL,
-    -- 0, 1, 2 ... within the configuration.
+    -- 0, 1, 2 ... within the job configuration.
     position smallint NOT NULL,
     tag text NOT NULL,
     name text NOT NULL,
@@ -67,7 +67,7 @@ CREATE TYPE metadata_kind AS ENUM ('text', 'number', 'link');
 CREATE TABLE metadata_configurations (
     id uuid NOT NULL,
     step_configuration_id uuid NOT NULL,
-    -- 0, 1, 2 ... within the step.
+    -- 0, 1, 2 ... within the step configuration.
     position smallint NOT NULL,
     name text NOT NULL,
     kind metadata_kind NOT NULL DEFAULT 'text',

@@ -1,6 +1,6 @@
--- Jobs. What the log derives (status, progress, last sequence, closed_at) is
--- written by append_events alone and kept here so that a job is read without
--- its log.
+-- Jobs. Columns that derive from a job's events (status, points_done, percent,
+-- steps_done, last_sequence, closed_at) are written by append_events alone. They
+-- stand here so that a job is read without its events.
 
 CREATE TYPE job_status AS ENUM ('pending', 'running', 'failed', 'complete', 'cancelled');
 
@@ -12,19 +12,21 @@ CREATE TABLE jobs (
     provider_role user_role NOT NULL GENERATED ALWAYS AS ('provider'::user_role) STORED,
     customer_role user_role NOT NULL GENERATED ALWAYS AS ('customer'::user_role) STORED,
     job_configuration_id uuid NOT NULL,
-    -- The configuration's, kept here for ListJobs to filter by.
+    -- The tag of the job configuration, copied for the filters of ListJobs.
     configuration_tag text NOT NULL,
-    -- By their bytes, so that what starts with a prefix is a range of an index.
+    -- Sorted by bytes, so that a search by prefix is a range of an index.
     provider_job_id text COLLATE "C" NOT NULL,
     provider_job_name text COLLATE "C" NOT NULL,
     status job_status NOT NULL DEFAULT 'pending',
     points_done bigint NOT NULL DEFAULT 0,
     points_total bigint NOT NULL,
     percent smallint NOT NULL DEFAULT 0,
-    -- One bit a step of the configuration, by position, lowest bit first.
+    -- One bit for each step of the configuration, by position, lowest bit first.
     steps_done bytea NOT NULL DEFAULT '\x',
     last_sequence bigint NOT NULL DEFAULT 0,
     closed_at timestamptz,
+    -- Set by retention, which then deletes the job's events.
+    events_removed boolean NOT NULL DEFAULT false,
     created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     updated_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     CONSTRAINT jobs_pkey PRIMARY KEY (id),
@@ -44,14 +46,15 @@ CREATE TABLE jobs (
             WHEN 'cancelled' THEN closed_at IS NOT NULL
             WHEN 'failed' THEN true
             ELSE closed_at IS NULL
-        END)
--- Room in each page for the row's next versions, since each event makes one;
--- a status that stays and the other columns are in no index, so that those
--- updates are heap-only.
+        END),
+    CONSTRAINT jobs_events_removed_check CHECK (NOT events_removed OR closed_at IS NOT NULL)
+-- Each append makes a new version of the job's row. The free space in each page
+-- takes it: an append that changes neither status nor closed_at changes no indexed
+-- column, so that its update is heap-only.
 ) WITH (fillfactor = 70);
 
--- Newest first, for either side; and each single filter of ListJobs as a range
--- of its own.
+-- For ListJobs, newest first, by provider and by customer; each single filter is
+-- a range of one index.
 CREATE INDEX jobs_provider_id_created_at_idx ON jobs (provider_id, created_at DESC, id DESC);
 CREATE INDEX jobs_customer_id_created_at_idx ON jobs (customer_id, created_at DESC, id DESC);
 CREATE INDEX jobs_provider_id_status_idx ON jobs (provider_id, status, created_at DESC, id DESC);
@@ -67,5 +70,8 @@ CREATE INDEX jobs_customer_id_provider_job_id_idx ON jobs (customer_id, provider
 CREATE INDEX jobs_provider_id_provider_job_name_idx ON jobs (provider_id, provider_job_name);
 CREATE INDEX jobs_customer_id_provider_job_name_idx ON jobs (customer_id, provider_job_name);
 
--- Whether a customer has a job of a configuration.
+-- For the question whether a customer has a job of a configuration.
 CREATE INDEX jobs_job_configuration_id_customer_id_idx ON jobs (job_configuration_id, customer_id);
+
+-- The jobs whose events retention removes next, in the order in which they closed.
+CREATE INDEX jobs_closed_at_idx ON jobs (closed_at) WHERE closed_at IS NOT NULL AND NOT events_removed;

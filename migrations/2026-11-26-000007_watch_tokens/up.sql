@@ -1,10 +1,10 @@
--- Watch tokens: secrets that show one job and nothing else, for people without
--- an account.
+-- Watch tokens: secrets with which people who have no account watch one job, and
+-- can do nothing else.
 
 CREATE TABLE watch_tokens (
     id uuid NOT NULL,
     job_id uuid NOT NULL,
-    -- The job's provider, who made it: a token is no better than its maker.
+    -- The job's provider, who created the token. It is valid only while that user is.
     user_id uuid NOT NULL,
     secret_hash bytea NOT NULL,
     secret_prefix text NOT NULL,

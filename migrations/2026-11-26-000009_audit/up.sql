@@ -1,6 +1,6 @@
--- Who did what to accounts, credentials and jobs, and where from. An entry is
--- written in the transaction of its act, so that neither exists without the
--- other. It holds no text that anybody typed, and so no secret.
+-- The audit: which user did what to accounts, credentials and jobs, and from which
+-- address. An entry is written in the transaction of its act, so that neither exists
+-- without the other. It holds no text that a caller typed, and so no secret.
 
 CREATE TYPE audit_act AS ENUM (
     'sign_up', 'log_in', 'log_in_failed', 'log_out', 'password_changed',
@@ -8,30 +8,30 @@ CREATE TYPE audit_act AS ENUM (
     'watch_token_created', 'watch_token_expired', 'job_closed',
     'user_created', 'password_set', 'user_disabled');
 
--- What somebody acted with. An operator works on the database itself.
+-- How the caller was authenticated. An operator works on the database itself.
 CREATE TYPE audit_actor AS ENUM ('anonymous', 'session', 'api_key', 'watch_token', 'operator');
 
--- No foreign keys: an entry outlives what it tells of.
+-- Without foreign keys: an entry outlives the rows that it names.
 CREATE TABLE audit_entries (
     id uuid NOT NULL,
     act audit_act NOT NULL,
     actor audit_actor NOT NULL,
     actor_user_id uuid,
-    -- The session or API key.
+    -- The caller's credential, of the kind that `actor` names.
     actor_credential_id uuid,
-    -- Whose account, credential or job it was done to; none where somebody
-    -- claimed an e-mail that no user has.
+    -- The user whose account, credential or job was acted on; null for a log-in
+    -- under an e-mail that no user has.
     user_id uuid,
-    -- What was made or ended.
+    -- The session, API key, watch token or job that was created or ended.
     session_id uuid,
     api_key_id uuid,
-    -- What takes the rotated key's place.
+    -- The key that replaces the rotated one.
     new_api_key_id uuid,
     watch_token_id uuid,
     job_id uuid,
-    -- As the throttle of log-ins sees it.
+    -- The client's address; behind a trusted proxy the one in x-forwarded-for.
     client_address inet,
-    -- The call's x-request-id.
+    -- The x-request-id of the call.
     request_id uuid,
     created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     -- An entry never changes.
@@ -54,15 +54,16 @@ CREATE TABLE audit_entries (
 CREATE INDEX audit_entries_created_at_idx ON audit_entries (created_at);
 CREATE INDEX audit_entries_user_id_idx ON audit_entries (user_id, created_at);
 
--- Only the table's owner can switch it off, to remove what is old.
+-- Only the owner of the table can disable this trigger, to delete old entries.
 CREATE TRIGGER audit_entries_refuse_update BEFORE UPDATE OR DELETE OR TRUNCATE ON audit_entries
     FOR EACH STATEMENT EXECUTE FUNCTION refuse_update();
 
--- Around a call of append_events, whose result it hands on: writes the entries
--- of those jobs that were closed, in the same statement. Other appends do not
--- come by here.
+-- Called around append_events when the append closes jobs by CloseJob: writes the
+-- entries of the jobs that were appended to, in the same statement, and returns the
+-- result of append_events unchanged.
 --
--- One element an entry; job is the job's index in the append, from 1.
+-- Each array has one element for each entry; job is the job's index in the append,
+-- from 1.
 CREATE FUNCTION audit_closed_jobs(
     appended record,
     job integer[],

@@ -3,6 +3,3 @@ DROP TYPE api_key_scope;
 DROP TABLE sessions;
 DROP TABLE users;
 DROP TYPE user_role;
-DROP FUNCTION refuse_update();
-DROP FUNCTION set_updated_at();
-DROP TABLE schema_compatibility;

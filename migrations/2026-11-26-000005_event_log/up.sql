@@ -1,18 +1,18 @@
--- The event log and the one way to write to it.
+-- The event log, and append_events, the only function that writes to it.
 
--- One row: the position of the last event of the log. It is taken inside the
--- append's transaction and locked until that has committed, so that positions
--- have no gap and become visible in their order: whoever sees position n sees
--- every position below it. A sequence would not do, since its numbers become
--- visible out of order.
+-- One row: the position of the last event of the log. An append's transaction
+-- updates the row and so locks it until the commit. Therefore positions have no
+-- gap and become visible in their order: a transaction that sees position n sees
+-- every position below it. A Postgres sequence would not do, since its numbers
+-- become visible out of order.
 CREATE TABLE event_log (
     id smallint NOT NULL DEFAULT 1,
     position bigint NOT NULL DEFAULT 0,
     CONSTRAINT event_log_pkey PRIMARY KEY (id),
     CONSTRAINT event_log_id_check CHECK (id = 1),
     CONSTRAINT event_log_position_check CHECK (position >= 0)
--- Every append makes a new version of this row: a page full of room keeps
--- those heap-only.
+-- Every append makes a new version of this row: the free space in its page keeps
+-- those updates heap-only.
 ) WITH (fillfactor = 10);
 
 INSERT INTO event_log DEFAULT VALUES;
@@ -22,18 +22,18 @@ CREATE TYPE event_kind AS ENUM ('step', 'error', 'info', 'complete', 'close');
 CREATE TABLE events (
     job_id uuid NOT NULL,
     sequence bigint NOT NULL,
-    -- Where it stands among the events of all jobs, in commit order.
+    -- Among the events of all jobs, in commit order.
     position bigint NOT NULL,
-    -- The client's, unique within its job.
+    -- Given by the client or made by the server; unique within the job.
     id uuid NOT NULL,
     kind event_kind NOT NULL,
     name text NOT NULL,
     step_configuration_id uuid,
-    -- An encoded google.protobuf.Struct, empty for none: the very bytes that
-    -- watchers receive, with every number exactly as it was sent.
+    -- An encoded google.protobuf.Struct; empty if the event has no metadata. These
+    -- bytes are sent to watchers as they are, so that no number is rounded.
     event_metadata bytea NOT NULL,
     occurred_at timestamptz,
-    -- The job as of this event.
+    -- The job's status and progress after this event.
     status job_status NOT NULL,
     points_done bigint NOT NULL,
     percent smallint NOT NULL,
@@ -58,10 +58,16 @@ CREATE TABLE events (
         END)
 );
 
--- What events reference. Foreign keys would be checked row by row, by a query
--- and a row lock each, which doubles the cost of an event in a large batch:
--- here it is one query for all events of a statement, and what is referenced
--- cannot be deleted.
+CREATE TRIGGER events_refuse_update BEFORE UPDATE ON events
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_update();
+
+CREATE TRIGGER events_refuse_truncate BEFORE TRUNCATE ON events
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_update();
+
+-- Checks that the job and the step of each event exist. Foreign keys would be
+-- checked row by row, each with a query and a row lock, which doubles the cost of
+-- an event in a large batch. This trigger runs one query for all events of a
+-- statement; the two triggers below refuse to delete the referenced rows.
 CREATE FUNCTION events_check_references() RETURNS trigger LANGUAGE plpgsql
 SET plan_cache_mode = force_generic_plan
 SET enable_seqscan = off
@@ -76,7 +82,7 @@ BEGIN
             AND step.job_configuration_id = jobs.job_configuration_id
         WHERE jobs.id IS NULL OR (appended.step_configuration_id IS NOT NULL AND step.id IS NULL))
     THEN
-        RAISE EXCEPTION 'an event of no job, or of a step that its job does not have'
+        RAISE EXCEPTION 'an event names a job that does not exist, or a step that its job does not have'
             USING ERRCODE = 'foreign_key_violation', TABLE = 'events', CONSTRAINT = 'events_references';
     END IF;
     RETURN NULL;
@@ -112,29 +118,40 @@ $$;
 CREATE TRIGGER step_configurations_refuse_delete BEFORE DELETE ON step_configurations
     FOR EACH ROW EXECUTE FUNCTION step_configurations_refuse_delete();
 
-CREATE TRIGGER events_refuse_update BEFORE UPDATE ON events
-    FOR EACH STATEMENT EXECUTE FUNCTION refuse_update();
+-- Only events of a job that retention has marked can be deleted.
+CREATE FUNCTION events_refuse_delete() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF EXISTS (SELECT FROM deleted JOIN jobs ON jobs.id = deleted.job_id WHERE NOT jobs.events_removed) THEN
+        RAISE EXCEPTION 'events are deleted only of jobs whose events_removed is true'
+            USING ERRCODE = 'restrict_violation';
+    END IF;
+    RETURN NULL;
+END;
+$$;
 
--- Appends events to many jobs in one statement, so that no lock is ever held
--- across a client's round trip.
+CREATE TRIGGER events_refuse_delete AFTER DELETE ON events REFERENCING OLD TABLE AS deleted
+    FOR EACH STATEMENT EXECUTE FUNCTION events_refuse_delete();
+
+-- Appends events to many jobs in one statement, so that no lock is held across a
+-- client's round trip.
 --
--- The caller has computed, from each job's state at last_sequences, the events
--- to append and the state that they lead to. A job takes part only if it still
--- is where the caller believes it to be (outcome 0); if it has moved on, nothing
--- of it is written (outcome 1). One job's outcome does not touch another's.
+-- The caller has computed the events to append, and the state that they lead to,
+-- from each job's state at job_last_sequence. A job whose last_sequence still is
+-- that one is appended to (outcome 0). Of a job that has moved on, nothing is
+-- written (outcome 1). One job's outcome does not depend on another's.
 --
--- An event that is stored already violates events_job_id_id_key, and nothing at
--- all is written. The caller then calls again with check_ids, and the job of
--- such an event is left out (outcome 2). The check may come before the lock:
--- where a job has not moved since it was believed to be there, no event of it
--- has come since either.
+-- An event that is stored already violates events_job_id_id_key, and the whole
+-- statement writes nothing. The caller then calls again with check_ids: a job
+-- with such an event is left out (outcome 2). That check may precede the row
+-- lock: while a job's last_sequence has not changed, no event was added to it.
 --
--- Locks: the jobs' rows in the order given, which is to be that of their ids,
--- then the log's one row, all until the commit. Everybody takes them in this
--- order, so nobody deadlocks.
+-- Locks, until the commit: first the rows of jobs in the order of the arrays,
+-- which must be that of the jobs' ids, then the row of event_log. Every
+-- transaction takes them in this order, so that none deadlock.
 --
--- Arrays named job_* have one element a job, event_* one an event: events of
--- one job are adjacent and in order, and event_job is the job's index, from 1.
+-- Arrays named job_* have one element for each job, arrays named event_* one for
+-- each event. The events of a job are adjacent and in order; event_job is the
+-- index of the event's job, from 1.
 CREATE FUNCTION append_events(
     job_id uuid[],
     job_last_sequence bigint[],
@@ -157,15 +174,15 @@ CREATE FUNCTION append_events(
     event_points_done bigint[],
     event_percent smallint[],
     check_ids boolean DEFAULT false,
-    -- The position before the first event appended; events follow it one by
-    -- one in the order given.
+    -- The position before the first appended event. The appended events have
+    -- the positions that follow it, in the order of the arrays.
     OUT log_position bigint,
     OUT appended_at timestamptz,
     OUT outcomes smallint[]
 ) LANGUAGE plpgsql
--- Every row that this touches is known by its key. A plan is made once, for
--- arrays of any length (otherwise each call of a few events is planned anew),
--- and is kept as the tables grow: it must not be one that reads them whole.
+-- Every row is found by its key. The generic plan is made once for arrays of any
+-- length; otherwise each call with a few events would be planned anew. The plan
+-- is kept while the tables grow, so it must not read a whole table.
 SET plan_cache_mode = force_generic_plan
 SET enable_seqscan = off
 SET enable_bitmapscan = off
@@ -237,7 +254,7 @@ BEGIN
             occurred_at, status, points_done, percent, ordinal)
         WHERE outcomes[given.job] = 0;
 
-        -- What is closed is so since its last event.
+        -- The closing time of a job is the time of its last event.
         IF true = ANY (job_closed) THEN
             UPDATE jobs SET closed_at = appended_at
             FROM unnest(job_id, job_closed, outcomes) AS given (id, closed, outcome)

@@ -1,32 +1,5 @@
--- Who may call, and with what: users, sessions, API keys. And which servers
--- may serve this schema.
-
--- One row: the newest migration that a server must know to serve this schema.
--- A migration that older servers cannot live with (the contracting half of a
--- change) raises it; one that only expands leaves it.
-CREATE TABLE schema_compatibility (
-    id smallint NOT NULL DEFAULT 1,
-    oldest_server text NOT NULL,
-    CONSTRAINT schema_compatibility_pkey PRIMARY KEY (id),
-    CONSTRAINT schema_compatibility_id_check CHECK (id = 1)
-);
-
-INSERT INTO schema_compatibility (oldest_server) VALUES ('20261123000004');
-
-CREATE FUNCTION set_updated_at() RETURNS trigger LANGUAGE plpgsql AS $$
-BEGIN
-    NEW.updated_at := clock_timestamp();
-    RETURN NEW;
-END;
-$$;
-
--- For tables whose rows never change.
-CREATE FUNCTION refuse_update() RETURNS trigger LANGUAGE plpgsql AS $$
-BEGIN
-    RAISE EXCEPTION '% refused: rows of % never change', TG_OP, TG_TABLE_NAME
-        USING ERRCODE = 'restrict_violation';
-END;
-$$;
+-- Accounts: users, and the credentials with which they authenticate: sessions
+-- and API keys.
 
 CREATE TYPE user_role AS ENUM ('customer', 'provider');
 
@@ -41,7 +14,7 @@ CREATE TABLE users (
     created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     updated_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     CONSTRAINT users_pkey PRIMARY KEY (id),
-    -- What other tables' role-bound foreign keys point at.
+    -- The target of foreign keys that admit users of one role only.
     CONSTRAINT users_id_role_key UNIQUE (id, role),
     CONSTRAINT users_email_check CHECK (char_length(email) BETWEEN 3 AND 256 AND email ~ '^[^[:space:]]+@[^[:space:]]+$'),
     CONSTRAINT users_first_name_check CHECK (char_length(first_name) <= 256),
@@ -53,8 +26,8 @@ CREATE UNIQUE INDEX users_email_key ON users (lower(email));
 CREATE TRIGGER users_set_updated_at BEFORE UPDATE ON users
     FOR EACH ROW EXECUTE FUNCTION set_updated_at();
 
--- A session that was logged out is one that has expired: `expires_at` is the
--- one truth about whether a credential is still good.
+-- Revoking a session sets `expires_at` to the present, so that this column alone
+-- says whether the session is still valid.
 CREATE TABLE sessions (
     id uuid NOT NULL,
     user_id uuid NOT NULL,

@@ -1,6 +1,7 @@
 DROP FUNCTION begin_sign_up;
+DROP FUNCTION withdraw_log_in_attempt;
 DROP FUNCTION finish_log_in_attempt;
 DROP FUNCTION begin_log_in_attempt;
 DROP FUNCTION count_attempt;
 DROP FUNCTION log_in_attempt_keys;
-DROP INDEX log_in_attempts_failed_last_at_idx;
+DROP TABLE log_in_attempts;

@@ -1,1 +1,0 @@
-DROP FUNCTION withdraw_log_in_attempt;

@@ -1,0 +1,191 @@
+-- The throttles of log-ins and of sign-ups, shared by all servers.
+--
+-- Each log-in attempt counts on three keys: the client's address (for IPv6 its /64
+-- network), the e-mail, and the pair of both. It counts on all three whether or not
+-- a user has the e-mail: a difference would reveal which e-mails users have.
+--
+-- An attempt whose pair is blocked is refused, and its password is not checked. An
+-- attempt whose address or e-mail is blocked, but not the pair, is restricted: its
+-- password is checked, and it succeeds only if the password is right and the pair is
+-- known. A pair is known for 30 days after a log-in or sign-up from it. All other
+-- restricted attempts get the answer of refused ones. Therefore an unauthenticated
+-- caller cannot lock out a user whose pair is known, neither by failures under the
+-- user's e-mail nor by failures at an address that both share; and an attempt to guess
+-- gets the same answer, after the same work, whether or not the user exists.
+--
+-- The price is that work. Restricted attempts therefore share a part of the permits
+-- for password hashing, and count only once they have such a permit, and only on
+-- their pair.
+--
+-- A caller who shares a user's address can keep the user's pair blocked by failures
+-- under the user's e-mail: before there is a session, only the address tells the two
+-- apart.
+
+-- Keys are hashes, so that the table keeps no text that a caller typed as an e-mail.
+CREATE TABLE log_in_attempts (
+    -- SHA-256 of a pair, an address or an e-mail: see log_in_attempt_keys and
+    -- begin_sign_up.
+    key bytea NOT NULL,
+    -- Failures in a row, including attempts that are not decided yet.
+    failures integer NOT NULL,
+    -- Until then attempts are blocked.
+    blocked_until timestamptz,
+    last_at timestamptz NOT NULL,
+    -- When a log-in last succeeded from the pair; null for other keys.
+    succeeded_at timestamptz,
+    CONSTRAINT log_in_attempts_pkey PRIMARY KEY (key),
+    CONSTRAINT log_in_attempts_key_check CHECK (octet_length(key) = 32),
+    CONSTRAINT log_in_attempts_failures_check CHECK (failures >= 0)
+);
+
+-- count_attempt deletes by these: rows without a success soon, the others later.
+CREATE INDEX log_in_attempts_last_at_idx ON log_in_attempts (last_at);
+CREATE INDEX log_in_attempts_failed_last_at_idx ON log_in_attempts (last_at) WHERE succeeded_at IS NULL;
+
+-- The keys of the pair, the address and the e-mail, in this order. The e-mail is in
+-- the form in which users' e-mails are unique.
+CREATE FUNCTION log_in_attempt_keys(address text, email text) RETURNS bytea[] LANGUAGE sql STABLE AS $$
+    SELECT ARRAY[
+        sha256(convert_to('pair ' || address || ' ' || lower(email), 'UTF8')),
+        sha256(convert_to('address ' || address, 'UTF8')),
+        sha256(convert_to('email ' || lower(email), 'UTF8'))];
+$$;
+
+-- Counts an attempt as failed on all of these keys and returns when (counted_at).
+-- If one of the keys is blocked, it counts nothing and returns how long the block
+-- lasts (wait). A key is blocked once it has as many failures as `free` says: for
+-- a second, then twice as long after each further failure, up to `longest`. A
+-- count starts anew after 15 minutes without an attempt.
+CREATE FUNCTION count_attempt(
+    keys bytea[], free integer[], longest interval, OUT counted_at timestamptz, OUT wait interval
+) LANGUAGE plpgsql AS $$
+DECLARE
+    locked boolean;
+    moment timestamptz;
+BEGIN
+    -- The first check spares a blocked attempt the row locks. The second one runs
+    -- with the locks, since concurrent attempts may have blocked a key meanwhile.
+    FOREACH locked IN ARRAY ARRAY[false, true] LOOP
+        IF locked THEN
+            -- Inserts missing rows and locks those that exist. All transactions lock
+            -- in the order of the keys.
+            INSERT INTO log_in_attempts (key, failures, last_at)
+            SELECT given.key, 0, clock_timestamp() FROM unnest(keys) AS given (key) ORDER BY given.key
+            ON CONFLICT (key) DO UPDATE SET failures = 0 WHERE false;
+        END IF;
+        moment := clock_timestamp();
+        SELECT max(blocked_until) - moment INTO wait FROM log_in_attempts
+        WHERE key = ANY (keys) AND blocked_until > moment;
+        IF wait IS NOT NULL THEN
+            RETURN;
+        END IF;
+    END LOOP;
+
+    UPDATE log_in_attempts AS attempts SET
+        failures = counted.failures,
+        last_at = moment,
+        blocked_until = CASE WHEN counted.failures >= counted.free THEN
+            moment + least(longest, interval '1 second' * 2 ^ least(counted.failures - counted.free, 30)) END
+    FROM (
+        SELECT before.key, given.free,
+            CASE WHEN before.last_at < moment - interval '15 minutes' THEN 1 ELSE before.failures + 1 END AS failures
+        FROM unnest(keys, free) AS given (key, free) JOIN log_in_attempts AS before ON before.key = given.key
+    ) AS counted
+    WHERE attempts.key = counted.key;
+    counted_at := moment;
+
+    -- At the end, and without rows that are locked: to wait for them while others
+    -- wait for the rows above would be a deadlock.
+    DELETE FROM log_in_attempts WHERE key IN (
+        SELECT key FROM log_in_attempts WHERE succeeded_at IS NULL AND last_at < moment - interval '15 minutes'
+        ORDER BY last_at LIMIT 10 FOR UPDATE SKIP LOCKED);
+    DELETE FROM log_in_attempts WHERE key IN (
+        SELECT key FROM log_in_attempts WHERE last_at < moment - interval '30 days'
+        ORDER BY last_at LIMIT 10 FOR UPDATE SKIP LOCKED);
+END;
+$$;
+
+-- Counts a log-in as failed before its password is checked, so that concurrent
+-- attempts count each other. A refused attempt counts nothing. A restricted attempt
+-- (wait is set, refused is false) counts on its pair, and only with a permit for
+-- restricted attempts (has_permit). counted_at says when the attempt counted on the
+-- address and the e-mail; it is null if it did not.
+CREATE FUNCTION begin_log_in_attempt(
+    address text, email text, pair_free integer, other_free integer, longest interval, has_permit boolean,
+    OUT counted_at timestamptz, OUT wait interval, OUT refused boolean, OUT known boolean
+) LANGUAGE plpgsql AS $$
+DECLARE
+    keys bytea[] := log_in_attempt_keys(address, email);
+BEGIN
+    known := EXISTS (
+        SELECT FROM log_in_attempts
+        WHERE key = keys[1] AND succeeded_at > clock_timestamp() - interval '30 days');
+    SELECT counted.counted_at, counted.wait INTO counted_at, wait
+    FROM count_attempt(keys, ARRAY[pair_free, other_free, other_free], longest) AS counted;
+    IF wait IS NULL THEN
+        refused := false;
+    ELSIF has_permit THEN
+        SELECT counted.wait IS NOT NULL INTO refused
+        FROM count_attempt(keys[1:1], ARRAY[pair_free], longest) AS counted;
+    ELSE
+        refused := EXISTS (
+            SELECT FROM log_in_attempts WHERE key = keys[1] AND blocked_until > clock_timestamp());
+    END IF;
+END;
+$$;
+
+-- For an attempt whose password was right, and for a sign-up: the pair becomes known
+-- and its count starts anew. The address and the e-mail lose the one failure that
+-- this attempt counted at counted_at (null: none), and no more: otherwise a caller
+-- who logs in to an account of their own between guesses would never be blocked. The
+-- block that this attempt set ends as well, unless another attempt has counted since.
+-- Returns true.
+CREATE FUNCTION finish_log_in_attempt(address text, email text, counted_at timestamptz) RETURNS boolean
+LANGUAGE plpgsql AS $$
+DECLARE
+    keys bytea[] := log_in_attempt_keys(address, email);
+    moment timestamptz := clock_timestamp();
+BEGIN
+    IF counted_at IS NULL THEN
+        keys := keys[1:1];
+    END IF;
+    PERFORM FROM log_in_attempts WHERE key = ANY (keys) ORDER BY key FOR UPDATE;
+    INSERT INTO log_in_attempts (key, failures, last_at, succeeded_at) VALUES (keys[1], 0, moment, moment)
+    ON CONFLICT (key) DO UPDATE SET failures = 0, blocked_until = NULL, succeeded_at = moment;
+    UPDATE log_in_attempts SET
+        failures = greatest(failures - 1, 0),
+        blocked_until = CASE WHEN last_at > counted_at THEN blocked_until END
+    WHERE key = ANY (keys[2:3]);
+    RETURN true;
+END;
+$$;
+
+-- For an attempt whose password could not be checked, since no permit for hashing
+-- was free or the database was too slow: takes back the failures that it counted.
+-- They stay if the database is unavailable then. The block that this attempt set ends
+-- as well, as in finish_log_in_attempt. A restricted attempt (counted_at is null),
+-- which counted on its pair alone, leaves a block of the pair: another attempt may
+-- have set it. Returns true.
+CREATE FUNCTION withdraw_log_in_attempt(address text, email text, counted_at timestamptz) RETURNS boolean
+LANGUAGE plpgsql AS $$
+DECLARE
+    keys bytea[] := log_in_attempt_keys(address, email);
+BEGIN
+    IF counted_at IS NULL THEN
+        keys := keys[1:1];
+    END IF;
+    PERFORM FROM log_in_attempts WHERE key = ANY (keys) ORDER BY key FOR UPDATE;
+    UPDATE log_in_attempts SET
+        failures = greatest(failures - 1, 0),
+        blocked_until = CASE WHEN counted_at IS NULL OR last_at > counted_at THEN blocked_until END
+    WHERE key = ANY (keys);
+    RETURN true;
+END;
+$$;
+
+-- Counts a sign-up on its address, by the rule of count_attempt. Returns how long
+-- the address is blocked if it is. The count is never taken back.
+CREATE FUNCTION begin_sign_up(address text, free integer, longest interval) RETURNS interval LANGUAGE sql AS $$
+    SELECT wait FROM count_attempt(
+        ARRAY[sha256(convert_to('sign-up ' || address, 'UTF8'))], ARRAY[free], longest);
+$$;
