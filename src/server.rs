@@ -2,9 +2,9 @@
 //! reflection, the drain at the shutdown, and the listener for metrics. Shared by the
 //! binary and the tests.
 
+mod authentication;
 mod calls;
 mod connection;
-mod gate;
 mod incoming;
 mod metrics;
 mod tls;
@@ -21,12 +21,7 @@ use tonic::transport::Server;
 use tonic_health::{ServingStatus, server::HealthReporter};
 use tower::layer::layer_fn;
 
-use self::{
-    calls::Calls,
-    connection::Connections,
-    gate::{Gate, Strangers},
-    incoming::incoming,
-};
+use self::{authentication::Authentication, calls::Calls, connection::Connections, incoming::incoming};
 pub use self::{metrics::serve_metrics, tls::Tls};
 use crate::{
     error::{Error, Result},
@@ -93,15 +88,14 @@ pub async fn serve(
     let telemetry = app.telemetry.clone();
     let metrics = Arc::clone(&telemetry.metrics);
     let readiness =
-        tokio::spawn(report_readiness(reporter, app.database.answers(), metrics, stopping.clone()));
+        tokio::spawn(report_readiness(reporter, app.database.available(), metrics, stopping.clone()));
 
     let layer = {
         let (draining, request_timeout) = (draining.clone(), settings.request_timeout);
         let (app, calls) = (app.clone(), calls.clone());
-        let strangers = Strangers::new(limits::UNAUTHENTICATED_CALLS);
         layer_fn(move |routes| {
-            let gate = Gate::new(routes, app.clone(), strangers.clone());
-            Calls::new(gate, request_timeout, draining.clone(), calls.clone(), telemetry.clone())
+            let services = Authentication::new(routes, app.clone());
+            Calls::new(services, request_timeout, draining.clone(), calls.clone(), telemetry.clone())
         })
     };
     // Only requests have a limit: pages of responses are cut to fit, and a single item
@@ -168,16 +162,16 @@ async fn all_idle(calls: &TaskTracker, connections: &Connections) {
 /// reports it as not ready.
 async fn report_readiness(
     reporter: HealthReporter,
-    mut answers: watch::Receiver<Option<bool>>,
+    mut available: watch::Receiver<Option<bool>>,
     metrics: Arc<Metrics>,
     stopping: CancellationToken,
 ) {
     let follow = async {
         loop {
-            let ready = answers.borrow_and_update().unwrap_or(false);
+            let ready = available.borrow_and_update().unwrap_or(false);
             report(&reporter, ready).await;
             metrics.state.ready.set(ready.into());
-            if answers.changed().await.is_err() {
+            if available.changed().await.is_err() {
                 return;
             }
         }

@@ -1,1 +1,2 @@
+DROP VIEW credentials;
 DROP TABLE watch_tokens;

@@ -27,3 +27,17 @@ CREATE INDEX watch_tokens_user_id_idx ON watch_tokens (user_id);
 
 CREATE TRIGGER watch_tokens_set_updated_at BEFORE UPDATE ON watch_tokens
     FOR EACH ROW EXECUTE FUNCTION set_updated_at();
+
+-- All credentials, for the one query that authenticates a secret, whichever kind it is,
+-- and for the one that confirms those in use. A watch token belongs to the user who made
+-- it: when that user is disabled, the token is refused.
+CREATE VIEW credentials AS
+    SELECT id, 'session' AS kind, secret_hash, user_id, NULL::uuid AS job_id,
+        NULL::api_key_scope[] AS scopes, expires_at
+    FROM sessions
+    UNION ALL
+    SELECT id, 'api_key', key_hash, user_id, NULL, scopes, expires_at
+    FROM api_keys
+    UNION ALL
+    SELECT id, 'watch_token', secret_hash, user_id, job_id, NULL, expires_at
+    FROM watch_tokens;

@@ -1,4 +1,4 @@
-//! The credentials that this process remembers: good ones only.
+//! The cache of credentials, which contains valid ones only.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -16,24 +16,24 @@ use crate::{
     secret::SecretHash,
 };
 
-/// How many endings are remembered for the look-ups in flight.
-const ENDINGS: usize = 1_024;
+/// How many revocations are kept for the look-ups in flight.
+const REVOCATIONS: usize = 1_024;
 
-/// What has ended.
+/// The credentials that a revocation ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ending {
+pub enum Revocation {
     /// One session, API key or watch token.
     Credential(CredentialId),
-    /// All sessions of a user, but for one that is kept.
+    /// All sessions of a user but one.
     OtherSessions {
-        /// Whose.
+        /// The user.
         user_id: Uuid,
-        /// The one that goes on.
+        /// The session that stays valid.
         kept: Uuid,
     },
 }
 
-impl Ending {
+impl Revocation {
     fn concerns(self, caller: &Caller) -> bool {
         match (self, caller.subject(), caller.credential()) {
             (Self::Credential(ended), _, id) => ended == id,
@@ -52,20 +52,17 @@ impl Ending {
     }
 }
 
-/// How a look-up went.
+/// The result of inserting a looked-up credential.
 #[derive(Debug)]
-pub(super) enum Looked {
-    /// The credential may be used.
-    Good(Arc<Credential>),
-    /// The database was asked too early: what it said is good may have ended
-    /// since.
-    TooEarly,
+pub(super) enum Inserted {
+    Valid(Arc<Credential>),
+    /// The credential may have been revoked after the database was asked.
+    Outdated,
 }
 
-/// A credential that is remembered, in the hands of somebody who does not keep
-/// it from making room.
+/// A cached credential, without a reference that would keep it in the cache.
 #[derive(Debug)]
-pub(super) struct Known {
+pub(super) struct Cached {
     pub(super) hash: SecretHash,
     pub(super) id: CredentialId,
     pub(super) credential: Weak<Credential>,
@@ -74,13 +71,13 @@ pub(super) struct Known {
 #[derive(Debug, Default)]
 pub(super) struct Cache {
     entries: HashMap<SecretHash, Arc<Credential>>,
-    /// The last ones, and how many there ever were.
-    endings: VecDeque<Ending>,
-    endings_ever: u64,
+    /// The last revocations, and how many there have been in all.
+    revocations: VecDeque<Revocation>,
+    revocations_ever: u64,
 }
 
 impl Cache {
-    /// What is remembered of a secret, good or not; noted as used.
+    /// The cached credential of a secret, valid or not. The use is noted.
     pub(super) fn get(&self, hash: &SecretHash) -> Option<Arc<Credential>> {
         let credential = self.entries.get(hash)?;
         credential.touch();
@@ -89,36 +86,38 @@ impl Cache {
 
     /// To be taken before the database is asked about a secret.
     pub(super) fn mark(&self) -> u64 {
-        self.endings_ever
+        self.revocations_ever
     }
 
-    /// Remembers what the database said is good, unless it ended since `mark`.
-    /// [`Error::Overloaded`] if there is no room.
-    pub(super) fn insert(&mut self, hash: SecretHash, credential: Credential, mark: u64) -> Result<Looked> {
-        let since = usize::try_from(self.endings_ever - mark).unwrap_or(usize::MAX);
-        let mut unheard = self.endings.iter().rev().take(since);
-        if since > self.endings.len() || unheard.any(|ending| ending.concerns(credential.caller())) {
-            return Ok(Looked::TooEarly);
+    /// Caches a credential that the database has as valid, unless it was revoked since
+    /// `mark`. [`Error::Overloaded`] if there is no room.
+    pub(super) fn insert(&mut self, hash: SecretHash, credential: Credential, mark: u64) -> Result<Inserted> {
+        let since = usize::try_from(self.revocations_ever - mark).unwrap_or(usize::MAX);
+        let mut later = self.revocations.iter().rev().take(since);
+        if since > self.revocations.len() || later.any(|revocation| revocation.concerns(credential.caller()))
+        {
+            return Ok(Inserted::Outdated);
         }
-        // Whoever was faster is kept, for streams may wait for its end.
-        if let Some(known) = self.entries.get(&hash).filter(|known| known.is_good()) {
-            known.confirm(credential.confirmed_at());
-            known.touch();
-            return Ok(Looked::Good(known.clone()));
+        // A concurrent look-up that was faster keeps its entry, since streams may wait for
+        // the end of that one.
+        if let Some(cached) = self.entries.get(&hash).filter(|cached| cached.is_valid()) {
+            cached.confirm(credential.confirmed_at());
+            cached.touch();
+            return Ok(Inserted::Valid(cached.clone()));
         }
         if self.entries.len() >= CREDENTIALS {
             self.make_room()?;
         }
         let credential = Arc::new(credential);
         self.entries.insert(hash, credential.clone());
-        Ok(Looked::Good(credential))
+        Ok(Inserted::Valid(credential))
     }
 
-    /// Ends what this concerns, and what look-ups in flight may yet find.
-    pub(super) fn end(&mut self, ending: Ending) {
-        self.note(ending);
+    /// Ends the concerned credentials, also those that look-ups in flight may find.
+    pub(super) fn revoke(&mut self, revocation: Revocation) {
+        self.note(revocation);
         self.entries.retain(|_, credential| {
-            let ended = ending.concerns(credential.caller());
+            let ended = revocation.concerns(credential.caller());
             if ended {
                 credential.end();
             }
@@ -126,68 +125,67 @@ impl Cache {
         });
     }
 
-    /// Has a credential end then, unless it ends before. Look-ups in flight may
-    /// not have heard of that.
+    /// Has a credential end at this time, unless it ends before. A look-up in flight may
+    /// have read the time before it was set.
     pub(super) fn end_at(&mut self, id: CredentialId, at: Moment) {
-        let ending = Ending::Credential(id);
-        self.note(ending);
-        let concerned = self.entries.values().filter(|credential| ending.concerns(credential.caller()));
+        let revocation = Revocation::Credential(id);
+        self.note(revocation);
+        let concerned = self.entries.values().filter(|credential| revocation.concerns(credential.caller()));
         concerned.for_each(|credential| credential.end_at(at));
     }
 
-    fn note(&mut self, ending: Ending) {
-        if self.endings.len() == ENDINGS {
-            self.endings.pop_front();
+    fn note(&mut self, revocation: Revocation) {
+        if self.revocations.len() == REVOCATIONS {
+            self.revocations.pop_front();
         }
-        self.endings.push_back(ending);
-        self.endings_ever += 1;
+        self.revocations.push_back(revocation);
+        self.revocations_ever += 1;
     }
 
-    /// Ends what the database says is not good.
-    pub(super) fn forget(&mut self, hash: &SecretHash) {
+    /// Ends the credential of a secret that the database has not as valid.
+    pub(super) fn remove(&mut self, hash: &SecretHash) {
         if let Some(credential) = self.entries.remove(hash) {
             credential.end();
         }
     }
 
-    /// The same of this very credential; another may have taken its place.
-    pub(super) fn drop_ended(&mut self, hash: &SecretHash, credential: &Arc<Credential>) {
+    /// Ends this credential, and removes it unless another entry has taken its place.
+    pub(super) fn remove_ended(&mut self, hash: &SecretHash, credential: &Arc<Credential>) {
         credential.end();
-        if self.entries.get(hash).is_some_and(|known| Arc::ptr_eq(known, credential)) {
+        if self.entries.get(hash).is_some_and(|cached| Arc::ptr_eq(cached, credential)) {
             self.entries.remove(hash);
         }
     }
 
-    /// How many.
     pub(super) fn len(&self) -> usize {
         self.entries.len()
     }
 
-    /// All of them. Those that somebody holds, as open streams do, are used.
-    pub(super) fn all(&self) -> Vec<Known> {
+    /// All entries. Those that are referenced elsewhere, as by open streams, are in use.
+    pub(super) fn all(&self) -> Vec<Cached> {
         let held = self.entries.values().filter(|credential| Arc::strong_count(credential) > 1);
         held.for_each(|credential| credential.touch());
-        let known = |(hash, credential): (&SecretHash, &Arc<Credential>)| Known {
+        let cached = |(hash, credential): (&SecretHash, &Arc<Credential>)| Cached {
             hash: *hash,
             id: credential.caller().credential(),
             credential: Arc::downgrade(credential),
         };
-        self.entries.iter().map(known).collect()
+        self.entries.iter().map(cached).collect()
     }
 
-    /// Forgets what was not used for a while, and ends what has expired.
+    /// Removes credentials that were not used for this long, and ends expired ones.
     pub(super) fn drop_idle(&mut self, idle: Duration) {
         self.entries.retain(|_, credential| {
-            let good = credential.is_good();
-            if !good {
+            let valid = credential.is_valid();
+            if !valid {
                 credential.end();
             }
-            good && !credential.is_idle(idle)
+            valid && !credential.is_idle(idle)
         });
     }
 
-    /// Forgets the half that was used longest ago of those that nobody holds:
-    /// half, so that the work is worth it.
+    /// Removes, of the entries without another reference, the half that was used longest
+    /// ago: half of them, so that the work is rare.
     fn make_room(&mut self) -> Result<()> {
         let free = |credential: &Arc<Credential>| Arc::strong_count(credential) == 1;
         let mut used: Vec<Moment> =
@@ -208,7 +206,7 @@ impl Cache {
 mod tests {
     use super::*;
     use crate::{
-        models::session::tests::caller,
+        models::caller::tests::caller,
         secret::{Secret, SecretKind},
     };
 
@@ -220,7 +218,7 @@ mod tests {
         Credential::new(caller(user_id, id), None, Moment::now())
     }
 
-    /// A look-up that began at `mark`.
+    /// The result of a look-up that began at `mark`.
     fn look_up(
         cache: &mut Cache,
         hash: SecretHash,
@@ -228,46 +226,56 @@ mod tests {
         mark: u64,
     ) -> Option<Arc<Credential>> {
         match cache.insert(hash, credential, mark).expect("room") {
-            Looked::Good(credential) => Some(credential),
-            Looked::TooEarly => None,
+            Inserted::Valid(credential) => Some(credential),
+            Inserted::Outdated => None,
         }
     }
 
     #[test]
-    fn what_ended_during_its_look_up_is_not_remembered() {
+    fn a_credential_that_was_revoked_during_its_look_up_is_not_cached() {
         let (mut cache, hash, user) = (Cache::default(), hash(), Uuid::now_v7());
         let (session, other) = (CredentialId::Session(Uuid::now_v7()), CredentialId::Session(Uuid::now_v7()));
         let mark = cache.mark();
-        cache.end(Ending::Credential(other));
-        assert!(look_up(&mut cache, hash, credential(user, session), mark).is_some(), "another one ended");
-        cache.forget(&hash);
-        for ending in
-            [Ending::Credential(session), Ending::OtherSessions { user_id: user, kept: Uuid::now_v7() }]
-        {
+        cache.revoke(Revocation::Credential(other));
+        assert!(
+            look_up(&mut cache, hash, credential(user, session), mark).is_some(),
+            "another credential was revoked"
+        );
+        cache.remove(&hash);
+        for revocation in [
+            Revocation::Credential(session),
+            Revocation::OtherSessions { user_id: user, kept: Uuid::now_v7() },
+        ] {
             let mark = cache.mark();
-            cache.end(ending);
-            assert!(look_up(&mut cache, hash, credential(user, session), mark).is_none(), "{ending:?}");
+            cache.revoke(revocation);
+            assert!(look_up(&mut cache, hash, credential(user, session), mark).is_none(), "{revocation:?}");
             let mark = cache.mark();
             assert!(look_up(&mut cache, hash, credential(user, session), mark).is_some(), "asked again");
-            cache.forget(&hash);
+            cache.remove(&hash);
         }
         let mark = cache.mark();
-        for _ in 0..=ENDINGS {
-            cache.end(Ending::Credential(other));
+        for _ in 0..=REVOCATIONS {
+            cache.revoke(Revocation::Credential(other));
         }
-        assert!(look_up(&mut cache, hash, credential(user, session), mark).is_none(), "who knows");
+        assert!(
+            look_up(&mut cache, hash, credential(user, session), mark).is_none(),
+            "more revocations than are kept"
+        );
     }
 
     #[test]
-    fn what_is_to_end_sooner_ends_then_though_it_is_only_being_looked_up() {
+    fn a_credential_whose_end_is_moved_during_its_look_up_is_looked_up_again() {
         let (mut cache, hash, user) = (Cache::default(), hash(), Uuid::now_v7());
         let [key, other] = [(); 2].map(|()| CredentialId::ApiKey(Uuid::now_v7()));
         let mark = cache.mark();
-        let cached = look_up(&mut cache, hash, credential(user, key), mark).expect("no endings");
+        let cached = look_up(&mut cache, hash, credential(user, key), mark).expect("no revocation");
         let others = look_up(&mut cache, super::tests::hash(), credential(user, other), mark);
         cache.end_at(key, Moment::now());
-        assert!(!cached.is_good() && others.is_some_and(|other| other.is_good()));
-        assert!(look_up(&mut cache, hash, credential(user, key), mark).is_none(), "asked too early");
+        assert!(!cached.is_valid() && others.is_some_and(|other| other.is_valid()));
+        assert!(
+            look_up(&mut cache, hash, credential(user, key), mark).is_none(),
+            "asked before the revocation"
+        );
     }
 
     #[test]
@@ -279,15 +287,15 @@ mod tests {
             (user, CredentialId::ApiKey(Uuid::now_v7())),
             (Uuid::now_v7(), CredentialId::Session(Uuid::now_v7())),
         ];
-        let credentials =
-            ids.map(|(user, id)| look_up(&mut cache, hash(), credential(user, id), 0).expect("no endings"));
-        cache.end(Ending::OtherSessions { user_id: user, kept });
-        assert_eq!(credentials.map(|credential| credential.is_good()), [true, false, true, true]);
+        let credentials = ids
+            .map(|(user, id)| look_up(&mut cache, hash(), credential(user, id), 0).expect("no revocation"));
+        cache.revoke(Revocation::OtherSessions { user_id: user, kept });
+        assert_eq!(credentials.map(|credential| credential.is_valid()), [true, false, true, true]);
         assert_eq!(cache.entries.len(), 3);
     }
 
     #[test]
-    fn a_second_look_up_gives_what_the_first_remembered() {
+    fn concurrent_look_ups_share_one_entry() {
         let (mut cache, hash, user) = (Cache::default(), hash(), Uuid::now_v7());
         let id = CredentialId::ApiKey(Uuid::now_v7());
         let first = look_up(&mut cache, hash, credential(user, id), 0).expect("a credential");
@@ -295,13 +303,16 @@ mod tests {
         assert!(Arc::ptr_eq(&first, &second));
         first.end();
         let third = look_up(&mut cache, hash, credential(user, id), 0).expect("a credential");
-        assert!(third.is_good() && !Arc::ptr_eq(&first, &third));
-        cache.drop_ended(&hash, &first);
-        assert!(cache.get(&hash).is_some_and(|known| known.is_good()), "another's place");
+        assert!(third.is_valid() && !Arc::ptr_eq(&first, &third));
+        cache.remove_ended(&hash, &first);
+        assert!(
+            cache.get(&hash).is_some_and(|cached| cached.is_valid()),
+            "the entry of the other credential"
+        );
     }
 
     #[test]
-    fn only_what_nobody_holds_makes_room() {
+    fn only_credentials_without_a_reference_make_room() {
         let mut cache = Cache::default();
         let fill = |cache: &mut Cache| {
             let id = CredentialId::ApiKey(Uuid::now_v7());
@@ -311,29 +322,29 @@ mod tests {
         for _ in 4..CREDENTIALS {
             fill(&mut cache).expect("room");
         }
-        // As a round of confirmation has them.
+        // The references that a round of confirmation takes.
         let all = cache.all();
         let last = fill(&mut cache).expect("room");
         assert!(cache.entries.len() < CREDENTIALS);
-        assert!(all.iter().any(|known| known.credential.upgrade().is_none()));
-        for looked in held.iter().chain([&last]) {
-            let Looked::Good(credential) = looked else { panic!("too early") };
-            assert!(cache.entries.values().any(|known| Arc::ptr_eq(known, credential)));
+        assert!(all.iter().any(|cached| cached.credential.upgrade().is_none()));
+        for inserted in held.iter().chain([&last]) {
+            let Inserted::Valid(credential) = inserted else { panic!("outdated") };
+            assert!(cache.entries.values().any(|cached| Arc::ptr_eq(cached, credential)));
         }
         let all: Vec<_> = cache.entries.values().cloned().collect();
         while cache.entries.len() < CREDENTIALS {
             cache.entries.insert(hash(), all[0].clone());
         }
-        assert!(matches!(fill(&mut cache), Err(Error::Overloaded { .. })), "all are held");
+        assert!(matches!(fill(&mut cache), Err(Error::Overloaded { .. })), "all are referenced");
     }
 
     #[test]
-    fn what_is_idle_or_expired_is_forgotten() {
+    fn idle_and_expired_credentials_are_removed() {
         let mut cache = Cache::default();
         let id = CredentialId::ApiKey(Uuid::now_v7());
         let expired = Credential::new(caller(Uuid::nil(), id), Some(Duration::ZERO), Moment::now());
         let expired = look_up(&mut cache, hash(), expired, 0).expect("a credential");
-        assert!(!expired.is_good());
+        assert!(!expired.is_valid());
         look_up(&mut cache, hash(), credential(Uuid::nil(), id), 0);
         cache.drop_idle(Duration::from_secs(60));
         assert_eq!(cache.entries.len(), 1);

@@ -1,4 +1,4 @@
-//! bcrypt, off the runtime's threads and never more of it at once than the
+//! bcrypt, off the threads of the runtime, and never more hashes at once than the
 //! operator allows.
 
 use std::{sync::Arc, time::Duration};
@@ -15,45 +15,34 @@ use crate::{
     secret::{Password, PasswordHash},
 };
 
-/// Salt of the work that is done where there is no password to compare with.
+/// Salt of the hash that is made where there is no password or no hash to compare.
 const NO_SALT: [u8; 16] = [0; 16];
 
 /// Makes and verifies password hashes.
 #[derive(Clone, Debug)]
 pub struct Passwords {
     cost: u32,
-    turns: Arc<Semaphore>,
-    strangers: Arc<Semaphore>,
+    permits: Arc<Semaphore>,
     wait: Duration,
 }
 
 impl Passwords {
-    /// With bcrypt's `cost`, 4 to 31, and at most `parallel` at work; for
-    /// strangers at most half as many, and at least one.
+    /// With bcrypt's `cost`, 4 to 31, and at most `parallel` hashes at once.
     pub fn new(cost: u32, parallel: usize) -> Self {
-        let turns = |count: usize| Arc::new(Semaphore::new(count.clamp(1, Semaphore::MAX_PERMITS)));
-        Self { cost, turns: turns(parallel), strangers: turns(parallel / 2), wait: PASSWORD_WAIT }
+        let permits = Arc::new(Semaphore::new(parallel.clamp(1, Semaphore::MAX_PERMITS)));
+        Self { cost, permits, wait: PASSWORD_WAIT }
     }
 
-    /// A stranger's place, to be held until the work is done: for those who sign
-    /// up and those whose log-in is in doubt, of whom there may be any number. Only
-    /// who has one waits for a turn, so that log-ins have the other half of the
-    /// turns, or every second where there is only one. Overloaded as
-    /// [`Self::hash`].
-    pub async fn stranger(&self) -> Result<OwnedSemaphorePermit> {
-        self.wait_for(&self.strangers).await
-    }
-
-    /// A hash to store. [`Error::Overloaded`] where no turn comes within
+    /// A hash to store. [`Error::Overloaded`] if no hash may be made within
     /// [`PASSWORD_WAIT`].
     pub async fn hash(&self, password: Password) -> Result<PasswordHash> {
         self.hash_holding((), password).await
     }
 
-    /// The same for a stranger, who has left their place only when it is done,
-    /// even if the caller leaves before.
-    pub async fn hash_for(&self, stranger: OwnedSemaphorePermit, password: Password) -> Result<PasswordHash> {
-        self.hash_holding(stranger, password).await
+    /// As [`Self::hash`]. The permit is dropped when the hash is made, even if the caller
+    /// leaves before.
+    pub async fn hash_with(&self, permit: OwnedSemaphorePermit, password: Password) -> Result<PasswordHash> {
+        self.hash_holding(permit, password).await
     }
 
     async fn hash_holding(&self, held: impl Send + 'static, password: Password) -> Result<PasswordHash> {
@@ -65,16 +54,16 @@ impl Passwords {
         self.work(hash).await.map(PasswordHash::new)
     }
 
-    /// Whether the password is that of the hash. Without the one or the other
-    /// it is not, after the same work: how long a refusal takes tells nobody
-    /// whether there is such a user. Overloaded as above.
+    /// Whether the password has this hash. If either is missing it has not, after the same
+    /// work, so that the time of a refusal does not reveal whether there is such a user.
+    /// [`Error::Overloaded`] as for [`Self::hash`].
     pub async fn verify(&self, password: Option<Password>, hash: Option<PasswordHash>) -> Result<bool> {
         let cost = self.cost;
         self.work(move || match (password, hash) {
             (Some(password), Some(hash)) => {
-                let good = bcrypt::non_truncating_verify(password.as_bytes(), hash.as_str())?;
+                let right = bcrypt::non_truncating_verify(password.as_bytes(), hash.as_str())?;
                 level(hash.as_str().parse::<bcrypt::HashParts>()?.get_cost(), cost)?;
-                Ok(good)
+                Ok(right)
             }
             _ => {
                 bcrypt::non_truncating_hash_with_salt("", cost, NO_SALT)?;
@@ -94,26 +83,30 @@ impl Passwords {
         T: Send + 'static,
         F: FnOnce() -> bcrypt::BcryptResult<T> + Send + 'static,
     {
-        let turn = self.wait_for(&self.turns).await?;
-        // The turn goes along: the work does not end when its caller leaves.
+        let permit = wait_for_permit(&self.permits, self.wait).await?;
+        // The work keeps the permit, since it does not end when its caller leaves.
         spawn_blocking(move || {
-            let _turn = turn;
+            let _permit = permit;
             work()
         })
         .await
         .map_err(Error::internal)?
         .map_err(Error::internal)
     }
-
-    async fn wait_for(&self, turns: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit> {
-        timeout(self.wait, Arc::clone(turns).acquire_owned())
-            .await
-            .map_err(|_| Error::Overloaded { what: "password checks", retry_after: Duration::from_secs(1) })?
-            .map_err(Error::internal)
-    }
 }
 
-/// Makes up for the work of a hash that was made at a lower cost than today's:
+/// A permit to hash; [`Error::Overloaded`] after this wait.
+pub(super) async fn wait_for_permit(
+    permits: &Arc<Semaphore>,
+    wait: Duration,
+) -> Result<OwnedSemaphorePermit> {
+    timeout(wait, Arc::clone(permits).acquire_owned())
+        .await
+        .map_err(|_| Error::Overloaded { what: "password checks", retry_after: Duration::from_secs(1) })?
+        .map_err(Error::internal)
+}
+
+/// Makes up for the work of a hash that was made with a lower cost than the setting:
 /// 2^made + 2^made + 2^(made+1) + ... + 2^(cost-1) is 2^cost.
 fn level(made: u32, cost: u32) -> bcrypt::BcryptResult<()> {
     for cost in made..cost {
@@ -156,37 +149,26 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_wait_for_a_turn_is_bounded() {
+    async fn the_wait_for_a_permit_to_hash_is_bounded() {
         let passwords = Passwords { wait: Duration::from_millis(1), ..Passwords::new(4, 1) };
-        let _turn = passwords.turns.clone().acquire_owned().await.expect("a turn");
+        let _permit = passwords.permits.clone().acquire_owned().await.expect("a permit");
         let refused = passwords.hash(password("12345678")).await;
         assert!(matches!(refused, Err(Error::Overloaded { .. })), "{refused:?}");
     }
 
-    #[tokio::test]
-    async fn strangers_have_at_most_half_of_the_turns() {
-        for (parallel, strangers) in [(1, 1), (2, 1), (3, 1), (4, 2), (9, 4)] {
-            assert_eq!(Passwords::new(4, parallel).strangers.available_permits(), strangers, "{parallel}");
-        }
-        let passwords = Passwords { wait: Duration::from_millis(1), ..Passwords::new(4, 2) };
-        let _stranger = passwords.stranger().await.expect("a place");
-        let refused = passwords.stranger().await;
-        assert!(matches!(refused, Err(Error::Overloaded { .. })), "{refused:?}");
-        passwords.hash(password("12345678")).await.expect("a turn of the others");
-    }
-
     #[tokio::test(flavor = "multi_thread")]
-    async fn a_stranger_who_leaves_makes_room_when_the_work_is_done() {
+    async fn a_permit_is_kept_until_the_hash_is_made_even_if_the_caller_leaves() {
         let passwords = Passwords::new(12, 2);
-        let stranger = passwords.stranger().await.expect("a place");
+        let unauthenticated = Arc::new(Semaphore::new(1));
+        let permit = unauthenticated.clone().acquire_owned().await.expect("a permit");
         let leaving = passwords.clone();
-        let hash = tokio::spawn(async move { leaving.hash_for(stranger, password("12345678")).await });
-        while passwords.turns.available_permits() == 2 {
+        let hash = tokio::spawn(async move { leaving.hash_with(permit, password("12345678")).await });
+        while passwords.permits.available_permits() == 2 {
             tokio::task::yield_now().await;
         }
         hash.abort();
         assert!(hash.await.is_err_and(|error| error.is_cancelled()));
-        assert_eq!((passwords.turns.available_permits(), passwords.strangers.available_permits()), (1, 0));
-        drop(passwords.stranger().await.expect("a place, in the end"));
+        assert_eq!((passwords.permits.available_permits(), unauthenticated.available_permits()), (1, 0));
+        drop(unauthenticated.acquire_owned().await.expect("the permit, in the end"));
     }
 }

@@ -11,7 +11,7 @@ use crate::{
         DatabaseSettings, StartError,
         embedded::{Embedded, EmbeddedError, EmbeddedSettings, default_data_dir},
         migrations::{self, SchemaError},
-        wait_until_it_answers,
+        wait_until_available,
     },
     error::BoxError,
 };
@@ -52,7 +52,7 @@ impl OpenDatabase {
     pub(super) async fn wait(config: &DatabaseConfig) -> Result<(), StartError> {
         let Some(url) = &config.database_url else { return Ok(()) };
         let connect_limit = Duration::from_secs(config.database_start_timeout_s);
-        wait_until_it_answers(&settings(config, url.reveal().to_owned()), connect_limit).await
+        wait_until_available(&settings(config, url.reveal().to_owned()), connect_limit).await
     }
 
     /// Waits for DATABASE_URL as [`OpenDatabase::wait`] does, and with `--migrate`

@@ -8,13 +8,14 @@ use std::{
 };
 
 use clap::{Args, Subcommand, ValueEnum};
+use futures_util::{FutureExt as _, future::BoxFuture};
 
 use super::{database::OpenDatabase, print_line};
 use crate::{
     auth::Passwords,
     config::{BcryptConfig, DatabaseConfig},
-    db::{Connection, Database, migrations},
-    error::BoxError,
+    db::{Database, Transaction, Unconditional, migrations},
+    error::{BoxError, Result},
     models::{
         caller::UserRole,
         user::{Email, NewUser, User as UserRow},
@@ -105,17 +106,21 @@ impl User {
                 let email = Email::new(user.email.clone())?;
                 let password_hash = password.hash().await?;
                 let new = NewUser { role, email, password_hash, first_name, last_name };
-                (user.change(async |conn| Ok(new.create(conn).await?)).await?, "created")
+                (user.change(move |tx| async move { new.create(tx).await }.boxed()).await?, "created")
             }
             Command::SetPassword { password, user } => {
                 let hash = password.hash().await?;
                 let email = user.email.clone();
-                let changed = user.change(async |conn| Ok(UserRow::set_password(conn, &email, &hash).await?));
+                let changed = user
+                    .change(move |tx| async move { UserRow::set_password(tx, &email, &hash).await }.boxed());
                 (changed.await?, "has a new password")
             }
             Command::Disable { user } => {
                 let email = user.email.clone();
-                (user.change(async |conn| Ok(UserRow::disable(conn, &email).await?)).await?, "disabled")
+                (
+                    user.change(move |tx| async move { UserRow::disable(tx, &email).await }.boxed()).await?,
+                    "disabled",
+                )
             }
         };
         print_line(&format!("{} {} {outcome}", user.id, user.email))?;
@@ -127,7 +132,7 @@ impl TargetUser {
     /// Runs `change` on the database, once its schema is known to fit this binary.
     async fn change(
         &self,
-        change: impl AsyncFnOnce(&mut Connection) -> Result<UserRow, BoxError>,
+        change: impl for<'a> FnOnce(&'a mut Transaction<'_>) -> BoxFuture<'a, Result<UserRow>> + Send + 'static,
     ) -> Result<UserRow, BoxError> {
         let open = OpenDatabase::to_use(&self.database).await?;
         let changed = async {
@@ -136,7 +141,7 @@ impl TargetUser {
             }
             let database = Database::new(open.settings.clone())?;
             migrations::check(&database, true).await?;
-            change(&mut database.get().await?).await
+            Ok(database.write(Unconditional, change).await?)
         };
         let changed = changed.await;
         open.close().await?;

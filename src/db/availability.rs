@@ -1,13 +1,13 @@
-//! Whether the database is there, as this process knows it.
+//! Whether the database is available, as this process knows it.
 //!
-//! One task asks it over a connection of its own: a pool that is busy is no
-//! database that is away. Where neither that connection nor a new one answers,
-//! the database is away: every connection to it is cut, so that whoever waits
-//! for an answer is refused now and not when the network gives up, and nobody
-//! tries to connect until it is back.
+//! One task queries the database over a connection of its own, since a pool without a
+//! free connection does not mean that the database is unavailable. If neither that
+//! connection nor a new one answers, the database is unavailable: every connection to it
+//! is cut, so that callers are refused now and not when TCP gives up, and no caller tries
+//! to connect until it answers again.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError, Weak},
+    sync::{Arc, Weak},
     time::Duration,
 };
 
@@ -18,6 +18,7 @@ use futures_util::{
     future::{BoxFuture, FutureExt as _},
     stream::FuturesUnordered,
 };
+use parking_lot::Mutex;
 use tokio::{
     sync::watch,
     time::{Instant, sleep, timeout},
@@ -29,50 +30,50 @@ use super::{
     connect::{DialError, dial},
 };
 
-/// How often the database is asked whether it answers, and how long it has.
-const ASK_EVERY: Duration = Duration::from_secs(1);
-/// More than the ways there and back that a new connection takes (TCP, TLS, a
-/// password, settings): to one far away it takes longer than an answer may.
+/// How often the database is queried, and how long the answer may take.
+const CHECK_EVERY: Duration = Duration::from_secs(1);
+/// More than the round trips of a new connection (TCP, TLS, a password, settings). To a
+/// distant database they take longer than an answer may.
 const CONNECT_ROUND_TRIPS: u32 = 16;
-/// How soon it is asked again after it did not answer.
-const ASK_AGAIN: Duration = Duration::from_millis(250);
-/// How often a start tries again to connect, and how often it says so.
+/// How soon the database is queried again after it did not answer.
+const CHECK_AGAIN: Duration = Duration::from_millis(250);
+/// How often a starting server tries to connect, and how often it logs that it waits.
 const START_RETRY: Duration = Duration::from_millis(500);
 const START_LOG_EVERY: Duration = Duration::from_secs(5);
 
-/// What is known.
 #[derive(Debug)]
 pub(super) struct Availability {
-    answers: watch::Sender<Option<bool>>,
-    /// Cancelled while the database is away; what hangs on it is cut.
+    available: watch::Sender<Option<bool>>,
+    /// Cancelled while the database is unavailable; its child tokens cut connections.
     outage: Mutex<CancellationToken>,
 }
 
 impl Availability {
     pub(super) fn new() -> Arc<Self> {
-        Arc::new(Self { answers: watch::Sender::new(None), outage: Mutex::default() })
+        Arc::new(Self { available: watch::Sender::new(None), outage: Mutex::default() })
     }
 
-    /// Cancelled if the database is away, or when it next is.
+    /// Cancelled if the database is unavailable, or when it next becomes so.
     pub(super) fn outage(&self) -> CancellationToken {
-        self.outage.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.outage.lock().clone()
     }
 
-    /// Whether it answers, and each change of that; nothing before it was asked.
-    pub(super) fn answers(&self) -> watch::Receiver<Option<bool>> {
-        self.answers.subscribe()
+    /// None before the first check.
+    pub(super) fn subscribe(&self) -> watch::Receiver<Option<bool>> {
+        self.available.subscribe()
     }
 
-    fn note(&self, asked: ConnectionResult<()>) {
-        let answers = asked.is_ok();
-        if *self.answers.borrow() == Some(answers) {
+    fn note(&self, checked: ConnectionResult<()>) {
+        let available = checked.is_ok();
+        if *self.available.borrow() == Some(available) {
             return;
         }
-        let mut outage = self.outage.lock().unwrap_or_else(PoisonError::into_inner);
-        match asked {
+        let mut outage = self.outage.lock();
+        match checked {
             Ok(()) => {
                 tracing::info!(ready = true, "the database answers");
-                // At the first answer there was none, and connections hang on it.
+                // Before the first answer there was no outage, and connections may have been
+                // made with this token.
                 if outage.is_cancelled() {
                     *outage = CancellationToken::new();
                 }
@@ -84,44 +85,43 @@ impl Availability {
             }
         }
         drop(outage);
-        self.answers.send_replace(Some(answers));
+        self.available.send_replace(Some(available));
     }
 }
 
-/// Asks until nobody wants to know any more.
-pub(super) async fn keep_asking(settings: DatabaseSettings, availability: Weak<Availability>) {
+/// Checks until the last clone of the pool is dropped.
+pub(super) async fn watch(settings: DatabaseSettings, availability: Weak<Availability>) {
     let attempts = FuturesUnordered::new();
-    // Where nothing is known of the way, it may be a long one.
+    // Before the first answer the database may be a distant one.
     let connect_limit = settings.connect_timeout;
     let mut probe = Probe { settings, kept: None, attempts, last: Duration::MAX, connect_limit };
     loop {
-        let asked = probe.ask().await;
-        let pause = if asked.is_ok() { ASK_EVERY } else { ASK_AGAIN };
+        let checked = probe.check().await;
+        let pause = if checked.is_ok() { CHECK_EVERY } else { CHECK_AGAIN };
         let Some(availability) = availability.upgrade() else { return };
-        availability.note(asked);
+        availability.note(checked);
         drop(availability);
         sleep(pause).await;
     }
 }
 
-/// Who asks.
 struct Probe {
     settings: DatabaseSettings,
     kept: Option<AsyncPgConnection>,
-    /// On their way to a new connection since then, each for the connect time-out
-    /// at most.
+    /// Attempts to connect since their start, each for the connect timeout at most.
     attempts: FuturesUnordered<BoxFuture<'static, (Instant, ConnectionResult<Answered>)>>,
-    /// How long the last answer took, and how long a connection may take to make.
+    /// How long the last answer took.
     last: Duration,
+    /// How long a new connection may take.
     connect_limit: Duration,
 }
 
 impl Probe {
-    /// Over the connection there is and, where that does not answer, over a new
-    /// one: one that broke is not the database's end.
-    async fn ask(&mut self) -> ConnectionResult<()> {
+    /// Queries over the kept connection and, if that does not answer, over a new one,
+    /// since a broken connection does not mean that the database is unavailable.
+    async fn check(&mut self) -> ConnectionResult<()> {
         let answered = match self.kept.take() {
-            Some(connection) => in_time(ASK_EVERY, ping(connection)).await.ok(),
+            Some(connection) => in_time(CHECK_EVERY, ping(connection)).await.ok(),
             None => None,
         };
         let (connection, took) = match answered {
@@ -129,14 +129,14 @@ impl Probe {
             None => self.connect().await?,
         };
         self.kept = Some(connection);
-        // One answer that is late does not make the way longer.
+        // One late answer does not mean that the database is farther away.
         let round_trip = std::mem::replace(&mut self.last, took).min(took);
-        self.connect_limit = ASK_EVERY.max(round_trip * CONNECT_ROUND_TRIPS);
+        self.connect_limit = CHECK_EVERY.max(round_trip * CONNECT_ROUND_TRIPS);
         Ok(())
     }
 
-    /// Another attempt beside those that had too little time: the database may
-    /// be far away, or have come back to a connection that hears nothing of it.
+    /// Another attempt, beside earlier ones that are still under way: the database may be
+    /// distant, or an earlier attempt may never get an answer.
     async fn connect(&mut self) -> ConnectionResult<Answered> {
         let (settings, begun) = (self.settings.clone(), Instant::now());
         let limit = settings.connect_timeout;
@@ -145,12 +145,12 @@ impl Probe {
         let attempts = &mut self.attempts;
         let first = async {
             while let Some((since, made)) = attempts.next().await {
-                // What becomes of an earlier one only matters if it is good.
+                // An earlier attempt matters only if it succeeds.
                 if made.is_ok() || since == begun {
                     return made;
                 }
             }
-            silence()
+            no_answer()
         };
         let answered = in_time(self.connect_limit.min(limit), first).await?;
         self.attempts.clear();
@@ -162,58 +162,54 @@ impl Probe {
 type Answered = (AsyncPgConnection, Duration);
 
 async fn ping(mut connection: AsyncPgConnection) -> ConnectionResult<Answered> {
-    let asked = Instant::now();
+    let sent_at = Instant::now();
     connection.batch_execute("SELECT 1").await.map_err(ConnectionError::CouldntSetupConfiguration)?;
-    Ok((connection, asked.elapsed()))
+    Ok((connection, sent_at.elapsed()))
 }
 
 async fn in_time<T>(limit: Duration, work: impl Future<Output = ConnectionResult<T>>) -> ConnectionResult<T> {
-    timeout(limit, work).await.unwrap_or_else(|_| silence())
+    timeout(limit, work).await.unwrap_or_else(|_| no_answer())
 }
 
-fn silence<T>() -> ConnectionResult<T> {
-    Err(ConnectionError::BadConnection("it is silent".to_owned()))
+fn no_answer<T>() -> ConnectionResult<T> {
+    Err(ConnectionError::BadConnection("it does not answer".to_owned()))
 }
 
-/// Why a start does not go on; for the operator.
+/// Why a server does not start; for the operator.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// Nothing that waiting would cure.
+    /// An error that waiting does not cure, such as a wrong password.
     #[error("cannot connect to the database: {0}")]
     Refused(#[source] DialError),
-    /// Not within the time that a start waits.
+    /// The database did not answer within the time that a start waits.
     #[error("the database did not answer for {waited_s} s: {last}")]
-    Away {
-        /// How long was waited, in seconds.
+    Unavailable {
+        /// How long the start waited, in seconds.
         waited_s: u64,
-        /// What was said last.
+        /// The last error.
         last: String,
     },
 }
 
-/// Returns once the database takes a connection, which it may still be on its
-/// way to; at most after `patience`. What waiting does not cure, such as a wrong
-/// password, is an error at once.
-pub async fn wait_until_it_answers(
-    settings: &DatabaseSettings,
-    connect_limit: Duration,
-) -> Result<(), StartError> {
+/// Returns once the database accepts a connection; waits at most for `limit`. An error
+/// that waiting does not cure, such as a wrong password, is returned at once.
+pub async fn wait_until_available(settings: &DatabaseSettings, limit: Duration) -> Result<(), StartError> {
     let started = Instant::now();
-    let mut told: Option<Instant> = None;
+    let mut logged: Option<Instant> = None;
     loop {
         let last = match timeout(settings.connect_timeout, dial(&settings.url, settings.ca.as_deref())).await
         {
             Ok(Ok(_)) => return Ok(()),
             Ok(Err(error)) if error.is_final() => return Err(StartError::Refused(error)),
             Ok(Err(error)) => error.to_string(),
-            Err(_) => "it is silent".to_owned(),
+            Err(_) => "it does not answer".to_owned(),
         };
-        if started.elapsed() + START_RETRY > connect_limit {
-            return Err(StartError::Away { waited_s: started.elapsed().as_secs(), last });
+        if started.elapsed() + START_RETRY > limit {
+            return Err(StartError::Unavailable { waited_s: started.elapsed().as_secs(), last });
         }
-        if told.is_none_or(|told| told.elapsed() >= START_LOG_EVERY) {
+        if logged.is_none_or(|logged| logged.elapsed() >= START_LOG_EVERY) {
             tracing::warn!(cause = last, "waiting for the database");
-            told = Some(Instant::now());
+            logged = Some(Instant::now());
         }
         sleep(START_RETRY).await;
     }

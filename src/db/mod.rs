@@ -1,5 +1,5 @@
-//! The database: pool, connections, whether it is there, migrations, the
-//! embedded server and the notifier between replicas.
+//! The database: the pool, the connections, their availability, migrations, the
+//! embedded server, and notifications between replicas.
 
 mod availability;
 mod connect;
@@ -7,6 +7,7 @@ pub mod embedded;
 pub mod migrations;
 pub mod notifier;
 mod pool;
+mod transaction;
 
 use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 
@@ -15,43 +16,40 @@ use diesel::{ConnectionError, ConnectionResult};
 use diesel_async::{
     AsyncPgConnection, SimpleAsyncConnection as _, pooled_connection::PoolableConnection as _,
 };
-
-use tokio::{
-    sync::{Semaphore, watch},
-    time::timeout,
-};
+use tokio::{sync::watch, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 use self::{
     availability::Availability,
     connect::{dial, establish},
-    pool::{Manager, Pool, watch_holds},
+    pool::{Manager, Pool, cut_long_checkouts},
 };
 pub use self::{
-    availability::{StartError, wait_until_it_answers},
+    availability::{StartError, wait_until_available},
     connect::DialError,
-    pool::Connection,
+    pool::{Connection, Share},
+    transaction::{Authority, OwnConnection, Transaction, Unconditional},
 };
 use crate::error::{BoxError, Error, Result};
 
-/// How soon the database finds that nobody is there any more, and lets go what was
-/// locked.
+/// TCP settings by which Postgres notices soon that a client is gone, and releases its
+/// locks.
 const KEEPALIVES: &str =
     "SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 2; SET tcp_keepalives_count = 3";
 
-/// How connections are made and how long anything may take on them.
+/// How connections are made, and how long their uses may take.
 #[derive(Clone)]
 pub struct DatabaseSettings {
-    /// `postgresql://…`; may hold a password, so it is never logged.
+    /// `postgresql://…`; never logged, since it may contain a password.
     pub url: String,
-    /// Authorities of the database, as a PEM file, instead of this system's; the
-    /// connection must then be encrypted.
+    /// PEM file of certificate authorities, instead of the system's; connections must
+    /// then be encrypted.
     pub ca: Option<PathBuf>,
     /// Most connections at once.
     pub connections: usize,
-    /// Longest that one statement may run.
+    /// Longest time that one statement may run.
     pub statement_timeout: Duration,
-    /// Longest wait for a connection to be free or to be made.
+    /// Longest wait for a connection of the pool, or for a new one.
     pub connect_timeout: Duration,
     /// Value of `synchronous_commit` on every connection: `on`,
     /// `remote_write` or `remote_apply`.
@@ -59,8 +57,8 @@ pub struct DatabaseSettings {
 }
 
 impl DatabaseSettings {
-    /// How long a use of a connection may take that no more than a statement is
-    /// waited for in: past this the connection, not the statement, is at fault.
+    /// How long a use of a connection may take that waits for one statement. After that
+    /// the connection is at fault, not the statement.
     pub(crate) fn longest_use(&self) -> Duration {
         self.statement_timeout + Duration::from_secs(1)
     }
@@ -72,25 +70,10 @@ impl fmt::Debug for DatabaseSettings {
     }
 }
 
-/// Who wants a connection. Of whom nobody knows yet who they are there may be any
-/// number: each kind of them has a quarter of the pool, so that neither the other nor
-/// anybody else waits behind all of them.
-#[derive(Clone, Copy, Debug)]
-pub enum Asker {
-    /// Somebody whose credential is known, or ourselves.
-    Known,
-    /// Whose secret is to be looked up.
-    WithSecret,
-    /// Who logs in or signs up.
-    WithPassword,
-}
-
 /// The pool of connections.
 #[derive(Clone)]
 pub struct Database {
     pool: Pool,
-    /// Turns of those with a secret, and of those with a password.
-    strangers: [Arc<Semaphore>; 2],
     settings: DatabaseSettings,
     availability: Arc<Availability>,
 }
@@ -113,92 +96,75 @@ impl Database {
             .timeouts(Timeouts { wait, create: wait, recycle: wait })
             .build()
             .map_err(Error::internal)?;
-        let strangers = [(); 2].map(|()| Arc::new(Semaphore::new((settings.connections / 4).max(1))));
-        Ok(Self { pool, strangers, settings, availability })
+        Ok(Self { pool, settings, availability })
     }
 
-    /// Starts to ask the database whether it answers, and cuts all connections
-    /// when it does not, and single ones that do not; until the last clone of
-    /// this is dropped.
-    pub fn keep_asking(&self) {
-        tokio::spawn(watch_holds(self.pool.weak(), self.settings.statement_timeout));
+    /// Starts to watch the availability of the database, until the last clone is
+    /// dropped. All connections are cut when the database does not answer, and single
+    /// ones that do not answer.
+    pub fn watch_availability(&self) {
+        tokio::spawn(cut_long_checkouts(self.pool.weak(), self.settings.statement_timeout));
         let availability = Arc::downgrade(&self.availability);
-        tokio::spawn(availability::keep_asking(self.settings.clone(), availability));
+        tokio::spawn(availability::watch(self.settings.clone(), availability));
     }
 
-    /// Whether it answers, and each change of that; nothing before it was asked.
-    pub fn answers(&self) -> watch::Receiver<Option<bool>> {
-        self.availability.answers()
+    /// Whether the database is available, and each change of that; none before the first
+    /// check.
+    pub fn available(&self) -> watch::Receiver<Option<bool>> {
+        self.availability.subscribe()
     }
 
-    /// A connection, within the connect time-out; refused at once while the
-    /// database is known to be away.
+    /// A connection to read with, within the connect timeout; refused at once while the
+    /// database is known to be unavailable.
     pub async fn get(&self) -> Result<Connection> {
-        self.unless_away(self.pool.get()).await
+        self.unless_unavailable(self.pool.get()).await
     }
 
-    /// The same for whoever it is. [`Error::Overloaded`] where strangers of that kind
-    /// are too many.
-    pub async fn get_for(&self, asker: Asker) -> Result<Connection> {
-        let turns = match asker {
-            Asker::Known => return self.get().await,
-            Asker::WithSecret => &self.strangers[0],
-            Asker::WithPassword => &self.strangers[1],
-        };
-        let turn = timeout(self.settings.connect_timeout, Arc::clone(turns).acquire_owned());
-        let turn = self.unless_away(async { Ok::<_, BoxError>(turn.await) }).await?;
-        let overloaded = Error::Overloaded { what: "strangers", retry_after: Duration::from_secs(1) };
-        let turn = turn.map_err(|_| overloaded)?.map_err(Error::internal)?;
-        Ok(self.get().await?.with_turn(turn))
+    /// As [`Self::get`], for callers that may use only a share of the pool.
+    /// [`Error::Overloaded`] if the share has no connection left within the timeout.
+    pub async fn get_share(&self, share: &Share) -> Result<Connection> {
+        let permit = timeout(self.settings.connect_timeout, Arc::clone(&share.permits).acquire_owned());
+        let permit = self.unless_unavailable(async { Ok::<_, BoxError>(permit.await) }).await?;
+        let overloaded = Error::Overloaded { what: share.callers, retry_after: Duration::from_secs(1) };
+        let permit = permit.map_err(|_| overloaded)?.map_err(Error::internal)?;
+        Ok(self.get().await?.with_permit(permit))
     }
 
-    /// A connection of one's own, outside the pool. Like those of the pool it is
-    /// cut when the database is known to be away.
+    /// A connection outside the pool. Like those of the pool it is cut when the database
+    /// becomes unavailable.
     pub async fn connect(&self) -> Result<AsyncPgConnection> {
-        self.unless_away(Box::pin(connect(&self.settings, Some(self.availability.outage())))).await
+        let connecting = Box::pin(connect(&self.settings, Some(self.availability.outage())));
+        self.unless_unavailable(connecting).await
     }
 
-    /// A connection of one's own that is kept from one use to the next, or a new
-    /// one: one that broke while it was idle had nothing to lose. It is given back
-    /// after a use that went well.
-    pub async fn kept_or_new(&self, kept: &mut Option<AsyncPgConnection>) -> Result<AsyncPgConnection> {
-        match kept.take_if(|connection| !connection.is_broken()) {
+    /// The server's own connection, kept from one use to the next, or a new one if it
+    /// broke while it was idle. The caller puts it back after a use that succeeded.
+    pub async fn kept_or_new(&self, kept: &mut Option<OwnConnection>) -> Result<OwnConnection> {
+        match kept.take_if(|connection| !connection.0.is_broken()) {
             Some(connection) => Ok(connection),
-            None => self.connect().await,
+            None => self.connect().await.map(OwnConnection),
         }
     }
 
-    /// A connection to LISTEN on; not cut, see [`Self::unless_away`].
+    /// A connection to LISTEN on. An outage does not cut it; see
+    /// [`Self::unless_unavailable`].
     pub async fn connect_to_listen(&self) -> Result<AsyncPgConnection> {
-        self.unless_away(connect(&self.settings, None)).await
+        self.unless_unavailable(connect(&self.settings, None)).await
     }
 
-    /// What comes of `work`, or that the database is away as soon as that is
-    /// known.
-    pub async fn unless_away<T, E: Into<BoxError>>(
+    /// The result of `work`, or [`Error::Unavailable`] as soon as the database is known
+    /// to be unavailable.
+    pub async fn unless_unavailable<T, E: Into<BoxError>>(
         &self,
         work: impl Future<Output = Result<T, E>>,
     ) -> Result<T> {
         match self.availability.outage().run_until_cancelled(work).await {
             Some(result) => result.map_err(Error::unavailable),
-            None => Err(Error::unavailable("the database is away")),
+            None => Err(Error::unavailable("the database is unavailable")),
         }
     }
 
-    /// Runs `work` to its end, even if the caller leaves meanwhile: a future
-    /// that is dropped inside a transaction would leave it open, with its
-    /// locks, until the connection's next use.
-    pub async fn detached<T, W, F>(&self, work: W) -> Result<T>
-    where
-        T: Send + 'static,
-        W: FnOnce(Connection) -> F + Send + 'static,
-        F: Future<Output = Result<T>> + Send,
-    {
-        let connection = self.get().await?;
-        tokio::spawn(async move { work(connection).await }).await.map_err(Error::internal)?
-    }
-
-    /// How many connections the pool has, and how many wait for one.
+    /// How many connections the pool has, and how many callers wait for one.
     pub fn status(&self) -> Status {
         self.pool.status()
     }
@@ -209,11 +175,12 @@ impl Database {
     }
 }
 
-/// Connects and sets what every connection of ours has set. The connection is
-/// cut by an `outage`; it receives notifications only without one.
+/// Connects, and sets what every connection of the server needs. An `outage` cuts the
+/// connection; only without one does it receive notifications.
 ///
-/// There is an index for everything that is asked. A plan is kept while the
-/// tables grow, so even of a small one no plan is to read all.
+/// There is an index for every query, and a plan is kept while the tables grow:
+/// `enable_seqscan = off` keeps Postgres from a plan that reads a table that is still
+/// small whole.
 async fn connect(
     settings: &DatabaseSettings,
     outage: Option<CancellationToken>,
@@ -222,8 +189,8 @@ async fn connect(
         let mut connection = match outage {
             Some(outage) => {
                 let (client, driver) = dial(&settings.url, settings.ca.as_deref()).await?;
-                // Whoever waits for an answer is told that the connection is
-                // closed; why it is, nobody asks.
+                // A caller that waits for an answer gets the error that the connection is
+                // closed; the driver's own result is not needed.
                 tokio::spawn(async move { outage.run_until_cancelled(driver).await.map(Result::ok) });
                 AsyncPgConnection::try_from(client).await?
             }

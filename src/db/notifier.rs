@@ -1,7 +1,8 @@
-//! The bell between replicas: NOTIFY after a commit, never within one, since a
-//! notifying transaction holds a lock of the whole cluster while it flushes.
+//! Notifications between replicas: NOTIFY on the channel `milepost`, after a commit. A
+//! transaction that contains NOTIFY holds a lock of the whole cluster until its commit
+//! is flushed, so appends never contain it.
 //!
-//! A bell may be lost; whoever listens also looks by itself, now and then.
+//! A notification may be lost: whoever listens also reads from time to time without one.
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
@@ -14,10 +15,10 @@ use uuid::Uuid;
 use super::Database;
 use crate::error::{Error, Result};
 
-/// Pause before the connection that listens is made anew.
+/// Pause before the connection that listens is made again.
 const RECONNECT: Duration = Duration::from_millis(250);
 
-/// What rings.
+/// What a notification is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Notification {
     /// Events were committed.
@@ -35,58 +36,75 @@ impl Notification {
     }
 }
 
-/// Rings the other replicas.
+/// Notifies the other replicas.
 #[derive(Clone, Debug)]
 pub struct Notifier {
+    database: Database,
+    /// Tells the notifications of this process from those of others.
+    replica: Arc<str>,
     log: Arc<Notify>,
     credentials: Arc<Notify>,
-    _alive: Arc<DropGuard>,
+    ended: CancellationToken,
+    _end: Arc<DropGuard>,
 }
 
 impl Notifier {
-    /// Starts to ring for this process and to listen to the others; `heard` is
-    /// called for each bell of theirs, and for all of them once listening has
-    /// begun anew, since some may have been missed.
-    pub fn start(database: Database, heard: impl Fn(Notification) + Send + Sync + 'static) -> Self {
-        let replica = Uuid::now_v7().simple().to_string();
+    /// Starts the tasks that send; they end when the last clone is dropped.
+    pub fn start(database: Database) -> Self {
         let ended = CancellationToken::new();
         let notifier = Self {
+            database,
+            replica: Uuid::now_v7().simple().to_string().into(),
             log: Arc::default(),
             credentials: Arc::default(),
-            _alive: Arc::new(ended.clone().drop_guard()),
+            _end: Arc::new(ended.clone().drop_guard()),
+            ended,
         };
-        for (bell, due) in
-            [(Notification::Log, &notifier.log), (Notification::Credentials, &notifier.credentials)]
-        {
-            let sending = send(database.clone(), Arc::clone(due), format!("{} {replica}", bell.label()));
-            tokio::spawn(ended.clone().run_until_cancelled_owned(sending));
+        for notification in [Notification::Log, Notification::Credentials] {
+            let payload = format!("{} {}", notification.label(), notifier.replica);
+            let due = Arc::clone(notifier.due(notification));
+            let sending = send(notifier.database.clone(), due, payload);
+            tokio::spawn(notifier.ended.clone().run_until_cancelled_owned(sending));
         }
-        tokio::spawn(ended.run_until_cancelled_owned(async move {
-            let mut hears = true;
+        notifier
+    }
+
+    /// Sends a notification soon. Those that come while one is on its way become one.
+    pub fn notify(&self, notification: Notification) {
+        self.due(notification).notify_one();
+    }
+
+    /// Starts to listen: `received` is called for each notification of another replica,
+    /// and for both kinds whenever listening begins, since some may have been missed.
+    pub fn listen(&self, received: impl Fn(Notification) + Send + Sync + 'static) {
+        let (database, replica) = (self.database.clone(), Arc::clone(&self.replica));
+        tokio::spawn(self.ended.clone().run_until_cancelled_owned(async move {
+            let mut failing = false;
             loop {
-                // Told once, not at every attempt.
-                let listening = listen(&database, &replica, &heard, &mut hears);
-                if let Err(error) = database.unless_away(listening).await
-                    && std::mem::take(&mut hears)
+                let listening = listen(&database, &replica, &received, &mut failing);
+                // Logged once an outage, not at every attempt.
+                if let Err(error) = database.unless_unavailable(listening).await
+                    && !std::mem::replace(&mut failing, true)
                 {
-                    tracing::warn!(error = &error as &dyn std::error::Error, "cannot hear other replicas");
+                    tracing::warn!(
+                        error = &error as &dyn std::error::Error,
+                        "cannot listen to other replicas"
+                    );
                 }
                 tokio::time::sleep(RECONNECT).await;
             }
         }));
-        notifier
     }
 
-    /// Rings soon. Bells that fall due while one is on its way become one.
-    pub fn notify(&self, bell: Notification) {
-        match bell {
-            Notification::Log => self.log.notify_one(),
-            Notification::Credentials => self.credentials.notify_one(),
+    fn due(&self, notification: Notification) -> &Arc<Notify> {
+        match notification {
+            Notification::Log => &self.log,
+            Notification::Credentials => &self.credentials,
         }
     }
 }
 
-/// One notification at a time, the next carrying what has fallen due meanwhile.
+/// Sends one notification at a time; the next one stands for all that came meanwhile.
 async fn send(database: Database, due: Arc<Notify>, payload: String) {
     diesel::define_sql_function! {
         fn pg_notify(channel: diesel::sql_types::Text, payload: diesel::sql_types::Text);
@@ -99,32 +117,32 @@ async fn send(database: Database, due: Arc<Notify>, payload: String) {
             Ok::<_, Error>(())
         };
         if let Err(error) = notify.await {
-            // Whoever listens looks by itself within a second.
-            tracing::debug!(error = &error as &dyn std::error::Error, "cannot ring other replicas");
+            // The others read without a notification within a second.
+            tracing::debug!(error = &error as &dyn std::error::Error, "cannot notify other replicas");
         }
     }
 }
 
-/// Never returns but with why the connection could not be made, or broke.
+/// Returns only when the connection cannot be made or breaks.
 async fn listen(
     database: &Database,
     replica: &str,
-    heard: &impl Fn(Notification),
-    hears: &mut bool,
+    received: &impl Fn(Notification),
+    failing: &mut bool,
 ) -> Result<Infallible> {
     let mut connection = database.connect_to_listen().await?;
     connection.batch_execute("LISTEN milepost").await?;
-    *hears = true;
-    heard(Notification::Log);
-    heard(Notification::Credentials);
+    *failing = false;
+    received(Notification::Log);
+    received(Notification::Credentials);
     let mut notifications = std::pin::pin!(connection.notifications_stream());
     while let Some(notification) = notifications.next().await {
         let payload = notification?.payload;
         match payload.split_once(' ') {
             Some((_, from)) if from == replica => {}
-            Some(("log", _)) => heard(Notification::Log),
-            Some(("credentials", _)) => heard(Notification::Credentials),
-            // A newer replica's bell.
+            Some(("log", _)) => received(Notification::Log),
+            Some(("credentials", _)) => received(Notification::Credentials),
+            // A kind that only a newer replica knows.
             _ => {}
         }
     }

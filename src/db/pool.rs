@@ -1,17 +1,17 @@
-//! The pool: connections that are made as they are needed, and who holds one
-//! since when.
+//! The pool: connections that are made when they are needed, and since when each is
+//! checked out.
 //!
-//! A connection on which nobody answers, be the way cut or the backend stuck,
-//! is not known from one that works: whoever holds it waits, and if they leave,
-//! the pool hands it to the next. So one that is held for longer than any use of
-//! it takes is cut, and with it those that may be no better: all but what is in
-//! use since just now.
+//! A connection that does not answer, because the network drops its packets or its
+//! backend hangs, looks like one that works: the caller that checked it out waits, and
+//! when that caller leaves, the pool gives it to the next one. Therefore a connection
+//! that is checked out for longer than any use takes is cut. So is every other one that
+//! was checked out before the last check, since it may hang too.
 
 use std::{
     fmt,
     ops::{Deref, DerefMut},
     sync::{
-        Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak,
+        Arc, LazyLock, Weak,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
@@ -22,28 +22,47 @@ use diesel::ConnectionError;
 use diesel_async::{
     AsyncPgConnection, SimpleAsyncConnection as _, pooled_connection::PoolableConnection as _,
 };
-use tokio::{runtime::Handle, sync::OwnedSemaphorePermit};
+use parking_lot::Mutex;
+use tokio::{
+    runtime::Handle,
+    sync::{OwnedSemaphorePermit, Semaphore},
+};
 use tokio_util::sync::CancellationToken;
 
 use super::{DatabaseSettings, availability::Availability, connect};
 
-/// How often it is looked who holds a connection for too long.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// For how many of the longest statements one may be held.
+/// How often the pool checks for connections that are checked out for too long.
+const CHECK_EVERY: Duration = Duration::from_secs(1);
+/// How many times the statement timeout a connection may be checked out.
 const LONGEST_STATEMENTS: u32 = 2;
 
 pub(super) type Pool = managed::Pool<Manager, Connection>;
 pub(super) type WeakPool = managed::WeakPool<Manager>;
 
-/// Makes connections.
+/// A part of the pool, for a kind of callers that may be any number.
+#[derive(Clone, Debug)]
+pub struct Share {
+    pub(super) permits: Arc<Semaphore>,
+    /// The kind of callers, as an error names it.
+    pub(super) callers: &'static str,
+}
+
+impl Share {
+    /// A share of this many connections.
+    pub fn new(connections: usize, callers: &'static str) -> Self {
+        Self { permits: Arc::new(Semaphore::new(connections)), callers }
+    }
+}
+
 pub(super) struct Manager {
     settings: DatabaseSettings,
     availability: Arc<Availability>,
-    holds: Mutex<Vec<Weak<Hold>>>,
+    checkouts: Mutex<Vec<Weak<Checkout>>>,
 }
 
-struct Hold {
-    /// See [`now_ms`]; 0 while nobody holds it.
+/// When a connection was checked out, and the token that cuts it.
+struct Checkout {
+    /// See [`now_ms`]; 0 while the connection is in the pool.
     since_ms: AtomicU64,
     cut: CancellationToken,
 }
@@ -51,50 +70,52 @@ struct Hold {
 /// What the pool keeps.
 pub(super) struct Pooled {
     connection: AsyncPgConnection,
-    hold: Arc<Hold>,
+    checkout: Arc<Checkout>,
 }
 
-/// A connection out of the pool, for one use: it is cut if that takes longer
-/// than two statements may. A use that took long is over once the connection has
-/// answered: whoever had it may have left without waiting for that, and so may
-/// the next.
+/// A connection of the pool, for one use. It is cut if the use takes longer than two
+/// statements may.
+///
+/// After a long use the connection goes back to the pool only when it has answered
+/// again: the caller may have left while a statement was running, and the next caller
+/// would wait for that statement.
 pub struct Connection {
     pooled: Option<managed::Object<Manager>>,
-    /// Of those who may not have all of the pool.
-    turn: Option<OwnedSemaphorePermit>,
+    permit: Option<OwnedSemaphorePermit>,
 }
 
 impl Connection {
-    /// Keeps the turn until the connection is back in the pool.
-    pub(super) fn with_turn(mut self, turn: OwnedSemaphorePermit) -> Self {
-        self.turn = Some(turn);
+    /// Keeps the permit of a share until the connection is back in the pool.
+    pub(super) fn with_permit(mut self, permit: OwnedSemaphorePermit) -> Self {
+        self.permit = Some(permit);
         self
     }
 }
 
 impl Manager {
     pub(super) fn new(settings: DatabaseSettings, availability: Arc<Availability>) -> Self {
-        Self { settings, availability, holds: Mutex::default() }
+        Self { settings, availability, checkouts: Mutex::default() }
     }
 
-    fn holds(&self) -> MutexGuard<'_, Vec<Weak<Hold>>> {
-        // Nothing that holds it can leave it half changed.
-        self.holds.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Whether a connection was held for longer than this. If so, it is cut, and so
-    /// are those that are held since before the last look.
+    /// Whether a connection was checked out for longer than `limit`. If so, that
+    /// connection is cut, and so are those checked out before the last check.
     fn cut_after(&self, limit: Duration) -> bool {
-        let mut holds = self.holds();
-        holds.retain(|hold| hold.strong_count() > 0);
-        let held: Vec<(Duration, Arc<Hold>)> =
-            holds.iter().filter_map(Weak::upgrade).filter_map(|hold| Some((hold.lasts()?, hold))).collect();
-        if !held.iter().any(|(lasts, _)| *lasts > limit) {
+        let mut checkouts = self.checkouts.lock();
+        checkouts.retain(|checkout| checkout.strong_count() > 0);
+        let current: Vec<(Duration, Arc<Checkout>)> = checkouts
+            .iter()
+            .filter_map(Weak::upgrade)
+            .filter_map(|checkout| Some((checkout.lasts()?, checkout)))
+            .collect();
+        if !current.iter().any(|(lasts, _)| *lasts > limit) {
             return false;
         }
-        let suspects = held.iter().filter(|(lasts, _)| *lasts > LOOK_EVERY);
-        tracing::warn!(suspects = suspects.clone().count(), "a connection to the database does not answer");
-        suspects.for_each(|(_, hold)| hold.cut.cancel());
+        let suspects = current.iter().filter(|(lasts, _)| *lasts > CHECK_EVERY);
+        tracing::warn!(
+            connections = suspects.clone().count(),
+            "a connection to the database does not answer"
+        );
+        suspects.for_each(|(_, checkout)| checkout.cut.cancel());
         true
     }
 }
@@ -105,39 +126,39 @@ impl managed::Manager for Manager {
 
     async fn create(&self) -> Result<Pooled, ConnectionError> {
         let cut = self.availability.outage().child_token();
-        // Boxed: whoever might have to connect would have room for all that it takes.
+        // Boxed, so that a caller that needs no new connection has no room for making one.
         let connection = Box::pin(connect(&self.settings, Some(cut.clone()))).await?;
-        let hold = Arc::new(Hold { since_ms: AtomicU64::new(0), cut });
-        self.holds().push(Arc::downgrade(&hold));
-        Ok(Pooled { connection, hold })
+        let checkout = Arc::new(Checkout { since_ms: AtomicU64::new(0), cut });
+        self.checkouts.lock().push(Arc::downgrade(&checkout));
+        Ok(Pooled { connection, checkout })
     }
 
-    /// Whether it is whole is known without asking the server.
+    /// The client knows whether a connection is whole, without a query.
     async fn recycle(&self, pooled: &mut Pooled, _: &Metrics) -> RecycleResult<ConnectionError> {
         if pooled.connection.is_broken() { Err(RecycleError::message("broken")) } else { Ok(()) }
     }
 }
 
-/// Looks who holds a connection for too long, as long as the pool is there.
-pub(super) async fn watch_holds(pool: WeakPool, statement_timeout: Duration) {
+/// Cuts connections that are checked out for too long, for as long as the pool exists.
+pub(super) async fn cut_long_checkouts(pool: WeakPool, statement_timeout: Duration) {
     while let Some(pool) = pool.upgrade() {
         if pool.manager().cut_after(statement_timeout * LONGEST_STATEMENTS) {
             pool.retain(|_, _| false);
         }
         drop(pool);
-        tokio::time::sleep(LOOK_EVERY).await;
+        tokio::time::sleep(CHECK_EVERY).await;
     }
 }
 
-impl Hold {
-    /// How long somebody has had it, if anybody.
+impl Checkout {
+    /// For how long the connection has been checked out, if it is.
     fn lasts(&self) -> Option<Duration> {
         let since_ms = self.since_ms.load(Relaxed);
         (since_ms > 0).then(|| Duration::from_millis(now_ms().saturating_sub(since_ms)))
     }
 }
 
-/// Of this process's clock; never 0.
+/// Milliseconds by the clock of this process; never 0.
 fn now_ms() -> u64 {
     static START: LazyLock<Instant> = LazyLock::new(Instant::now);
     u64::try_from(START.elapsed().as_millis()).unwrap_or(u64::MAX).saturating_add(1)
@@ -145,25 +166,25 @@ fn now_ms() -> u64 {
 
 impl From<managed::Object<Manager>> for Connection {
     fn from(object: managed::Object<Manager>) -> Self {
-        object.hold.since_ms.store(now_ms(), Relaxed);
-        Self { pooled: Some(object), turn: None }
+        object.checkout.since_ms.store(now_ms(), Relaxed);
+        Self { pooled: Some(object), permit: None }
     }
 }
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        let turn = self.turn.take();
+        let permit = self.permit.take();
         let Some(mut pooled) = self.pooled.take() else { return };
-        let took_long = pooled.hold.lasts().is_some_and(|lasts| lasts > LOOK_EVERY);
+        let took_long = pooled.checkout.lasts().is_some_and(|lasts| lasts > CHECK_EVERY);
         match Handle::try_current() {
             Ok(runtime) if took_long => drop(runtime.spawn(async move {
-                // If it fails, the connection is broken, which is seen when it
-                // is taken.
+                // If the query fails, the connection is broken, and the pool drops it at the
+                // next checkout.
                 let _ = pooled.connection.batch_execute("SELECT 1").await;
-                pooled.hold.since_ms.store(0, Relaxed);
-                drop((pooled, turn));
+                pooled.checkout.since_ms.store(0, Relaxed);
+                drop((pooled, permit));
             })),
-            _ => pooled.hold.since_ms.store(0, Relaxed),
+            _ => pooled.checkout.since_ms.store(0, Relaxed),
         }
     }
 }
@@ -172,13 +193,13 @@ impl Deref for Connection {
     type Target = AsyncPgConnection;
 
     fn deref(&self) -> &AsyncPgConnection {
-        &self.pooled.as_ref().expect("it is gone when dropped").connection
+        &self.pooled.as_ref().expect("only Drop takes the connection").connection
     }
 }
 
 impl DerefMut for Connection {
     fn deref_mut(&mut self) -> &mut AsyncPgConnection {
-        &mut self.pooled.as_mut().expect("it is gone when dropped").connection
+        &mut self.pooled.as_mut().expect("only Drop takes the connection").connection
     }
 }
 

@@ -46,10 +46,7 @@ pub(crate) use self::{
 };
 use crate::{
     auth::Credential,
-    db::{
-        Database,
-        notifier::{Notification, Notifier},
-    },
+    db::{Database, notifier::Notifier},
     error::{Error, Result},
     models::{
         audit_entry::{AuditAct, AuditEntry, Origin},
@@ -79,50 +76,42 @@ struct Inner {
     job_cache: JobCache,
     reader: Arc<Reader>,
     appender: Appender,
-    notifier: Notifier,
     settings: EventLogSettings,
 }
 
 impl EventLog {
-    /// Reads where the log ends, and starts to append, to follow the log and to listen
-    /// to other replicas. `credentials_ended` is called when another replica ended a
-    /// credential.
+    /// Reads where the log ends, and starts to append and to follow the log.
     pub async fn start(
         database: Database,
+        notifier: Notifier,
         settings: EventLogSettings,
         telemetry: &Telemetry,
-        credentials_ended: impl Fn() + Send + Sync + 'static,
     ) -> Result<Self> {
         let job_cache = JobCache::new(database.clone());
         let metrics = Arc::clone(&telemetry.metrics);
         let tail = Tail::start(database.clone(), job_cache.clone(), Arc::clone(&metrics)).await?;
-        let listening = Arc::downgrade(&tail);
-        let notifier = Notifier::start(database.clone(), move |notification| match notification {
-            Notification::Log => {
-                if let Some(tail) = listening.upgrade() {
-                    tail.wake();
-                }
-            }
-            Notification::Credentials => credentials_ended(),
-        });
-        let appender =
-            Appender::start(database.clone(), Arc::clone(&tail), notifier.clone(), telemetry.clone())
-                .map_err(Error::internal)?;
+        let appender = Appender::start(database.clone(), Arc::clone(&tail), notifier, telemetry.clone())
+            .map_err(Error::internal)?;
         if let Some(age) = settings.retention {
             retention::start(database.clone(), age, Arc::downgrade(&tail));
         }
         let reader = Arc::new(Reader::new(database, job_cache.clone(), tail, metrics));
-        Ok(Self(Arc::new(Inner { job_cache, reader, appender, notifier, settings })))
+        Ok(Self(Arc::new(Inner { job_cache, reader, appender, settings })))
+    }
+
+    /// A function that has the tail read the log, for as long as the tail is used.
+    pub(crate) fn waker(&self) -> impl Fn() + Send + Sync + 'static {
+        let tail = Arc::downgrade(&self.0.reader.tail);
+        move || {
+            if let Some(tail) = tail.upgrade() {
+                tail.wake();
+            }
+        }
     }
 
     /// Age of the oldest event that waits for a watcher which had caught up.
     pub(crate) fn watch_lag(&self) -> Duration {
         self.0.reader.tail.lag()
-    }
-
-    /// Notifies the other replicas that a credential was ended.
-    pub fn notify_credentials(&self) {
-        self.0.notifier.notify(Notification::Credentials);
     }
 
     /// Most unanswered batches of one publish stream.
@@ -145,29 +134,36 @@ impl EventLog {
         self.0.job_cache.configuration(id).await
     }
 
-    /// Submits a batch. Batches for one job are appended in the order in which they
-    /// were submitted.
-    pub(crate) async fn submit(&self, batch: Batch, stream_order: StreamOrder) -> Result<PendingAnswer> {
-        self.0.appender.submit(batch, stream_order).await
+    /// Submits a batch, which is not appended if the credential ends while it waits. Batches
+    /// for one job are appended in the order in which they were submitted.
+    pub(crate) async fn submit(
+        &self,
+        credential: Arc<Credential>,
+        batch: Batch,
+        stream_order: StreamOrder,
+    ) -> Result<PendingAnswer> {
+        self.0.appender.submit(credential, batch, stream_order).await
     }
 
     /// Closes a job of the provider. Returns the job's id and whether it had been closed
     /// by CloseJob before; [`Error::JobClosed`] if it is complete.
-    pub async fn close(
+    pub(crate) async fn close(
         &self,
+        credential: Arc<Credential>,
         provider: Provider,
-        job: JobKey,
+        job: &JobKey,
         reason: String,
         origin: &Origin,
     ) -> Result<(Uuid, bool)> {
-        let job = self.find_own_job(provider, &job).await?;
+        let job = self.find_own_job(provider, job).await?;
         let id = job.id;
         let entry = AuditEntry {
             user_id: Some(provider.id()),
             job_id: Some(id),
             ..origin.entry(AuditAct::JobClosed)
         };
-        let answer = self.submit(Batch::close(job, reason, entry), StreamOrder::default()).await?;
+        let batch = Batch::close(job, reason, entry);
+        let answer = self.submit(credential, batch, StreamOrder::default()).await?;
         match answer.wait().await {
             Ok(_) => Ok((id, false)),
             // Only `close` closes a job that is not complete.

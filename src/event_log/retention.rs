@@ -7,8 +7,14 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures_util::FutureExt as _;
+
 use super::tail::Tail;
-use crate::{db::Database, error::Result, models::retention::remove_step};
+use crate::{
+    db::{Database, Unconditional},
+    error::Result,
+    models::retention::remove_step,
+};
 
 /// Shortest pause between two steps.
 const PAUSE: Duration = Duration::from_millis(50);
@@ -42,5 +48,5 @@ pub(super) fn start(database: Database, age: Duration, tail: Weak<Tail>) {
 }
 
 async fn step(database: &Database, age: Duration) -> Result<bool> {
-    remove_step(&mut *database.get().await?, age).await
+    database.write(Unconditional, move |tx| async move { remove_step(tx, age).await }.boxed()).await
 }

@@ -11,7 +11,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use diesel_async::AsyncPgConnection;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
@@ -24,7 +23,7 @@ use super::{
     scope::Filter,
 };
 use crate::{
-    db::Database,
+    db::{Database, OwnConnection},
     error::{Error, Result},
     models::{event::Event, job_identity::JobIdentity, retention::log_end},
     telemetry::metrics::{Metrics, Received},
@@ -151,7 +150,7 @@ impl Tail {
 
     /// Reads from the head to the end of the log. `sweeps` says that no notification
     /// asked for it.
-    async fn catch_up(&self, kept: &mut Option<AsyncPgConnection>, sweeps: bool) -> Result<()> {
+    async fn catch_up(&self, kept: &mut Option<OwnConnection>, sweeps: bool) -> Result<()> {
         let at = Instant::now();
         let before = self.state.lock().head;
         let mut connection = self.database.kept_or_new(kept).await?;

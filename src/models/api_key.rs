@@ -4,17 +4,18 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use diesel::{dsl::now, prelude::*, sql_types::Timestamptz};
-use diesel_async::{AsyncConnection as _, AsyncPgConnection, RunQueryDsl};
+use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use uuid::Uuid;
 
 use crate::{
+    db::Transaction,
     error::{Error, Resource, Result},
     models::{
         audit_entry::{AuditAct, AuditEntry, Origin},
-        caller::{Caller, CredentialId, KeyManager, KeyScope, Subject, UserRole},
+        caller::{Caller, CredentialId, KeyManager, KeyScope},
         interval,
     },
-    schema::{api_keys, users},
+    schema::api_keys,
     secret::SecretHash,
 };
 
@@ -57,26 +58,17 @@ impl NewApiKey {
     /// Inserts a key of the manager's user.
     pub async fn create(
         self,
-        conn: &mut AsyncPgConnection,
+        tx: &mut Transaction<'_>,
         manager: &KeyManager,
         origin: &Origin,
     ) -> Result<ApiKey> {
-        let (key, entry) = conn
-            .transaction(async |conn| {
-                let key = self.insert(conn, manager).await?;
-                let entry = AuditEntry {
-                    user_id: Some(manager.user_id()),
-                    api_key_id: Some(key.id),
-                    ..origin.entry(AuditAct::ApiKeyCreated)
-                };
-                Ok::<_, Error>((key, entry.insert(conn).await?))
-            })
-            .await?;
-        entry.committed();
+        let key = self.insert(tx, manager).await?;
+        let (user_id, api_key_id) = (Some(manager.user_id()), Some(key.id));
+        AuditEntry { user_id, api_key_id, ..origin.entry(AuditAct::ApiKeyCreated) }.insert(tx).await?;
         Ok(key)
     }
 
-    async fn insert(self, conn: &mut AsyncPgConnection, manager: &KeyManager) -> Result<ApiKey> {
+    async fn insert(self, tx: &mut Transaction<'_>, manager: &KeyManager) -> Result<ApiKey> {
         let scopes: Vec<Option<KeyScope>> = self.scopes.into_iter().map(Some).collect();
         Ok(diesel::insert_into(api_keys::table)
             .values((
@@ -89,39 +81,15 @@ impl NewApiKey {
                 api_keys::expires_at.eq(self.expires_at),
             ))
             .returning(ApiKey::as_returning())
-            .get_result(conn)
+            .get_result(tx)
             .await?)
     }
 }
-
-confirmable!(ApiKey, api_keys);
 
 impl ApiKey {
     /// The scopes that the key grants, each once.
     pub fn scopes(&self) -> impl Iterator<Item = KeyScope> {
         self.scopes.iter().copied().flatten()
-    }
-
-    /// Returns the caller to whom this secret belongs and the time until it expires,
-    /// if it does; none unless the secret is valid now.
-    pub async fn authenticate(
-        conn: &mut AsyncPgConnection,
-        secret: &SecretHash,
-    ) -> Result<Option<(Caller, Option<Duration>)>> {
-        let row: Option<(Self, DateTime<Utc>, Uuid, UserRole)> = api_keys::table
-            .inner_join(users::table)
-            .filter(api_keys::key_hash.eq(secret.as_bytes()))
-            .filter(api_keys::expires_at.is_null().or(api_keys::expires_at.gt(now)))
-            .filter(users::disabled_at.is_null())
-            .select((Self::as_select(), now.into_sql::<Timestamptz>(), users::id, users::role))
-            .get_result(conn)
-            .await
-            .optional()?;
-        Ok(row.map(|(key, database_now, user_id, role)| {
-            let subject = Subject::User { id: user_id, role };
-            let caller = Caller::new(subject, CredentialId::ApiKey(key.id), key.scopes().collect());
-            (caller, key.expires_at.map(|at| (at - database_now).to_std().unwrap_or_default()))
-        }))
     }
 
     /// Returns the key that the call is made with. Fails with
@@ -161,37 +129,27 @@ impl ApiKey {
     /// Expires a key of the manager's user. Fails with [`Error::NotFound`] if the user
     /// has no such key, [`Error::ApiKeyAlreadyExpired`] if it has expired before.
     pub async fn expire(
-        conn: &mut AsyncPgConnection,
+        tx: &mut Transaction<'_>,
         manager: &KeyManager,
         id: Uuid,
         origin: &Origin,
     ) -> Result<Self> {
-        let (key, entry) = conn
-            .transaction(async |conn| {
-                let own = api_keys::table.find(id).filter(api_keys::user_id.eq(manager.user_id()));
-                let expired: Option<Self> = diesel::update(own)
-                    .filter(api_keys::expires_at.is_null().or(api_keys::expires_at.gt(now)))
-                    .set(api_keys::expires_at.eq(now))
-                    .returning(Self::as_returning())
-                    .get_result(conn)
-                    .await
-                    .optional()?;
-                let Some(key) = expired else {
-                    let known: Option<Uuid> = own.select(api_keys::id).get_result(conn).await.optional()?;
-                    return Err(known.map_or_else(
-                        || Error::not_found(Resource::ApiKey, &id),
-                        Error::ApiKeyAlreadyExpired,
-                    ));
-                };
-                let entry = AuditEntry {
-                    user_id: Some(manager.user_id()),
-                    api_key_id: Some(id),
-                    ..origin.entry(AuditAct::ApiKeyExpired)
-                };
-                Ok((key, entry.insert(conn).await?))
-            })
-            .await?;
-        entry.committed();
+        let own = api_keys::table.find(id).filter(api_keys::user_id.eq(manager.user_id()));
+        let expired: Option<Self> = diesel::update(own)
+            .filter(api_keys::expires_at.is_null().or(api_keys::expires_at.gt(now)))
+            .set(api_keys::expires_at.eq(now))
+            .returning(Self::as_returning())
+            .get_result(tx)
+            .await
+            .optional()?;
+        let Some(key) = expired else {
+            let known: Option<Uuid> = own.select(api_keys::id).get_result(tx).await.optional()?;
+            return Err(
+                known.map_or_else(|| Error::not_found(Resource::ApiKey, &id), Error::ApiKeyAlreadyExpired)
+            );
+        };
+        let (user_id, api_key_id) = (Some(manager.user_id()), Some(id));
+        AuditEntry { user_id, api_key_id, ..origin.entry(AuditAct::ApiKeyExpired) }.insert(tx).await?;
         Ok(key)
     }
 
@@ -203,7 +161,7 @@ impl ApiKey {
     /// [`Error::ScopeRequired`] if the manager lacks a scope of the key,
     /// [`Error::ApiKeyAlreadyExpired`] if the key has expired before.
     pub async fn rotate(
-        conn: &mut AsyncPgConnection,
+        tx: &mut Transaction<'_>,
         manager: &KeyManager,
         id: Uuid,
         key_hash: SecretHash,
@@ -212,47 +170,38 @@ impl ApiKey {
         origin: &Origin,
     ) -> Result<(Self, Self, Duration)> {
         let overlap = interval(overlap);
-        let (rotated, entry) = conn
-            .transaction(async |conn| {
-                let own = api_keys::table.find(id).filter(api_keys::user_id.eq(manager.user_id()));
-                let valid = api_keys::expires_at.is_null().or(api_keys::expires_at.gt(now));
-                let old: Option<(Self, Option<bool>)> = own
-                    .select((Self::as_select(), valid))
-                    .for_no_key_update()
-                    .get_result(conn)
-                    .await
-                    .optional()?;
-                let (old, valid) = old.ok_or_else(|| Error::not_found(Resource::ApiKey, &id))?;
-                let scopes: Vec<KeyScope> = old.scopes().collect();
-                if let Some(missing) = scopes.iter().find(|scope| !manager.scopes().contains(scope)) {
-                    return Err(Error::ScopeRequired(missing.name()));
-                }
-                if valid != Some(true) {
-                    return Err(Error::ApiKeyAlreadyExpired(id));
-                }
-                let (note, expires_at) = (old.note, old.expires_at);
-                let new = NewApiKey { key_hash, key_prefix, note, scopes, expires_at };
-                let new = new.insert(conn, manager).await?;
-                let end = || (now.into_sql::<Timestamptz>() + overlap).nullable();
-                diesel::update(own)
-                    .filter(api_keys::expires_at.is_null().or(api_keys::expires_at.gt(end())))
-                    .set(api_keys::expires_at.eq(end()))
-                    .execute(conn)
-                    .await?;
-                let (old, at): (Self, DateTime<Utc>) =
-                    own.select((Self::as_select(), now.into_sql::<Timestamptz>())).get_result(conn).await?;
-                let left = old.expires_at.and_then(|ends| (ends - at).to_std().ok()).unwrap_or_default();
-                let entry = AuditEntry {
-                    user_id: Some(manager.user_id()),
-                    api_key_id: Some(id),
-                    new_api_key_id: Some(new.id),
-                    ..origin.entry(AuditAct::ApiKeyRotated)
-                };
-                Ok(((new, old, left), entry.insert(conn).await?))
-            })
+        let own = api_keys::table.find(id).filter(api_keys::user_id.eq(manager.user_id()));
+        let valid = api_keys::expires_at.is_null().or(api_keys::expires_at.gt(now));
+        let old: Option<(Self, Option<bool>)> =
+            own.select((Self::as_select(), valid)).for_no_key_update().get_result(tx).await.optional()?;
+        let (old, valid) = old.ok_or_else(|| Error::not_found(Resource::ApiKey, &id))?;
+        let scopes: Vec<KeyScope> = old.scopes().collect();
+        if let Some(missing) = scopes.iter().find(|scope| !manager.scopes().contains(scope)) {
+            return Err(Error::ScopeRequired(missing.name()));
+        }
+        if valid != Some(true) {
+            return Err(Error::ApiKeyAlreadyExpired(id));
+        }
+        let (note, expires_at) = (old.note, old.expires_at);
+        let new = NewApiKey { key_hash, key_prefix, note, scopes, expires_at };
+        let new = new.insert(tx, manager).await?;
+        let end = || (now.into_sql::<Timestamptz>() + overlap).nullable();
+        diesel::update(own)
+            .filter(api_keys::expires_at.is_null().or(api_keys::expires_at.gt(end())))
+            .set(api_keys::expires_at.eq(end()))
+            .execute(tx)
             .await?;
-        entry.committed();
-        Ok(rotated)
+        let (old, at): (Self, DateTime<Utc>) =
+            own.select((Self::as_select(), now.into_sql::<Timestamptz>())).get_result(tx).await?;
+        let left = old.expires_at.and_then(|ends| (ends - at).to_std().ok()).unwrap_or_default();
+        let entry = AuditEntry {
+            user_id: Some(manager.user_id()),
+            api_key_id: Some(id),
+            new_api_key_id: Some(new.id),
+            ..origin.entry(AuditAct::ApiKeyRotated)
+        };
+        entry.insert(tx).await?;
+        Ok((new, old, left))
     }
 
     pub(super) async fn count_valid(conn: &mut AsyncPgConnection, user_id: Uuid) -> Result<i64> {

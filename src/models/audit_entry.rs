@@ -14,10 +14,11 @@ use diesel::{
     serialize::{self, IsNull, Output, ToSql},
     sql_types::Inet,
 };
-use diesel_async::{AsyncPgConnection, RunQueryDsl};
+use diesel_async::RunQueryDsl;
 use uuid::Uuid;
 
 use crate::{
+    db::Transaction,
     error::Result,
     models::caller::{Caller, CredentialId, Subject},
     schema::{audit_entries, sql_types},
@@ -146,16 +147,12 @@ pub struct AuditEntry {
     pub request_id: Option<Uuid>,
 }
 
-/// An entry that is inserted and logged after the commit of its transaction.
-#[derive(Debug)]
-#[must_use = "call `committed` after the commit, so that the entry is logged"]
-pub struct Inserted(AuditEntry);
-
 impl AuditEntry {
-    /// Inserts the entry. The connection must be in the transaction of the act.
-    pub async fn insert(self, conn: &mut AsyncPgConnection) -> Result<Inserted> {
-        diesel::insert_into(audit_entries::table).values(&self).execute(conn).await?;
-        Ok(Inserted(self))
+    /// Inserts the entry in the transaction of the act, and logs it after the commit.
+    pub async fn insert(self, tx: &mut Transaction<'_>) -> Result<()> {
+        diesel::insert_into(audit_entries::table).values(&self).execute(tx).await?;
+        tx.after_commit(move || self.log());
+        Ok(())
     }
 
     /// Logs the entry; to be called after its transaction has committed.
@@ -176,13 +173,6 @@ impl AuditEntry {
             client_address = self.client_address.map(|address| display(address.0)),
             request_id = self.request_id.map(display),
         );
-    }
-}
-
-impl Inserted {
-    /// Logs the entry; to be called after its transaction has committed.
-    pub fn committed(self) {
-        self.0.log();
     }
 }
 

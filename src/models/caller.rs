@@ -54,6 +54,14 @@ pub enum CredentialId {
     WatchToken(Uuid),
 }
 
+impl CredentialId {
+    pub(super) fn uuid(self) -> Uuid {
+        match self {
+            Self::Session(id) | Self::ApiKey(id) | Self::WatchToken(id) => id,
+        }
+    }
+}
+
 /// The subject on whose behalf a call is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Subject {
@@ -246,5 +254,15 @@ impl KeyManager {
     /// The scopes that a new key may have.
     pub fn scopes(&self) -> &[KeyScope] {
         &self.scopes
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// A caller for tests of what caches credentials.
+    pub(crate) fn caller(user_id: Uuid, credential: CredentialId) -> Caller {
+        Caller::new(Subject::User { id: user_id, role: UserRole::Customer }, credential, vec![KeyScope::Read])
     }
 }

@@ -18,6 +18,7 @@ use super::{
     job_configuration::{ConfigurationKey, JobConfiguration},
 };
 use crate::{
+    db::Transaction,
     error::{Error, Resource, Result, Violations, quoted},
     progress::{JobStatus, Progress, Weights},
     schema::{job_configurations, jobs, step_configurations, users},
@@ -179,19 +180,14 @@ impl Job {
     /// Creates a job. Returns it and whether it existed before. Fails with
     /// [`Error::Differs`] if it exists with other content, otherwise with
     /// [`Error::NotFound`] if the customer or the configuration does not exist.
-    pub async fn create(
-        conn: &mut AsyncPgConnection,
-        provider: Provider,
-        new: &NewJob,
-    ) -> Result<(Self, bool)> {
+    pub async fn create(tx: &mut Transaction<'_>, provider: Provider, new: &NewJob) -> Result<(Self, bool)> {
         // A repeated request has the same answer, even if the customer has been
         // disabled since.
-        if let Some(stored) = Self::find_by_provider_job_id(conn, provider.id(), &new.provider_job_id).await?
-        {
+        if let Some(stored) = Self::find_by_provider_job_id(tx, provider.id(), &new.provider_job_id).await? {
             return new.repeats(stored);
         }
-        let inserted = new.insert(conn, provider).await?;
-        let job = Self::find_by_provider_job_id(conn, provider.id(), &new.provider_job_id)
+        let inserted = new.insert(tx, provider).await?;
+        let job = Self::find_by_provider_job_id(tx, provider.id(), &new.provider_job_id)
             .await?
             .ok_or_else(|| Error::internal("a job is missing directly after its creation"))?;
         if inserted { Ok((job, false)) } else { new.repeats(job) }
@@ -201,12 +197,12 @@ impl Job {
 impl NewJob {
     /// Inserts the job. Returns false if its key exists. If another transaction is
     /// inserting the key, this waits until that transaction ends.
-    async fn insert(&self, conn: &mut AsyncPgConnection, provider: Provider) -> Result<bool> {
+    async fn insert(&self, tx: &mut Transaction<'_>, provider: Provider) -> Result<bool> {
         let customer = users::table
             .filter(users::id.eq(self.customer_id))
             .filter(users::role.eq(UserRole::Customer).and(users::disabled_at.is_null()))
             .select(users::id)
-            .first::<Uuid>(conn)
+            .first::<Uuid>(tx)
             .await
             .optional()?;
         if customer.is_none() {
@@ -218,13 +214,13 @@ impl NewJob {
             Some(version) => ConfigurationKey::Version { tag, version },
             None => ConfigurationKey::Latest { tag },
         };
-        let job_configuration_id = JobConfiguration::find_id(conn, provider.into(), &key)
+        let job_configuration_id = JobConfiguration::find_id(tx, provider.into(), &key)
             .await?
             .ok_or_else(|| Error::not_found(Resource::JobConfiguration, &key))?;
         let points = step_configurations::table
             .filter(step_configurations::job_configuration_id.eq(job_configuration_id))
             .select(step_configurations::points)
-            .load::<i32>(conn)
+            .load::<i32>(tx)
             .await?;
 
         let inserted = diesel::insert_into(jobs::table)
@@ -240,7 +236,7 @@ impl NewJob {
             ))
             .on_conflict((jobs::provider_id, jobs::provider_job_id))
             .do_nothing()
-            .execute(conn)
+            .execute(tx)
             .await?;
         Ok(inserted == 1)
     }

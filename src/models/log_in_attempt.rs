@@ -16,10 +16,11 @@ use std::{
 
 use chrono::{DateTime, Utc};
 use diesel::data_types::PgInterval;
-use diesel_async::{AsyncPgConnection, RunQueryDsl};
+use diesel_async::RunQueryDsl;
 use uuid::Uuid;
 
 use crate::{
+    db::Transaction,
     error::{Error, Result},
     models::{
         audit_entry::{AuditAct, AuditEntry, Origin},
@@ -84,7 +85,7 @@ pub struct LogInClaim {
 }
 
 /// A log-in that is counted as failed, and whose password may be verified.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct LogInAttempt {
     claim: LogInClaim,
     /// When it was counted on the address and the e-mail; none for a restricted
@@ -106,22 +107,22 @@ impl LogInClaim {
     /// needs a password permit for unauthenticated callers, and calls
     /// [`Self::begin_restricted`]. Fails with [`Error::LogInThrottled`] if the pair
     /// is blocked.
-    pub async fn begin(&self, conn: &mut AsyncPgConnection) -> Result<Option<LogInAttempt>> {
-        let attempt = self.begin_with(conn, false).await?;
+    pub async fn begin(&self, tx: &mut Transaction<'_>) -> Result<Option<LogInAttempt>> {
+        let attempt = self.begin_with(tx, false).await?;
         Ok(Some(attempt).filter(|attempt| attempt.restricted.is_none()))
     }
 
     /// As [`Self::begin`], for a caller with such a permit.
-    pub async fn begin_restricted(&self, conn: &mut AsyncPgConnection) -> Result<LogInAttempt> {
-        self.begin_with(conn, true).await
+    pub async fn begin_restricted(&self, tx: &mut Transaction<'_>) -> Result<LogInAttempt> {
+        self.begin_with(tx, true).await
     }
 
-    async fn begin_with(&self, conn: &mut AsyncPgConnection, has_permit: bool) -> Result<LogInAttempt> {
+    async fn begin_with(&self, tx: &mut Transaction<'_>, has_permit: bool) -> Result<LogInAttempt> {
         let (address, email) = (&self.address, &self.email);
         let call =
             sql::begin_log_in_attempt(address, email, PAIR_FREE, OTHER_FREE, interval(LONGEST), has_permit);
         let (counted_at, wait, refused, known_pair): (_, Option<PgInterval>, _, _) =
-            diesel::select(call).get_result(conn).await?;
+            diesel::select(call).get_result(tx).await?;
         let restricted = wait.map(duration);
         match restricted {
             Some(wait) if refused => Err(self.throttled(wait)),
@@ -138,11 +139,11 @@ impl LogInClaim {
     /// known one.
     pub(super) async fn record_success(
         &self,
-        conn: &mut AsyncPgConnection,
+        tx: &mut Transaction<'_>,
         counted_at: Option<DateTime<Utc>>,
     ) -> Result<()> {
         let call = sql::finish_log_in_attempt(&self.address, &self.email, counted_at);
-        let _done: bool = diesel::select(call).get_result(conn).await?;
+        let _done: bool = diesel::select(call).get_result(tx).await?;
         Ok(())
     }
 }
@@ -157,20 +158,19 @@ impl LogInAttempt {
     /// the user who has the e-mail, if there is one. A restricted attempt has no entry:
     /// it fails with [`Error::LogInThrottled`], as if its password had not been
     /// verified.
-    pub async fn fail(&self, conn: &mut AsyncPgConnection, user_id: Option<Uuid>) -> Result<()> {
+    pub async fn fail(&self, tx: &mut Transaction<'_>, user_id: Option<Uuid>) -> Result<()> {
         if let Some(wait) = self.restricted {
             return Err(self.claim.throttled(wait));
         }
         let entry = AuditEntry { user_id, ..self.origin().entry(AuditAct::LogInFailed) };
-        entry.insert(conn).await?.committed();
-        Ok(())
+        entry.insert(tx).await
     }
 
     /// Takes the counted failure back, because the password could not be verified.
-    pub async fn withdraw(&self, conn: &mut AsyncPgConnection) -> Result<()> {
+    pub async fn withdraw(&self, tx: &mut Transaction<'_>) -> Result<()> {
         let LogInClaim { address, email, .. } = &self.claim;
         let call = sql::withdraw_log_in_attempt(address, email, self.counted_at);
-        let _done: bool = diesel::select(call).get_result(conn).await?;
+        let _done: bool = diesel::select(call).get_result(tx).await?;
         Ok(())
     }
 
@@ -178,8 +178,8 @@ impl LogInAttempt {
         &self.claim.origin
     }
 
-    pub(super) async fn succeed(&self, conn: &mut AsyncPgConnection) -> Result<()> {
-        self.claim.record_success(conn, self.counted_at).await
+    pub(super) async fn succeed(&self, tx: &mut Transaction<'_>) -> Result<()> {
+        self.claim.record_success(tx, self.counted_at).await
     }
 }
 
@@ -187,12 +187,12 @@ impl LogInAttempt {
 /// had too many. Sign-ups from loopback are not counted: they come from this machine
 /// alone, or through a proxy that is not configured as trusted, and then from
 /// everyone.
-pub async fn begin_sign_up(conn: &mut AsyncPgConnection, origin: &Origin) -> Result<()> {
+pub async fn begin_sign_up(tx: &mut Transaction<'_>, origin: &Origin) -> Result<()> {
     if origin.address.is_none_or(|address| address.to_canonical().is_loopback()) {
         return Ok(());
     }
     let call = sql::begin_sign_up(network_of(origin), SIGN_UPS_FREE, interval(LONGEST));
-    let wait: Option<PgInterval> = diesel::select(call).get_result(conn).await?;
+    let wait: Option<PgInterval> = diesel::select(call).get_result(tx).await?;
     match wait.map(duration) {
         None => Ok(()),
         Some(retry_after) => Err(Error::Overloaded { what: "sign-ups from one address", retry_after }),

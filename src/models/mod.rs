@@ -6,55 +6,10 @@ use std::time::Duration;
 
 use diesel::data_types::PgInterval;
 
-/// Implements `still_valid` and `note_use` for the row of a credential. Its table
-/// has `id`, `expires_at`, `last_used_at` and a user; a disabled user's
-/// credentials are invalid.
-macro_rules! confirmable {
-    ($row:ty, $table:ident) => {
-        impl $row {
-            /// Returns those of `ids` that are not expired and whose user is not
-            /// disabled.
-            pub async fn still_valid(
-                conn: &mut diesel_async::AsyncPgConnection,
-                ids: &[uuid::Uuid],
-            ) -> $crate::error::Result<Vec<uuid::Uuid>> {
-                use diesel::dsl::now;
-                Ok($table::table
-                    .inner_join(users::table)
-                    .filter($table::id.eq_any(ids))
-                    .filter($table::expires_at.is_null().or($table::expires_at.gt(now)))
-                    .filter(users::disabled_at.is_null())
-                    .select($table::id)
-                    .load(conn)
-                    .await?)
-            }
-
-            /// Sets `last_used_at` to now, unless it is less than a minute old.
-            pub async fn note_use(
-                conn: &mut diesel_async::AsyncPgConnection,
-                ids: &[uuid::Uuid],
-            ) -> $crate::error::Result<()> {
-                use diesel::{
-                    dsl::{IntervalDsl as _, not, now},
-                    sql_types::Timestamptz,
-                };
-                let recent =
-                    $table::last_used_at.gt((now.into_sql::<Timestamptz>() - 1_i32.minute()).nullable());
-                diesel::update($table::table)
-                    .filter($table::id.eq_any(ids))
-                    .filter($table::last_used_at.is_null().or(not(recent)))
-                    .set($table::last_used_at.eq(now))
-                    .execute(conn)
-                    .await?;
-                Ok(())
-            }
-        }
-    };
-}
-
 pub mod api_key;
 pub mod audit_entry;
 pub mod caller;
+pub mod credential;
 pub mod event;
 pub mod job;
 pub mod job_configuration;

@@ -12,6 +12,7 @@ use diesel_async::{AsyncPgConnection, RunQueryDsl};
 
 use super::caller::Visibility;
 use crate::{
+    db::Transaction,
     error::Result,
     models::interval,
     schema::{event_log, removed_logs, retention},
@@ -34,9 +35,9 @@ diesel::define_sql_function! {
 /// Runs one bounded step of the removal of all events of jobs that closed longer
 /// ago than `age`. Returns true if it changed anything; there may be more to
 /// remove then.
-pub async fn remove_step(connection: &mut AsyncPgConnection, age: Duration) -> Result<bool> {
+pub async fn remove_step(tx: &mut Transaction<'_>, age: Duration) -> Result<bool> {
     let step = remove_expired_events(interval(age), STEP_JOBS, STEP_EVENTS);
-    let (marked, deleted): (i64, i64) = diesel::select(step).get_result(connection).await?;
+    let (marked, deleted): (i64, i64) = diesel::select(step).get_result(tx).await?;
     if marked > 0 || deleted > 0 {
         tracing::debug!(jobs = marked, events = deleted, "removed expired events");
     }

@@ -4,14 +4,15 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use diesel::{dsl::now, prelude::*, sql_types::Timestamptz};
-use diesel_async::{AsyncConnection as _, AsyncPgConnection, RunQueryDsl};
+use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use uuid::Uuid;
 
 use crate::{
+    db::Transaction,
     error::{Error, Result},
     models::{
         audit_entry::{AuditAct, AuditEntry, Origin},
-        caller::{Account, Caller, CredentialId, KeyScope, Subject, UserRole},
+        caller::Account,
         interval,
         log_in_attempt::LogInAttempt,
     },
@@ -49,7 +50,7 @@ pub struct NewSession {
 }
 
 impl NewSession {
-    pub(super) async fn insert(self, conn: &mut AsyncPgConnection) -> Result<Session> {
+    pub(super) async fn insert(self, tx: &mut Transaction<'_>) -> Result<Session> {
         let lifetime = interval(self.lifetime);
         Ok(diesel::insert_into(sessions::table)
             .values((
@@ -59,7 +60,7 @@ impl NewSession {
                 sessions::expires_at.eq(now.into_sql::<Timestamptz>() + lifetime),
             ))
             .returning(Session::as_returning())
-            .get_result(conn)
+            .get_result(tx)
             .await?)
     }
 
@@ -69,67 +70,32 @@ impl NewSession {
     /// password or a disabling finds this session and ends it.
     pub async fn log_in(
         self,
-        conn: &mut AsyncPgConnection,
+        tx: &mut Transaction<'_>,
         verified: &PasswordHash,
         attempt: &LogInAttempt,
     ) -> Result<Option<Session>> {
-        let done = conn
-            .transaction(async |conn| {
-                let user: Option<Uuid> = users::table
-                    .find(self.user_id)
-                    .filter(users::password_hash.eq(verified.as_str()))
-                    .filter(users::disabled_at.is_null())
-                    .select(users::id)
-                    .for_share()
-                    .get_result(conn)
-                    .await
-                    .optional()?;
-                if user.is_none() {
-                    return Ok(None);
-                }
-                let session = self.insert(conn).await?;
-                attempt.succeed(conn).await?;
-                let entry = AuditEntry {
-                    user_id: Some(self.user_id),
-                    session_id: Some(session.id),
-                    ..attempt.origin().entry(AuditAct::LogIn)
-                };
-                Ok::<_, Error>(Some((session, entry.insert(conn).await?)))
-            })
-            .await?;
-        Ok(done.map(|(session, entry)| {
-            entry.committed();
-            session
-        }))
+        let user: Option<Uuid> = users::table
+            .find(self.user_id)
+            .filter(users::password_hash.eq(verified.as_str()))
+            .filter(users::disabled_at.is_null())
+            .select(users::id)
+            .for_share()
+            .get_result(tx)
+            .await
+            .optional()?;
+        if user.is_none() {
+            return Ok(None);
+        }
+        let user_id = Some(self.user_id);
+        let session = self.insert(tx).await?;
+        attempt.succeed(tx).await?;
+        let entry = attempt.origin().entry(AuditAct::LogIn);
+        AuditEntry { user_id, session_id: Some(session.id), ..entry }.insert(tx).await?;
+        Ok(Some(session))
     }
 }
 
-confirmable!(Session, sessions);
-
 impl Session {
-    /// Returns the caller to whom this secret belongs and the time until it expires;
-    /// none unless the secret is valid now.
-    pub async fn authenticate(
-        conn: &mut AsyncPgConnection,
-        secret: &SecretHash,
-    ) -> Result<Option<(Caller, Option<Duration>)>> {
-        let row: Option<(Self, DateTime<Utc>, UserRole)> = sessions::table
-            .inner_join(users::table)
-            .filter(sessions::secret_hash.eq(secret.as_bytes()))
-            .filter(sessions::expires_at.gt(now))
-            .filter(users::disabled_at.is_null())
-            .select((Self::as_select(), now.into_sql::<Timestamptz>(), users::role))
-            .get_result(conn)
-            .await
-            .optional()?;
-        Ok(row.map(|(session, database_now, role)| {
-            let subject = Subject::User { id: session.user_id, role };
-            let scopes = vec![KeyScope::Read, KeyScope::Append, KeyScope::Manage];
-            let caller = Caller::new(subject, CredentialId::Session(session.id), scopes);
-            (caller, Some((session.expires_at - database_now).to_std().unwrap_or_default()))
-        }))
-    }
-
     /// Returns the session that the call is made with. Fails with
     /// [`Error::CredentialInvalid`] if its row no longer exists.
     pub async fn of_account(conn: &mut AsyncPgConnection, account: Account) -> Result<Self> {
@@ -143,35 +109,23 @@ impl Session {
     }
 
     /// Ends the session that the call is made with. Does nothing if it has ended.
-    pub async fn end(conn: &mut AsyncPgConnection, account: Account, origin: &Origin) -> Result<()> {
-        let entry = conn
-            .transaction(async |conn| {
-                let ended = diesel::update(sessions::table.find(account.session_id()))
-                    .filter(sessions::expires_at.gt(now))
-                    .set(sessions::expires_at.eq(now))
-                    .execute(conn)
-                    .await?;
-                if ended == 0 {
-                    return Ok(None);
-                }
-                let entry = AuditEntry {
-                    user_id: Some(account.user_id()),
-                    session_id: Some(account.session_id()),
-                    ..origin.entry(AuditAct::LogOut)
-                };
-                entry.insert(conn).await.map(Some)
-            })
+    pub async fn end(tx: &mut Transaction<'_>, account: Account, origin: &Origin) -> Result<()> {
+        let ended = diesel::update(sessions::table.find(account.session_id()))
+            .filter(sessions::expires_at.gt(now))
+            .set(sessions::expires_at.eq(now))
+            .execute(tx)
             .await?;
-        if let Some(entry) = entry {
-            entry.committed();
+        if ended == 0 {
+            return Ok(());
         }
-        Ok(())
+        let (user_id, session_id) = (Some(account.user_id()), Some(account.session_id()));
+        AuditEntry { user_id, session_id, ..origin.entry(AuditAct::LogOut) }.insert(tx).await
     }
 
     /// Ends all valid sessions of a user except `kept`, and returns how many it
     /// ended.
     pub(super) async fn end_all(
-        conn: &mut AsyncPgConnection,
+        tx: &mut Transaction<'_>,
         user_id: Uuid,
         kept: Option<Uuid>,
     ) -> Result<usize> {
@@ -180,17 +134,7 @@ impl Session {
             .filter(sessions::id.ne_all(kept))
             .filter(sessions::expires_at.gt(now))
             .set(sessions::expires_at.eq(now))
-            .execute(conn)
+            .execute(tx)
             .await?)
-    }
-}
-
-#[cfg(test)]
-pub(crate) mod tests {
-    use super::*;
-
-    /// For tests of the credential cache.
-    pub(crate) fn caller(user_id: Uuid, credential: CredentialId) -> Caller {
-        Caller::new(Subject::User { id: user_id, role: UserRole::Customer }, credential, vec![KeyScope::Read])
     }
 }

@@ -4,15 +4,16 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use diesel::{dsl::now, prelude::*, sql_types::Text};
-use diesel_async::{AsyncConnection as _, AsyncPgConnection, RunQueryDsl};
+use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use uuid::Uuid;
 
 use crate::{
+    db::Transaction,
     error::{Error, Resource, Result, quoted, violated},
     limits::TEXT_CHARS,
     models::{
         api_key::ApiKey,
-        audit_entry::{AuditAct, AuditEntry, Inserted, Origin},
+        audit_entry::{AuditAct, AuditEntry, Origin},
         caller::{Account, Caller, Subject, UserRole},
         log_in_attempt::{LogInAttempt, LogInClaim},
         session::{NewSession, Session},
@@ -90,20 +91,14 @@ pub struct NewUser {
 impl NewUser {
     /// Inserts the user, for an operator. Fails with [`Error::EmailTaken`] if another
     /// user has the e-mail, in any case.
-    pub async fn create(self, conn: &mut AsyncPgConnection) -> Result<User> {
-        let (user, entry) = conn
-            .transaction(async |conn| {
-                let user = self.insert(conn).await?;
-                let entry =
-                    AuditEntry { user_id: Some(user.id), ..Origin::OPERATOR.entry(AuditAct::UserCreated) };
-                Ok::<_, Error>((user, entry.insert(conn).await?))
-            })
-            .await?;
-        entry.committed();
+    pub async fn create(self, tx: &mut Transaction<'_>) -> Result<User> {
+        let user = self.insert(tx).await?;
+        let user_id = Some(user.id);
+        AuditEntry { user_id, ..Origin::OPERATOR.entry(AuditAct::UserCreated) }.insert(tx).await?;
         Ok(user)
     }
 
-    async fn insert(self, conn: &mut AsyncPgConnection) -> Result<User> {
+    async fn insert(self, tx: &mut Transaction<'_>) -> Result<User> {
         diesel::insert_into(users::table)
             .values((
                 users::id.eq(Uuid::now_v7()),
@@ -114,7 +109,7 @@ impl NewUser {
                 users::last_name.eq(self.last_name),
             ))
             .returning(User::as_returning())
-            .get_result(conn)
+            .get_result(tx)
             .await
             .map_err(|error| match violated(&error) {
                 Some("users_email_key") => Error::EmailTaken,
@@ -129,26 +124,17 @@ impl NewUser {
     /// address a known one. Fails with [`Error::EmailTaken`] as [`Self::create`] does.
     pub async fn sign_up(
         self,
-        conn: &mut AsyncPgConnection,
+        tx: &mut Transaction<'_>,
         secret_hash: SecretHash,
         lifetime: Duration,
         origin: &Origin,
     ) -> Result<(User, Session)> {
         let claim = LogInClaim::new(&self.email.0, *origin);
-        let (user, session, entry) = conn
-            .transaction(async |conn| {
-                let user = self.insert(conn).await?;
-                let session = NewSession { user_id: user.id, secret_hash, lifetime }.insert(conn).await?;
-                claim.record_success(conn, None).await?;
-                let entry = AuditEntry {
-                    user_id: Some(user.id),
-                    session_id: Some(session.id),
-                    ..origin.entry(AuditAct::SignUp)
-                };
-                Ok::<_, Error>((user, session, entry.insert(conn).await?))
-            })
-            .await?;
-        entry.committed();
+        let user = self.insert(tx).await?;
+        let session = NewSession { user_id: user.id, secret_hash, lifetime }.insert(tx).await?;
+        claim.record_success(tx, None).await?;
+        let (user_id, session_id) = (Some(user.id), Some(session.id));
+        AuditEntry { user_id, session_id, ..origin.entry(AuditAct::SignUp) }.insert(tx).await?;
         Ok((user, session))
     }
 }
@@ -199,7 +185,7 @@ impl User {
     /// Replaces the hash `old` by the hash `new` of the same password. Does nothing
     /// if the password has changed since.
     pub async fn rehash(
-        conn: &mut AsyncPgConnection,
+        tx: &mut Transaction<'_>,
         id: Uuid,
         old: &PasswordHash,
         new: &PasswordHash,
@@ -207,116 +193,89 @@ impl User {
         diesel::update(users::table.find(id))
             .filter(users::password_hash.eq(old.as_str()))
             .set(users::password_hash.eq(new.as_str()))
-            .execute(conn)
+            .execute(tx)
             .await?;
         Ok(())
     }
 
     /// Sets the caller's names and returns the changed user.
-    pub async fn rename(conn: &mut AsyncPgConnection, account: Account, names: &Names) -> Result<Self> {
-        // All rows are read: the result ends only after the commit.
-        let renamed: Vec<Self> = diesel::update(users::table.find(account.user_id()))
+    pub async fn rename(tx: &mut Transaction<'_>, account: Account, names: &Names) -> Result<Self> {
+        Ok(diesel::update(users::table.find(account.user_id()))
             .set(names)
             .returning(Self::as_returning())
-            .get_results(conn)
-            .await?;
-        Ok(renamed.into_iter().next().ok_or(diesel::NotFound)?)
+            .get_result(tx)
+            .await?)
     }
 
     /// Sets the caller's password, records the attempt's success and ends the other
     /// sessions of the user. Returns how many sessions it ended and how many API keys
     /// are still valid; none if the password no longer has the hash `old`.
     pub async fn change_password(
-        conn: &mut AsyncPgConnection,
+        tx: &mut Transaction<'_>,
         account: Account,
         old: &PasswordHash,
         new: &PasswordHash,
         attempt: &LogInAttempt,
     ) -> Result<Option<(usize, i64)>> {
-        let done = conn
-            .transaction(async |conn| {
-                let user = users::table
-                    .find(account.user_id())
-                    .filter(users::password_hash.eq(old.as_str()))
-                    .filter(users::disabled_at.is_null());
-                let changed =
-                    diesel::update(user).set(users::password_hash.eq(new.as_str())).execute(conn).await?;
-                if changed == 0 {
-                    return Ok(None);
-                }
-                let ended = Session::end_all(conn, account.user_id(), Some(account.session_id())).await?;
-                let keys = ApiKey::count_valid(conn, account.user_id()).await?;
-                attempt.succeed(conn).await?;
-                let entry = AuditEntry {
-                    user_id: Some(account.user_id()),
-                    ..attempt.origin().entry(AuditAct::PasswordChanged)
-                };
-                Ok::<_, Error>(Some(((ended, keys), entry.insert(conn).await?)))
-            })
-            .await?;
-        Ok(done.map(|(changed, entry)| {
-            entry.committed();
-            changed
-        }))
+        let user = users::table
+            .find(account.user_id())
+            .filter(users::password_hash.eq(old.as_str()))
+            .filter(users::disabled_at.is_null());
+        let changed = diesel::update(user).set(users::password_hash.eq(new.as_str())).execute(tx).await?;
+        if changed == 0 {
+            return Ok(None);
+        }
+        let ended = Session::end_all(tx, account.user_id(), Some(account.session_id())).await?;
+        let keys = ApiKey::count_valid(tx, account.user_id()).await?;
+        attempt.succeed(tx).await?;
+        let entry = attempt.origin().entry(AuditAct::PasswordChanged);
+        AuditEntry { user_id: Some(account.user_id()), ..entry }.insert(tx).await?;
+        Ok(Some((ended, keys)))
     }
 
     /// Sets a user's password and ends all their sessions, for an operator. Fails with
     /// [`Error::NotFound`] if no user has the e-mail.
-    pub async fn set_password(conn: &mut AsyncPgConnection, email: &str, new: &PasswordHash) -> Result<Self> {
-        let (user, entry) = conn
-            .transaction(async |conn| {
-                let user = diesel::update(users::table)
-                    .filter(lower(users::email).eq(lower(email)))
-                    .set(users::password_hash.eq(new.as_str()))
-                    .returning(Self::as_returning())
-                    .get_result(conn)
-                    .await
-                    .optional()?;
-                Self::with_sessions_ended(conn, user, email, AuditAct::PasswordSet).await
-            })
-            .await?;
-        entry.committed();
-        Ok(user)
+    pub async fn set_password(tx: &mut Transaction<'_>, email: &str, new: &PasswordHash) -> Result<Self> {
+        let user = diesel::update(users::table)
+            .filter(lower(users::email).eq(lower(email)))
+            .set(users::password_hash.eq(new.as_str()))
+            .returning(Self::as_returning())
+            .get_result(tx)
+            .await
+            .optional()?;
+        Self::end_sessions(tx, user, email, AuditAct::PasswordSet).await
     }
 
     /// Disables a user, for an operator: ends all sessions and refuses the user's
     /// log-ins and API keys from now on. A repeated call leaves `disabled_at` as it
     /// is. Fails with [`Error::NotFound`] if no user has the e-mail.
-    pub async fn disable(conn: &mut AsyncPgConnection, email: &str) -> Result<Self> {
-        let (user, entry) = conn
-            .transaction(async |conn| {
-                let user = diesel::update(users::table)
-                    .filter(lower(users::email).eq(lower(email)))
-                    .set(
-                        users::disabled_at.eq(diesel::dsl::case_when(
-                            users::disabled_at.is_null(),
-                            now.into_sql::<diesel::sql_types::Timestamptz>().nullable(),
-                        )
-                        .otherwise(users::disabled_at)),
-                    )
-                    .returning(Self::as_returning())
-                    .get_result(conn)
-                    .await
-                    .optional()?;
-                Self::with_sessions_ended(conn, user, email, AuditAct::UserDisabled).await
-            })
-            .await?;
-        entry.committed();
-        Ok(user)
+    pub async fn disable(tx: &mut Transaction<'_>, email: &str) -> Result<Self> {
+        let first = diesel::dsl::case_when(
+            users::disabled_at.is_null(),
+            now.into_sql::<diesel::sql_types::Timestamptz>().nullable(),
+        );
+        let user = diesel::update(users::table)
+            .filter(lower(users::email).eq(lower(email)))
+            .set(users::disabled_at.eq(first.otherwise(users::disabled_at)))
+            .returning(Self::as_returning())
+            .get_result(tx)
+            .await
+            .optional()?;
+        Self::end_sessions(tx, user, email, AuditAct::UserDisabled).await
     }
 
     /// Ends all sessions of the user whom an operator changed and inserts the audit
     /// entry.
-    async fn with_sessions_ended(
-        conn: &mut AsyncPgConnection,
+    async fn end_sessions(
+        tx: &mut Transaction<'_>,
         changed: Option<Self>,
         email: &str,
         act: AuditAct,
-    ) -> Result<(Self, Inserted)> {
+    ) -> Result<Self> {
         let user = changed.ok_or_else(|| Error::not_found(Resource::User, email))?;
-        Session::end_all(conn, user.id, None).await?;
-        let entry = AuditEntry { user_id: Some(user.id), ..Origin::OPERATOR.entry(act) };
-        Ok((user, entry.insert(conn).await?))
+        Session::end_all(tx, user.id, None).await?;
+        AuditEntry { user_id: Some(user.id), ..Origin::OPERATOR.entry(act) }.insert(tx).await?;
+        Ok(user)
     }
 }
 

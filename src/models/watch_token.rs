@@ -4,17 +4,18 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use diesel::{dsl::now, prelude::*, sql_types::Timestamptz};
-use diesel_async::{AsyncConnection as _, AsyncPgConnection, RunQueryDsl};
+use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use uuid::Uuid;
 
 use crate::{
+    db::Transaction,
     error::{Error, Resource, Result},
     models::{
         audit_entry::{AuditAct, AuditEntry, Origin},
-        caller::{Caller, CredentialId, KeyScope, Provider, Subject},
+        caller::{Caller, CredentialId, Provider},
         interval,
     },
-    schema::{users, watch_tokens},
+    schema::watch_tokens,
     secret::SecretHash,
 };
 
@@ -57,22 +58,16 @@ impl NewWatchToken {
     /// Inserts the token, with the job's provider as its creator.
     pub async fn create(
         self,
-        conn: &mut AsyncPgConnection,
+        tx: &mut Transaction<'_>,
         provider: Provider,
         origin: &Origin,
     ) -> Result<WatchToken> {
-        let (token, entry) = conn
-            .transaction(async |conn| {
-                let token = self.insert(conn, provider).await?;
-                let entry = token.entry(AuditAct::WatchTokenCreated, provider, origin);
-                Ok::<_, Error>((token, entry.insert(conn).await?))
-            })
-            .await?;
-        entry.committed();
+        let token = self.insert(tx, provider).await?;
+        token.entry(AuditAct::WatchTokenCreated, provider, origin).insert(tx).await?;
         Ok(token)
     }
 
-    async fn insert(self, conn: &mut AsyncPgConnection, provider: Provider) -> Result<WatchToken> {
+    async fn insert(self, tx: &mut Transaction<'_>, provider: Provider) -> Result<WatchToken> {
         let lifetime = interval(self.lifetime);
         Ok(diesel::insert_into(watch_tokens::table)
             .values((
@@ -85,36 +80,12 @@ impl NewWatchToken {
                 watch_tokens::expires_at.eq(now.into_sql::<Timestamptz>() + lifetime),
             ))
             .returning(WatchToken::as_returning())
-            .get_result(conn)
+            .get_result(tx)
             .await?)
     }
 }
 
-confirmable!(WatchToken, watch_tokens);
-
 impl WatchToken {
-    /// Returns the caller to whom this secret belongs and the time until it expires;
-    /// none unless the secret is valid now.
-    pub async fn authenticate(
-        conn: &mut AsyncPgConnection,
-        secret: &SecretHash,
-    ) -> Result<Option<(Caller, Option<Duration>)>> {
-        let row: Option<(Self, DateTime<Utc>)> = watch_tokens::table
-            .inner_join(users::table)
-            .filter(watch_tokens::secret_hash.eq(secret.as_bytes()))
-            .filter(watch_tokens::expires_at.gt(now))
-            .filter(users::disabled_at.is_null())
-            .select((Self::as_select(), now.into_sql::<Timestamptz>()))
-            .get_result(conn)
-            .await
-            .optional()?;
-        Ok(row.map(|(token, database_now)| {
-            let credential = CredentialId::WatchToken(token.id);
-            let caller = Caller::new(Subject::Job(token.job_id), credential, vec![KeyScope::Read]);
-            (caller, Some((token.expires_at - database_now).to_std().unwrap_or_default()))
-        }))
-    }
-
     /// Returns the token that the call is made with. Fails with
     /// [`Error::CredentialInvalid`] if the credential is not a token, or if its row no
     /// longer exists.
@@ -154,34 +125,27 @@ impl WatchToken {
     /// Expires a token of the provider. Fails with [`Error::NotFound`] if the provider
     /// has no such token, [`Error::WatchTokenAlreadyExpired`] if it has expired before.
     pub async fn expire(
-        conn: &mut AsyncPgConnection,
+        tx: &mut Transaction<'_>,
         provider: Provider,
         id: Uuid,
         origin: &Origin,
     ) -> Result<Self> {
-        let (token, entry) = conn
-            .transaction(async |conn| {
-                let own = watch_tokens::table.find(id).filter(watch_tokens::user_id.eq(provider.id()));
-                let expired: Option<Self> = diesel::update(own)
-                    .filter(watch_tokens::expires_at.gt(now))
-                    .set(watch_tokens::expires_at.eq(now))
-                    .returning(Self::as_returning())
-                    .get_result(conn)
-                    .await
-                    .optional()?;
-                let Some(token) = expired else {
-                    let known: Option<Uuid> =
-                        own.select(watch_tokens::id).get_result(conn).await.optional()?;
-                    return Err(known.map_or_else(
-                        || Error::not_found(Resource::WatchToken, &id),
-                        Error::WatchTokenAlreadyExpired,
-                    ));
-                };
-                let entry = token.entry(AuditAct::WatchTokenExpired, provider, origin);
-                Ok((token, entry.insert(conn).await?))
-            })
-            .await?;
-        entry.committed();
+        let own = watch_tokens::table.find(id).filter(watch_tokens::user_id.eq(provider.id()));
+        let expired: Option<Self> = diesel::update(own)
+            .filter(watch_tokens::expires_at.gt(now))
+            .set(watch_tokens::expires_at.eq(now))
+            .returning(Self::as_returning())
+            .get_result(tx)
+            .await
+            .optional()?;
+        let Some(token) = expired else {
+            let known: Option<Uuid> = own.select(watch_tokens::id).get_result(tx).await.optional()?;
+            return Err(known.map_or_else(
+                || Error::not_found(Resource::WatchToken, &id),
+                Error::WatchTokenAlreadyExpired,
+            ));
+        };
+        token.entry(AuditAct::WatchTokenExpired, provider, origin).insert(tx).await?;
         Ok(token)
     }
 

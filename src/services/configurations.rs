@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use futures_util::FutureExt as _;
 use semver::Version;
 use tonic::{Request, Response, Status};
 use uuid::Uuid;
@@ -45,8 +46,8 @@ impl ConfigurationService for ConfigurationApi {
         let new = NewJobConfiguration::try_from(request.into_inner())?;
         let (configuration, existed) = self
             .0
-            .detached(credential, async move |mut conn| {
-                JobConfiguration::register(&mut conn, provider, &new).await
+            .write(credential, move |tx| {
+                async move { JobConfiguration::register(tx, provider, &new).await }.boxed()
             })
             .await?;
         let job_configuration = Some(configuration.into());

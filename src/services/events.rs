@@ -50,7 +50,7 @@ impl EventService for EventApi {
         let credential = credential_of(&request)?;
         let provider = credential.caller().provider(KeyScope::Append)?;
         let batch = UncheckedBatch::try_from(request.into_inner())?;
-        let answer = self.admit(&credential, provider, batch, StreamOrder::default()).await?;
+        let answer = self.submit(credential, provider, batch, StreamOrder::default()).await?;
         Ok(Response::new(answer.wait().await?.into()))
     }
 
@@ -137,17 +137,16 @@ impl EventService for EventApi {
 }
 
 impl EventApi {
-    /// Submits a well-formed batch to the event log, unless the credential ends before
-    /// the log has room for the batch.
-    async fn admit(
+    /// Submits a well-formed batch to the event log.
+    async fn submit(
         &self,
-        credential: &Credential,
+        credential: Arc<Credential>,
         provider: Provider,
         batch: UncheckedBatch,
         stream_order: StreamOrder,
     ) -> Result<PendingAnswer> {
         let job = self.0.log.find_own_job(provider, &batch.job).await?;
-        credential.while_good(self.0.log.submit(batch.for_job(job), stream_order)).await
+        self.0.log.submit(credential, batch.for_job(job), stream_order).await
     }
 }
 

@@ -1,5 +1,6 @@
 //! `JobService`: jobs, which a provider runs for a customer.
 
+use futures_util::FutureExt as _;
 use tonic::{Request, Response, Status};
 use uuid::Uuid;
 
@@ -34,9 +35,10 @@ impl JobService for JobApi {
         let credential = credential_of(&request)?;
         let provider = credential.caller().provider(KeyScope::Append)?;
         let new = NewJob::try_from(request.into_inner())?;
-        let mut conn = self.0.database.get().await?;
-        credential.still_good()?;
-        let (job, existed) = Job::create(&mut conn, provider, &new).await?;
+        let (job, existed) = self
+            .0
+            .write(credential, move |tx| async move { Job::create(tx, provider, &new).await }.boxed())
+            .await?;
         Ok(Response::new(pb::CreateJobResponse { job: Some(job.into()), existed }))
     }
 
@@ -85,9 +87,9 @@ impl JobService for JobApi {
     ) -> Result<Response<pb::CloseJobResponse>, Status> {
         let credential = credential_of(&request)?;
         let provider = credential.caller().provider(KeyScope::Append)?;
-        let origin = self.0.origin(&request, credential.caller());
+        let origin = self.0.origin(&request, &credential);
         let Close { key, reason } = Close::try_from(request.into_inner())?;
-        let (id, existed) = credential.while_good(self.0.log.close(provider, key, reason, &origin)).await?;
+        let (id, existed) = self.0.log.close(credential, provider, &key, reason, &origin).await?;
         let mut conn = self.0.database.get().await?;
         let job = Job::find(&mut conn, provider.into(), &JobKey::Id(id)).await?;
         Ok(Response::new(pb::CloseJobResponse { job: Some(job.into()), existed }))

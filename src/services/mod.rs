@@ -1,5 +1,5 @@
-//! The gRPC services. A request, authenticated before it was read, is parsed once
-//! into a valid value and handed to a model or to the event log.
+//! The gRPC services. A request, authenticated before it was read, is parsed once into a
+//! valid value, which a model or the event log takes.
 
 pub mod auth;
 pub mod configurations;
@@ -14,38 +14,40 @@ use std::{
     sync::Arc,
 };
 
+use futures_util::future::BoxFuture;
 use http::HeaderMap;
 use tokio_util::sync::CancellationToken;
 use tonic::Request;
-use tracing::Instrument as _;
 use uuid::Uuid;
 
 use crate::{
-    auth::{Auth, AuthSettings, Credential, Ending},
-    db::{Connection, Database},
+    auth::{Auth, AuthSettings, Credential},
+    db::{
+        Database, Transaction,
+        notifier::{Notification, Notifier},
+    },
     error::{Error, Result},
     event_log::{EventLog, EventLogSettings},
-    models::{audit_entry::Origin, caller::Caller},
-    telemetry::{Telemetry, metrics::whole},
+    models::audit_entry::Origin,
+    telemetry::{Telemetry, metrics::gauge_value},
 };
 
-/// Who is at the other end of a connection.
+/// The client's end of a connection.
 #[derive(Clone, Debug, Default)]
 pub struct Peer {
-    /// Where from.
+    /// The address that the connection comes from.
     pub address: Option<SocketAddr>,
-    /// Cancelled, it cuts the connection.
+    /// Cuts the connection when it is cancelled.
     pub cut: CancellationToken,
 }
 
 impl Peer {
-    /// Whose request this is.
     pub(crate) fn of<T>(request: &Request<T>) -> Self {
         request.extensions().get::<Self>().cloned().unwrap_or_default()
     }
 }
 
-/// A call's id, as its answer and the log have it.
+/// A call's id, as in its answer and in the log.
 #[derive(Clone, Copy, Debug)]
 pub struct RequestId(pub Uuid);
 
@@ -55,11 +57,12 @@ impl RequestId {
     }
 }
 
-/// Whose call this is. It was asked before the message was read, which may take a
-/// while; [`Error::CredentialInvalid`] where it was not asked.
+/// The credential that the call was authenticated with, which is checked again, since
+/// reading the message may take a while. [`Error::CredentialInvalid`] if the call was not
+/// authenticated.
 fn credential_of<T>(request: &Request<T>) -> Result<Arc<Credential>> {
     let credential = request.extensions().get::<Arc<Credential>>().ok_or(Error::CredentialInvalid)?;
-    credential.still_good()?;
+    credential.check_valid()?;
     Ok(Arc::clone(credential))
 }
 
@@ -68,65 +71,54 @@ fn credential_of<T>(request: &Request<T>) -> Result<Arc<Credential>> {
 pub struct App {
     /// The database.
     pub database: Database,
-    /// Who calls.
+    /// Credentials and their callers.
     pub auth: Auth,
-    /// The heart.
+    /// The event log.
     pub log: EventLog,
-    /// Cancelled when this server shuts down.
+    /// Cancelled when this server drains.
     pub draining: CancellationToken,
-    /// What is counted and traced.
+    /// Metrics and traces.
     pub telemetry: Telemetry,
 }
 
 impl App {
-    /// Starts what works in the background, on a database that is migrated and
-    /// answers. Everything ends when the last clone is dropped.
+    /// Starts the background tasks, on a database that is migrated and available. They end
+    /// when the last clone is dropped.
     pub async fn start(
         database: Database,
         auth: AuthSettings,
         log: EventLogSettings,
         telemetry: Telemetry,
     ) -> Result<Self> {
-        database.keep_asking();
-        let auth = Auth::start(database.clone(), auth);
-        let confirm = auth.clone();
-        let log = EventLog::start(database.clone(), log, &telemetry, move || confirm.reconfirm_now()).await?;
+        database.watch_availability();
+        let notifier = Notifier::start(database.clone());
+        let auth = Auth::start(database.clone(), notifier.clone(), auth);
+        let log = EventLog::start(database.clone(), notifier.clone(), log, &telemetry).await?;
+        let (wake_tail, confirming) = (log.waker(), auth.clone());
+        notifier.listen(move |notification| match notification {
+            Notification::Log => wake_tail(),
+            Notification::Credentials => confirming.confirm_now(),
+        });
         Ok(Self { database, auth, log, draining: CancellationToken::new(), telemetry })
     }
 
-    /// Runs `work` to its end, see [`Database::detached`], unless the credential has
-    /// ended by the time that there is a connection for it.
-    async fn detached<T, W, F>(&self, credential: Arc<Credential>, work: W) -> Result<T>
-    where
-        T: Send + 'static,
-        W: FnOnce(Connection) -> F + Send + 'static,
-        F: Future<Output = Result<T>> + Send,
-    {
-        let work = async move |connection| {
-            credential.still_good()?;
-            work(connection).await
-        };
-        self.database.detached(work).await
-    }
-
-    /// What Prometheus is told, as things stand now. Asks nobody but this
-    /// process.
+    /// The metrics as text, with the gauges set to their present values. It makes no query.
     pub(crate) fn measure(&self) -> String {
         let metrics = &self.telemetry.metrics;
         let (state, pool) = (&metrics.state, self.database.status());
         state.draining.set(self.draining.is_cancelled().into());
         state.watch_lag.set(self.log.watch_lag().as_secs_f64());
-        state.connections_idle.set(whole(pool.available));
-        state.connections_in_use.set(whole(pool.size.saturating_sub(pool.available)));
-        state.connections_most.set(whole(pool.max_size));
-        state.connections_waited_for.set(whole(pool.waiting));
+        state.connections_idle.set(gauge_value(pool.available));
+        state.connections_in_use.set(gauge_value(pool.size.saturating_sub(pool.available)));
+        state.connections_max.set(gauge_value(pool.max_size));
+        state.connections_waiting.set(gauge_value(pool.waiting));
         let (cached, age) = self.auth.cached();
-        state.credentials.set(whole(cached));
+        state.credentials.set(gauge_value(cached));
         state.credentials_age.set(age.as_secs_f64());
         metrics.text()
     }
 
-    /// Whose call this is, by `authorization: Bearer SECRET`.
+    /// Authenticates a call by its header `authorization: Bearer SECRET`.
     pub(crate) async fn authenticate(&self, headers: &HeaderMap) -> Result<Arc<Credential>> {
         let secret = headers
             .get("authorization")
@@ -138,49 +130,42 @@ impl App {
         self.auth.authenticate(secret).await
     }
 
-    /// What the audit says of a call by this caller.
-    pub(crate) fn origin<T>(&self, request: &Request<T>, caller: &Caller) -> Origin {
-        Origin::of_caller(caller, self.address(request), RequestId::of(request))
+    /// Writes under a credential, see [`Database::write`].
+    async fn write<T, W>(&self, credential: Arc<Credential>, work: W) -> Result<T>
+    where
+        T: Send + 'static,
+        W: for<'a> FnOnce(&'a mut Transaction<'_>) -> BoxFuture<'a, Result<T>> + Send + 'static,
+    {
+        self.database.write(credential, work).await
     }
 
-    /// The same where there is no credential.
-    pub(crate) fn stranger<T>(&self, request: &Request<T>) -> Origin {
+    /// The origin of a call for the audit.
+    fn origin<T>(&self, request: &Request<T>, credential: &Credential) -> Origin {
+        Origin::of_caller(credential.caller(), self.address(request), RequestId::of(request))
+    }
+
+    /// The origin of a call without a credential.
+    fn anonymous_origin<T>(&self, request: &Request<T>) -> Origin {
         Origin::anonymous(self.address(request), RequestId::of(request))
     }
 
-    /// Where a request comes from: behind a proxy that is trusted, as that says.
+    /// The client's address; behind a trusted proxy, the address that the proxy names.
     fn address<T>(&self, request: &Request<T>) -> Option<IpAddr> {
-        // A socket for both IPv6 and IPv4 has IPv4's addresses as IPv6's.
+        // A socket for both IPv6 and IPv4 has IPv4 addresses in their IPv6 form.
         let direct = Peer::of(request).address?.ip().to_canonical();
         let trusted = &self.auth.settings().trusted_proxies;
         if !trusted.contains(&direct) {
             return Some(direct);
         }
-        // Each hop adds whom it heard from; what comes before the last that is
-        // not ours may be anybody's invention.
+        // Each proxy appends the address of its client. Of these addresses, the last one
+        // that is no trusted proxy counts: clients can invent what stands before it.
         let hops = request.metadata().get_all("x-forwarded-for").iter();
         let hops: Vec<Option<IpAddr>> = hops
             .flat_map(|hops| hops.to_str().unwrap_or("?").split(','))
             .map(|hop| hop.trim().parse().ok().map(|hop: IpAddr| hop.to_canonical()))
             .collect();
         let last = hops.into_iter().rev().find(|hop| hop.is_none_or(|hop| !trusted.contains(&hop)));
-        // What cannot be read is nobody's address, and what is before it nobody's
-        // word.
+        // An entry that is no address ends the search: what stands before it may be invented.
         last.flatten().or(Some(direct))
-    }
-
-    /// Does work to its end, even if the caller leaves meanwhile.
-    async fn to_the_end<T: Send + 'static>(
-        &self,
-        work: impl Future<Output = Result<T>> + Send + 'static,
-    ) -> Result<T> {
-        tokio::spawn(work.in_current_span()).await.map_err(Error::internal)?
-    }
-
-    /// Ends credentials: here at once, on other replicas as soon as they hear.
-    /// The database was told before.
-    pub(crate) fn end(&self, ending: Ending) {
-        self.auth.end(ending);
-        self.log.notify_credentials();
     }
 }

@@ -108,8 +108,8 @@ pub(crate) struct State {
     pub(crate) watch_lag: Seconds,
     pub(crate) connections_idle: Gauge,
     pub(crate) connections_in_use: Gauge,
-    pub(crate) connections_most: Gauge,
-    pub(crate) connections_waited_for: Gauge,
+    pub(crate) connections_max: Gauge,
+    pub(crate) connections_waiting: Gauge,
     pub(crate) credentials: Gauge,
     pub(crate) credentials_age: Seconds,
 }
@@ -398,8 +398,8 @@ impl State {
             ),
             connections_idle: state("idle"),
             connections_in_use: state("in_use"),
-            connections_most: gauge(registry, "database_connections_max", "Most connections of the pool"),
-            connections_waited_for: gauge(
+            connections_max: gauge(registry, "database_connections_max", "Most connections of the pool"),
+            connections_waiting: gauge(
                 registry,
                 "database_connections_waiting",
                 "Callers that wait for a connection of the pool",
@@ -424,7 +424,7 @@ pub(crate) fn float(count: usize) -> f64 {
     u32::try_from(count).map_or(f64::INFINITY, f64::from)
 }
 
-pub(crate) fn whole(count: usize) -> i64 {
+pub(crate) fn gauge_value(count: usize) -> i64 {
     i64::try_from(count).unwrap_or(i64::MAX)
 }
 

@@ -402,7 +402,7 @@ async fn refused_calls_write_no_audit_entry() {
     let mut session = log_in(server, &email, NEW_PASSWORD).await;
     let refusals = [
         unauthenticated.sign_up(sign_up(&email.to_uppercase(), UserRole::Customer)).await.map(drop),
-        unauthenticated.sign_up(sign_up("no credential", UserRole::Customer)).await.map(drop),
+        unauthenticated.sign_up(sign_up("nobody", UserRole::Customer)).await.map(drop),
         unauthenticated.log_in(log_in_request("a\0b", PASSWORD)).await.map(drop),
         provider.session.auth.log_out(pb::LogOutRequest {}).await.map(drop),
         session.auth.rotate_api_key(rotate(key_id)).await.map(drop),

@@ -83,7 +83,7 @@ async fn a_sign_up_is_answered_with_all_its_violations_at_once() {
     let server = TestServer::start().await;
     let request = pb::SignUpRequest {
         role: UserRole::Unspecified.into(),
-        email: "no credential".to_owned(),
+        email: "nobody".to_owned(),
         password: "short".to_owned(),
         first_name: "a\0b".to_owned(),
         last_name: "x".repeat(257),

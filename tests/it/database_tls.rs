@@ -183,10 +183,11 @@ async fn notifications_are_received_over_tls() {
     let url = postgres.url("sslmode=require");
     let (received, mut notifications) = mpsc::unbounded_channel();
     let listening = postgres.database(&url, Some("ca.pem"));
-    let _listener = Notifier::start(listening, move |notification| {
+    let listener = Notifier::start(listening);
+    listener.listen(move |notification| {
         let _closed = received.send(notification);
     });
-    let sender = Notifier::start(postgres.database(&url, Some("ca.pem")), |_| {});
+    let sender = Notifier::start(postgres.database(&url, Some("ca.pem")));
     // A listener takes every kind as received once it listens, since it may have
     // missed some.
     for notification in [Notification::Log, Notification::Credentials] {

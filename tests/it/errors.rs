@@ -18,7 +18,7 @@ async fn a_wrong_password_and_an_unknown_email_are_indistinguishable() {
     let user = server.customer().await;
     let wrong_password = failed_log_in(&server, &user.email, "a wrong password").await;
     let unknown_email = failed_log_in(&server, "nobody@example.com", PASSWORD).await;
-    let not_an_email = failed_log_in(&server, "no credential", "x").await;
+    let not_an_email = failed_log_in(&server, "nobody", "x").await;
     for status in [&wrong_password, &unknown_email, &not_an_email] {
         assert_eq!(status.code(), wrong_password.code());
         assert_eq!(status.message(), wrong_password.message());

@@ -214,7 +214,7 @@ async fn repeated_sign_ups_from_one_address_are_throttled() {
     // A sign-up that is refused for its known e-mail counts; one that is refused for its
     // shape does not.
     sign_up("192.0.2.1", "a@b").await.unwrap_err();
-    sign_up("192.0.2.1", "no credential").await.unwrap_err();
+    sign_up("192.0.2.1", "nobody").await.unwrap_err();
     server.database.execute("UPDATE log_in_attempts SET failures = failures + 96 WHERE failures = 2").await;
     sign_up("192.0.2.1", "3@b").await.unwrap();
     sign_up("192.0.2.1", "4@b").await.unwrap();

@@ -46,12 +46,17 @@ fn milepost(database: &TestDatabase, arguments: &[&str]) -> Command {
     command
 }
 
-/// Makes the migration of watch_tokens a pending one. The table is put aside rather
-/// than dropped, so that running servers and objects that depend on it still work.
+/// Makes the migration of watch_tokens a pending one. Its table and its view are put into
+/// another schema rather than dropped, so that running servers find them there as soon as
+/// they connect anew.
 async fn unapply_watch_tokens(database: &TestDatabase) {
     database
         .execute(&format!(
             "CREATE SCHEMA aside;
+             DO $$ BEGIN
+                 EXECUTE format('ALTER DATABASE %I SET search_path = public, aside', current_database());
+             END $$;
+             ALTER VIEW credentials SET SCHEMA aside;
              ALTER TABLE watch_tokens SET SCHEMA aside;
              DELETE FROM __diesel_schema_migrations WHERE version = '{WATCH_TOKENS}'"
         ))

@@ -50,6 +50,7 @@ use self::{
 };
 use super::{abort::abort_on_panic, tail::Tail};
 use crate::{
+    auth::Credential,
     db::{Database, notifier::Notifier},
     error::{Error, Result},
     telemetry::{Telemetry, traces::Traces},
@@ -116,15 +117,23 @@ impl Appender {
     }
 
     /// Submits a batch. Batches for one job are appended in the order in which they
-    /// were submitted.
-    pub(crate) async fn submit(&self, batch: Batch, stream_order: StreamOrder) -> Result<PendingAnswer> {
+    /// were submitted. The credential is checked while the batch waits for room, and
+    /// once more when it is planned.
+    pub(crate) async fn submit(
+        &self,
+        credential: Arc<Credential>,
+        batch: Batch,
+        stream_order: StreamOrder,
+    ) -> Result<PendingAnswer> {
         let (since, span) = (Instant::now(), self.traces.append());
         let bytes: usize =
             batch.events.iter().map(|event| 256 + event.name.len() + event.metadata.len()).sum();
         let kib = u32::try_from(bytes.div_ceil(1024)).unwrap_or(QUEUE_KIB).min(QUEUE_KIB);
-        let room = Arc::clone(&self.room).acquire_many_owned(kib).await.map_err(Error::internal)?;
+        let room = Arc::clone(&self.room).acquire_many_owned(kib);
+        let room = credential.while_valid(async { room.await.map_err(Error::internal) }).await?;
         let (to, answer) = oneshot::channel();
         let request = Request {
+            credential: Arc::clone(&credential),
             batch,
             stream_order,
             stored: HashMap::new(),
@@ -133,7 +142,8 @@ impl Appender {
             span,
             _room: room,
         };
-        self.queue.send(request).await.map_err(|_| Error::Draining)?;
+        let queued = async { self.queue.send(request).await.map_err(|_| Error::Draining) };
+        credential.while_valid(queued).await?;
         Ok(PendingAnswer(answer))
     }
 }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use chrono::{DateTime, Utc};
-use diesel_async::{AsyncPgConnection, pooled_connection::PoolableConnection as _};
+use diesel_async::pooled_connection::PoolableConnection as _;
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use uuid::Uuid;
 
@@ -17,6 +17,8 @@ use super::{
     batch::{AppendedEvent, Batch},
 };
 use crate::{
+    auth::Credential,
+    db::OwnConnection,
     error::{Error, Result},
     models::{
         audit_entry::AuditEntry,
@@ -53,6 +55,7 @@ pub(super) enum Knowledge {
 
 #[derive(Debug)]
 pub(super) struct Request {
+    pub(super) credential: Arc<Credential>,
     pub(super) batch: Batch,
     pub(super) stream_order: StreamOrder,
     /// Events of the batch that were found stored.
@@ -77,11 +80,16 @@ impl Request {
         self.answer(Err(if internal { Error::internal(source) } else { Error::unavailable(source) }));
     }
 
-    /// `None` if the caller has left, or if an earlier batch of the publish stream failed
-    /// or lost its caller.
+    /// `None` if the credential has ended, if the caller has left, or if an earlier batch of
+    /// the publish stream failed or lost its caller.
     pub(super) fn still_wanted(self) -> Option<Self> {
         if self.stream_order.has_failed() {
             self.answer(Err(Error::unavailable("a batch before this one failed")));
+            return None;
+        }
+        if let Err(error) = self.credential.check_valid() {
+            self.stream_order.fail();
+            self.answer(Err(error));
             return None;
         }
         if self.reply.to.is_closed() {
@@ -174,8 +182,8 @@ impl Round {
     /// job is tried in a transaction of its own, so that no job fails because of another.
     pub(super) async fn append(
         &self,
-        mut connection: AsyncPgConnection,
-    ) -> Result<(AsyncPgConnection, Vec<Result<AppendOutcome>>)> {
+        mut connection: OwnConnection,
+    ) -> Result<(OwnConnection, Vec<Result<AppendOutcome>>)> {
         let since = Instant::now();
         match self.statement(&self.order).execute(&connection).await {
             Ok(outcomes) => return Ok((connection, outcomes.into_iter().map(Ok).collect())),
@@ -201,7 +209,7 @@ impl Round {
     pub(super) async fn append_locked(
         &self,
         locked: LockedJob,
-    ) -> Result<(AsyncPgConnection, Vec<Result<AppendOutcome>>)> {
+    ) -> Result<(OwnConnection, Vec<Result<AppendOutcome>>)> {
         let (connection, outcomes) = locked.append(&self.statement(&self.order)).await?;
         Ok((connection, outcomes.into_iter().map(Ok).collect()))
     }

@@ -16,7 +16,7 @@ use uuid::Uuid;
 use super::round::{Completed, Group, Knowledge, Request, Round};
 use crate::{
     db::{
-        Database,
+        Database, OwnConnection,
         notifier::{Notification, Notifier},
     },
     error::{Error, Resource, Result},
@@ -38,7 +38,7 @@ const TICK: Duration = Duration::from_millis(1);
 const STATES: u64 = 100_000;
 
 /// A round that was sent, and what became of it.
-type Sent = (Round, Result<(AsyncPgConnection, Vec<Result<AppendOutcome>>)>);
+type Sent = (Round, Result<(OwnConnection, Vec<Result<AppendOutcome>>)>);
 
 pub(super) struct Task {
     database: Database,
@@ -50,7 +50,7 @@ pub(super) struct Task {
     limit: Duration,
     /// The task's own connection, so that no reader keeps appends waiting; none while a
     /// round is under way.
-    connection: Option<AsyncPgConnection>,
+    connection: Option<OwnConnection>,
     /// The states of jobs once the round under way is committed.
     states: Cache<Uuid, JobState>,
     /// The round after the one under way.
@@ -367,7 +367,7 @@ fn fail(requests: Vec<Request>, error: Error) {
 /// Appends a round, over the connection of its locked job, the one given, or a new one.
 async fn append(
     database: Database,
-    mut connection: Option<AsyncPgConnection>,
+    mut connection: Option<OwnConnection>,
     mut round: Round,
     limit: Duration,
     metrics: Arc<Metrics>,

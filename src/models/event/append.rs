@@ -7,6 +7,7 @@ use futures_util::future::join;
 use uuid::Uuid;
 
 use crate::{
+    db::OwnConnection,
     error::{Error, Result, violated},
     models::audit_entry::AuditEntry,
     progress::{EventKind, JobState, JobStatus},
@@ -181,7 +182,7 @@ impl<'a> AppendStatement<'a> {
     /// Appends in one statement, which is one transaction. Returns the outcome of each
     /// job in the order in which the jobs were added: the order of their ids, so that
     /// two servers cannot deadlock.
-    pub async fn execute(&self, connection: &AsyncPgConnection) -> Result<Vec<AppendOutcome>> {
+    pub async fn execute(&self, connection: &OwnConnection) -> Result<Vec<AppendOutcome>> {
         let answer = match self.call(connection, false).await {
             Err(error) if violated(&error) == Some("events_job_id_id_key") => {
                 self.call(connection, true).await?
@@ -193,11 +194,8 @@ impl<'a> AppendStatement<'a> {
 
     /// Appends in a transaction that is open already, and commits it; see
     /// [`LockedJob::append`](super::LockedJob::append).
-    pub(super) async fn execute_and_commit(
-        &self,
-        connection: &AsyncPgConnection,
-    ) -> Result<Vec<AppendOutcome>> {
-        let mut shared = connection;
+    pub(super) async fn execute_and_commit(&self, connection: &OwnConnection) -> Result<Vec<AppendOutcome>> {
+        let mut shared: &AsyncPgConnection = connection;
         let (answer, ended) = join(self.call(connection, true), shared.batch_execute("COMMIT")).await;
         ended?;
         self.outcomes(answer?)

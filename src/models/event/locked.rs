@@ -7,12 +7,12 @@ use diesel_async::{AsyncPgConnection, RunQueryDsl as _, SimpleAsyncConnection as
 use uuid::Uuid;
 
 use super::{AppendOutcome, AppendStatement, JobHead};
-use crate::{error::Result, schema::jobs};
+use crate::{db::OwnConnection, error::Result, schema::jobs};
 
 /// A transaction that holds the lock of one job's row, from its BEGIN to its end. If it
 /// is dropped before its end, its connection is closed and Postgres rolls it back.
 pub struct LockedJob {
-    connection: AsyncPgConnection,
+    connection: OwnConnection,
     head: Option<JobHead>,
 }
 
@@ -25,7 +25,7 @@ impl fmt::Debug for LockedJob {
 impl LockedJob {
     /// Begins the transaction, and locks and reads the job's row. Postgres ends a
     /// transaction that is idle for a second.
-    pub async fn begin(mut connection: AsyncPgConnection, id: Uuid) -> Result<Self> {
+    pub async fn begin(mut connection: OwnConnection, id: Uuid) -> Result<Self> {
         connection.batch_execute("BEGIN; SET LOCAL idle_in_transaction_session_timeout = '1s'").await?;
         let job = jobs::table.filter(jobs::id.eq(id)).select(JobHead::as_select()).for_update();
         let head = job.first(&mut connection).await.optional()?;
@@ -52,13 +52,13 @@ impl LockedJob {
     pub async fn append(
         self,
         statement: &AppendStatement<'_>,
-    ) -> Result<(AsyncPgConnection, Vec<AppendOutcome>)> {
+    ) -> Result<(OwnConnection, Vec<AppendOutcome>)> {
         let outcomes = statement.execute_and_commit(&self.connection).await?;
         Ok((self.connection, outcomes))
     }
 
     /// Ends the transaction without a change.
-    pub async fn roll_back(mut self) -> Result<AsyncPgConnection> {
+    pub async fn roll_back(mut self) -> Result<OwnConnection> {
         self.connection.batch_execute("ROLLBACK").await?;
         Ok(self.connection)
     }

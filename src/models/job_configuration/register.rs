@@ -1,12 +1,13 @@
 //! Registration of a version of a configuration.
 
 use diesel::{ExpressionMethods as _, Insertable};
-use diesel_async::{AsyncConnection as _, AsyncPgConnection, RunQueryDsl as _};
+use diesel_async::RunQueryDsl as _;
 use semver::Version;
 use uuid::Uuid;
 
 use super::{ConfigurationKey, JobConfiguration, MetadataConfiguration, MetadataKind};
 use crate::{
+    db::Transaction,
     error::{Error, Resource, Result, Violations, quoted},
     models::{caller::Provider, version},
     schema::{job_configurations, metadata_configurations, step_configurations},
@@ -41,16 +42,15 @@ pub struct NewStepConfiguration {
 
 impl JobConfiguration {
     /// Registers a version. Returns it and whether it existed before. Fails with
-    /// [`Error::Differs`] if it exists with other content. The future must not be dropped
-    /// before it ends, see [`crate::db::Database::detached`].
+    /// [`Error::Differs`] if it exists with other content.
     pub async fn register(
-        conn: &mut AsyncPgConnection,
+        tx: &mut Transaction<'_>,
         provider: Provider,
         new: &NewJobConfiguration,
     ) -> Result<(Self, bool)> {
-        let inserted = conn.transaction(async |conn| new.insert(conn, provider).await).await?;
+        let inserted = new.insert(tx, provider).await?;
         let key = ConfigurationKey::Version { tag: new.tag.clone(), version: new.version.to_string() };
-        let stored = Self::find(conn, provider.into(), &key)
+        let stored = Self::find(tx, provider.into(), &key)
             .await?
             .ok_or_else(|| Error::internal("a configuration is missing directly after its registration"))?;
         let differences = new.differences(&stored);
@@ -89,7 +89,7 @@ struct MetadataRow<'a> {
 impl NewJobConfiguration {
     /// Inserts the version. Returns false if its tag and version exist. If another
     /// transaction is inserting them, this waits until that transaction ends.
-    async fn insert(&self, conn: &mut AsyncPgConnection, provider: Provider) -> Result<bool> {
+    async fn insert(&self, tx: &mut Transaction<'_>, provider: Provider) -> Result<bool> {
         let job_configuration_id = Uuid::now_v7();
         let inserted = diesel::insert_into(job_configurations::table)
             .values((
@@ -107,7 +107,7 @@ impl NewJobConfiguration {
                 job_configurations::version,
             ))
             .do_nothing()
-            .execute(conn)
+            .execute(tx)
             .await?;
         if inserted == 0 {
             return Ok(false);
@@ -128,10 +128,10 @@ impl NewJobConfiguration {
             }));
         }
         for rows in steps.chunks(INSERT_ROWS) {
-            diesel::insert_into(step_configurations::table).values(rows).execute(conn).await?;
+            diesel::insert_into(step_configurations::table).values(rows).execute(tx).await?;
         }
         for rows in metadata.chunks(INSERT_ROWS) {
-            diesel::insert_into(metadata_configurations::table).values(rows).execute(conn).await?;
+            diesel::insert_into(metadata_configurations::table).values(rows).execute(tx).await?;
         }
         Ok(true)
     }

@@ -1,33 +1,21 @@
 //! Requests about accounts and passwords, and the messages for users and sessions.
 
-use tokio::sync::OwnedSemaphorePermit;
-use uuid::Uuid;
-
 use crate::{
-    db::{Asker, Database},
+    auth::NewAccount,
     error::{Error, Result, Violations, quoted},
     event_log::timestamp,
     models::{
         caller::UserRole,
-        log_in_attempt::{LogInAttempt, LogInClaim},
         session::Session,
         user::{Email, Names, User},
     },
     pb,
     secret::Password,
-    services::{App, parse},
+    services::parse,
 };
 
 /// Most paths of an update mask. Two are valid; the others are reported as violations.
 const MASK_PATHS: usize = 64;
-
-pub(super) struct NewAccount {
-    pub(super) role: UserRole,
-    pub(super) email: Email,
-    pub(super) password: Password,
-    pub(super) first_name: String,
-    pub(super) last_name: String,
-}
 
 impl TryFrom<pb::SignUpRequest> for NewAccount {
     type Error = Error;
@@ -73,57 +61,6 @@ impl TryFrom<pb::LogInRequest> for EmailAndPassword {
         let email = parse::text(&mut violations, "email", request.email);
         secret_text(&mut violations, "password", &request.password);
         violations.or(Self { email, password: Password::new(request.password).ok() })
-    }
-}
-
-/// Counts a log-in as failed before its password is verified. A restricted one first
-/// waits for a password permit for unauthenticated callers, which this returns and the
-/// caller keeps until the log-in ends.
-pub(super) async fn begin_attempt(
-    app: &App,
-    asker: Asker,
-    claim: LogInClaim,
-) -> Result<(LogInAttempt, Option<OwnedSemaphorePermit>)> {
-    let begun = claim.begin(&mut *app.database.get_for(asker).await?).await?;
-    if let Some(attempt) = begun {
-        return Ok((attempt, None));
-    }
-    let permit = app.auth.passwords().stranger().await?;
-    Ok((claim.begin_restricted(&mut *app.database.get_for(asker).await?).await?, Some(permit)))
-}
-
-/// The password is wrong, or the attempt must not succeed.
-pub(super) struct WrongPassword {
-    /// The user who has the e-mail, if there is one.
-    pub(super) user_id: Option<Uuid>,
-}
-
-/// Records how an attempt ended, and returns none if the password was wrong. An
-/// attempt whose password could not be verified is withdrawn in the background, so
-/// that it does not count as failed.
-pub(super) async fn record_outcome<T>(
-    database: &Database,
-    asker: Asker,
-    attempt: LogInAttempt,
-    outcome: Result<Result<T, WrongPassword>>,
-) -> Result<Option<T>> {
-    match outcome {
-        Ok(Ok(value)) => Ok(Some(value)),
-        Ok(Err(WrongPassword { user_id })) => {
-            attempt.fail(&mut *database.get_for(asker).await?, user_id).await?;
-            Ok(None)
-        }
-        Err(error) => {
-            // In the background, because the caller has probably waited for a timeout.
-            let database = database.clone();
-            tokio::spawn(async move {
-                let withdrawn = async { attempt.withdraw(&mut *database.get_for(asker).await?).await };
-                if let Err(error) = withdrawn.await {
-                    tracing::warn!(cause = ?error, "an unverified log-in stays counted as failed");
-                }
-            });
-            Err(error)
-        }
     }
 }
 

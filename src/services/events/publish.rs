@@ -85,7 +85,7 @@ pub(super) async fn accept(
                 let submitted = async {
                     credential.confirmed().await?;
                     let batch = UncheckedBatch::try_from(batch)?;
-                    api.admit(&credential, provider, batch, stream_order.clone()).await
+                    api.submit(Arc::clone(&credential), provider, batch, stream_order.clone()).await
                 };
                 // Submitting may wait for the job's configuration and for the log.
                 let submitted = tokio::select! {

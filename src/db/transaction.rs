@@ -1,0 +1,156 @@
+//! The one door for writes.
+//!
+//! Model functions that write take a [`Transaction`], and only [`Database::write`] and
+//! [`OwnConnection::write`] make one. So a caller cannot write over a connection that it
+//! got in another way, and cannot forget to check its credential once more after it
+//! waited for the connection.
+
+use std::{
+    fmt,
+    ops::{Deref, DerefMut},
+};
+
+use diesel_async::{AsyncConnection, AsyncPgConnection, TransactionManager as _};
+use futures_util::future::BoxFuture;
+use tracing::Instrument as _;
+
+use super::{Database, pool::Share};
+use crate::error::{Error, Result};
+
+type Manager = <AsyncPgConnection as AsyncConnection>::TransactionManager;
+
+/// Who may write. It is asked when the connection is there, since a credential may end
+/// while its call waits.
+pub trait Authority: Send + 'static {
+    /// An error if nothing may be written any more.
+    fn check(&self) -> Result<()>;
+
+    /// The share of the pool that the write takes its connection from; none for the
+    /// whole pool.
+    fn share(&self) -> Option<&Share> {
+        None
+    }
+}
+
+/// The authority of the operator, and of the server on its own account: there is nothing
+/// to check.
+#[derive(Clone, Copy, Debug)]
+pub struct Unconditional;
+
+impl Authority for Unconditional {
+    fn check(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// An open transaction.
+pub struct Transaction<'a> {
+    connection: &'a mut AsyncPgConnection,
+    after_commit: Vec<Box<dyn FnOnce() + Send>>,
+}
+
+impl Transaction<'_> {
+    /// Runs `work` once the transaction is committed, also if the caller has left.
+    pub fn after_commit(&mut self, work: impl FnOnce() + Send + 'static) {
+        self.after_commit.push(Box::new(work));
+    }
+}
+
+impl Database {
+    /// Runs `work` in a transaction, within the span of the caller. The transaction is
+    /// committed if `work` succeeds and rolled back if it fails.
+    ///
+    /// The transaction runs to its end even if the caller leaves: a future that is
+    /// dropped inside a transaction would leave it open, with its locks, until the next
+    /// use of the connection.
+    pub async fn write<T, W>(&self, authority: impl Authority, work: W) -> Result<T>
+    where
+        T: Send + 'static,
+        W: for<'a> FnOnce(&'a mut Transaction<'_>) -> BoxFuture<'a, Result<T>> + Send + 'static,
+    {
+        let mut connection = match authority.share() {
+            Some(share) => self.get_share(share).await?,
+            None => self.get().await?,
+        };
+        let transaction = async move {
+            authority.check()?;
+            run(&mut connection, work).await
+        };
+        tokio::spawn(transaction.in_current_span()).await.map_err(Error::internal)?
+    }
+}
+
+/// A connection outside the pool that the server keeps for itself, so that what all
+/// callers wait for does not wait for a connection behind calls.
+pub struct OwnConnection(pub(super) AsyncPgConnection);
+
+impl OwnConnection {
+    /// As [`Database::write`], for the server's own writes. The caller must not drop the
+    /// future, but with the connection.
+    pub async fn write<T, W>(&mut self, work: W) -> Result<T>
+    where
+        W: for<'a> FnOnce(&'a mut Transaction<'_>) -> BoxFuture<'a, Result<T>>,
+    {
+        run(&mut self.0, work).await
+    }
+}
+
+async fn run<T, W>(connection: &mut AsyncPgConnection, work: W) -> Result<T>
+where
+    W: for<'a> FnOnce(&'a mut Transaction<'_>) -> BoxFuture<'a, Result<T>>,
+{
+    Manager::begin_transaction(connection).await?;
+    let mut transaction = Transaction { connection, after_commit: Vec::new() };
+    match work(&mut transaction).await {
+        Ok(value) => {
+            Manager::commit_transaction(transaction.connection).await?;
+            transaction.after_commit.into_iter().for_each(|work| work());
+            Ok(value)
+        }
+        Err(error) => {
+            // A connection that cannot roll back is broken, and the pool drops it.
+            let _ = Manager::rollback_transaction(transaction.connection).await;
+            Err(error)
+        }
+    }
+}
+
+impl Deref for Transaction<'_> {
+    type Target = AsyncPgConnection;
+
+    fn deref(&self) -> &AsyncPgConnection {
+        self.connection
+    }
+}
+
+impl DerefMut for Transaction<'_> {
+    fn deref_mut(&mut self) -> &mut AsyncPgConnection {
+        self.connection
+    }
+}
+
+impl fmt::Debug for Transaction<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Transaction").finish_non_exhaustive()
+    }
+}
+
+impl Deref for OwnConnection {
+    type Target = AsyncPgConnection;
+
+    fn deref(&self) -> &AsyncPgConnection {
+        &self.0
+    }
+}
+
+impl DerefMut for OwnConnection {
+    fn deref_mut(&mut self) -> &mut AsyncPgConnection {
+        &mut self.0
+    }
+}
+
+impl fmt::Debug for OwnConnection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("OwnConnection").finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,138 @@
+//! The three kinds of credentials, looked up together through the view `credentials`.
+
+use std::{collections::HashSet, time::Duration};
+
+use chrono::{DateTime, Utc};
+use diesel::{
+    dsl::now,
+    prelude::*,
+    sql_types::{Array, Timestamptz, Uuid as SqlUuid},
+};
+use diesel_async::{AsyncPgConnection, RunQueryDsl};
+use uuid::Uuid;
+
+use self::view::credentials;
+use super::caller::{Caller, CredentialId, KeyScope, Subject, UserRole};
+use crate::{
+    db::Transaction,
+    error::{Error, Result},
+    schema::users,
+    secret::SecretHash,
+};
+
+#[allow(missing_docs, reason = "the columns of the view")]
+mod view {
+    diesel::table! {
+        use diesel::sql_types::*;
+        use crate::schema::sql_types::ApiKeyScope;
+
+        /// See migrations/2026-11-26-000007_watch_tokens/up.sql.
+        credentials (id) {
+            id -> Uuid,
+            kind -> Text,
+            secret_hash -> Binary,
+            user_id -> Uuid,
+            job_id -> Nullable<Uuid>,
+            scopes -> Nullable<Array<Nullable<ApiKeyScope>>>,
+            expires_at -> Nullable<Timestamptz>,
+        }
+    }
+}
+
+diesel::joinable!(credentials -> users (user_id));
+diesel::allow_tables_to_appear_in_same_query!(credentials, users);
+
+#[derive(Queryable, Selectable)]
+#[diesel(table_name = credentials, check_for_backend(diesel::pg::Pg))]
+struct Row {
+    id: Uuid,
+    kind: String,
+    user_id: Uuid,
+    job_id: Option<Uuid>,
+    scopes: Option<Vec<Option<KeyScope>>>,
+    expires_at: Option<DateTime<Utc>>,
+}
+
+/// Returns the caller to whom this secret belongs, and the time until the secret expires,
+/// if it does; none unless the secret is valid now.
+pub async fn authenticate(
+    connection: &mut AsyncPgConnection,
+    secret: &SecretHash,
+) -> Result<Option<(Caller, Option<Duration>)>> {
+    let found: Option<(Row, UserRole, DateTime<Utc>)> = credentials::table
+        .inner_join(users::table)
+        .filter(credentials::secret_hash.eq(secret.as_bytes()))
+        .filter(credentials::expires_at.is_null().or(credentials::expires_at.gt(now)))
+        .filter(users::disabled_at.is_null())
+        .select((Row::as_select(), users::role, now.into_sql::<Timestamptz>()))
+        .get_result(connection)
+        .await
+        .optional()?;
+    let Some((row, role, database_now)) = found else { return Ok(None) };
+    let lifetime = row.expires_at.map(|at| (at - database_now).to_std().unwrap_or_default());
+    Ok(Some((row.caller(role)?, lifetime)))
+}
+
+impl Row {
+    fn caller(self, role: UserRole) -> Result<Caller> {
+        let user = Subject::User { id: self.user_id, role };
+        let id = credential_id(&self.kind, self.id)?;
+        let (subject, scopes) = match (id, self.job_id) {
+            (CredentialId::Session(_), _) => (user, vec![KeyScope::Read, KeyScope::Append, KeyScope::Manage]),
+            (CredentialId::ApiKey(_), _) => (user, self.scopes.into_iter().flatten().flatten().collect()),
+            (CredentialId::WatchToken(_), Some(job_id)) => (Subject::Job(job_id), vec![KeyScope::Read]),
+            (CredentialId::WatchToken(_), None) => {
+                return Err(Error::internal("a watch token without a job"));
+            }
+        };
+        Ok(Caller::new(subject, id, scopes))
+    }
+}
+
+/// Returns those of these credentials that are valid now.
+pub async fn still_valid(
+    connection: &mut AsyncPgConnection,
+    ids: &[CredentialId],
+) -> Result<HashSet<CredentialId>> {
+    let ids: Vec<Uuid> = ids.iter().map(|id| id.uuid()).collect();
+    let valid: Vec<(String, Uuid)> = credentials::table
+        .inner_join(users::table)
+        .filter(credentials::id.eq_any(ids))
+        .filter(credentials::expires_at.is_null().or(credentials::expires_at.gt(now)))
+        .filter(users::disabled_at.is_null())
+        .select((credentials::kind, credentials::id))
+        .load(connection)
+        .await?;
+    valid.into_iter().map(|(kind, id)| credential_id(&kind, id)).collect()
+}
+
+/// Records that these credentials were used, unless that was recorded within a minute.
+pub async fn record_use(tx: &mut Transaction<'_>, ids: &[CredentialId]) -> Result<()> {
+    for (table, of_table) in [
+        ("sessions", (|id| matches!(id, CredentialId::Session(_))) as fn(&CredentialId) -> bool),
+        ("api_keys", |id| matches!(id, CredentialId::ApiKey(_))),
+        ("watch_tokens", |id| matches!(id, CredentialId::WatchToken(_))),
+    ] {
+        let mut ids: Vec<Uuid> = ids.iter().filter(|id| of_table(id)).map(|id| id.uuid()).collect();
+        if ids.is_empty() {
+            continue;
+        }
+        // All replicas lock rows in this order.
+        ids.sort_unstable();
+        let update = format!(
+            "UPDATE {table} SET last_used_at = now() WHERE id = ANY ($1) \
+             AND (last_used_at IS NULL OR last_used_at <= now() - interval '1 minute')"
+        );
+        diesel::sql_query(update).bind::<Array<SqlUuid>, _>(ids).execute(tx).await?;
+    }
+    Ok(())
+}
+
+fn credential_id(kind: &str, id: Uuid) -> Result<CredentialId> {
+    match kind {
+        "session" => Ok(CredentialId::Session(id)),
+        "api_key" => Ok(CredentialId::ApiKey(id)),
+        "watch_token" => Ok(CredentialId::WatchToken(id)),
+        _ => Err(Error::internal("a credential of an unknown kind")),
+    }
+}

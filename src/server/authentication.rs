@@ -1,0 +1,96 @@
+//! Authenticates a call before its message is read, so that an unauthenticated caller's
+//! message takes no more memory than HTTP/2's flow control allows.
+//!
+//! SignUp, LogIn, health and reflection need no credential. How many of these calls are
+//! open at once is limited by [`Admission`](crate::auth::Admission), and how many bytes
+//! each may send by [`UNAUTHENTICATED_CALL_BYTES`].
+
+use std::{
+    convert::Infallible,
+    future::Future,
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use http::{Request, Response};
+use http_body_util::{BodyExt as _, LengthLimitError, Limited};
+use tonic::{Status, body::Body, service::Routes};
+use tower::Service;
+
+use crate::{limits::UNAUTHENTICATED_CALL_BYTES, services::App};
+
+/// The methods that need a credential, except for the two below.
+const MILEPOST: &str = "/milepost.";
+const OPEN: [&str; 2] = ["/milepost.v1.AuthService/SignUp", "/milepost.v1.AuthService/LogIn"];
+/// Never refused: an orchestrator must not take a server that is busy for one that fails.
+const HEALTH: &str = "/grpc.health.v1.Health/Check";
+
+/// All services, behind the check of the credential.
+#[derive(Clone, Debug)]
+pub(super) struct Authentication {
+    routes: Routes,
+    app: App,
+}
+
+impl Authentication {
+    pub(super) fn new(routes: Routes, app: App) -> Self {
+        Self { routes, app }
+    }
+}
+
+impl Service<Request<Body>> for Authentication {
+    type Response = Response<Body>;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Service::<Request<Body>>::poll_ready(&mut self.routes, cx)
+    }
+
+    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
+        let Self { mut routes, app } = self.clone();
+        Box::pin(async move {
+            let path = request.uri().path();
+            let milepost = path.starts_with(MILEPOST);
+            if milepost && !OPEN.contains(&path) {
+                return match app.authenticate(request.headers()).await {
+                    Ok(credential) => {
+                        request.extensions_mut().insert(credential);
+                        routes.call(request).await
+                    }
+                    Err(error) => Ok(Status::from(error).into_http()),
+                };
+            }
+            let admission = app.auth.admission();
+            let permit = match if milepost { admission.call() } else { admission.stream() } {
+                Ok(permit) => Some(permit),
+                Err(_) if path == HEALTH => None,
+                Err(error) => return Ok(Status::from(error).into_http()),
+            };
+            let limited = |body| Body::new(Limited::new(body, UNAUTHENTICATED_CALL_BYTES).map_err(too_large));
+            let response = routes.call(request.map(limited)).await?;
+            if milepost {
+                return Ok(response);
+            }
+            // A stream keeps its permit until the last of its answer was sent.
+            let until_the_end = |body: Body| {
+                Body::new(body.map_frame(move |frame| {
+                    let _permit = &permit;
+                    frame
+                }))
+            };
+            Ok(response.map(until_the_end))
+        })
+    }
+}
+
+/// gRPC's status for a message that is larger than the server reads.
+fn too_large(error: Box<dyn std::error::Error + Send + Sync>) -> Status {
+    if error.is::<LengthLimitError>() {
+        Status::out_of_range(format!(
+            "a call without a credential has at most {UNAUTHENTICATED_CALL_BYTES} bytes"
+        ))
+    } else {
+        Status::from_error(error)
+    }
+}
