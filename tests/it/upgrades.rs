@@ -239,6 +239,8 @@ async fn a_migration_that_waits_for_a_table_does_not_delay_appends_for_long() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[]).await;
+    // The server caches the customer's credential, and needs no look-up of it below.
+    customer.clone().auth.get_current_user(pb::GetCurrentUserRequest {}).await.unwrap();
     unapply_watch_tokens(&server.database).await;
     let load = Load::start(provider.clone(), &customer).await;
     load.continues().await;
