@@ -1,54 +1,75 @@
-//! milepost tells people, live and without loss, how the work that somebody
-//! else runs for them is going.
+//! milepost tells people, live and without loss, how the work that others run for them
+//! is going.
 //!
-//! Providers run jobs for customers and append events to them; whoever may see
-//! a job watches it: the events so far, then each new one as it is committed.
+//! Providers run jobs for customers and append events to them. Everyone who may see a
+//! job can watch it: the events so far, then each new one as it is committed.
 //!
 //! # The map
 //!
-//! A room imports only from rooms below it.
+//! A room imports only from rooms of lower floors. `tests/it/floors.rs` holds the `use`
+//! lines of `src` against this table, and those of the event log against the table in
+//! `event_log`.
 //!
-//! | floor | room | what lives there |
+//! | floor | room | what it has |
 //! |---|---|---|
-//! | 7 | `main.rs` | parse the command line, call it, exit code |
-//! | 6 | [`cli`] | serve, migrate, demo, watch, user |
-//! | 5 | [`server`] | the router, its limits, encryption, health, reflection, `/metrics`, the drain |
-//! | 4 | [`services`] | the four gRPC services; requests become values, errors become statuses |
-//! | 3 | [`event_log`] | the heart: `append`, `tail`, `watch`, `wire`, `expiry` |
-//! | 3 | [`auth`] | a secret becomes a caller, and a signal of its end |
-//! | 2 | [`models`] | rows, their queries, and who may see them |
-//! | 2 | [`db`] | pool, connections, whether the database is there, migrations, embedded Postgres, notifier |
-//! | 2 | [`client`], [`telemetry`] | the Rust client that resumes by itself; log, metrics, traces |
-//! | 1 | [`config`], [`error`], [`limits`], [`progress`], [`secret`], [`tls`], [`pb`], [`codec`] | plain values and rules |
+//! | 12 | `main` | the command line and the exit code |
+//! | 11 | `cli` | serve, migrate, demo, watch, user |
+//! | 10 | `server` | the router, authentication, limits, TLS, health, reflection, metrics, drain |
+//! | 9 | `services` | the four gRPC services: requests become values, results become messages |
+//! | 8 | `event_log` | appends, the tail of the log, watches, retention |
+//! | 7 | `auth` | a secret becomes a caller, and a signal of the credential's end; log-in |
+//! | 7 | `proto_enums` | conversions between protobuf and the values of models |
+//! | 6 | `models` | rows, their queries, and the authorization to read and write them |
+//! | 5 | `db` | the pool, the door for writes, migrations, embedded Postgres, notifications |
+//! | 5 | `client` | the Rust client, whose watch resumes by itself |
+//! | 4 | `secret`, `telemetry` | secrets and passwords; the log, metrics and traces |
+//! | 3 | `config`, `error` | the settings; the one error type |
+//! | 2 | `progress` | status and progress, a pure function of the events |
+//! | 1 | `codec`, `limits`, `pb`, `schema`, `tls` | what knows no other room |
 //!
-//! # Two walks through it
+//! # Two calls
 //!
-//! **AppendEvents.** [`server`] asks [`auth`] who calls before the message is
-//! read, [`services`] makes it a valid batch; `event_log::append` lets it join the batches of other callers
-//! that wait, computes what each event does to its job, and has one SQL
-//! function compare, number and store them all in one transaction; then the
-//! callers are answered, and `event_log::tail` is handed what was committed.
+//! **AppendEvents.** `server` authenticates the caller before the message is read, and
+//! `services` makes the message a valid batch. `event_log::append` lets the batch join
+//! those of other callers that wait, computes what each event does to its job, and calls
+//! one SQL function that compares, numbers and stores them all in one transaction. Then
+//! the callers are answered, and `event_log::tail` gets what was committed.
 //!
-//! **WatchEvents.** [`server`] asks who calls, [`services`] which scope, from
-//! where; `event_log::watch` subscribes to the tail first, then reads the past from
-//! the database, then hands on what the tail delivers. A watcher that falls
-//! behind forgets what waits for it and reads the log again from where it is.
+//! **WatchEvents.** `server` authenticates the caller, and `services` parses the scope and
+//! the start. `event_log::watch` subscribes to the tail first, then reads the past from
+//! the database, then sends what the tail delivers. A watcher that falls behind drops
+//! what waits for it and reads the log again from its position.
 
+#[doc(hidden)]
 pub mod auth;
+#[doc(hidden)]
 pub mod cli;
 pub mod client;
+#[doc(hidden)]
 pub mod codec;
+#[doc(hidden)]
 pub mod config;
+#[doc(hidden)]
 pub mod db;
+#[doc(hidden)]
 pub mod error;
+#[doc(hidden)]
 pub mod event_log;
+#[doc(hidden)]
 pub mod limits;
+#[doc(hidden)]
 pub mod models;
 pub mod pb;
+#[doc(hidden)]
 pub mod progress;
+mod proto_enums;
+#[doc(hidden)]
 pub mod secret;
+#[doc(hidden)]
 pub mod server;
+#[doc(hidden)]
 pub mod services;
+#[doc(hidden)]
 pub mod telemetry;
 pub mod tls;
 

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
-use chrono::{DateTime, Utc};
 use prost::{
     Message,
     bytes::BufMut,
@@ -17,6 +16,7 @@ use crate::{
     models::{event::Event, job_identity::JobIdentity},
     pb::{self, EVENTS_FIELD, WatchedEvents},
     progress::{EventKind, JobStatus, Progress},
+    proto_enums::{ProtoEnum as _, timestamp},
     telemetry::metrics::Received,
 };
 
@@ -84,7 +84,7 @@ fn encode(row: &Event, progress: Progress, job: &JobIdentity) -> Bytes {
     put_uuid(1, row.id, &mut event);
     put_uuid(2, row.job_id, &mut event);
     put_int64(3, row.sequence, &mut event);
-    put_int64(4, i32::from(pb::EventKind::from(row.kind)).into(), &mut event);
+    put_int64(4, row.kind.to_proto().into(), &mut event);
     put_bytes(5, row.name.as_bytes(), &mut event);
     if let Some(step) = step {
         put_bytes(6, step.tag.as_bytes(), &mut event);
@@ -95,7 +95,7 @@ fn encode(row: &Event, progress: Progress, job: &JobIdentity) -> Bytes {
         encoding::message::encode(9, &timestamp(at), &mut event);
     }
     encoding::message::encode(10, &timestamp(row.created_at), &mut event);
-    put_int64(11, i32::from(pb::JobStatus::from(row.status)).into(), &mut event);
+    put_int64(11, row.status.to_proto().into(), &mut event);
     encoding::message::encode(12, &pb::Progress::from(progress), &mut event);
     put_bytes(13, job.provider_job_id.as_bytes(), &mut event);
 
@@ -124,48 +124,9 @@ fn put_int64(number: u32, value: i64, to: &mut BytesMut) {
     }
 }
 
-pub(crate) fn timestamp(at: DateTime<Utc>) -> prost_types::Timestamp {
-    // Below 1,000,000,000: Postgres has no leap seconds.
-    let nanos = i32::try_from(at.timestamp_subsec_nanos()).unwrap_or_default();
-    prost_types::Timestamp { seconds: at.timestamp(), nanos }
-}
-
-impl From<EventKind> for pb::EventKind {
-    fn from(kind: EventKind) -> Self {
-        match kind {
-            EventKind::Step => Self::Step,
-            EventKind::Error => Self::Error,
-            EventKind::Info => Self::Info,
-            EventKind::Complete => Self::Complete,
-            EventKind::Close => Self::Close,
-        }
-    }
-}
-
-impl From<JobStatus> for pb::JobStatus {
-    fn from(status: JobStatus) -> Self {
-        match status {
-            JobStatus::Pending => Self::Pending,
-            JobStatus::Running => Self::Running,
-            JobStatus::Failed => Self::Failed,
-            JobStatus::Complete => Self::Complete,
-            JobStatus::Cancelled => Self::Cancelled,
-        }
-    }
-}
-
-impl From<Progress> for pb::Progress {
-    fn from(progress: Progress) -> Self {
-        Self {
-            points_done: progress.points_done,
-            points_total: progress.points_total,
-            percent: progress.percent.into(),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use chrono::DateTime;
     use prost_types::{Struct, Value};
 
     use super::*;

@@ -39,7 +39,7 @@ use uuid::Uuid;
 use self::{append::Appender, job_cache::JobCache, reader::Reader, tail::Tail};
 pub(crate) use self::{
     append::{AppendedEvent, Batch, NewEvent, PendingAnswer, Step, StreamOrder},
-    event::{LogEvent, timestamp},
+    event::LogEvent,
     position::ResumeToken,
     scope::{Filter, Scope},
     watch::{Body, EndReason, Message, Start, Watch, WatchQuery},

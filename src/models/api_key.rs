@@ -11,6 +11,7 @@ use crate::{
     db::Transaction,
     error::{Error, Resource, Result},
     models::{
+        CreationCursor,
         audit_entry::{AuditAct, AuditEntry, Origin},
         caller::{Caller, CredentialId, KeyManager, KeyScope},
         interval,
@@ -87,6 +88,11 @@ impl NewApiKey {
 }
 
 impl ApiKey {
+    /// Where the row stands in a list.
+    pub fn cursor(&self) -> CreationCursor {
+        CreationCursor { created_at: self.created_at, id: self.id }
+    }
+
     /// The scopes that the key grants, each once.
     pub fn scopes(&self) -> impl Iterator<Item = KeyScope> {
         self.scopes.iter().copied().flatten()
@@ -107,7 +113,7 @@ impl ApiKey {
     pub async fn list(
         conn: &mut AsyncPgConnection,
         manager: &KeyManager,
-        after: Option<(DateTime<Utc>, Uuid)>,
+        after: Option<CreationCursor>,
         limit: i64,
     ) -> Result<Vec<Self>> {
         let mut query = api_keys::table
@@ -116,7 +122,7 @@ impl ApiKey {
             .limit(limit)
             .select(Self::as_select())
             .into_boxed();
-        if let Some((created_at, id)) = after {
+        if let Some(CreationCursor { created_at, id }) = after {
             query = query.filter(
                 api_keys::created_at
                     .gt(created_at)

@@ -12,7 +12,7 @@ use diesel::{
 use diesel_async::{AsyncPgConnection, RunQueryDsl as _};
 use uuid::Uuid;
 
-pub use self::list::{JobCursor, JobFilters, JobPage};
+pub use self::list::{JobFilters, JobPage};
 use super::{
     caller::{Provider, UserRole, Viewer, Visibility},
     job_configuration::{ConfigurationKey, JobConfiguration},

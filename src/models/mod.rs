@@ -4,7 +4,9 @@
 
 use std::time::Duration;
 
-use diesel::data_types::PgInterval;
+use chrono::{DateTime, Utc};
+use diesel::{Queryable, data_types::PgInterval};
+use uuid::Uuid;
 
 pub mod api_key;
 pub mod audit_entry;
@@ -25,4 +27,14 @@ pub mod watch_token;
 /// Converts to a Postgres interval, which counts microseconds.
 fn interval(duration: Duration) -> PgInterval {
     PgInterval::from_microseconds(i64::try_from(duration.as_micros()).unwrap_or(i64::MAX))
+}
+
+/// Where a row stands in a list that is ordered by creation: a later row has a greater
+/// cursor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Queryable)]
+pub struct CreationCursor {
+    /// When the row was created.
+    pub created_at: DateTime<Utc>,
+    /// The row's id, which orders rows of one creation time.
+    pub id: Uuid,
 }

@@ -11,6 +11,7 @@ use crate::{
     db::Transaction,
     error::{Error, Resource, Result},
     models::{
+        CreationCursor,
         audit_entry::{AuditAct, AuditEntry, Origin},
         caller::{Caller, CredentialId, Provider},
         interval,
@@ -86,6 +87,11 @@ impl NewWatchToken {
 }
 
 impl WatchToken {
+    /// Where the row stands in a list.
+    pub fn cursor(&self) -> CreationCursor {
+        CreationCursor { created_at: self.created_at, id: self.id }
+    }
+
     /// Returns the token that the call is made with. Fails with
     /// [`Error::CredentialInvalid`] if the credential is not a token, or if its row no
     /// longer exists.
@@ -102,7 +108,7 @@ impl WatchToken {
         conn: &mut AsyncPgConnection,
         provider: Provider,
         job_id: Uuid,
-        after: Option<(DateTime<Utc>, Uuid)>,
+        after: Option<CreationCursor>,
         limit: i64,
     ) -> Result<Vec<Self>> {
         let mut query = watch_tokens::table
@@ -112,7 +118,7 @@ impl WatchToken {
             .limit(limit)
             .select(Self::as_select())
             .into_boxed();
-        if let Some((created_at, id)) = after {
+        if let Some(CreationCursor { created_at, id }) = after {
             query = query.filter(
                 watch_tokens::created_at
                     .gt(created_at)

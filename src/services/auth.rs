@@ -158,10 +158,10 @@ impl pb::auth_service_server::AuthService for AuthApi {
     ) -> Result<Response<pb::ListApiKeysResponse>, Status> {
         let credential = credential_of(&request)?;
         let manager = credential.caller().key_manager()?;
-        let page = key_page(request.get_ref(), &manager)?;
+        let page = key_page(request.into_inner(), &manager)?;
         let mut conn = self.0.database.get().await?;
         let mut keys = ApiKey::list(&mut conn, &manager, page.after, page.limit()).await?;
-        let next_page_token = page.cut(&mut keys, |key| (key.created_at, key.id));
+        let next_page_token = page.cut(&mut keys, ApiKey::cursor);
         // The largest page of the largest keys is 0.6 MiB.
         let api_keys = keys.into_iter().map(Into::into).collect();
         Ok(Response::new(pb::ListApiKeysResponse { api_keys, next_page_token }))
@@ -259,7 +259,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
         let job_id = self.0.log.find_own_job(provider, &job).await?.id;
         let mut conn = self.0.database.get().await?;
         let mut tokens = WatchToken::list(&mut conn, provider, job_id, page.after, page.limit()).await?;
-        let next_page_token = page.cut(&mut tokens, |token| (token.created_at, token.id));
+        let next_page_token = page.cut(&mut tokens, WatchToken::cursor);
         // The largest page of the largest tokens is 0.6 MiB.
         let watch_tokens = tokens.into_iter().map(Into::into).collect();
         Ok(Response::new(pb::ListWatchTokensResponse { watch_tokens, next_page_token }))

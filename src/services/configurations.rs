@@ -9,12 +9,11 @@ use uuid::Uuid;
 
 use super::{
     App, credential_of,
-    page::{self, Page},
+    page::{Page, PageRequest},
     parse,
 };
 use crate::{
     error::{Error, Resource, Result, Violations, quoted},
-    event_log::timestamp,
     limits::{CONFIGURATION_STEPS, STEP_METADATA, STEP_POINTS},
     models::{
         caller::{KeyScope, Provider},
@@ -25,6 +24,7 @@ use crate::{
         version,
     },
     pb::{self, configuration_service_server::ConfigurationService, get_job_configuration_request::Key},
+    proto_enums::{ProtoEnum as _, timestamp},
 };
 
 /// Most configurations that one query reads for a page. Each may be as large as a whole
@@ -77,13 +77,14 @@ impl ConfigurationService for ConfigurationApi {
         let provider = credential.caller().provider(KeyScope::Read)?;
         let list = List::parse(provider, request.into_inner())?;
         let mut conn = self.0.database.get().await?;
-        // One more than the page has, to know whether there is a next page.
-        let limit = list.page_size + 1;
+        let limit = list.page.limit();
         let ids = match &list.tag {
-            Some(tag) => JobConfiguration::list_versions(&mut conn, provider, tag, list.after, limit).await?,
-            None => JobConfiguration::list_latest(&mut conn, provider, list.after, limit).await?,
+            Some(tag) => {
+                JobConfiguration::list_versions(&mut conn, provider, tag, list.page.after, limit).await?
+            }
+            None => JobConfiguration::list_latest(&mut conn, provider, list.page.after, limit).await?,
         };
-        let on_page = ids.len().min(usize::try_from(list.page_size).unwrap_or(usize::MAX));
+        let on_page = ids.len().min(usize::try_from(list.page.size).unwrap_or(usize::MAX));
         let mut page = Page::new();
         'page: for ids in ids[..on_page].chunks(READ_AT_ONCE) {
             for configuration in JobConfiguration::load(&mut conn, ids).await? {
@@ -95,9 +96,7 @@ impl ConfigurationService for ConfigurationApi {
         let last = page.items.len().checked_sub(1).filter(|last| last + 1 < ids.len());
         Ok(Response::new(pb::ListJobConfigurationsResponse {
             job_configurations: page.items,
-            next_page_token: last
-                .map(|last| page::encode(&list.query, ids[last].as_bytes()))
-                .unwrap_or_default(),
+            next_page_token: list.page.next_token(last.map(|last| &ids[last])),
         }))
     }
 }
@@ -106,28 +105,16 @@ impl ConfigurationService for ConfigurationApi {
 struct List {
     /// None: the latest version of every tag.
     tag: Option<String>,
-    page_size: i64,
-    after: Option<Uuid>,
-    /// What the page tokens are bound to.
-    query: Vec<u8>,
+    page: PageRequest<Uuid>,
 }
 
 impl List {
-    fn parse(provider: Provider, request: pb::ListJobConfigurationsRequest) -> Result<Self> {
-        let pb::ListJobConfigurationsRequest { tag, page_size, page_token } = request;
+    fn parse(provider: Provider, mut request: pb::ListJobConfigurationsRequest) -> Result<Self> {
         let mut violations = Violations::default();
-        let bound = pb::ListJobConfigurationsRequest { tag: tag.clone(), ..Default::default() };
-        let query = page::query("ListJobConfigurations", provider.id(), &bound);
-        let tag = (!tag.is_empty()).then(|| parse::key_text(&mut violations, "tag", tag));
-        let page_size = parse::page_size(&mut violations, page_size);
-        let after = page::decode(&mut violations, "page_token", &query, &page_token).and_then(|bytes| {
-            let cursor = Uuid::from_slice(&bytes).ok();
-            if cursor.is_none() {
-                violations.add("page_token", "must be a next_page_token of this method");
-            }
-            cursor
-        });
-        violations.or(Self { tag, page_size, after, query })
+        let page = PageRequest::take(&mut violations, provider.id(), &mut request);
+        let tag = Some(request.tag).filter(|tag| !tag.is_empty());
+        let tag = tag.map(|tag| parse::key_text(&mut violations, "tag", tag));
+        violations.or(Self { tag, page })
     }
 }
 
@@ -213,16 +200,15 @@ fn new_metadata(
         let field = format!("{step}.metadata[{i}]");
         let name = parse::key_text(violations, format!("{field}.name"), metadata.name);
         names.add(violations, &field, "name", &name);
-        let kind = match pb::MetadataKind::try_from(metadata.kind) {
-            Ok(pb::MetadataKind::Unspecified | pb::MetadataKind::Text) => MetadataKind::Text,
-            Ok(pb::MetadataKind::Number) => MetadataKind::Number,
-            Ok(pb::MetadataKind::Link) => MetadataKind::Link,
-            Err(_) => {
-                violations
-                    .add(format!("{field}.kind"), format!("{} is not a kind of metadata", metadata.kind));
-                MetadataKind::Text
-            }
+        let kind = if metadata.kind == 0 {
+            Some(MetadataKind::Text)
+        } else {
+            MetadataKind::from_proto(metadata.kind)
         };
+        let kind = kind.unwrap_or_else(|| {
+            violations.add(format!("{field}.kind"), format!("{} is not a kind of metadata", metadata.kind));
+            MetadataKind::Text
+        });
         let units = parse::text(violations, format!("{field}.units"), metadata.units);
         parsed.push(MetadataConfiguration { name, kind, units });
     }
@@ -290,12 +276,7 @@ impl From<StepConfiguration> for pb::StepConfiguration {
 impl From<MetadataConfiguration> for pb::MetadataConfiguration {
     fn from(metadata: MetadataConfiguration) -> Self {
         let MetadataConfiguration { name, kind, units } = metadata;
-        let kind = match kind {
-            MetadataKind::Text => pb::MetadataKind::Text,
-            MetadataKind::Number => pb::MetadataKind::Number,
-            MetadataKind::Link => pb::MetadataKind::Link,
-        };
-        Self { name, kind: kind.into(), units }
+        Self { name, kind: kind.to_proto(), units }
     }
 }
 

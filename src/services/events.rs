@@ -16,10 +16,7 @@ use self::{
     publish::accept,
     requests::{ListQuery, UncheckedScope, watch_request},
 };
-use super::{
-    App, Peer, credential_of,
-    page::{self, Page},
-};
+use super::{App, Peer, credential_of, page::Page};
 use crate::{
     auth::Credential,
     error::{Error, Result},
@@ -29,6 +26,7 @@ use crate::{
     models::caller::{KeyScope, Provider},
     pb::{self, event_service_server::EventService},
     progress::JobState,
+    proto_enums::ProtoEnum as _,
     telemetry::metrics::Open,
 };
 
@@ -94,7 +92,7 @@ impl EventService for EventApi {
         let viewer = credential.caller().viewer()?;
         let query = ListQuery::parse(viewer.id(), request.into_inner())?;
         let job = self.0.log.find_job(viewer, &query.job).await?;
-        let (events, mut more) = self.0.log.list(&job, query.after, &query.kinds, query.limit).await?;
+        let (events, mut more) = self.0.log.list(&job, query.after(), &query.kinds, query.page.size).await?;
         let mut page = Page::new();
         for event in events {
             if !page.push(event.message()?) {
@@ -102,8 +100,7 @@ impl EventService for EventApi {
                 break;
             }
         }
-        let next_page_token =
-            more.map(|after| page::encode(&query.binding, &after.to_be_bytes())).unwrap_or_default();
+        let next_page_token = query.page.next_token(more.as_ref());
         Ok(Response::new(pb::ListEventsResponse { events: page.items, next_page_token }))
     }
 
@@ -207,7 +204,7 @@ impl From<JobState> for pb::JobState {
     fn from(state: JobState) -> Self {
         Self {
             last_sequence: state.last_sequence,
-            status: pb::JobStatus::from(state.status).into(),
+            status: state.status.to_proto(),
             progress: Some(state.progress.into()),
         }
     }
@@ -219,7 +216,7 @@ impl From<Vec<AppendedEvent>> for pb::AppendEventsResponse {
             id: event.id.to_string(),
             sequence: event.sequence,
             existed: event.existed,
-            status: pb::JobStatus::from(event.status).into(),
+            status: event.status.to_proto(),
             progress: Some(event.progress.into()),
         });
         Self { events: events.collect() }

@@ -8,18 +8,19 @@ use super::{
     App,
     configurations::optional_version,
     credential_of,
-    page::{self, Page},
+    page::{Page, PageRequest},
     parse,
 };
 use crate::{
     error::{Error, Result, Violations},
-    event_log::timestamp,
     models::{
+        CreationCursor,
         caller::{KeyScope, Viewer},
-        job::{Job, JobCursor, JobFilters, JobKey, JobPage, NewJob, Party},
+        job::{Job, JobFilters, JobKey, JobPage, NewJob, Party},
     },
     pb::{self, job_service_server::JobService},
     progress::JobStatus,
+    proto_enums::{ProtoEnum as _, timestamp},
 };
 
 /// Implementation of `milepost.v1.JobService`.
@@ -61,11 +62,11 @@ impl JobService for JobApi {
     ) -> Result<Response<pb::ListJobsResponse>, Status> {
         let credential = credential_of(&request)?;
         let viewer = credential.caller().user_viewer()?;
-        let List { filters, page_size, after, query } = List::parse(viewer, request.into_inner())?;
+        let list = List::parse(viewer, request.into_inner())?;
         let mut conn = self.0.database.get().await?;
-        let JobPage { jobs, next } = Job::list(&mut conn, viewer, &filters, after, page_size).await?;
+        let JobPage { jobs, mut next } =
+            Job::list(&mut conn, viewer, &list.filters, list.page.after, list.page.size).await?;
         let mut page = Page::new();
-        let mut next = next;
         let mut last = None;
         for job in jobs {
             let cursor = job.cursor();
@@ -75,10 +76,8 @@ impl JobService for JobApi {
             }
             last = Some(cursor);
         }
-        Ok(Response::new(pb::ListJobsResponse {
-            jobs: page.items,
-            next_page_token: next.map(|next| page::encode(&query, &cursor_bytes(next))).unwrap_or_default(),
-        }))
+        let next_page_token = list.page.next_token(next.as_ref());
+        Ok(Response::new(pb::ListJobsResponse { jobs: page.items, next_page_token }))
     }
 
     async fn close_job(
@@ -178,19 +177,13 @@ pub(super) fn no_job(violations: &mut Violations, field: &str) -> JobKey {
 /// The content of a `ListJobsRequest`.
 struct List {
     filters: JobFilters,
-    page_size: i64,
-    after: Option<JobCursor>,
-    /// What the page tokens are bound to.
-    query: Vec<u8>,
+    page: PageRequest<CreationCursor>,
 }
 
 impl List {
-    fn parse(viewer: Viewer, request: pb::ListJobsRequest) -> Result<Self> {
-        let (page_size, page_token) = (request.page_size, request.page_token);
-        let request = pb::ListJobsRequest { page_size: 0, page_token: String::new(), ..request };
-        let query = page::query("ListJobs", viewer.id(), &request);
-
+    fn parse(viewer: Viewer, mut request: pb::ListJobsRequest) -> Result<Self> {
         let mut violations = Violations::default();
+        let page = PageRequest::take(&mut violations, viewer.id(), &mut request);
         let v = &mut violations;
         let filters = JobFilters {
             statuses: statuses(v, &request.statuses),
@@ -207,15 +200,7 @@ impl List {
                 request.provider_job_name_prefix,
             ),
         };
-        let page_size = parse::page_size(v, page_size);
-        let after = page::decode(v, "page_token", &query, &page_token).and_then(|bytes| {
-            let cursor = cursor(&bytes);
-            if cursor.is_none() {
-                v.add("page_token", "must be a next_page_token of this method");
-            }
-            cursor
-        });
-        violations.or(Self { filters, page_size, after, query })
+        violations.or(Self { filters, page })
     }
 }
 
@@ -227,19 +212,12 @@ fn statuses(violations: &mut Violations, given: &[i32]) -> Vec<JobStatus> {
     }
     let mut statuses = Vec::new();
     for (i, &given) in given.iter().enumerate() {
-        let status = match pb::JobStatus::try_from(given) {
-            Ok(pb::JobStatus::Pending) => JobStatus::Pending,
-            Ok(pb::JobStatus::Running) => JobStatus::Running,
-            Ok(pb::JobStatus::Failed) => JobStatus::Failed,
-            Ok(pb::JobStatus::Complete) => JobStatus::Complete,
-            Ok(pb::JobStatus::Cancelled) => JobStatus::Cancelled,
-            Ok(pb::JobStatus::Unspecified) | Err(_) => {
-                violations.add(
-                    format!("statuses[{i}]"),
-                    format!("{given} is not one of PENDING, RUNNING, FAILED, COMPLETE and CANCELLED"),
-                );
-                continue;
-            }
+        let Some(status) = JobStatus::from_proto(given) else {
+            violations.add(
+                format!("statuses[{i}]"),
+                format!("{given} is not one of PENDING, RUNNING, FAILED, COMPLETE and CANCELLED"),
+            );
+            continue;
         };
         if !statuses.contains(&status) {
             statuses.push(status);
@@ -260,18 +238,6 @@ fn open(violations: &mut Violations, given: i32) -> Option<bool> {
     }
 }
 
-/// Encodes microseconds since 1970, then the id.
-fn cursor_bytes(cursor: JobCursor) -> Vec<u8> {
-    let mut bytes = cursor.created_at.timestamp_micros().to_be_bytes().to_vec();
-    bytes.extend_from_slice(cursor.id.as_bytes());
-    bytes
-}
-
-fn cursor(bytes: &[u8]) -> Option<JobCursor> {
-    let (micros, id) = bytes.split_first_chunk()?;
-    Some(JobCursor { created_at: page::time(*micros)?, id: Uuid::from_slice(id).ok()? })
-}
-
 impl From<Job> for pb::Job {
     fn from(job: Job) -> Self {
         Self {
@@ -283,7 +249,7 @@ impl From<Job> for pb::Job {
             job_configuration_id: job.job_configuration_id.to_string(),
             configuration_tag: job.configuration_tag,
             configuration_version: job.configuration_version,
-            status: pb::JobStatus::from(job.status).into(),
+            status: job.status.to_proto(),
             progress: Some(job.progress.into()),
             last_sequence: job.last_sequence,
             closed_at: job.closed_at.map(timestamp),
@@ -302,8 +268,6 @@ impl From<Party> for pb::Party {
 
 #[cfg(test)]
 mod tests {
-    use chrono::DateTime;
-
     use super::*;
 
     fn fields<T>(result: Result<T>) -> Vec<String> {
@@ -350,16 +314,5 @@ mod tests {
         assert_eq!(parsed(&[2, 1, 2]).expect("valid"), [JobStatus::Running, JobStatus::Pending]);
         assert_eq!(fields(parsed(&[1, 0, 6])), ["statuses[1]", "statuses[2]"]);
         assert_eq!(fields(parsed(&[1; 6])), ["statuses"]);
-    }
-
-    #[test]
-    fn a_cursor_is_equal_after_encoding_and_decoding() {
-        let created_at = DateTime::from_timestamp_micros(1_767_225_600_123_456).expect("a time");
-        let original = JobCursor { created_at, id: Uuid::now_v7() };
-        let bytes = cursor_bytes(original);
-        assert_eq!(cursor(&bytes), Some(original));
-        assert_eq!(cursor(&bytes[1..]), None);
-        let beyond = [&i64::MAX.to_be_bytes()[..], original.id.as_bytes()].concat();
-        assert_eq!(cursor(&beyond), None);
     }
 }

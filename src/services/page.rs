@@ -3,7 +3,7 @@
 //! without regard to its token.
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
-use chrono::{DateTime, Datelike as _, Utc};
+use chrono::{DateTime, Datelike as _};
 use prost::Message;
 use sha2::{Digest as _, Sha256};
 use uuid::Uuid;
@@ -12,6 +12,8 @@ use super::parse;
 use crate::{
     error::Violations,
     limits::{MESSAGE_BYTES, TOKEN_BYTES},
+    models::CreationCursor,
+    pb,
 };
 
 /// First byte of a token: the version of its format.
@@ -19,15 +21,155 @@ const VERSION: u8 = 1;
 /// Bytes of the query's hash in a token. They tell queries apart and are no protection
 /// against forged tokens.
 const QUERY_BYTES: usize = 8;
+const NO_TOKEN: &str = "must be a next_page_token of this method";
 
-/// Encodes what a token is bound to: the method, the caller's id, and the request. The
-/// request must come without page size and page token.
-pub(super) fn query(method: &str, caller: Uuid, request: &impl Message) -> Vec<u8> {
-    let mut query = method.as_bytes().to_vec();
-    query.push(0);
-    query.extend_from_slice(caller.as_bytes());
-    query.extend(request.encode_to_vec());
-    query
+/// A request for a page of a list.
+pub(super) trait ListRequest: Message {
+    const NAME: &'static str;
+
+    /// Takes page size and page token out, so that the query is left.
+    fn take_page(&mut self) -> (i32, String);
+}
+
+macro_rules! list_requests {
+    ($($request:ident),*) => {$(
+        impl ListRequest for pb::$request {
+            const NAME: &'static str = stringify!($request);
+
+            fn take_page(&mut self) -> (i32, String) {
+                (std::mem::take(&mut self.page_size), std::mem::take(&mut self.page_token))
+            }
+        }
+    )*};
+}
+
+list_requests!(
+    ListApiKeysRequest,
+    ListEventsRequest,
+    ListJobConfigurationsRequest,
+    ListJobsRequest,
+    ListWatchTokensRequest
+);
+
+/// What a page token says: after which item the next page starts.
+pub(super) trait Cursor: Sized {
+    fn to_bytes(&self) -> Vec<u8>;
+    /// None for bytes that no token of this method has.
+    fn from_bytes(bytes: &[u8]) -> Option<Self>;
+}
+
+/// The page that a request asks for.
+pub(super) struct PageRequest<C> {
+    pub(super) size: i64,
+    /// The cursor of the last item of the page before; none for the first page.
+    pub(super) after: Option<C>,
+    binding: [u8; QUERY_BYTES],
+}
+
+impl<C: Cursor> PageRequest<C> {
+    /// Takes the page out of the request. The tokens of its pages are bound to the caller's
+    /// id and to the rest of the request.
+    pub(super) fn take(violations: &mut Violations, caller: Uuid, request: &mut impl ListRequest) -> Self {
+        let (size, token) = request.take_page();
+        let binding = binding(caller, request);
+        let size = parse::page_size(violations, size);
+        let after = decode(violations, binding, &token);
+        Self { size, after, binding }
+    }
+
+    /// How many items to read: one more than the page has, to know whether there is a
+    /// next page.
+    pub(super) fn limit(&self) -> i64 {
+        self.size + 1
+    }
+
+    /// The token of the page after this item; empty if there is no next page.
+    pub(super) fn next_token(&self, last: Option<&C>) -> String {
+        last.map_or_else(String::new, |last| encode(self.binding, last))
+    }
+
+    /// Cuts `found` to the page and returns the token of the next page.
+    pub(super) fn cut<T>(&self, found: &mut Vec<T>, cursor: impl Fn(&T) -> C) -> String {
+        let size = usize::try_from(self.size).unwrap_or(usize::MAX);
+        if found.len() <= size {
+            return String::new();
+        }
+        found.truncate(size);
+        self.next_token(found.last().map(cursor).as_ref())
+    }
+}
+
+fn binding<R: ListRequest>(caller: Uuid, query: &R) -> [u8; QUERY_BYTES] {
+    let digest = Sha256::new()
+        .chain_update(R::NAME)
+        .chain_update(caller.as_bytes())
+        .chain_update(query.encode_to_vec())
+        .finalize();
+    std::array::from_fn(|index| digest[index])
+}
+
+fn encode(binding: [u8; QUERY_BYTES], cursor: &impl Cursor) -> String {
+    URL_SAFE_NO_PAD.encode([&[VERSION][..], &binding, &cursor.to_bytes()].concat())
+}
+
+/// The cursor of a token with this binding. Returns none for the empty token of the first
+/// page, and after a violation for any other token.
+fn decode<C: Cursor>(violations: &mut Violations, binding: [u8; QUERY_BYTES], token: &str) -> Option<C> {
+    if token.is_empty() {
+        return None;
+    }
+    let bytes = (token.len() <= TOKEN_BYTES).then(|| URL_SAFE_NO_PAD.decode(token).ok()).flatten();
+    let Some(bytes) = bytes.as_ref().and_then(|bytes| bytes.strip_prefix(&[VERSION])) else {
+        violations.add("page_token", NO_TOKEN);
+        return None;
+    };
+    let Some(bytes) = bytes.strip_prefix(&binding) else {
+        violations.add("page_token", "must be of the same query: only page_size may change between pages");
+        return None;
+    };
+    let cursor = C::from_bytes(bytes);
+    if cursor.is_none() {
+        violations.add("page_token", NO_TOKEN);
+    }
+    cursor
+}
+
+/// The id of the last item.
+impl Cursor for Uuid {
+    fn to_bytes(&self) -> Vec<u8> {
+        self.as_bytes().to_vec()
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        Self::from_slice(bytes).ok()
+    }
+}
+
+/// A sequence.
+impl Cursor for i64 {
+    fn to_bytes(&self) -> Vec<u8> {
+        self.to_be_bytes().to_vec()
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        bytes.try_into().map(Self::from_be_bytes).ok().filter(|sequence| *sequence >= 0)
+    }
+}
+
+/// When the last item was created, in microseconds since 1970, and its id.
+impl Cursor for CreationCursor {
+    fn to_bytes(&self) -> Vec<u8> {
+        [&self.created_at.timestamp_micros().to_be_bytes()[..], self.id.as_bytes()].concat()
+    }
+
+    /// None also for a time outside the years 1 to 9999: Postgres cannot represent each
+    /// time of a forged token.
+    fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let (micros, id) = bytes.split_first_chunk()?;
+        let created_at = DateTime::from_timestamp_micros(i64::from_be_bytes(*micros))?;
+        let id = Uuid::from_slice(id).ok()?;
+        (1..=9999).contains(&created_at.year()).then_some(Self { created_at, id })
+    }
 }
 
 /// The items of a page: as many as fit into [`MESSAGE_BYTES`] together with the token,
@@ -56,119 +198,49 @@ impl<M: Message> Page<M> {
     }
 }
 
-/// The parameters of a page in a list that is ordered by creation and id, oldest first.
-pub(super) struct OldestFirst {
-    query: Vec<u8>,
-    /// Creation time and id of the last item of the previous page.
-    pub(super) after: Option<(DateTime<Utc>, Uuid)>,
-    size: i64,
-}
-
-impl OldestFirst {
-    pub(super) fn parse(violations: &mut Violations, query: Vec<u8>, size: i32, token: &str) -> Self {
-        let size = parse::page_size(violations, size);
-        let cursor = decode(violations, "page_token", &query, token);
-        let after = cursor.and_then(|cursor| {
-            let after = Self::position(&cursor);
-            if after.is_none() {
-                violations.add("page_token", "must be a next_page_token of this method");
-            }
-            after
-        });
-        Self { query, after, size }
-    }
-
-    /// How many items to read: one more than the page has, to know whether there is a
-    /// next page.
-    pub(super) fn limit(&self) -> i64 {
-        self.size + 1
-    }
-
-    /// Cuts `found` to the page and returns the token of the next page.
-    pub(super) fn cut<T>(
-        &self,
-        found: &mut Vec<T>,
-        position: impl Fn(&T) -> (DateTime<Utc>, Uuid),
-    ) -> String {
-        let size = usize::try_from(self.size).unwrap_or(usize::MAX);
-        if found.len() <= size {
-            return String::new();
-        }
-        found.truncate(size);
-        found.last().map(position).map_or_else(String::new, |(created_at, id)| {
-            let created_at = created_at.timestamp_micros().to_be_bytes();
-            encode(&self.query, &[created_at.as_slice(), id.as_bytes()].concat())
-        })
-    }
-
-    fn position(cursor: &[u8]) -> Option<(DateTime<Utc>, Uuid)> {
-        let (created_at, id) = cursor.split_first_chunk()?;
-        Some((time(*created_at)?, Uuid::from_slice(id).ok()?))
-    }
-}
-
-/// Decodes microseconds since 1970 in a cursor. Returns none outside the years 1 to
-/// 9999, because a forged token may have a time that Postgres cannot represent.
-pub(super) fn time(micros: [u8; 8]) -> Option<DateTime<Utc>> {
-    let time = DateTime::from_timestamp_micros(i64::from_be_bytes(micros))?;
-    (1..=9999).contains(&time.year()).then_some(time)
-}
-
-/// Encodes the token of the page that starts after `cursor`. `query` has everything
-/// that selects and orders the items, including method and caller, except the page
-/// size.
-pub(super) fn encode(query: &[u8], cursor: &[u8]) -> String {
-    let mut token = Vec::with_capacity(1 + QUERY_BYTES + cursor.len());
-    token.push(VERSION);
-    token.extend_from_slice(&binding(query));
-    token.extend_from_slice(cursor);
-    URL_SAFE_NO_PAD.encode(token)
-}
-
-/// Decodes the cursor of a token that was made for the same query. Returns none for the
-/// empty token of the first page, and after a violation for any other token.
-pub(super) fn decode(violations: &mut Violations, field: &str, query: &[u8], token: &str) -> Option<Vec<u8>> {
-    if token.is_empty() {
-        return None;
-    }
-    let cursor = (token.len() <= TOKEN_BYTES)
-        .then(|| URL_SAFE_NO_PAD.decode(token).ok())
-        .flatten()
-        .and_then(|bytes| bytes.strip_prefix(&[VERSION]).map(<[u8]>::to_vec));
-    let Some(cursor) = cursor else {
-        violations.add(field, "must be a next_page_token of this method");
-        return None;
-    };
-    let Some(cursor) = cursor.strip_prefix(&binding(query)) else {
-        violations.add(field, "must be of the same query: only page_size may change between pages");
-        return None;
-    };
-    Some(cursor.to_vec())
-}
-
-fn binding(query: &[u8]) -> [u8; QUERY_BYTES] {
-    let mut binding = [0; QUERY_BYTES];
-    binding.copy_from_slice(&Sha256::digest(query)[..QUERY_BYTES]);
-    binding
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn decoded(query: &[u8], token: &str) -> (Option<Vec<u8>>, usize) {
+    const BINDING: [u8; QUERY_BYTES] = [1; QUERY_BYTES];
+
+    fn decoded<C: Cursor>(binding: [u8; QUERY_BYTES], token: &str) -> (Option<C>, usize) {
         let mut violations = Violations::default();
-        let cursor = decode(&mut violations, "page_token", query, token);
+        let cursor = decode(&mut violations, binding, token);
         (cursor, violations.iter().len())
     }
 
     #[test]
     fn a_token_is_decoded_for_its_own_query_only() {
-        let token = encode(b"query", b"cursor");
-        assert_eq!(decoded(b"query", &token), (Some(b"cursor".to_vec()), 0));
-        assert_eq!(decoded(b"other", &token), (None, 1));
-        assert_eq!(decoded(b"query", &encode(b"query", b"")), (Some(vec![]), 0));
-        assert_eq!(decoded(b"query", ""), (None, 0));
+        let token = encode(BINDING, &7_i64);
+        assert_eq!(decoded(BINDING, &token), (Some(7_i64), 0));
+        assert_eq!(decoded::<i64>([2; QUERY_BYTES], &token), (None, 1));
+        assert_eq!(decoded::<Uuid>(BINDING, &token), (None, 1));
+        assert_eq!(decoded::<i64>(BINDING, ""), (None, 0));
+    }
+
+    #[test]
+    fn the_binding_tells_callers_methods_and_queries_apart() {
+        let (caller, other) = (Uuid::from_u128(1), Uuid::from_u128(2));
+        let jobs = pb::ListJobsRequest::default();
+        let of_tag = pb::ListJobsRequest { configuration_tag: "ct".to_owned(), ..Default::default() };
+        let bindings = [
+            binding(caller, &jobs),
+            binding(other, &jobs),
+            binding(caller, &of_tag),
+            binding(caller, &pb::ListApiKeysRequest::default()),
+        ];
+        for (index, one) in bindings.iter().enumerate() {
+            assert!(!bindings[..index].contains(one), "{index}");
+        }
+    }
+
+    #[test]
+    fn a_negative_sequence_is_no_cursor() {
+        assert_eq!(decoded(BINDING, &encode(BINDING, &0_i64)), (Some(0_i64), 0));
+        for sequence in [-1, i64::MIN] {
+            assert_eq!(decoded::<i64>(BINDING, &encode(BINDING, &sequence)), (None, 1));
+        }
     }
 
     #[test]
@@ -184,29 +256,27 @@ mod tests {
 
     #[test]
     fn malformed_tokens_are_refused() {
-        let token = encode(b"query", b"cursor");
+        let token = encode(BINDING, &7_i64);
         let mut other_version = URL_SAFE_NO_PAD.decode(&token).expect("base64");
         other_version[0] = 2;
         let other_version = URL_SAFE_NO_PAD.encode(other_version);
         for bad in ["x", "é", "AQ", &token[..6], &other_version, &format!("{token}="), &"A".repeat(100_000)]
         {
-            assert_eq!(decoded(b"query", bad), (None, 1), "{bad}");
+            assert_eq!(decoded::<i64>(BINDING, bad), (None, 1), "{bad}");
         }
     }
 
     #[test]
     fn a_cursor_with_a_time_outside_the_years_1_to_9999_is_refused() {
+        let bytes = |micros: i64| [&micros.to_be_bytes()[..], Uuid::nil().as_bytes()].concat();
         for valid in [-62_135_596_800_000_000, 0, 253_402_300_799_999_999_i64] {
-            assert_eq!(time(valid.to_be_bytes()).map(|time| time.timestamp_micros()), Some(valid));
+            let cursor = CreationCursor::from_bytes(&bytes(valid)).expect("a cursor");
+            assert_eq!(cursor.created_at.timestamp_micros(), valid);
+            assert_eq!(cursor.to_bytes(), bytes(valid));
         }
         for beyond in [i64::MIN, -62_135_596_800_000_001, 253_402_300_800_000_000, 8_000_000_000_000_000_000]
         {
-            assert_eq!(time(beyond.to_be_bytes()), None, "{beyond}");
-            let query = b"ListApiKeys".to_vec();
-            let cursor = [beyond.to_be_bytes().as_slice(), Uuid::nil().as_bytes()].concat();
-            let mut violations = Violations::default();
-            let page = OldestFirst::parse(&mut violations, query.clone(), 0, &encode(&query, &cursor));
-            assert!(page.after.is_none() && violations.iter().len() == 1, "{beyond}");
+            assert_eq!(CreationCursor::from_bytes(&bytes(beyond)), None, "{beyond}");
         }
     }
 }

@@ -172,7 +172,7 @@ mod tests {
             parsed_with(|v| timestamp(v, "f", Some(Timestamp { seconds: -1, nanos: 999_999_999 })));
         assert!(violations.is_empty());
         let time = time.expect("a time");
-        assert_eq!(crate::event_log::timestamp(time), Timestamp { seconds: -1, nanos: 999_999_000 });
+        assert_eq!(crate::proto_enums::timestamp(time), Timestamp { seconds: -1, nanos: 999_999_000 });
         assert_eq!(parsed_with(|v| timestamp(v, "f", None)), (None, vec![]));
         for (seconds, nanos) in [(-62_135_596_800, 0), (253_402_300_799, 999_999_999)] {
             assert!(parsed_with(|v| timestamp(v, "f", Some(Timestamp { seconds, nanos }))).0.is_some());

@@ -20,6 +20,7 @@ mod database_tls;
 mod drain;
 mod edges;
 mod errors;
+mod floors;
 mod guarantees;
 mod http2;
 mod idempotency;

@@ -10,8 +10,8 @@ use std::cmp::Reverse;
 
 use chrono::{DateTime, Utc};
 use diesel::{
-    BoolExpressionMethods as _, ExpressionMethods as _, OptionalExtension as _, QueryDsl as _, Queryable,
-    pg::Pg, sql_types,
+    BoolExpressionMethods as _, ExpressionMethods as _, OptionalExtension as _, QueryDsl as _, pg::Pg,
+    sql_types,
 };
 use diesel_async::{AsyncPgConnection, RunQueryDsl as _};
 use uuid::Uuid;
@@ -19,7 +19,10 @@ use uuid::Uuid;
 use super::Job;
 use crate::{
     error::Result,
-    models::caller::{Viewer, Visibility},
+    models::{
+        CreationCursor,
+        caller::{Viewer, Visibility},
+    },
     progress::JobStatus,
     schema::jobs,
 };
@@ -49,28 +52,19 @@ pub struct JobFilters {
     pub provider_job_name_prefix: String,
 }
 
-/// The order of jobs by creation: a later job has a greater cursor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Queryable)]
-pub struct JobCursor {
-    /// When the job was created.
-    pub created_at: DateTime<Utc>,
-    /// The job's id, which orders the jobs of one creation time.
-    pub id: Uuid,
-}
-
 /// A page of jobs.
 #[derive(Clone, Debug)]
 pub struct JobPage {
     /// Newest first.
     pub jobs: Vec<Job>,
     /// The next page has the jobs older than this one. None: there is no next page.
-    pub next: Option<JobCursor>,
+    pub next: Option<CreationCursor>,
 }
 
 impl Job {
     /// The job's place in the order of creation.
-    pub fn cursor(&self) -> JobCursor {
-        JobCursor { created_at: self.created_at, id: self.id }
+    pub fn cursor(&self) -> CreationCursor {
+        CreationCursor { created_at: self.created_at, id: self.id }
     }
 
     /// Lists at most `limit` jobs that the viewer may see, newest first, beginning with
@@ -80,7 +74,7 @@ impl Job {
         conn: &mut AsyncPgConnection,
         viewer: Viewer,
         filters: &JobFilters,
-        after: Option<JobCursor>,
+        after: Option<CreationCursor>,
         limit: i64,
     ) -> Result<JobPage> {
         let conditions = filters.conditions();
@@ -151,16 +145,16 @@ type Keys<'a> = jobs::BoxedQuery<'a, Pg, (sql_types::Timestamptz, sql_types::Uui
 /// Cursors of matching jobs, newest first. There is one more than the limit if so many
 /// jobs match.
 struct Found {
-    keys: Vec<JobCursor>,
+    keys: Vec<CreationCursor>,
     /// Jobs older than this were not read.
-    rest: Option<JobCursor>,
+    rest: Option<CreationCursor>,
 }
 
 #[derive(Clone, Copy)]
 struct ListQuery<'a> {
     visibility: Visibility,
     filters: &'a JobFilters,
-    after: Option<JobCursor>,
+    after: Option<CreationCursor>,
     limit: i64,
 }
 
@@ -184,7 +178,7 @@ impl<'a> ListQuery<'a> {
         if let Some(before) = self.filters.created_before {
             query = query.filter(jobs::created_at.lt(before));
         }
-        if let Some(JobCursor { created_at, id }) = self.after {
+        if let Some(CreationCursor { created_at, id }) = self.after {
             let older = jobs::created_at.lt(created_at).or(jobs::id.lt(id));
             query = query.filter(jobs::created_at.le(created_at).and(older));
         }
@@ -237,7 +231,7 @@ impl<'a> ListQuery<'a> {
                 | Condition::Statuses(_)
                 | Condition::ConfigurationTag(_) => continue,
             };
-            let candidates: Vec<JobCursor> = query.load(conn).await?;
+            let candidates: Vec<CreationCursor> = query.load(conn).await?;
             if i64::try_from(candidates.len()).is_ok_and(|count| count <= CANDIDATES) {
                 let ids = candidates.into_iter().map(|candidate| candidate.id);
                 let query =
@@ -269,24 +263,24 @@ impl<'a> ListQuery<'a> {
         let mut rest = None;
         for range in ranges {
             let range = || range.into_iter().fold(self.remaining(), |query, only| self.narrow(query, only));
-            let last_read: Option<JobCursor> = if others.is_empty() {
+            let last_read: Option<CreationCursor> = if others.is_empty() {
                 None
             } else {
                 range().order(newest_first).offset(CANDIDATES - 1).first(conn).await.optional()?
             };
             let mut query = others.iter().fold(range(), |query, other| self.narrow(query, *other));
-            if let Some(JobCursor { created_at, id }) = last_read {
+            if let Some(CreationCursor { created_at, id }) = last_read {
                 let not_older = jobs::created_at.gt(created_at).or(jobs::id.ge(id));
                 query = query.filter(jobs::created_at.ge(created_at).and(not_older));
             }
-            keys.extend(query.order(newest_first).limit(self.limit + 1).load::<JobCursor>(conn).await?);
+            keys.extend(query.order(newest_first).limit(self.limit + 1).load::<CreationCursor>(conn).await?);
             rest = rest.max(last_read);
         }
         Ok(self.newest(keys, rest))
     }
 
     /// Takes the newest of these keys, without those older than `rest`.
-    fn newest(self, mut keys: Vec<JobCursor>, rest: Option<JobCursor>) -> Found {
+    fn newest(self, mut keys: Vec<CreationCursor>, rest: Option<CreationCursor>) -> Found {
         keys.retain(|key| rest.is_none_or(|rest| *key >= rest));
         keys.sort_unstable_by_key(|key| Reverse(*key));
         keys.truncate(usize::try_from(self.limit + 1).unwrap_or(usize::MAX));
@@ -333,7 +327,7 @@ mod tests {
 
     #[test]
     fn a_later_job_has_a_greater_cursor() {
-        let at = |micros, id| JobCursor {
+        let at = |micros, id| CreationCursor {
             created_at: DateTime::from_timestamp_micros(micros).expect("a time"),
             id: Uuid::from_u128(id),
         };

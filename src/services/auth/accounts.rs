@@ -3,13 +3,13 @@
 use crate::{
     auth::NewAccount,
     error::{Error, Result, Violations, quoted},
-    event_log::timestamp,
     models::{
         caller::UserRole,
         session::Session,
         user::{Email, Names, User},
     },
     pb,
+    proto_enums::{ProtoEnum as _, timestamp},
     secret::Password,
     services::parse,
 };
@@ -22,11 +22,7 @@ impl TryFrom<pb::SignUpRequest> for NewAccount {
 
     fn try_from(request: pb::SignUpRequest) -> Result<Self> {
         let mut violations = Violations::default();
-        let role = match request.role() {
-            pb::UserRole::Customer => Some(UserRole::Customer),
-            pb::UserRole::Provider => Some(UserRole::Provider),
-            pb::UserRole::Unspecified => None,
-        };
+        let role = UserRole::from_proto(request.role);
         if role.is_none() {
             violations.add("role", "must be USER_ROLE_CUSTOMER or USER_ROLE_PROVIDER");
         }
@@ -124,13 +120,9 @@ impl TryFrom<pb::UpdateCurrentUserRequest> for Names {
 
 impl From<User> for pb::User {
     fn from(user: User) -> Self {
-        let role = match user.role {
-            UserRole::Customer => pb::UserRole::Customer,
-            UserRole::Provider => pb::UserRole::Provider,
-        };
         Self {
             id: user.id.to_string(),
-            role: role.into(),
+            role: user.role.to_proto(),
             email: user.email,
             first_name: user.first_name,
             last_name: user.last_name,

@@ -7,14 +7,15 @@ use uuid::Uuid;
 
 use crate::{
     error::{Error, Result, Violations},
-    event_log::timestamp,
     limits::KEY_OVERLAP,
     models::{
+        CreationCursor,
         api_key::ApiKey,
         caller::{KeyManager, KeyScope, UserRole},
     },
     pb,
-    services::{page::OldestFirst, parse},
+    proto_enums::{ProtoEnum as _, timestamp},
+    services::{page::PageRequest, parse},
 };
 
 /// Most scopes in a request: each scope once.
@@ -59,12 +60,12 @@ fn scopes(violations: &mut Violations, requested: &[i32], role: UserRole) -> Vec
     let mut scopes = Vec::new();
     for (index, scope) in requested.iter().take(SCOPES).enumerate() {
         let field = format!("scopes[{index}]");
-        match pb::ApiKeyScope::try_from(*scope) {
-            Ok(pb::ApiKeyScope::Read) => scopes.push(KeyScope::Read),
-            Ok(pb::ApiKeyScope::Manage) => scopes.push(KeyScope::Manage),
-            Ok(pb::ApiKeyScope::Append) if role == UserRole::Provider => scopes.push(KeyScope::Append),
-            Ok(pb::ApiKeyScope::Append) => violations.add(field, "a customer's key cannot have APPEND"),
-            Ok(pb::ApiKeyScope::Unspecified) | Err(_) => {
+        match KeyScope::from_proto(*scope) {
+            Some(KeyScope::Append) if role == UserRole::Customer => {
+                violations.add(field, "a customer's key cannot have APPEND");
+            }
+            Some(scope) => scopes.push(scope),
+            None => {
                 violations
                     .add(field, "must be API_KEY_SCOPE_READ, API_KEY_SCOPE_APPEND or API_KEY_SCOPE_MANAGE");
             }
@@ -75,10 +76,12 @@ fn scopes(violations: &mut Violations, requested: &[i32], role: UserRole) -> Vec
     scopes
 }
 
-pub(super) fn key_page(request: &pb::ListApiKeysRequest, manager: &KeyManager) -> Result<OldestFirst> {
+pub(super) fn key_page(
+    mut request: pb::ListApiKeysRequest,
+    manager: &KeyManager,
+) -> Result<PageRequest<CreationCursor>> {
     let mut violations = Violations::default();
-    let query = [b"ListApiKeys".as_slice(), manager.user_id().as_bytes()].concat();
-    let page = OldestFirst::parse(&mut violations, query, request.page_size, &request.page_token);
+    let page = PageRequest::take(&mut violations, manager.user_id(), &mut request);
     violations.or(page)
 }
 
@@ -92,11 +95,7 @@ pub(super) fn rotation(request: &pb::RotateApiKeyRequest) -> Result<(Uuid, Durat
 
 impl From<ApiKey> for pb::ApiKey {
     fn from(key: ApiKey) -> Self {
-        let scopes = key.scopes().map(|scope| match scope {
-            KeyScope::Read => pb::ApiKeyScope::Read.into(),
-            KeyScope::Append => pb::ApiKeyScope::Append.into(),
-            KeyScope::Manage => pb::ApiKeyScope::Manage.into(),
-        });
+        let scopes = key.scopes().map(KeyScope::to_proto);
         Self {
             id: key.id.to_string(),
             scopes: scopes.collect(),

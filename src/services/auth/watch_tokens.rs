@@ -6,11 +6,11 @@ use uuid::Uuid;
 
 use crate::{
     error::{Result, Violations},
-    event_log::timestamp,
     limits::WATCH_TOKEN_LIFETIME,
-    models::{caller::Provider, job::JobKey, watch_token::WatchToken},
+    models::{CreationCursor, caller::Provider, job::JobKey, watch_token::WatchToken},
     pb,
-    services::{jobs::job_key, page::OldestFirst, parse},
+    proto_enums::timestamp,
+    services::{jobs::job_key, page::PageRequest, parse},
 };
 
 /// The content of a `CreateWatchTokenRequest`.
@@ -31,15 +31,12 @@ impl TokenTerms {
 }
 
 pub(super) fn token_page(
-    request: pb::ListWatchTokensRequest,
+    mut request: pb::ListWatchTokensRequest,
     provider: Provider,
-) -> Result<(JobKey, OldestFirst)> {
+) -> Result<(JobKey, PageRequest<CreationCursor>)> {
     let mut violations = Violations::default();
-    let query_fields =
-        pb::ListWatchTokensRequest { page_size: 0, page_token: String::new(), ..request.clone() };
-    let query = crate::services::page::query("ListWatchTokens", provider.id(), &query_fields);
+    let page = PageRequest::take(&mut violations, provider.id(), &mut request);
     let job = job_key!(&mut violations, request.job, list_watch_tokens_request);
-    let page = OldestFirst::parse(&mut violations, query, request.page_size, &request.page_token);
     violations.or((job, page))
 }
 

@@ -4,7 +4,6 @@ use std::{collections::HashSet, fmt, sync::Arc};
 
 use prost::Message as _;
 
-use super::requests::event_kind;
 use crate::{
     error::{Error, Result, Violations, quoted},
     event_log::{Batch, NewEvent, Step},
@@ -16,6 +15,7 @@ use crate::{
     },
     pb,
     progress::EventKind,
+    proto_enums::ProtoEnum as _,
     services::{jobs::job_key, parse},
 };
 
@@ -85,7 +85,7 @@ fn unchecked_event(violations: &mut Violations, index: usize, event: pb::NewEven
     // A path is formatted only for a violation.
     let at = |field: &'static str| fmt::from_fn(move |f| write!(f, "events[{index}].{field}"));
     let id = parse::optional_uuid(violations, at("id"), &event.id);
-    let kind = event_kind(event.kind).unwrap_or_else(|| {
+    let kind = EventKind::from_proto(event.kind).unwrap_or_else(|| {
         violations.add(at("kind"), "must be STEP, ERROR, INFO or COMPLETE");
         EventKind::Info
     });

@@ -11,26 +11,16 @@ use crate::{
     models::job::JobKey,
     pb,
     progress::EventKind,
+    proto_enums::ProtoEnum as _,
     services::{
         jobs::{job_id, job_key, no_job, provider_job_id},
-        page, parse,
+        page::PageRequest,
+        parse,
     },
 };
 
 /// Most kinds in a filter: each kind once.
 const KINDS: usize = 5;
-
-/// None for UNSPECIFIED and for unknown numbers.
-pub(super) fn event_kind(kind: i32) -> Option<EventKind> {
-    match pb::EventKind::try_from(kind) {
-        Ok(pb::EventKind::Step) => Some(EventKind::Step),
-        Ok(pb::EventKind::Error) => Some(EventKind::Error),
-        Ok(pb::EventKind::Info) => Some(EventKind::Info),
-        Ok(pb::EventKind::Complete) => Some(EventKind::Complete),
-        Ok(pb::EventKind::Close) => Some(EventKind::Close),
-        Ok(pb::EventKind::Unspecified) | Err(_) => None,
-    }
-}
 
 fn event_kinds(violations: &mut Violations, kinds: &[i32]) -> Vec<EventKind> {
     if kinds.len() > KINDS {
@@ -39,7 +29,7 @@ fn event_kinds(violations: &mut Violations, kinds: &[i32]) -> Vec<EventKind> {
     }
     let mut parsed = Vec::new();
     for (index, kind) in kinds.iter().enumerate() {
-        let Some(kind) = event_kind(*kind) else {
+        let Some(kind) = EventKind::from_proto(*kind) else {
             violations.add(format!("kinds[{index}]"), "is not a kind of event");
             continue;
         };
@@ -53,33 +43,27 @@ fn event_kinds(violations: &mut Violations, kinds: &[i32]) -> Vec<EventKind> {
 /// The content of a `ListEventsRequest`.
 pub(super) struct ListQuery {
     pub(super) job: JobKey,
-    pub(super) after: i64,
+    after_sequence: i64,
     pub(super) kinds: Vec<EventKind>,
-    pub(super) limit: i64,
-    /// What the page tokens are bound to.
-    pub(super) binding: Vec<u8>,
+    pub(super) page: PageRequest<i64>,
 }
 
 impl ListQuery {
     /// `caller` is the id to which page tokens are bound.
-    pub(super) fn parse(caller: Uuid, request: pb::ListEventsRequest) -> Result<Self> {
+    pub(super) fn parse(caller: Uuid, mut request: pb::ListEventsRequest) -> Result<Self> {
         let mut violations = Violations::default();
-        let page = pb::ListEventsRequest { page_size: 0, page_token: String::new(), ..request.clone() };
-        let binding = page::query("ListEvents", caller, &page);
+        let page = PageRequest::take(&mut violations, caller, &mut request);
         let job = job_key!(&mut violations, request.job, list_events_request);
         if request.after_sequence < 0 {
             violations.add("after_sequence", "must not be negative");
         }
         let kinds = event_kinds(&mut violations, &request.kinds);
-        let limit = parse::page_size(&mut violations, request.page_size);
-        let mut after = request.after_sequence;
-        if let Some(cursor) = page::decode(&mut violations, "page_token", &binding, &request.page_token) {
-            match <[u8; 8]>::try_from(cursor.as_slice()).map(i64::from_be_bytes) {
-                Ok(sequence) if sequence >= 0 => after = sequence,
-                Ok(_) | Err(_) => violations.add("page_token", "must be a next_page_token of this method"),
-            }
-        }
-        violations.or(Self { job, after, kinds, limit, binding })
+        violations.or(Self { job, after_sequence: request.after_sequence, kinds, page })
+    }
+
+    /// The sequence after which the page starts.
+    pub(super) fn after(&self) -> i64 {
+        self.page.after.unwrap_or(self.after_sequence)
     }
 }
 
@@ -169,18 +153,5 @@ mod tests {
             assert_eq!(given(seconds, nanos).expect("valid"), cut, "{seconds} {nanos}");
         }
         assert!(given(-1, 0).is_err() && given(i64::MIN, i32::MIN).is_err());
-    }
-
-    #[test]
-    fn a_page_token_has_a_sequence_that_is_not_negative() {
-        let job = Some(pb::list_events_request::Job::JobId(Uuid::nil().to_string()));
-        let request = pb::ListEventsRequest { job, ..Default::default() };
-        let binding = page::query("ListEvents", Uuid::nil(), &request);
-        let parsed = |sequence: i64| {
-            let page_token = page::encode(&binding, &sequence.to_be_bytes());
-            ListQuery::parse(Uuid::nil(), pb::ListEventsRequest { page_token, ..request.clone() })
-        };
-        assert_eq!(parsed(7).expect("valid").after, 7);
-        assert!(parsed(-1).is_err() && parsed(i64::MIN).is_err());
     }
 }
