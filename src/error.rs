@@ -39,7 +39,6 @@ pub enum Error {
     /// The resource does not exist, or this caller may not see it.
     #[error("no such {}: {}", .resource.noun(), quoted(.name))]
     NotFound {
-        /// The kind of resource.
         resource: Resource,
         /// The key in the request.
         name: String,
@@ -49,22 +48,10 @@ pub enum Error {
     EmailTaken,
     /// A resource of the same key exists with other content.
     #[error("{} {} exists with other content: {}", .resource.noun(), quoted(.name), .differences.first())]
-    Differs {
-        /// The kind of resource.
-        resource: Resource,
-        /// The resource's key.
-        name: String,
-        /// The fields that differ.
-        differences: Violations,
-    },
+    Differs { resource: Resource, name: String, differences: Violations },
     /// The job is closed, so that its log never changes again.
     #[error("the job is closed: {}", .status.name())]
-    JobClosed {
-        /// The job's id.
-        job_id: Uuid,
-        /// The job's final status.
-        status: JobStatus,
-    },
+    JobClosed { job_id: Uuid, status: JobStatus },
     /// The API key of this id had expired before.
     #[error("the API key had expired already")]
     ApiKeyAlreadyExpired(Uuid),
@@ -212,19 +199,12 @@ pub fn violated(error: &DieselError) -> Option<&str> {
 /// A kind of resource that an error names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Resource {
-    /// A customer.
     Customer,
-    /// A job configuration.
     JobConfiguration,
-    /// A job.
     Job,
-    /// An event.
     Event,
-    /// An API key.
     ApiKey,
-    /// A watch token.
     WatchToken,
-    /// A user.
     User,
 }
 

@@ -22,11 +22,8 @@ const DISPLAY_CHARS: usize = 8;
 /// The kind of credential that a secret belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SecretKind {
-    /// A session.
     Session,
-    /// An API key.
     ApiKey,
-    /// A watch token.
     WatchToken,
 }
 

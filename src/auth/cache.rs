@@ -26,7 +26,6 @@ pub enum Revocation {
     Credential(CredentialId),
     /// All sessions of a user but one.
     OtherSessions {
-        /// The user.
         user_id: Uuid,
         /// The session that stays valid.
         kept: Uuid,

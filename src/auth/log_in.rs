@@ -26,7 +26,6 @@ use crate::{
     secret::{Password, PasswordHash, Secret, SecretKind},
 };
 
-/// An account to create.
 pub(crate) struct NewAccount {
     pub(crate) role: UserRole,
     pub(crate) email: Email,

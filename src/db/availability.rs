@@ -186,7 +186,6 @@ pub enum StartError {
     Unavailable {
         /// How long the start waited, in seconds.
         waited_s: u64,
-        /// The last error.
         last: String,
     },
 }

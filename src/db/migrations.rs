@@ -47,7 +47,6 @@ pub enum SchemaError {
     /// No connection from the pool.
     #[error("cannot connect to the database")]
     Unavailable(#[source] crate::error::Error),
-    /// A query failed.
     #[error("the database refused a query: {0}")]
     Query(#[from] DieselError),
     /// A migration failed, and its transaction was rolled back.

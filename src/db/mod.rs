@@ -70,7 +70,6 @@ impl fmt::Debug for DatabaseSettings {
     }
 }
 
-/// The pool of connections.
 #[derive(Clone)]
 pub struct Database {
     pool: Pool,

@@ -36,7 +36,6 @@ impl Notification {
     }
 }
 
-/// Notifies the other replicas.
 #[derive(Clone, Debug)]
 pub struct Notifier {
     database: Database,

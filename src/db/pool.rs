@@ -67,7 +67,6 @@ struct Checkout {
     cut: CancellationToken,
 }
 
-/// What the pool keeps.
 pub(super) struct Pooled {
     connection: AsyncPgConnection,
     checkout: Arc<Checkout>,

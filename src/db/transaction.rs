@@ -43,7 +43,6 @@ impl Authority for Unconditional {
     }
 }
 
-/// An open transaction.
 pub struct Transaction<'a> {
     connection: &'a mut AsyncPgConnection,
     after_commit: Vec<Box<dyn FnOnce() + Send>>,

@@ -21,9 +21,7 @@ const WINDOW: i64 = 5_000;
 /// closed: the shortest setting is one second.
 const SHORTEST_RETENTION: Duration = Duration::from_secs(1);
 
-/// A page of a job's events after a sequence, ascending, of some kinds (empty: all
-/// kinds); and the last sequence that was looked through, if there are events
-/// behind it.
+/// See [`EventLog::list`](super::EventLog::list).
 pub(super) async fn list(
     reader: &Reader,
     job: &JobIdentity,

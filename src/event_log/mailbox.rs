@@ -167,7 +167,6 @@ pub(crate) enum Delivery {
 }
 
 impl Subscription {
-    /// What waits now.
     pub(crate) fn take(&self) -> Option<Delivery> {
         let mut queue = self.mailbox.queue.lock();
         let watcher = queue.watcher;

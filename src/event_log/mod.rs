@@ -50,9 +50,9 @@ use crate::{
     error::{Error, Result},
     models::{
         audit_entry::{AuditAct, AuditEntry, Origin},
-        caller::{Provider, Viewer},
+        caller::Provider,
         job::JobKey,
-        job_identity::{Configuration, JobIdentity},
+        job_identity::JobIdentity,
     },
     progress::{EventKind, JobStatus},
     telemetry::Telemetry,
@@ -69,14 +69,11 @@ pub struct EventLogSettings {
 
 /// The event log: appends, pages and watches.
 #[derive(Clone, Debug)]
-pub struct EventLog(Arc<Inner>);
-
-#[derive(Debug)]
-struct Inner {
-    job_cache: JobCache,
+pub struct EventLog {
+    pub(crate) jobs: JobCache,
+    pub(crate) appender: Appender,
     reader: Arc<Reader>,
-    appender: Appender,
-    settings: EventLogSettings,
+    pub(crate) settings: EventLogSettings,
 }
 
 impl EventLog {
@@ -85,64 +82,29 @@ impl EventLog {
         database: Database,
         notifier: Notifier,
         settings: EventLogSettings,
-        telemetry: &Telemetry,
+        Telemetry { metrics, traces }: Telemetry,
     ) -> Result<Self> {
-        let job_cache = JobCache::new(database.clone());
-        let metrics = Arc::clone(&telemetry.metrics);
-        let tail = Tail::start(database.clone(), job_cache.clone(), Arc::clone(&metrics)).await?;
-        let appender = Appender::start(database.clone(), Arc::clone(&tail), notifier, telemetry.clone())
+        let jobs = JobCache::new(database.clone());
+        let tail = Tail::start(database.clone(), jobs.clone(), Arc::clone(&metrics)).await?;
+        let telemetry = Telemetry { metrics: Arc::clone(&metrics), traces };
+        let appender = Appender::start(database.clone(), Arc::clone(&tail), notifier, telemetry)
             .map_err(Error::internal)?;
         if let Some(age) = settings.retention {
             retention::start(database.clone(), age, Arc::downgrade(&tail));
         }
-        let reader = Arc::new(Reader::new(database, job_cache.clone(), tail, metrics));
-        Ok(Self(Arc::new(Inner { job_cache, reader, appender, settings })))
+        let reader = Arc::new(Reader::new(database, jobs.clone(), tail, metrics));
+        Ok(Self { jobs, appender, reader, settings })
     }
 
     /// A function that has the tail read the log, for as long as the tail is used.
     pub(crate) fn waker(&self) -> impl Fn() + Send + Sync + 'static {
-        let tail = Arc::downgrade(&self.0.reader.tail);
-        move || {
-            if let Some(tail) = tail.upgrade() {
-                tail.wake();
-            }
-        }
+        let tail = Arc::downgrade(&self.reader.tail);
+        move || tail.upgrade().into_iter().for_each(|tail| tail.wake())
     }
 
     /// Age of the oldest event that waits for a watcher which had caught up.
     pub(crate) fn watch_lag(&self) -> Duration {
-        self.0.reader.tail.lag()
-    }
-
-    /// Most unanswered batches of one publish stream.
-    pub(crate) fn publish_window(&self) -> usize {
-        self.0.settings.publish_window
-    }
-
-    /// A job that the viewer may see.
-    pub(crate) async fn find_job(&self, viewer: Viewer, key: &JobKey) -> Result<Arc<JobIdentity>> {
-        self.0.job_cache.find(viewer, key).await
-    }
-
-    /// A job that the provider may append to.
-    pub(crate) async fn find_own_job(&self, provider: Provider, key: &JobKey) -> Result<Arc<JobIdentity>> {
-        self.0.job_cache.find(provider.into(), key).await
-    }
-
-    /// The configuration that a job is pinned to.
-    pub(crate) async fn configuration(&self, id: Uuid) -> Result<Arc<Configuration>> {
-        self.0.job_cache.configuration(id).await
-    }
-
-    /// Submits a batch, which is not appended if the credential ends while it waits. Batches
-    /// for one job are appended in the order in which they were submitted.
-    pub(crate) async fn submit(
-        &self,
-        credential: Arc<Credential>,
-        batch: Batch,
-        stream_order: StreamOrder,
-    ) -> Result<PendingAnswer> {
-        self.0.appender.submit(credential, batch, stream_order).await
+        self.reader.tail.lag()
     }
 
     /// Closes a job of the provider. Returns the job's id and whether it had been closed
@@ -155,15 +117,12 @@ impl EventLog {
         reason: String,
         origin: &Origin,
     ) -> Result<(Uuid, bool)> {
-        let job = self.find_own_job(provider, job).await?;
+        let job = self.jobs.find(provider.into(), job).await?;
         let id = job.id;
-        let entry = AuditEntry {
-            user_id: Some(provider.id()),
-            job_id: Some(id),
-            ..origin.entry(AuditAct::JobClosed)
-        };
-        let batch = Batch::close(job, reason, entry);
-        let answer = self.submit(credential, batch, StreamOrder::default()).await?;
+        let (user_id, job_id) = (Some(provider.id()), Some(id));
+        let audit = AuditEntry { user_id, job_id, ..origin.entry(AuditAct::JobClosed) };
+        let batch = Batch::close(job, reason, audit);
+        let answer = self.appender.submit(credential, batch, StreamOrder::default()).await?;
         match answer.wait().await {
             Ok(_) => Ok((id, false)),
             // Only `close` closes a job that is not complete.
@@ -182,7 +141,7 @@ impl EventLog {
         kinds: &[EventKind],
         limit: i64,
     ) -> Result<(Vec<Arc<LogEvent>>, Option<i64>)> {
-        list::list(&self.0.reader, job, after, kinds, limit).await
+        list::list(&self.reader, job, after, kinds, limit).await
     }
 
     /// Opens a watch; it ends with the credential and when the server drains.
@@ -192,6 +151,6 @@ impl EventLog {
         credential: Arc<Credential>,
         draining: CancellationToken,
     ) -> Result<Watch> {
-        Watch::open(Arc::clone(&self.0.reader), query, credential, draining).await
+        Watch::open(Arc::clone(&self.reader), query, credential, draining).await
     }
 }

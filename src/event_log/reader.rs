@@ -20,7 +20,6 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// Reads the event log.
 #[derive(Debug)]
 pub(crate) struct Reader {
     database: Database,

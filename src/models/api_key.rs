@@ -24,7 +24,6 @@ use crate::{
 #[derive(Clone, Debug, Queryable, Selectable)]
 #[diesel(table_name = api_keys, check_for_backend(diesel::pg::Pg))]
 pub struct ApiKey {
-    /// UUID version 7.
     pub id: Uuid,
     /// The first characters of the secret, for display.
     pub key_prefix: String,
@@ -36,11 +35,9 @@ pub struct ApiKey {
     pub expires_at: Option<DateTime<Utc>>,
     /// Written at most once a minute.
     pub last_used_at: Option<DateTime<Utc>>,
-    /// Set by the database.
     pub created_at: DateTime<Utc>,
 }
 
-/// A key to insert.
 #[derive(Clone, Debug)]
 pub struct NewApiKey {
     /// Hash of the key's secret.
@@ -88,7 +85,6 @@ impl NewApiKey {
 }
 
 impl ApiKey {
-    /// Where the row stands in a list.
     pub fn cursor(&self) -> CreationCursor {
         CreationCursor { created_at: self.created_at, id: self.id }
     }

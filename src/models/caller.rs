@@ -46,11 +46,8 @@ impl KeyScope {
 /// The kind and id of the credential of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum CredentialId {
-    /// A session.
     Session(Uuid),
-    /// An API key.
     ApiKey(Uuid),
-    /// A watch token.
     WatchToken(Uuid),
 }
 
@@ -65,11 +62,8 @@ impl CredentialId {
 /// The subject on whose behalf a call is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Subject {
-    /// A user.
     User {
-        /// The user's id.
         id: Uuid,
-        /// The user's role.
         role: UserRole,
     },
     /// One job, read-only: the subject of a watch token.
@@ -156,14 +150,12 @@ impl Caller {
     }
 }
 
-/// Proof of [`Caller::provider`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Provider {
     id: Uuid,
 }
 
 impl Provider {
-    /// The provider's user id.
     pub fn id(self) -> Uuid {
         self.id
     }
@@ -221,7 +213,6 @@ pub struct Account {
 }
 
 impl Account {
-    /// The user's id.
     pub fn user_id(self) -> Uuid {
         self.user_id
     }

@@ -26,7 +26,6 @@ use crate::{
 #[derive(Clone, Debug, Queryable, Selectable)]
 #[diesel(table_name = events, check_for_backend(diesel::pg::Pg))]
 pub struct Event {
-    /// The event's job.
     pub job_id: Uuid,
     /// 1, 2, 3 … within the job.
     pub sequence: i64,
@@ -129,7 +128,6 @@ impl Event {
 #[derive(Clone, Debug, Queryable, Selectable)]
 #[diesel(table_name = jobs, check_for_backend(diesel::pg::Pg))]
 pub struct JobHead {
-    /// The job's id.
     pub id: Uuid,
     /// The provider, who runs the job.
     pub provider_id: Uuid,

@@ -27,7 +27,6 @@ use crate::{
 /// The key by which a request names a job.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum JobKey {
-    /// The job's id.
     Id(Uuid),
     /// The provider's own id of the job; only the job's provider may use it.
     ProviderJobId(String),
@@ -46,7 +45,6 @@ impl fmt::Display for JobKey {
 /// A job, with the state that its log derives.
 #[derive(Clone, Debug, PartialEq, Eq, Queryable)]
 pub struct Job {
-    /// UUID version 7.
     pub id: Uuid,
     /// The user who runs the job.
     pub provider: Party,
@@ -80,7 +78,6 @@ pub struct Job {
 /// The provider or the customer of a job, as the other one of them sees it.
 #[derive(Clone, Debug, PartialEq, Eq, Queryable)]
 pub struct Party {
-    /// The user's id.
     pub id: Uuid,
     /// May be empty.
     pub first_name: String,
@@ -97,16 +94,11 @@ impl From<ProgressColumns> for Progress {
     }
 }
 
-/// A job to create.
 #[derive(Clone, Debug)]
 pub struct NewJob {
-    /// See [`Job::provider_job_id`].
     pub provider_job_id: String,
-    /// See [`Job::provider_job_name`].
     pub provider_job_name: String,
-    /// See [`Job::customer`].
     pub customer_id: Uuid,
-    /// See [`Job::configuration_tag`].
     pub configuration_tag: String,
     /// None: the latest version of the tag.
     pub configuration_version: Option<String>,

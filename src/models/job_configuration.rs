@@ -25,7 +25,6 @@ use crate::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, AsExpression, FromSqlRow)]
 #[diesel(sql_type = sql_types::MetadataKind)]
 pub enum MetadataKind {
-    /// A string.
     Text,
     /// A finite number.
     Number,
@@ -47,13 +46,11 @@ impl MetadataKind {
 /// A version of a configuration, with its steps and their metadata.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct JobConfiguration {
-    /// UUID version 7.
     pub id: Uuid,
     /// The provider who registered it.
     pub provider_id: Uuid,
     /// The provider's key for this kind of job; all versions share it.
     pub tag: String,
-    /// A name for people.
     pub name: String,
     /// Strict SemVer 2.0; unique within provider and tag.
     pub version: String,
@@ -66,11 +63,9 @@ pub struct JobConfiguration {
 /// A step of a configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StepConfiguration {
-    /// UUID version 7.
     pub id: Uuid,
     /// The key by which events name the step; unique within its configuration.
     pub tag: String,
-    /// A name for people.
     pub name: String,
     /// Weight of the step in the job's progress: 0 to [`crate::limits::STEP_POINTS`].
     pub points: i64,
@@ -92,11 +87,9 @@ pub struct MetadataConfiguration {
 /// The key by which a request names a configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ConfigurationKey {
-    /// The configuration's id.
     Id(Uuid),
     /// Tag and version; only the configuration's provider may use them.
     Version {
-        /// The configuration's tag.
         tag: String,
         /// The configuration's version, compared as text.
         version: String,
@@ -104,7 +97,6 @@ pub enum ConfigurationKey {
     /// The latest version of a tag: its highest release, or its highest pre-release if
     /// there is no release. Only the configuration's provider may use it.
     Latest {
-        /// The configuration's tag.
         tag: String,
     },
 }

@@ -24,7 +24,6 @@ use crate::{
 #[derive(Clone, Debug, Queryable, Selectable)]
 #[diesel(table_name = sessions, check_for_backend(diesel::pg::Pg))]
 pub struct Session {
-    /// UUID version 7.
     pub id: Uuid,
     /// The user who logged in.
     pub user_id: Uuid,
@@ -32,13 +31,10 @@ pub struct Session {
     pub expires_at: DateTime<Utc>,
     /// Written at most once a minute.
     pub last_used_at: Option<DateTime<Utc>>,
-    /// Set by the database.
     pub created_at: DateTime<Utc>,
-    /// Set by the database.
     pub updated_at: DateTime<Utc>,
 }
 
-/// A session to insert.
 #[derive(Clone, Copy, Debug)]
 pub struct NewSession {
     /// The user who logged in.

@@ -55,9 +55,7 @@ impl Email {
 #[derive(Clone, Debug, Queryable, Selectable)]
 #[diesel(table_name = users, check_for_backend(diesel::pg::Pg))]
 pub struct User {
-    /// UUID version 7.
     pub id: Uuid,
-    /// Never changes.
     pub role: UserRole,
     /// As given at sign-up; unique whatever its case.
     pub email: String,
@@ -67,16 +65,12 @@ pub struct User {
     pub last_name: String,
     /// From this time on every credential of the user is refused.
     pub disabled_at: Option<DateTime<Utc>>,
-    /// Set by the database.
     pub created_at: DateTime<Utc>,
-    /// Set by the database.
     pub updated_at: DateTime<Utc>,
 }
 
-/// A user to insert.
 #[derive(Clone, Debug)]
 pub struct NewUser {
-    /// Never changes.
     pub role: UserRole,
     /// Must not belong to another user.
     pub email: Email,

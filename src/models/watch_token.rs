@@ -24,7 +24,6 @@ use crate::{
 #[derive(Clone, Debug, Queryable, Selectable)]
 #[diesel(table_name = watch_tokens, check_for_backend(diesel::pg::Pg))]
 pub struct WatchToken {
-    /// UUID version 7.
     pub id: Uuid,
     /// The one job that the token shows.
     pub job_id: Uuid,
@@ -36,11 +35,9 @@ pub struct WatchToken {
     pub expires_at: DateTime<Utc>,
     /// Written at most once a minute.
     pub last_used_at: Option<DateTime<Utc>>,
-    /// Set by the database.
     pub created_at: DateTime<Utc>,
 }
 
-/// A token to insert.
 #[derive(Clone, Debug)]
 pub struct NewWatchToken {
     /// A job of the provider who creates the token.
@@ -87,7 +84,6 @@ impl NewWatchToken {
 }
 
 impl WatchToken {
-    /// Where the row stands in a list.
     pub fn cursor(&self) -> CreationCursor {
         CreationCursor { created_at: self.created_at, id: self.id }
     }

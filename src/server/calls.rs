@@ -248,7 +248,6 @@ fn panic_status(panic: &(dyn Any + Send)) -> Status {
 struct CallBody {
     inner: Body,
     call: Call,
-    /// The client's deadline.
     deadline: Option<Pin<Box<Sleep>>>,
     /// Ends a stream of health or reflection when the server drains.
     draining: Option<Pin<Box<WaitForCancellationFutureOwned>>>,

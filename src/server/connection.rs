@@ -104,7 +104,6 @@ impl Connections {
         })
     }
 
-    /// Cuts all connections.
     pub(super) fn cut(&self) {
         self.cut.cancel();
     }
@@ -115,7 +114,6 @@ impl Connections {
     }
 }
 
-/// An accepted connection.
 #[derive(Debug)]
 pub(super) struct Connection {
     stream: Either<TcpStream, Box<TlsStream<TcpStream>>>,

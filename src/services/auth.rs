@@ -7,18 +7,18 @@ mod watch_tokens;
 use std::time::Instant;
 
 use futures_util::FutureExt as _;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response};
 
 use self::{
     accounts::{EmailAndPassword, NewPassword, session_message},
     keys::{KeyTerms, key_page, rotation},
     watch_tokens::{TokenTerms, token_id, token_page},
 };
-use super::{App, credential_of, parse};
+use super::{Answer, App, credential_of, parse};
 use crate::{
     auth::{Auth, Revocation},
     db::Transaction,
-    error::{Error, Result, Violations},
+    error::{Error, Violations},
     models::{
         api_key::{ApiKey, NewApiKey},
         caller::{CredentialId, KeyScope, Subject},
@@ -30,16 +30,12 @@ use crate::{
     secret::{Secret, SecretKind},
 };
 
-/// Implementation of `milepost.v1.AuthService`.
 #[derive(Clone, Debug)]
 pub struct AuthApi(pub App);
 
 #[tonic::async_trait]
 impl pb::auth_service_server::AuthService for AuthApi {
-    async fn sign_up(
-        &self,
-        request: Request<pb::SignUpRequest>,
-    ) -> Result<Response<pb::SignUpResponse>, Status> {
+    async fn sign_up(&self, request: Request<pb::SignUpRequest>) -> Answer<pb::SignUpResponse> {
         let auth = &self.0.auth;
         if !auth.settings().sign_up_open {
             return Err(Error::SignUpClosed.into());
@@ -50,10 +46,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
         Ok(Response::new(pb::SignUpResponse { user: Some(signed_up.user.into()), session }))
     }
 
-    async fn log_in(
-        &self,
-        request: Request<pb::LogInRequest>,
-    ) -> Result<Response<pb::LogInResponse>, Status> {
+    async fn log_in(&self, request: Request<pb::LogInRequest>) -> Answer<pb::LogInResponse> {
         let origin = self.0.anonymous_origin(&request);
         let EmailAndPassword { email, password } = request.into_inner().try_into()?;
         let logged_in = self.0.auth.log_in(email, password, origin).await?;
@@ -61,10 +54,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
         Ok(Response::new(pb::LogInResponse { user: Some(logged_in.user.into()), session }))
     }
 
-    async fn log_out(
-        &self,
-        request: Request<pb::LogOutRequest>,
-    ) -> Result<Response<pb::LogOutResponse>, Status> {
+    async fn log_out(&self, request: Request<pb::LogOutRequest>) -> Answer<pb::LogOutResponse> {
         let credential = credential_of(&request)?;
         let account = credential.caller().account()?;
         let origin = self.0.origin(&request, &credential);
@@ -82,7 +72,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
     async fn get_current_user(
         &self,
         request: Request<pb::GetCurrentUserRequest>,
-    ) -> Result<Response<pb::GetCurrentUserResponse>, Status> {
+    ) -> Answer<pb::GetCurrentUserResponse> {
         use pb::get_current_user_response::Credential;
         let credential = credential_of(&request)?;
         let caller = credential.caller();
@@ -107,7 +97,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
     async fn update_current_user(
         &self,
         request: Request<pb::UpdateCurrentUserRequest>,
-    ) -> Result<Response<pb::UpdateCurrentUserResponse>, Status> {
+    ) -> Answer<pb::UpdateCurrentUserResponse> {
         let credential = credential_of(&request)?;
         let account = credential.caller().account()?;
         let names: Names = request.into_inner().try_into()?;
@@ -121,7 +111,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
     async fn change_password(
         &self,
         request: Request<pb::ChangePasswordRequest>,
-    ) -> Result<Response<pb::ChangePasswordResponse>, Status> {
+    ) -> Answer<pb::ChangePasswordResponse> {
         let credential = credential_of(&request)?;
         credential.caller().account()?;
         let origin = self.0.origin(&request, &credential);
@@ -136,7 +126,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
     async fn create_api_key(
         &self,
         request: Request<pb::CreateApiKeyRequest>,
-    ) -> Result<Response<pb::CreateApiKeyResponse>, Status> {
+    ) -> Answer<pb::CreateApiKeyResponse> {
         let credential = credential_of(&request)?;
         let manager = credential.caller().key_manager()?;
         let origin = self.0.origin(&request, &credential);
@@ -155,7 +145,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
     async fn list_api_keys(
         &self,
         request: Request<pb::ListApiKeysRequest>,
-    ) -> Result<Response<pb::ListApiKeysResponse>, Status> {
+    ) -> Answer<pb::ListApiKeysResponse> {
         let credential = credential_of(&request)?;
         let manager = credential.caller().key_manager()?;
         let page = key_page(request.into_inner(), &manager)?;
@@ -170,7 +160,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
     async fn expire_api_key(
         &self,
         request: Request<pb::ExpireApiKeyRequest>,
-    ) -> Result<Response<pb::ExpireApiKeyResponse>, Status> {
+    ) -> Answer<pb::ExpireApiKeyResponse> {
         let credential = credential_of(&request)?;
         let manager = credential.caller().key_manager()?;
         let origin = self.0.origin(&request, &credential);
@@ -196,7 +186,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
     async fn rotate_api_key(
         &self,
         request: Request<pb::RotateApiKeyRequest>,
-    ) -> Result<Response<pb::RotateApiKeyResponse>, Status> {
+    ) -> Answer<pb::RotateApiKeyResponse> {
         let credential = credential_of(&request)?;
         let manager = credential.caller().key_manager()?;
         let origin = self.0.origin(&request, &credential);
@@ -232,12 +222,12 @@ impl pb::auth_service_server::AuthService for AuthApi {
     async fn create_watch_token(
         &self,
         request: Request<pb::CreateWatchTokenRequest>,
-    ) -> Result<Response<pb::CreateWatchTokenResponse>, Status> {
+    ) -> Answer<pb::CreateWatchTokenResponse> {
         let credential = credential_of(&request)?;
         let provider = credential.caller().provider(KeyScope::Append)?;
         let origin = self.0.origin(&request, &credential);
         let TokenTerms { job, note, lifetime } = TokenTerms::parse(request.into_inner())?;
-        let job_id = self.0.log.find_own_job(provider, &job).await?.id;
+        let job_id = self.0.log.jobs.find(provider.into(), &job).await?.id;
         let secret = Secret::generate(SecretKind::WatchToken)?;
         let secret_prefix = secret.display_prefix().to_owned();
         let token = NewWatchToken { job_id, secret_hash: secret.hash(), secret_prefix, note, lifetime };
@@ -252,11 +242,11 @@ impl pb::auth_service_server::AuthService for AuthApi {
     async fn list_watch_tokens(
         &self,
         request: Request<pb::ListWatchTokensRequest>,
-    ) -> Result<Response<pb::ListWatchTokensResponse>, Status> {
+    ) -> Answer<pb::ListWatchTokensResponse> {
         let credential = credential_of(&request)?;
         let provider = credential.caller().provider(KeyScope::Append)?;
         let (job, page) = token_page(request.into_inner(), provider)?;
-        let job_id = self.0.log.find_own_job(provider, &job).await?.id;
+        let job_id = self.0.log.jobs.find(provider.into(), &job).await?.id;
         let mut conn = self.0.database.get().await?;
         let mut tokens = WatchToken::list(&mut conn, provider, job_id, page.after, page.limit()).await?;
         let next_page_token = page.cut(&mut tokens, WatchToken::cursor);
@@ -268,7 +258,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
     async fn expire_watch_token(
         &self,
         request: Request<pb::ExpireWatchTokenRequest>,
-    ) -> Result<Response<pb::ExpireWatchTokenResponse>, Status> {
+    ) -> Answer<pb::ExpireWatchTokenResponse> {
         let credential = credential_of(&request)?;
         let provider = credential.caller().provider(KeyScope::Append)?;
         let origin = self.0.origin(&request, &credential);

@@ -4,11 +4,11 @@ use std::collections::HashMap;
 
 use futures_util::FutureExt as _;
 use semver::Version;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response};
 use uuid::Uuid;
 
 use super::{
-    App, credential_of,
+    Answer, App, credential_of,
     page::{Page, PageRequest},
     parse,
 };
@@ -31,7 +31,6 @@ use crate::{
 /// page, so reading all of them at once could take much memory for nothing.
 const READ_AT_ONCE: usize = 25;
 
-/// Implementation of `milepost.v1.ConfigurationService`.
 #[derive(Clone, Debug)]
 pub struct ConfigurationApi(pub App);
 
@@ -40,7 +39,7 @@ impl ConfigurationService for ConfigurationApi {
     async fn register_job_configuration(
         &self,
         request: Request<pb::RegisterJobConfigurationRequest>,
-    ) -> Result<Response<pb::RegisterJobConfigurationResponse>, Status> {
+    ) -> Answer<pb::RegisterJobConfigurationResponse> {
         let credential = credential_of(&request)?;
         let provider = credential.caller().provider(KeyScope::Append)?;
         let new = NewJobConfiguration::try_from(request.into_inner())?;
@@ -57,7 +56,7 @@ impl ConfigurationService for ConfigurationApi {
     async fn get_job_configuration(
         &self,
         request: Request<pb::GetJobConfigurationRequest>,
-    ) -> Result<Response<pb::GetJobConfigurationResponse>, Status> {
+    ) -> Answer<pb::GetJobConfigurationResponse> {
         let credential = credential_of(&request)?;
         let viewer = credential.caller().user_viewer()?;
         let key = ConfigurationKey::try_from(request.into_inner())?;
@@ -72,7 +71,7 @@ impl ConfigurationService for ConfigurationApi {
     async fn list_job_configurations(
         &self,
         request: Request<pb::ListJobConfigurationsRequest>,
-    ) -> Result<Response<pb::ListJobConfigurationsResponse>, Status> {
+    ) -> Answer<pb::ListJobConfigurationsResponse> {
         let credential = credential_of(&request)?;
         let provider = credential.caller().provider(KeyScope::Read)?;
         let list = List::parse(provider, request.into_inner())?;

@@ -16,7 +16,7 @@ use self::{
     publish::accept,
     requests::{ListQuery, UncheckedScope, watch_request},
 };
-use super::{App, Peer, credential_of, page::Page};
+use super::{Answer, App, Peer, credential_of, page::Page};
 use crate::{
     auth::Credential,
     error::{Error, Result},
@@ -30,7 +30,6 @@ use crate::{
     telemetry::metrics::Open,
 };
 
-/// Implementation of `milepost.v1.EventService`.
 #[derive(Clone, Debug)]
 pub struct EventApi(pub App);
 
@@ -44,7 +43,7 @@ impl EventService for EventApi {
     async fn append_events(
         &self,
         request: Request<pb::AppendEventsRequest>,
-    ) -> Result<Response<pb::AppendEventsResponse>, Status> {
+    ) -> Answer<pb::AppendEventsResponse> {
         let credential = credential_of(&request)?;
         let provider = credential.caller().provider(KeyScope::Append)?;
         let batch = UncheckedBatch::try_from(request.into_inner())?;
@@ -57,13 +56,13 @@ impl EventService for EventApi {
     async fn publish_events(
         &self,
         request: Request<Streaming<pb::PublishEventsRequest>>,
-    ) -> Result<Response<Self::PublishEventsStream>, Status> {
+    ) -> Answer<Self::PublishEventsStream> {
         let credential = credential_of(&request)?;
         let provider = credential.caller().provider(KeyScope::Append)?;
         let open = self.0.auth.open_stream(Arc::clone(&credential), Peer::of(&request).cut)?;
         // The channel holds one less than the window, because the batch whose answer is
         // awaited has left it.
-        let (accepted, answers) = mpsc::channel(self.0.log.publish_window().max(2) - 1);
+        let (accepted, answers) = mpsc::channel(self.0.log.settings.publish_window.max(2) - 1);
         let accepting =
             accept(self.clone(), provider, Arc::clone(&credential), request.into_inner(), accepted);
         // The batches are traced as part of this call.
@@ -84,14 +83,11 @@ impl EventService for EventApi {
         Ok(Response::new(Box::pin(answers)))
     }
 
-    async fn list_events(
-        &self,
-        request: Request<pb::ListEventsRequest>,
-    ) -> Result<Response<pb::ListEventsResponse>, Status> {
+    async fn list_events(&self, request: Request<pb::ListEventsRequest>) -> Answer<pb::ListEventsResponse> {
         let credential = credential_of(&request)?;
         let viewer = credential.caller().viewer()?;
         let query = ListQuery::parse(viewer.id(), request.into_inner())?;
-        let job = self.0.log.find_job(viewer, &query.job).await?;
+        let job = self.0.log.jobs.find(viewer, &query.job).await?;
         let (events, mut more) = self.0.log.list(&job, query.after(), &query.kinds, query.page.size).await?;
         let mut page = Page::new();
         for event in events {
@@ -109,7 +105,7 @@ impl EventService for EventApi {
     async fn watch_events(
         &self,
         request: Request<pb::WatchEventsRequest>,
-    ) -> Result<Response<Self::WatchEventsStream>, Status> {
+    ) -> Answer<Self::WatchEventsStream> {
         let credential = credential_of(&request)?;
         let viewer = match request.get_ref().scope {
             Some(pb::watch_events_request::Scope::AllJobs(_)) => credential.caller().user_viewer()?,
@@ -118,7 +114,7 @@ impl EventService for EventApi {
         let peer = Peer::of(&request);
         let (scope, kinds, start, heartbeat) = watch_request(request.into_inner())?;
         let scope = match scope {
-            UncheckedScope::Job(key) => Scope::Job(self.0.log.find_job(viewer, &key).await?),
+            UncheckedScope::Job(key) => Scope::Job(self.0.log.jobs.find(viewer, &key).await?),
             UncheckedScope::All { configuration_tag, counterpart_id } => {
                 Scope::All { viewer, configuration_tag, counterpart_id }
             }
@@ -142,8 +138,8 @@ impl EventApi {
         batch: UncheckedBatch,
         stream_order: StreamOrder,
     ) -> Result<PendingAnswer> {
-        let job = self.0.log.find_own_job(provider, &batch.job).await?;
-        self.0.log.submit(credential, batch.for_job(job), stream_order).await
+        let job = self.0.log.jobs.find(provider.into(), &batch.job).await?;
+        self.0.log.appender.submit(credential, batch.for_job(job), stream_order).await
     }
 }
 

@@ -1,11 +1,11 @@
 //! `JobService`: jobs, which a provider runs for a customer.
 
 use futures_util::FutureExt as _;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response};
 use uuid::Uuid;
 
 use super::{
-    App,
+    Answer, App,
     configurations::optional_version,
     credential_of,
     page::{Page, PageRequest},
@@ -23,16 +23,12 @@ use crate::{
     proto_enums::{ProtoEnum as _, timestamp},
 };
 
-/// Implementation of `milepost.v1.JobService`.
 #[derive(Clone, Debug)]
 pub struct JobApi(pub App);
 
 #[tonic::async_trait]
 impl JobService for JobApi {
-    async fn create_job(
-        &self,
-        request: Request<pb::CreateJobRequest>,
-    ) -> Result<Response<pb::CreateJobResponse>, Status> {
+    async fn create_job(&self, request: Request<pb::CreateJobRequest>) -> Answer<pb::CreateJobResponse> {
         let credential = credential_of(&request)?;
         let provider = credential.caller().provider(KeyScope::Append)?;
         let new = NewJob::try_from(request.into_inner())?;
@@ -43,23 +39,17 @@ impl JobService for JobApi {
         Ok(Response::new(pb::CreateJobResponse { job: Some(job.into()), existed }))
     }
 
-    async fn get_job(
-        &self,
-        request: Request<pb::GetJobRequest>,
-    ) -> Result<Response<pb::GetJobResponse>, Status> {
+    async fn get_job(&self, request: Request<pb::GetJobRequest>) -> Answer<pb::GetJobResponse> {
         let credential = credential_of(&request)?;
         let viewer = credential.caller().viewer()?;
         let key = JobKey::try_from(request.into_inner())?;
         let job = Job::find(&mut *self.0.database.get().await?, viewer, &key).await?;
-        let configuration = self.0.log.configuration(job.job_configuration_id).await?;
+        let configuration = self.0.log.jobs.configuration(job.job_configuration_id).await?;
         let job_configuration = Some(configuration.tree.clone().into());
         Ok(Response::new(pb::GetJobResponse { job: Some(job.into()), job_configuration }))
     }
 
-    async fn list_jobs(
-        &self,
-        request: Request<pb::ListJobsRequest>,
-    ) -> Result<Response<pb::ListJobsResponse>, Status> {
+    async fn list_jobs(&self, request: Request<pb::ListJobsRequest>) -> Answer<pb::ListJobsResponse> {
         let credential = credential_of(&request)?;
         let viewer = credential.caller().user_viewer()?;
         let list = List::parse(viewer, request.into_inner())?;
@@ -80,10 +70,7 @@ impl JobService for JobApi {
         Ok(Response::new(pb::ListJobsResponse { jobs: page.items, next_page_token }))
     }
 
-    async fn close_job(
-        &self,
-        request: Request<pb::CloseJobRequest>,
-    ) -> Result<Response<pb::CloseJobResponse>, Status> {
+    async fn close_job(&self, request: Request<pb::CloseJobRequest>) -> Answer<pb::CloseJobResponse> {
         let credential = credential_of(&request)?;
         let provider = credential.caller().provider(KeyScope::Append)?;
         let origin = self.0.origin(&request, &credential);
@@ -158,12 +145,10 @@ macro_rules! job_key {
 }
 pub(super) use job_key;
 
-/// Parses the field `job_id`.
 pub(super) fn job_id(violations: &mut Violations, id: &str) -> JobKey {
     JobKey::Id(parse::uuid(violations, "job_id", id))
 }
 
-/// Parses the field `provider_job_id`.
 pub(super) fn provider_job_id(violations: &mut Violations, id: String) -> JobKey {
     JobKey::ProviderJobId(parse::key_text(violations, "provider_job_id", id))
 }

@@ -17,7 +17,7 @@ use std::{
 use futures_util::future::BoxFuture;
 use http::HeaderMap;
 use tokio_util::sync::CancellationToken;
-use tonic::Request;
+use tonic::{Request, Response, Status};
 use uuid::Uuid;
 
 use crate::{
@@ -31,6 +31,9 @@ use crate::{
     models::audit_entry::Origin,
     telemetry::{Telemetry, metrics::gauge_value},
 };
+
+/// What a method returns.
+type Answer<T> = Result<Response<T>, Status>;
 
 /// The client's end of a connection.
 #[derive(Clone, Debug, Default)]
@@ -69,11 +72,9 @@ fn credential_of<T>(request: &Request<T>) -> Result<Arc<Credential>> {
 /// What every service works with.
 #[derive(Clone, Debug)]
 pub struct App {
-    /// The database.
     pub database: Database,
     /// Credentials and their callers.
     pub auth: Auth,
-    /// The event log.
     pub log: EventLog,
     /// Cancelled when this server drains.
     pub draining: CancellationToken,
@@ -93,7 +94,7 @@ impl App {
         database.watch_availability();
         let notifier = Notifier::start(database.clone());
         let auth = Auth::start(database.clone(), notifier.clone(), auth);
-        let log = EventLog::start(database.clone(), notifier.clone(), log, &telemetry).await?;
+        let log = EventLog::start(database.clone(), notifier.clone(), log, telemetry.clone()).await?;
         let (wake_tail, confirming) = (log.waker(), auth.clone());
         notifier.listen(move |notification| match notification {
             Notification::Log => wake_tail(),

@@ -64,7 +64,6 @@ pub fn rpc_status(error: &Error) -> RpcStatus {
     status
 }
 
-/// The reason in ErrorInfo.
 pub(crate) fn reason(error: &Error) -> ErrorReason {
     answer(error).reason
 }
@@ -79,7 +78,6 @@ pub(crate) fn reason_of(status: &tonic::Status) -> Option<ErrorReason> {
 struct Answer<'a> {
     code: Code,
     reason: ErrorReason,
-    /// The metadata of ErrorInfo.
     metadata: HashMap<&'static str, String>,
     details: Vec<Any>,
     /// For BadRequest, which gets the bytes that the other details leave.

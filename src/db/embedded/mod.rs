@@ -51,7 +51,6 @@ pub enum EmbeddedError {
     #[error("another milepost serves the data directory {}{}", .dir.display(),
         .address.map(|address| format!(", on {address}")).unwrap_or_default())]
     Served {
-        /// The data directory.
         dir: PathBuf,
         /// The address of that server, if it has announced one.
         address: Option<SocketAddr>,
@@ -70,7 +69,6 @@ pub enum EmbeddedError {
     Inaccessible {
         /// The topmost directory that the user may not enter.
         dir: PathBuf,
-        /// The user's id.
         uid: u32,
     },
     /// There is no default data directory.
@@ -85,7 +83,6 @@ pub enum EmbeddedError {
     /// A command of Postgres failed.
     #[error("{command} failed: {message}")]
     Command {
-        /// Name of the command.
         command: &'static str,
         /// Its stderr on one line, or its exit status.
         message: String,
@@ -98,7 +95,6 @@ pub enum EmbeddedError {
     Io {
         /// The operation and its path.
         failure: String,
-        /// The system's error.
         source: io::Error,
     },
 }

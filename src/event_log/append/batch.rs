@@ -31,7 +31,6 @@ pub(crate) struct Batch {
     pub(crate) audit: Option<Box<AuditEntry>>,
 }
 
-/// An event to append.
 #[derive(Debug)]
 pub(crate) struct NewEvent {
     /// The id that the client made, if it made one.

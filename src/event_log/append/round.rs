@@ -226,7 +226,6 @@ impl Round {
 }
 
 impl Group {
-    /// The rows to append.
     fn events(&self) -> impl Iterator<Item = NewRow<'_>> {
         self.accepted().flat_map(|(request, answer)| request.batch.rows(answer))
     }

@@ -16,7 +16,6 @@ pub(crate) struct WatchQuery {
     pub(crate) heartbeat: Duration,
 }
 
-/// Where a watch starts.
 #[derive(Debug)]
 pub(crate) enum Start {
     Beginning,
@@ -42,7 +41,6 @@ pub(crate) enum Body {
     End(EndReason, Option<JobState>),
 }
 
-/// Why a watch ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum EndReason {
     JobClosed,

@@ -45,7 +45,6 @@ const RETRY: Duration = Duration::from_millis(250);
 /// Bytes of a message beside its events.
 const MESSAGE_MARGIN: usize = 1024;
 
-/// An open watch.
 #[derive(Debug)]
 pub(crate) struct Watch {
     reader: Arc<Reader>,

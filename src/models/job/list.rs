@@ -52,7 +52,6 @@ pub struct JobFilters {
     pub provider_job_name_prefix: String,
 }
 
-/// A page of jobs.
 #[derive(Clone, Debug)]
 pub struct JobPage {
     /// Newest first.

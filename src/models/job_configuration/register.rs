@@ -17,26 +17,18 @@ use crate::{
 /// metadata names are unique where they have to be.
 #[derive(Clone, Debug)]
 pub struct NewJobConfiguration {
-    /// See [`JobConfiguration::tag`].
     pub tag: String,
-    /// See [`JobConfiguration::name`].
     pub name: String,
-    /// See [`JobConfiguration::version`].
     pub version: Version,
-    /// See [`JobConfiguration::steps`].
     pub steps: Vec<NewStepConfiguration>,
 }
 
 /// A step of a version to register.
 #[derive(Clone, Debug)]
 pub struct NewStepConfiguration {
-    /// See [`super::StepConfiguration::tag`].
     pub tag: String,
-    /// See [`super::StepConfiguration::name`].
     pub name: String,
-    /// See [`super::StepConfiguration::points`].
     pub points: i32,
-    /// See [`super::StepConfiguration::metadata`].
     pub metadata: Vec<MetadataConfiguration>,
 }
 
