@@ -14,7 +14,7 @@ use crate::{
         CreationCursor,
         audit_entry::{AuditAct, AuditEntry, Origin},
         caller::{Caller, CredentialId, KeyManager, KeyScope},
-        interval,
+        clock_timestamp, interval,
     },
     schema::api_keys,
     secret::SecretHash,
@@ -138,7 +138,7 @@ impl ApiKey {
     ) -> Result<Self> {
         let own = api_keys::table.find(id).filter(api_keys::user_id.eq(manager.user_id()));
         let expired: Option<Self> = diesel::update(own)
-            .filter(api_keys::expires_at.is_null().or(api_keys::expires_at.gt(now)))
+            .filter(api_keys::expires_at.is_null().or(api_keys::expires_at.gt(clock_timestamp().nullable())))
             .set(api_keys::expires_at.eq(now))
             .returning(Self::as_returning())
             .get_result(tx)
@@ -173,7 +173,7 @@ impl ApiKey {
     ) -> Result<(Self, Self, Duration)> {
         let overlap = interval(overlap);
         let own = api_keys::table.find(id).filter(api_keys::user_id.eq(manager.user_id()));
-        let valid = api_keys::expires_at.is_null().or(api_keys::expires_at.gt(now));
+        let valid = api_keys::expires_at.is_null().or(api_keys::expires_at.gt(clock_timestamp().nullable()));
         let old: Option<(Self, Option<bool>)> =
             own.select((Self::as_select(), valid)).for_no_key_update().get_result(tx).await.optional()?;
         let (old, valid) = old.ok_or_else(|| Error::not_found(Resource::ApiKey, &id))?;

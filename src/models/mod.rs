@@ -24,6 +24,13 @@ pub mod user;
 pub mod version;
 pub mod watch_token;
 
+diesel::define_sql_function! {
+    /// The present time; `now` is the time at which the transaction began. An update that
+    /// waited for a row's lock compares the row's expiry with the present: the transaction
+    /// that held the lock may have begun later, and then expired the row after `now`.
+    fn clock_timestamp() -> diesel::sql_types::Timestamptz;
+}
+
 /// Converts to a Postgres interval, which counts microseconds.
 fn interval(duration: Duration) -> PgInterval {
     PgInterval::from_microseconds(i64::try_from(duration.as_micros()).unwrap_or(i64::MAX))

@@ -13,7 +13,7 @@ use crate::{
     models::{
         audit_entry::{AuditAct, AuditEntry, Origin},
         caller::Account,
-        interval,
+        clock_timestamp, interval,
         log_in_attempt::LogInAttempt,
     },
     schema::{sessions, users},
@@ -107,7 +107,7 @@ impl Session {
     /// Ends the session that the call is made with. Does nothing if it has ended.
     pub async fn end(tx: &mut Transaction<'_>, account: Account, origin: &Origin) -> Result<()> {
         let ended = diesel::update(sessions::table.find(account.session_id()))
-            .filter(sessions::expires_at.gt(now))
+            .filter(sessions::expires_at.gt(clock_timestamp()))
             .set(sessions::expires_at.eq(now))
             .execute(tx)
             .await?;
@@ -128,7 +128,7 @@ impl Session {
         Ok(diesel::update(sessions::table)
             .filter(sessions::user_id.eq(user_id))
             .filter(sessions::id.ne_all(kept))
-            .filter(sessions::expires_at.gt(now))
+            .filter(sessions::expires_at.gt(clock_timestamp()))
             .set(sessions::expires_at.eq(now))
             .execute(tx)
             .await?)

@@ -14,7 +14,7 @@ use crate::{
         CreationCursor,
         audit_entry::{AuditAct, AuditEntry, Origin},
         caller::{Caller, CredentialId, Provider},
-        interval,
+        clock_timestamp, interval,
     },
     schema::watch_tokens,
     secret::SecretHash,
@@ -134,7 +134,7 @@ impl WatchToken {
     ) -> Result<Self> {
         let own = watch_tokens::table.find(id).filter(watch_tokens::user_id.eq(provider.id()));
         let expired: Option<Self> = diesel::update(own)
-            .filter(watch_tokens::expires_at.gt(now))
+            .filter(watch_tokens::expires_at.gt(clock_timestamp()))
             .set(watch_tokens::expires_at.eq(now))
             .returning(Self::as_returning())
             .get_result(tx)

@@ -424,6 +424,44 @@ async fn refused_calls_write_no_audit_entry() {
     assert_eq!(after, before);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn an_end_that_another_call_commits_while_a_call_waits_is_not_audited_again() {
+    for act in ["LogOut", "ExpireApiKey", "RotateApiKey", "ExpireWatchToken"] {
+        let Scene { server, mut provider, key_id, token_id, .. } = Scene::new().await;
+        let database = server.database.clone();
+        let before = entries(&database).await;
+        let table = match act {
+            "LogOut" => "sessions",
+            "ExpireWatchToken" => "watch_tokens",
+            _ => "api_keys",
+        };
+        let mut other = database.connect().await;
+        other.batch_execute(&format!("BEGIN; SELECT FROM {table} FOR UPDATE")).await.unwrap();
+        let calling = tokio::spawn(async move {
+            let session = &mut provider.session.auth;
+            match act {
+                "LogOut" => session.log_out(pb::LogOutRequest {}).await.map(drop),
+                "ExpireApiKey" => session.expire_api_key(key(&key_id)).await.map(drop),
+                "RotateApiKey" => session.rotate_api_key(rotate(&key_id)).await.map(drop),
+                _ => session.expire_watch_token(token(&token_id)).await.map(drop),
+            }
+        });
+        within_timeout("a call that waits for the lock", async {
+            while database.waiting_for_locks().await.is_empty() {}
+        })
+        .await;
+        // As another server does whose transaction began after that of the call.
+        let end = format!("UPDATE {table} SET expires_at = clock_timestamp(); COMMIT");
+        other.batch_execute(&end).await.unwrap();
+        let answer = within_timeout("the answer", calling).await.unwrap();
+        match act {
+            "LogOut" => answer.unwrap(),
+            _ => assert_eq!(answer.unwrap_err().code(), Code::FailedPrecondition, "{act}"),
+        }
+        assert_eq!(entries(&database).await, before, "{act}");
+    }
+}
+
 async fn log_in(clients: &Clients, email: &str, password: &str) -> Caller {
     let answer = clients.anonymous().auth.log_in(log_in_request(email, password)).await.unwrap().into_inner();
     clients.with_secret(answer.session.unwrap().secret)

@@ -1,14 +1,12 @@
-//! Edge cases: credentials that end while their call waits, repeated calls whose
+//! Edge cases: credentials that end during an outage or a wait, repeated calls whose
 //! outcome changed meanwhile, and values exactly at a limit.
 
 use std::{
-    fmt::Debug,
     net::{Ipv4Addr, SocketAddr},
     time::{Duration, SystemTime},
 };
 
 use diesel_async::{AsyncPgConnection, SimpleAsyncConnection as _};
-use futures_util::future::join_all;
 use milepost::pb::{
     self, ApiKeyScope, ErrorReason, WatchEndReason, publish_events_response::Outcome,
     watch_events_request::Scope, watch_events_response::Message,
@@ -19,12 +17,9 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Status};
 use uuid::Uuid;
 
-use crate::{
-    metrics::wait_for_sample,
-    support::{
-        CONNECTIONS, Caller, Clients, Mode, PASSWORD, Proxy, STREAMS_PER_USER, ServerProcess, TestDatabase,
-        TestServer, User, assert_refused, assert_violations, info, registration, step, within_timeout,
-    },
+use crate::support::{
+    Caller, Clients, Mode, PASSWORD, Proxy, STREAMS_PER_USER, ServerProcess, TestDatabase, TestServer, User,
+    assert_refused, assert_violations, info, registration, step, within_timeout,
 };
 
 struct Fixture {
@@ -189,98 +184,6 @@ async fn wait_for_blocked_statement(database: &TestDatabase) {
         while database.texts(WAITING).await.is_empty() {}
     })
     .await;
-}
-
-/// Expires the API key of a call while the call waits for a lock. Asserts that the
-/// call is refused and that the job has no event.
-async fn assert_refused_once_expired<T, F>(call: impl FnOnce(User, pb::Job) -> F)
-where
-    T: Debug + Send + 'static,
-    F: Future<Output = Result<T, Status>> + Send + 'static,
-{
-    let mut fixture = Fixture::new().await;
-    let database = fixture.server.database.clone();
-    let job = fixture.uncached_job().await;
-    let locker = lock_configurations(&database).await;
-    let calling = tokio::spawn(call(fixture.provider.clone(), job.clone()));
-    wait_for_blocked_statement(&database).await;
-    fixture.expire_key().await.unwrap();
-    drop(locker);
-    let refused = within_timeout("an answer", calling).await.unwrap();
-    assert_refused(refused, Code::Unauthenticated, ErrorReason::CredentialInvalid);
-    assert_eq!(fixture.event_names(&job).await, [""; 0]);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn an_append_that_waits_is_refused_once_its_credential_has_ended() {
-    assert_refused_once_expired(|mut provider, job| async move {
-        provider.try_append(&job, [info("late")]).await
-    })
-    .await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_close_that_waits_is_refused_once_its_credential_has_ended() {
-    assert_refused_once_expired(|mut provider, job| async move {
-        let job = Some(pb::close_job_request::Job::JobId(job.id));
-        provider.jobs.close_job(pb::CloseJobRequest { job, ..Default::default() }).await
-    })
-    .await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn calls_that_wait_for_a_connection_write_nothing_once_their_credential_has_ended() {
-    let mut fixture = Fixture::new().await;
-    let database = fixture.server.database.clone();
-    let scopes = [ApiKeyScope::Read, ApiKeyScope::Append, ApiKeyScope::Manage].map(i32::from).to_vec();
-    let request = pb::CreateApiKeyRequest { scopes, ..Default::default() };
-    let expiring = fixture.provider.session.auth.create_api_key(request).await.unwrap().into_inner();
-    let mut expiring_user = fixture.provider.clone();
-    expiring_user.key = fixture.server.with_secret(expiring.secret);
-    let mut watch = expiring_user.watch(&fixture.job).await;
-    watch.caught_up().await;
-    let (api_key_id, job) = (fixture.key_id().await, fixture.job.id.clone());
-    let rotated = format!("api_keys WHERE id = '{api_key_id}' AND expires_at IS NOT NULL");
-    let row_counts = async || {
-        let tables = ["api_keys", &rotated, "watch_tokens", "job_configurations", "audit_entries"];
-        join_all(tables.map(|table| fixture.server.count(table))).await
-    };
-    let before = row_counts().await;
-
-    let locker = lock_configurations(&database).await;
-    for _ in 0..CONNECTIONS {
-        let mut configurations = fixture.provider.configurations.clone();
-        let request = pb::ListJobConfigurationsRequest::default();
-        tokio::spawn(async move { configurations.list_job_configurations(request).await });
-    }
-    within_timeout("all connections to be in use", async {
-        while database.waiting_for_locks().await.len() < CONNECTIONS {}
-    })
-    .await;
-    let calling = tokio::spawn(async move {
-        let Caller { auth, mut configurations, .. } = expiring_user.key;
-        let [mut creating, mut rotating, mut sharing] = [(); 3].map(|()| auth.clone());
-        let rotate = pb::RotateApiKeyRequest { api_key_id, overlap: None };
-        let job = Some(pb::create_watch_token_request::Job::JobId(job));
-        let share = pb::CreateWatchTokenRequest { job, ..Default::default() };
-        let answers = tokio::join!(
-            creating.create_api_key(pb::CreateApiKeyRequest::default()),
-            rotating.rotate_api_key(rotate),
-            sharing.create_watch_token(share),
-            configurations.register_job_configuration(registration("2.0.0", &[])),
-        );
-        [answers.0.map(drop), answers.1.map(drop), answers.2.map(drop), answers.3.map(drop)]
-    });
-    wait_for_sample(&fixture.server, "milepost_database_connections_waiting", |calls| calls >= 4.0).await;
-    let expire =
-        format!("UPDATE api_keys SET expires_at = now() WHERE id = '{}'", expiring.api_key.unwrap().id);
-    database.execute(&expire).await;
-    watch.until(|message| matches!(message, Message::End(_))).await;
-    drop(locker);
-    let answers = within_timeout("the answers", calling).await.unwrap();
-    let codes = answers.map(|answer| answer.map_err(|status| status.code()));
-    assert_eq!(codes, [Err(Code::Unauthenticated); 4]);
-    assert_eq!(row_counts().await, before);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -117,8 +117,8 @@ impl Appender {
     }
 
     /// Submits a batch. Batches for one job are appended in the order in which they
-    /// were submitted. The credential is checked while the batch waits for room, and
-    /// once more when it is planned.
+    /// were submitted. The credential is checked while the batch waits for room, when it
+    /// is planned, and once more when its round is sent.
     pub(crate) async fn submit(
         &self,
         credential: Arc<Credential>,

@@ -80,24 +80,25 @@ impl Request {
         self.answer(Err(if internal { Error::internal(source) } else { Error::unavailable(source) }));
     }
 
-    /// `None` if the credential has ended, if the caller has left, or if an earlier batch of
-    /// the publish stream failed or lost its caller.
-    pub(super) fn still_wanted(self) -> Option<Self> {
-        if self.stream_order.has_failed() {
-            self.answer(Err(Error::unavailable("a batch before this one failed")));
-            return None;
-        }
+    /// Why the batch must not be appended: its credential has ended, an earlier batch of the
+    /// publish stream failed, or the caller has left.
+    fn refusal(&self) -> Option<Error> {
         if let Err(error) = self.credential.check_valid() {
-            self.stream_order.fail();
-            self.answer(Err(error));
-            return None;
+            return Some(error);
         }
-        if self.reply.to.is_closed() {
-            // Nor may a later batch of the stream be appended without this one.
-            self.stream_order.fail();
-            return None;
+        if self.stream_order.has_failed() {
+            return Some(Error::unavailable("a batch before this one failed"));
         }
-        Some(self)
+        self.reply.to.is_closed().then(|| Error::unavailable("the caller has left"))
+    }
+
+    /// `None` if the batch must not be appended any more. Then no later batch of the publish
+    /// stream is appended either.
+    pub(super) fn still_wanted(self) -> Option<Self> {
+        let Some(error) = self.refusal() else { return Some(self) };
+        self.stream_order.fail();
+        self.answer(Err(error));
+        None
     }
 }
 
@@ -167,6 +168,12 @@ impl Round {
 
     pub(super) fn batches(&self) -> usize {
         self.groups.values().map(|group| group.plans.len()).sum()
+    }
+
+    /// The jobs with a request that is not wanted any more.
+    pub(super) fn unwanted(&self) -> Vec<Uuid> {
+        let refused = |group: &Group| group.plans.iter().any(|(request, _)| request.refusal().is_some());
+        self.groups.iter().filter(|(_, group)| refused(group)).map(|(id, _)| *id).collect()
     }
 
     /// Takes a job out of the round; returns its requests in their order.

@@ -150,8 +150,28 @@ impl Task {
         if !self.waiting.is_empty() {
             self.read_and_plan().await;
         }
+        self.drop_unwanted();
         let round = std::mem::take(&mut self.next);
         self.send(round)
+    }
+
+    /// Plans the next round again without the requests that are not wanted any more: a
+    /// credential may have ended, or a caller left, while the round before it was under way.
+    fn drop_unwanted(&mut self) {
+        loop {
+            let jobs = self.next.unwanted();
+            if jobs.is_empty() {
+                return;
+            }
+            let again = jobs.iter().flat_map(|id| self.next.withdraw(id)).collect();
+            self.plan_again(again);
+        }
+    }
+
+    /// Plans requests that came before all those that wait.
+    fn plan_again(&mut self, requests: Vec<Request>) {
+        let later = std::mem::take(&mut self.waiting);
+        requests.into_iter().chain(later.into_values().flatten()).for_each(|request| self.plan(request));
     }
 
     /// Sends a round of one job to which another replica appends so fast that it has
@@ -291,9 +311,7 @@ impl Task {
             span.took(events, batches, completed.events.last().map(|(event, _)| event.position));
         }
         completed.answer(groups);
-        // In the order in which they came: these first.
-        let later = std::mem::take(&mut self.waiting);
-        again.into_iter().chain(later.into_values().flatten()).for_each(|request| self.plan(request));
+        self.plan_again(again);
         completed
     }
 
@@ -314,8 +332,9 @@ impl Task {
     }
 }
 
-/// Plans requests on these states; returns those that have to wait, in their order.
-/// Requests for jobs that do not exist are answered so.
+/// Plans requests on these states, which took a while to read, if they are still wanted;
+/// returns those that have to wait, in their order. Requests for jobs that do not exist
+/// are answered so.
 fn plan_all(
     round: &mut Round,
     requests: Vec<Request>,
@@ -324,6 +343,7 @@ fn plan_all(
 ) -> Vec<Request> {
     let mut unplanned: Vec<Request> = Vec::new();
     for request in requests {
+        let Some(request) = request.still_wanted() else { continue };
         let id = request.batch.job.id;
         let Some(state) = states.get(&id) else {
             request.answer(Err(Error::not_found(Resource::Job, &id)));

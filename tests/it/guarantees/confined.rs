@@ -4,6 +4,8 @@
 //! could not confirm a credential for 5 s sends and accepts nothing under it
 //! until it confirms it again.
 
+mod writes;
+
 use std::time::{Duration, Instant, SystemTime};
 
 use futures_util::{

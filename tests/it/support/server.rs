@@ -41,6 +41,8 @@ pub struct TestServer {
     pub address: SocketAddr,
     pub metrics_address: SocketAddr,
     pub database: TestDatabase,
+    /// What the server works with, for states that no call can bring about.
+    pub app: App,
     clients: Clients,
     stop: Option<DropGuard>,
     _metrics: AbortOnDropHandle<Infallible>,
@@ -156,11 +158,13 @@ impl Setup {
         let serving_metrics = tokio::spawn(server::serve_metrics(metrics, app.clone()));
         let stop = CancellationToken::new();
         let (stopped, settings) = (stop.clone().cancelled_owned(), settings(self.tls));
-        tokio::spawn(async move { server::serve(listener, app, &settings, stopped).await.unwrap() });
+        let served = app.clone();
+        tokio::spawn(async move { server::serve(listener, served, &settings, stopped).await.unwrap() });
         TestServer {
             address,
             metrics_address,
             database: self.database,
+            app,
             clients: clients(address),
             stop: Some(stop.drop_guard()),
             _metrics: AbortOnDropHandle::new(serving_metrics),
