@@ -1,87 +1,112 @@
 //! Every setting, with its flag, its environment variable, its default and its
-//! unit.
-//!
-//! The settings are plain values; the commands in [`crate::cli`] hand them to the
-//! modules that use them. Durations are whole seconds; their names end in `_s`.
+//! unit. Parsed once, on the command line; the modules take these structs.
 
 use std::{
-    fmt,
+    env, fmt,
     net::{AddrParseError, IpAddr, SocketAddr},
+    ops::RangeInclusive,
     path::PathBuf,
-    str::FromStr,
+    thread,
+    time::Duration,
 };
 
-use clap::{Args, ValueEnum};
-
-use crate::tls::TlsError;
+use clap::{
+    Args, ValueEnum,
+    builder::{RangedI64ValueParser, TypedValueParser},
+    value_parser,
+};
 
 /// All settings of `serve`.
 #[derive(Args, Clone, Debug)]
 pub struct Config {
     /// Which Postgres, its pool and its timeouts.
     #[command(flatten)]
-    pub database: DatabaseConfig,
-    /// Addresses, TLS, limits and retention.
+    pub database: DatabaseSource,
+    /// What only the start of a server needs.
     #[command(flatten)]
-    pub server: ServerConfig,
-    /// Sign-up, sessions and passwords.
+    pub start: StartSettings,
+    /// Limits, timeouts, credentials and retention.
     #[command(flatten)]
-    pub auth: AuthConfig,
+    pub server: ServerSettings,
     /// Where metrics are served and where traces are sent.
     #[command(flatten)]
-    pub monitoring: MonitoringConfig,
+    pub monitoring: MonitoringSettings,
 }
 
-/// Settings of the connections to Postgres, and of the embedded Postgres.
+/// Which Postgres a command works on. The `display_order` of these settings and of
+/// [`DatabaseSettings`] is their place in `--help`, under one heading.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Database")]
-pub struct DatabaseConfig {
+pub struct DatabaseSource {
     /// URL of a Postgres 15 or later, as postgresql://USER@HOST/DATABASE. Without it milepost starts its own
     /// (embedded) Postgres from the binaries installed on this machine
-    #[arg(long, env = "DATABASE_URL", hide_env_values = true, value_name = "URL")]
-    pub database_url: Option<DatabaseUrl>,
-
-    /// PEM file of the certificate authorities that DATABASE_URL is verified by, instead of this system's;
-    /// the connection must then be encrypted, as with sslmode=require
-    #[arg(long, env = "MILEPOST_DATABASE_CA", value_name = "FILE")]
-    pub database_ca: Option<PathBuf>,
+    #[arg(
+        long = "database-url",
+        env = "DATABASE_URL",
+        hide_env_values = true,
+        value_name = "URL",
+        display_order = 1
+    )]
+    pub url: Option<DatabaseUrl>,
 
     /// Data directory of the embedded Postgres [default: /var/lib/milepost for root, otherwise milepost in
     /// $XDG_DATA_HOME or ~/.local/share]
-    #[arg(long, env = "MILEPOST_DATA_DIR", value_name = "DIRECTORY")]
+    #[arg(long, env = "MILEPOST_DATA_DIR", value_name = "DIRECTORY", display_order = 3)]
     pub data_dir: Option<PathBuf>,
-
-    /// Most database connections in the server's pool; a server opens five more outside the pool
-    #[arg(long, env = "MILEPOST_DATABASE_CONNECTIONS", default_value_t = 16, value_name = "COUNT",
-          value_parser = clap::value_parser!(u32).range(2..=1000))]
-    pub database_connections: u32,
-
-    /// Longest wait for a free or a new connection to the database, in seconds
-    #[arg(long, env = "MILEPOST_DATABASE_CONNECT_TIMEOUT_S", default_value_t = 5, value_name = "SECONDS",
-          value_parser = clap::value_parser!(u64).range(1..=600))]
-    pub database_connect_timeout_s: u64,
 
     /// Longest that a start waits for DATABASE_URL to accept connections, in seconds; with a wrong
     /// password, an unknown user or an unknown database the start fails at once
-    #[arg(long, env = "MILEPOST_DATABASE_START_TIMEOUT_S", default_value_t = 60, value_name = "SECONDS",
-          value_parser = clap::value_parser!(u64).range(0..=3600))]
-    pub database_start_timeout_s: u64,
+    #[arg(long = "database-start-timeout-s", env = "MILEPOST_DATABASE_START_TIMEOUT_S", default_value = "60",
+          value_name = "SECONDS", value_parser = seconds(0..=3600), display_order = 6)]
+    pub start_timeout: Duration,
+
+    /// How connections are made.
+    #[command(flatten)]
+    pub settings: DatabaseSettings,
+}
+
+/// How connections are made, and how long their uses may take.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Database")]
+pub struct DatabaseSettings {
+    /// PEM file of the certificate authorities that DATABASE_URL is verified by, instead of this system's;
+    /// the connection must then be encrypted, as with sslmode=require
+    #[arg(long = "database-ca", env = "MILEPOST_DATABASE_CA", value_name = "FILE", display_order = 2)]
+    pub ca: Option<PathBuf>,
+
+    /// Most database connections in the server's pool; a server opens five more outside the pool
+    #[arg(long = "database-connections", env = "MILEPOST_DATABASE_CONNECTIONS", default_value_t = 16,
+          value_name = "COUNT", value_parser = count(2..=1000), display_order = 4)]
+    pub connections: usize,
+
+    /// Longest wait for a free or a new connection to the database, in seconds
+    #[arg(long = "database-connect-timeout-s", env = "MILEPOST_DATABASE_CONNECT_TIMEOUT_S",
+          default_value = "5", value_name = "SECONDS", value_parser = seconds(1..=600), display_order = 5)]
+    pub connect_timeout: Duration,
 
     /// Longest that a statement may run, that it may wait for a lock, and that a transaction may be idle,
     /// in seconds
-    #[arg(long, env = "MILEPOST_STATEMENT_TIMEOUT_S", default_value_t = 5, value_name = "SECONDS",
-          value_parser = clap::value_parser!(u64).range(1..=600))]
-    pub statement_timeout_s: u64,
+    #[arg(long = "statement-timeout-s", env = "MILEPOST_STATEMENT_TIMEOUT_S", default_value = "5",
+          value_name = "SECONDS", value_parser = seconds(1..=600), display_order = 7)]
+    pub statement_timeout: Duration,
 
     /// Postgres's synchronous_commit: where an event must be stored before it is acknowledged
-    #[arg(long, env = "MILEPOST_SYNCHRONOUS_COMMIT", value_enum, default_value_t, value_name = "LEVEL")]
+    #[arg(
+        long,
+        env = "MILEPOST_SYNCHRONOUS_COMMIT",
+        value_enum,
+        default_value_t,
+        value_name = "LEVEL",
+        display_order = 8
+    )]
     pub synchronous_commit: SynchronousCommit,
 }
 
-/// Settings of listening, time limits, stream limits and retention.
+/// What only the start of a server needs: its address and its certificate, what it
+/// does with its database first, and whether its address opens sign-up.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Server")]
-pub struct ServerConfig {
+pub struct StartSettings {
     /// Address to listen on; port 0 takes any free port
     #[arg(long, env = "MILEPOST_LISTEN", default_value = "127.0.0.1:50051", value_name = "IP:PORT")]
     pub listen: SocketAddr,
@@ -101,64 +126,65 @@ pub struct ServerConfig {
 
     /// Certificate and key of the server, and authorities of its clients.
     #[command(flatten)]
-    pub tls: TlsConfig,
+    pub tls: TlsSettings,
 
+    /// Whether sign-up without a credential is open
+    #[arg(
+        long,
+        env = "MILEPOST_SIGN_UP",
+        value_enum,
+        default_value_t,
+        value_name = "MODE",
+        help_heading = "Users"
+    )]
+    pub sign_up: SignUp,
+}
+
+/// Limits and timeouts of a server, and the settings of its credentials and its event
+/// log.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Server")]
+pub struct ServerSettings {
     /// Longest that a call may take, in seconds; for a stream, until its response starts
-    #[arg(long, env = "MILEPOST_REQUEST_TIMEOUT_S", default_value_t = 10, value_name = "SECONDS",
-          value_parser = clap::value_parser!(u64).range(1..=3600))]
-    pub request_timeout_s: u64,
+    #[arg(long = "request-timeout-s", env = "MILEPOST_REQUEST_TIMEOUT_S", default_value = "10",
+          value_name = "SECONDS", value_parser = seconds(1..=3600))]
+    pub request_timeout: Duration,
 
     /// Longest that calls in progress may take to finish after SIGTERM or SIGINT, in seconds
-    #[arg(long, env = "MILEPOST_DRAIN_DEADLINE_S", default_value_t = 10, value_name = "SECONDS",
-          value_parser = clap::value_parser!(u64).range(1..=3600))]
-    pub drain_deadline_s: u64,
+    #[arg(long = "drain-deadline-s", env = "MILEPOST_DRAIN_DEADLINE_S", default_value = "10",
+          value_name = "SECONDS", value_parser = seconds(1..=3600))]
+    pub drain_deadline: Duration,
 
     /// Most concurrent calls and streams on one HTTP/2 connection
     #[arg(long, env = "MILEPOST_STREAMS_PER_CONNECTION", default_value_t = 1000, value_name = "COUNT",
-          value_parser = clap::value_parser!(u32).range(2..=100_000))]
+          value_parser = value_parser!(u32).range(2..=100_000))]
     pub streams_per_connection: u32,
 
-    /// Most open streams per server of one user, or of the watch tokens of one job; must be less than
-    /// --streams-per-connection
-    #[arg(long, env = "MILEPOST_STREAMS_PER_USER", default_value_t = 500, value_name = "COUNT",
-          value_parser = clap::value_parser!(u32).range(1..=99_999))]
-    pub streams_per_user: u32,
-
-    /// IP addresses, separated by commas, of proxies whose x-forwarded-for header names a call's client
-    /// address
-    #[arg(long, env = "MILEPOST_TRUSTED_PROXY", value_name = "ADDRESSES", value_delimiter = ',',
-          value_parser = address)]
-    pub trusted_proxy: Vec<IpAddr>,
+    /// Sign-up, sessions, passwords and callers.
+    #[command(flatten)]
+    pub auth: AuthSettings,
 
     /// Silence on a connection after which the server sends an HTTP/2 PING, in seconds
-    #[arg(long, env = "MILEPOST_KEEPALIVE_INTERVAL_S", default_value_t = 20, value_name = "SECONDS",
-          value_parser = clap::value_parser!(u64).range(1..=3600))]
-    pub keepalive_interval_s: u64,
+    #[arg(long = "keepalive-interval-s", env = "MILEPOST_KEEPALIVE_INTERVAL_S", default_value = "20",
+          value_name = "SECONDS", value_parser = seconds(1..=3600), help_heading = "Server")]
+    pub keepalive_interval: Duration,
 
     /// Longest that a client may take to answer the PING of --keepalive-interval-s before its connection is
     /// closed, in seconds
-    #[arg(long, env = "MILEPOST_KEEPALIVE_TIMEOUT_S", default_value_t = 20, value_name = "SECONDS",
-          value_parser = clap::value_parser!(u64).range(1..=3600))]
-    pub keepalive_timeout_s: u64,
+    #[arg(long = "keepalive-timeout-s", env = "MILEPOST_KEEPALIVE_TIMEOUT_S", default_value = "20",
+          value_name = "SECONDS", value_parser = seconds(1..=3600), help_heading = "Server")]
+    pub keepalive_timeout: Duration,
 
-    /// Most unanswered batches of one PublishEvents stream; at this number the server stops reading the
-    /// stream
-    #[arg(long, env = "MILEPOST_PUBLISH_WINDOW", default_value_t = 64, value_name = "COUNT",
-          value_parser = clap::value_parser!(u32).range(2..=10_000))]
-    pub publish_window: u32,
-
-    /// Remove a job's events this many seconds after the job has closed; the job itself stays [default:
-    /// never]
-    #[arg(long, env = "MILEPOST_RETENTION_S", value_name = "SECONDS",
-          value_parser = clap::value_parser!(u64).range(1..=3_153_600_000))]
-    pub retention_s: Option<u64>,
+    /// The publish window and the retention.
+    #[command(flatten)]
+    pub log: EventLogSettings,
 }
 
-impl ServerConfig {
+impl ServerSettings {
     /// An error for settings that are each valid but contradict each other.
     pub fn check(&self) -> Result<(), String> {
-        let Self { streams_per_user: of_user, streams_per_connection: of_connection, .. } = self;
-        if of_user >= of_connection {
+        let (of_user, of_connection) = (self.auth.streams_per_user, self.streams_per_connection);
+        if usize::try_from(of_connection).is_ok_and(|of_connection| of_user >= of_connection) {
             // HTTP/2 would let a user's excess stream wait without an answer.
             return Err(format!(
                 "--streams-per-user {of_user} must be less than --streams-per-connection {of_connection}, or \
@@ -169,10 +195,27 @@ impl ServerConfig {
     }
 }
 
+/// Settings of the event log.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Server")]
+pub struct EventLogSettings {
+    /// Most unanswered batches of one PublishEvents stream; at this number the server stops reading the
+    /// stream
+    #[arg(long, env = "MILEPOST_PUBLISH_WINDOW", default_value_t = 64, value_name = "COUNT",
+          value_parser = count(2..=10_000))]
+    pub publish_window: usize,
+
+    /// Remove a job's events this many seconds after the job has closed; the job itself stays [default:
+    /// never]
+    #[arg(long = "retention-s", env = "MILEPOST_RETENTION_S", value_name = "SECONDS",
+          value_parser = seconds(1..=3_153_600_000))]
+    pub retention: Option<Duration>,
+}
+
 /// Certificate and key of the server, and authorities of its clients.
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = "Server")]
-pub struct TlsConfig {
+pub struct TlsSettings {
     /// PEM file of the server's certificate, followed by intermediate certificates: switches TLS on. This
     /// file and the next two are read again every 3 seconds and on SIGHUP; changes apply to new connections
     #[arg(long, env = "MILEPOST_TLS_CERT", value_name = "FILE")]
@@ -188,18 +231,16 @@ pub struct TlsConfig {
     pub tls_client_ca: Option<PathBuf>,
 }
 
-impl TlsConfig {
+impl TlsSettings {
     /// Whether connections are encrypted. An error if a certificate, key or authority
     /// is set without the others that it needs.
-    pub fn is_on(&self) -> Result<bool, TlsError> {
+    pub fn is_on(&self) -> Result<bool, &'static str> {
         match (&self.tls_cert, &self.tls_key, &self.tls_client_ca) {
             (Some(_), Some(_), _) => Ok(true),
             (None, None, None) => Ok(false),
-            (Some(_), None, _) => Err(TlsError("--tls-cert needs --tls-key".to_owned())),
-            (None, Some(_), _) => Err(TlsError("--tls-key needs --tls-cert".to_owned())),
-            (None, None, Some(_)) => {
-                Err(TlsError("--tls-client-ca needs --tls-cert and --tls-key".to_owned()))
-            }
+            (Some(_), None, _) => Err("--tls-cert needs --tls-key"),
+            (None, Some(_), _) => Err("--tls-key needs --tls-cert"),
+            (None, None, Some(_)) => Err("--tls-client-ca needs --tls-cert and --tls-key"),
         }
     }
 }
@@ -221,45 +262,58 @@ pub struct ClientTls {
     pub tls_client_key: Option<PathBuf>,
 }
 
-/// Settings of sign-up, sessions and passwords.
+/// Settings of sign-up, callers, sessions and passwords.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Users")]
-pub struct AuthConfig {
-    /// Whether sign-up without a credential is open
-    #[arg(long, env = "MILEPOST_SIGN_UP", value_enum, default_value_t, value_name = "MODE")]
-    pub sign_up: SignUp,
+pub struct AuthSettings {
+    /// Whether unauthenticated callers may sign up; resolved from
+    /// [`StartSettings::sign_up`] when the server has its address.
+    #[arg(skip)]
+    pub sign_up_open: bool,
+
+    /// Most open streams per server of one user, or of the watch tokens of one job; must be less than
+    /// --streams-per-connection
+    #[arg(long, env = "MILEPOST_STREAMS_PER_USER", default_value_t = 500, value_name = "COUNT",
+          value_parser = count(1..=99_999), help_heading = "Server")]
+    pub streams_per_user: usize,
+
+    /// IP addresses, separated by commas, of proxies whose x-forwarded-for header names a call's client
+    /// address
+    #[arg(long = "trusted-proxy", env = "MILEPOST_TRUSTED_PROXY", value_name = "ADDRESSES",
+          value_delimiter = ',', value_parser = address, help_heading = "Server")]
+    pub trusted_proxies: Vec<IpAddr>,
 
     /// Lifetime of a session, in seconds; use does not extend it
-    #[arg(long, env = "MILEPOST_SESSION_LIFETIME_S", default_value_t = 12 * 60 * 60, value_name = "SECONDS",
-          value_parser = clap::value_parser!(u64).range(1..=31_536_000))]
-    pub session_lifetime_s: u64,
+    #[arg(long = "session-lifetime-s", env = "MILEPOST_SESSION_LIFETIME_S", default_value = "43200",
+          value_name = "SECONDS", value_parser = seconds(1..=31_536_000))]
+    pub session_lifetime: Duration,
 
     /// Cost and parallelism of password hashing.
     #[command(flatten)]
-    pub bcrypt: BcryptConfig,
+    pub bcrypt: BcryptSettings,
 }
 
 /// Cost and parallelism of password hashing.
 #[derive(Args, Clone, Copy, Debug)]
 #[command(next_help_heading = "Users")]
-pub struct BcryptConfig {
+pub struct BcryptSettings {
     /// bcrypt cost of new password hashes: each step doubles the work of a log-in. Users whose hash was
     /// made with a higher cost are refused more slowly until their next log-in, which reveals that they
     /// exist
     #[arg(long, env = "MILEPOST_BCRYPT_COST", default_value_t = 12, value_name = "COST",
-          value_parser = clap::value_parser!(u32).range(4..=31))]
+          value_parser = value_parser!(u32).range(4..=31))]
     pub bcrypt_cost: u32,
 
     /// Most passwords that are hashed at once [default: half of the processors, rounded up]
-    #[arg(long, env = "MILEPOST_BCRYPT_PARALLEL", value_name = "COUNT",
-          value_parser = clap::value_parser!(u32).range(1..=1024))]
-    pub bcrypt_parallel: Option<u32>,
+    #[arg(long, env = "MILEPOST_BCRYPT_PARALLEL", value_name = "COUNT", value_parser = count(1..=1024),
+          default_value_t = half_of_processors(), hide_default_value = true)]
+    pub bcrypt_parallel: usize,
 }
 
 /// Where metrics are served and where traces are sent; both are off by default.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Monitoring")]
-pub struct MonitoringConfig {
+pub struct MonitoringSettings {
     /// Address that serves Prometheus metrics at /metrics, over HTTP without encryption or credentials; off
     /// by default
     #[arg(long, env = "MILEPOST_METRICS_LISTEN", value_name = "IP:PORT")]
@@ -270,6 +324,15 @@ pub struct MonitoringConfig {
     #[arg(long, env = "MILEPOST_INSECURE_METRICS_LISTEN")]
     pub insecure_metrics_listen: bool,
 
+    /// Where traces are sent.
+    #[command(flatten)]
+    pub traces: TraceSettings,
+}
+
+/// The collector of traces, and which calls are sampled.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Monitoring")]
+pub struct TraceSettings {
     /// OpenTelemetry collector that receives traces by OTLP over gRPC, as http://HOST:PORT or
     /// https://HOST:PORT; off by default [env also: OTEL_EXPORTER_OTLP_TRACES_ENDPOINT,
     /// OTEL_EXPORTER_OTLP_ENDPOINT]
@@ -279,6 +342,31 @@ pub struct MonitoringConfig {
     /// Share of calls to trace, from 0 to 1, among calls whose client sent no sampling decision (traceparent)
     #[arg(long, env = "MILEPOST_TRACE_SHARE", default_value_t = 1.0, value_name = "SHARE", value_parser = share)]
     pub trace_share: f64,
+}
+
+impl TraceSettings {
+    /// The collector's endpoint: `--otlp-endpoint`, or else the one of OpenTelemetry's own
+    /// variables. None if none is set, or an empty one.
+    pub fn endpoint(&self) -> Option<String> {
+        let standard_variables = ["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"];
+        let standard = || standard_variables.into_iter().find_map(|name| env::var(name).ok());
+        self.otlp_endpoint.clone().or_else(standard).filter(|endpoint| !endpoint.is_empty())
+    }
+}
+
+/// Parses whole seconds within a range.
+fn seconds(range: RangeInclusive<u64>) -> impl TypedValueParser<Value = Duration> {
+    value_parser!(u64).range(range).map(Duration::from_secs)
+}
+
+/// Parses a count within a range.
+fn count(range: RangeInclusive<i64>) -> RangedI64ValueParser<usize> {
+    RangedI64ValueParser::new().range(range)
+}
+
+/// Half of the processors, rounded up, within the range of `--bcrypt-parallel`.
+fn half_of_processors() -> usize {
+    thread::available_parallelism().map_or(1, usize::from).div_ceil(2).min(1024)
 }
 
 /// Parses an IP address; an IPv4-mapped IPv6 address becomes the IPv4 address.
@@ -294,7 +382,7 @@ fn share(text: &str) -> Result<f64, String> {
 /// Format and filter of the log on stderr.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Log")]
-pub struct TelemetryConfig {
+pub struct TelemetrySettings {
     /// Format of log lines
     #[arg(
         long,
@@ -329,11 +417,9 @@ impl fmt::Debug for DatabaseUrl {
     }
 }
 
-impl FromStr for DatabaseUrl {
-    type Err = std::convert::Infallible;
-
-    fn from_str(url: &str) -> Result<Self, Self::Err> {
-        Ok(Self(url.to_owned()))
+impl From<String> for DatabaseUrl {
+    fn from(url: String) -> Self {
+        Self(url)
     }
 }
 

@@ -24,6 +24,7 @@ use tower::layer::layer_fn;
 use self::{authentication::Authentication, calls::Calls, connection::Connections, incoming::incoming};
 pub use self::{metrics::serve_metrics, tls::Tls};
 use crate::{
+    config::ServerSettings,
     error::{Error, Result},
     limits,
     pb::{
@@ -49,31 +50,13 @@ const READINESS: [&str; 5] = [
 /// may still arrive, and clients may still read the last responses.
 const DRAIN_IDLE: Duration = Duration::from_secs(1);
 
-/// Limits, timeouts and TLS of a server.
-#[derive(Clone, Debug)]
-pub struct ServerSettings {
-    /// Longest that a call may take; for a stream, until its response starts. A
-    /// client's deadline may be earlier, and covers all of a stream.
-    pub request_timeout: Duration,
-    /// Longest that calls in progress may take to finish at the shutdown.
-    pub drain_deadline: Duration,
-    /// Most concurrent calls and streams on one HTTP/2 connection.
-    pub streams_per_connection: u32,
-    /// Silence on a connection after which the server sends an HTTP/2 PING.
-    pub keepalive_interval: Duration,
-    /// Longest that a client may take to answer the PING before its connection is
-    /// closed.
-    pub keepalive_timeout: Duration,
-    /// The certificate of the server; without one, connections are unencrypted.
-    pub tls: Option<Tls>,
-}
-
 /// Serves until `shutdown` completes, then drains: readiness ends, the listener
 /// closes, watches end with DRAINING, calls in progress finish and connections are
-/// closed, all of it within the drain deadline. An error only if serving itself
-/// fails.
+/// closed, all of it within the drain deadline. Without `tls`, connections are
+/// unencrypted. An error only if serving itself fails.
 pub async fn serve(
     listener: TcpListener,
+    tls: Option<Tls>,
     app: App,
     settings: &ServerSettings,
     shutdown: impl Future<Output = ()>,
@@ -117,7 +100,7 @@ pub async fn serve(
         .add_service(health)
         .add_service(reflection().build_v1().map_err(Error::internal)?)
         .add_service(reflection().build_v1alpha().map_err(Error::internal)?);
-    let incoming = incoming(listener, settings.tls.clone(), connections.clone());
+    let incoming = incoming(listener, tls, connections.clone());
     let mut serving = pin!(router.serve_with_incoming_shutdown(incoming, draining.clone().cancelled_owned()));
 
     tokio::select! {

@@ -15,7 +15,6 @@ pub mod password;
 mod streams;
 
 use std::{
-    net::IpAddr,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -36,7 +35,9 @@ use self::{
     credential::Moment,
     streams::Streams,
 };
+pub(crate) use crate::config::AuthSettings;
 use crate::{
+    config::BcryptSettings,
     db::{
         Database,
         notifier::{Notification, Notifier},
@@ -45,23 +46,6 @@ use crate::{
     models::{caller::CredentialId, credential::authenticate},
     secret::{Secret, SecretHash},
 };
-
-/// Settings of accounts and credentials.
-#[derive(Clone, Debug)]
-pub struct AuthSettings {
-    /// How long a session is valid; use does not extend it.
-    pub session_lifetime: Duration,
-    /// bcrypt's cost, 4 to 31: each step doubles the work.
-    pub bcrypt_cost: u32,
-    /// Most passwords that are hashed at once.
-    pub bcrypt_parallel: usize,
-    /// Whether unauthenticated callers may sign up.
-    pub sign_up_open: bool,
-    /// Most open streams of one user on this replica.
-    pub streams_per_user: usize,
-    /// Proxies whose `x-forwarded-for` names the client's address.
-    pub trusted_proxies: Vec<IpAddr>,
-}
 
 /// Authenticates callers, and keeps their credentials confirmed.
 #[derive(Clone, Debug)]
@@ -89,9 +73,10 @@ impl Auth {
     /// end after the last clone of this is dropped.
     pub fn start(database: Database, notifier: Notifier, settings: AuthSettings) -> Self {
         let notified = Arc::new(Notify::new());
-        let admission = Admission::new(database.settings().connections, settings.bcrypt_parallel);
+        let BcryptSettings { bcrypt_cost, bcrypt_parallel } = settings.bcrypt;
+        let admission = Admission::new(database.settings().connections, bcrypt_parallel);
         let inner = Arc::new(Inner {
-            passwords: Passwords::new(settings.bcrypt_cost, settings.bcrypt_parallel),
+            passwords: Passwords::new(bcrypt_cost, bcrypt_parallel),
             streams: Streams::new(settings.streams_per_user),
             cache: Mutex::default(),
             confirmed_at: AtomicU64::new(Moment::now().0),

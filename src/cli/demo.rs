@@ -12,12 +12,12 @@ use uuid::Uuid;
 use super::{
     database::{OpenDatabase, data_dir},
     print_line, refused,
-    serve::{Server, bind, server_settings},
+    serve::{Server, bind, start_tls},
     watch::{exit_code, follow},
 };
 use crate::{
     client::{Client, is_transient},
-    config::{ClientTls, Config, ServerConfig},
+    config::{ClientTls, Config},
     db::embedded::Served,
     error::BoxError,
     pb::{
@@ -67,7 +67,7 @@ impl Demo {
         if let Some(server) = &self.server {
             return Ok((server.clone(), None));
         }
-        if self.config.database.database_url.is_none() {
+        if self.config.database.url.is_none() {
             let dir = data_dir(&self.config.database).await?;
             match Served::of(&dir) {
                 Served::At(address) => return Ok((self.url(address)?, None)),
@@ -79,29 +79,28 @@ impl Demo {
             }
         }
         print_line(&format!("  {}", style("starting a server …").dim()))?;
-        let settings = server_settings(&self.config.server).await?;
+        let tls = start_tls(&self.config).await?;
         OpenDatabase::ready(&self.config).await?;
-        let server = Server::start(&self.config, settings, self.listen().await?).await?;
+        let server = Server::start(&self.config, tls, self.listen().await?).await?;
         Ok((self.url(server.address)?, Some(server)))
     }
 
     /// The URL of a server that has the TLS settings of this demo.
     fn url(&self, address: SocketAddr) -> Result<String, BoxError> {
-        let scheme = if self.config.server.tls.is_on()? { "https" } else { "http" };
+        let scheme = if self.config.start.tls.is_on()? { "https" } else { "http" };
         Ok(format!("{scheme}://{address}"))
     }
 
     /// Listens on the address of the settings, or on a free port if that one is taken.
     async fn listen(&self) -> Result<TcpListener, BoxError> {
-        let listen = self.config.server.listen;
+        let listen = self.config.start.listen;
         match TcpListener::bind(listen).await {
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-                let free_port = SocketAddr::new(listen.ip(), 0);
-                bind(&ServerConfig { listen: free_port, ..self.config.server.clone() }).await
+                bind(SocketAddr::new(listen.ip(), 0)).await
             }
             Ok(listener) => {
                 drop(listener);
-                bind(&self.config.server).await
+                bind(listen).await
             }
             Err(error) => Err(error.into()),
         }

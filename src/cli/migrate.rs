@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::Args;
 
 use super::{database::OpenDatabase, print_line};
-use crate::{config::DatabaseConfig, db::migrations, error::BoxError};
+use crate::{config::DatabaseSource, db::migrations, error::BoxError};
 
 /// Applies the missing migrations, or reverts the newest ones.
 #[derive(Args, Clone, Debug)]
@@ -15,14 +15,14 @@ pub(super) struct Migrate {
     revert: Option<usize>,
 
     #[command(flatten)]
-    database: DatabaseConfig,
+    database: DatabaseSource,
 }
 
 impl Migrate {
     pub(super) async fn run(&self) -> Result<ExitCode, BoxError> {
         OpenDatabase::wait(&self.database).await?;
         let database = OpenDatabase::to_use(&self.database).await?;
-        let (url, ca) = (&database.settings.url, database.settings.ca.as_deref());
+        let (url, ca) = (database.url.reveal(), self.database.settings.ca.as_deref());
         let migrated = match self.revert {
             None => migrations::migrate(url, ca).await,
             Some(count) => migrations::revert(url, ca, count).await,

@@ -18,7 +18,7 @@ use clap::{Parser, Subcommand};
 use tonic::Status;
 
 use crate::{
-    config::{Config, TelemetryConfig},
+    config::{Config, TelemetrySettings},
     error::BoxError,
     telemetry,
 };
@@ -30,7 +30,7 @@ use crate::{
 #[command(name = "milepost", version, args_conflicts_with_subcommands = true)]
 pub struct Cli {
     #[command(flatten)]
-    telemetry: TelemetryConfig,
+    telemetry: TelemetrySettings,
 
     #[command(subcommand)]
     command: Option<Command>,

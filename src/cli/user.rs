@@ -13,7 +13,7 @@ use futures_util::{FutureExt as _, future::BoxFuture};
 use super::{database::OpenDatabase, print_line};
 use crate::{
     auth::Passwords,
-    config::{BcryptConfig, DatabaseConfig},
+    config::{BcryptSettings, DatabaseSource},
     db::{Database, Transaction, Unconditional, migrations},
     error::{BoxError, Result},
     models::{
@@ -72,7 +72,7 @@ struct TargetUser {
     email: String,
 
     #[command(flatten)]
-    database: DatabaseConfig,
+    database: DatabaseSource,
 }
 
 /// A file or stdin, never an argument: all users of the machine can read the
@@ -84,7 +84,7 @@ struct PasswordSource {
     password_file: Option<PathBuf>,
 
     #[command(flatten)]
-    bcrypt: BcryptConfig,
+    bcrypt: BcryptSettings,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -137,9 +137,9 @@ impl TargetUser {
         let open = OpenDatabase::to_use(&self.database).await?;
         let changed = async {
             if open.embedded.is_some() {
-                migrations::migrate(&open.settings.url, None).await?;
+                migrations::migrate(open.url.reveal(), None).await?;
             }
-            let database = Database::new(open.settings.clone())?;
+            let database = Database::new(open.url.clone(), self.database.settings.clone())?;
             migrations::check(&database, true).await?;
             Ok(database.write(Unconditional, change).await?)
         };

@@ -26,9 +26,10 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    DatabaseSettings, connect,
+    Target, connect,
     connect::{DialError, dial},
 };
+use crate::config::{DatabaseSettings, DatabaseUrl};
 
 /// How often the database is queried, and how long the answer may take.
 const CHECK_EVERY: Duration = Duration::from_secs(1);
@@ -90,11 +91,11 @@ impl Availability {
 }
 
 /// Checks until the last clone of the pool is dropped.
-pub(super) async fn watch(settings: DatabaseSettings, availability: Weak<Availability>) {
+pub(super) async fn watch(target: Arc<Target>, availability: Weak<Availability>) {
     let attempts = FuturesUnordered::new();
     // Before the first answer the database may be a distant one.
-    let connect_limit = settings.connect_timeout;
-    let mut probe = Probe { settings, kept: None, attempts, last: Duration::MAX, connect_limit };
+    let connect_limit = target.settings.connect_timeout;
+    let mut probe = Probe { target, kept: None, attempts, last: Duration::MAX, connect_limit };
     loop {
         let checked = probe.check().await;
         let pause = if checked.is_ok() { CHECK_EVERY } else { CHECK_AGAIN };
@@ -106,7 +107,7 @@ pub(super) async fn watch(settings: DatabaseSettings, availability: Weak<Availab
 }
 
 struct Probe {
-    settings: DatabaseSettings,
+    target: Arc<Target>,
     kept: Option<AsyncPgConnection>,
     /// Attempts to connect since their start, each for the connect timeout at most.
     attempts: FuturesUnordered<BoxFuture<'static, (Instant, ConnectionResult<Answered>)>>,
@@ -138,9 +139,9 @@ impl Probe {
     /// Another attempt, beside earlier ones that are still under way: the database may be
     /// distant, or an earlier attempt may never get an answer.
     async fn connect(&mut self) -> ConnectionResult<Answered> {
-        let (settings, begun) = (self.settings.clone(), Instant::now());
-        let limit = settings.connect_timeout;
-        let attempt = async move { ping(connect(&settings, None).await?).await };
+        let (target, begun) = (Arc::clone(&self.target), Instant::now());
+        let limit = target.settings.connect_timeout;
+        let attempt = async move { ping(connect(&target, None).await?).await };
         self.attempts.push(in_time(limit, attempt).map(move |made| (begun, made)).boxed());
         let attempts = &mut self.attempts;
         let first = async {
@@ -192,12 +193,16 @@ pub enum StartError {
 
 /// Returns once the database accepts a connection; waits at most for `limit`. An error
 /// that waiting does not cure, such as a wrong password, is returned at once.
-pub async fn wait_until_available(settings: &DatabaseSettings, limit: Duration) -> Result<(), StartError> {
+pub async fn wait_until_available(
+    url: &DatabaseUrl,
+    settings: &DatabaseSettings,
+    limit: Duration,
+) -> Result<(), StartError> {
     let started = Instant::now();
     let mut logged: Option<Instant> = None;
     loop {
-        let last = match timeout(settings.connect_timeout, dial(&settings.url, settings.ca.as_deref())).await
-        {
+        let dialled = dial(url.reveal(), settings.ca.as_deref());
+        let last = match timeout(settings.connect_timeout, dialled).await {
             Ok(Ok(_)) => return Ok(()),
             Ok(Err(error)) if error.is_final() => return Err(StartError::Refused(error)),
             Ok(Err(error)) => error.to_string(),

@@ -9,7 +9,7 @@ pub mod notifier;
 mod pool;
 mod transaction;
 
-use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 use deadpool::{Runtime, Status, managed::Timeouts};
 use diesel::{ConnectionError, ConnectionResult};
@@ -30,50 +30,26 @@ pub use self::{
     pool::{Connection, Share},
     transaction::{Authority, OwnConnection, Transaction, Unconditional},
 };
-use crate::error::{BoxError, Error, Result};
+use crate::{
+    config::{DatabaseSettings, DatabaseUrl},
+    error::{BoxError, Error, Result},
+};
 
 /// TCP settings by which Postgres notices soon that a client is gone, and releases its
 /// locks.
 const KEEPALIVES: &str =
     "SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 2; SET tcp_keepalives_count = 3";
 
-/// How connections are made, and how long their uses may take.
-#[derive(Clone)]
-pub struct DatabaseSettings {
-    /// `postgresql://…`; never logged, since it may contain a password.
-    pub url: String,
-    /// PEM file of certificate authorities, instead of the system's; connections must
-    /// then be encrypted.
-    pub ca: Option<PathBuf>,
-    /// Most connections at once.
-    pub connections: usize,
-    /// Longest time that one statement may run.
-    pub statement_timeout: Duration,
-    /// Longest wait for a connection of the pool, or for a new one.
-    pub connect_timeout: Duration,
-    /// Value of `synchronous_commit` on every connection: `on`,
-    /// `remote_write` or `remote_apply`.
-    pub synchronous_commit: String,
-}
-
-impl DatabaseSettings {
-    /// How long a use of a connection may take that waits for one statement. After that
-    /// the connection is at fault, not the statement.
-    pub(crate) fn longest_use(&self) -> Duration {
-        self.statement_timeout + Duration::from_secs(1)
-    }
-}
-
-impl fmt::Debug for DatabaseSettings {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("DatabaseSettings").field("connections", &self.connections).finish_non_exhaustive()
-    }
+/// Where the database is, and how connections to it are made.
+struct Target {
+    url: DatabaseUrl,
+    settings: DatabaseSettings,
 }
 
 #[derive(Clone)]
 pub struct Database {
     pool: Pool,
-    settings: DatabaseSettings,
+    target: Arc<Target>,
     availability: Arc<Availability>,
 }
 
@@ -85,26 +61,26 @@ impl fmt::Debug for Database {
 
 impl Database {
     /// A pool that connects when it is first used.
-    pub fn new(settings: DatabaseSettings) -> Result<Self> {
-        let availability = Availability::new();
-        let manager = Manager::new(settings.clone(), Arc::clone(&availability));
-        let wait = Some(settings.connect_timeout);
+    pub fn new(url: DatabaseUrl, settings: DatabaseSettings) -> Result<Self> {
+        let (wait, connections) = (Some(settings.connect_timeout), settings.connections);
+        let (target, availability) = (Arc::new(Target { url, settings }), Availability::new());
+        let manager = Manager::new(Arc::clone(&target), Arc::clone(&availability));
         let pool = Pool::builder(manager)
-            .max_size(settings.connections)
+            .max_size(connections)
             .runtime(Runtime::Tokio1)
             .timeouts(Timeouts { wait, create: wait, recycle: wait })
             .build()
             .map_err(Error::internal)?;
-        Ok(Self { pool, settings, availability })
+        Ok(Self { pool, target, availability })
     }
 
     /// Starts to watch the availability of the database, until the last clone is
     /// dropped. All connections are cut when the database does not answer, and single
     /// ones that do not answer.
     pub fn watch_availability(&self) {
-        tokio::spawn(cut_long_checkouts(self.pool.weak(), self.settings.statement_timeout));
+        tokio::spawn(cut_long_checkouts(self.pool.weak(), self.settings().statement_timeout));
         let availability = Arc::downgrade(&self.availability);
-        tokio::spawn(availability::watch(self.settings.clone(), availability));
+        tokio::spawn(availability::watch(Arc::clone(&self.target), availability));
     }
 
     /// Whether the database is available, and each change of that; none before the first
@@ -122,7 +98,7 @@ impl Database {
     /// As [`Self::get`], for callers that may use only a share of the pool.
     /// [`Error::Overloaded`] if the share has no connection left within the timeout.
     pub async fn get_share(&self, share: &Share) -> Result<Connection> {
-        let permit = timeout(self.settings.connect_timeout, Arc::clone(&share.permits).acquire_owned());
+        let permit = timeout(self.settings().connect_timeout, Arc::clone(&share.permits).acquire_owned());
         let permit = self.unless_unavailable(async { Ok::<_, BoxError>(permit.await) }).await?;
         let overloaded = Error::Overloaded { what: share.callers, retry_after: Duration::from_secs(1) };
         let permit = permit.map_err(|_| overloaded)?.map_err(Error::internal)?;
@@ -132,7 +108,7 @@ impl Database {
     /// A connection outside the pool. Like those of the pool it is cut when the database
     /// becomes unavailable.
     pub async fn connect(&self) -> Result<AsyncPgConnection> {
-        let connecting = Box::pin(connect(&self.settings, Some(self.availability.outage())));
+        let connecting = Box::pin(connect(&self.target, Some(self.availability.outage())));
         self.unless_unavailable(connecting).await
     }
 
@@ -148,7 +124,7 @@ impl Database {
     /// A connection to LISTEN on. An outage does not cut it; see
     /// [`Self::unless_unavailable`].
     pub async fn connect_to_listen(&self) -> Result<AsyncPgConnection> {
-        self.unless_unavailable(connect(&self.settings, None)).await
+        self.unless_unavailable(connect(&self.target, None)).await
     }
 
     /// The result of `work`, or [`Error::Unavailable`] as soon as the database is known
@@ -170,7 +146,13 @@ impl Database {
 
     /// What the pool was made with.
     pub fn settings(&self) -> &DatabaseSettings {
-        &self.settings
+        &self.target.settings
+    }
+
+    /// How long a use of a connection may take that waits for one statement. After that
+    /// the connection is at fault, not the statement.
+    pub(crate) fn longest_use(&self) -> Duration {
+        self.settings().statement_timeout + Duration::from_secs(1)
     }
 }
 
@@ -181,19 +163,19 @@ impl Database {
 /// `enable_seqscan = off` keeps Postgres from a plan that reads a table that is still
 /// small whole.
 async fn connect(
-    settings: &DatabaseSettings,
+    Target { url, settings }: &Target,
     outage: Option<CancellationToken>,
 ) -> ConnectionResult<AsyncPgConnection> {
     let set_up = async {
         let mut connection = match outage {
             Some(outage) => {
-                let (client, driver) = dial(&settings.url, settings.ca.as_deref()).await?;
+                let (client, driver) = dial(url.reveal(), settings.ca.as_deref()).await?;
                 // A caller that waits for an answer gets the error that the connection is
                 // closed; the driver's own result is not needed.
                 tokio::spawn(async move { outage.run_until_cancelled(driver).await.map(Result::ok) });
                 AsyncPgConnection::try_from(client).await?
             }
-            None => establish(&settings.url, settings.ca.as_deref()).await?,
+            None => establish(url.reveal(), settings.ca.as_deref()).await?,
         };
         connection
             .batch_execute(&format!(
@@ -201,7 +183,7 @@ async fn connect(
                  {KEEPALIVES}; \
                  SET synchronous_commit = '{}'; SET statement_timeout = {}; \
                  SET lock_timeout = {}; SET idle_in_transaction_session_timeout = {}",
-                settings.synchronous_commit,
+                settings.synchronous_commit.name(),
                 settings.statement_timeout.as_millis(),
                 settings.statement_timeout.as_millis(),
                 settings.statement_timeout.as_millis(),

@@ -29,7 +29,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{DatabaseSettings, availability::Availability, connect};
+use super::{Target, availability::Availability, connect};
 
 /// How often the pool checks for connections that are checked out for too long.
 const CHECK_EVERY: Duration = Duration::from_secs(1);
@@ -55,7 +55,7 @@ impl Share {
 }
 
 pub(super) struct Manager {
-    settings: DatabaseSettings,
+    target: Arc<Target>,
     availability: Arc<Availability>,
     checkouts: Mutex<Vec<Weak<Checkout>>>,
 }
@@ -92,8 +92,8 @@ impl Connection {
 }
 
 impl Manager {
-    pub(super) fn new(settings: DatabaseSettings, availability: Arc<Availability>) -> Self {
-        Self { settings, availability, checkouts: Mutex::default() }
+    pub(super) fn new(target: Arc<Target>, availability: Arc<Availability>) -> Self {
+        Self { target, availability, checkouts: Mutex::default() }
     }
 
     /// Whether a connection was checked out for longer than `limit`. If so, that
@@ -126,7 +126,7 @@ impl managed::Manager for Manager {
     async fn create(&self) -> Result<Pooled, ConnectionError> {
         let cut = self.availability.outage().child_token();
         // Boxed, so that a caller that needs no new connection has no room for making one.
-        let connection = Box::pin(connect(&self.settings, Some(cut.clone()))).await?;
+        let connection = Box::pin(connect(&self.target, Some(cut.clone()))).await?;
         let checkout = Arc::new(Checkout { since_ms: AtomicU64::new(0), cut });
         self.checkouts.lock().push(Arc::downgrade(&checkout));
         Ok(Pooled { connection, checkout })

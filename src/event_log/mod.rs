@@ -44,6 +44,7 @@ pub(crate) use self::{
     scope::{Filter, Scope},
     watch::{Body, EndReason, Message, Start, Watch, WatchQuery},
 };
+pub(crate) use crate::config::EventLogSettings;
 use crate::{
     auth::Credential,
     db::{Database, notifier::Notifier},
@@ -57,15 +58,6 @@ use crate::{
     progress::{EventKind, JobStatus},
     telemetry::Telemetry,
 };
-
-/// Settings of the event log.
-#[derive(Clone, Debug)]
-pub struct EventLogSettings {
-    /// Most unanswered batches of one publish stream.
-    pub publish_window: usize,
-    /// How long a job's events are kept after the job has closed; `None`: for good.
-    pub retention: Option<Duration>,
-}
 
 /// The event log: appends, pages and watches.
 #[derive(Clone, Debug)]

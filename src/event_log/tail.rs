@@ -87,7 +87,7 @@ impl Tail {
             let mut failing = false;
             let mut sweeps = false;
             while let Some(tail) = follower.upgrade() {
-                let limit = tail.database.settings().longest_use();
+                let limit = tail.database.longest_use();
                 let caught_up = tokio::time::timeout(limit, tail.catch_up(&mut kept, sweeps)).await;
                 match caught_up.unwrap_or_else(|_| Err(Error::unavailable("reading the log took too long"))) {
                     Ok(()) => failing = false,

@@ -15,7 +15,7 @@ use tokio_rustls::{
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
-    config::TlsConfig,
+    config::TlsSettings,
     tls::{TlsError, authorities, certificates, private_key, provider, read},
 };
 
@@ -44,14 +44,14 @@ impl Tls {
     /// Loads the files, or returns none if TLS is off. From then on the files are read
     /// again every 3 s and on SIGHUP, which no longer ends the process. An error in a
     /// later load is logged, and the configuration in use stays.
-    pub async fn start(config: &TlsConfig) -> Result<Option<Self>, TlsError> {
-        if !config.is_on()? {
+    pub async fn start(settings: &TlsSettings) -> Result<Option<Self>, TlsError> {
+        if !settings.is_on().map_err(|why| TlsError(why.to_owned()))? {
             return Ok(None);
         }
         let hangup = signal(SignalKind::hangup())
             .map_err(|error| TlsError(format!("cannot handle SIGHUP: {error}")))?;
-        let (sender, loaded) = watch::channel(load(config).await?);
-        let reloader = AbortOnDropHandle::new(tokio::spawn(reload(config.clone(), sender, hangup)));
+        let (sender, loaded) = watch::channel(load(settings).await?);
+        let reloader = AbortOnDropHandle::new(tokio::spawn(reload(settings.clone(), sender, hangup)));
         Ok(Some(Self { loaded, _reloader: Arc::new(reloader) }))
     }
 
@@ -63,7 +63,7 @@ impl Tls {
 }
 
 /// Loads the files again at each interval and each SIGHUP; never returns.
-async fn reload(config: TlsConfig, current: watch::Sender<Loaded>, mut hangup: Signal) {
+async fn reload(settings: TlsSettings, current: watch::Sender<Loaded>, mut hangup: Signal) {
     let mut ticks = interval(RELOAD_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut last_error = None;
@@ -72,7 +72,7 @@ async fn reload(config: TlsConfig, current: watch::Sender<Loaded>, mut hangup: S
             _ = ticks.tick() => false,
             _ = hangup.recv() => true,
         };
-        match load(&config).await {
+        match load(&settings).await {
             Ok(loaded) => {
                 let changed = loaded.hash != current.borrow().hash;
                 if changed {
@@ -95,8 +95,8 @@ async fn reload(config: TlsConfig, current: watch::Sender<Loaded>, mut hangup: S
 
 /// Loads the files. Each configuration has its own TLS sessions, so that a session of
 /// an earlier certificate or authority cannot be resumed under a new one.
-async fn load(config: &TlsConfig) -> Result<Loaded, TlsError> {
-    let (Some(certificate_path), Some(key_path)) = (&config.tls_cert, &config.tls_key) else {
+async fn load(settings: &TlsSettings) -> Result<Loaded, TlsError> {
+    let (Some(certificate_path), Some(key_path)) = (&settings.tls_cert, &settings.tls_key) else {
         return Err(TlsError("TLS needs both --tls-cert and --tls-key".to_owned()));
     };
     let (certificate, key) = (read(certificate_path).await?, read(key_path).await?);
@@ -106,7 +106,7 @@ async fn load(config: &TlsConfig) -> Result<Loaded, TlsError> {
     let builder = rustls::ServerConfig::builder_with_provider(provider())
         .with_safe_default_protocol_versions()
         .map_err(|error| TlsError(error.to_string()))?;
-    let builder = match &config.tls_client_ca {
+    let builder = match &settings.tls_client_ca {
         None => builder.with_no_client_auth(),
         Some(path) => {
             let pem = read(path).await?;

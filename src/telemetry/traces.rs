@@ -28,23 +28,12 @@ use opentelemetry_sdk::{
 };
 use tonic::{Code, transport::ClientTlsConfig};
 
-use crate::error::BoxError;
+use crate::{config::TraceSettings, error::BoxError};
 
 /// The service's name, unless OTEL_SERVICE_NAME is set.
 const SERVICE_NAME: &str = "milepost";
 /// Longest that the export of the last spans may take at the shutdown.
 const FLUSH: Duration = Duration::from_secs(3);
-
-/// The collector of traces, and which calls are sampled.
-#[derive(Clone, Debug)]
-pub struct TraceSettings {
-    /// Endpoint of the collector for OTLP over gRPC: `http://HOST:PORT`, or
-    /// `https://HOST:PORT` for TLS by the authorities of this system.
-    pub endpoint: String,
-    /// Share of calls to trace, 0 to 1, among calls without a sampling decision of
-    /// their caller.
-    pub sampled: f64,
-}
 
 /// Creates spans and exports them; disabled by default.
 #[derive(Clone, Debug, Default)]
@@ -58,12 +47,13 @@ struct Exporting {
 }
 
 impl Traces {
-    /// Starts the exporter; the current tokio runtime must outlive it. No call waits
-    /// for the collector: spans that do not fit into the queue are dropped. An error
-    /// for an endpoint that cannot be used.
+    /// Starts the exporter if the settings name an endpoint; the current tokio runtime
+    /// must outlive it. No call waits for the collector: spans that do not fit into the
+    /// queue are dropped. An error for an endpoint that cannot be used.
     pub fn start(settings: &TraceSettings) -> Result<Self, BoxError> {
-        let exporter = SpanExporter::builder().with_tonic().with_endpoint(&settings.endpoint);
-        let exporter = if settings.endpoint.starts_with("https:") {
+        let Some(endpoint) = settings.endpoint() else { return Ok(Self::default()) };
+        let exporter = SpanExporter::builder().with_tonic().with_endpoint(&endpoint);
+        let exporter = if endpoint.starts_with("https:") {
             exporter.with_tls_config(ClientTlsConfig::new().with_native_roots()).build()?
         } else {
             exporter.build()?
@@ -74,7 +64,7 @@ impl Traces {
             resource = resource.with_service_name(SERVICE_NAME);
         }
         let version = KeyValue::new("service.version", env!("CARGO_PKG_VERSION"));
-        let share = Sampler::TraceIdRatioBased(settings.sampled);
+        let share = Sampler::TraceIdRatioBased(settings.trace_share);
         let provider = SdkTracerProvider::builder()
             .with_batch_exporter(exporter)
             .with_sampler(Linked(Sampler::ParentBased(Box::new(share))))

@@ -12,8 +12,9 @@ use std::{
 use diesel::sql_types::Bool;
 use diesel_async::{RunQueryDsl as _, SimpleAsyncConnection as _};
 use milepost::{
+    config::{DatabaseSettings, SynchronousCommit},
     db::{
-        Database, DatabaseSettings,
+        Database,
         embedded::{Embedded, EmbeddedSettings},
         notifier::{Notification, Notifier},
     },
@@ -110,14 +111,13 @@ struct Encrypted {
 
 fn database(url: &str, ca: Option<&Path>) -> Database {
     let settings = DatabaseSettings {
-        url: url.to_owned(),
         ca: ca.map(Path::to_owned),
         connections: 4,
-        statement_timeout: Duration::from_secs(5),
         connect_timeout: Duration::from_secs(5),
-        synchronous_commit: "on".to_owned(),
+        statement_timeout: Duration::from_secs(5),
+        synchronous_commit: SynchronousCommit::On,
     };
-    Database::new(settings).unwrap()
+    Database::new(url.to_owned().into(), settings).unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -12,7 +12,7 @@ use std::{
 
 use milepost::{
     client::{Client, ClientError},
-    config::{ClientTls, TlsConfig},
+    config::{ClientTls, TlsSettings},
     pb::{self, ErrorReason},
 };
 use tokio::{io::AsyncReadExt as _, net::TcpStream, process::Command};
@@ -147,7 +147,7 @@ async fn a_server_with_a_client_ca_refuses_connections_without_a_valid_certifica
 
 /// Fills a directory as Kubernetes mounts a secret: the symbolic link `..data` selects the
 /// version.
-fn mount(dir: &Path, version: &str, authority: &Authority) -> TlsConfig {
+fn mount(dir: &Path, version: &str, authority: &Authority) -> TlsSettings {
     let pair = authority.server(&["127.0.0.1"]);
     fs::create_dir(dir.join(version)).unwrap();
     for (name, content) in [("tls.crt", pair.certificate), ("tls.key", pair.key)] {
@@ -156,7 +156,11 @@ fn mount(dir: &Path, version: &str, authority: &Authority) -> TlsConfig {
     }
     symlink(version, dir.join("..data_tmp")).unwrap();
     fs::rename(dir.join("..data_tmp"), dir.join("..data")).unwrap();
-    TlsConfig { tls_cert: Some(dir.join("tls.crt")), tls_key: Some(dir.join("tls.key")), tls_client_ca: None }
+    TlsSettings {
+        tls_cert: Some(dir.join("tls.crt")),
+        tls_key: Some(dir.join("tls.key")),
+        tls_client_ca: None,
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -5,10 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use milepost::{
-    pb,
-    telemetry::traces::{TraceSettings, Traces},
-};
+use milepost::{config::TraceSettings, pb, telemetry::traces::Traces};
 use opentelemetry_proto::tonic::{
     collector::trace::v1::{
         ExportTraceServiceRequest, ExportTraceServiceResponse,
@@ -93,7 +90,7 @@ fn ids(span: &Span) -> (Vec<u8>, Vec<u8>) {
 
 /// A server that traces the share `sampled` (0 to 1) of the calls without a `traceparent`.
 async fn traced(endpoint: &str, sampled: f64) -> (TestServer, Traces) {
-    let settings = TraceSettings { endpoint: endpoint.to_owned(), sampled };
+    let settings = TraceSettings { otlp_endpoint: Some(endpoint.to_owned()), trace_share: sampled };
     let traces = Traces::start(&settings).unwrap();
     (TestServer::with_traces(traces.clone()).await, traces)
 }

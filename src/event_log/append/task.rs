@@ -69,7 +69,7 @@ impl Task {
         Telemetry { metrics, traces }: Telemetry,
     ) -> Self {
         Self {
-            limit: database.settings().longest_use(),
+            limit: database.longest_use(),
             database,
             tail,
             notifier,

@@ -12,7 +12,8 @@ use std::{
 use diesel::{dsl::sql, sql_types::Text};
 use diesel_async::AsyncPgConnection;
 use milepost::{
-    db::{Database, DatabaseSettings},
+    config::{DatabaseSettings, SynchronousCommit},
+    db::Database,
     pb::{self, AppendedEvent, ErrorReason, Event, NewEvent, publish_events_response::Outcome},
 };
 use tokio::sync::mpsc;
@@ -201,15 +202,14 @@ async fn every_connection_sets_synchronous_commit_whatever_the_default_of_the_da
     let created = TestDatabase::migrated().await;
     let setting = "current_setting('synchronous_commit')";
     assert_eq!(created.texts(&format!("SELECT {setting} AS text")).await, ["off"]);
-    let database = Database::new(DatabaseSettings {
-        url: created.url.clone(),
+    let settings = DatabaseSettings {
         ca: None,
         connections: 1,
-        statement_timeout: Duration::from_secs(5),
         connect_timeout: Duration::from_secs(5),
-        synchronous_commit: "on".to_owned(),
-    })
-    .unwrap();
+        statement_timeout: Duration::from_secs(5),
+        synchronous_commit: SynchronousCommit::On,
+    };
+    let database = Database::new(created.url.clone().into(), settings).unwrap();
     let value_on = async |connection: &mut AsyncPgConnection| -> String {
         diesel_async::RunQueryDsl::get_result(diesel::select(sql::<Text>(setting)), connection).await.unwrap()
     };

@@ -10,7 +10,8 @@ use std::{collections::BTreeSet, fmt::Debug, time::Duration};
 use bytes::Bytes;
 use diesel_async::SimpleAsyncConnection as _;
 use milepost::{
-    db::{Database, DatabaseSettings},
+    config::{DatabaseSettings, SynchronousCommit},
+    db::Database,
     error::Error,
     limits::{
         MESSAGE_BYTES, PASSWORD_MIN_BYTES, TEXT_CHARS, UNAUTHENTICATED_CALL_BYTES, UNAUTHENTICATED_CALLS,
@@ -74,12 +75,12 @@ const ELSEWHERE: [(&str, &str, &str); 39] = [
         "bcrypt_parallel_bounds_how_many_passwords_are_hashed_at_once",
     ),
     (
-        "request_timeout_s",
+        "request_timeout",
         "src/server/calls.rs",
         "a_handler_past_the_servers_limit_is_answered_with_deadline_exceeded",
     ),
     (
-        "drain_deadline_s",
+        "drain_deadline",
         "tests/it/operations.rs",
         "on_sigterm_watches_end_with_draining_and_the_exit_code_is_0",
     ),
@@ -105,24 +106,16 @@ const ELSEWHERE: [(&str, &str, &str); 39] = [
     ("UNAUTHENTICATED_CALL_BYTES", "tests/it/limits/mod.rs", "an_unauthenticated_call_sends_at_most_64_kib"),
     ("HANDSHAKE", "tests/it/tls.rs", "silent_connections_delay_no_others_and_are_closed"),
     ("HANDSHAKES", "src/server/incoming.rs", "one_handshake_too_many_ends_the_oldest"),
-    ("database_start_timeout_s", "tests/it/starts.rs", "a_start_waits_no_longer_than_its_timeout"),
-    ("retention_s", "tests/it/retention.rs", "events_are_removed_a_set_time_after_their_job_closed"),
-    ("session_lifetime_s", "tests/it/limits/mod.rs", "a_session_expires_after_its_lifetime"),
+    ("start_timeout", "tests/it/starts.rs", "a_start_waits_no_longer_than_its_timeout"),
+    ("retention", "tests/it/retention.rs", "events_are_removed_a_set_time_after_their_job_closed"),
+    ("session_lifetime", "tests/it/limits/mod.rs", "a_session_expires_after_its_lifetime"),
     (
-        "statement_timeout_s",
+        "statement_timeout",
         "tests/it/limits/mod.rs",
         "statements_locks_and_idle_transactions_end_after_the_statement_timeout",
     ),
-    (
-        "database_connect_timeout_s",
-        "tests/it/limits/mod.rs",
-        "the_wait_for_a_connection_ends_after_the_connect_timeout",
-    ),
-    (
-        "database_connections",
-        "tests/it/limits/mod.rs",
-        "the_wait_for_a_connection_ends_after_the_connect_timeout",
-    ),
+    ("connect_timeout", "tests/it/limits/mod.rs", "the_wait_for_a_connection_ends_after_the_connect_timeout"),
+    ("connections", "tests/it/limits/mod.rs", "the_wait_for_a_connection_ends_after_the_connect_timeout"),
 ];
 
 /// A provider with a job, whose only step has a tag of the maximal length.
@@ -230,11 +223,12 @@ fn every_limit_has_its_test() {
         let elsewhere = ELSEWHERE.iter().any(|(name, ..)| *name == limit);
         assert!(elsewhere || rows.contains(&format!("&[\"{limit}\"]")), "{limit} has no test");
     }
-    // Only the settings that are numbers.
+    // Only the settings that are numbers or durations.
     let numbers = config.lines().filter_map(|line| line.trim().strip_prefix("pub ")?.split_once(": "));
-    for (setting, kind) in numbers.filter(|(_, kind)| kind.contains("u32") || kind.contains("u64")) {
+    let limited = |kind: &str| ["u32", "usize", "Duration"].iter().any(|number| kind.contains(number));
+    for (setting, kind) in numbers.filter(|(_, kind)| limited(kind)) {
         let known = ELSEWHERE.iter().any(|(name, ..)| *name == setting);
-        let no_limit = ["bcrypt_cost", "keepalive_interval_s", "keepalive_timeout_s"].contains(&setting);
+        let no_limit = ["bcrypt_cost", "keepalive_interval", "keepalive_timeout"].contains(&setting);
         assert!(known || no_limit, "{setting}: {kind} has no test");
     }
 }
@@ -374,13 +368,13 @@ async fn database(connections: usize, statement_timeout: Duration) -> (TestDatab
     let created = TestDatabase::migrated().await;
     let settings = DatabaseSettings {
         ca: None,
-        url: created.url.clone(),
         connections,
-        statement_timeout,
         connect_timeout: Duration::from_millis(500),
-        synchronous_commit: "on".to_owned(),
+        statement_timeout,
+        synchronous_commit: SynchronousCommit::On,
     };
-    (created, Database::new(settings).unwrap())
+    let database = Database::new(created.url.clone().into(), settings).unwrap();
+    (created, database)
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use milepost::config::{ClientTls, TlsConfig};
+use milepost::config::{ClientTls, TlsSettings};
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
     KeyUsagePurpose,
@@ -100,8 +100,8 @@ impl TlsFiles {
         self.write("server.key", &pair.key);
     }
 
-    pub fn server(&self) -> TlsConfig {
-        TlsConfig {
+    pub fn server(&self) -> TlsSettings {
+        TlsSettings {
             tls_cert: Some(self.path("server.pem")),
             tls_key: Some(self.path("server.key")),
             tls_client_ca: None,
@@ -109,8 +109,8 @@ impl TlsFiles {
     }
 
     /// The settings of a server that demands client certificates of this authority.
-    pub fn server_with_client_ca(&self, authority: &Authority) -> TlsConfig {
-        TlsConfig { tls_client_ca: Some(self.write("clients.pem", &authority.pem())), ..self.server() }
+    pub fn server_with_client_ca(&self, authority: &Authority) -> TlsSettings {
+        TlsSettings { tls_client_ca: Some(self.write("clients.pem", &authority.pem())), ..self.server() }
     }
 
     pub fn client(&self) -> ClientTls {

@@ -8,11 +8,12 @@ use std::{
 };
 
 use milepost::{
-    auth::AuthSettings,
-    config::TlsConfig,
-    db::{Database, DatabaseSettings},
-    event_log::EventLogSettings,
-    server::{self, ServerSettings, Tls},
+    config::{
+        AuthSettings, BcryptSettings, DatabaseSettings, EventLogSettings, ServerSettings, SynchronousCommit,
+        TlsSettings,
+    },
+    db::Database,
+    server::{self, Tls},
     services::App,
     telemetry::{Telemetry, traces::Traces},
 };
@@ -86,7 +87,7 @@ impl TestServer {
     }
 
     /// Starts a server with TLS on a new database; its clients trust `authority`.
-    pub async fn with_tls(tls: &TlsConfig, authority: &Authority) -> Self {
+    pub async fn with_tls(tls: &TlsSettings, authority: &Authority) -> Self {
         let clients = |address| Clients::over_tls(address, authority.client_tls());
         let tls = Tls::start(tls).await.unwrap();
         Setup { tls, ..Setup::of(TestDatabase::migrated().await) }.serve(clients).await
@@ -124,14 +125,22 @@ impl TestServer {
     }
 }
 
-fn settings(tls: Option<Tls>) -> ServerSettings {
+fn settings(retention: Option<Duration>) -> ServerSettings {
     ServerSettings {
         request_timeout: Duration::from_secs(10),
         drain_deadline: Duration::from_secs(5),
         streams_per_connection: STREAMS_PER_CONNECTION,
+        auth: AuthSettings {
+            sign_up_open: true,
+            streams_per_user: STREAMS_PER_USER,
+            trusted_proxies: vec![TRUSTED_PROXY],
+            session_lifetime: Duration::from_secs(60 * 60),
+            // bcrypt's lowest cost, since almost every test signs up users.
+            bcrypt: BcryptSettings { bcrypt_cost: 4, bcrypt_parallel: 2 },
+        },
         keepalive_interval: Duration::from_secs(20),
         keepalive_timeout: Duration::from_secs(20),
-        tls,
+        log: EventLogSettings { publish_window: 8, retention },
     }
 }
 
@@ -154,12 +163,14 @@ impl Setup {
     async fn serve(self, clients: impl FnOnce(SocketAddr) -> Clients) -> TestServer {
         let [listener, metrics] = [bind().await, bind().await];
         let (address, metrics_address) = (listener.local_addr().unwrap(), metrics.local_addr().unwrap());
-        let app = self.app().await;
+        let settings = settings(self.retention);
+        let app = self.app(&settings).await;
         let serving_metrics = tokio::spawn(server::serve_metrics(metrics, app.clone()));
         let stop = CancellationToken::new();
-        let (stopped, settings) = (stop.clone().cancelled_owned(), settings(self.tls));
-        let served = app.clone();
-        tokio::spawn(async move { server::serve(listener, served, &settings, stopped).await.unwrap() });
+        let (stopped, served) = (stop.clone().cancelled_owned(), app.clone());
+        tokio::spawn(async move {
+            server::serve(listener, self.tls, served, &settings, stopped).await.unwrap();
+        });
         TestServer {
             address,
             metrics_address,
@@ -171,27 +182,16 @@ impl Setup {
         }
     }
 
-    async fn app(&self) -> App {
-        let database = Database::new(DatabaseSettings {
-            url: self.url.clone(),
+    async fn app(&self, ServerSettings { auth, log, .. }: &ServerSettings) -> App {
+        let settings = DatabaseSettings {
             ca: self.database.ca.clone(),
             connections: CONNECTIONS,
-            statement_timeout: Duration::from_secs(5),
             connect_timeout: Duration::from_secs(5),
-            synchronous_commit: "on".to_owned(),
-        })
-        .unwrap();
-        let auth = AuthSettings {
-            session_lifetime: Duration::from_secs(60 * 60),
-            // bcrypt's lowest cost, since almost every test signs up users.
-            bcrypt_cost: 4,
-            bcrypt_parallel: 2,
-            sign_up_open: true,
-            streams_per_user: STREAMS_PER_USER,
-            trusted_proxies: vec![TRUSTED_PROXY],
+            statement_timeout: Duration::from_secs(5),
+            synchronous_commit: SynchronousCommit::On,
         };
-        let log = EventLogSettings { publish_window: 8, retention: self.retention };
-        App::start(database, auth, log, self.telemetry.clone()).await.unwrap()
+        let database = Database::new(self.url.clone().into(), settings).unwrap();
+        App::start(database, auth.clone(), log.clone(), self.telemetry.clone()).await.unwrap()
     }
 }
 
