@@ -6,11 +6,11 @@
 //!
 //! # The map
 //!
-//! A room imports only from rooms of lower floors. `tests/it/floors.rs` holds the `use`
-//! lines of `src` against this table, and those of the event log against the table in
-//! `event_log`.
+//! A module imports only from modules of lower floors. `tests/it/floors.rs` holds the
+//! `use` lines of `src` against this table, and those of the event log against the table
+//! in `event_log`.
 //!
-//! | floor | room | what it has |
+//! | floor | module | what it has |
 //! |---|---|---|
 //! | 12 | `main` | the command line and the exit code |
 //! | 11 | `cli` | serve, migrate, demo, watch, user |
@@ -20,25 +20,26 @@
 //! | 7 | `auth` | a secret becomes a caller, and a signal of the credential's end; log-in |
 //! | 7 | `proto_enums` | conversions between protobuf and the values of models |
 //! | 6 | `models` | rows, their queries, and the authorization to read and write them |
-//! | 5 | `db` | the pool, the door for writes, migrations, embedded Postgres, notifications |
+//! | 5 | `db` | the pool, `Database::write`, migrations, embedded Postgres, notifications |
 //! | 5 | `client` | the Rust client, whose watch resumes by itself |
 //! | 4 | `secret`, `telemetry` | secrets and passwords; the log, metrics and traces |
 //! | 3 | `config`, `error` | the settings; the one error type |
 //! | 2 | `progress` | status and progress, a pure function of the events |
-//! | 1 | `codec`, `limits`, `pb`, `schema`, `tls` | what knows no other room |
+//! | 1 | `codec`, `limits`, `pb`, `schema`, `tls` | modules without imports from this crate |
 //!
 //! # Two calls
 //!
 //! **AppendEvents.** `server` authenticates the caller before the message is read, and
 //! `services` makes the message a valid batch. `event_log::append` lets the batch join
 //! those of other callers that wait, computes what each event does to its job, and calls
-//! one SQL function that compares, numbers and stores them all in one transaction. Then
-//! the callers are answered, and `event_log::tail` gets what was committed.
+//! one SQL function: it checks that each job is unchanged since the computation, gives the
+//! events their positions, and stores them, all in one transaction. Then the callers are
+//! answered, and `event_log::tail` gets what was committed.
 //!
 //! **WatchEvents.** `server` authenticates the caller, and `services` parses the scope and
 //! the start. `event_log::watch` subscribes to the tail first, then reads the past from
 //! the database, then sends what the tail delivers. A watcher that falls behind drops
-//! what waits for it and reads the log again from its position.
+//! what waits for it and reads the log again from its cursor.
 
 #[doc(hidden)]
 pub mod auth;

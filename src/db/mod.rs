@@ -7,7 +7,7 @@ pub mod embedded;
 pub mod migrations;
 pub mod notifier;
 mod pool;
-mod transaction;
+mod write;
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -28,7 +28,7 @@ pub use self::{
     availability::{StartError, wait_until_available},
     connect::DialError,
     pool::{Connection, Share},
-    transaction::{Authority, OwnConnection, Transaction, Unconditional},
+    write::{Authority, OwnConnection, Transaction, Unconditional},
 };
 use crate::{
     config::{DatabaseSettings, DatabaseUrl},

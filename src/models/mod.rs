@@ -21,7 +21,7 @@ mod pg_enum;
 pub mod retention;
 pub mod session;
 pub mod user;
-pub mod version;
+pub mod version_order;
 pub mod watch_token;
 
 diesel::define_sql_function! {

@@ -21,7 +21,7 @@ use crate::{
             ConfigurationKey, JobConfiguration, MetadataConfiguration, MetadataKind, NewJobConfiguration,
             NewStepConfiguration, StepConfiguration,
         },
-        version,
+        version_order,
     },
     pb::{self, configuration_service_server::ConfigurationService, get_job_configuration_request::Key},
     proto_enums::{ProtoEnum as _, timestamp},
@@ -237,7 +237,7 @@ fn required_version(violations: &mut Violations, field: &str, text: String) -> V
     let before = violations.iter().len();
     let text = parse::key_text(violations, field, text);
     if violations.iter().len() == before {
-        match version::parse(&text) {
+        match version_order::parse(&text) {
             Ok(version) => return version,
             Err(description) => violations.add(field, format!("{} {description}", quoted(&text))),
         }

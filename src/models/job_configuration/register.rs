@@ -9,7 +9,7 @@ use super::{ConfigurationKey, JobConfiguration, MetadataConfiguration, MetadataK
 use crate::{
     db::Transaction,
     error::{Error, Resource, Result, Violations, quoted},
-    models::{caller::Provider, version},
+    models::{caller::Provider, version_order},
     schema::{job_configurations, metadata_configurations, step_configurations},
 };
 
@@ -91,7 +91,7 @@ impl NewJobConfiguration {
                 job_configurations::name.eq(&self.name),
                 job_configurations::version.eq(self.version.to_string()),
                 job_configurations::release.eq(self.version.pre.is_empty()),
-                job_configurations::precedence.eq(version::precedence(&self.version)),
+                job_configurations::precedence.eq(version_order::precedence(&self.version)),
             ))
             .on_conflict((
                 job_configurations::provider_id,

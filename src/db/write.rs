@@ -1,9 +1,10 @@
-//! The one door for writes.
+//! The only way to write, but for appends.
 //!
-//! Model functions that write take a [`Transaction`], and only [`Database::write`] and
-//! [`OwnConnection::write`] make one. So a caller cannot write over a connection that it
-//! got in another way, and cannot forget to check its credential once more after it
-//! waited for the connection.
+//! Model functions that write take a [`Transaction`]. A handler gets one from
+//! [`Database::write`], which checks the caller's credential once more when the connection
+//! is there; so a handler cannot write over a connection that it got in another way, and
+//! cannot forget the check. [`OwnConnection::write`] is for the server's own writes, which
+//! have no credential. Appends check theirs in `event_log::append`.
 
 use std::{
     fmt,
