@@ -6,9 +6,8 @@ use std::{error::Error as StdError, fmt, time::Duration};
 use diesel::result::{DatabaseErrorKind, Error as DieselError};
 use uuid::Uuid;
 
-use crate::progress::JobStatus;
+use crate::{limits::ERROR_QUOTE_CHARS, progress::JobStatus};
 
-/// The result of a fallible function of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Why a call failed. `ErrorReason` in `errors.proto` describes each reason for
@@ -24,13 +23,11 @@ pub enum Error {
     /// The method requires this role, in lower case.
     #[error("this method is for {0}s")]
     RoleRequired(&'static str),
-    /// The API key lacks this scope, in upper case.
-    #[error("the API key lacks the scope {0}")]
+    /// The API key lacks this scope, in lower case.
+    #[error("the API key lacks the scope {}", .0.to_uppercase())]
     ScopeRequired(&'static str),
-    /// The method requires a session.
     #[error("this method needs a session; an API key or a watch token is not enough")]
     SessionRequired,
-    /// The setting for sign-up is off.
     #[error("sign-up is closed on this server")]
     SignUpClosed,
     /// Fields of the request violate their rules.
@@ -43,7 +40,6 @@ pub enum Error {
         /// The key in the request.
         name: String,
     },
-    /// Another user has the e-mail.
     #[error("a user with this e-mail exists")]
     EmailTaken,
     /// A resource of the same key exists with other content.
@@ -60,10 +56,7 @@ pub enum Error {
     WatchTokenAlreadyExpired(Uuid),
     /// `expected_sequence` is not the last sequence of the job.
     #[error("the last sequence of the job is {last_sequence}")]
-    SequenceMismatch {
-        /// The last sequence of the job.
-        last_sequence: i64,
-    },
+    SequenceMismatch { last_sequence: i64 },
     /// The log has not reached the requested position.
     #[error("the position is beyond the end of the log")]
     PositionBeyondLog,
@@ -87,10 +80,8 @@ pub enum Error {
         /// Time until the next attempt is useful.
         retry_after: Duration,
     },
-    /// The database does not answer.
     #[error("the database does not answer")]
     Unavailable(#[source] BoxError),
-    /// This server is shutting down.
     #[error("this server is shutting down")]
     Draining,
     /// The call exceeded the server's time limit or the client's deadline.
@@ -130,30 +121,14 @@ impl Error {
     /// Whether a batch is refused because of its content. A publish stream continues
     /// after such a batch; every other error ends it.
     pub fn is_about_content(&self) -> bool {
-        match self {
+        matches!(
+            self,
             Self::Invalid(_)
-            | Self::NotFound { .. }
-            | Self::Differs { .. }
-            | Self::JobClosed { .. }
-            | Self::SequenceMismatch { .. } => true,
-            Self::CredentialInvalid
-            | Self::LogInFailed
-            | Self::RoleRequired(_)
-            | Self::ScopeRequired(_)
-            | Self::SessionRequired
-            | Self::SignUpClosed
-            | Self::EmailTaken
-            | Self::ApiKeyAlreadyExpired(_)
-            | Self::WatchTokenAlreadyExpired(_)
-            | Self::PositionBeyondLog
-            | Self::EventsExpired { .. }
-            | Self::Overloaded { .. }
-            | Self::LogInThrottled { .. }
-            | Self::Unavailable(_)
-            | Self::Draining
-            | Self::DeadlineExceeded
-            | Self::Internal(_) => false,
-        }
+                | Self::NotFound { .. }
+                | Self::Differs { .. }
+                | Self::JobClosed { .. }
+                | Self::SequenceMismatch { .. }
+        )
     }
 }
 
@@ -239,7 +214,9 @@ impl Resource {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Violations {
     violations: Vec<Violation>,
-    known_step_tags: Option<usize>,
+    /// How many step tags the configuration has, because a description names only the
+    /// first of them.
+    pub known_step_tags: Option<usize>,
 }
 
 /// A violation of one field of a request.
@@ -257,15 +234,18 @@ impl Violations {
         self.violations.push(Violation { field: field.to_string(), description: description.into() });
     }
 
-    /// Sets the number of step tags that the configuration has, because a description
-    /// names only the first of them.
-    pub fn set_known_step_tags(&mut self, total: usize) {
-        self.known_step_tags = Some(total);
+    /// Adds a violation of `field` if the stored text differs from the given one.
+    pub fn add_if_different(&mut self, field: impl fmt::Display, given: &str, stored: &str) {
+        if given != stored {
+            self.add(field, format!("is stored as {}", quoted(stored)));
+        }
     }
 
-    /// The number set by [`set_known_step_tags`](Self::set_known_step_tags).
-    pub fn known_step_tags(&self) -> Option<usize> {
-        self.known_step_tags
+    /// Returns what `parse` returns, or [`Error::Invalid`] if it adds a violation.
+    pub fn check<T>(parse: impl FnOnce(&mut Self) -> T) -> Result<T> {
+        let mut violations = Self::default();
+        let value = parse(&mut violations);
+        violations.or(value)
     }
 
     /// Returns `value`, or [`Error::Invalid`] if there is a violation.
@@ -273,7 +253,6 @@ impl Violations {
         if self.violations.is_empty() { Ok(value) } else { Err(Error::Invalid(self)) }
     }
 
-    /// Whether there is no violation.
     pub fn is_empty(&self) -> bool {
         self.violations.is_empty()
     }
@@ -295,13 +274,10 @@ impl Violations {
     }
 }
 
-/// Quotes `value` for an error text: cuts it to
-/// [`crate::limits::ERROR_QUOTE_CHARS`] and escapes control characters.
+/// Quotes `value` for an error text: cuts it to [`ERROR_QUOTE_CHARS`] and escapes control
+/// characters.
 pub fn quoted(value: &str) -> String {
-    let limit = crate::limits::ERROR_QUOTE_CHARS;
-    let mut quoted: String = value.chars().take(limit).flat_map(char::escape_debug).collect();
-    if value.chars().nth(limit).is_some() {
-        quoted.push('…');
-    }
-    format!("\"{quoted}\"")
+    let quoted: String = value.chars().take(ERROR_QUOTE_CHARS).flat_map(char::escape_debug).collect();
+    let ellipsis = if value.chars().nth(ERROR_QUOTE_CHARS).is_some() { "…" } else { "" };
+    format!("\"{quoted}{ellipsis}\"")
 }

@@ -63,10 +63,7 @@ pub struct Progress {
 /// The weight of each step of a configuration, by position. It is the step's points,
 /// or 1 for every step if all points are zero.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Weights {
-    steps: Vec<i64>,
-    total: i64,
-}
+pub struct Weights(Vec<i64>);
 
 impl Weights {
     /// Takes the points of the steps, in order.
@@ -75,13 +72,12 @@ impl Weights {
         if steps.iter().all(|&points| points == 0) {
             steps.fill(1);
         }
-        let total = steps.iter().sum();
-        Self { steps, total }
+        Self(steps)
     }
 
     /// The sum of all weights.
     pub fn total(&self) -> i64 {
-        self.total
+        self.0.iter().sum()
     }
 }
 
@@ -92,11 +88,7 @@ pub struct StepSet([u8; CONFIGURATION_STEPS / 8]);
 impl StepSet {
     /// Decodes the stored form. Bits beyond the largest number of steps are dropped.
     pub fn from_bytes(bytes: &[u8]) -> Self {
-        let mut set = Self::default();
-        for (to, from) in set.0.iter_mut().zip(bytes) {
-            *to = *from;
-        }
-        set
+        Self(std::array::from_fn(|index| bytes.get(index).copied().unwrap_or_default()))
     }
 
     /// The stored form: one bit a step, lowest bit of each byte first, without zero
@@ -137,7 +129,7 @@ impl JobState {
             last_sequence: 0,
             status: JobStatus::Pending,
             closed: false,
-            progress: Progress { points_done: 0, points_total: weights.total, percent: 0 },
+            progress: Progress { points_done: 0, points_total: weights.total(), percent: 0 },
             steps_done: StepSet::default(),
         }
     }
@@ -151,27 +143,15 @@ impl JobState {
         if let (EventKind::Step, Some(step)) = (kind, step)
             && self.steps_done.insert(step)
         {
-            self.progress.points_done += weights.steps[step];
+            self.progress.points_done += weights.0[step];
         }
-        let failed = self.status == JobStatus::Failed;
-        self.status = match kind {
-            EventKind::Step => JobStatus::Running,
-            EventKind::Info => {
-                if failed {
-                    JobStatus::Failed
-                } else {
-                    JobStatus::Running
-                }
+        self.status = match (kind, self.status) {
+            (EventKind::Info | EventKind::Close, JobStatus::Failed) | (EventKind::Error, _) => {
+                JobStatus::Failed
             }
-            EventKind::Error => JobStatus::Failed,
-            EventKind::Complete => JobStatus::Complete,
-            EventKind::Close => {
-                if failed {
-                    JobStatus::Failed
-                } else {
-                    JobStatus::Cancelled
-                }
-            }
+            (EventKind::Step | EventKind::Info, _) => JobStatus::Running,
+            (EventKind::Complete, _) => JobStatus::Complete,
+            (EventKind::Close, _) => JobStatus::Cancelled,
         };
         self.closed = matches!(kind, EventKind::Complete | EventKind::Close);
         self.progress.percent = match kind {
@@ -190,11 +170,8 @@ pub struct Closed(pub JobStatus);
 
 /// Returns at most 99: only a complete event makes it 100.
 fn percent(progress: &Progress) -> i16 {
-    if progress.points_total == 0 {
-        return 0;
-    }
-    let percent = progress.points_done.saturating_mul(100) / progress.points_total;
-    i16::try_from(percent.min(99)).unwrap_or(99)
+    let percent = progress.points_done.saturating_mul(100).checked_div(progress.points_total);
+    percent.map_or(0, |percent| i16::try_from(percent.min(99)).unwrap_or(99))
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use crate::{
         CreationCursor,
         audit_entry::{AuditAct, AuditEntry, Origin},
         caller::{Caller, CredentialId, KeyManager, KeyScope},
-        clock_timestamp, interval,
+        clock_timestamp, interval, oldest_first,
     },
     schema::api_keys,
     secret::SecretHash,
@@ -40,15 +40,11 @@ pub struct ApiKey {
 
 #[derive(Clone, Debug)]
 pub struct NewApiKey {
-    /// Hash of the key's secret.
     pub key_hash: SecretHash,
-    /// The first characters of the secret, for display.
     pub key_prefix: String,
-    /// May be empty.
     pub note: String,
     /// At least one, each once.
     pub scopes: Vec<KeyScope>,
-    /// None: the key never expires.
     pub expires_at: Option<DateTime<Utc>>,
 }
 
@@ -57,10 +53,10 @@ impl NewApiKey {
     pub async fn create(
         self,
         tx: &mut Transaction<'_>,
-        manager: &KeyManager,
-        origin: &Origin,
+        manager: KeyManager,
+        origin: Origin,
     ) -> Result<ApiKey> {
-        let key = self.insert(tx, manager).await?;
+        let key = self.insert(tx, &manager).await?;
         let (user_id, api_key_id) = (Some(manager.user_id()), Some(key.id));
         AuditEntry { user_id, api_key_id, ..origin.entry(AuditAct::ApiKeyCreated) }.insert(tx).await?;
         Ok(key)
@@ -99,8 +95,7 @@ impl ApiKey {
     /// longer exists.
     pub async fn of_caller(conn: &mut AsyncPgConnection, caller: &Caller) -> Result<Self> {
         let CredentialId::ApiKey(id) = caller.credential() else { return Err(Error::CredentialInvalid) };
-        let key: Option<Self> =
-            api_keys::table.find(id).select(Self::as_select()).get_result(conn).await.optional()?;
+        let key = api_keys::table.find(id).select(Self::as_select()).get_result(conn).await.optional()?;
         key.ok_or(Error::CredentialInvalid)
     }
 
@@ -112,20 +107,8 @@ impl ApiKey {
         after: Option<CreationCursor>,
         limit: i64,
     ) -> Result<Vec<Self>> {
-        let mut query = api_keys::table
-            .filter(api_keys::user_id.eq(manager.user_id()))
-            .order((api_keys::created_at, api_keys::id))
-            .limit(limit)
-            .select(Self::as_select())
-            .into_boxed();
-        if let Some(CreationCursor { created_at, id }) = after {
-            query = query.filter(
-                api_keys::created_at
-                    .gt(created_at)
-                    .or(api_keys::created_at.eq(created_at).and(api_keys::id.gt(id))),
-            );
-        }
-        Ok(query.load(conn).await?)
+        let query = api_keys::table.filter(api_keys::user_id.eq(manager.user_id())).select(Self::as_select());
+        Ok(oldest_first!(api_keys, query, after, limit).load(conn).await?)
     }
 
     /// Expires a key of the manager's user. Fails with [`Error::NotFound`] if the user
@@ -178,9 +161,7 @@ impl ApiKey {
             own.select((Self::as_select(), valid)).for_no_key_update().get_result(tx).await.optional()?;
         let (old, valid) = old.ok_or_else(|| Error::not_found(Resource::ApiKey, &id))?;
         let scopes: Vec<KeyScope> = old.scopes().collect();
-        if let Some(missing) = scopes.iter().find(|scope| !manager.scopes().contains(scope)) {
-            return Err(Error::ScopeRequired(missing.name()));
-        }
+        manager.require(&scopes)?;
         if valid != Some(true) {
             return Err(Error::ApiKeyAlreadyExpired(id));
         }

@@ -7,7 +7,6 @@
 use std::net::IpAddr;
 
 use diesel::{
-    deserialize::FromSqlRow,
     expression::AsExpression,
     pg::Pg,
     prelude::*,
@@ -20,65 +19,72 @@ use uuid::Uuid;
 use crate::{
     db::Transaction,
     error::Result,
-    models::caller::{Caller, CredentialId, Subject},
-    schema::{audit_entries, sql_types},
+    models::{
+        caller::{Caller, CredentialId, Subject},
+        pg_enum::pg_enum,
+    },
+    schema::audit_entries,
 };
 
-/// The kind of an audited act.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, AsExpression, FromSqlRow)]
-#[diesel(sql_type = sql_types::AuditAct)]
-#[allow(missing_docs, reason = "the variants' names suffice")]
-pub enum AuditAct {
-    SignUp,
-    LogIn,
-    /// Also `ChangePassword` with a wrong current password.
-    LogInFailed,
-    LogOut,
-    PasswordChanged,
-    ApiKeyCreated,
-    ApiKeyRotated,
-    ApiKeyExpired,
-    WatchTokenCreated,
-    WatchTokenExpired,
-    /// By `CloseJob` only; a completion is an event of the job's log.
-    JobClosed,
-    UserCreated,
-    PasswordSet,
-    UserDisabled,
+pg_enum! {
+    /// The kind of an audited act.
+    pub enum AuditAct = AuditAct {
+        SignUp = "sign_up",
+        LogIn = "log_in",
+        /// Also `ChangePassword` with a wrong current password.
+        LogInFailed = "log_in_failed",
+        LogOut = "log_out",
+        PasswordChanged = "password_changed",
+        ApiKeyCreated = "api_key_created",
+        ApiKeyRotated = "api_key_rotated",
+        ApiKeyExpired = "api_key_expired",
+        WatchTokenCreated = "watch_token_created",
+        WatchTokenExpired = "watch_token_expired",
+        /// By `CloseJob` only; a completion is an event of the job's log.
+        JobClosed = "job_closed",
+        UserCreated = "user_created",
+        PasswordSet = "password_set",
+        UserDisabled = "user_disabled",
+    }
 }
 
-/// The kind of credential that an act was done with.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, AsExpression, FromSqlRow)]
-#[diesel(sql_type = sql_types::AuditActor)]
-#[allow(missing_docs, reason = "the variants' names suffice")]
-pub enum AuditActor {
-    Anonymous,
-    Session,
-    ApiKey,
-    WatchToken,
-    /// A command of `milepost user`, which works on the database directly.
-    Operator,
+pg_enum! {
+    /// The kind of credential that an act was done with.
+    pub enum AuditActor = AuditActor {
+        Anonymous = "anonymous",
+        Session = "session",
+        ApiKey = "api_key",
+        WatchToken = "watch_token",
+        /// A command of `milepost user`, which works on the database directly.
+        Operator = "operator",
+    }
 }
 
-/// The actor, client address and request id of a call, or the operator.
-#[derive(Clone, Copy, Debug)]
+/// The columns of an entry that say who acted: the caller of a call, or the operator.
+#[derive(Clone, Copy, Debug, Insertable)]
+#[diesel(table_name = audit_entries, treat_none_as_default_value = false)]
 pub struct Origin {
-    actor: AuditActor,
-    /// Ids of the subject and of the credential.
-    caller: Option<(Uuid, Uuid)>,
-    /// The client's address, if it is known.
-    pub address: Option<IpAddr>,
-    request_id: Option<Uuid>,
+    pub(super) actor: AuditActor,
+    pub(super) actor_user_id: Option<Uuid>,
+    pub(super) actor_credential_id: Option<Uuid>,
+    pub(super) client_address: Option<ClientAddress>,
+    pub(super) request_id: Option<Uuid>,
 }
 
 impl Origin {
     /// The operator, who works on the database without a call.
-    pub const OPERATOR: Self =
-        Self { actor: AuditActor::Operator, caller: None, address: None, request_id: None };
+    pub const OPERATOR: Self = Self {
+        actor: AuditActor::Operator,
+        actor_user_id: None,
+        actor_credential_id: None,
+        client_address: None,
+        request_id: None,
+    };
 
     /// The origin of a call without a credential.
     pub fn anonymous(address: Option<IpAddr>, request_id: Option<Uuid>) -> Self {
-        Self { actor: AuditActor::Anonymous, caller: None, address, request_id }
+        let client_address = address.map(ClientAddress);
+        Self { actor: AuditActor::Anonymous, client_address, request_id, ..Self::OPERATOR }
     }
 
     /// The origin of a call by this caller.
@@ -89,7 +95,8 @@ impl Origin {
             CredentialId::WatchToken(id) => (AuditActor::WatchToken, id),
         };
         let (Subject::User { id: subject, .. } | Subject::Job(subject)) = caller.subject();
-        Self { actor, caller: Some((subject, credential)), address, request_id }
+        let (actor_user_id, actor_credential_id) = (Some(subject), Some(credential));
+        Self { actor, actor_user_id, actor_credential_id, ..Self::anonymous(address, request_id) }
     }
 
     /// Makes an entry of this act without the ids of what the act changed; the caller
@@ -98,17 +105,13 @@ impl Origin {
         AuditEntry {
             id: Uuid::now_v7(),
             act,
-            actor: self.actor,
-            actor_user_id: self.caller.map(|(user, _)| user),
-            actor_credential_id: self.caller.map(|(_, credential)| credential),
+            origin: *self,
             user_id: None,
             session_id: None,
             api_key_id: None,
             new_api_key_id: None,
             watch_token_id: None,
             job_id: None,
-            client_address: self.address.map(ClientAddress),
-            request_id: self.request_id,
         }
     }
 
@@ -119,9 +122,9 @@ impl Origin {
             target: "milepost::audit",
             act = "log_in_throttled",
             actor = self.actor.label(),
-            actor_user_id = self.caller.map(|(user, _)| display(user)),
-            actor_credential_id = self.caller.map(|(_, credential)| display(credential)),
-            client_address = self.address.map(display),
+            actor_user_id = self.actor_user_id.map(display),
+            actor_credential_id = self.actor_credential_id.map(display),
+            client_address = self.client_address.map(|address| display(address.0)),
             request_id = self.request_id.map(display),
         );
     }
@@ -130,21 +133,17 @@ impl Origin {
 /// A row. The table's constraints say which ids an entry of each act has.
 #[derive(Clone, Debug, Insertable)]
 #[diesel(table_name = audit_entries, treat_none_as_default_value = false)]
-#[allow(missing_docs, reason = "the columns are documented in their migration")]
 pub struct AuditEntry {
     pub id: Uuid,
     pub act: AuditAct,
-    pub actor: AuditActor,
-    pub actor_user_id: Option<Uuid>,
-    pub actor_credential_id: Option<Uuid>,
+    #[diesel(embed)]
+    pub origin: Origin,
     pub user_id: Option<Uuid>,
     pub session_id: Option<Uuid>,
     pub api_key_id: Option<Uuid>,
     pub new_api_key_id: Option<Uuid>,
     pub watch_token_id: Option<Uuid>,
     pub job_id: Option<Uuid>,
-    pub client_address: Option<ClientAddress>,
-    pub request_id: Option<Uuid>,
 }
 
 impl AuditEntry {
@@ -157,21 +156,22 @@ impl AuditEntry {
 
     /// Logs the entry; to be called after its transaction has committed.
     pub fn log(&self) {
+        let origin = &self.origin;
         tracing::info!(
             target: "milepost::audit",
             entry_id = %self.id,
             act = self.act.label(),
-            actor = self.actor.label(),
-            actor_user_id = self.actor_user_id.map(display),
-            actor_credential_id = self.actor_credential_id.map(display),
+            actor = origin.actor.label(),
+            actor_user_id = origin.actor_user_id.map(display),
+            actor_credential_id = origin.actor_credential_id.map(display),
             user_id = self.user_id.map(display),
             session_id = self.session_id.map(display),
             api_key_id = self.api_key_id.map(display),
             new_api_key_id = self.new_api_key_id.map(display),
             watch_token_id = self.watch_token_id.map(display),
             job_id = self.job_id.map(display),
-            client_address = self.client_address.map(|address| display(address.0)),
-            request_id = self.request_id.map(display),
+            client_address = origin.client_address.map(|address| display(address.0)),
+            request_id = origin.request_id.map(display),
         );
     }
 }
@@ -187,16 +187,11 @@ pub struct ClientAddress(pub IpAddr);
 impl ToSql<Inet, Pg> for ClientAddress {
     fn to_sql<'b>(&'b self, out: &mut Output<'b, '_, Pg>) -> serialize::Result {
         use std::io::Write as _;
-        match self.0 {
-            IpAddr::V4(address) => {
-                out.write_all(&[2, 32, 0, 4])?;
-                out.write_all(&address.octets())?;
-            }
-            IpAddr::V6(address) => {
-                out.write_all(&[3, 128, 0, 16])?;
-                out.write_all(&address.octets())?;
-            }
-        }
+        let bytes = match self.0 {
+            IpAddr::V4(address) => [&[2, 32, 0, 4][..], &address.octets()].concat(),
+            IpAddr::V6(address) => [&[3, 128, 0, 16][..], &address.octets()].concat(),
+        };
+        out.write_all(&bytes)?;
         Ok(IsNull::No)
     }
 }

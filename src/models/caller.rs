@@ -2,44 +2,31 @@
 //! tenant's data take one of these proofs. Only [`Caller`] returns proofs, and only
 //! the look-ups of sessions, API keys and watch tokens make a [`Caller`].
 
-use diesel::{deserialize::FromSqlRow, expression::AsExpression};
 use uuid::Uuid;
 
-use crate::{
-    error::{Error, Result},
-    schema::sql_types,
-};
+use super::pg_enum::pg_enum;
+use crate::error::{Error, Result};
 
-/// The role of a user; it never changes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, AsExpression, FromSqlRow)]
-#[diesel(sql_type = sql_types::UserRole)]
-pub enum UserRole {
-    /// Jobs run for a customer.
-    Customer,
-    /// A provider runs jobs.
-    Provider,
+pg_enum! {
+    /// The role of a user; it never changes.
+    pub enum UserRole = UserRole {
+        /// Jobs run for a customer.
+        Customer = "customer",
+        /// A provider runs jobs.
+        Provider = "provider",
+    }
 }
 
-/// A group of methods that an API key may call.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, AsExpression, FromSqlRow)]
-#[diesel(sql_type = sql_types::ApiKeyScope)]
-pub enum KeyScope {
-    /// Methods that only read.
-    Read,
-    /// Methods by which a provider writes.
-    Append,
-    /// Methods that list and change the user's API keys.
-    Manage,
-}
-
-impl KeyScope {
-    /// The name in the API, without the enum's prefix.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Read => "READ",
-            Self::Append => "APPEND",
-            Self::Manage => "MANAGE",
-        }
+pg_enum! {
+    /// A group of methods that an API key may call.
+    #[derive(PartialOrd, Ord)]
+    pub enum KeyScope = ApiKeyScope {
+        /// Methods that only read.
+        Read = "read",
+        /// Methods by which a provider writes.
+        Append = "append",
+        /// Methods that list and change the user's API keys.
+        Manage = "manage",
     }
 }
 
@@ -83,12 +70,10 @@ impl Caller {
         Self { subject, credential, scopes }
     }
 
-    /// The subject on whose behalf the call is made.
     pub fn subject(&self) -> Subject {
         self.subject
     }
 
-    /// The credential of the call.
     pub fn credential(&self) -> CredentialId {
         self.credential
     }
@@ -100,7 +85,7 @@ impl Caller {
         let Subject::User { id, role: UserRole::Provider } = self.subject else {
             return Err(Error::RoleRequired("provider"));
         };
-        self.require(scope)?;
+        require(&self.scopes, &[scope])?;
         Ok(Provider { id })
     }
 
@@ -116,7 +101,7 @@ impl Caller {
     /// Returns the proof that the jobs of [`Viewer::visibility`] may be read. Fails
     /// with [`Error::ScopeRequired`].
     pub fn viewer(&self) -> Result<Viewer> {
-        self.require(KeyScope::Read)?;
+        require(&self.scopes, &[KeyScope::Read])?;
         Ok(match self.subject {
             Subject::User { id, role: UserRole::Provider } => Viewer(Visibility::Provider(id)),
             Subject::User { id, role: UserRole::Customer } => Viewer(Visibility::Customer(id)),
@@ -141,13 +126,14 @@ impl Caller {
         let Subject::User { id, role } = self.subject else {
             return Err(Error::RoleRequired("provider or customer"));
         };
-        self.require(KeyScope::Manage)?;
+        require(&self.scopes, &[KeyScope::Manage])?;
         Ok(KeyManager { user_id: id, role, scopes: self.scopes.clone() })
     }
+}
 
-    fn require(&self, scope: KeyScope) -> Result<()> {
-        if self.scopes.contains(&scope) { Ok(()) } else { Err(Error::ScopeRequired(scope.name())) }
-    }
+fn require(granted: &[KeyScope], scopes: &[KeyScope]) -> Result<()> {
+    let missing = scopes.iter().find(|scope| !granted.contains(scope));
+    missing.map_or(Ok(()), |scope| Err(Error::ScopeRequired(scope.label())))
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -165,19 +151,15 @@ impl Provider {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Viewer(Visibility);
 
-/// The jobs that a viewer sees.
+/// The jobs that a viewer sees: those of a user, or one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Visibility {
-    /// The jobs of this provider.
     Provider(Uuid),
-    /// The jobs of this customer.
     Customer(Uuid),
-    /// This one job.
     Job(Uuid),
 }
 
 impl Viewer {
-    /// The jobs that the viewer sees.
     pub fn visibility(self) -> Visibility {
         self.0
     }
@@ -217,7 +199,6 @@ impl Account {
         self.user_id
     }
 
-    /// The id of the session that the call is made with.
     pub fn session_id(self) -> Uuid {
         self.session_id
     }
@@ -237,14 +218,13 @@ impl KeyManager {
         self.user_id
     }
 
-    /// The role of that user.
     pub fn role(&self) -> UserRole {
         self.role
     }
 
-    /// The scopes that a new key may have.
-    pub fn scopes(&self) -> &[KeyScope] {
-        &self.scopes
+    /// Fails with [`Error::ScopeRequired`] unless a new key may have these scopes.
+    pub fn require(&self, scopes: &[KeyScope]) -> Result<()> {
+        require(&self.scopes, scopes)
     }
 }
 

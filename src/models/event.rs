@@ -1,20 +1,19 @@
 //! Events, and the states of jobs after their last events.
 
 mod append;
-mod by_ids;
 mod locked;
-mod visible;
+mod query;
 
 use chrono::{DateTime, Utc};
 use diesel::prelude::*;
 use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use uuid::Uuid;
 
+use self::query::{EventQuery, Rows};
 pub use self::{
     append::{AppendOutcome, AppendStatement, NewRow},
     locked::LockedJob,
 };
-use self::{by_ids::EventsByIds, visible::VisibleEvents};
 use crate::{
     error::Result,
     models::caller::Visibility,
@@ -104,7 +103,8 @@ impl Event {
         through: i64,
         limit: i64,
     ) -> Result<Vec<Self>> {
-        Ok(VisibleEvents::new(visibility, after, through, limit).load(connection).await?)
+        let rows = Rows::Visible { visibility, after, through, limit };
+        Ok(EventQuery::new(rows).load(connection).await?)
     }
 
     /// The position of the oldest event of the log that is kept.
@@ -120,7 +120,7 @@ impl Event {
         job_id: Uuid,
         ids: &[Uuid],
     ) -> Result<Vec<Self>> {
-        Ok(EventsByIds::new(job_id, ids).load(&mut connection).await?)
+        Ok(EventQuery::new(Rows::ByIds { job_id, ids }).load(&mut connection).await?)
     }
 }
 
@@ -129,9 +129,7 @@ impl Event {
 #[diesel(table_name = jobs, check_for_backend(diesel::pg::Pg))]
 pub struct JobHead {
     pub id: Uuid,
-    /// The provider, who runs the job.
     pub provider_id: Uuid,
-    /// The customer, whom the job is run for.
     pub customer_id: Uuid,
     /// The configuration that the job is pinned to.
     pub job_configuration_id: Uuid,

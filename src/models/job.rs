@@ -5,11 +5,8 @@ mod list;
 use std::fmt;
 
 use chrono::{DateTime, Utc};
-use diesel::{
-    BoolExpressionMethods as _, ExpressionMethods as _, JoinOnDsl as _, OptionalExtension as _,
-    QueryDsl as _, Queryable,
-};
-use diesel_async::{AsyncPgConnection, RunQueryDsl as _};
+use diesel::prelude::*;
+use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use uuid::Uuid;
 
 pub use self::list::{JobFilters, JobPage};
@@ -19,7 +16,7 @@ use super::{
 };
 use crate::{
     db::Transaction,
-    error::{Error, Resource, Result, Violations, quoted},
+    error::{Error, Resource, Result, Violations},
     progress::{JobStatus, Progress, Weights},
     schema::{job_configurations, jobs, step_configurations, users},
 };
@@ -69,19 +66,16 @@ pub struct Job {
     pub last_sequence: i64,
     /// When the job was closed; none for an open job.
     pub closed_at: Option<DateTime<Utc>>,
-    /// When the job was created.
     pub created_at: DateTime<Utc>,
-    /// When the row last changed.
     pub updated_at: DateTime<Utc>,
 }
 
-/// The provider or the customer of a job, as the other one of them sees it.
+/// The provider or the customer of a job, as the other one of them sees it. The names may be
+/// empty.
 #[derive(Clone, Debug, PartialEq, Eq, Queryable)]
 pub struct Party {
     pub id: Uuid,
-    /// May be empty.
     pub first_name: String,
-    /// May be empty.
     pub last_name: String,
 }
 
@@ -172,7 +166,7 @@ impl Job {
     /// Creates a job. Returns it and whether it existed before. Fails with
     /// [`Error::Differs`] if it exists with other content, otherwise with
     /// [`Error::NotFound`] if the customer or the configuration does not exist.
-    pub async fn create(tx: &mut Transaction<'_>, provider: Provider, new: &NewJob) -> Result<(Self, bool)> {
+    pub async fn create(tx: &mut Transaction<'_>, provider: Provider, new: NewJob) -> Result<(Self, bool)> {
         // A repeated request has the same answer, even if the customer has been
         // disabled since.
         if let Some(stored) = Self::find_by_provider_job_id(tx, provider.id(), &new.provider_job_id).await? {
@@ -244,25 +238,15 @@ impl NewJob {
 
     /// Lists the fields whose stored values differ from those of this job.
     fn differences(&self, stored: &Job) -> Violations {
+        let version = self.configuration_version.as_ref().unwrap_or(&stored.configuration_version);
         let mut differences = Violations::default();
-        if self.customer_id != stored.customer.id {
-            differences
-                .add("customer_id", format!("is stored as {}", quoted(&stored.customer.id.to_string())));
-        }
-        if self.configuration_tag != stored.configuration_tag {
-            differences
-                .add("configuration_tag", format!("is stored as {}", quoted(&stored.configuration_tag)));
-        }
-        if self.configuration_version.as_ref().is_some_and(|version| *version != stored.configuration_version)
-        {
-            differences.add(
-                "configuration_version",
-                format!("is stored as {}", quoted(&stored.configuration_version)),
-            );
-        }
-        if self.provider_job_name != stored.provider_job_name {
-            differences
-                .add("provider_job_name", format!("is stored as {}", quoted(&stored.provider_job_name)));
+        for (field, given, stored) in [
+            ("customer_id", &self.customer_id.to_string(), &stored.customer.id.to_string()),
+            ("configuration_tag", &self.configuration_tag, &stored.configuration_tag),
+            ("configuration_version", version, &stored.configuration_version),
+            ("provider_job_name", &self.provider_job_name, &stored.provider_job_name),
+        ] {
+            differences.add_if_different(field, given, stored);
         }
         differences
     }

@@ -6,40 +6,29 @@ mod register;
 use std::{collections::HashMap, fmt};
 
 use chrono::{DateTime, Utc};
-use diesel::{
-    BoolExpressionMethods as _, ExpressionMethods as _, OptionalExtension as _, QueryDsl as _,
-    deserialize::FromSqlRow, dsl, expression::AsExpression,
-};
-use diesel_async::{AsyncPgConnection, RunQueryDsl as _};
+use diesel::{dsl::exists, pg::Pg, prelude::*};
+use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use uuid::Uuid;
 
 pub use self::register::{NewJobConfiguration, NewStepConfiguration};
-use super::caller::{Provider, Viewer, Visibility};
+use super::{
+    caller::{Provider, Viewer, Visibility},
+    pg_enum::pg_enum,
+};
 use crate::{
     error::Result,
     progress::Weights,
-    schema::{job_configurations, jobs, metadata_configurations, sql_types, step_configurations},
+    schema::{job_configurations, jobs, metadata_configurations, step_configurations},
 };
 
-/// The kind of value that a metadata name has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, AsExpression, FromSqlRow)]
-#[diesel(sql_type = sql_types::MetadataKind)]
-pub enum MetadataKind {
-    Text,
-    /// A finite number.
-    Number,
-    /// A string that is an absolute http or https URL.
-    Link,
-}
-
-impl MetadataKind {
-    /// The name in the API, without the enum's prefix.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Text => "TEXT",
-            Self::Number => "NUMBER",
-            Self::Link => "LINK",
-        }
+pg_enum! {
+    /// The kind of value that a metadata name has.
+    pub enum MetadataKind = MetadataKind {
+        Text = "text",
+        /// A finite number.
+        Number = "number",
+        /// A string that is an absolute http or https URL.
+        Link = "link",
     }
 }
 
@@ -47,14 +36,12 @@ impl MetadataKind {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct JobConfiguration {
     pub id: Uuid,
-    /// The provider who registered it.
     pub provider_id: Uuid,
     /// The provider's key for this kind of job; all versions share it.
     pub tag: String,
     pub name: String,
     /// Strict SemVer 2.0; unique within provider and tag.
     pub version: String,
-    /// When the version was registered.
     pub created_at: DateTime<Utc>,
     /// In order; at most [`crate::limits::CONFIGURATION_STEPS`].
     pub steps: Vec<StepConfiguration>,
@@ -74,7 +61,8 @@ pub struct StepConfiguration {
 }
 
 /// A metadata name that a step's events are expected to carry.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Queryable, Selectable)]
+#[diesel(table_name = metadata_configurations, check_for_backend(Pg))]
 pub struct MetadataConfiguration {
     /// Unique within its step.
     pub name: String,
@@ -113,7 +101,6 @@ impl fmt::Display for ConfigurationKey {
 }
 
 impl JobConfiguration {
-    /// The weight of each step.
     pub fn weights(&self) -> Weights {
         Weights::new(self.steps.iter().map(|step| step.points))
     }
@@ -138,6 +125,7 @@ impl JobConfiguration {
         use job_configurations::{
             created_at, id, precedence, provider_id, release, table, tag as tag_, version as version_,
         };
+        let jobs_of = |wanted| jobs::table.filter(jobs::job_configuration_id.eq(wanted));
         let query = table.select(id).into_boxed();
         let query = match (viewer.visibility(), key) {
             (Visibility::Provider(provider), ConfigurationKey::Id(wanted)) => {
@@ -151,14 +139,11 @@ impl JobConfiguration {
                 .order((release.desc(), precedence.desc(), created_at.desc(), id.desc()))
                 .limit(1),
             (Visibility::Customer(customer), ConfigurationKey::Id(wanted)) => {
-                let visible_jobs = jobs::table
-                    .filter(jobs::job_configuration_id.eq(wanted).and(jobs::customer_id.eq(customer)));
-                query.filter(id.eq(wanted).and(dsl::exists(visible_jobs)))
+                let visible = jobs_of(wanted).filter(jobs::customer_id.eq(customer));
+                query.filter(id.eq(wanted).and(exists(visible)))
             }
             (Visibility::Job(job), ConfigurationKey::Id(wanted)) => {
-                let visible_jobs =
-                    jobs::table.filter(jobs::job_configuration_id.eq(wanted).and(jobs::id.eq(job)));
-                query.filter(id.eq(wanted).and(dsl::exists(visible_jobs)))
+                query.filter(id.eq(wanted).and(exists(jobs_of(wanted).filter(jobs::id.eq(job)))))
             }
             (
                 Visibility::Customer(_) | Visibility::Job(_),
@@ -243,16 +228,11 @@ impl JobConfiguration {
             .inner_join(step_configurations::table)
             .filter(step_configurations::job_configuration_id.eq_any(ids))
             .order((metadata_configurations::step_configuration_id, metadata_configurations::position))
-            .select((
-                metadata_configurations::step_configuration_id,
-                metadata_configurations::name,
-                metadata_configurations::kind,
-                metadata_configurations::units,
-            ))
-            .load::<(Uuid, String, MetadataKind, String)>(conn)
+            .select((metadata_configurations::step_configuration_id, MetadataConfiguration::as_select()))
+            .load::<(Uuid, MetadataConfiguration)>(conn)
             .await?;
-        for (step_id, name, kind, units) in rows {
-            metadata.entry(step_id).or_default().push(MetadataConfiguration { name, kind, units });
+        for (step_id, of_step) in rows {
+            metadata.entry(step_id).or_default().push(of_step);
         }
 
         let mut steps: HashMap<Uuid, Vec<StepConfiguration>> = HashMap::new();

@@ -30,14 +30,12 @@ use crate::{
 
 /// Failures in a row of one pair before the next attempt has to wait.
 const PAIR_FREE: i32 = 5;
-/// Failures in a row of one address, or of one e-mail, before the next attempt has
-/// to wait.
+/// Failures in a row of one address, or of one e-mail, before the next attempt has to wait.
 const OTHER_FREE: i32 = 20;
 /// Sign-ups in a row from one address before the next has to wait. It exceeds the
 /// number of people who share an address in an office or a class.
 const SIGN_UPS_FREE: i32 = 100;
-/// Longest wait. The first wait is one second, and each further one is twice as
-/// long.
+/// Longest wait. The first wait is one second, and each further one is twice as long.
 const LONGEST: Duration = Duration::from_secs(60);
 
 /// See migrations/2026-11-26-000008_log_in_throttle/up.sql.
@@ -47,7 +45,8 @@ mod sql {
         sql_types::{Bool, Integer, Interval, Nullable, Text},
     };
 
-    diesel::define_sql_function! {
+    #[diesel::declare_sql_function]
+    extern "SQL" {
         /// Returns when the attempt was counted on address and e-mail, how long to
         /// wait, whether it is refused, and whether the pair is known.
         fn begin_log_in_attempt(
@@ -58,19 +57,13 @@ mod sql {
             longest: Interval,
             has_permit: Bool,
         ) -> Record<(Nullable<Timestamptz>, Nullable<Interval>, Bool, Bool)>;
-    }
 
-    diesel::define_sql_function! {
         /// Always returns true.
         fn finish_log_in_attempt(address: Text, email: Text, counted_at: Nullable<Timestamptz>) -> Bool;
-    }
 
-    diesel::define_sql_function! {
         /// Always returns true.
         fn withdraw_log_in_attempt(address: Text, email: Text, counted_at: Nullable<Timestamptz>) -> Bool;
-    }
 
-    diesel::define_sql_function! {
         /// Returns how long to wait, or NULL if the sign-up is counted.
         fn begin_sign_up(address: Text, free: Integer, longest: Interval) -> Nullable<Interval>;
     }
@@ -80,7 +73,6 @@ mod sql {
 #[derive(Clone, Debug)]
 pub struct LogInClaim {
     email: String,
-    address: String,
     origin: Origin,
 }
 
@@ -100,7 +92,7 @@ pub struct LogInAttempt {
 impl LogInClaim {
     /// The e-mail may be in any case. The address is that of `origin`.
     pub fn new(email: impl Into<String>, origin: Origin) -> Self {
-        Self { email: email.into(), address: network_of(&origin), origin }
+        Self { email: email.into(), origin }
     }
 
     /// Counts the log-in as failed. Returns none if it is restricted: the caller then
@@ -118,7 +110,7 @@ impl LogInClaim {
     }
 
     async fn begin_with(&self, tx: &mut Transaction<'_>, has_permit: bool) -> Result<LogInAttempt> {
-        let (address, email) = (&self.address, &self.email);
+        let (address, email) = (network(&self.origin), &self.email);
         let call =
             sql::begin_log_in_attempt(address, email, PAIR_FREE, OTHER_FREE, interval(LONGEST), has_permit);
         let (counted_at, wait, refused, known_pair): (_, Option<PgInterval>, _, _) =
@@ -142,7 +134,7 @@ impl LogInClaim {
         tx: &mut Transaction<'_>,
         counted_at: Option<DateTime<Utc>>,
     ) -> Result<()> {
-        let call = sql::finish_log_in_attempt(&self.address, &self.email, counted_at);
+        let call = sql::finish_log_in_attempt(network(&self.origin), &self.email, counted_at);
         let _done: bool = diesel::select(call).get_result(tx).await?;
         Ok(())
     }
@@ -168,8 +160,8 @@ impl LogInAttempt {
 
     /// Takes the counted failure back, because the password could not be verified.
     pub async fn withdraw(&self, tx: &mut Transaction<'_>) -> Result<()> {
-        let LogInClaim { address, email, .. } = &self.claim;
-        let call = sql::withdraw_log_in_attempt(address, email, self.counted_at);
+        let LogInClaim { email, origin } = &self.claim;
+        let call = sql::withdraw_log_in_attempt(network(origin), email, self.counted_at);
         let _done: bool = diesel::select(call).get_result(tx).await?;
         Ok(())
     }
@@ -188,33 +180,28 @@ impl LogInAttempt {
 /// alone, or through a proxy that is not configured as trusted, and then from
 /// everyone.
 pub async fn begin_sign_up(tx: &mut Transaction<'_>, origin: &Origin) -> Result<()> {
-    if origin.address.is_none_or(|address| address.to_canonical().is_loopback()) {
+    if origin.client_address.is_none_or(|address| address.0.to_canonical().is_loopback()) {
         return Ok(());
     }
-    let call = sql::begin_sign_up(network_of(origin), SIGN_UPS_FREE, interval(LONGEST));
+    let call = sql::begin_sign_up(network(origin), SIGN_UPS_FREE, interval(LONGEST));
     let wait: Option<PgInterval> = diesel::select(call).get_result(tx).await?;
-    match wait.map(duration) {
-        None => Ok(()),
-        Some(retry_after) => Err(Error::Overloaded { what: "sign-ups from one address", retry_after }),
-    }
+    let refused = |retry_after| Err(Error::Overloaded { what: "sign-ups from one address", retry_after });
+    wait.map(duration).map_or(Ok(()), refused)
 }
 
-/// Converts a wait, which is shorter than a day, so that its microseconds are all of
-/// it.
+/// Converts a wait, which is shorter than a day, so that its microseconds are all of it.
 fn duration(wait: PgInterval) -> Duration {
     Duration::from_micros(u64::try_from(wait.microseconds).unwrap_or_default())
 }
 
-fn network_of(origin: &Origin) -> String {
-    origin.address.map_or_else(String::new, |address| network(address).to_string())
-}
-
 /// An IPv6 address counts as its /64 network, because one client usually has all
-/// addresses of such a network. An IPv4 address counts as itself.
-fn network(address: IpAddr) -> IpAddr {
-    match address.to_canonical() {
-        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
-        address @ IpAddr::V4(_) => address,
+/// addresses of such a network. An IPv4 address counts as itself, and an unknown one as
+/// the empty text.
+fn network(origin: &Origin) -> String {
+    match origin.client_address.map(|address| address.0.to_canonical()) {
+        Some(IpAddr::V6(address)) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).to_string(),
+        Some(IpAddr::V4(address)) => address.to_string(),
+        None => String::new(),
     }
 }
 
@@ -224,9 +211,8 @@ mod tests {
 
     #[test]
     fn addresses_of_one_ipv6_64_network_count_as_one() {
-        let same = |a: &str, b: &str| {
-            network(a.parse().expect("an address")) == network(b.parse().expect("an address"))
-        };
+        let network = |text: &str| network(&Origin::anonymous(Some(text.parse().expect("an address")), None));
+        let same = |a: &str, b: &str| network(a) == network(b);
         assert!(same("2001:db8:1:2::3", "2001:db8:1:2:ffff::4"));
         assert!(!same("2001:db8:1:2::3", "2001:db8:1:3::3"));
         assert!(!same("10.0.0.1", "10.0.0.2"));

@@ -31,17 +31,31 @@ diesel::define_sql_function! {
     fn clock_timestamp() -> diesel::sql_types::Timestamptz;
 }
 
-/// Converts to a Postgres interval, which counts microseconds.
+/// A Postgres interval counts microseconds.
 fn interval(duration: Duration) -> PgInterval {
     PgInterval::from_microseconds(i64::try_from(duration.as_micros()).unwrap_or(i64::MAX))
 }
 
-/// Where a row stands in a list that is ordered by creation: a later row has a greater
-/// cursor.
+/// Where a row stands in a list by creation: a later row has a greater cursor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Queryable)]
 pub struct CreationCursor {
-    /// When the row was created.
     pub created_at: DateTime<Utc>,
     /// The row's id, which orders rows of one creation time.
     pub id: Uuid,
 }
+
+/// Orders a query by creation, oldest first, and cuts it to `limit` rows after a
+/// [`CreationCursor`].
+macro_rules! oldest_first {
+    ($table:ident, $query:expr, $after:expr, $limit:expr) => {{
+        use $table::{created_at, id};
+        let query = $query.order((created_at, id)).limit($limit).into_boxed();
+        match $after {
+            Some($crate::models::CreationCursor { created_at: at, id: last }) => {
+                query.filter(created_at.gt(at).or(created_at.eq(at).and(id.gt(last))))
+            }
+            None => query,
+        }
+    }};
+}
+use oldest_first;

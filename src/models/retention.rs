@@ -32,9 +32,8 @@ diesel::define_sql_function! {
     ) -> Record<(BigInt, BigInt)>;
 }
 
-/// Runs one bounded step of the removal of all events of jobs that closed longer
-/// ago than `age`. Returns true if it changed anything; there may be more to
-/// remove then.
+/// Runs one bounded step of the removal of all events of jobs that closed longer ago than
+/// `age`. Returns true if it changed anything; there may be more to remove then.
 pub async fn remove_step(tx: &mut Transaction<'_>, age: Duration) -> Result<bool> {
     let step = remove_expired_events(interval(age), STEP_JOBS, STEP_EVENTS);
     let (marked, deleted): (i64, i64) = diesel::select(step).get_result(tx).await?;

@@ -37,9 +37,7 @@ pub struct Session {
 
 #[derive(Clone, Copy, Debug)]
 pub struct NewSession {
-    /// The user who logged in.
     pub user_id: Uuid,
-    /// Hash of the session's secret.
     pub secret_hash: SecretHash,
     /// Time until the session expires, counted from its insertion.
     pub lifetime: Duration,
@@ -95,17 +93,12 @@ impl Session {
     /// Returns the session that the call is made with. Fails with
     /// [`Error::CredentialInvalid`] if its row no longer exists.
     pub async fn of_account(conn: &mut AsyncPgConnection, account: Account) -> Result<Self> {
-        let session: Option<Self> = sessions::table
-            .find(account.session_id())
-            .select(Self::as_select())
-            .get_result(conn)
-            .await
-            .optional()?;
-        session.ok_or(Error::CredentialInvalid)
+        let own = sessions::table.find(account.session_id()).select(Self::as_select());
+        own.get_result(conn).await.optional()?.ok_or(Error::CredentialInvalid)
     }
 
     /// Ends the session that the call is made with. Does nothing if it has ended.
-    pub async fn end(tx: &mut Transaction<'_>, account: Account, origin: &Origin) -> Result<()> {
+    pub async fn end(tx: &mut Transaction<'_>, account: Account, origin: Origin) -> Result<()> {
         let ended = diesel::update(sessions::table.find(account.session_id()))
             .filter(sessions::expires_at.gt(clock_timestamp()))
             .set(sessions::expires_at.eq(now))
@@ -118,8 +111,7 @@ impl Session {
         AuditEntry { user_id, session_id, ..origin.entry(AuditAct::LogOut) }.insert(tx).await
     }
 
-    /// Ends all valid sessions of a user except `kept`, and returns how many it
-    /// ended.
+    /// Ends all valid sessions of a user except `kept`, and returns how many it ended.
     pub(super) async fn end_all(
         tx: &mut Transaction<'_>,
         user_id: Uuid,

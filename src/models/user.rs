@@ -3,7 +3,11 @@
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use diesel::{dsl::now, prelude::*, sql_types::Text};
+use diesel::{
+    dsl::{case_when, now},
+    prelude::*,
+    sql_types::{Text, Timestamptz},
+};
 use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use uuid::Uuid;
 
@@ -50,8 +54,7 @@ impl Email {
     }
 }
 
-/// A row, without the hash of the password, which only the verification of
-/// passwords reads.
+/// A row, without the hash of the password, which only its verification reads.
 #[derive(Clone, Debug, Queryable, Selectable)]
 #[diesel(table_name = users, check_for_backend(diesel::pg::Pg))]
 pub struct User {
@@ -72,13 +75,9 @@ pub struct User {
 #[derive(Clone, Debug)]
 pub struct NewUser {
     pub role: UserRole,
-    /// Must not belong to another user.
     pub email: Email,
-    /// Hash of the user's password.
     pub password_hash: PasswordHash,
-    /// May be empty.
     pub first_name: String,
-    /// May be empty.
     pub last_name: String,
 }
 
@@ -133,13 +132,11 @@ impl NewUser {
     }
 }
 
-/// New names of a user. None leaves the name as it is.
+/// New names of a user, which may be empty. None leaves the name as it is.
 #[derive(Clone, Debug, AsChangeset)]
 #[diesel(table_name = users)]
 pub struct Names {
-    /// May be empty.
     pub first_name: Option<String>,
-    /// May be empty.
     pub last_name: Option<String>,
 }
 
@@ -157,12 +154,9 @@ impl User {
         conn: &mut AsyncPgConnection,
         email: &str,
     ) -> Result<Option<(Self, PasswordHash)>> {
-        let row: Option<(Self, String)> = users::table
-            .filter(lower(users::email).eq(lower(email)))
-            .select((Self::as_select(), users::password_hash))
-            .get_result(conn)
-            .await
-            .optional()?;
+        let query = users::table.filter(lower(users::email).eq(lower(email)));
+        let row =
+            query.select((Self::as_select(), users::password_hash)).get_result(conn).await.optional()?;
         Ok(row.map(|(user, hash)| (user, PasswordHash::new(hash))))
     }
 
@@ -193,7 +187,7 @@ impl User {
     }
 
     /// Sets the caller's names and returns the changed user.
-    pub async fn rename(tx: &mut Transaction<'_>, account: Account, names: &Names) -> Result<Self> {
+    pub async fn rename(tx: &mut Transaction<'_>, account: Account, names: Names) -> Result<Self> {
         Ok(diesel::update(users::table.find(account.user_id()))
             .set(names)
             .returning(Self::as_returning())
@@ -244,10 +238,7 @@ impl User {
     /// log-ins and API keys from now on. A repeated call leaves `disabled_at` as it
     /// is. Fails with [`Error::NotFound`] if no user has the e-mail.
     pub async fn disable(tx: &mut Transaction<'_>, email: &str) -> Result<Self> {
-        let first = diesel::dsl::case_when(
-            users::disabled_at.is_null(),
-            now.into_sql::<diesel::sql_types::Timestamptz>().nullable(),
-        );
+        let first = case_when(users::disabled_at.is_null(), now.into_sql::<Timestamptz>().nullable());
         let user = diesel::update(users::table)
             .filter(lower(users::email).eq(lower(email)))
             .set(users::disabled_at.eq(first.otherwise(users::disabled_at)))
@@ -258,8 +249,6 @@ impl User {
         Self::end_sessions(tx, user, email, AuditAct::UserDisabled).await
     }
 
-    /// Ends all sessions of the user whom an operator changed and inserts the audit
-    /// entry.
     async fn end_sessions(
         tx: &mut Transaction<'_>,
         changed: Option<Self>,

@@ -14,7 +14,7 @@ use crate::{
         CreationCursor,
         audit_entry::{AuditAct, AuditEntry, Origin},
         caller::{Caller, CredentialId, Provider},
-        clock_timestamp, interval,
+        clock_timestamp, interval, oldest_first,
     },
     schema::watch_tokens,
     secret::SecretHash,
@@ -42,11 +42,8 @@ pub struct WatchToken {
 pub struct NewWatchToken {
     /// A job of the provider who creates the token.
     pub job_id: Uuid,
-    /// Hash of the token's secret.
     pub secret_hash: SecretHash,
-    /// The first characters of the secret, for display.
     pub secret_prefix: String,
-    /// May be empty.
     pub note: String,
     /// Time until the token expires, counted from its insertion.
     pub lifetime: Duration,
@@ -58,16 +55,10 @@ impl NewWatchToken {
         self,
         tx: &mut Transaction<'_>,
         provider: Provider,
-        origin: &Origin,
+        origin: Origin,
     ) -> Result<WatchToken> {
-        let token = self.insert(tx, provider).await?;
-        token.entry(AuditAct::WatchTokenCreated, provider, origin).insert(tx).await?;
-        Ok(token)
-    }
-
-    async fn insert(self, tx: &mut Transaction<'_>, provider: Provider) -> Result<WatchToken> {
         let lifetime = interval(self.lifetime);
-        Ok(diesel::insert_into(watch_tokens::table)
+        let token: WatchToken = diesel::insert_into(watch_tokens::table)
             .values((
                 watch_tokens::id.eq(Uuid::now_v7()),
                 watch_tokens::job_id.eq(self.job_id),
@@ -79,7 +70,9 @@ impl NewWatchToken {
             ))
             .returning(WatchToken::as_returning())
             .get_result(tx)
-            .await?)
+            .await?;
+        token.entry(AuditAct::WatchTokenCreated, provider, &origin).insert(tx).await?;
+        Ok(token)
     }
 }
 
@@ -93,7 +86,7 @@ impl WatchToken {
     /// longer exists.
     pub async fn of_caller(conn: &mut AsyncPgConnection, caller: &Caller) -> Result<Self> {
         let CredentialId::WatchToken(id) = caller.credential() else { return Err(Error::CredentialInvalid) };
-        let token: Option<Self> =
+        let token =
             watch_tokens::table.find(id).select(Self::as_select()).get_result(conn).await.optional()?;
         token.ok_or(Error::CredentialInvalid)
     }
@@ -107,21 +100,11 @@ impl WatchToken {
         after: Option<CreationCursor>,
         limit: i64,
     ) -> Result<Vec<Self>> {
-        let mut query = watch_tokens::table
+        let query = watch_tokens::table
             .filter(watch_tokens::user_id.eq(provider.id()))
             .filter(watch_tokens::job_id.eq(job_id))
-            .order((watch_tokens::created_at, watch_tokens::id))
-            .limit(limit)
-            .select(Self::as_select())
-            .into_boxed();
-        if let Some(CreationCursor { created_at, id }) = after {
-            query = query.filter(
-                watch_tokens::created_at
-                    .gt(created_at)
-                    .or(watch_tokens::created_at.eq(created_at).and(watch_tokens::id.gt(id))),
-            );
-        }
-        Ok(query.load(conn).await?)
+            .select(Self::as_select());
+        Ok(oldest_first!(watch_tokens, query, after, limit).load(conn).await?)
     }
 
     /// Expires a token of the provider. Fails with [`Error::NotFound`] if the provider

@@ -10,20 +10,20 @@ use futures_util::FutureExt as _;
 use tonic::{Request, Response};
 
 use self::{
-    accounts::{EmailAndPassword, NewPassword, session_message},
-    keys::{KeyTerms, key_page, rotation},
-    watch_tokens::{TokenTerms, token_id, token_page},
+    accounts::{email_and_password, passwords, session_message},
+    keys::new_key,
 };
-use super::{Answer, App, credential_of, parse};
+use super::{Answer, App, credential_of, jobs::job_key, page::PageRequest, parse};
 use crate::{
     auth::{Auth, Revocation},
     db::Transaction,
-    error::{Error, Violations},
+    error::{Error, Result, Violations},
+    limits::{KEY_OVERLAP, WATCH_TOKEN_LIFETIME},
     models::{
-        api_key::{ApiKey, NewApiKey},
+        api_key::ApiKey,
         caller::{CredentialId, KeyScope, Subject},
         session::Session,
-        user::{Names, User},
+        user::User,
         watch_token::{NewWatchToken, WatchToken},
     },
     pb,
@@ -48,7 +48,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
 
     async fn log_in(&self, request: Request<pb::LogInRequest>) -> Answer<pb::LogInResponse> {
         let origin = self.0.anonymous_origin(&request);
-        let EmailAndPassword { email, password } = request.into_inner().try_into()?;
+        let (email, password) = email_and_password(request.into_inner())?;
         let logged_in = self.0.auth.log_in(email, password, origin).await?;
         let session = Some(session_message(logged_in.secret.reveal(), &logged_in.session));
         Ok(Response::new(pb::LogInResponse { user: Some(logged_in.user.into()), session }))
@@ -61,9 +61,10 @@ impl pb::auth_service_server::AuthService for AuthApi {
         let revocation = Revocation::Credential(credential.caller().credential());
         let auth = self.0.auth.clone();
         self.0
+            .database
             .write(credential, move |tx| {
                 tx.after_commit(move || auth.revoke(revocation));
-                async move { Session::end(tx, account, &origin).await }.boxed()
+                Session::end(tx, account, origin).boxed()
             })
             .await?;
         Ok(Response::new(pb::LogOutResponse {}))
@@ -100,11 +101,9 @@ impl pb::auth_service_server::AuthService for AuthApi {
     ) -> Answer<pb::UpdateCurrentUserResponse> {
         let credential = credential_of(&request)?;
         let account = credential.caller().account()?;
-        let names: Names = request.into_inner().try_into()?;
-        let user = self
-            .0
-            .write(credential, move |tx| async move { User::rename(tx, account, &names).await }.boxed())
-            .await?;
+        let names = request.into_inner().try_into()?;
+        let database = &self.0.database;
+        let user = database.write(credential, move |tx| User::rename(tx, account, names).boxed()).await?;
         Ok(Response::new(pb::UpdateCurrentUserResponse { user: Some(user.into()) }))
     }
 
@@ -115,7 +114,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
         let credential = credential_of(&request)?;
         credential.caller().account()?;
         let origin = self.0.origin(&request, &credential);
-        let NewPassword { current, new } = request.into_inner().try_into()?;
+        let (current, new) = passwords(request.into_inner())?;
         let (ended, keys) = self.0.auth.change_password(credential, current, new, origin).await?;
         Ok(Response::new(pb::ChangePasswordResponse {
             ended_sessions: i32::try_from(ended).unwrap_or(i32::MAX),
@@ -130,16 +129,11 @@ impl pb::auth_service_server::AuthService for AuthApi {
         let credential = credential_of(&request)?;
         let manager = credential.caller().key_manager()?;
         let origin = self.0.origin(&request, &credential);
-        let KeyTerms { note, expires_at, scopes } = KeyTerms::parse(request.into_inner(), &manager)?;
         let secret = Secret::generate(SecretKind::ApiKey)?;
-        let key_prefix = secret.display_prefix().to_owned();
-        let key = NewApiKey { key_hash: secret.hash(), key_prefix, note, scopes, expires_at };
-        let key = self
-            .0
-            .write(credential, move |tx| async move { key.create(tx, &manager, &origin).await }.boxed())
-            .await?;
-        let api_key = Some(key.into());
-        Ok(Response::new(pb::CreateApiKeyResponse { api_key, secret: secret.reveal() }))
+        let new = new_key(request.into_inner(), &manager, &secret)?;
+        let database = &self.0.database;
+        let key = database.write(credential, move |tx| new.create(tx, manager, origin).boxed()).await?;
+        Ok(Response::new(pb::CreateApiKeyResponse { api_key: Some(key.into()), secret: secret.reveal() }))
     }
 
     async fn list_api_keys(
@@ -148,7 +142,8 @@ impl pb::auth_service_server::AuthService for AuthApi {
     ) -> Answer<pb::ListApiKeysResponse> {
         let credential = credential_of(&request)?;
         let manager = credential.caller().key_manager()?;
-        let page = key_page(request.into_inner(), &manager)?;
+        let mut request = request.into_inner();
+        let page = Violations::check(|v| PageRequest::take(v, manager.user_id(), &mut request))?;
         let mut conn = self.0.database.get().await?;
         let mut keys = ApiKey::list(&mut conn, &manager, page.after, page.limit()).await?;
         let next_page_token = page.cut(&mut keys, ApiKey::cursor);
@@ -164,18 +159,15 @@ impl pb::auth_service_server::AuthService for AuthApi {
         let credential = credential_of(&request)?;
         let manager = credential.caller().key_manager()?;
         let origin = self.0.origin(&request, &credential);
-        let mut violations = Violations::default();
-        let id = parse::uuid(&mut violations, "api_key_id", &request.into_inner().api_key_id);
-        let id = violations.or(id)?;
+        let id = Violations::check(|v| parse::uuid(v, "api_key_id", &request.get_ref().api_key_id))?;
         let auth = self.0.auth.clone();
         let key = self
             .0
+            .database
             .write(credential, move |tx| {
                 async move {
                     let expired = ApiKey::expire(tx, &manager, id, &origin).await;
-                    let before = matches!(expired, Err(Error::ApiKeyAlreadyExpired(_)));
-                    revoke(tx, auth, CredentialId::ApiKey(id), expired.is_ok(), before);
-                    expired
+                    revoke(tx, auth, CredentialId::ApiKey(id), expired)
                 }
                 .boxed()
             })
@@ -190,26 +182,22 @@ impl pb::auth_service_server::AuthService for AuthApi {
         let credential = credential_of(&request)?;
         let manager = credential.caller().key_manager()?;
         let origin = self.0.origin(&request, &credential);
-        let (id, overlap) = rotation(request.get_ref())?;
+        let pb::RotateApiKeyRequest { api_key_id, overlap } = request.into_inner();
+        let (id, overlap) = Violations::check(|v| {
+            (parse::uuid(v, "api_key_id", &api_key_id), parse::duration(v, "overlap", overlap, KEY_OVERLAP))
+        })?;
         let secret = Secret::generate(SecretKind::ApiKey)?;
         let (hash, prefix) = (secret.hash(), secret.display_prefix().to_owned());
         let auth = self.0.auth.clone();
         let (new, old, _) = self
             .0
+            .database
             .write(credential, move |tx| {
                 async move {
                     let (began, old) = (Instant::now(), CredentialId::ApiKey(id));
                     let rotated = ApiKey::rotate(tx, &manager, id, hash, prefix, overlap, &origin).await;
-                    match &rotated {
-                        Ok((_, _, left)) => {
-                            let left = *left;
-                            tx.after_commit(move || {
-                                auth.revoke_after(old, left.saturating_sub(began.elapsed()))
-                            });
-                        }
-                        Err(Error::ApiKeyAlreadyExpired(_)) => revoke(tx, auth, old, false, true),
-                        Err(_) => {}
-                    }
+                    let Ok((.., left)) = rotated else { return revoke(tx, auth, old, rotated) };
+                    tx.after_commit(move || auth.revoke_after(old, left.saturating_sub(began.elapsed())));
                     rotated
                 }
                 .boxed()
@@ -226,15 +214,18 @@ impl pb::auth_service_server::AuthService for AuthApi {
         let credential = credential_of(&request)?;
         let provider = credential.caller().provider(KeyScope::Append)?;
         let origin = self.0.origin(&request, &credential);
-        let TokenTerms { job, note, lifetime } = TokenTerms::parse(request.into_inner())?;
+        let pb::CreateWatchTokenRequest { job, note, lifetime } = request.into_inner();
+        let (job, note, lifetime) = Violations::check(|v| {
+            let job = job_key!(v, job, create_watch_token_request);
+            let note = parse::text(v, "note", note);
+            (job, note, parse::duration(v, "lifetime", lifetime, WATCH_TOKEN_LIFETIME))
+        })?;
         let job_id = self.0.log.jobs.find(provider.into(), &job).await?.id;
         let secret = Secret::generate(SecretKind::WatchToken)?;
         let secret_prefix = secret.display_prefix().to_owned();
-        let token = NewWatchToken { job_id, secret_hash: secret.hash(), secret_prefix, note, lifetime };
-        let token = self
-            .0
-            .write(credential, move |tx| async move { token.create(tx, provider, &origin).await }.boxed())
-            .await?;
+        let new = NewWatchToken { job_id, secret_hash: secret.hash(), secret_prefix, note, lifetime };
+        let database = &self.0.database;
+        let token = database.write(credential, move |tx| new.create(tx, provider, origin).boxed()).await?;
         let watch_token = Some(token.into());
         Ok(Response::new(pb::CreateWatchTokenResponse { watch_token, secret: secret.reveal() }))
     }
@@ -245,7 +236,11 @@ impl pb::auth_service_server::AuthService for AuthApi {
     ) -> Answer<pb::ListWatchTokensResponse> {
         let credential = credential_of(&request)?;
         let provider = credential.caller().provider(KeyScope::Append)?;
-        let (job, page) = token_page(request.into_inner(), provider)?;
+        let mut request = request.into_inner();
+        let (page, job) = Violations::check(|v| {
+            let page = PageRequest::take(v, provider.id(), &mut request);
+            (page, job_key!(v, request.job, list_watch_tokens_request))
+        })?;
         let job_id = self.0.log.jobs.find(provider.into(), &job).await?.id;
         let mut conn = self.0.database.get().await?;
         let mut tokens = WatchToken::list(&mut conn, provider, job_id, page.after, page.limit()).await?;
@@ -262,16 +257,15 @@ impl pb::auth_service_server::AuthService for AuthApi {
         let credential = credential_of(&request)?;
         let provider = credential.caller().provider(KeyScope::Append)?;
         let origin = self.0.origin(&request, &credential);
-        let id = token_id(request.get_ref())?;
+        let id = Violations::check(|v| parse::uuid(v, "watch_token_id", &request.get_ref().watch_token_id))?;
         let auth = self.0.auth.clone();
         let token = self
             .0
+            .database
             .write(credential, move |tx| {
                 async move {
                     let expired = WatchToken::expire(tx, provider, id, &origin).await;
-                    let before = matches!(expired, Err(Error::WatchTokenAlreadyExpired(_)));
-                    revoke(tx, auth, CredentialId::WatchToken(id), expired.is_ok(), before);
-                    expired
+                    revoke(tx, auth, CredentialId::WatchToken(id), expired)
                 }
                 .boxed()
             })
@@ -281,13 +275,14 @@ impl pb::auth_service_server::AuthService for AuthApi {
 }
 
 /// Ends a credential on this server: after the commit that expires it, or now if it had
-/// expired `before`, since the call that expired it may have failed before it ended the
+/// expired before, since the call that expired it may have failed before it ended the
 /// credential here.
-fn revoke(tx: &mut Transaction<'_>, auth: Auth, id: CredentialId, expired: bool, before: bool) {
+fn revoke<T>(tx: &mut Transaction<'_>, auth: Auth, id: CredentialId, expired: Result<T>) -> Result<T> {
     let revoke = move || auth.revoke(Revocation::Credential(id));
-    if expired {
-        tx.after_commit(revoke);
-    } else if before {
-        revoke();
+    match expired {
+        Ok(_) => tx.after_commit(revoke),
+        Err(Error::ApiKeyAlreadyExpired(_) | Error::WatchTokenAlreadyExpired(_)) => revoke(),
+        Err(_) => {}
     }
+    expired
 }

@@ -16,7 +16,7 @@ use crate::{
     error::{Error, Resource, Result, Violations, quoted},
     limits::{CONFIGURATION_STEPS, STEP_METADATA, STEP_POINTS},
     models::{
-        caller::{KeyScope, Provider},
+        caller::KeyScope,
         job_configuration::{
             ConfigurationKey, JobConfiguration, MetadataConfiguration, MetadataKind, NewJobConfiguration,
             NewStepConfiguration, StepConfiguration,
@@ -45,9 +45,8 @@ impl ConfigurationService for ConfigurationApi {
         let new = NewJobConfiguration::try_from(request.into_inner())?;
         let (configuration, existed) = self
             .0
-            .write(credential, move |tx| {
-                async move { JobConfiguration::register(tx, provider, &new).await }.boxed()
-            })
+            .database
+            .write(credential, move |tx| JobConfiguration::register(tx, provider, new).boxed())
             .await?;
         let job_configuration = Some(configuration.into());
         Ok(Response::new(pb::RegisterJobConfigurationResponse { job_configuration, existed }))
@@ -74,17 +73,20 @@ impl ConfigurationService for ConfigurationApi {
     ) -> Answer<pb::ListJobConfigurationsResponse> {
         let credential = credential_of(&request)?;
         let provider = credential.caller().provider(KeyScope::Read)?;
-        let list = List::parse(provider, request.into_inner())?;
+        let mut request = request.into_inner();
+        let (asked, tag) = Violations::check(|violations| {
+            let page = PageRequest::<Uuid>::take(violations, provider.id(), &mut request);
+            let tag = Some(request.tag).filter(|tag| !tag.is_empty());
+            (page, tag.map(|tag| parse::key_text(violations, "tag", tag)))
+        })?;
         let mut conn = self.0.database.get().await?;
-        let limit = list.page.limit();
-        let ids = match &list.tag {
-            Some(tag) => {
-                JobConfiguration::list_versions(&mut conn, provider, tag, list.page.after, limit).await?
-            }
-            None => JobConfiguration::list_latest(&mut conn, provider, list.page.after, limit).await?,
+        let (after, limit) = (asked.after, asked.limit());
+        let ids = match tag {
+            Some(tag) => JobConfiguration::list_versions(&mut conn, provider, &tag, after, limit).await?,
+            None => JobConfiguration::list_latest(&mut conn, provider, after, limit).await?,
         };
-        let on_page = ids.len().min(usize::try_from(list.page.size).unwrap_or(usize::MAX));
-        let mut page = Page::new();
+        let on_page = ids.len().min(usize::try_from(asked.size).unwrap_or(usize::MAX));
+        let mut page = Page::default();
         'page: for ids in ids[..on_page].chunks(READ_AT_ONCE) {
             for configuration in JobConfiguration::load(&mut conn, ids).await? {
                 if !page.push(configuration.into()) {
@@ -95,25 +97,8 @@ impl ConfigurationService for ConfigurationApi {
         let last = page.items.len().checked_sub(1).filter(|last| last + 1 < ids.len());
         Ok(Response::new(pb::ListJobConfigurationsResponse {
             job_configurations: page.items,
-            next_page_token: list.page.next_token(last.map(|last| &ids[last])),
+            next_page_token: asked.next_token(last.map(|last| &ids[last])),
         }))
-    }
-}
-
-/// The content of a `ListJobConfigurationsRequest`.
-struct List {
-    /// None: the latest version of every tag.
-    tag: Option<String>,
-    page: PageRequest<Uuid>,
-}
-
-impl List {
-    fn parse(provider: Provider, mut request: pb::ListJobConfigurationsRequest) -> Result<Self> {
-        let mut violations = Violations::default();
-        let page = PageRequest::take(&mut violations, provider.id(), &mut request);
-        let tag = Some(request.tag).filter(|tag| !tag.is_empty());
-        let tag = tag.map(|tag| parse::key_text(&mut violations, "tag", tag));
-        violations.or(Self { tag, page })
     }
 }
 
@@ -199,17 +184,12 @@ fn new_metadata(
         let field = format!("{step}.metadata[{i}]");
         let name = parse::key_text(violations, format!("{field}.name"), metadata.name);
         names.add(violations, &field, "name", &name);
-        let kind = if metadata.kind == 0 {
-            Some(MetadataKind::Text)
-        } else {
-            MetadataKind::from_proto(metadata.kind)
-        };
-        let kind = kind.unwrap_or_else(|| {
+        let kind = MetadataKind::from_proto(metadata.kind);
+        if kind.is_none() && metadata.kind != 0 {
             violations.add(format!("{field}.kind"), format!("{} is not a kind of metadata", metadata.kind));
-            MetadataKind::Text
-        });
+        }
         let units = parse::text(violations, format!("{field}.units"), metadata.units);
-        parsed.push(MetadataConfiguration { name, kind, units });
+        parsed.push(MetadataConfiguration { name, kind: kind.unwrap_or(MetadataKind::Text), units });
     }
     parsed
 }
@@ -220,13 +200,10 @@ struct UniqueTexts(HashMap<String, String>);
 
 impl UniqueTexts {
     fn add(&mut self, violations: &mut Violations, item: &str, field: &str, text: &str) {
-        // An empty text is a violation already.
-        if text.is_empty() {
-            return;
-        }
         if let Some(first) = self.0.get(text) {
             violations.add(format!("{item}.{field}"), format!("{} is already used by {first}", quoted(text)));
-        } else {
+        } else if !text.is_empty() {
+            // An empty text is a violation already.
             self.0.insert(text.to_owned(), item.to_owned());
         }
     }

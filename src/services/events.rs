@@ -89,7 +89,7 @@ impl EventService for EventApi {
         let query = ListQuery::parse(viewer.id(), request.into_inner())?;
         let job = self.0.log.jobs.find(viewer, &query.job).await?;
         let (events, mut more) = self.0.log.list(&job, query.after(), &query.kinds, query.page.size).await?;
-        let mut page = Page::new();
+        let mut page = Page::default();
         for event in events {
             if !page.push(event.message()?) {
                 more = page.items.last().map(|last: &pb::Event| last.sequence);

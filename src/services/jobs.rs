@@ -32,17 +32,16 @@ impl JobService for JobApi {
         let credential = credential_of(&request)?;
         let provider = credential.caller().provider(KeyScope::Append)?;
         let new = NewJob::try_from(request.into_inner())?;
-        let (job, existed) = self
-            .0
-            .write(credential, move |tx| async move { Job::create(tx, provider, &new).await }.boxed())
-            .await?;
+        let database = &self.0.database;
+        let (job, existed) =
+            database.write(credential, move |tx| Job::create(tx, provider, new).boxed()).await?;
         Ok(Response::new(pb::CreateJobResponse { job: Some(job.into()), existed }))
     }
 
     async fn get_job(&self, request: Request<pb::GetJobRequest>) -> Answer<pb::GetJobResponse> {
         let credential = credential_of(&request)?;
         let viewer = credential.caller().viewer()?;
-        let key = JobKey::try_from(request.into_inner())?;
+        let key = Violations::check(|v| job_key!(v, request.into_inner().job, get_job_request))?;
         let job = Job::find(&mut *self.0.database.get().await?, viewer, &key).await?;
         let configuration = self.0.log.jobs.configuration(job.job_configuration_id).await?;
         let job_configuration = Some(configuration.tree.clone().into());
@@ -52,11 +51,11 @@ impl JobService for JobApi {
     async fn list_jobs(&self, request: Request<pb::ListJobsRequest>) -> Answer<pb::ListJobsResponse> {
         let credential = credential_of(&request)?;
         let viewer = credential.caller().user_viewer()?;
-        let list = List::parse(viewer, request.into_inner())?;
+        let (filters, asked) = list(viewer, request.into_inner())?;
         let mut conn = self.0.database.get().await?;
         let JobPage { jobs, mut next } =
-            Job::list(&mut conn, viewer, &list.filters, list.page.after, list.page.size).await?;
-        let mut page = Page::new();
+            Job::list(&mut conn, viewer, &filters, asked.after, asked.size).await?;
+        let mut page = Page::default();
         let mut last = None;
         for job in jobs {
             let cursor = job.cursor();
@@ -66,7 +65,7 @@ impl JobService for JobApi {
             }
             last = Some(cursor);
         }
-        let next_page_token = list.page.next_token(next.as_ref());
+        let next_page_token = asked.next_token(next.as_ref());
         Ok(Response::new(pb::ListJobsResponse { jobs: page.items, next_page_token }))
     }
 
@@ -74,7 +73,7 @@ impl JobService for JobApi {
         let credential = credential_of(&request)?;
         let provider = credential.caller().provider(KeyScope::Append)?;
         let origin = self.0.origin(&request, &credential);
-        let Close { key, reason } = Close::try_from(request.into_inner())?;
+        let (key, reason) = close(request.into_inner())?;
         let (id, existed) = self.0.log.close(credential, provider, &key, reason, &origin).await?;
         let mut conn = self.0.database.get().await?;
         let job = Job::find(&mut conn, provider.into(), &JobKey::Id(id)).await?;
@@ -104,31 +103,12 @@ impl TryFrom<pb::CreateJobRequest> for NewJob {
     }
 }
 
-impl TryFrom<pb::GetJobRequest> for JobKey {
-    type Error = Error;
-
-    fn try_from(request: pb::GetJobRequest) -> Result<Self> {
-        let mut violations = Violations::default();
-        let key = job_key!(&mut violations, request.job, get_job_request);
-        violations.or(key)
-    }
-}
-
-/// The content of a `CloseJobRequest`.
-struct Close {
-    key: JobKey,
-    reason: String,
-}
-
-impl TryFrom<pb::CloseJobRequest> for Close {
-    type Error = Error;
-
-    fn try_from(request: pb::CloseJobRequest) -> Result<Self> {
-        let mut violations = Violations::default();
-        let key = job_key!(&mut violations, request.job, close_job_request);
-        let reason = parse::text(&mut violations, "reason", request.reason);
-        violations.or(Self { key, reason })
-    }
+/// The job to close, and the reason.
+fn close(request: pb::CloseJobRequest) -> Result<(JobKey, String)> {
+    let mut violations = Violations::default();
+    let key = job_key!(&mut violations, request.job, close_job_request);
+    let reason = parse::text(&mut violations, "reason", request.reason);
+    violations.or((key, reason))
 }
 
 /// Converts the oneof `job` of a request to a [`JobKey`].
@@ -159,34 +139,29 @@ pub(super) fn no_job(violations: &mut Violations, field: &str) -> JobKey {
     JobKey::Id(Uuid::nil())
 }
 
-/// The content of a `ListJobsRequest`.
-struct List {
-    filters: JobFilters,
-    page: PageRequest<CreationCursor>,
-}
-
-impl List {
-    fn parse(viewer: Viewer, mut request: pb::ListJobsRequest) -> Result<Self> {
-        let mut violations = Violations::default();
-        let page = PageRequest::take(&mut violations, viewer.id(), &mut request);
-        let v = &mut violations;
-        let filters = JobFilters {
-            statuses: statuses(v, &request.statuses),
-            open: open(v, request.openness),
-            configuration_tag: Some(parse::text(v, "configuration_tag", request.configuration_tag))
-                .filter(|tag| !tag.is_empty()),
-            counterpart_id: parse::optional_uuid(v, "counterpart_id", &request.counterpart_id),
-            created_from: parse::timestamp(v, "created_from", request.created_from),
-            created_before: parse::timestamp(v, "created_before", request.created_before),
-            provider_job_id_prefix: parse::text(v, "provider_job_id_prefix", request.provider_job_id_prefix),
-            provider_job_name_prefix: parse::text(
-                v,
-                "provider_job_name_prefix",
-                request.provider_job_name_prefix,
-            ),
-        };
-        violations.or(Self { filters, page })
-    }
+fn list(
+    viewer: Viewer,
+    mut request: pb::ListJobsRequest,
+) -> Result<(JobFilters, PageRequest<CreationCursor>)> {
+    let mut violations = Violations::default();
+    let v = &mut violations;
+    let page = PageRequest::take(v, viewer.id(), &mut request);
+    let filters = JobFilters {
+        statuses: statuses(v, &request.statuses),
+        open: open(v, request.openness),
+        configuration_tag: Some(parse::text(v, "configuration_tag", request.configuration_tag))
+            .filter(|tag| !tag.is_empty()),
+        counterpart_id: parse::optional_uuid(v, "counterpart_id", &request.counterpart_id),
+        created_from: parse::timestamp(v, "created_from", request.created_from),
+        created_before: parse::timestamp(v, "created_before", request.created_before),
+        provider_job_id_prefix: parse::text(v, "provider_job_id_prefix", request.provider_job_id_prefix),
+        provider_job_name_prefix: parse::text(
+            v,
+            "provider_job_name_prefix",
+            request.provider_job_name_prefix,
+        ),
+    };
+    violations.or((filters, page))
 }
 
 fn statuses(violations: &mut Violations, given: &[i32]) -> Vec<JobStatus> {
@@ -195,20 +170,9 @@ fn statuses(violations: &mut Violations, given: &[i32]) -> Vec<JobStatus> {
         violations.add("statuses", format!("{} must be at most {STATUSES}", given.len()));
         return Vec::new();
     }
-    let mut statuses = Vec::new();
-    for (i, &given) in given.iter().enumerate() {
-        let Some(status) = JobStatus::from_proto(given) else {
-            violations.add(
-                format!("statuses[{i}]"),
-                format!("{given} is not one of PENDING, RUNNING, FAILED, COMPLETE and CANCELLED"),
-            );
-            continue;
-        };
-        if !statuses.contains(&status) {
-            statuses.push(status);
-        }
-    }
-    statuses
+    parse::distinct(violations, "statuses", given, |given| {
+        format!("{given} is not one of PENDING, RUNNING, FAILED, COMPLETE and CANCELLED")
+    })
 }
 
 fn open(violations: &mut Violations, given: i32) -> Option<bool> {
@@ -286,16 +250,12 @@ mod tests {
     #[test]
     fn a_request_to_close_must_name_its_job() {
         let request = pb::CloseJobRequest { job: None, reason: "x".repeat(257) };
-        assert_eq!(fields(Close::try_from(request)), ["job", "reason"]);
+        assert_eq!(fields(close(request)), ["job", "reason"]);
     }
 
     #[test]
     fn unknown_statuses_are_refused_and_repeated_ones_are_kept_once() {
-        let parsed = |given: &[i32]| {
-            let mut violations = Violations::default();
-            let parsed = statuses(&mut violations, given);
-            violations.or(parsed)
-        };
+        let parsed = |given: &[i32]| Violations::check(|violations| statuses(violations, given));
         assert_eq!(parsed(&[2, 1, 2]).expect("valid"), [JobStatus::Running, JobStatus::Pending]);
         assert_eq!(fields(parsed(&[1, 0, 6])), ["statuses[1]", "statuses[2]"]);
         assert_eq!(fields(parsed(&[1; 6])), ["statuses"]);

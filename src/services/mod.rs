@@ -14,7 +14,6 @@ use std::{
     sync::Arc,
 };
 
-use futures_util::future::BoxFuture;
 use http::HeaderMap;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
@@ -23,7 +22,7 @@ use uuid::Uuid;
 use crate::{
     auth::{Auth, AuthSettings, Credential},
     db::{
-        Database, Transaction,
+        Database,
         notifier::{Notification, Notifier},
     },
     error::{Error, Result},
@@ -73,12 +72,10 @@ fn credential_of<T>(request: &Request<T>) -> Result<Arc<Credential>> {
 #[derive(Clone, Debug)]
 pub struct App {
     pub database: Database,
-    /// Credentials and their callers.
     pub auth: Auth,
     pub log: EventLog,
     /// Cancelled when this server drains.
     pub draining: CancellationToken,
-    /// Metrics and traces.
     pub telemetry: Telemetry,
 }
 
@@ -129,15 +126,6 @@ impl App {
             .map(|(_, secret)| secret.trim())
             .ok_or(Error::CredentialInvalid)?;
         self.auth.authenticate(secret).await
-    }
-
-    /// Writes under a credential, see [`Database::write`].
-    async fn write<T, W>(&self, credential: Arc<Credential>, work: W) -> Result<T>
-    where
-        T: Send + 'static,
-        W: for<'a> FnOnce(&'a mut Transaction<'_>) -> BoxFuture<'a, Result<T>> + Send + 'static,
-    {
-        self.database.write(credential, work).await
     }
 
     /// The origin of a call for the audit.

@@ -21,7 +21,6 @@ const VERSION: u8 = 1;
 /// Bytes of the query's hash in a token. They tell queries apart and are no protection
 /// against forged tokens.
 const QUERY_BYTES: usize = 8;
-const NO_TOKEN: &str = "must be a next_page_token of this method";
 
 /// A request for a page of a list.
 pub(super) trait ListRequest: Message {
@@ -119,17 +118,13 @@ fn decode<C: Cursor>(violations: &mut Violations, binding: [u8; QUERY_BYTES], to
         return None;
     }
     let bytes = (token.len() <= TOKEN_BYTES).then(|| URL_SAFE_NO_PAD.decode(token).ok()).flatten();
-    let Some(bytes) = bytes.as_ref().and_then(|bytes| bytes.strip_prefix(&[VERSION])) else {
-        violations.add("page_token", NO_TOKEN);
-        return None;
-    };
-    let Some(bytes) = bytes.strip_prefix(&binding) else {
+    let content = bytes.as_ref().and_then(|bytes| bytes.strip_prefix(&[VERSION]));
+    let of_query = content.and_then(|content| content.strip_prefix(&binding));
+    let cursor = of_query.and_then(C::from_bytes);
+    if content.is_some() && of_query.is_none() {
         violations.add("page_token", "must be of the same query: only page_size may change between pages");
-        return None;
-    };
-    let cursor = C::from_bytes(bytes);
-    if cursor.is_none() {
-        violations.add("page_token", NO_TOKEN);
+    } else if cursor.is_none() {
+        violations.add("page_token", "must be a next_page_token of this method");
     }
     cursor
 }
@@ -174,23 +169,19 @@ impl Cursor for CreationCursor {
 
 /// The items of a page: as many as fit into [`MESSAGE_BYTES`] together with the token,
 /// and at least one.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Page<M> {
     pub(super) items: Vec<M>,
     bytes: usize,
 }
 
 impl<M: Message> Page<M> {
-    pub(super) fn new() -> Self {
-        Self { items: Vec::new(), bytes: TOKEN_BYTES }
-    }
-
     /// Adds the item if it fits. Returns false if it does not: the page is then full.
     pub(super) fn push(&mut self, item: M) -> bool {
         let bytes = item.encoded_len();
         // One byte for the field's tag.
         self.bytes += 1 + prost::length_delimiter_len(bytes) + bytes;
-        let fits = self.bytes <= MESSAGE_BYTES || self.items.is_empty();
+        let fits = TOKEN_BYTES + self.bytes <= MESSAGE_BYTES || self.items.is_empty();
         if fits {
             self.items.push(item);
         }
@@ -246,10 +237,10 @@ mod tests {
     #[test]
     fn a_page_has_the_items_that_fit_and_at_least_one() {
         let half = "x".repeat(MESSAGE_BYTES / 2 - TOKEN_BYTES);
-        let mut page = Page::new();
+        let mut page = Page::default();
         assert!(page.push(half.clone()) && page.push(half) && !page.push("x".repeat(TOKEN_BYTES)));
         assert_eq!(page.items.len(), 2);
-        let mut page = Page::new();
+        let mut page = Page::default();
         assert!(page.push("x".repeat(2 * MESSAGE_BYTES)) && !page.push(String::new()));
         assert_eq!(page.items.len(), 1);
     }

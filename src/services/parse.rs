@@ -11,6 +11,7 @@ use uuid::Uuid;
 use crate::{
     error::{Violations, quoted},
     limits::{PAGE_DEFAULT, PAGE_MAX, TEXT_CHARS},
+    proto_enums::ProtoEnum,
 };
 
 /// First and last second of the years 1 to 9999, the range of
@@ -59,7 +60,7 @@ pub(super) fn optional_uuid(
     field: impl fmt::Display,
     value: &str,
 ) -> Option<Uuid> {
-    if value.is_empty() { None } else { Some(uuid(violations, field, value)) }
+    (!value.is_empty()).then(|| uuid(violations, field, value))
 }
 
 /// A time, cut to the microseconds that Postgres stores; none if absent or after a
@@ -78,6 +79,25 @@ pub(super) fn timestamp(
         violations.add(field, "must be a time of the years 1 to 9999, with 0 to 999,999,999 nanoseconds");
     }
     time
+}
+
+/// The values of a repeated enum field, each once; `describe` describes a number that is
+/// not one of them.
+pub(super) fn distinct<E: ProtoEnum + PartialEq>(
+    violations: &mut Violations,
+    field: &str,
+    numbers: &[i32],
+    describe: impl Fn(i32) -> String,
+) -> Vec<E> {
+    let mut values = Vec::new();
+    for (index, &number) in numbers.iter().enumerate() {
+        match E::from_proto(number) {
+            Some(value) if !values.contains(&value) => values.push(value),
+            Some(_) => {}
+            None => violations.add(format!("{field}[{index}]"), describe(number)),
+        }
+    }
+    values
 }
 
 /// A duration between the shortest and the longest; the default if absent or after a

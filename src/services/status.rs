@@ -96,7 +96,7 @@ impl<'a> Answer<'a> {
 
     fn violations(self, violations: Cow<'a, Violations>) -> Self {
         let answer = self.metadata("violations", &violations.iter().len());
-        let answer = match violations.known_step_tags() {
+        let answer = match violations.known_step_tags {
             Some(total) => answer.metadata("known_step_tags", &total),
             None => answer,
         };
@@ -148,9 +148,8 @@ fn answer(error: &Error) -> Answer<'_> {
         Error::RoleRequired(role) => {
             Answer::new(Code::PermissionDenied, Reason::RoleRequired).metadata("role", &role.to_uppercase())
         }
-        Error::ScopeRequired(scope) => {
-            Answer::new(Code::PermissionDenied, Reason::ScopeRequired).metadata("scope", scope)
-        }
+        Error::ScopeRequired(scope) => Answer::new(Code::PermissionDenied, Reason::ScopeRequired)
+            .metadata("scope", &scope.to_uppercase()),
         Error::SessionRequired => Answer::new(Code::PermissionDenied, Reason::SessionRequired),
         Error::SignUpClosed => Answer::new(Code::PermissionDenied, Reason::SignUpClosed),
         Error::Invalid(violations) => {
@@ -258,10 +257,7 @@ fn cut(text: &str, bytes: usize) -> String {
     if text.len() <= bytes {
         return text.to_owned();
     }
-    let ellipsis = '…';
-    let room = bytes - ellipsis.len_utf8();
-    let end = (0..=room).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
-    format!("{}{ellipsis}", &text[..end])
+    format!("{}…", &text[..text.floor_char_boundary(bytes - '…'.len_utf8())])
 }
 
 /// Cuts a name in the request to [`ERROR_QUOTE_CHARS`].
@@ -270,13 +266,8 @@ fn quote(name: &str) -> String {
 }
 
 fn log(error: &Error) {
-    let mut source = error.source();
-    let mut chain = String::new();
-    while let Some(cause) = source {
-        chain.push_str(if chain.is_empty() { "" } else { ": " });
-        chain.push_str(&cause.to_string());
-        source = cause.source();
-    }
+    let causes = std::iter::successors(error.source(), |cause| (*cause).source());
+    let chain = causes.map(ToString::to_string).collect::<Vec<_>>().join(": ");
     if let Error::Internal(_) = error {
         tracing::error!(cause = chain, "{error}");
     } else if let Error::Unavailable(_) = error {
@@ -286,7 +277,6 @@ fn log(error: &Error) {
 
 #[cfg(test)]
 mod tests {
-    use tonic_types::StatusExt as _;
     use uuid::Uuid;
 
     use super::*;
@@ -302,7 +292,7 @@ mod tests {
             (Error::CredentialInvalid, Code::Unauthenticated, "CREDENTIAL_INVALID"),
             (Error::LogInFailed, Code::Unauthenticated, "LOG_IN_FAILED"),
             (Error::RoleRequired("provider"), Code::PermissionDenied, "ROLE_REQUIRED"),
-            (Error::ScopeRequired("READ"), Code::PermissionDenied, "SCOPE_REQUIRED"),
+            (Error::ScopeRequired("read"), Code::PermissionDenied, "SCOPE_REQUIRED"),
             (Error::SessionRequired, Code::PermissionDenied, "SESSION_REQUIRED"),
             (Error::SignUpClosed, Code::PermissionDenied, "SIGN_UP_CLOSED"),
             (Error::invalid("f", "d"), Code::InvalidArgument, "FIELD_INVALID"),
@@ -316,11 +306,7 @@ mod tests {
                 Code::FailedPrecondition,
                 "JOB_CLOSED",
             ),
-            (
-                Error::LogInThrottled { retry_after: Duration::from_secs(2) },
-                Code::ResourceExhausted,
-                "LOG_IN_THROTTLED",
-            ),
+            (Error::LogInThrottled { retry_after }, Code::ResourceExhausted, "LOG_IN_THROTTLED"),
             (Error::ApiKeyAlreadyExpired(Uuid::nil()), Code::FailedPrecondition, "API_KEY_ALREADY_EXPIRED"),
             (
                 Error::WatchTokenAlreadyExpired(Uuid::nil()),

@@ -23,7 +23,8 @@ mod sql {
 
     use crate::schema::sql_types;
 
-    diesel::define_sql_function! {
+    #[diesel::declare_sql_function]
+    extern "SQL" {
         /// See migrations/2026-11-26-000005_event_log/up.sql.
         fn append_events(
             job_id: Array<SqlUuid>,
@@ -48,9 +49,7 @@ mod sql {
             event_percent: Array<SmallInt>,
             check_ids: Bool,
         ) -> Record<(Nullable<BigInt>, Nullable<Timestamptz>, Array<SmallInt>)>;
-    }
 
-    diesel::define_sql_function! {
         /// See migrations/2026-11-26-000009_audit/up.sql.
         fn audit_closed_jobs(
             appended: Record<(Nullable<BigInt>, Nullable<Timestamptz>, Array<SmallInt>)>,
@@ -66,19 +65,32 @@ mod sql {
     }
 }
 
-/// Events for many jobs, to be appended in one transaction. They are kept column by
-/// column, as the SQL function takes them.
+/// Events for many jobs, to be appended in one transaction.
 #[derive(Debug, Default)]
 pub struct AppendStatement<'a> {
-    jobs: AppendJobs<'a>,
-    events: AppendEvents<'a>,
-    /// Audit entries with the number of their job, from 1.
+    jobs: Vec<AppendJob<'a>>,
+    /// Events with the number of their job, from 1.
+    events: Vec<(i32, NewRow<'a>)>,
+    /// Audit entries with the number of their job.
     audit: Vec<(i32, &'a AuditEntry)>,
+}
+
+/// A job that leaves the sequence `before` for the state `after`.
+#[derive(Debug)]
+struct AppendJob<'a> {
+    id: Uuid,
+    before: i64,
+    after: &'a JobState,
+}
+
+impl AppendJob<'_> {
+    fn event_count(&self) -> i64 {
+        self.after.last_sequence - self.before
+    }
 }
 
 /// An event to append. For the columns see [`Event`](super::Event).
 #[derive(Clone, Copy, Debug)]
-#[allow(missing_docs, reason = "the columns of Event")]
 pub struct NewRow<'a> {
     pub id: Uuid,
     /// A client made the id, so that the event may be stored already.
@@ -92,34 +104,6 @@ pub struct NewRow<'a> {
     pub status: JobStatus,
     pub points_done: i64,
     pub percent: i16,
-}
-
-#[derive(Debug, Default)]
-struct AppendJobs<'a> {
-    ids: Vec<Uuid>,
-    last_sequences: Vec<i64>,
-    event_counts: Vec<i32>,
-    statuses: Vec<JobStatus>,
-    points_done: Vec<i64>,
-    percents: Vec<i16>,
-    steps_done: Vec<&'a [u8]>,
-    closed: Vec<bool>,
-}
-
-#[derive(Debug, Default)]
-struct AppendEvents<'a> {
-    jobs: Vec<i32>,
-    ids: Vec<Uuid>,
-    ids_are_clients: Vec<bool>,
-    sequences: Vec<i64>,
-    kinds: Vec<EventKind>,
-    names: Vec<&'a str>,
-    steps: Vec<Option<Uuid>>,
-    metadata: Vec<&'a [u8]>,
-    occurred_at: Vec<Option<DateTime<Utc>>>,
-    statuses: Vec<JobStatus>,
-    points_done: Vec<i64>,
-    percents: Vec<i16>,
 }
 
 /// What became of one job's part of an [`AppendStatement`].
@@ -147,36 +131,14 @@ impl<'a> AppendStatement<'a> {
         after: &'a JobState,
         rows: impl Iterator<Item = NewRow<'a>>,
     ) {
-        let jobs = &mut self.jobs;
-        jobs.ids.push(job_id);
-        jobs.last_sequences.push(before.last_sequence);
-        jobs.event_counts.push(count(after.last_sequence - before.last_sequence));
-        jobs.statuses.push(after.status);
-        jobs.points_done.push(after.progress.points_done);
-        jobs.percents.push(after.progress.percent);
-        jobs.steps_done.push(after.steps_done.as_bytes());
-        jobs.closed.push(after.closed);
-        let job = count(jobs.ids.len());
-        let columns = &mut self.events;
-        for row in rows {
-            columns.jobs.push(job);
-            columns.ids.push(row.id);
-            columns.ids_are_clients.push(row.id_is_clients);
-            columns.sequences.push(row.sequence);
-            columns.kinds.push(row.kind);
-            columns.names.push(row.name);
-            columns.steps.push(row.step_configuration_id);
-            columns.metadata.push(row.event_metadata);
-            columns.occurred_at.push(row.occurred_at);
-            columns.statuses.push(row.status);
-            columns.points_done.push(row.points_done);
-            columns.percents.push(row.percent);
-        }
+        self.jobs.push(AppendJob { id: job_id, before: before.last_sequence, after });
+        let job = count(self.jobs.len());
+        self.events.extend(rows.map(|row| (job, row)));
     }
 
     /// Adds the audit entry to write if the append closes the job that was added last.
     pub fn audit(&mut self, entry: &'a AuditEntry) {
-        self.audit.push((count(self.jobs.ids.len()), entry));
+        self.audit.push((count(self.jobs.len()), entry));
     }
 
     /// Appends in one statement, which is one transaction. Returns the outcome of each
@@ -202,20 +164,19 @@ impl<'a> AppendStatement<'a> {
     }
 
     fn outcomes(&self, (position, at, outcomes): Answer) -> Result<Vec<AppendOutcome>> {
-        if outcomes.len() != self.jobs.ids.len() {
+        if outcomes.len() != self.jobs.len() {
             return Err(Error::internal("not as many outcomes as jobs"));
         }
         let (mut position, at) = (position.unwrap_or_default(), at.unwrap_or_default());
-        let outcomes =
-            outcomes.into_iter().zip(&self.jobs.event_counts).map(|(outcome, count)| match outcome {
-                0 => {
-                    let after_position = position;
-                    position += i64::from(*count);
-                    AppendOutcome::Committed { after_position, at }
-                }
-                1 => AppendOutcome::Moved,
-                _ => AppendOutcome::Stored,
-            });
+        let outcomes = outcomes.into_iter().zip(&self.jobs).map(|(outcome, job)| match outcome {
+            0 => {
+                let after_position = position;
+                position += job.event_count();
+                AppendOutcome::Committed { after_position, at }
+            }
+            1 => AppendOutcome::Moved,
+            _ => AppendOutcome::Stored,
+        });
         Ok(outcomes.collect())
     }
 
@@ -224,45 +185,50 @@ impl<'a> AppendStatement<'a> {
     async fn call(&self, mut connection: &AsyncPgConnection, check_ids: bool) -> QueryResult<Answer> {
         let (jobs, events) = (&self.jobs, &self.events);
         let append = sql::append_events(
-            &jobs.ids,
-            &jobs.last_sequences,
-            &jobs.event_counts,
-            &jobs.statuses,
-            &jobs.points_done,
-            &jobs.percents,
-            &jobs.steps_done,
-            &jobs.closed,
-            &events.jobs,
-            &events.ids,
-            &events.ids_are_clients,
-            &events.sequences,
-            &events.kinds,
-            &events.names,
-            &events.steps,
-            &events.metadata,
-            &events.occurred_at,
-            &events.statuses,
-            &events.points_done,
-            &events.percents,
+            column(jobs, |job| job.id),
+            column(jobs, |job| job.before),
+            column(jobs, |job| count(job.event_count())),
+            column(jobs, |job| job.after.status),
+            column(jobs, |job| job.after.progress.points_done),
+            column(jobs, |job| job.after.progress.percent),
+            column(jobs, |job| job.after.steps_done.as_bytes()),
+            column(jobs, |job| job.after.closed),
+            column(events, |(job, _)| *job),
+            column(events, |(_, row)| row.id),
+            column(events, |(_, row)| row.id_is_clients),
+            column(events, |(_, row)| row.sequence),
+            column(events, |(_, row)| row.kind),
+            column(events, |(_, row)| row.name),
+            column(events, |(_, row)| row.step_configuration_id),
+            column(events, |(_, row)| row.event_metadata),
+            column(events, |(_, row)| row.occurred_at),
+            column(events, |(_, row)| row.status),
+            column(events, |(_, row)| row.points_done),
+            column(events, |(_, row)| row.percent),
             check_ids,
         );
         if self.audit.is_empty() {
             return whole(diesel::select(append).load(&mut connection).await?);
         }
-        let entries = || self.audit.iter().map(|(_, entry)| entry);
+        let audit = &self.audit;
         let audited = diesel::select(sql::audit_closed_jobs(
             append,
-            self.audit.iter().map(|(job, _)| *job).collect::<Vec<_>>(),
-            entries().map(|entry| entry.id).collect::<Vec<_>>(),
-            entries().map(|entry| entry.job_id).collect::<Vec<_>>(),
-            entries().map(|entry| entry.actor).collect::<Vec<_>>(),
-            entries().map(|entry| entry.actor_user_id).collect::<Vec<_>>(),
-            entries().map(|entry| entry.actor_credential_id).collect::<Vec<_>>(),
-            entries().map(|entry| entry.client_address).collect::<Vec<_>>(),
-            entries().map(|entry| entry.request_id).collect::<Vec<_>>(),
+            column(audit, |(job, _)| *job),
+            column(audit, |(_, entry)| entry.id),
+            column(audit, |(_, entry)| entry.job_id),
+            column(audit, |(_, entry)| entry.origin.actor),
+            column(audit, |(_, entry)| entry.origin.actor_user_id),
+            column(audit, |(_, entry)| entry.origin.actor_credential_id),
+            column(audit, |(_, entry)| entry.origin.client_address),
+            column(audit, |(_, entry)| entry.origin.request_id),
         ));
         whole(audited.load(&mut connection).await?)
     }
+}
+
+/// The SQL functions take the rows column by column.
+fn column<R, T>(rows: &[R], value: impl Fn(&R) -> T) -> Vec<T> {
+    rows.iter().map(value).collect()
 }
 
 /// The one row of a statement that was read to its end. `get_result` returns after the

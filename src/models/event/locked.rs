@@ -1,9 +1,7 @@
 //! A transaction that appends to one locked job.
 
-use std::fmt;
-
-use diesel::{ExpressionMethods as _, OptionalExtension as _, QueryDsl as _, SelectableHelper as _};
-use diesel_async::{AsyncPgConnection, RunQueryDsl as _, SimpleAsyncConnection as _};
+use diesel::prelude::*;
+use diesel_async::{AsyncPgConnection, RunQueryDsl, SimpleAsyncConnection as _};
 use uuid::Uuid;
 
 use super::{AppendOutcome, AppendStatement, JobHead};
@@ -11,15 +9,10 @@ use crate::{db::OwnConnection, error::Result, schema::jobs};
 
 /// A transaction that holds the lock of one job's row, from its BEGIN to its end. If it
 /// is dropped before its end, its connection is closed and Postgres rolls it back.
+#[derive(Debug)]
 pub struct LockedJob {
     connection: OwnConnection,
     head: Option<JobHead>,
-}
-
-impl fmt::Debug for LockedJob {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("LockedJob").field("head", &self.head).finish_non_exhaustive()
-    }
 }
 
 impl LockedJob {

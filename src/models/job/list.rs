@@ -9,11 +9,8 @@
 use std::cmp::Reverse;
 
 use chrono::{DateTime, Utc};
-use diesel::{
-    BoolExpressionMethods as _, ExpressionMethods as _, OptionalExtension as _, QueryDsl as _, pg::Pg,
-    sql_types,
-};
-use diesel_async::{AsyncPgConnection, RunQueryDsl as _};
+use diesel::{pg::Pg, prelude::*, sql_types};
+use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use uuid::Uuid;
 
 use super::Job;
@@ -30,15 +27,13 @@ use crate::{
 /// Most jobs of one range of an index that are read for a page.
 const CANDIDATES: i64 = 10_000;
 
-/// Filters of a list of jobs. A job must match all of them. A filter that is none or
-/// empty matches every job.
+/// Filters that a job must match all. A filter that is none or empty matches every job.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct JobFilters {
     /// The job has one of these statuses; each occurs once.
     pub statuses: Vec<JobStatus>,
     /// True: the job is open. False: the job is closed.
     pub open: Option<bool>,
-    /// The job has this configuration tag.
     pub configuration_tag: Option<String>,
     /// The job's other party is this user.
     pub counterpart_id: Option<Uuid>,
@@ -61,7 +56,6 @@ pub struct JobPage {
 }
 
 impl Job {
-    /// The job's place in the order of creation.
     pub fn cursor(&self) -> CreationCursor {
         CreationCursor { created_at: self.created_at, id: self.id }
     }

@@ -8,7 +8,7 @@ use uuid::Uuid;
 use super::{ConfigurationKey, JobConfiguration, MetadataConfiguration, MetadataKind};
 use crate::{
     db::Transaction,
-    error::{Error, Resource, Result, Violations, quoted},
+    error::{Error, Resource, Result, Violations},
     models::{caller::Provider, version_order},
     schema::{job_configurations, metadata_configurations, step_configurations},
 };
@@ -38,7 +38,7 @@ impl JobConfiguration {
     pub async fn register(
         tx: &mut Transaction<'_>,
         provider: Provider,
-        new: &NewJobConfiguration,
+        new: NewJobConfiguration,
     ) -> Result<(Self, bool)> {
         let inserted = new.insert(tx, provider).await?;
         let key = ConfigurationKey::Version { tag: new.tag.clone(), version: new.version.to_string() };
@@ -131,13 +131,13 @@ impl NewJobConfiguration {
     /// Lists the fields whose stored values differ from those of this version.
     fn differences(&self, stored: &JobConfiguration) -> Violations {
         let mut differences = Violations::default();
-        add_if_different(&mut differences, "name", &self.name, &stored.name);
+        differences.add_if_different("name", &self.name, &stored.name);
         if self.steps.len() != stored.steps.len() {
             differences.add("steps", format!("{} are stored", stored.steps.len()));
         }
         for (i, (step, stored)) in self.steps.iter().zip(&stored.steps).enumerate() {
-            add_if_different(&mut differences, &format!("steps[{i}].tag"), &step.tag, &stored.tag);
-            add_if_different(&mut differences, &format!("steps[{i}].name"), &step.name, &stored.name);
+            differences.add_if_different(format!("steps[{i}].tag"), &step.tag, &stored.tag);
+            differences.add_if_different(format!("steps[{i}].name"), &step.name, &stored.name);
             if i64::from(step.points) != stored.points {
                 differences.add(format!("steps[{i}].points"), format!("is stored as {}", stored.points));
             }
@@ -147,20 +147,15 @@ impl NewJobConfiguration {
             }
             for (j, (metadata, stored)) in step.metadata.iter().zip(&stored.metadata).enumerate() {
                 let path = format!("steps[{i}].metadata[{j}]");
-                add_if_different(&mut differences, &format!("{path}.name"), &metadata.name, &stored.name);
+                differences.add_if_different(format!("{path}.name"), &metadata.name, &stored.name);
                 if metadata.kind != stored.kind {
-                    differences.add(format!("{path}.kind"), format!("is stored as {}", stored.kind.name()));
+                    let kind = stored.kind.label().to_uppercase();
+                    differences.add(format!("{path}.kind"), format!("is stored as {kind}"));
                 }
-                add_if_different(&mut differences, &format!("{path}.units"), &metadata.units, &stored.units);
+                differences.add_if_different(format!("{path}.units"), &metadata.units, &stored.units);
             }
         }
         differences
-    }
-}
-
-fn add_if_different(differences: &mut Violations, field: &str, given: &str, stored: &str) {
-    if given != stored {
-        differences.add(field, format!("is stored as {}", quoted(stored)));
     }
 }
 

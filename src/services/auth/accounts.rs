@@ -40,54 +40,36 @@ impl TryFrom<pb::SignUpRequest> for NewAccount {
     }
 }
 
-/// The content of a `LogInRequest`. The password is none if its format is not permitted;
-/// it is then refused like any wrong password, after the same work.
-pub(super) struct EmailAndPassword {
-    pub(super) email: String,
-    pub(super) password: Option<Password>,
+/// Only the limits of every text are violations. All other malformed e-mails and passwords
+/// are answered as wrong ones, so that the answer reveals nothing.
+pub(super) fn email_and_password(request: pb::LogInRequest) -> Result<(String, Option<Password>)> {
+    let mut violations = Violations::default();
+    let email = parse::text(&mut violations, "email", request.email);
+    let password = present_password(&mut violations, "password", request.password);
+    violations.or((email, password))
 }
 
-impl TryFrom<pb::LogInRequest> for EmailAndPassword {
-    type Error = Error;
-
-    /// Only the limits of every text are violations. All other malformed e-mails and
-    /// passwords are answered as wrong ones, so that the answer reveals nothing.
-    fn try_from(request: pb::LogInRequest) -> Result<Self> {
-        let mut violations = Violations::default();
-        let email = parse::text(&mut violations, "email", request.email);
-        secret_text(&mut violations, "password", &request.password);
-        violations.or(Self { email, password: Password::new(request.password).ok() })
-    }
-}
-
-pub(super) struct NewPassword {
-    pub(super) current: Option<Password>,
-    pub(super) new: Password,
-}
-
-impl TryFrom<pb::ChangePasswordRequest> for NewPassword {
-    type Error = Error;
-
-    fn try_from(request: pb::ChangePasswordRequest) -> Result<Self> {
-        let mut violations = Violations::default();
-        secret_text(&mut violations, "current_password", &request.current_password);
-        match Password::new(request.new_password) {
-            Ok(new) => violations.or(Self { current: Password::new(request.current_password).ok(), new }),
-            Err(description) => {
-                violations.add("new_password", description);
-                Err(Error::Invalid(violations))
-            }
+/// The current password and the new one.
+pub(super) fn passwords(request: pb::ChangePasswordRequest) -> Result<(Option<Password>, Password)> {
+    let mut violations = Violations::default();
+    let current = present_password(&mut violations, "current_password", request.current_password);
+    match Password::new(request.new_password) {
+        Ok(new) => violations.or((current, new)),
+        Err(description) => {
+            violations.add("new_password", description);
+            Err(Error::Invalid(violations))
         }
     }
 }
 
-/// As [`parse::text`], without the value in the description.
-fn secret_text(violations: &mut Violations, field: &str, value: &str) {
-    let mut unquoted = Violations::default();
-    parse::text(&mut unquoted, field, value.to_owned());
-    if !unquoted.is_empty() {
+/// A password to verify, within the limits of [`parse::text`], but without the value in the
+/// description. None if its format is not permitted: it is then refused like any wrong
+/// password, after the same work.
+fn present_password(violations: &mut Violations, field: &str, value: String) -> Option<Password> {
+    if Violations::check(|unquoted| parse::text(unquoted, field, value.clone())).is_err() {
         violations.add(field, "must have at most 256 characters and no NUL");
     }
+    Password::new(value).ok()
 }
 
 impl TryFrom<pb::UpdateCurrentUserRequest> for Names {

@@ -1,49 +1,39 @@
 //! Requests about API keys, and the message for a key.
 
-use std::time::Duration;
-
-use chrono::{DateTime, Utc};
-use uuid::Uuid;
+use chrono::Utc;
 
 use crate::{
-    error::{Error, Result, Violations},
-    limits::KEY_OVERLAP,
+    error::{Result, Violations},
     models::{
-        CreationCursor,
-        api_key::ApiKey,
+        api_key::{ApiKey, NewApiKey},
         caller::{KeyManager, KeyScope, UserRole},
     },
     pb,
     proto_enums::{ProtoEnum as _, timestamp},
-    services::{page::PageRequest, parse},
+    secret::Secret,
+    services::parse,
 };
 
 /// Most scopes in a request: each scope once.
 const SCOPES: usize = 3;
 
-/// The content of a `CreateApiKeyRequest`.
-pub(super) struct KeyTerms {
-    pub(super) note: String,
-    pub(super) expires_at: Option<DateTime<Utc>>,
-    pub(super) scopes: Vec<KeyScope>,
-}
-
-impl KeyTerms {
-    /// Fails with [`Error::ScopeRequired`] if the manager lacks a requested scope, even
-    /// if there are violations.
-    pub(super) fn parse(request: pb::CreateApiKeyRequest, manager: &KeyManager) -> Result<Self> {
-        let mut violations = Violations::default();
-        let note = parse::text(&mut violations, "note", request.note);
-        let expires_at = parse::timestamp(&mut violations, "expires_at", request.expires_at);
-        if expires_at.is_some_and(|at| at <= Utc::now()) {
-            violations.add("expires_at", "must be in the future");
-        }
-        let scopes = scopes(&mut violations, &request.scopes, manager.role());
-        if let Some(missing) = scopes.iter().find(|scope| !manager.scopes().contains(scope)) {
-            return Err(Error::ScopeRequired(missing.name()));
-        }
-        violations.or(Self { note, expires_at, scopes })
+/// Fails with [`Error::ScopeRequired`](crate::error::Error::ScopeRequired) if the manager
+/// lacks a requested scope, even if there are violations.
+pub(super) fn new_key(
+    request: pb::CreateApiKeyRequest,
+    manager: &KeyManager,
+    secret: &Secret,
+) -> Result<NewApiKey> {
+    let mut violations = Violations::default();
+    let note = parse::text(&mut violations, "note", request.note);
+    let expires_at = parse::timestamp(&mut violations, "expires_at", request.expires_at);
+    if expires_at.is_some_and(|at| at <= Utc::now()) {
+        violations.add("expires_at", "must be in the future");
     }
+    let scopes = scopes(&mut violations, &request.scopes, manager.role());
+    manager.require(&scopes)?;
+    let key_prefix = secret.display_prefix().to_owned();
+    violations.or(NewApiKey { key_hash: secret.hash(), key_prefix, note, scopes, expires_at })
 }
 
 /// Parses the requested scopes, each once; without any, returns the role's default.
@@ -74,23 +64,6 @@ fn scopes(violations: &mut Violations, requested: &[i32], role: UserRole) -> Vec
     scopes.sort_unstable();
     scopes.dedup();
     scopes
-}
-
-pub(super) fn key_page(
-    mut request: pb::ListApiKeysRequest,
-    manager: &KeyManager,
-) -> Result<PageRequest<CreationCursor>> {
-    let mut violations = Violations::default();
-    let page = PageRequest::take(&mut violations, manager.user_id(), &mut request);
-    violations.or(page)
-}
-
-/// The id of the key to replace, and how long that key stays valid.
-pub(super) fn rotation(request: &pb::RotateApiKeyRequest) -> Result<(Uuid, Duration)> {
-    let mut violations = Violations::default();
-    let id = parse::uuid(&mut violations, "api_key_id", &request.api_key_id);
-    let overlap = parse::duration(&mut violations, "overlap", request.overlap, KEY_OVERLAP);
-    violations.or((id, overlap))
 }
 
 impl From<ApiKey> for pb::ApiKey {

@@ -148,7 +148,7 @@ impl UncheckedBatch {
                     None => {
                         violations
                             .add(format!("events[{index}].step_tag"), unknown_step(&step_tag, configuration));
-                        violations.set_known_step_tags(configuration.tree.steps.len());
+                        violations.known_step_tags = Some(configuration.tree.steps.len());
                         Step::Unknown
                     }
                     Some((position, step)) => {

@@ -11,7 +11,6 @@ use crate::{
     models::job::JobKey,
     pb,
     progress::EventKind,
-    proto_enums::ProtoEnum as _,
     services::{
         jobs::{job_id, job_key, no_job, provider_job_id},
         page::PageRequest,
@@ -27,17 +26,7 @@ fn event_kinds(violations: &mut Violations, kinds: &[i32]) -> Vec<EventKind> {
         violations.add("kinds", format!("must be at most {KINDS}"));
         return Vec::new();
     }
-    let mut parsed = Vec::new();
-    for (index, kind) in kinds.iter().enumerate() {
-        let Some(kind) = EventKind::from_proto(*kind) else {
-            violations.add(format!("kinds[{index}]"), "is not a kind of event");
-            continue;
-        };
-        if !parsed.contains(&kind) {
-            parsed.push(kind);
-        }
-    }
-    parsed
+    parse::distinct(violations, "kinds", kinds, |_| "is not a kind of event".to_owned())
 }
 
 /// The content of a `ListEventsRequest`.
@@ -78,22 +67,15 @@ pub(super) fn watch_request(
 ) -> Result<(UncheckedScope, Vec<EventKind>, Start, Duration)> {
     use pb::watch_events_request::{Scope as RawScope, Start as RawStart};
     let mut violations = Violations::default();
+    let v = &mut violations;
     let scope = match request.scope {
-        Some(RawScope::JobId(id)) => UncheckedScope::Job(job_id(&mut violations, &id)),
-        Some(RawScope::ProviderJobId(id)) => UncheckedScope::Job(provider_job_id(&mut violations, id)),
+        Some(RawScope::JobId(id)) => UncheckedScope::Job(job_id(v, &id)),
+        Some(RawScope::ProviderJobId(id)) => UncheckedScope::Job(provider_job_id(v, id)),
         Some(RawScope::AllJobs(all)) => UncheckedScope::All {
-            configuration_tag: parse::text(
-                &mut violations,
-                "all_jobs.configuration_tag",
-                all.configuration_tag,
-            ),
-            counterpart_id: parse::optional_uuid(
-                &mut violations,
-                "all_jobs.counterpart_id",
-                &all.counterpart_id,
-            ),
+            configuration_tag: parse::text(v, "all_jobs.configuration_tag", all.configuration_tag),
+            counterpart_id: parse::optional_uuid(v, "all_jobs.counterpart_id", &all.counterpart_id),
         },
-        None => UncheckedScope::Job(no_job(&mut violations, "scope")),
+        None => UncheckedScope::Job(no_job(v, "scope")),
     };
     let kinds = event_kinds(&mut violations, &request.kinds);
     let start = match request.start {
