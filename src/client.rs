@@ -62,15 +62,9 @@ pub struct Client {
     bearer: Bearer,
 }
 
-/// Adds the credential to each call.
-#[derive(Clone, Default)]
+/// Adds the credential to each call. `Debug` shows no value that is marked as sensitive.
+#[derive(Clone, Debug, Default)]
 pub struct Bearer(Option<MetadataValue<Ascii>>);
-
-impl fmt::Debug for Bearer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(if self.0.is_some() { "Bearer(…)" } else { "Bearer(none)" })
-    }
-}
 
 impl Interceptor for Bearer {
     fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
@@ -130,8 +124,7 @@ impl Client {
     /// unencrypted, so that the network can read the credential; or `HOST:PORT`,
     /// encrypted unless the host is loopback and `tls` is its default.
     pub async fn connect_with(server: &str, tls: &ClientTls) -> Result<Self, ClientError> {
-        let not_an_address = || ClientError::Address(server.to_owned());
-        let url = url(server, tls).ok_or_else(not_an_address)?;
+        let url = url(server, tls).ok_or_else(|| ClientError::Address(server.to_owned()))?;
         let encrypted = url.scheme() == Some(&Scheme::HTTPS);
         let mut endpoint = Endpoint::from(url);
         if encrypted {
@@ -238,13 +231,13 @@ impl Watch {
                 Ok(Some(message)) => {
                     self.failures = 0;
                     self.request.start = Some(Start::ResumeToken(message.resume_token.clone()));
-                    match end_reason(&message) {
-                        Some(WatchEndReason::Draining) => Status::unavailable("the server is shutting down"),
-                        reason => {
-                            self.ended = reason == Some(WatchEndReason::JobClosed);
-                            return Ok(Some(message));
-                        }
+                    let body = &message.message;
+                    let ends_by = |reason| matches!(body, Some(Message::End(end)) if end.reason() == reason);
+                    if !ends_by(WatchEndReason::Draining) {
+                        self.ended = ends_by(WatchEndReason::JobClosed);
+                        return Ok(Some(message));
                     }
+                    Status::unavailable("the server is shutting down")
                 }
                 Ok(None) => Status::unavailable("the stream ended without an end message"),
                 Err(status) if is_transient(&status) => status,
@@ -274,32 +267,14 @@ impl Watch {
     }
 }
 
-fn end_reason(message: &WatchEventsResponse) -> Option<WatchEndReason> {
-    match &message.message {
-        Some(Message::End(end)) => Some(end.reason()),
-        Some(Message::Events(_) | Message::CaughtUp(_) | Message::Heartbeat(_)) | None => None,
-    }
-}
-
 /// Whether the same call may succeed later: the server is unavailable or
 /// overloaded, or the connection broke. A broken connection is a status with an
 /// error source, which no status sent by a server has.
 pub fn is_transient(status: &Status) -> bool {
-    match status.code() {
-        Code::Unavailable | Code::ResourceExhausted | Code::DeadlineExceeded => true,
-        Code::Unknown | Code::Internal | Code::Cancelled => std::error::Error::source(status).is_some(),
-        Code::Ok
-        | Code::InvalidArgument
-        | Code::NotFound
-        | Code::AlreadyExists
-        | Code::PermissionDenied
-        | Code::FailedPrecondition
-        | Code::Aborted
-        | Code::OutOfRange
-        | Code::Unimplemented
-        | Code::DataLoss
-        | Code::Unauthenticated => false,
-    }
+    let code = status.code();
+    let broken = std::error::Error::source(status).is_some();
+    matches!(code, Code::Unavailable | Code::ResourceExhausted | Code::DeadlineExceeded)
+        || (broken && matches!(code, Code::Unknown | Code::Internal | Code::Cancelled))
 }
 
 /// Half of it certain and half by chance, so that all watchers of a server

@@ -30,11 +30,7 @@ pub fn init(format: LogFormat, filter: &str) -> Result<(), ParseError> {
     let filter = EnvFilter::try_new(filter)?;
     let terminal = io::stderr().is_terminal();
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
-    let json = match format {
-        LogFormat::Json => true,
-        LogFormat::Text => false,
-        LogFormat::Auto => !terminal,
-    };
+    let json = format == LogFormat::Json || (format == LogFormat::Auto && !terminal);
     // Fails if a subscriber is already set, as by the first of a test's servers.
     let _already_set = if json {
         log.json().flatten_event(true).with_current_span(true).with_span_list(false).try_init()

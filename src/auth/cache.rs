@@ -34,19 +34,12 @@ pub enum Revocation {
 
 impl Revocation {
     fn concerns(self, caller: &Caller) -> bool {
-        match (self, caller.subject(), caller.credential()) {
-            (Self::Credential(ended), _, id) => ended == id,
-            (
-                Self::OtherSessions { user_id, kept },
-                Subject::User { id, .. },
-                CredentialId::Session(session),
-            ) => id == user_id && session != kept,
-            (
-                Self::OtherSessions { .. },
-                Subject::User { .. },
-                CredentialId::ApiKey(_) | CredentialId::WatchToken(_),
-            )
-            | (Self::OtherSessions { .. }, Subject::Job(_), _) => false,
+        match self {
+            Self::Credential(ended) => ended == caller.credential(),
+            Self::OtherSessions { user_id, kept } => {
+                matches!(caller.subject(), Subject::User { id, .. } if id == user_id)
+                    && matches!(caller.credential(), CredentialId::Session(id) if id != kept)
+            }
         }
     }
 }
@@ -190,12 +183,9 @@ impl Cache {
         let mut used: Vec<Moment> =
             self.entries.values().filter(|credential| free(credential)).map(|c| c.used_at()).collect();
         used.sort_unstable();
-        let Some(&median) = used.get(used.len() / 2) else {
-            return Err(Error::Overloaded {
-                what: "credentials in use",
-                retry_after: Duration::from_secs(1),
-            });
-        };
+        let retry_after = Duration::from_secs(1);
+        let no_room = Error::Overloaded { what: "credentials in use", retry_after };
+        let median = *used.get(used.len() / 2).ok_or(no_room)?;
         self.entries.retain(|_, credential| !free(credential) || credential.used_at() > median);
         Ok(())
     }

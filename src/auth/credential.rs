@@ -126,9 +126,6 @@ impl Credential {
     /// [`Error::CredentialInvalid`] if it has ended.
     pub async fn confirmed(&self) -> Result<()> {
         while self.is_valid() {
-            if self.is_confirmed() {
-                return Ok(());
-            }
             // Before the time is read, so that no confirmation falls between.
             let confirmation = self.confirmations.notified();
             if self.is_confirmed() {
@@ -342,7 +339,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_unconfirmed_credential_waits_for_its_confirmation() {
-        let credential = std::sync::Arc::new(credential(None, Moment(0)));
+        let credential = Arc::new(credential(None, Moment(0)));
         assert!(credential.confirmed().now_or_never().is_none());
         let waiting = tokio::spawn({
             let credential = credential.clone();

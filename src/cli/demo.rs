@@ -1,11 +1,11 @@
 //! `milepost demo`: acts as the provider of a sample job, and shows the job as its
 //! customer sees it.
 
-use std::{collections::BTreeMap, io, net::SocketAddr, process::ExitCode, time::Duration};
+use std::{io, net::SocketAddr, process::ExitCode, time::Duration};
 
 use clap::Args;
 use console::style;
-use prost_types::{Struct, Timestamp, Value, value::Kind};
+use prost_types::{Struct, Timestamp, Value};
 use tokio::net::TcpListener;
 use uuid::Uuid;
 
@@ -93,17 +93,11 @@ impl Demo {
 
     /// Listens on the address of the settings, or on a free port if that one is taken.
     async fn listen(&self) -> Result<TcpListener, BoxError> {
-        let listen = self.config.start.listen;
-        match TcpListener::bind(listen).await {
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-                bind(SocketAddr::new(listen.ip(), 0)).await
-            }
-            Ok(listener) => {
-                drop(listener);
-                bind(listen).await
-            }
-            Err(error) => Err(error.into()),
+        let mut listen = self.config.start.listen;
+        if TcpListener::bind(listen).await.is_err_and(|error| error.kind() == io::ErrorKind::AddrInUse) {
+            listen.set_port(0);
         }
+        bind(listen).await
     }
 
     async fn play(&self, address: &str, own: bool) -> Result<ExitCode, BoxError> {
@@ -190,6 +184,7 @@ async fn create_job(provider: &Client, customer_id: &str) -> Result<String, BoxE
 
 /// The job's steps; their points are their expected shares of the work.
 fn steps() -> Vec<StepConfiguration> {
+    use MetadataKind::{Link, Number, Text};
     let step = |tag: &str, name: &str, points, metadata: &[(&str, MetadataKind, &str)]| StepConfiguration {
         tag: tag.to_owned(),
         name: name.to_owned(),
@@ -208,94 +203,54 @@ fn steps() -> Vec<StepConfiguration> {
             "load",
             "Load the slice",
             5,
-            &[
-                ("columns", MetadataKind::Number, "px"),
-                ("rows", MetadataKind::Number, "px"),
-                ("spacing", MetadataKind::Number, "mm"),
-            ],
+            &[("columns", Number, "px"), ("rows", Number, "px"), ("spacing", Number, "mm")],
         ),
         step(
             "calibrate",
             "Calibrate to Hounsfield units",
             10,
-            &[("highest", MetadataKind::Number, "HU"), ("lowest", MetadataKind::Number, "HU")],
+            &[("highest", Number, "HU"), ("lowest", Number, "HU")],
         ),
-        step(
-            "segment",
-            "Segment the lungs",
-            45,
-            &[("area", MetadataKind::Number, "cm²"), ("threshold", MetadataKind::Number, "HU")],
-        ),
-        step(
-            "measure",
-            "Measure",
-            30,
-            &[("largest nodule", MetadataKind::Number, "mm"), ("mean density", MetadataKind::Number, "HU")],
-        ),
-        step(
-            "report",
-            "Write the report",
-            10,
-            &[("report", MetadataKind::Link, ""), ("signed by", MetadataKind::Text, "")],
-        ),
+        step("segment", "Segment the lungs", 45, &[("area", Number, "cm²"), ("threshold", Number, "HU")]),
+        step("measure", "Measure", 30, &[("largest nodule", Number, "mm"), ("mean density", Number, "HU")]),
+        step("report", "Write the report", 10, &[("report", Link, ""), ("signed by", Text, "")]),
     ]
 }
 
 /// An event of the demo: when it is appended, in percent of the demo's length, then
 /// its kind, its step's tag, its name and its metadata.
-type DemoEvent = (u32, EventKind, &'static str, &'static str, &'static [(&'static str, Measured)]);
+type DemoEvent = (u32, EventKind, &'static str, &'static str, Vec<(&'static str, Value)>);
 
-/// A metadata value.
-#[derive(Clone, Copy)]
-enum Measured {
-    Number(f64),
-    Text(&'static str),
-}
-
-const EVENTS: [DemoEvent; 9] = {
+fn demo_events() -> [DemoEvent; 9] {
     use EventKind::{Complete, Error, Info, Step};
-    use Measured::{Number, Text};
+    let number = |name, value: f64| (name, Value::from(value));
+    let text = |name, value: &str| (name, Value::from(value));
     [
-        (
-            4,
-            Step,
-            "load",
-            "",
-            &[("rows", Number(512.0)), ("columns", Number(512.0)), ("spacing", Number(0.74))],
-        ),
-        (12, Step, "calibrate", "", &[("lowest", Number(-1024.0)), ("highest", Number(1371.0))]),
-        (18, Info, "segment", "Growing regions from 2 seeds", &[]),
-        (42, Step, "segment", "", &[("area", Number(412.6)), ("threshold", Number(-320.0))]),
-        (52, Info, "measure", "3 nodules found", &[]),
-        (60, Error, "measure", "Accelerator lost, going on without it", &[("attempt", Number(1.0))]),
-        (82, Step, "measure", "", &[("mean density", Number(-742.3)), ("largest nodule", Number(6.4))]),
+        (4, Step, "load", "", vec![number("rows", 512.0), number("columns", 512.0), number("spacing", 0.74)]),
+        (12, Step, "calibrate", "", vec![number("lowest", -1024.0), number("highest", 1371.0)]),
+        (18, Info, "segment", "Growing regions from 2 seeds", vec![]),
+        (42, Step, "segment", "", vec![number("area", 412.6), number("threshold", -320.0)]),
+        (52, Info, "measure", "3 nodules found", vec![]),
+        (60, Error, "measure", "Accelerator lost, going on without it", vec![number("attempt", 1.0)]),
+        (82, Step, "measure", "", vec![number("mean density", -742.3), number("largest nodule", 6.4)]),
         (
             94,
             Step,
             "report",
             "",
-            &[("report", Text("https://radiology.example/reports/42")), ("signed by", Text("Dr. Ada"))],
+            vec![text("report", "https://radiology.example/reports/42"), text("signed by", "Dr. Ada")],
         ),
-        (100, Complete, "", "Analysis complete", &[]),
+        (100, Complete, "", "Analysis complete", vec![]),
     ]
-};
+}
 
-/// Appends [`EVENTS`], spread over `length`.
+/// Appends the events of the demo, spread over `length`.
 async fn append_events(provider: &Client, job_id: &str, length: Duration) -> Result<(), BoxError> {
     let mut events = provider.events();
     let start = tokio::time::Instant::now();
-    for (share, kind, step, name, metadata) in EVENTS {
+    for (share, kind, step, name, metadata) in demo_events() {
         tokio::time::sleep_until(start + length * share / 100).await;
-        let fields: BTreeMap<String, Value> = metadata
-            .iter()
-            .map(|&(name, value)| {
-                let kind = match value {
-                    Measured::Number(number) => Kind::NumberValue(number),
-                    Measured::Text(text) => Kind::StringValue(text.to_owned()),
-                };
-                (name.to_owned(), Value { kind: Some(kind) })
-            })
-            .collect();
+        let fields = metadata.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
         let event = NewEvent {
             id: Uuid::now_v7().to_string(),
             kind: kind.into(),

@@ -8,9 +8,9 @@ use std::{
 };
 
 use chrono::{DateTime, Local, SecondsFormat, Utc};
-use console::{Color, Style, Term};
+use console::{Style, Term};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use prost_types::{Timestamp, value::Kind};
+use prost_types::value::Kind;
 
 use super::print_line;
 use crate::pb::{Event, EventKind, Job, JobConfiguration, JobState, JobStatus, Progress};
@@ -46,15 +46,14 @@ impl Screen {
     pub(super) fn title(&self, job: &Job, configuration: &JobConfiguration) -> io::Result<()> {
         let name =
             if job.provider_job_name.is_empty() { &job.provider_job_id } else { &job.provider_job_name };
-        let version = format!("{} {}", configuration.name, configuration.version);
-        if self.bar.is_some() {
-            self.print(&format!(
-                "\n  {}  {}\n\n",
-                Style::new().bold().apply_to(clean(name)),
-                dim(&clean(&version))
-            ))
-        } else {
-            self.print(&format!("{}: {} ({})", job.id, clean(name), clean(&version)))
+        let name = clean(name);
+        let version = clean(&format!("{} {}", configuration.name, configuration.version));
+        match &self.bar {
+            Some(bar) => {
+                bar.println(format!("\n  {}  {}\n\n", Style::new().bold().apply_to(name), dim(&version)));
+                Ok(())
+            }
+            None => print_line(&format!("{}: {name} ({version})", job.id)),
         }
     }
 
@@ -67,9 +66,7 @@ impl Screen {
         match &self.bar {
             Some(bar) => {
                 bar.println(self.colored_line(event));
-                bar.set_style(bar_style(event.status()));
-                bar.set_position(percent(progress));
-                bar.set_message(self.message(event.status(), progress));
+                self.move_bar(bar, event.status(), progress);
                 Ok(())
             }
             None => print_line(&self.plain_line(event, progress)),
@@ -103,30 +100,27 @@ impl Screen {
     pub(super) fn end(&self, state: &JobState) -> io::Result<()> {
         let progress = state.progress.unwrap_or_default();
         let events = state.last_sequence;
-        let line = format!("{} at {} % after {events} events", status_name(state.status()), progress.percent);
+        let (status, ..) = look(state.status());
+        let line = format!("{status} at {} % after {events} events", progress.percent);
         match &self.bar {
             Some(bar) => {
-                bar.set_style(bar_style(state.status()));
-                bar.set_position(percent(progress));
-                bar.finish_with_message(self.message(state.status(), progress));
+                self.move_bar(bar, state.status(), progress);
+                bar.finish();
                 print_line("")
             }
             None => print_line(&line),
         }
     }
 
-    fn print(&self, line: &str) -> io::Result<()> {
-        match &self.bar {
-            Some(bar) => {
-                bar.println(line);
-                Ok(())
-            }
-            None => print_line(line),
-        }
+    fn move_bar(&self, bar: &ProgressBar, status: JobStatus, progress: Progress) {
+        bar.set_style(bar_style(status));
+        bar.set_position(u64::try_from(progress.percent).unwrap_or(0));
+        bar.set_message(self.message(status, progress));
     }
 
     fn message(&self, status: JobStatus, progress: Progress) -> String {
-        let status = Style::new().fg(color(status)).bold().apply_to(status_name(status));
+        let (name, color, _) = look(status);
+        let status = Style::from_dotted_str(color).bold().apply_to(name);
         if self.steps == 0 {
             return status.to_string();
         }
@@ -137,26 +131,18 @@ impl Screen {
     }
 
     fn colored_line(&self, event: &Event) -> String {
-        let time =
-            local_time(event.created_at).map_or_else(String::new, |at| at.format("%H:%M:%S").to_string());
-        let (mark, color) = match event.kind() {
-            EventKind::Step => ("✔", Color::Green),
-            EventKind::Error => ("✘", Color::Red),
-            EventKind::Info => ("·", Color::Cyan),
-            EventKind::Complete => ("★", Color::Green),
-            EventKind::Close => ("■", Color::Yellow),
-            EventKind::Unspecified => ("?", Color::Magenta),
+        let time = time(event).map(|at| at.with_timezone(&Local).format("%H:%M:%S").to_string());
+        let (plain, bold) = (Style::new(), Style::new().bold());
+        let (mark, style, title_style) = match event.kind() {
+            EventKind::Step => ("✔", bold.clone().green(), bold),
+            EventKind::Error => ("✘", bold.red(), plain.red()),
+            EventKind::Info => ("·", bold.cyan(), plain),
+            EventKind::Complete => ("★", bold.clone().green(), bold),
+            EventKind::Close => ("■", bold.yellow(), plain.yellow()),
+            EventKind::Unspecified => ("?", bold.clone().magenta(), bold),
         };
-        let style = Style::new().fg(color);
-        let title = clean(title(event));
-        let title = match event.kind() {
-            EventKind::Info => title,
-            EventKind::Error | EventKind::Close => style.apply_to(title).to_string(),
-            EventKind::Step | EventKind::Complete | EventKind::Unspecified => {
-                Style::new().bold().apply_to(title).to_string()
-            }
-        };
-        let mut line = format!("  {}  {}  {title}", dim(&time), style.clone().bold().apply_to(mark));
+        let (mark, title) = (style.apply_to(mark), title_style.apply_to(clean(title(event))));
+        let mut line = format!("  {}  {mark}  {title}", dim(&time.unwrap_or_default()));
         let metadata = self.metadata(event);
         if !metadata.is_empty() {
             let shown: Vec<String> = metadata
@@ -170,11 +156,9 @@ impl Screen {
     }
 
     fn plain_line(&self, event: &Event, progress: Progress) -> String {
-        let time = local_time(event.created_at).map_or_else(String::new, |at| {
-            at.with_timezone(&Utc).to_rfc3339_opts(SecondsFormat::Millis, true)
-        });
+        let time = time(event).map(|at| at.to_rfc3339_opts(SecondsFormat::Millis, true)).unwrap_or_default();
         let kind = event.kind().as_str_name().trim_start_matches("EVENT_KIND_").to_ascii_lowercase();
-        let status = status_name(event.status());
+        let (status, ..) = look(event.status());
         let mut line = format!(
             "{time} #{} {:>3} % {status}: {kind} {}",
             event.sequence,
@@ -198,9 +182,7 @@ impl Screen {
                     Some(Kind::NumberValue(number)) => number.to_string(),
                     Some(Kind::StringValue(text)) => clean(text),
                     Some(Kind::BoolValue(yes)) => yes.to_string(),
-                    Some(Kind::NullValue(_) | Kind::StructValue(_) | Kind::ListValue(_)) | None => {
-                        "?".to_owned()
-                    }
+                    Some(Kind::NullValue(_) | Kind::StructValue(_) | Kind::ListValue(_)) | None => "?".into(),
                 };
                 (clean(name), units.map_or(text.clone(), |units| format!("{text} {}", clean(units))))
             })
@@ -208,42 +190,25 @@ impl Screen {
     }
 }
 
-fn status_name(status: JobStatus) -> &'static str {
+/// A status's name, its color, and the mark that takes the spinner's place at the end.
+fn look(status: JobStatus) -> (&'static str, &'static str, &'static str) {
     match status {
-        JobStatus::Unspecified => "unknown",
-        JobStatus::Pending => "pending",
-        JobStatus::Running => "running",
-        JobStatus::Failed => "failed",
-        JobStatus::Complete => "complete",
-        JobStatus::Cancelled => "cancelled",
-    }
-}
-
-fn color(status: JobStatus) -> Color {
-    match status {
-        JobStatus::Unspecified | JobStatus::Pending | JobStatus::Running => Color::Cyan,
-        JobStatus::Failed => Color::Red,
-        JobStatus::Complete => Color::Green,
-        JobStatus::Cancelled => Color::Yellow,
+        JobStatus::Unspecified => ("unknown", "cyan", " "),
+        JobStatus::Pending => ("pending", "cyan", " "),
+        JobStatus::Running => ("running", "cyan", " "),
+        JobStatus::Failed => ("failed", "red", "✘"),
+        JobStatus::Complete => ("complete", "green", "★"),
+        JobStatus::Cancelled => ("cancelled", "yellow", "■"),
     }
 }
 
 fn bar_style(status: JobStatus) -> ProgressStyle {
-    let (color, end) = match status {
-        JobStatus::Unspecified | JobStatus::Pending | JobStatus::Running => ("cyan", " "),
-        JobStatus::Failed => ("red", "✘"),
-        JobStatus::Complete => ("green", "★"),
-        JobStatus::Cancelled => ("yellow", "■"),
-    };
+    let (_, color, end) = look(status);
     let template = format!("\n  {{spinner:.{color}}} {{bar:40.{color}/238}} {{percent:>3.bold}} %  {{msg}}");
     ProgressStyle::with_template(&template)
         .unwrap_or_else(|_| ProgressStyle::default_bar())
         .progress_chars("━╸─")
         .tick_strings(&["⠋", "⠙", "⠹", "⠸", "⠼", "⠴", "⠦", "⠧", "⠇", "⠏", end])
-}
-
-fn percent(progress: Progress) -> u64 {
-    u64::try_from(progress.percent).unwrap_or(0)
 }
 
 /// The event's name, or its step's name, or a word for its kind.
@@ -260,10 +225,9 @@ fn title(event: &Event) -> &str {
     }
 }
 
-fn local_time(at: Option<Timestamp>) -> Option<DateTime<Local>> {
-    let at = at?;
-    let utc = DateTime::<Utc>::from_timestamp(at.seconds, u32::try_from(at.nanos).ok()?)?;
-    Some(utc.with_timezone(&Local))
+fn time(event: &Event) -> Option<DateTime<Utc>> {
+    let at = event.created_at?;
+    DateTime::from_timestamp(at.seconds, u32::try_from(at.nanos).ok()?)
 }
 
 fn dim(text: &str) -> String {

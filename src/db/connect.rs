@@ -6,7 +6,7 @@
 //! on the network could as well claim that the database does not support TLS. With
 //! a `ca` file, `prefer` becomes `require`. Unix sockets are never encrypted.
 
-use std::{error::Error as _, fmt, path::Path, sync::Arc, time::Duration};
+use std::{error::Error as _, path::Path, sync::Arc, time::Duration};
 
 use diesel::{ConnectionError, ConnectionResult};
 use diesel_async::AsyncPgConnection;
@@ -40,11 +40,13 @@ const KEEPALIVES_IDLE_BY_DEFAULT: Duration = Duration::from_secs(2 * 60 * 60);
 type Driver = Connection<Socket, <MakeRustlsConnect as MakeTlsConnect<Socket>>::Stream>;
 
 /// Why a connection could not be made.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
 pub enum DialError {
     /// The URL, the `ca` file or their combination cannot be used.
+    #[error("{0}")]
     Settings(String),
     /// Postgres refused the connection, or the network failed.
+    #[error("{}{}", .0, .0.source().map(|cause| format!(": {cause}")).unwrap_or_default())]
     Postgres(tokio_postgres::Error),
 }
 
@@ -66,24 +68,6 @@ impl DialError {
         }
     }
 }
-
-impl fmt::Display for DialError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Settings(why) => f.write_str(why),
-            Self::Postgres(error) => {
-                let text = error.to_string();
-                f.write_str(&text)?;
-                match error.source().map(ToString::to_string) {
-                    Some(cause) if !text.contains(&cause) => write!(f, ": {cause}"),
-                    _ => Ok(()),
-                }
-            }
-        }
-    }
-}
-
-impl std::error::Error for DialError {}
 
 impl From<DialError> for ConnectionError {
     fn from(error: DialError) -> Self {

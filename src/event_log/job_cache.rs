@@ -32,6 +32,16 @@ pub(crate) struct JobCache {
     configurations: Cache<Uuid, Arc<Configuration>>,
 }
 
+/// The cached values of these ids, and the ids that are not cached.
+fn cached<V: Clone + Send + Sync + 'static>(
+    cache: &Cache<Uuid, V>,
+    ids: &[Uuid],
+) -> (HashMap<Uuid, V>, Vec<Uuid>) {
+    let found: HashMap<_, _> = ids.iter().filter_map(|id| Some((*id, cache.get(id)?))).collect();
+    let missing = ids.iter().filter(|id| !found.contains_key(id)).copied().collect();
+    (found, missing)
+}
+
 impl JobCache {
     pub(crate) fn new(database: Database) -> Self {
         Self {
@@ -62,14 +72,7 @@ impl JobCache {
         connection: &mut AsyncPgConnection,
         ids: &[Uuid],
     ) -> Result<HashMap<Uuid, Arc<JobIdentity>>> {
-        let mut found = HashMap::with_capacity(ids.len());
-        let mut missing = Vec::new();
-        for id in ids {
-            match self.jobs.get(id) {
-                Some(job) => drop(found.insert(*id, job)),
-                None => missing.push(*id),
-            }
-        }
+        let (mut found, missing) = cached(&self.jobs, ids);
         if !missing.is_empty() {
             let heads = JobHead::load(connection, &missing).await?;
             for job in self.remember(connection, heads).await? {
@@ -115,22 +118,15 @@ impl JobCache {
         connection: &mut AsyncPgConnection,
         ids: &[Uuid],
     ) -> Result<HashMap<Uuid, Arc<Configuration>>> {
-        let mut configurations = HashMap::new();
-        let mut unknown = Vec::new();
-        for id in ids {
-            match self.configurations.get(id) {
-                Some(configuration) => drop(configurations.insert(*id, configuration)),
-                None => unknown.push(*id),
-            }
-        }
-        if !unknown.is_empty() {
-            for tree in JobConfiguration::load(connection, &unknown).await? {
+        let (mut found, missing) = cached(&self.configurations, ids);
+        if !missing.is_empty() {
+            for tree in JobConfiguration::load(connection, &missing).await? {
                 let configuration = Arc::new(Configuration::from(tree));
                 self.configurations.insert(configuration.tree.id, Arc::clone(&configuration));
-                configurations.insert(configuration.tree.id, configuration);
+                found.insert(configuration.tree.id, configuration);
             }
         }
-        Ok(configurations)
+        Ok(found)
     }
 
     async fn remember(

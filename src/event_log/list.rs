@@ -5,13 +5,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{event::LogEvent, reader::Reader};
+use super::{
+    event::LogEvent,
+    reader::{Reader, head},
+};
 use crate::{
-    error::{Error, Resource, Result},
-    models::{
-        event::{Event, JobHead},
-        job_identity::JobIdentity,
-    },
+    error::{Error, Result},
+    models::{event::Event, job_identity::JobIdentity},
     progress::EventKind,
 };
 
@@ -29,10 +29,9 @@ pub(super) async fn list(
     kinds: &[EventKind],
     limit: i64,
 ) -> Result<(Vec<Arc<LogEvent>>, Option<i64>)> {
-    let mut connection = reader.connection().await?;
+    let mut connection = reader.database.get().await?;
     let since = Instant::now();
-    let missing = || Error::not_found(Resource::Job, &job.id);
-    let state = JobHead::load(&mut connection, &[job.id]).await?.pop().ok_or_else(missing)?.state();
+    let state = head(&mut connection, job.id).await?.state();
     let end = state.last_sequence;
     if after > end {
         return Err(Error::PositionBeyondLog);
@@ -43,7 +42,7 @@ pub(super) async fn list(
     // check comes after the page.
     if (state.closed || since.elapsed() >= SHORTEST_RETENTION)
         && after < end
-        && JobHead::load(&mut connection, &[job.id]).await?.pop().ok_or_else(missing)?.events_removed
+        && head(&mut connection, job.id).await?.events_removed
     {
         return Err(Error::EventsExpired { first_sequence: Some(end + 1) });
     }

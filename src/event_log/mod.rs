@@ -74,11 +74,11 @@ impl EventLog {
         database: Database,
         notifier: Notifier,
         settings: EventLogSettings,
-        Telemetry { metrics, traces }: Telemetry,
+        telemetry: Telemetry,
     ) -> Result<Self> {
         let jobs = JobCache::new(database.clone());
+        let metrics = Arc::clone(&telemetry.metrics);
         let tail = Tail::start(database.clone(), jobs.clone(), Arc::clone(&metrics)).await?;
-        let telemetry = Telemetry { metrics: Arc::clone(&metrics), traces };
         let appender = Appender::start(database.clone(), Arc::clone(&tail), notifier, telemetry)
             .map_err(Error::internal)?;
         if let Some(age) = settings.retention {

@@ -7,10 +7,11 @@ use tokio::{
     sync::{Semaphore, SemaphorePermit},
     time::timeout_at,
 };
+use uuid::Uuid;
 
 use super::{event::LogEvent, job_cache::JobCache, position::Position, scope::Scope, tail::Tail};
 use crate::{
-    db::{Connection, Database},
+    db::Database,
     error::{Error, Resource, Result},
     models::{
         event::{Event, JobHead},
@@ -22,7 +23,7 @@ use crate::{
 
 #[derive(Debug)]
 pub(crate) struct Reader {
-    database: Database,
+    pub(super) database: Database,
     job_cache: JobCache,
     pub(super) tail: Arc<Tail>,
     pub(super) metrics: Arc<Metrics>,
@@ -38,6 +39,11 @@ pub(super) struct LogEnd {
     pub(super) job: Option<JobState>,
 }
 
+pub(super) async fn head(connection: &mut AsyncPgConnection, job_id: Uuid) -> Result<JobHead> {
+    let head = JobHead::load(connection, &[job_id]).await?.pop();
+    head.ok_or_else(|| Error::not_found(Resource::Job, &job_id))
+}
+
 impl Reader {
     pub(super) fn new(
         database: Database,
@@ -47,10 +53,6 @@ impl Reader {
     ) -> Self {
         let permits = Semaphore::new((database.settings().connections / 2).max(1));
         Self { database, job_cache, tail, metrics, permits }
-    }
-
-    pub(super) async fn connection(&self) -> Result<Connection> {
-        self.database.get().await
     }
 
     /// A permit to read the past; none if there is none before `until`.
@@ -77,11 +79,10 @@ impl Reader {
     }
 
     pub(super) async fn log_end(&self, scope: &Scope) -> Result<LogEnd> {
-        let mut connection = self.connection().await?;
+        let mut connection = self.database.get().await?;
         match scope {
             Scope::Job(job) => {
-                let head = JobHead::load(&mut connection, &[job.id]).await?.pop();
-                let state = head.ok_or_else(|| Error::not_found(Resource::Job, &job.id))?.state();
+                let state = head(&mut connection, job.id).await?.state();
                 let position = Position { cursor: state.last_sequence, removals: 0 };
                 Ok(LogEnd { position, job: Some(state) })
             }
@@ -98,7 +99,7 @@ impl Reader {
         match scope {
             Scope::Job(_) => Ok(0),
             Scope::All { .. } => {
-                let oldest = Event::oldest_kept(&mut *self.connection().await?).await?;
+                let oldest = Event::oldest_kept(&mut *self.database.get().await?).await?;
                 let end = end.position.cursor;
                 Ok(oldest.map_or(end, |position| position - 1).min(end))
             }

@@ -181,15 +181,12 @@ impl Call {
     }
 
     fn record_status(&mut self, headers: &HeaderMap) {
-        if let Some(status) = headers.get("grpc-status") {
-            self.status = Some(Code::from_bytes(status.as_bytes()));
-            if let Some(reason) = headers
-                .contains_key("grpc-status-details-bin")
-                .then(|| Status::from_header_map(headers).as_ref().and_then(reason_of))
-                .flatten()
-            {
-                self.method.refused(reason);
-            }
+        let Some(status) = headers.get("grpc-status") else { return };
+        self.status = Some(Code::from_bytes(status.as_bytes()));
+        if headers.contains_key("grpc-status-details-bin")
+            && let Some(reason) = Status::from_header_map(headers).as_ref().and_then(reason_of)
+        {
+            self.method.refused(reason);
         }
     }
 
@@ -255,16 +252,16 @@ struct CallBody {
 
 impl CallBody {
     /// Ends the body with trailers for `status`.
-    fn end_with(&mut self, status: &Status) -> Frame<Bytes> {
+    fn end_with(&mut self, status: impl Into<Status>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         self.inner = Body::empty();
         self.deadline = None;
         self.draining = None;
         let mut trailers = HeaderMap::new();
-        if status.add_header(&mut trailers).is_err() {
+        if status.into().add_header(&mut trailers).is_err() {
             trailers.insert("grpc-status", HeaderValue::from_static("13"));
         }
         self.call.record_status(&trailers);
-        Frame::trailers(trailers)
+        Poll::Ready(Some(Ok(Frame::trailers(trailers))))
     }
 }
 
@@ -275,20 +272,18 @@ impl http_body::Body for CallBody {
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let body = self.get_mut();
         if body.deadline.as_mut().is_some_and(|deadline| deadline.as_mut().poll(cx).is_ready()) {
-            let status = Status::from(Error::DeadlineExceeded);
-            return Poll::Ready(Some(Ok(body.end_with(&status))));
+            return body.end_with(Error::DeadlineExceeded);
         }
         let (inner, span) = (&mut body.inner, &body.call.span);
         let polled = catch_unwind(AssertUnwindSafe(|| span.in_scope(|| Pin::new(inner).poll_frame(cx))));
         match polled {
             Err(panic) => {
                 let status = body.call.span.in_scope(|| panic_status(panic.as_ref()));
-                Poll::Ready(Some(Ok(body.end_with(&status))))
+                body.end_with(status)
             }
             Ok(Poll::Pending) => {
                 if body.draining.as_mut().is_some_and(|draining| draining.as_mut().poll(cx).is_ready()) {
-                    let status = Status::from(Error::Draining);
-                    return Poll::Ready(Some(Ok(body.end_with(&status))));
+                    return body.end_with(Error::Draining);
                 }
                 Poll::Pending
             }
@@ -318,57 +313,24 @@ impl http_body::Body for CallBody {
 
 #[cfg(test)]
 mod tests {
-    use tonic::{server::NamedService, service::Routes};
+    use futures_util::stream;
+    use http_body_util::{BodyExt as _, StreamBody};
     use tower::ServiceExt as _;
 
     use super::*;
 
-    /// A service whose behaviour depends on the path of the request.
-    #[derive(Clone)]
-    struct Fake;
-
-    impl NamedService for Fake {
-        const NAME: &'static str = "grpc.Fake";
-    }
-
-    impl Service<Request<Body>> for Fake {
-        type Response = Response<Body>;
-        type Error = Infallible;
-        type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
-
-        fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-            Poll::Ready(Ok(()))
-        }
-
-        fn call(&mut self, request: Request<Body>) -> Self::Future {
-            Box::pin(async move {
-                match request.uri().path() {
-                    "/grpc.Fake/Panic" => panic!("in the handler"),
-                    "/grpc.Fake/Hang" => std::future::pending().await,
-                    path => {
-                        Ok(Response::new(Body::new(FakeBody { panics: path == "/grpc.Fake/PanicLater" })))
-                    }
-                }
-            })
-        }
-    }
-
-    /// A body that never ends, or that panics when it is polled.
-    struct FakeBody {
-        panics: bool,
-    }
-
-    impl http_body::Body for FakeBody {
-        type Data = Bytes;
-        type Error = Status;
-
-        fn poll_frame(
-            self: Pin<&mut Self>,
-            _: &mut Context<'_>,
-        ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-            assert!(!self.panics, "in the stream");
-            Poll::Pending
-        }
+    /// A service whose behaviour depends on the path. The body of its answer never ends, or
+    /// panics when it is polled.
+    async fn fake(request: Request<Body>) -> Result<Response<Body>, Infallible> {
+        let panics = match request.uri().path() {
+            "/grpc.Fake/Panic" => panic!("in the handler"),
+            "/grpc.Fake/Hang" => std::future::pending().await,
+            path => path == "/grpc.Fake/PanicLater",
+        };
+        Ok(Response::new(Body::new(StreamBody::new(stream::poll_fn(move |_| {
+            assert!(!panics, "in the stream");
+            Poll::<Option<Result<Frame<Bytes>, Status>>>::Pending
+        })))))
     }
 
     async fn call(path: &str, draining: &CancellationToken) -> Response<Body> {
@@ -382,15 +344,14 @@ mod tests {
         timeout: &str,
         draining: &CancellationToken,
     ) -> Response<Body> {
-        let calls =
-            Calls::new(Routes::new(Fake), limit, draining.clone(), TaskTracker::new(), Telemetry::default());
+        let services = tower::service_fn(fake);
+        let calls = Calls::new(services, limit, draining.clone(), TaskTracker::new(), Telemetry::default());
         let request = Request::builder().uri(path).header(TIMEOUT, timeout).body(Body::empty()).unwrap();
         calls.oneshot(request).await.unwrap()
     }
 
     async fn trailers_code(mut response: Response<Body>) -> Code {
-        let body = response.body_mut();
-        let frame = std::future::poll_fn(|cx| http_body::Body::poll_frame(Pin::new(&mut *body), cx)).await;
+        let frame = response.body_mut().frame().await;
         Status::from_header_map(frame.unwrap().unwrap().trailers_ref().unwrap()).unwrap().code()
     }
 

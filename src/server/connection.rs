@@ -46,6 +46,9 @@ const LARGE_WRITE_BYTES: usize = 4 * 1024;
 /// Length of the client's HTTP/2 preface (RFC 9113, 3.4), without SETTINGS.
 const PREFACE_BYTES: usize = 24;
 
+/// Without TLS, or over TLS, where batched messages are also encrypted together.
+pub(super) type Stream = Either<TcpStream, Box<TlsStream<TcpStream>>>;
+
 /// Limits, counts and cuts the connections of a server.
 #[derive(Clone, Debug)]
 pub(super) struct Connections {
@@ -64,42 +67,27 @@ impl Connections {
         Self { cut: CancellationToken::new(), activity: Arc::default(), permits, preface_timeout }
     }
 
-    /// A connection without TLS, or none if the limit is reached.
-    pub(super) fn plain(&self, stream: TcpStream) -> Option<Connection> {
-        let address = stream.peer_addr().ok();
-        self.open(Either::Left(stream), address)
-    }
-
-    /// A connection over TLS, or none if the limit is reached. Batched messages are
-    /// also encrypted together.
-    pub(super) fn encrypted(&self, stream: TlsStream<TcpStream>) -> Option<Connection> {
-        let address = stream.get_ref().0.peer_addr().ok();
-        self.open(Either::Right(Box::new(stream)), address)
-    }
-
-    fn open(
-        &self,
-        stream: Either<TcpStream, Box<TlsStream<TcpStream>>>,
-        address: Option<SocketAddr>,
-    ) -> Option<Connection> {
+    /// A connection over this stream, or none if the limit is reached.
+    pub(super) fn open(&self, stream: Stream) -> Option<Connection> {
         let Ok(permit) = Arc::clone(&self.permits).try_acquire_owned() else {
             tracing::warn!("the limit of open connections is reached: closing a new connection");
             return None;
         };
+        let address = match &stream {
+            Either::Left(plain) => plain.peer_addr(),
+            Either::Right(encrypted) => encrypted.get_ref().0.peer_addr(),
+        };
         let cut = self.cut.child_token();
-        let cancelled = Box::pin(cut.clone().cancelled_owned());
-        let activity = Arc::clone(&self.activity);
         let timeout = Box::pin(sleep(self.preface_timeout));
-        let preface = Some(Preface { missing_bytes: PREFACE_BYTES, timeout });
         Some(Connection {
             stream,
-            address,
-            activity,
+            address: address.ok(),
+            activity: Arc::clone(&self.activity),
             yielded: false,
             large: false,
-            preface,
+            preface: Some(Preface { missing_bytes: PREFACE_BYTES, timeout }),
+            cancelled: Box::pin(cut.clone().cancelled_owned()),
             cut,
-            cancelled,
             _permit: permit,
         })
     }
@@ -116,7 +104,7 @@ impl Connections {
 
 #[derive(Debug)]
 pub(super) struct Connection {
-    stream: Either<TcpStream, Box<TlsStream<TcpStream>>>,
+    stream: Stream,
     address: Option<SocketAddr>,
     activity: Arc<AtomicUsize>,
     /// The next write is not delayed: the task has already gone to the end of the
@@ -226,7 +214,7 @@ mod tests {
             TcpStream::connect(listener.local_addr().expect("an address")).await.expect("a connection");
         let (stream, _) = listener.accept().await.expect("a connection");
         let connections = Connections::new(1, Duration::from_secs(60));
-        let mut connection = connections.plain(stream).expect("a free permit");
+        let mut connection = connections.open(Either::Left(stream)).expect("a free permit");
         let chunk = vec![0; 64 * 1024];
         let activity = Arc::clone(&connection.activity);
         let writing = async { while connection.write_all(&chunk).await.is_ok() {} };

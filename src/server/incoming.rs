@@ -22,7 +22,7 @@ use tokio_util::task::AbortOnDropHandle;
 use tonic::transport::server::TcpIncoming;
 
 use super::{
-    connection::{Connection, Connections},
+    connection::{self, Connection, Connections},
     tls::Tls,
 };
 use crate::limits;
@@ -46,7 +46,8 @@ pub(super) fn incoming(
         accepted.ok()
     });
     let Some(tls) = tls else {
-        return Either::Left(accepted.filter_map(move |stream| ready(connections.plain(stream).map(Ok))));
+        let open = move |stream| ready(connections.open(connection::Stream::Left(stream)).map(Ok));
+        return Either::Left(accepted.filter_map(open));
     };
     let (ready, connections_ready) = mpsc::channel(1);
     let handshakes = AbortOnDropHandle::new(tokio::spawn(run_handshakes(
@@ -74,12 +75,7 @@ async fn run_handshakes(
     let mut accepted = pin!(accepted);
     let mut under_way: VecDeque<AbortOnDropHandle<()>> = VecDeque::new();
     while let Some(stream) = accepted.next().await {
-        while under_way.front().is_some_and(AbortOnDropHandle::is_finished) {
-            under_way.pop_front();
-        }
-        if under_way.len() >= most {
-            under_way.retain(|handshake| !handshake.is_finished());
-        }
+        under_way.retain(|handshake| !handshake.is_finished());
         if under_way.len() >= most {
             tracing::debug!("the limit of concurrent TLS handshakes is reached: ending the oldest");
             under_way.pop_front();
@@ -90,7 +86,7 @@ async fn run_handshakes(
             match timeout(limits::HANDSHAKE, handshake).await {
                 // The send fails only when the server is shutting down.
                 Ok(Ok(stream)) => {
-                    if let Some(connection) = connections.encrypted(stream) {
+                    if let Some(connection) = connections.open(connection::Stream::Right(Box::new(stream))) {
                         drop(ready.send(connection).await);
                     }
                 }

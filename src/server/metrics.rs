@@ -2,13 +2,12 @@
 //! neither calls nor the drain delay a scrape. A scrape reads only this process's
 //! memory, and so works during an outage of the database.
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::{convert::Infallible, time::Duration};
 
 use http::{Method, Request, Response, StatusCode, header::CONTENT_TYPE};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::TokioIo;
-use tokio::{net::TcpListener, sync::Semaphore, time};
-use tokio_util::sync::CancellationToken;
+use tokio::{net::TcpListener, task::JoinSet, time};
 
 use crate::{services::App, telemetry::metrics};
 
@@ -22,26 +21,24 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Serves the metrics of `app` until the future is dropped.
 pub async fn serve_metrics(listener: TcpListener, app: App) -> Infallible {
-    let permits = Arc::new(Semaphore::new(MAX_SCRAPES));
-    let ended = CancellationToken::new();
-    let _end = ended.clone().drop_guard();
+    let mut scrapes = JoinSet::new();
     loop {
-        // An error is impossible: the semaphore is never closed.
-        let permit = Arc::clone(&permits).acquire_owned().await;
+        if scrapes.len() >= MAX_SCRAPES {
+            scrapes.join_next().await;
+        }
         let Ok((stream, _)) = listener.accept().await else {
             time::sleep(ACCEPT_PAUSE).await;
             continue;
         };
         let app = app.clone();
-        tokio::spawn(ended.clone().run_until_cancelled_owned(async move {
-            let _permit = permit;
+        scrapes.spawn(async move {
             let service = service_fn(move |request| std::future::ready(answer(&app, &request)));
             // One request per connection, so that the limits of scrapes hold for connections.
             let scrape =
                 http1::Builder::new().keep_alive(false).serve_connection(TokioIo::new(stream), service);
             // A failure is the client's: it closed the connection or sent no valid request.
             let _failure = time::timeout(SCRAPE_TIMEOUT, scrape).await;
-        }));
+        });
     }
 }
 

@@ -66,6 +66,57 @@ const CODES: [&str; 17] = [
 type Labels<const N: usize> = [(&'static str, Arc<str>); N];
 type Seconds = Gauge<f64, AtomicU64>;
 
+/// Declares a group of metrics and registers each, with its doc comment as its help. A
+/// `family` has one label, and the group a handle for each of the label's values.
+macro_rules! metrics {
+    (
+        $(#[doc = $about:literal])+
+        $group_visible:vis struct $group:ident {
+            $(
+                $(#[doc = $help:literal])+
+                $visible:vis $metric:ident: $type:ty = $register:ident($name:literal, $new:expr),
+            )*
+        }
+        $(
+            $(#[doc = $family_help:literal])+
+            family $family_register:ident($family_name:literal, $label:literal, $constructor:expr) {
+                $($handle_visible:vis $handle:ident: $handle_type:ty = $value:literal,)+
+            }
+        )*
+    ) => {
+        $(#[doc = $about])+
+        #[derive(Debug)]
+        $group_visible struct $group {
+            $($(#[doc = $help])+ $visible $metric: $type,)*
+            $($($handle_visible $handle: $handle_type,)+)*
+        }
+
+        impl $group {
+            fn new(registry: &mut Registry) -> Self {
+                $(
+                    let $metric: $type = $new;
+                    $register(registry, $name, concat!($($help),+), $metric.clone());
+                )*
+                $(
+                    let constructor: fn() -> _ = $constructor;
+                    let family = Family::<Labels<1>, _, _>::new_with_constructor(constructor);
+                    $family_register(registry, $family_name, concat!($($family_help),+), family.clone());
+                    $(let $handle = family.get_or_create_owned(&[($label, $value.into())]);)+
+                )*
+                Self { $($metric,)* $($($handle,)+)* }
+            }
+        }
+    };
+}
+
+fn plain(registry: &mut Registry, name: &str, help: &str, metric: impl Metric) {
+    registry.register(name, help.trim_start(), metric);
+}
+
+fn seconds(registry: &mut Registry, name: &str, help: &str, metric: impl Metric) {
+    registry.register_with_unit(name, help.trim_start(), Unit::Seconds, metric);
+}
+
 /// The metrics of one server.
 #[derive(Debug)]
 pub struct Metrics {
@@ -78,40 +129,80 @@ pub struct Metrics {
     pub(crate) state: State,
 }
 
-/// Metrics of appended batches and of their transactions.
-#[derive(Debug)]
-pub(crate) struct Appends {
-    duration: Histogram,
-    transaction: Histogram,
-    events: Histogram,
-    batches: Histogram,
-    pub(crate) streams: Gauge,
+metrics! {
+    /// Metrics of finished calls and of refusals.
+    struct CallFamilies {
+        /// Finished calls, by method and status code
+        answered: Family<Labels<2>, Counter> = plain("calls", Family::default()),
+        /// Refused calls and refused batches of publish streams, by method and reason
+        refused: Family<Labels<2>, Counter> = plain("refusals", Family::default()),
+        /// Time from the request headers of a unary call to the end of its response, by method
+        duration: Family<Labels<1>, Histogram, fn() -> Histogram> =
+            seconds("call_duration", Family::new_with_constructor(|| Histogram::new(SECONDS))),
+    }
 }
 
-/// Metrics of the way from a commit to the watches.
-#[derive(Debug)]
-pub(crate) struct Watches {
-    own: Histogram,
-    others: Histogram,
-    pub(crate) of_one_job: Gauge,
-    pub(crate) of_all_jobs: Gauge,
-    pub(crate) overflows: Counter,
-    pub(crate) sweep_finds: Counter,
+metrics! {
+    /// Metrics of appended batches and of their transactions.
+    pub(crate) struct Appends {
+        /// Time from when a batch is received until it is durable and answered
+        duration: Histogram = seconds("append_duration", Histogram::new(SECONDS)),
+        /// Time of one transaction that appends batches, including its commit
+        transaction: Histogram = seconds("transaction_duration", Histogram::new(SECONDS)),
+        /// Events appended by one transaction
+        events: Histogram = plain("transaction_events", Histogram::new(COUNTS)),
+        /// Batches appended by one transaction
+        batches: Histogram = plain("transaction_batches", Histogram::new(COUNTS)),
+        /// Open PublishEvents streams
+        pub(crate) streams: Gauge = plain("publish_streams", Gauge::default()),
+    }
 }
 
-/// Gauges of the server's state. `ready` is set on each change, all others at each
-/// scrape.
-#[derive(Debug)]
-pub(crate) struct State {
-    pub(crate) ready: Gauge,
-    pub(crate) draining: Gauge,
-    pub(crate) watch_lag: Seconds,
-    pub(crate) connections_idle: Gauge,
-    pub(crate) connections_in_use: Gauge,
-    pub(crate) connections_max: Gauge,
-    pub(crate) connections_waiting: Gauge,
-    pub(crate) credentials: Gauge,
-    pub(crate) credentials_age: Seconds,
+metrics! {
+    /// Metrics of the way from a commit to the watches.
+    pub(crate) struct Watches {
+        /// Times that a watch fell behind the live events and read the log again
+        pub(crate) overflows: Counter = plain("watch_overflows", Counter::default()),
+        /// Periodic reads of the log that found events without a notification
+        pub(crate) sweep_finds: Counter = plain("sweep_finds", Counter::default()),
+    }
+    /// Time from when this server learns of a commit, its own or another server's, until a watch
+    /// stream has the message
+    family seconds("send_delay", "commit", || Histogram::new(DELAYS)) {
+        own: Histogram = "own",
+        others: Histogram = "other",
+    }
+    /// Open watches, by scope: one job or all jobs
+    family plain("watches", "scope", Gauge::default) {
+        pub(crate) of_one_job: Gauge = "job",
+        pub(crate) of_all_jobs: Gauge = "all_jobs",
+    }
+}
+
+metrics! {
+    /// Gauges of the server's state. `ready` is set on each change, all others at each
+    /// scrape.
+    pub(crate) struct State {
+        /// 1 while the database answers and the server is not draining, otherwise 0
+        pub(crate) ready: Gauge = plain("ready", Gauge::default()),
+        /// 1 from the start of the shutdown, otherwise 0
+        pub(crate) draining: Gauge = plain("draining", Gauge::default()),
+        /// Age of the oldest event that a caught-up watch has not sent yet
+        pub(crate) watch_lag: Seconds = seconds("watch_lag", Seconds::default()),
+        /// Most connections of the pool
+        pub(crate) connections_max: Gauge = plain("database_connections_max", Gauge::default()),
+        /// Callers that wait for a connection of the pool
+        pub(crate) connections_waiting: Gauge = plain("database_connections_waiting", Gauge::default()),
+        /// Credentials in this server's memory
+        pub(crate) credentials: Gauge = plain("credentials_cached", Gauge::default()),
+        /// Time since the cached credentials were last confirmed by the database
+        pub(crate) credentials_age: Seconds = seconds("credentials_confirmed_age", Seconds::default()),
+    }
+    /// Open connections of the pool, by state
+    family plain("database_connections", "state", Gauge::default) {
+        pub(crate) connections_idle: Gauge = "idle",
+        pub(crate) connections_in_use: Gauge = "in_use",
+    }
 }
 
 impl Default for Metrics {
@@ -170,37 +261,6 @@ fn served_methods() -> impl Iterator<Item = (String, bool)> {
             })
         })
     })
-}
-
-#[derive(Clone)]
-struct CallFamilies {
-    answered: Family<Labels<2>, Counter>,
-    refused: Family<Labels<2>, Counter>,
-    duration: Family<Labels<1>, Histogram, fn() -> Histogram>,
-}
-
-impl CallFamilies {
-    fn new(registry: &mut Registry) -> Self {
-        let duration: fn() -> Histogram = || Histogram::new(SECONDS);
-        let families = Self {
-            answered: Family::default(),
-            refused: Family::default(),
-            duration: Family::new_with_constructor(duration),
-        };
-        registry.register("calls", "Finished calls, by method and status code", families.answered.clone());
-        registry.register(
-            "refusals",
-            "Refused calls and refused batches of publish streams, by method and reason",
-            families.refused.clone(),
-        );
-        registry.register_with_unit(
-            "call_duration",
-            "Time from the request headers of a unary call to the end of its response, by method",
-            Unit::Seconds,
-            families.duration.clone(),
-        );
-        families
-    }
 }
 
 /// The metrics of one method.
@@ -274,39 +334,6 @@ impl Method {
 }
 
 impl Appends {
-    fn new(registry: &mut Registry) -> Self {
-        let seconds = |registry: &mut Registry, name, help| {
-            let metric = Histogram::new(SECONDS);
-            registry.register_with_unit(name, help, Unit::Seconds, metric.clone());
-            metric
-        };
-        Self {
-            duration: seconds(
-                registry,
-                "append_duration",
-                "Time from when a batch is received until it is durable and answered",
-            ),
-            transaction: seconds(
-                registry,
-                "transaction_duration",
-                "Time of one transaction that appends batches, including its commit",
-            ),
-            events: registered(
-                registry,
-                "transaction_events",
-                "Events appended by one transaction",
-                Histogram::new(COUNTS),
-            ),
-            batches: registered(
-                registry,
-                "transaction_batches",
-                "Batches appended by one transaction",
-                Histogram::new(COUNTS),
-            ),
-            streams: registered(registry, "publish_streams", "Open PublishEvents streams", Gauge::default()),
-        }
-    }
-
     /// Observes a durable and answered batch.
     pub(crate) fn answered(&self, waited: Duration) {
         self.duration.observe(waited.as_secs_f64());
@@ -329,94 +356,11 @@ pub(crate) struct Received {
 }
 
 impl Watches {
-    fn new(registry: &mut Registry) -> Self {
-        let delay: fn() -> Histogram = || Histogram::new(DELAYS);
-        let delays = Family::<Labels<1>, Histogram, _>::new_with_constructor(delay);
-        registry.register_with_unit(
-            "send_delay",
-            "Time from when this server learns of a commit, its own or another server's, until a watch stream \
-             has the message",
-            Unit::Seconds,
-            delays.clone(),
-        );
-        let watches = Family::<Labels<1>, Gauge>::default();
-        registry.register("watches", "Open watches, by scope: one job or all jobs", watches.clone());
-        let label = |name, value: &str| [(name, Arc::from(value))];
-        Self {
-            own: delays.get_or_create_owned(&label("commit", "own")),
-            others: delays.get_or_create_owned(&label("commit", "other")),
-            of_one_job: watches.get_or_create_owned(&label("scope", "job")),
-            of_all_jobs: watches.get_or_create_owned(&label("scope", "all_jobs")),
-            overflows: registered(
-                registry,
-                "watch_overflows",
-                "Times that a watch fell behind the live events and read the log again",
-                Counter::default(),
-            ),
-            sweep_finds: registered(
-                registry,
-                "sweep_finds",
-                "Periodic reads of the log that found events without a notification",
-                Counter::default(),
-            ),
-        }
-    }
-
     /// Observes a message, by when this process learned of the message's first event.
     pub(crate) fn sent(&self, received: Received, at: Instant) {
         let delay = at.saturating_duration_since(received.at).as_secs_f64();
         if received.own { &self.own } else { &self.others }.observe(delay);
     }
-}
-
-impl State {
-    fn new(registry: &mut Registry) -> Self {
-        let connections = Family::<Labels<1>, Gauge>::default();
-        registry.register(
-            "database_connections",
-            "Open connections of the pool, by state",
-            connections.clone(),
-        );
-        let state = |name: &str| connections.get_or_create_owned(&[("state", name.into())]);
-        let seconds = |registry: &mut Registry, name, help| {
-            let metric = Seconds::default();
-            registry.register_with_unit(name, help, Unit::Seconds, metric.clone());
-            metric
-        };
-        let gauge = |registry: &mut Registry, name, help| registered(registry, name, help, Gauge::default());
-        Self {
-            ready: gauge(
-                registry,
-                "ready",
-                "1 while the database answers and the server is not draining, otherwise 0",
-            ),
-            draining: gauge(registry, "draining", "1 from the start of the shutdown, otherwise 0"),
-            watch_lag: seconds(
-                registry,
-                "watch_lag",
-                "Age of the oldest event that a caught-up watch has not sent yet",
-            ),
-            connections_idle: state("idle"),
-            connections_in_use: state("in_use"),
-            connections_max: gauge(registry, "database_connections_max", "Most connections of the pool"),
-            connections_waiting: gauge(
-                registry,
-                "database_connections_waiting",
-                "Callers that wait for a connection of the pool",
-            ),
-            credentials: gauge(registry, "credentials_cached", "Credentials in this server's memory"),
-            credentials_age: seconds(
-                registry,
-                "credentials_confirmed_age",
-                "Time since the cached credentials were last confirmed by the database",
-            ),
-        }
-    }
-}
-
-fn registered<M: Metric + Clone>(registry: &mut Registry, name: &str, help: &str, metric: M) -> M {
-    registry.register(name, help, metric.clone());
-    metric
 }
 
 /// Exact up to `u32::MAX`, which no count here reaches.

@@ -28,6 +28,7 @@ use opentelemetry_sdk::{
 };
 use tonic::{Code, transport::ClientTlsConfig};
 
+use super::metrics::gauge_value;
 use crate::{config::TraceSettings, error::BoxError};
 
 /// The service's name, unless OTEL_SERVICE_NAME is set.
@@ -199,10 +200,9 @@ impl TransactionSpan {
 
     /// Records the numbers of events and batches, and the position of the last event.
     pub(crate) fn took(&self, events: usize, batches: usize, position: Option<i64>) {
-        let count = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
         let span = self.context.span();
-        span.set_attribute(KeyValue::new("milepost.events", count(events)));
-        span.set_attribute(KeyValue::new("milepost.batches", count(batches)));
+        span.set_attribute(KeyValue::new("milepost.events", gauge_value(events)));
+        span.set_attribute(KeyValue::new("milepost.batches", gauge_value(batches)));
         if let Some(position) = position {
             span.set_attribute(KeyValue::new("milepost.position", position));
         }

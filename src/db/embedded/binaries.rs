@@ -2,11 +2,10 @@
 //! as.
 
 use std::{
-    ffi::OsStr,
     fs, io,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
-    process::{ExitStatus, Output, Stdio},
+    process::Output,
 };
 
 use tokio::process::Command;
@@ -19,7 +18,7 @@ pub(in crate::db) const OLDEST_MAJOR: u32 = 15;
 /// A directory with `initdb`, `pg_ctl` and `postgres`.
 #[derive(Clone, Debug)]
 pub(super) struct Binaries {
-    dir: PathBuf,
+    pub(super) dir: PathBuf,
     major: u32,
 }
 
@@ -32,9 +31,8 @@ pub(super) struct Owner {
 
 impl Owner {
     /// The error for the topmost ancestor of `dir` that this user may not enter.
-    fn inaccessible(self, dir: &Path) -> Option<EmbeddedError> {
-        let ancestors: Vec<&Path> = dir.ancestors().collect();
-        let closed = ancestors.into_iter().rev().find(|dir| {
+    pub(super) fn inaccessible(self, dir: &Path) -> Option<EmbeddedError> {
+        let closed = dir.ancestors().filter(|dir| {
             fs::metadata(dir).is_ok_and(|found| {
                 let search_bit = match (found.uid() == self.uid, found.gid() == self.gid) {
                     (true, _) => 0o100,
@@ -43,8 +41,8 @@ impl Owner {
                 };
                 found.mode() & search_bit == 0
             })
-        })?;
-        Some(EmbeddedError::Inaccessible { dir: closed.to_owned(), uid: self.uid })
+        });
+        closed.last().map(|dir| EmbeddedError::Inaccessible { dir: dir.to_owned(), uid: self.uid })
     }
 }
 
@@ -70,35 +68,6 @@ impl Binaries {
         let major = major_version(&String::from_utf8_lossy(&output.stdout))?;
         Some(Self { dir, major })
     }
-
-    /// Runs a binary to its end, as the user `owner` and in `dir`. The environment is
-    /// cleared, so that variables such as PGDATA cannot change what the binary does.
-    pub(super) async fn run<I, A>(
-        &self,
-        name: &'static str,
-        owner: Option<Owner>,
-        dir: &Path,
-        arguments: I,
-    ) -> Result<Output, EmbeddedError>
-    where
-        I: IntoIterator<Item = A>,
-        A: AsRef<OsStr>,
-    {
-        let mut command = Command::new(self.dir.join(name));
-        command.args(arguments).current_dir(dir).stdin(Stdio::null()).env_clear().env("LC_ALL", "C");
-        for kept in ["PATH", "TZ", "LD_LIBRARY_PATH"] {
-            if let Some(value) = std::env::var_os(kept) {
-                command.env(kept, value);
-            }
-        }
-        if let Some(Owner { uid, gid }) = owner {
-            command.uid(uid).gid(gid);
-        }
-        command.output().await.map_err(|source| match owner.and_then(|owner| owner.inaccessible(dir)) {
-            Some(error) if source.kind() == io::ErrorKind::PermissionDenied => error,
-            _ => io_error(format!("cannot run {name}"), source),
-        })
-    }
 }
 
 /// The directories of PATH's `pg_ctl`, with symbolic links resolved, then those of
@@ -118,16 +87,14 @@ fn candidates() -> Vec<PathBuf> {
 /// The major version in `postgres (PostgreSQL) 15.13 (Debian 15.13-0)`.
 fn major_version(line: &str) -> Option<u32> {
     let version = line.split_once(") ")?.1;
-    let digits = version.split(|c: char| !c.is_ascii_digit()).next()?;
-    digits.parse().ok()
+    version.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
 }
 
 /// The error for a failed command: its stderr on one line, or its exit status.
 pub(super) fn command_error(command: &'static str, output: &Output) -> EmbeddedError {
     let text = String::from_utf8_lossy(&output.stderr);
     let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-    let status: ExitStatus = output.status;
-    let message = if lines.is_empty() { status.to_string() } else { lines.join(" ") };
+    let message = if lines.is_empty() { output.status.to_string() } else { lines.join(" ") };
     EmbeddedError::Command { command, message }
 }
 
@@ -148,7 +115,7 @@ pub(super) async fn owner(cluster: &Path) -> Result<Option<Owner>, EmbeddedError
             }
             Err(EmbeddedError::NoUser)
         }
-        Err(error) => Err(io_error(format!("cannot read the owner of {}", cluster.display()), error)),
+        Err(error) => Err(io_error("cannot read the owner of", cluster)(error)),
     }
 }
 
@@ -158,7 +125,8 @@ pub(super) async fn is_root() -> Result<bool, EmbeddedError> {
 
 async fn id(arguments: &[&str]) -> Result<u32, EmbeddedError> {
     let output = Command::new("id").args(arguments).output().await;
-    let output = output.map_err(|source| io_error("cannot run id".to_owned(), source))?;
+    let output =
+        output.map_err(|source| EmbeddedError::Io { failure: "cannot run id".to_owned(), source })?;
     String::from_utf8_lossy(&output.stdout).trim().parse().map_err(|_| command_error("id", &output))
 }
 

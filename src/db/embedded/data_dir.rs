@@ -11,7 +11,7 @@
 
 use std::{
     fs::{self, DirBuilder, File, TryLockError},
-    io::{self, Read as _, Seek as _, Write as _},
+    io::{self, Read as _},
     net::SocketAddr,
     os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _, chown},
     path::{Path, PathBuf},
@@ -36,8 +36,7 @@ pub(super) struct DataDir {
 impl DataDir {
     /// Opens the directory; creates it if it is missing.
     pub(super) fn open(path: &Path) -> Result<Self, EmbeddedError> {
-        let failed =
-            |source| io_error(format!("cannot create the data directory {}", path.display()), source);
+        let failed = io_error("cannot create the data directory", path);
         if !path.exists() {
             fs::create_dir_all(path).map_err(failed)?;
             // Under any umask, the user that Postgres runs as must be able to reach
@@ -63,6 +62,10 @@ impl DataDir {
         self.cluster().join("postgres.log")
     }
 
+    pub(super) fn lock_path(&self) -> PathBuf {
+        self.path.join("lock")
+    }
+
     /// The major version of Postgres that created the cluster; none without a cluster.
     pub(super) fn data_version(&self) -> Option<u32> {
         fs::read_to_string(self.data().join("PG_VERSION")).ok()?.trim().parse().ok()
@@ -85,10 +88,11 @@ impl DataDir {
             .join(format!("milepost-{name}"))
     }
 
-    /// Locks the directory for this process. An error if another process serves it.
-    pub(super) async fn lock(&self) -> Result<Lock, EmbeddedError> {
-        let path = self.path.join("lock");
-        let failed = |source| io_error(format!("cannot lock {}", path.display()), source);
+    /// Marks the directory as served by this process, until the file is dropped. An error if
+    /// another process serves it.
+    pub(super) async fn lock(&self) -> Result<File, EmbeddedError> {
+        let path = self.lock_path();
+        let failed = io_error("cannot lock", &path);
         let mut options = File::options();
         let mut file =
             options.read(true).write(true).create(true).truncate(false).open(&path).map_err(failed)?;
@@ -97,7 +101,7 @@ impl DataDir {
             match file.try_lock() {
                 Ok(()) => {
                     file.set_len(0).map_err(failed)?;
-                    return Ok(Lock { file, path });
+                    return Ok(file);
                 }
                 Err(TryLockError::WouldBlock) => tokio::time::sleep(Duration::from_millis(100)).await,
                 Err(TryLockError::Error(source)) => return Err(failed(source)),
@@ -135,30 +139,10 @@ fn read_address(file: &mut File) -> Option<SocketAddr> {
     text.trim().parse().ok()
 }
 
-/// Marks the directory as served by this process, until it is dropped.
-#[derive(Debug)]
-pub(super) struct Lock {
-    file: File,
-    path: PathBuf,
-}
-
-impl Lock {
-    /// Writes the server's address for other processes.
-    pub(super) fn announce(&self, address: SocketAddr) -> Result<(), EmbeddedError> {
-        let mut file = &self.file;
-        let mut write = || {
-            file.set_len(0)?;
-            file.rewind()?;
-            writeln!(file, "{address}")
-        };
-        write().map_err(|source| io_error(format!("cannot write {}", self.path.display()), source))
-    }
-}
-
 /// Creates a directory that only its owner can access, or checks an existing one:
 /// with other permissions or another owner it may be the trap of another user.
 pub(super) fn private_dir(path: &Path, owner: Option<Owner>) -> Result<(), EmbeddedError> {
-    let failed = |source| io_error(format!("cannot create the directory {}", path.display()), source);
+    let failed = io_error("cannot create the directory", path);
     match DirBuilder::new().mode(0o700).create(path) {
         Ok(()) => {
             if let Some(Owner { uid, gid }) = owner {

@@ -5,19 +5,23 @@ mod binaries;
 mod data_dir;
 
 use std::{
-    fs, io,
+    ffi::OsStr,
+    fs::{self, File},
+    io::{self, Seek as _, Write as _},
     net::SocketAddr,
     path::{Path, PathBuf},
+    process::{Output, Stdio},
     time::{Duration, Instant},
 };
 
 use diesel_async::SimpleAsyncConnection as _;
+use tokio::process::Command;
 
 pub(super) use self::binaries::OLDEST_MAJOR;
 pub use self::data_dir::Served;
 use self::{
     binaries::{Binaries, Owner, command_error},
-    data_dir::{DataDir, Lock, private_dir},
+    data_dir::{DataDir, private_dir},
 };
 use super::connect::establish;
 
@@ -99,8 +103,9 @@ pub enum EmbeddedError {
     },
 }
 
-fn io_error(failure: String, source: io::Error) -> EmbeddedError {
-    EmbeddedError::Io { failure, source }
+/// Maps errors of an operation on this path.
+fn io_error(operation: &str, path: &Path) -> impl Fn(io::Error) -> EmbeddedError + Copy {
+    move |source| EmbeddedError::Io { failure: format!("{operation} {}", path.display()), source }
 }
 
 /// Settings of an embedded Postgres.
@@ -139,12 +144,15 @@ pub async fn default_data_dir() -> Result<PathBuf, EmbeddedError> {
 #[derive(Debug)]
 pub struct Embedded {
     dir: DataDir,
-    lock: Lock,
+    lock: File,
     binaries: Binaries,
     owner: Option<Owner>,
     socket_dir: PathBuf,
     options: Vec<(String, String)>,
 }
+
+/// An argument of a command: text or a path.
+type Argument<'a> = &'a (dyn AsRef<OsStr> + Sync);
 
 /// The process that the file `postmaster.pid` names.
 enum Postmaster {
@@ -196,8 +204,7 @@ impl Embedded {
     pub fn url_of_served(data_dir: &Path) -> Result<String, EmbeddedError> {
         let dir = DataDir::open(data_dir)?;
         let pid_file = dir.data().join("postmaster.pid");
-        let text = fs::read_to_string(&pid_file)
-            .map_err(|source| io_error(format!("cannot read {}", pid_file.display()), source))?;
+        let text = fs::read_to_string(&pid_file).map_err(io_error("cannot read", &pid_file))?;
         let (_, socket_dir) = parse_pid_file(&text)
             .ok_or_else(|| EmbeddedError::NoAnswer("it is starting: try again".to_owned()))?;
         Ok(socket_url(&socket_dir, NAME))
@@ -205,7 +212,13 @@ impl Embedded {
 
     /// Writes the server's address into the data directory, for [`Served::of`].
     pub fn announce(&self, address: SocketAddr) -> Result<(), EmbeddedError> {
-        self.lock.announce(address)
+        let mut lock = &self.lock;
+        let mut write = || {
+            lock.set_len(0)?;
+            lock.rewind()?;
+            writeln!(lock, "{address}")
+        };
+        write().map_err(io_error("cannot write", &self.dir.lock_path()))
     }
 
     /// Restarts Postgres whenever its process has ended; never returns.
@@ -229,57 +242,61 @@ impl Embedded {
     /// Stops Postgres in fast mode: open transactions are rolled back, committed ones
     /// are on disk.
     pub async fn stop(&self) -> Result<(), EmbeddedError> {
-        let data = self.dir.data();
-        let timeout = STOP_TIMEOUT_S.to_string();
-        let arguments = [
-            "stop".as_ref(),
-            "-D".as_ref(),
-            data.as_os_str(),
-            "-m".as_ref(),
-            "fast".as_ref(),
-            "-w".as_ref(),
-            "-t".as_ref(),
-            timeout.as_ref(),
-        ];
-        let output = self.run("pg_ctl", arguments).await?;
+        let (data, timeout) = (self.dir.data(), STOP_TIMEOUT_S.to_string());
+        let output =
+            self.run("pg_ctl", &[&"stop", &"-D", &data, &"-m", &"fast", &"-w", &"-t", &timeout]).await?;
         if output.status.success() { Ok(()) } else { Err(command_error("pg_ctl stop", &output)) }
     }
 
-    async fn run<I, A>(&self, name: &'static str, arguments: I) -> Result<std::process::Output, EmbeddedError>
-    where
-        I: IntoIterator<Item = A>,
-        A: AsRef<std::ffi::OsStr>,
-    {
-        self.binaries.run(name, self.owner, &self.dir.cluster(), arguments).await
+    /// Runs a binary to its end, as the owner of the cluster and in its directory. The
+    /// environment is cleared, so that variables such as PGDATA cannot change what the
+    /// binary does.
+    async fn run(&self, name: &str, arguments: &[Argument<'_>]) -> Result<Output, EmbeddedError> {
+        let dir = self.dir.cluster();
+        let mut command = Command::new(self.binaries.dir.join(name));
+        command.args(arguments).current_dir(&dir).stdin(Stdio::null()).env_clear().env("LC_ALL", "C");
+        for kept in ["PATH", "TZ", "LD_LIBRARY_PATH"] {
+            if let Some(value) = std::env::var_os(kept) {
+                command.env(kept, value);
+            }
+        }
+        if let Some(Owner { uid, gid }) = self.owner {
+            command.uid(uid).gid(gid);
+        }
+        command.output().await.map_err(|source| match self.owner.and_then(|owner| owner.inaccessible(&dir)) {
+            Some(error) if source.kind() == io::ErrorKind::PermissionDenied => error,
+            _ => EmbeddedError::Io { failure: format!("cannot run {name}"), source },
+        })
     }
 
     /// Runs initdb in a temporary directory and renames the result, so that the result
     /// of an interrupted run is never used.
     async fn create_cluster(&self) -> Result<(), EmbeddedError> {
         let (unfinished, data) = (self.dir.unfinished_data(), self.dir.data());
-        let failed = |source| io_error(format!("cannot create {}", data.display()), source);
+        let failed = io_error("cannot create", &data);
         let mut last_error = None;
         // Some systems lack C.UTF-8; under C, only ASCII letters have upper and lower case.
         for locale in ["C.UTF-8", "C"] {
             if unfinished.exists() {
                 fs::remove_dir_all(&unfinished).map_err(failed)?;
             }
-            let mut arguments = vec![
-                "--pgdata=data.new".to_owned(),
-                format!("--username={NAME}"),
-                "--auth-local=trust".to_owned(),
-                "--auth-host=reject".to_owned(),
-                "--encoding=UTF8".to_owned(),
-                format!("--locale={locale}"),
-                "--data-checksums".to_owned(),
+            let (username, locale) = (format!("--username={NAME}"), format!("--locale={locale}"));
+            let mut arguments: Vec<Argument> = vec![
+                &"--pgdata=data.new",
+                &username,
+                &"--auth-local=trust",
+                &"--auth-host=reject",
+                &"--encoding=UTF8",
+                &locale,
+                &"--data-checksums",
             ];
             if self.options.iter().any(|(name, value)| name == "fsync" && value == "off") {
-                arguments.push("--no-sync".to_owned());
+                arguments.push(&"--no-sync");
             }
-            let output = self.run("initdb", arguments).await?;
+            let output = self.run("initdb", &arguments).await?;
             if output.status.success() {
                 fs::rename(&unfinished, &data).map_err(failed)?;
-                return fs::File::open(self.dir.cluster()).and_then(|dir| dir.sync_all()).map_err(failed);
+                return File::open(self.dir.cluster()).and_then(|dir| dir.sync_all()).map_err(failed);
             }
             last_error = Some(command_error("initdb", &output));
         }
@@ -291,36 +308,22 @@ impl Embedded {
         if let Postmaster::Reused = self.postmaster().await? {
             // Postgres would take the process with this id for a running postmaster.
             let pid_file = self.dir.data().join("postmaster.pid");
-            fs::remove_file(&pid_file)
-                .map_err(|source| io_error(format!("cannot remove {}", pid_file.display()), source))?;
+            fs::remove_file(&pid_file).map_err(io_error("cannot remove", &pid_file))?;
         }
         let log = self.dir.log();
         if fs::metadata(&log).is_ok_and(|metadata| metadata.len() > LOG_BYTES) {
-            fs::rename(&log, log.with_extension("log.1"))
-                .map_err(|source| io_error(format!("cannot move {}", log.display()), source))?;
+            fs::rename(&log, log.with_extension("log.1")).map_err(io_error("cannot move", &log))?;
         }
-        let data = self.dir.data();
-        let (timeout, options) = (START_TIMEOUT_S.to_string(), self.server_options());
-        let arguments = [
-            "start".as_ref(),
-            "-D".as_ref(),
-            data.as_os_str(),
-            "-l".as_ref(),
-            log.as_os_str(),
-            "-w".as_ref(),
-            "-s".as_ref(),
-            "-t".as_ref(),
-            timeout.as_ref(),
-            "-o".as_ref(),
-            options.as_ref(),
-        ];
+        let (data, timeout, options) = (self.dir.data(), START_TIMEOUT_S.to_string(), self.server_options());
         let give_up_at = Instant::now() + Duration::from_secs(10);
         loop {
-            let output = self.run("pg_ctl", arguments).await?;
-            if output.status.success() {
-                return Ok(());
-            }
-            if let Postmaster::Runs(_) = self.postmaster().await? {
+            let output = self
+                .run(
+                    "pg_ctl",
+                    &[&"start", &"-D", &data, &"-l", &log, &"-w", &"-s", &"-t", &timeout, &"-o", &options],
+                )
+                .await?;
+            if output.status.success() || matches!(self.postmaster().await?, Postmaster::Runs(_)) {
                 return Ok(());
             }
             // A start fails for a moment while children of a killed Postgres still use
@@ -351,12 +354,9 @@ impl Embedded {
             ("log_min_messages", "log"),
         ];
         let extra = self.options.iter().map(|(name, value)| (name.as_str(), value.as_str()));
-        let options: Vec<String> = defaults
-            .into_iter()
-            .chain(extra)
-            .map(|(name, value)| format!("-c {}", shell_quoted(&format!("{name}={value}"))))
-            .collect();
-        options.join(" ")
+        let options = defaults.into_iter().chain(extra);
+        let quoted = options.map(|(name, value)| format!("-c {}", shell_quoted(&format!("{name}={value}"))));
+        quoted.collect::<Vec<_>>().join(" ")
     }
 
     async fn postmaster(&self) -> Result<Postmaster, EmbeddedError> {
@@ -370,8 +370,8 @@ impl Embedded {
             let runs = command.split(|byte| *byte == 0).any(|argument| argument == data_path);
             return Ok(if runs { Postmaster::Runs(socket_dir) } else { Postmaster::Reused });
         }
-        let status = self.run("pg_ctl", ["status".as_ref(), "-D".as_ref(), data.as_os_str()]).await?;
-        Ok(if status.status.success() { Postmaster::Runs(socket_dir) } else { Postmaster::Absent })
+        let output = self.run("pg_ctl", &[&"status", &"-D", &data]).await?;
+        Ok(if output.status.success() { Postmaster::Runs(socket_dir) } else { Postmaster::Absent })
     }
 
     /// Waits until Postgres accepts a connection, then creates milepost's database if it
@@ -404,15 +404,12 @@ fn parse_pid_file(text: &str) -> Option<(u32, PathBuf)> {
 }
 
 fn socket_url(socket_dir: &Path, database: &str) -> String {
-    format!("postgresql://{NAME}@{}/{database}", percent_encoded(socket_dir.as_os_str().as_encoded_bytes()))
-}
-
-fn percent_encoded(bytes: &[u8]) -> String {
     let unreserved = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~".contains(byte);
-    bytes
-        .iter()
+    let path = socket_dir.as_os_str().as_encoded_bytes().iter();
+    let encoded: String = path
         .map(|byte| if unreserved(byte) { char::from(*byte).to_string() } else { format!("%{byte:02X}") })
-        .collect()
+        .collect();
+    format!("postgresql://{NAME}@{encoded}/{database}")
 }
 
 fn shell_quoted(text: &str) -> String {

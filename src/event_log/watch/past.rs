@@ -54,7 +54,7 @@ impl Past {
         position: Position,
         caught_up: bool,
     ) -> Result<Page> {
-        let mut connection = reader.connection().await?;
+        let mut connection = reader.database.get().await?;
         let (rows, read_to, removals) = match scope {
             Scope::Job(job) => {
                 let (rows, read_to) = self.read_job(&mut connection, job.id, position.cursor).await?;
