@@ -1,5 +1,6 @@
 //! Keeps cached credentials confirmed: one task asks the database every second or two
-//! which of them are still valid.
+//! which of them are still valid. A credential that was not confirmed within
+//! [`CREDENTIAL_CONFIRMED_WITHIN`] is refused by `super::credential`.
 
 use std::{
     sync::{Arc, Weak, atomic::Ordering::Relaxed},

@@ -1,5 +1,6 @@
 //! Removes the events that retention does not keep, in small steps. Every replica
-//! tries; one at a time succeeds.
+//! tries; one at a time succeeds. Which events a step removes is decided by the SQL
+//! function `remove_expired_events`, in migrations/2026-11-26-000006_retention/up.sql.
 
 use std::{
     error::Error as StdError,

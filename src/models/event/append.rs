@@ -1,4 +1,5 @@
-//! The statement that appends events to many jobs.
+//! The statement that appends events to many jobs. The SQL function that it calls
+//! numbers the events without a gap.
 
 use chrono::{DateTime, Utc};
 use diesel::QueryResult;
