@@ -164,6 +164,7 @@ type Answered = (AsyncPgConnection, Duration);
 
 async fn ping(mut connection: AsyncPgConnection) -> ConnectionResult<Answered> {
     let sent_at = Instant::now();
+    // A primary that is demoted closes its connections, so that only the connection is asked.
     connection.batch_execute("SELECT 1").await.map_err(ConnectionError::CouldntSetupConfiguration)?;
     Ok((connection, sent_at.elapsed()))
 }
@@ -201,7 +202,7 @@ pub async fn wait_until_available(
     let started = Instant::now();
     let mut logged: Option<Instant> = None;
     loop {
-        let dialled = dial(url.reveal(), settings.ca.as_deref());
+        let dialled = dial(url.reveal(), settings.ca.as_deref(), "");
         let last = match timeout(settings.connect_timeout, dialled).await {
             Ok(Ok(_)) => return Ok(()),
             Ok(Err(error)) if error.is_final() => return Err(StartError::Refused(error)),

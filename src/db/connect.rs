@@ -5,13 +5,26 @@
 //! default, encrypts if the database supports TLS and verifies nothing: an attacker
 //! on the network could as well claim that the database does not support TLS. With
 //! a `ca` file, `prefer` becomes `require`. Unix sockets are never encrypted.
+//!
+//! All hosts of the URL are tried at once, and the first that is a primary is used: a host
+//! that accepts and then says nothing keeps no caller from the others, and a hot standby,
+//! which answers queries, is never taken for the database.
 
-use std::{error::Error as _, path::Path, sync::Arc, time::Duration};
+use std::{
+    error::Error as _,
+    future::poll_fn,
+    path::Path,
+    pin::{Pin, pin},
+    sync::Arc,
+    task::Poll,
+    time::Duration,
+};
 
 use diesel::{ConnectionError, ConnectionResult};
 use diesel_async::AsyncPgConnection;
+use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use tokio_postgres::{
-    Client, Connection, Socket,
+    Client, Connection, SimpleQueryMessage, Socket,
     config::{Config, Host, SslMode},
     error::SqlState,
     tls::MakeTlsConnect,
@@ -45,6 +58,12 @@ pub enum DialError {
     /// The URL, the `ca` file or their combination cannot be used.
     #[error("{0}")]
     Settings(String),
+    /// The server is a standby. It may be promoted, or another host may be the primary.
+    #[error("{0} is a standby, and milepost needs the primary")]
+    Standby(String),
+    /// Several hosts, none of which could be used.
+    #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
+    Hosts(Vec<DialError>),
     /// Postgres refused the connection, or the network failed.
     #[error("{}{}", .0, .0.source().map(|cause| format!(": {cause}")).unwrap_or_default())]
     Postgres(tokio_postgres::Error),
@@ -56,6 +75,8 @@ impl DialError {
     pub(super) fn is_final(&self) -> bool {
         match self {
             Self::Settings(_) => true,
+            Self::Standby(_) => false,
+            Self::Hosts(errors) => errors.iter().all(Self::is_final),
             Self::Postgres(error) => error.code().is_some_and(|code| {
                 [
                     SqlState::INVALID_PASSWORD,
@@ -77,15 +98,19 @@ impl From<DialError> for ConnectionError {
 
 /// Connects, and gives diesel the driver too, so that notifications and the end of
 /// the connection reach it.
-pub(super) async fn establish(url: &str, ca: Option<&Path>) -> ConnectionResult<AsyncPgConnection> {
-    let (client, driver) = dial(url, ca).await?;
+pub(super) async fn establish(
+    url: &str,
+    ca: Option<&Path>,
+    session: &str,
+) -> ConnectionResult<AsyncPgConnection> {
+    let (client, driver) = dial(url, ca, session).await?;
     AsyncPgConnection::try_from_client_and_connection(client, driver).await
 }
 
-/// Connects. The database is verified by the authorities of the PEM file `ca`, or
-/// without one by those of this system. `ca` is read for each connection, so that
-/// the file can be replaced.
-pub(super) async fn dial(url: &str, ca: Option<&Path>) -> Result<(Client, Driver), DialError> {
+/// Connects to the primary, and runs the statements `session` on the connection. The
+/// database is verified by the authorities of the PEM file `ca`, or without one by those
+/// of this system. `ca` is read for each connection, so that the file can be replaced.
+pub(super) async fn dial(url: &str, ca: Option<&Path>, session: &str) -> Result<(Client, Driver), DialError> {
     let mut config: Config =
         url.parse().map_err(|error: tokio_postgres::Error| DialError::Settings(error.to_string()))?;
     if config.get_hosts().is_empty() {
@@ -105,7 +130,109 @@ pub(super) async fn dial(url: &str, ca: Option<&Path>) -> Result<(Client, Driver
     }
     set_tcp_timeouts(&mut config);
     let tls = tls(config.get_ssl_mode(), ca).await.map_err(|error| DialError::Settings(error.to_string()))?;
-    config.connect(MakeRustlsConnect::new(tls)).await.map_err(DialError::Postgres)
+    let tls = MakeRustlsConnect::new(tls);
+    let hosts =
+        (0..config.get_hosts().len()).map(|index| dial_host(of_host(&config, index), tls.clone(), session));
+    let mut hosts: FuturesUnordered<_> = hosts.collect();
+    let mut errors = Vec::new();
+    while let Some(dialled) = hosts.next().await {
+        match dialled {
+            Ok(connection) => return Ok(connection),
+            Err(error) => errors.push(error),
+        }
+    }
+    match errors.len() {
+        0 => Err(DialError::Settings("the URL names no host".to_owned())),
+        1 => Err(errors.remove(0)),
+        _ => Err(DialError::Hosts(errors)),
+    }
+}
+
+/// The configuration with one of its hosts alone.
+fn of_host(config: &Config, index: usize) -> Config {
+    let mut one = Config::new();
+    match &config.get_hosts()[index] {
+        Host::Tcp(host) => one.host(host),
+        Host::Unix(directory) => one.host_path(directory),
+    };
+    // One port may stand for all hosts.
+    if let Some(port) = config.get_ports().get(index).or(config.get_ports().first()) {
+        one.port(*port);
+    }
+    if let Some(address) = config.get_hostaddrs().get(index) {
+        one.hostaddr(*address);
+    }
+    if let Some(user) = config.get_user() {
+        one.user(user);
+    }
+    if let Some(password) = config.get_password() {
+        one.password(password);
+    }
+    if let Some(database) = config.get_dbname() {
+        one.dbname(database);
+    }
+    if let Some(options) = config.get_options() {
+        one.options(options);
+    }
+    if let Some(timeout) = config.get_connect_timeout() {
+        one.connect_timeout(*timeout);
+    }
+    if let Some(timeout) = config.get_tcp_user_timeout() {
+        one.tcp_user_timeout(*timeout);
+    }
+    if let Some(interval) = config.get_keepalives_interval() {
+        one.keepalives_interval(interval);
+    }
+    if let Some(retries) = config.get_keepalives_retries() {
+        one.keepalives_retries(retries);
+    }
+    one.keepalives(config.get_keepalives())
+        .keepalives_idle(config.get_keepalives_idle())
+        .ssl_mode(config.get_ssl_mode())
+        .ssl_negotiation(config.get_ssl_negotiation())
+        .channel_binding(config.get_channel_binding());
+    one
+}
+
+/// Connects to the one host, checks that it is a primary with the encoding UTF8, and runs
+/// `session` there.
+async fn dial_host(
+    config: Config,
+    tls: MakeRustlsConnect,
+    session: &str,
+) -> Result<(Client, Driver), DialError> {
+    let host = match config.get_hosts() {
+        [Host::Tcp(host), ..] => host.clone(),
+        [Host::Unix(directory), ..] => directory.display().to_string(),
+        [] => String::new(),
+    };
+    let (client, mut driver) = config.connect(tls).await.map_err(DialError::Postgres)?;
+    let facts = format!("SELECT pg_is_in_recovery(), current_setting('server_encoding'); {session}");
+    let facts = {
+        let mut facts = pin!(client.simple_query(&facts));
+        // The driver performs the query's input and output; it ends only with an error.
+        poll_fn(|context| match facts.as_mut().poll(context) {
+            Poll::Ready(facts) => Poll::Ready(facts),
+            Poll::Pending => match Pin::new(&mut driver).poll(context) {
+                Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
+                // Polled once more: the driver may have brought the answer.
+                Poll::Ready(Ok(())) | Poll::Pending => facts.as_mut().poll(context),
+            },
+        })
+        .await
+    };
+    let facts = facts.map_err(DialError::Postgres)?;
+    let row = facts
+        .iter()
+        .find_map(|message| if let SimpleQueryMessage::Row(row) = message { Some(row) } else { None });
+    match row.map(|row| (row.get(0), row.get(1))) {
+        Some((Some("f"), Some("UTF8"))) => Ok((client, driver)),
+        Some((Some("f"), encoding)) => Err(DialError::Settings(format!(
+            "the database has the encoding {}, and milepost needs UTF8: create it with ENCODING 'UTF8'",
+            encoding.unwrap_or("unknown")
+        ))),
+        _ => Err(DialError::Standby(host)),
+    }
 }
 
 /// A broken network path reports no error. These timeouts close a connection with

@@ -18,7 +18,7 @@ use diesel::{
 use diesel_async::{AsyncMigrationHarness, AsyncPgConnection, RunQueryDsl as _, SimpleAsyncConnection as _};
 use diesel_migrations::{EmbeddedMigrations, MigrationHarness as _, embed_migrations};
 
-use super::{Database, KEEPALIVES, connect::establish, embedded::OLDEST_MAJOR};
+use super::{Database, SESSION, connect::establish, embedded::OLDEST_MAJOR};
 use crate::{error::BoxError, schema::schema_compatibility};
 
 const MIGRATIONS: EmbeddedMigrations = embed_migrations!("migrations");
@@ -139,11 +139,11 @@ async fn retry_locked_tables(
 /// Connects and takes the advisory lock of migrations, which is released when the
 /// connection closes. Refuses a database of an unreleased version.
 async fn lock(url: &str, ca: Option<&Path>) -> Result<AsyncMigrationHarness<AsyncPgConnection>, SchemaError> {
-    let mut connection = establish(url, ca).await?;
+    let mut connection = establish(url, ca, SESSION).await?;
     connection
         .batch_execute(&format!(
             "SET application_name = 'milepost migrate'; SET client_min_messages = warning; \
-             {KEEPALIVES}; SET idle_in_transaction_session_timeout = '{IDLE_TIMEOUT}'; \
+             SET idle_in_transaction_session_timeout = '{IDLE_TIMEOUT}'; \
              SET lock_timeout = '{MIGRATION_LOCK_TIMEOUT}'; SELECT pg_advisory_lock({LOCK_KEY}); \
              SET lock_timeout = '{TABLE_LOCK_TIMEOUT}'"
         ))

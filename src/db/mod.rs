@@ -13,9 +13,7 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use deadpool::{Runtime, Status, managed::Timeouts};
 use diesel::{ConnectionError, ConnectionResult};
-use diesel_async::{
-    AsyncPgConnection, SimpleAsyncConnection as _, pooled_connection::PoolableConnection as _,
-};
+use diesel_async::{AsyncPgConnection, pooled_connection::PoolableConnection as _};
 use tokio::{sync::watch, time::timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -35,10 +33,12 @@ use crate::{
     error::{BoxError, Error, Result},
 };
 
-/// TCP settings by which Postgres notices soon that a client is gone, and releases its
-/// locks.
-const KEEPALIVES: &str =
-    "SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 2; SET tcp_keepalives_count = 3";
+/// What every session sets, whatever the role or the database sets otherwise. By the TCP
+/// settings Postgres notices soon that a client is gone, and releases its locks.
+const SESSION: &str = "SET default_transaction_isolation = 'read committed'; \
+    SET default_transaction_read_only = off; SET default_transaction_deferrable = off; \
+    SET timezone = 'UTC'; SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 2; \
+    SET tcp_keepalives_count = 3";
 
 /// Where the database is, and how connections to it are made.
 struct Target {
@@ -166,33 +166,23 @@ async fn connect(
     Target { url, settings }: &Target,
     outage: Option<CancellationToken>,
 ) -> ConnectionResult<AsyncPgConnection> {
-    let set_up = async {
-        let mut connection = match outage {
-            Some(outage) => {
-                let (client, driver) = dial(url.reveal(), settings.ca.as_deref()).await?;
-                // A caller that waits for an answer gets the error that the connection is
-                // closed; the driver's own result is not needed.
-                tokio::spawn(async move { outage.run_until_cancelled(driver).await.map(Result::ok) });
-                AsyncPgConnection::try_from(client).await?
-            }
-            None => establish(url.reveal(), settings.ca.as_deref()).await?,
-        };
-        connection
-            .batch_execute(&format!(
-                "SET application_name = 'milepost'; SET timezone = 'UTC'; SET jit = off; SET enable_seqscan = off; \
-                 {KEEPALIVES}; \
-                 SET synchronous_commit = '{}'; SET statement_timeout = {}; \
-                 SET lock_timeout = {}; SET idle_in_transaction_session_timeout = {}",
-                settings.synchronous_commit.name(),
-                settings.statement_timeout.as_millis(),
-                settings.statement_timeout.as_millis(),
-                settings.statement_timeout.as_millis(),
-            ))
-            .await
-            .map_err(ConnectionError::CouldntSetupConfiguration)?;
-        Ok(connection)
+    let statement_ms = settings.statement_timeout.as_millis();
+    let session = format!(
+        "{SESSION}; SET application_name = 'milepost'; SET jit = off; SET enable_seqscan = off; \
+         SET synchronous_commit = '{}'; SET statement_timeout = {statement_ms}; \
+         SET lock_timeout = {statement_ms}; SET idle_in_transaction_session_timeout = {statement_ms}",
+        settings.synchronous_commit.name(),
+    );
+    let (url, ca) = (url.reveal(), settings.ca.as_deref());
+    let connecting = async {
+        let Some(outage) = outage else { return establish(url, ca, &session).await };
+        let (client, driver) = dial(url, ca, &session).await?;
+        // A caller that waits for an answer gets the error that the connection is closed; the
+        // driver's own result is not needed.
+        tokio::spawn(async move { outage.run_until_cancelled(driver).await.map(Result::ok) });
+        AsyncPgConnection::try_from(client).await
     };
-    timeout(settings.connect_timeout, set_up)
+    timeout(settings.connect_timeout, connecting)
         .await
         .unwrap_or_else(|_| Err(ConnectionError::BadConnection("timed out".to_owned())))
 }

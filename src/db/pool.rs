@@ -12,15 +12,20 @@ use std::{
     ops::{Deref, DerefMut},
     sync::{
         Arc, LazyLock, Weak,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
 
 use deadpool::managed::{self, Metrics, RecycleError, RecycleResult};
-use diesel::ConnectionError;
+use diesel::{
+    ConnectionError,
+    connection::{Instrumentation, InstrumentationEvent},
+    result::{DatabaseErrorKind, Error as DieselError},
+};
 use diesel_async::{
-    AsyncPgConnection, SimpleAsyncConnection as _, pooled_connection::PoolableConnection as _,
+    AsyncConnection as _, AsyncPgConnection, SimpleAsyncConnection as _,
+    pooled_connection::PoolableConnection as _,
 };
 use parking_lot::Mutex;
 use tokio::{
@@ -70,6 +75,8 @@ struct Checkout {
 pub(super) struct Pooled {
     connection: AsyncPgConnection,
     checkout: Arc<Checkout>,
+    /// See [`note_failures`].
+    failed: Arc<AtomicBool>,
 }
 
 /// A connection of the pool, for one use. It is cut if the use takes longer than two
@@ -126,15 +133,34 @@ impl managed::Manager for Manager {
     async fn create(&self) -> Result<Pooled, ConnectionError> {
         let cut = self.availability.outage().child_token();
         // Boxed, so that a caller that needs no new connection has no room for making one.
-        let connection = Box::pin(connect(&self.target, Some(cut.clone()))).await?;
+        let mut connection = Box::pin(connect(&self.target, Some(cut.clone()))).await?;
+        let failed = Arc::new(AtomicBool::new(false));
+        connection.set_instrumentation(note_failures(Arc::clone(&failed)));
         let checkout = Arc::new(Checkout { since_ms: AtomicU64::new(0), cut });
         self.checkouts.lock().push(Arc::downgrade(&checkout));
-        Ok(Pooled { connection, checkout })
+        Ok(Pooled { connection, checkout, failed })
     }
 
     /// The client knows whether a connection is whole, without a query.
     async fn recycle(&self, pooled: &mut Pooled, _: &Metrics) -> RecycleResult<ConnectionError> {
-        if pooled.connection.is_broken() { Err(RecycleError::message("broken")) } else { Ok(()) }
+        if pooled.connection.is_broken() || pooled.failed.load(Relaxed) {
+            return Err(RecycleError::message("the connection is broken or has failed"));
+        }
+        Ok(())
+    }
+}
+
+/// Notes that the database refused a query for a reason that may lie in the session, such
+/// as a setting or a prepared statement whose table has changed ("cached plan must not
+/// change result type"): the next session may do better, so the pool drops this one.
+fn note_failures(failed: Arc<AtomicBool>) -> impl Instrumentation {
+    move |event: InstrumentationEvent<'_>| {
+        if let InstrumentationEvent::FinishQuery { error: Some(DieselError::DatabaseError(kind, _)), .. } =
+            event
+            && matches!(kind, DatabaseErrorKind::Unknown | DatabaseErrorKind::ReadOnlyTransaction)
+        {
+            failed.store(true, Relaxed);
+        }
     }
 }
 

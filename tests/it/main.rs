@@ -37,6 +37,7 @@ mod publish;
 mod retention;
 mod rolling;
 mod schema;
+mod sessions;
 mod settings;
 mod silence;
 mod starts;

@@ -379,7 +379,7 @@ impl Embedded {
     async fn create_database(&self) -> Result<(), EmbeddedError> {
         let give_up_at = Instant::now() + Duration::from_secs(START_TIMEOUT_S);
         let mut connection = loop {
-            match establish(&self.url("postgres"), None).await {
+            match establish(&self.url("postgres"), None, "").await {
                 Ok(connection) => break connection,
                 Err(error) if Instant::now() > give_up_at => {
                     return Err(EmbeddedError::NoAnswer(error.to_string()));
