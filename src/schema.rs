@@ -235,6 +235,7 @@ diesel::table! {
         id -> Uuid,
         role -> UserRole,
         email -> Text,
+        email_key -> Text,
         password_hash -> Text,
         first_name -> Text,
         last_name -> Text,

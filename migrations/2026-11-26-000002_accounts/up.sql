@@ -6,7 +6,12 @@ CREATE TYPE user_role AS ENUM ('customer', 'provider');
 CREATE TABLE users (
     id uuid NOT NULL,
     role user_role NOT NULL,
+    -- As given.
     email text NOT NULL,
+    -- The form in which e-mails are compared. The server makes it (src/models/email.rs),
+    -- since Postgres's lower case depends on the database's locale. The collation "C"
+    -- compares bytes, so that no update of a locale's library damages the index.
+    email_key text COLLATE "C" NOT NULL,
     password_hash text NOT NULL,
     first_name text NOT NULL,
     last_name text NOT NULL,
@@ -16,12 +21,14 @@ CREATE TABLE users (
     CONSTRAINT users_pkey PRIMARY KEY (id),
     -- The target of foreign keys that admit users of one role only.
     CONSTRAINT users_id_role_key UNIQUE (id, role),
-    CONSTRAINT users_email_check CHECK (char_length(email) BETWEEN 3 AND 256 AND email ~ '^[^[:space:]]+@[^[:space:]]+$'),
+    CONSTRAINT users_email_key_key UNIQUE (email_key),
+    -- The server refuses more: see Email::new. Classes such as [:space:] depend on the locale.
+    CONSTRAINT users_email_check CHECK (char_length(email) BETWEEN 3 AND 256
+        AND email ~ '^[^\u0001-\u0020\u007F-\u00A0]+@[^\u0001-\u0020\u007F-\u00A0]+$'),
+    CONSTRAINT users_email_key_check CHECK (char_length(email_key) BETWEEN 3 AND 256),
     CONSTRAINT users_first_name_check CHECK (char_length(first_name) <= 256),
     CONSTRAINT users_last_name_check CHECK (char_length(last_name) <= 256)
 );
-
-CREATE UNIQUE INDEX users_email_key ON users (lower(email));
 
 CREATE TRIGGER users_set_updated_at BEFORE UPDATE ON users
     FOR EACH ROW EXECUTE FUNCTION set_updated_at();

@@ -42,13 +42,13 @@ CREATE TABLE log_in_attempts (
 CREATE INDEX log_in_attempts_last_at_idx ON log_in_attempts (last_at);
 CREATE INDEX log_in_attempts_failed_last_at_idx ON log_in_attempts (last_at) WHERE succeeded_at IS NULL;
 
--- The keys of the pair, the address and the e-mail, in this order. The e-mail is in
--- the form in which users' e-mails are unique.
-CREATE FUNCTION log_in_attempt_keys(address text, email text) RETURNS bytea[] LANGUAGE sql STABLE AS $$
+-- The keys of the pair, the address and the e-mail, in this order. email_key is the
+-- form in which users' e-mails are unique.
+CREATE FUNCTION log_in_attempt_keys(address text, email_key text) RETURNS bytea[] LANGUAGE sql STABLE AS $$
     SELECT ARRAY[
-        sha256(convert_to('pair ' || address || ' ' || lower(email), 'UTF8')),
+        sha256(convert_to('pair ' || address || ' ' || email_key, 'UTF8')),
         sha256(convert_to('address ' || address, 'UTF8')),
-        sha256(convert_to('email ' || lower(email), 'UTF8'))];
+        sha256(convert_to('email ' || email_key, 'UTF8'))];
 $$;
 
 -- Counts an attempt as failed on all of these keys and returns when (counted_at).
@@ -111,11 +111,11 @@ $$;
 -- restricted attempts (has_permit). counted_at says when the attempt counted on the
 -- address and the e-mail; it is null if it did not.
 CREATE FUNCTION begin_log_in_attempt(
-    address text, email text, pair_free integer, other_free integer, longest interval, has_permit boolean,
+    address text, email_key text, pair_free integer, other_free integer, longest interval, has_permit boolean,
     OUT counted_at timestamptz, OUT wait interval, OUT refused boolean, OUT known boolean
 ) LANGUAGE plpgsql AS $$
 DECLARE
-    keys bytea[] := log_in_attempt_keys(address, email);
+    keys bytea[] := log_in_attempt_keys(address, email_key);
 BEGIN
     known := EXISTS (
         SELECT FROM log_in_attempts
@@ -140,10 +140,10 @@ $$;
 -- who logs in to an account of their own between guesses would never be blocked. The
 -- block that this attempt set ends as well, unless another attempt has counted since.
 -- Returns true.
-CREATE FUNCTION finish_log_in_attempt(address text, email text, counted_at timestamptz) RETURNS boolean
+CREATE FUNCTION finish_log_in_attempt(address text, email_key text, counted_at timestamptz) RETURNS boolean
 LANGUAGE plpgsql AS $$
 DECLARE
-    keys bytea[] := log_in_attempt_keys(address, email);
+    keys bytea[] := log_in_attempt_keys(address, email_key);
     moment timestamptz := clock_timestamp();
 BEGIN
     IF counted_at IS NULL THEN
@@ -166,10 +166,10 @@ $$;
 -- as well, as in finish_log_in_attempt. A restricted attempt (counted_at is null),
 -- which counted on its pair alone, leaves a block of the pair: another attempt may
 -- have set it. Returns true.
-CREATE FUNCTION withdraw_log_in_attempt(address text, email text, counted_at timestamptz) RETURNS boolean
+CREATE FUNCTION withdraw_log_in_attempt(address text, email_key text, counted_at timestamptz) RETURNS boolean
 LANGUAGE plpgsql AS $$
 DECLARE
-    keys bytea[] := log_in_attempt_keys(address, email);
+    keys bytea[] := log_in_attempt_keys(address, email_key);
 BEGIN
     IF counted_at IS NULL THEN
         keys := keys[1:1];

@@ -19,9 +19,10 @@ use crate::{
     models::{
         audit_entry::Origin,
         caller::{Account, UserRole},
+        email::{Email, EmailKey},
         log_in_attempt::{LogInAttempt, LogInClaim, begin_sign_up},
         session::{NewSession, Session},
-        user::{Email, NewUser, User},
+        user::{NewUser, User},
     },
     secret::{Password, PasswordHash, Secret, SecretKind},
 };
@@ -74,11 +75,12 @@ impl Auth {
     /// which then has no permitted format, the log-in fails after the same work.
     pub(crate) async fn log_in(
         &self,
-        email: String,
+        email: EmailKey,
         password: Option<Password>,
         origin: Origin,
     ) -> Result<LoggedIn> {
-        let (attempt, permit) = self.begin(self.unauthenticated(), LogInClaim::new(&email, origin)).await?;
+        let claim = LogInClaim::new(email.clone(), origin);
+        let (attempt, permit) = self.begin(self.unauthenticated(), claim).await?;
         let auth = self.clone();
         to_its_end(async move {
             let _permit = permit;
@@ -138,7 +140,7 @@ impl Auth {
 
     async fn verify_log_in(
         &self,
-        email: &str,
+        email: &EmailKey,
         password: Option<Password>,
         attempt: &LogInAttempt,
     ) -> Result<Verified<LoggedIn>> {

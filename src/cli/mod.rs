@@ -85,13 +85,24 @@ pub fn one_line(error: &(dyn StdError + 'static)) -> String {
         }
         cause = error.source();
     }
-    line.replace('\n', " ")
+    clean(&line.replace('\n', " "))
 }
 
 /// Prints a line on stdout. An error once stdout is closed, so that an endless
 /// command ends.
 fn print_line(line: &str) -> io::Result<()> {
     writeln!(io::stdout(), "{line}")
+}
+
+/// Replaces control characters, line separators, and the characters that reorder text (the
+/// property Bidi_Control of Unicode's PropList.txt): text from other users must neither
+/// command the terminal nor pass for something else.
+fn clean(text: &str) -> String {
+    let is_unsafe = |c: char| {
+        c.is_control()
+            || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    };
+    text.chars().map(|c| if is_unsafe(c) { '\u{fffd}' } else { c }).collect()
 }
 
 /// A server's refusal as an error for the terminal: its message and its code.

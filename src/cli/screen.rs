@@ -12,7 +12,7 @@ use console::{Style, Term};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use prost_types::value::Kind;
 
-use super::print_line;
+use super::{clean, print_line};
 use crate::pb::{Event, EventKind, Job, JobConfiguration, JobState, JobStatus, Progress};
 
 /// Shows one job on stdout.
@@ -232,12 +232,6 @@ fn time(event: &Event) -> Option<DateTime<Utc>> {
 
 fn dim(text: &str) -> String {
     Style::new().dim().apply_to(text).to_string()
-}
-
-/// Replaces control characters, since text from other users must not command the
-/// terminal.
-fn clean(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }
 
 #[cfg(test)]

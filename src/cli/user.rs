@@ -10,7 +10,7 @@ use std::{
 use clap::{Args, Subcommand, ValueEnum};
 use futures_util::{FutureExt as _, future::BoxFuture};
 
-use super::{database::OpenDatabase, print_line};
+use super::{clean, database::OpenDatabase, print_line};
 use crate::{
     auth::Passwords,
     config::{BcryptSettings, DatabaseSource},
@@ -18,7 +18,8 @@ use crate::{
     error::{BoxError, Result},
     models::{
         caller::UserRole,
-        user::{Email, NewUser, User as UserRow},
+        email::{Email, EmailKey},
+        user::{NewUser, User as UserRow},
     },
     secret::{Password, PasswordHash},
 };
@@ -110,20 +111,20 @@ impl User {
             }
             Command::SetPassword { password, user } => {
                 let hash = password.hash().await?;
-                let email = user.email.clone();
+                let email = EmailKey::of(&user.email);
                 let changed = user
                     .change(move |tx| async move { UserRow::set_password(tx, &email, &hash).await }.boxed());
                 (changed.await?, "has a new password")
             }
             Command::Disable { user } => {
-                let email = user.email.clone();
+                let email = EmailKey::of(&user.email);
                 (
                     user.change(move |tx| async move { UserRow::disable(tx, &email).await }.boxed()).await?,
                     "disabled",
                 )
             }
         };
-        print_line(&format!("{} {} {outcome}", user.id, user.email))?;
+        print_line(&format!("{} {} {outcome}", user.id, clean(&user.email)))?;
         Ok(ExitCode::SUCCESS)
     }
 }

@@ -24,6 +24,7 @@ use crate::{
     error::{Error, Result},
     models::{
         audit_entry::{AuditAct, AuditEntry, Origin},
+        email::EmailKey,
         interval,
     },
 };
@@ -51,7 +52,7 @@ mod sql {
         /// wait, whether it is refused, and whether the pair is known.
         fn begin_log_in_attempt(
             address: Text,
-            email: Text,
+            email_key: Text,
             pair_free: Integer,
             other_free: Integer,
             longest: Interval,
@@ -59,10 +60,11 @@ mod sql {
         ) -> Record<(Nullable<Timestamptz>, Nullable<Interval>, Bool, Bool)>;
 
         /// Always returns true.
-        fn finish_log_in_attempt(address: Text, email: Text, counted_at: Nullable<Timestamptz>) -> Bool;
+        fn finish_log_in_attempt(address: Text, email_key: Text, counted_at: Nullable<Timestamptz>) -> Bool;
 
         /// Always returns true.
-        fn withdraw_log_in_attempt(address: Text, email: Text, counted_at: Nullable<Timestamptz>) -> Bool;
+        fn withdraw_log_in_attempt(address: Text, email_key: Text, counted_at: Nullable<Timestamptz>)
+        -> Bool;
 
         /// Returns how long to wait, or NULL if the sign-up is counted.
         fn begin_sign_up(address: Text, free: Integer, longest: Interval) -> Nullable<Interval>;
@@ -72,7 +74,7 @@ mod sql {
 /// The e-mail that a log-in gives, and the address that it comes from.
 #[derive(Clone, Debug)]
 pub struct LogInClaim {
-    email: String,
+    email: EmailKey,
     origin: Origin,
 }
 
@@ -90,9 +92,9 @@ pub struct LogInAttempt {
 }
 
 impl LogInClaim {
-    /// The e-mail may be in any case. The address is that of `origin`.
-    pub fn new(email: impl Into<String>, origin: Origin) -> Self {
-        Self { email: email.into(), origin }
+    /// The address is that of `origin`.
+    pub fn new(email: EmailKey, origin: Origin) -> Self {
+        Self { email, origin }
     }
 
     /// Counts the log-in as failed. Returns none if it is restricted: the caller then
@@ -110,7 +112,7 @@ impl LogInClaim {
     }
 
     async fn begin_with(&self, tx: &mut Transaction<'_>, has_permit: bool) -> Result<LogInAttempt> {
-        let (address, email) = (network(&self.origin), &self.email);
+        let (address, email) = (network(&self.origin), self.email.as_str());
         let call =
             sql::begin_log_in_attempt(address, email, PAIR_FREE, OTHER_FREE, interval(LONGEST), has_permit);
         let (counted_at, wait, refused, known_pair): (_, Option<PgInterval>, _, _) =
@@ -134,7 +136,7 @@ impl LogInClaim {
         tx: &mut Transaction<'_>,
         counted_at: Option<DateTime<Utc>>,
     ) -> Result<()> {
-        let call = sql::finish_log_in_attempt(network(&self.origin), &self.email, counted_at);
+        let call = sql::finish_log_in_attempt(network(&self.origin), self.email.as_str(), counted_at);
         let _done: bool = diesel::select(call).get_result(tx).await?;
         Ok(())
     }
@@ -161,7 +163,7 @@ impl LogInAttempt {
     /// Takes the counted failure back, because the password could not be verified.
     pub async fn withdraw(&self, tx: &mut Transaction<'_>) -> Result<()> {
         let LogInClaim { email, origin } = &self.claim;
-        let call = sql::withdraw_log_in_attempt(network(origin), email, self.counted_at);
+        let call = sql::withdraw_log_in_attempt(network(origin), email.as_str(), self.counted_at);
         let _done: bool = diesel::select(call).get_result(tx).await?;
         Ok(())
     }

@@ -12,6 +12,7 @@ pub mod api_key;
 pub mod audit_entry;
 pub mod caller;
 pub mod credential;
+pub mod email;
 pub mod event;
 pub mod job;
 pub mod job_configuration;

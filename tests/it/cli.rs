@@ -8,7 +8,9 @@ use tokio::{
     process::Command,
 };
 
-use crate::support::{ServerProcess, TemporaryDir, complete, info, named, step, within_timeout};
+use crate::support::{
+    ServerProcess, TemporaryDir, TestDatabase, TestServer, complete, info, named, step, within_timeout,
+};
 
 fn milepost(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_milepost"));
@@ -130,4 +132,35 @@ async fn the_user_command_creates_a_user_sets_a_password_and_disables_the_user()
     assert_eq!(user(&["disable", "ops@example.com"], None).await.0, 0);
     assert!(!log_in("second password").await);
     server.kill().await;
+}
+
+/// E-mails that a server refuses can still be in the table, by a statement of an operator.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_user_command_prints_no_character_that_commands_the_terminal() {
+    let database = TestDatabase::migrated().await;
+    let server = TestServer::on(database.clone()).await;
+    let user = server.customer().await;
+    database
+        .execute(&format!(
+            "ALTER TABLE users DROP CONSTRAINT users_email_check;
+             UPDATE users SET email = E'\\u001B]0;owned\\u0007\\u009B2J\\u202E\\r\\n@example.com' WHERE id = '{}'",
+            user.id
+        ))
+        .await;
+    let user_command = |email: &str| {
+        let mut command = milepost(&["user", "disable", email]);
+        command.env("DATABASE_URL", &database.url).env("MILEPOST_UNSAFE_DATABASE", "true");
+        output(command)
+    };
+    let (code, text) = user_command(&user.email).await;
+    assert_eq!(code, 0, "{text:?}");
+    let shown = "\u{fffd}]0;owned\u{fffd}\u{fffd}2J\u{fffd}\u{fffd}\u{fffd}@example.com";
+    assert_eq!(text, format!("{} {shown} disabled\n", user.id));
+
+    let (code, text) = user_command("\u{1b}[2J\u{202e}\r\n@b").await;
+    assert_ne!(code, 0, "{text:?}");
+    assert!(
+        text.contains("no such user") && !text.trim_end().contains(['\u{1b}', '\u{202e}', '\r', '\n']),
+        "{text:?}"
+    );
 }

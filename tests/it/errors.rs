@@ -19,7 +19,10 @@ async fn a_wrong_password_and_an_unknown_email_are_indistinguishable() {
     let wrong_password = failed_log_in(&server, &user.email, "a wrong password").await;
     let unknown_email = failed_log_in(&server, "nobody@example.com", PASSWORD).await;
     let not_an_email = failed_log_in(&server, "nobody", "x").await;
-    for status in [&wrong_password, &unknown_email, &not_an_email] {
+    // No user can have these.
+    let control = failed_log_in(&server, "nobody\u{1b}@example.com", PASSWORD).await;
+    let invisible = failed_log_in(&server, &user.email.replace('@', "\u{200b}@"), PASSWORD).await;
+    for status in [&wrong_password, &unknown_email, &not_an_email, &control, &invisible] {
         assert_eq!(status.code(), wrong_password.code());
         assert_eq!(status.message(), wrong_password.message());
         assert_eq!(status.details(), wrong_password.details());
@@ -28,6 +31,10 @@ async fn a_wrong_password_and_an_unknown_email_are_indistinguishable() {
         assert_eq!(headers, expected);
     }
     assert_refused(Err::<(), _>(wrong_password), Code::Unauthenticated, ErrorReason::LogInFailed);
+    // Each is counted and audited alike: on the address, an e-mail, and their pair.
+    assert_eq!(server.count("audit_entries WHERE act = 'log_in_failed'").await, 5);
+    assert_eq!(server.count("log_in_attempts WHERE failures = 1").await, 10);
+    assert_eq!(server.count("log_in_attempts WHERE failures = 5").await, 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]

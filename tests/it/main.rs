@@ -19,6 +19,7 @@ mod configurations;
 mod database_tls;
 mod drain;
 mod edges;
+mod emails;
 mod errors;
 mod floors;
 mod guarantees;

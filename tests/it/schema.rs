@@ -87,11 +87,11 @@ async fn an_event_references_an_existing_job_and_a_step_of_it() {
         VALUES ($JOB, 1, 1, gen_random_uuid(), 'step', '', $STEP, '', 'running', 0, 0, now())";
     const OWNED: &str = "
         WITH provider AS (
-            INSERT INTO users (id, role, email, password_hash, first_name, last_name)
-            VALUES (gen_random_uuid(), 'provider', 'p@example.com', '$2b$04$' || repeat('x', 53), '', '') RETURNING id),
+            INSERT INTO users (id, role, email, email_key, password_hash, first_name, last_name)
+            VALUES (gen_random_uuid(), 'provider', 'p@example.com', 'p@example.com', '$2b$04$' || repeat('x', 53), '', '') RETURNING id),
         customer AS (
-            INSERT INTO users (id, role, email, password_hash, first_name, last_name)
-            VALUES (gen_random_uuid(), 'customer', 'c@example.com', '$2b$04$' || repeat('x', 53), '', '') RETURNING id),
+            INSERT INTO users (id, role, email, email_key, password_hash, first_name, last_name)
+            VALUES (gen_random_uuid(), 'customer', 'c@example.com', 'c@example.com', '$2b$04$' || repeat('x', 53), '', '') RETURNING id),
         configuration AS (
             INSERT INTO job_configurations (id, provider_id, tag, name, version, precedence, release)
             SELECT gen_random_uuid(), id, tag, tag, '1.0.0', '\\x00', true

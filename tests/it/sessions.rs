@@ -2,9 +2,10 @@
 //! encoding UTF8, and settings that a role or a database may have set otherwise.
 
 use std::{
+    ffi::OsString,
     fs,
     net::TcpListener,
-    os::unix::fs::MetadataExt as _,
+    os::unix::{ffi::OsStringExt as _, fs::MetadataExt as _},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::Duration,
@@ -35,8 +36,8 @@ impl Standby {
     async fn start() -> Self {
         let dir = TemporaryDir::new();
         let embedded = Embedded::start(EmbeddedSettings::new(dir.path())).await.unwrap();
-        let (data, run) = (dir.path().join("cluster/data"), dir.path().join("cluster/run"));
-        let binary = postmaster_binary(&data);
+        let data = dir.path().join("cluster/data");
+        let (program, arguments) = command_of_postmaster(&data);
         embedded.stop().await.unwrap();
         fs::write(data.join("standby.signal"), "").unwrap();
         let owner = fs::metadata(&data).unwrap();
@@ -48,12 +49,8 @@ impl Standby {
             command.arg("--clear-groups");
         }
         let postgres = command
-            .arg(binary)
-            .arg("-D")
-            .arg(&data)
-            .arg("-k")
-            .arg(&run)
-            .args(["-c", "listen_addresses="])
+            .arg(program)
+            .args(arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
@@ -90,10 +87,14 @@ impl Drop for Standby {
     }
 }
 
-/// The program that serves the data directory.
-fn postmaster_binary(data: &Path) -> PathBuf {
+/// The program that serves the data directory, and its arguments.
+fn command_of_postmaster(data: &Path) -> (PathBuf, Vec<OsString>) {
     let file = fs::read_to_string(data.join("postmaster.pid")).unwrap();
-    fs::read_link(format!("/proc/{}/exe", file.lines().next().unwrap())).unwrap()
+    let process = Path::new("/proc").join(file.lines().next().unwrap());
+    let line = fs::read(process.join("cmdline")).unwrap();
+    let arguments = line.strip_suffix(b"\0").unwrap().split(|byte| *byte == 0).skip(1);
+    let arguments = arguments.map(|argument| OsString::from_vec(argument.to_vec())).collect();
+    (fs::read_link(process.join("exe")).unwrap(), arguments)
 }
 
 async fn connect(url: &str) -> Result<AsyncPgConnection, String> {

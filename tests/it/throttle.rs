@@ -170,27 +170,6 @@ async fn of_concurrent_guesses_as_many_are_verified_as_of_consecutive_ones() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_throttle_takes_two_emails_for_the_same_where_the_log_in_does() {
-    let server = TestServer::start().await;
-    for (n, (one, other)) in
-        [("ida@example.com", "İda@example.com"), ("éva@example.com", "ÉVA@example.com")].iter().enumerate()
-    {
-        let remote = server.from(Ipv4Addr::new(127, 0, 1, u8::try_from(n).unwrap()));
-        sign_up(&server, one).await;
-        for _ in 0..5 {
-            assert_failed(log_in(&remote, one, WRONG_PASSWORD).await);
-        }
-        server.database.block_log_ins_for(30).await;
-        let same = format!("SELECT (lower('{one}') = lower('{other}'))::text AS text");
-        let answer = log_in(&remote, other, PASSWORD).await;
-        match server.database.texts(&same).await[0].as_str() {
-            "true" => assert_throttled(answer),
-            _ => assert_failed(answer),
-        }
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn a_sign_up_makes_its_pair_known() {
     let server = TestServer::start().await;
     let remote = server.from(OTHER_ADDRESS);

@@ -5,8 +5,9 @@ use crate::{
     error::{Error, Result, Violations, quoted},
     models::{
         caller::UserRole,
+        email::{Email, EmailKey},
         session::Session,
-        user::{Email, Names, User},
+        user::{Names, User},
     },
     pb,
     proto_enums::{ProtoEnum as _, timestamp},
@@ -42,9 +43,9 @@ impl TryFrom<pb::SignUpRequest> for NewAccount {
 
 /// Only the limits of every text are violations. All other malformed e-mails and passwords
 /// are answered as wrong ones, so that the answer reveals nothing.
-pub(super) fn email_and_password(request: pb::LogInRequest) -> Result<(String, Option<Password>)> {
+pub(super) fn email_and_password(request: pb::LogInRequest) -> Result<(EmailKey, Option<Password>)> {
     let mut violations = Violations::default();
-    let email = parse::text(&mut violations, "email", request.email);
+    let email = EmailKey::of(&parse::text(&mut violations, "email", request.email));
     let password = present_password(&mut violations, "password", request.password);
     violations.or((email, password))
 }

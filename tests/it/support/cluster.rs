@@ -74,6 +74,13 @@ impl TestDatabase {
         Self::copy_of("template0").await
     }
 
+    /// A new database with the current schema and this locale, as in `LOCALE 'C'`.
+    pub async fn with_locale(locale: &str) -> Self {
+        let database = Self::copy_of(&format!("template0 {locale}")).await;
+        migrations::migrate(&database.url, None).await.unwrap();
+        database
+    }
+
     /// The embedded database of a server process.
     pub fn served(url: String) -> Self {
         Self { name: "milepost".to_owned(), url, ca: None }
