@@ -294,13 +294,12 @@ async fn a_rotated_key_and_its_successor_are_both_valid_during_the_overlap() {
     // The server ends the key a moment before the database does.
     let refused = async {
         loop {
-            let again = user.session.auth.rotate_api_key(rotate(1)).await;
-            if again.is_err() {
-                return again;
+            if let Err(status) = user.session.auth.rotate_api_key(rotate(1)).await {
+                return status;
             }
         }
     };
-    let again = within_timeout("the end of the key in the database", refused).await;
+    let again: Result<(), _> = Err(within_timeout("the end of the key in the database", refused).await);
     assert_refused(again, Code::FailedPrecondition, ErrorReason::ApiKeyAlreadyExpired);
 
     // Without an overlap the old key ends at once.
