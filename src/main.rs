@@ -3,7 +3,7 @@
 use std::{error::Error, io, process::ExitCode, time::Duration};
 
 use clap::Parser as _;
-use milepost::cli::{Cli, one_line};
+use milepost::cli::{Cli, one_line, run_as_init};
 use tokio::runtime::Runtime;
 
 /// A call makes many small allocations, many of which another thread frees:
@@ -16,6 +16,12 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
+    if std::process::id() == 1 {
+        return run_as_init().unwrap_or_else(|error| {
+            eprintln!("milepost: cannot run as PID 1: {error}");
+            ExitCode::FAILURE
+        });
+    }
     let cli = Cli::parse();
     let runtime = match Runtime::new() {
         Ok(runtime) => runtime,

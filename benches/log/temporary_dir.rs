@@ -24,7 +24,10 @@ echo "$guarded" | while read -r pid exe; do
     [ -n "$pid" ] && [ "$(readlink "/proc/$pid/exe")" = "$exe" ] && kill -KILL "$pid"
 done
 find "$1" -name postmaster.pid | while read -r file; do
-    kill -QUIT "$(head -n 1 "$file")"
+    pid=$(head -n 1 "$file")
+    # After a crash of Postgres, the id may be that of a stranger.
+    [ "$(readlink "/proc/$pid/cwd")" = "${file%/*}" ] || continue
+    kill -QUIT "$pid"
     tries=0
     while [ -e "$file" ] && [ "$tries" -lt 200 ]; do
         sleep 0.05

@@ -2,6 +2,7 @@
 
 mod database;
 mod demo;
+mod init;
 mod migrate;
 mod screen;
 mod serve;
@@ -17,6 +18,7 @@ use std::{
 use clap::{Parser, Subcommand};
 use tonic::Status;
 
+pub use self::init::run_as_init;
 use crate::{
     config::{Config, TelemetrySettings},
     error::BoxError,

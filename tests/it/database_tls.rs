@@ -47,9 +47,15 @@ impl Postgres {
         let random = Uuid::new_v4().into_bytes();
         let address = IpAddr::from([127, 100 + random[0] % 100, random[1], 1 + random[2] % 200]);
         let dir = TemporaryDir::new();
-        let extra_options = [("fsync", "off"), ("listen_addresses", &address.to_string())]
-            .map(|(name, value)| (name.to_owned(), value.to_owned()))
-            .to_vec();
+        let rules = dir.path().join("rules.conf");
+        fs::write(&rules, "local all all trust\nhostssl all all all trust\n").unwrap();
+        let extra_options = [
+            ("fsync", "off"),
+            ("listen_addresses", &address.to_string()),
+            ("hba_file", rules.to_str().unwrap()),
+        ]
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .to_vec();
         let settings = EmbeddedSettings { data_dir: dir.path().to_owned(), extra_options };
         let embedded = Embedded::start(settings).await.unwrap();
 
@@ -58,11 +64,7 @@ impl Postgres {
         let pair = authority.server(&[&address.to_string()]);
         let data = dir.path().join("cluster/data");
         let owner = fs::metadata(&data).unwrap();
-        for (name, content) in [
-            ("server.crt", pair.certificate.as_str()),
-            ("server.key", &pair.key),
-            ("pg_hba.conf", "local all all trust\nhostssl all all all trust\n"),
-        ] {
+        for (name, content) in [("server.crt", pair.certificate.as_str()), ("server.key", &pair.key)] {
             let path = data.join(name);
             fs::write(&path, content).unwrap();
             fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();

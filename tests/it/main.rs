@@ -20,6 +20,7 @@ mod database_tls;
 mod drain;
 mod edges;
 mod emails;
+mod embedded;
 mod errors;
 mod floors;
 mod guarantees;

@@ -3,7 +3,7 @@
 
 use std::{
     fs::{self, Permissions},
-    os::unix::fs::{MetadataExt as _, PermissionsExt as _},
+    os::unix::fs::PermissionsExt as _,
     process::{Output, Stdio},
 };
 
@@ -13,7 +13,9 @@ use tokio::{
     time::Instant,
 };
 
-use crate::support::{Mode, Proxy, ServerProcess, TIMEOUT, TemporaryDir, TestDatabase, within_timeout};
+use crate::support::{
+    Mode, Proxy, ServerProcess, TIMEOUT, TemporaryDir, TestDatabase, is_root, within_timeout,
+};
 
 /// A starting server that has logged that it waits for the database.
 async fn waiting(proxy: &Proxy) -> Child {
@@ -92,7 +94,7 @@ async fn permanent_connection_errors_are_reported_at_once_in_one_line() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn as_root_an_error_names_the_directory_that_postgres_cannot_enter_and_the_remedy() {
-    if fs::metadata("/proc/self").unwrap().uid() != 0 {
+    if !is_root() {
         eprintln!("skipped: milepost runs Postgres as another user only if it runs as root");
         return;
     }

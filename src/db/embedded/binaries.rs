@@ -2,10 +2,11 @@
 //! as.
 
 use std::{
+    ffi::OsStr,
     fs, io,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
-    process::Output,
+    process::{Output, Stdio},
 };
 
 use tokio::process::Command;
@@ -31,7 +32,7 @@ pub(super) struct Owner {
 
 impl Owner {
     /// The error for the topmost ancestor of `dir` that this user may not enter.
-    pub(super) fn inaccessible(self, dir: &Path) -> Option<EmbeddedError> {
+    fn inaccessible(self, dir: &Path) -> Option<EmbeddedError> {
         let closed = dir.ancestors().filter(|dir| {
             fs::metadata(dir).is_ok_and(|found| {
                 let search_bit = match (found.uid() == self.uid, found.gid() == self.gid) {
@@ -67,6 +68,35 @@ impl Binaries {
         let output = Command::new(dir.join("postgres")).arg("--version").output().await.ok()?;
         let major = major_version(&String::from_utf8_lossy(&output.stdout))?;
         Some(Self { dir, major })
+    }
+}
+
+/// A command that runs as the user `owner` and in `dir`. Its environment is cleared, so
+/// that variables such as PGDATA cannot change what it does.
+pub(super) fn command(program: impl AsRef<OsStr>, owner: Option<Owner>, dir: &Path) -> Command {
+    let mut command = Command::new(program);
+    command.current_dir(dir).stdin(Stdio::null()).env_clear().env("LC_ALL", "C");
+    for kept in ["PATH", "TZ", "LD_LIBRARY_PATH"] {
+        if let Some(value) = std::env::var_os(kept) {
+            command.env(kept, value);
+        }
+    }
+    if let Some(Owner { uid, gid }) = owner {
+        command.uid(uid).gid(gid);
+    }
+    command
+}
+
+/// The error for a command that could not be run.
+pub(super) fn command_failed(
+    name: &str,
+    owner: Option<Owner>,
+    dir: &Path,
+    source: io::Error,
+) -> EmbeddedError {
+    match owner.and_then(|owner| owner.inaccessible(dir)) {
+        Some(error) if source.kind() == io::ErrorKind::PermissionDenied => error,
+        _ => EmbeddedError::Io { failure: format!("cannot run {name}"), source },
     }
 }
 
@@ -119,15 +149,37 @@ pub(super) async fn owner(cluster: &Path) -> Result<Option<Owner>, EmbeddedError
     }
 }
 
+/// The names of the users that may connect as milepost's role: root, the user of this
+/// process, and the `owner`, unless it is `nobody`, as which other services may run too.
+pub(super) async fn users(owner: Option<Owner>) -> Result<Vec<String>, EmbeddedError> {
+    let mut users = vec!["root".to_owned(), id_output(&["-un"]).await?];
+    if let Some(Owner { uid, .. }) = owner {
+        // An owner without a name cannot be allowed, and root can connect all the same.
+        users.extend(id_output(&["-un", &uid.to_string()]).await.ok().filter(|name| name != "nobody"));
+    }
+    users.sort();
+    users.dedup();
+    Ok(users)
+}
+
 pub(super) async fn is_root() -> Result<bool, EmbeddedError> {
     Ok(id(&["-u"]).await? == 0)
 }
 
 async fn id(arguments: &[&str]) -> Result<u32, EmbeddedError> {
+    let text = id_output(arguments).await?;
+    text.parse()
+        .map_err(|_| EmbeddedError::Command { command: "id", message: format!("it printed {text:?}") })
+}
+
+async fn id_output(arguments: &[&str]) -> Result<String, EmbeddedError> {
     let output = Command::new("id").args(arguments).output().await;
     let output =
         output.map_err(|source| EmbeddedError::Io { failure: "cannot run id".to_owned(), source })?;
-    String::from_utf8_lossy(&output.stdout).trim().parse().map_err(|_| command_error("id", &output))
+    if !output.status.success() {
+        return Err(command_error("id", &output));
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
 #[cfg(test)]

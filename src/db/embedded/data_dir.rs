@@ -2,6 +2,9 @@
 //!
 //! ```text
 //! lock               locked by the milepost that serves the directory; its address
+//! postgres.lock      locked by every process of the Postgres that milepost started
+//! pg_hba.conf        who may connect to Postgres, written at each start
+//! pg_ident.conf
 //! cluster/           accessible only to the user that Postgres runs as
 //!     data/          the cluster that initdb made
 //!     data.new/      an unfinished run of initdb
@@ -11,11 +14,11 @@
 
 use std::{
     fs::{self, DirBuilder, File, TryLockError},
-    io::{self, Read as _},
+    io::{self, Read as _, Write as _},
     net::SocketAddr,
     os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _, chown},
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use sha2::{Digest as _, Sha256};
@@ -25,6 +28,11 @@ use super::{EmbeddedError, binaries::Owner, io_error};
 /// Longest directory, in bytes, whose socket `/.s.PGSQL.5432` fits into the 103 bytes
 /// that every Unix allows for the path of a socket.
 const SOCKET_DIR_BYTES: usize = 103 - "/.s.PGSQL.5432".len();
+
+/// Longest wait for the child processes of a killed Postgres.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often that wait tries the lock.
+const LOCK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// The paths in a data directory.
 #[derive(Clone, Debug)]
@@ -54,6 +62,11 @@ impl DataDir {
         self.cluster().join("data")
     }
 
+    /// The lock file of Postgres in the cluster.
+    pub(super) fn pid_file(&self) -> PathBuf {
+        self.data().join("postmaster.pid")
+    }
+
     pub(super) fn unfinished_data(&self) -> PathBuf {
         self.cluster().join("data.new")
     }
@@ -64,6 +77,17 @@ impl DataDir {
 
     pub(super) fn lock_path(&self) -> PathBuf {
         self.path.join("lock")
+    }
+
+    /// The file of the rules by which Postgres authenticates connections. Outside of the
+    /// cluster, the user that Postgres runs as cannot change it.
+    pub(super) fn hba(&self) -> PathBuf {
+        self.path.join("pg_hba.conf")
+    }
+
+    /// The file of the users that these rules name.
+    pub(super) fn ident(&self) -> PathBuf {
+        self.path.join("pg_ident.conf")
     }
 
     /// The major version of Postgres that created the cluster; none without a cluster.
@@ -108,6 +132,44 @@ impl DataDir {
             }
         }
         Err(EmbeddedError::Served { dir: self.path.clone(), address: read_address(&mut file) })
+    }
+
+    /// The lock that a Postgres and its child processes inherit as their standard input.
+    /// It is free only when all of them have ended, and unlike process ids it is the same
+    /// in every container. Waits for the child processes of a killed Postgres.
+    pub(super) async fn lock_postgres(&self) -> Result<File, EmbeddedError> {
+        let path = self.path.join("postgres.lock");
+        let failed = io_error("cannot lock", &path);
+        let mut options = File::options();
+        let file = options.read(true).write(true).create(true).truncate(false).open(&path).map_err(failed)?;
+        let give_up_at = Instant::now() + LOCK_TIMEOUT;
+        loop {
+            match file.try_lock() {
+                Ok(()) => return Ok(file),
+                Err(TryLockError::WouldBlock) if Instant::now() > give_up_at => {
+                    return Err(EmbeddedError::InUse(self.path.clone()));
+                }
+                Err(TryLockError::WouldBlock) => tokio::time::sleep(LOCK_INTERVAL).await,
+                Err(TryLockError::Error(source)) => return Err(failed(source)),
+            }
+        }
+    }
+
+    /// Writes a file that other users may read.
+    pub(super) fn write(&self, path: &Path, text: &str) -> Result<(), EmbeddedError> {
+        let new = path.with_extension("new");
+        let write = || {
+            if let Err(error) = fs::remove_file(&new)
+                && error.kind() != io::ErrorKind::NotFound
+            {
+                return Err(error);
+            }
+            let mut file = File::options().write(true).create_new(true).open(&new)?;
+            file.set_permissions(fs::Permissions::from_mode(0o644))?;
+            file.write_all(text.as_bytes())?;
+            fs::rename(&new, path)
+        };
+        write().map_err(io_error("cannot write", path))
     }
 }
 

@@ -1,8 +1,29 @@
 //! The embedded Postgres: for a first try, for small installations and for tests. It
 //! is durable, keeps its data in one directory and listens on a Unix socket only.
+//!
+//! # One Postgres on a cluster
+//!
+//! The process that serves the data directory holds its lock, and is the parent of its
+//! Postgres: it learns of the end of Postgres by waiting for it. A Postgres that an ended
+//! milepost left behind is stopped at the next start, never used. Postgres inherits the
+//! lock `postgres.lock`, and so do its child processes, so that this lock is free only if
+//! no process of that Postgres is left. Before a start, while milepost holds it:
+//!
+//! | the lock file of Postgres names | then |
+//! |---|---|
+//! | a Postgres that works on this cluster | it is stopped; the lock file stays |
+//! | no process, or one that milepost cannot tell | Postgres decides |
+//! | a zombie or another process | the lock file is removed |
+//!
+//! # Who may connect
+//!
+//! Postgres asks the kernel for the user at the other end of the socket (`peer`). Those
+//! who may be milepost's role are root, the user that milepost runs as, and the user that
+//! Postgres runs as, unless it is `nobody`.
 
 mod binaries;
 mod data_dir;
+mod lock_file;
 
 use std::{
     ffi::OsStr,
@@ -10,18 +31,20 @@ use std::{
     io::{self, Seek as _, Write as _},
     net::SocketAddr,
     path::{Path, PathBuf},
-    process::{Output, Stdio},
+    process::{ExitStatus, Output},
     time::{Duration, Instant},
 };
 
 use diesel_async::SimpleAsyncConnection as _;
-use tokio::process::Command;
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::{process::Child, sync::Mutex, time::timeout};
 
 pub(super) use self::binaries::OLDEST_MAJOR;
 pub use self::data_dir::Served;
 use self::{
-    binaries::{Binaries, Owner, command_error},
+    binaries::{Binaries, Owner, command, command_error, command_failed},
     data_dir::{DataDir, private_dir},
+    lock_file::{Holder, LockFile},
 };
 use super::connect::establish;
 
@@ -33,8 +56,11 @@ const START_TIMEOUT_S: u64 = 300;
 const STOP_TIMEOUT_S: u64 = 60;
 /// Size of the log, in bytes, from which a start renames it and begins a new one.
 const LOG_BYTES: u64 = 10 * 1024 * 1024;
-/// How often [`Embedded::keep_running`] checks the process.
-const CHECK_INTERVAL: Duration = Duration::from_millis(500);
+/// How often a start checks whether Postgres is ready.
+const READY_INTERVAL: Duration = Duration::from_millis(50);
+/// Pause before a failed start is repeated, and longer than Postgres takes to write a
+/// lock file that it has created.
+const RETRY_PAUSE: Duration = Duration::from_millis(500);
 
 /// Why the embedded Postgres cannot be used; the text is for the operator.
 #[derive(Debug, thiserror::Error)]
@@ -59,6 +85,11 @@ pub enum EmbeddedError {
         /// The address of that server, if it has announced one.
         address: Option<SocketAddr>,
     },
+    /// The data is in use although no Postgres is seen that could be stopped.
+    #[error(
+        "processes of an ended Postgres, or a Postgres in another container, still use {}: end them", .0.display()
+    )]
+    InUse(PathBuf),
     /// There is no unprivileged user to run Postgres as.
     #[error(
         "Postgres refuses to run as root, and this machine has neither a user postgres nor a user nobody: \
@@ -114,8 +145,7 @@ pub struct EmbeddedSettings {
     /// The directory of all its files. If this process is root, the user that Postgres
     /// runs as must be able to enter it.
     pub data_dir: PathBuf,
-    /// Settings of Postgres, which override milepost's; ignored if this Postgres runs
-    /// already.
+    /// Settings of Postgres, which override milepost's.
     pub extra_options: Vec<(String, String)>,
 }
 
@@ -140,7 +170,7 @@ pub async fn default_data_dir() -> Result<PathBuf, EmbeddedError> {
 }
 
 /// A running Postgres, and the lock of its data directory. Dropping it leaves
-/// Postgres running; the next start takes it over.
+/// Postgres running; the next start stops that one first.
 #[derive(Debug)]
 pub struct Embedded {
     dir: DataDir,
@@ -149,24 +179,15 @@ pub struct Embedded {
     owner: Option<Owner>,
     socket_dir: PathBuf,
     options: Vec<(String, String)>,
+    postmaster: Mutex<Option<Child>>,
 }
 
 /// An argument of a command: text or a path.
 type Argument<'a> = &'a (dyn AsRef<OsStr> + Sync);
 
-/// The process that the file `postmaster.pid` names.
-enum Postmaster {
-    /// Postgres does not run.
-    Absent,
-    /// Postgres does not run, and another process has its id now.
-    Reused,
-    /// Postgres runs, with its socket in this directory.
-    Runs(PathBuf),
-}
-
 impl Embedded {
-    /// Takes over the Postgres that runs in the data directory, or starts it; creates
-    /// the cluster and milepost's database if they are missing.
+    /// Starts Postgres in the data directory; creates the cluster and milepost's database
+    /// if they are missing.
     pub async fn start(settings: EmbeddedSettings) -> Result<Self, EmbeddedError> {
         let dir = DataDir::open(&settings.data_dir)?;
         let lock = dir.lock().await?;
@@ -174,17 +195,13 @@ impl Embedded {
         let owner = binaries::owner(&dir.cluster()).await?;
         private_dir(&dir.cluster(), owner)?;
         let socket_dir = dir.socket_dir(owner.is_some());
-        let options = settings.extra_options;
-        let mut embedded = Self { dir, lock, binaries, owner, socket_dir, options };
+        let (options, postmaster) = (settings.extra_options, Mutex::default());
+        let embedded = Self { dir, lock, binaries, owner, socket_dir, options, postmaster };
         if embedded.dir.data_version().is_none() {
             embedded.create_cluster().await?;
         }
-        if let Postmaster::Runs(socket_dir) = embedded.postmaster().await? {
-            tracing::info!(dir = %embedded.dir.path.display(), "using the Postgres that already runs");
-            embedded.socket_dir = socket_dir;
-        } else {
-            embedded.start_postgres().await?;
-        }
+        embedded.stop_left_behind().await?;
+        embedded.start_postgres().await?;
         embedded.create_database().await?;
         Ok(embedded)
     }
@@ -202,12 +219,10 @@ impl Embedded {
     /// The URL of milepost's database in a data directory that another process serves.
     /// An error if its Postgres does not run yet.
     pub fn url_of_served(data_dir: &Path) -> Result<String, EmbeddedError> {
-        let dir = DataDir::open(data_dir)?;
-        let pid_file = dir.data().join("postmaster.pid");
-        let text = fs::read_to_string(&pid_file).map_err(io_error("cannot read", &pid_file))?;
-        let (_, socket_dir) = parse_pid_file(&text)
-            .ok_or_else(|| EmbeddedError::NoAnswer("it is starting: try again".to_owned()))?;
-        Ok(socket_url(&socket_dir, NAME))
+        let content = lock_file::read(&DataDir::open(data_dir)?.pid_file())?;
+        let socket_dir = content.and_then(|content| LockFile::parse(&content)?.socket_dir);
+        let starting = || EmbeddedError::NoAnswer("it is starting: try again".to_owned());
+        Ok(socket_url(&socket_dir.ok_or_else(starting)?, NAME))
     }
 
     /// Writes the server's address into the data directory, for [`Served::of`].
@@ -224,49 +239,75 @@ impl Embedded {
     /// Restarts Postgres whenever its process has ended; never returns.
     pub async fn keep_running(&self) {
         loop {
-            tokio::time::sleep(CHECK_INTERVAL).await;
-            let restarted = match self.postmaster().await {
-                Ok(Postmaster::Runs(_)) => continue,
-                Ok(Postmaster::Absent | Postmaster::Reused) => self.start_postgres().await,
-                Err(error) => Err(error),
-            };
-            match restarted {
-                Ok(()) => tracing::warn!("the embedded Postgres had ended and was restarted"),
+            let status = self.ended().await;
+            match self.start_postgres().await {
+                Ok(()) => {
+                    let status = status.map(tracing::field::display);
+                    tracing::warn!(status, "the embedded Postgres had ended and was restarted");
+                }
                 Err(error) => {
-                    tracing::error!(%error, "the embedded Postgres has ended and cannot be restarted")
+                    tracing::error!(%error, "the embedded Postgres has ended and cannot be restarted");
+                    tokio::time::sleep(RETRY_PAUSE).await;
                 }
             }
         }
     }
 
+    /// Waits for the end of Postgres, which also frees its process id. Returns at once if
+    /// it does not run.
+    async fn ended(&self) -> Option<ExitStatus> {
+        self.postmaster.lock().await.as_mut()?.wait().await.ok()
+    }
+
     /// Stops Postgres in fast mode: open transactions are rolled back, committed ones
-    /// are on disk.
+    /// are on disk. Not to be called while [`Self::keep_running`] runs,
+    /// which would restart it.
     pub async fn stop(&self) -> Result<(), EmbeddedError> {
+        let mut postmaster = self.postmaster.lock().await;
+        let Some(child) = postmaster.as_mut() else { return Ok(()) };
+        let failed = |source| EmbeddedError::Io { failure: "cannot stop Postgres".to_owned(), source };
+        // A child has an id until its end was waited for, so that the id is still its own.
+        let pid = child.id().and_then(|id| Pid::from_raw(id.try_into().ok()?));
+        let Some(pid) = pid else { return Ok(()) };
+        kill_process(pid, Signal::INT).map_err(|error| failed(error.into()))?;
+        match timeout(Duration::from_secs(STOP_TIMEOUT_S), child.wait()).await {
+            Ok(ended) => ended.map(drop).map_err(failed),
+            Err(_) => Err(EmbeddedError::Command {
+                command: "postgres",
+                message: format!("it did not stop within {STOP_TIMEOUT_S} s"),
+            }),
+        }
+    }
+
+    /// Stops the Postgres that an ended milepost left running, or that somebody else
+    /// started on the cluster.
+    async fn stop_left_behind(&self) -> Result<(), EmbeddedError> {
+        if !self.is_left_behind().await? {
+            return Ok(());
+        }
+        tracing::info!(dir = %self.dir.path.display(), "stopping the Postgres that still runs");
         let (data, timeout) = (self.dir.data(), STOP_TIMEOUT_S.to_string());
         let output =
             self.run("pg_ctl", &[&"stop", &"-D", &data, &"-m", &"fast", &"-w", &"-t", &timeout]).await?;
         if output.status.success() { Ok(()) } else { Err(command_error("pg_ctl stop", &output)) }
     }
 
-    /// Runs a binary to its end, as the owner of the cluster and in its directory. The
-    /// environment is cleared, so that variables such as PGDATA cannot change what the
-    /// binary does.
+    async fn is_left_behind(&self) -> Result<bool, EmbeddedError> {
+        let data = self.dir.data();
+        let Some(content) = lock_file::read(&self.dir.pid_file())? else { return Ok(false) };
+        if lock_file::can_see_processes() {
+            let Some(lock) = LockFile::parse(&content) else { return Ok(false) };
+            return Ok(lock_file::holder(lock.pid, &data, self.owner).await == Holder::Postgres);
+        }
+        let output = self.run("pg_ctl", &[&"status", &"-D", &data]).await?;
+        Ok(output.status.success())
+    }
+
+    /// Runs a binary to its end, as the owner of the cluster and in its directory.
     async fn run(&self, name: &str, arguments: &[Argument<'_>]) -> Result<Output, EmbeddedError> {
         let dir = self.dir.cluster();
-        let mut command = Command::new(self.binaries.dir.join(name));
-        command.args(arguments).current_dir(&dir).stdin(Stdio::null()).env_clear().env("LC_ALL", "C");
-        for kept in ["PATH", "TZ", "LD_LIBRARY_PATH"] {
-            if let Some(value) = std::env::var_os(kept) {
-                command.env(kept, value);
-            }
-        }
-        if let Some(Owner { uid, gid }) = self.owner {
-            command.uid(uid).gid(gid);
-        }
-        command.output().await.map_err(|source| match self.owner.and_then(|owner| owner.inaccessible(&dir)) {
-            Some(error) if source.kind() == io::ErrorKind::PermissionDenied => error,
-            _ => EmbeddedError::Io { failure: format!("cannot run {name}"), source },
-        })
+        let output = command(self.binaries.dir.join(name), self.owner, &dir).args(arguments).output().await;
+        output.map_err(|source| command_failed(name, self.owner, &dir, source))
     }
 
     /// Runs initdb in a temporary directory and renames the result, so that the result
@@ -284,7 +325,7 @@ impl Embedded {
             let mut arguments: Vec<Argument> = vec![
                 &"--pgdata=data.new",
                 &username,
-                &"--auth-local=trust",
+                &"--auth-local=reject",
                 &"--auth-host=reject",
                 &"--encoding=UTF8",
                 &locale,
@@ -305,102 +346,133 @@ impl Embedded {
 
     async fn start_postgres(&self) -> Result<(), EmbeddedError> {
         private_dir(&self.socket_dir, self.owner)?;
-        if let Postmaster::Reused = self.postmaster().await? {
-            // Postgres would take the process with this id for a running postmaster.
-            let pid_file = self.dir.data().join("postmaster.pid");
-            fs::remove_file(&pid_file).map_err(io_error("cannot remove", &pid_file))?;
+        let postgres_lock = self.dir.lock_postgres().await?;
+        self.remove_stale_lock_files().await?;
+        self.write_authentication().await?;
+        self.rotate_log()?;
+        let mut postmaster = self.postmaster.lock().await;
+        let child = postmaster.insert(self.spawn(postgres_lock)?);
+        self.wait_until_ready(child).await
+    }
+
+    /// Removes lock files that Postgres would respect although the process that made them
+    /// has ended. Called with the lock that every Postgres of milepost inherits.
+    async fn remove_stale_lock_files(&self) -> Result<(), EmbeddedError> {
+        if !lock_file::can_see_processes() {
+            return Ok(());
         }
+        let (pid_file, socket_file) = (self.dir.pid_file(), self.socket_dir.join(".s.PGSQL.5432.lock"));
+        for (path, cluster) in [(pid_file, Some(self.dir.data())), (socket_file, None)] {
+            let Some(content) = lock_file::read(&path)? else { continue };
+            let stale = match LockFile::parse(&content) {
+                Some(LockFile { pid, data, .. }) => {
+                    lock_file::holder(pid, &cluster.unwrap_or(data), self.owner).await == Holder::Other
+                }
+                // Left by a crash, or just being written.
+                None => {
+                    tokio::time::sleep(RETRY_PAUSE).await;
+                    lock_file::read(&path)?.as_ref() == Some(&content)
+                }
+            };
+            if stale {
+                tracing::warn!(file = %path.display(), "removing the lock file of a Postgres that has ended");
+                fs::remove_file(&path).map_err(io_error("cannot remove", &path))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes who may connect. Whatever is not allowed is refused.
+    async fn write_authentication(&self) -> Result<(), EmbeddedError> {
+        let head = "# milepost writes this file whenever it starts Postgres.\n";
+        let rules = ["all", "replication"].map(|what| format!("local {what} {NAME} peer map={NAME}\n"));
+        let users = binaries::users(self.owner).await?;
+        let users: Vec<String> = users.iter().map(|user| format!("{NAME} \"{user}\" {NAME}\n")).collect();
+        self.dir.write(&self.dir.hba(), &format!("{head}{}", rules.concat()))?;
+        self.dir.write(&self.dir.ident(), &format!("{head}{}", users.concat()))
+    }
+
+    fn rotate_log(&self) -> Result<(), EmbeddedError> {
         let log = self.dir.log();
         if fs::metadata(&log).is_ok_and(|metadata| metadata.len() > LOG_BYTES) {
             fs::rename(&log, log.with_extension("log.1")).map_err(io_error("cannot move", &log))?;
         }
-        let (data, timeout, options) = (self.dir.data(), START_TIMEOUT_S.to_string(), self.server_options());
-        let give_up_at = Instant::now() + Duration::from_secs(10);
+        Ok(())
+    }
+
+    fn spawn(&self, postgres_lock: File) -> Result<Child, EmbeddedError> {
+        let dir = self.dir.cluster();
+        let mut command = command("sh", self.owner, &dir);
+        // The owner opens the log: root must not open a file in a directory of another user,
+        // who could replace it by a link.
+        command.args(["-c", r#"umask 077; exec "$@" >>"$0" 2>&1"#]).arg(self.dir.log());
+        command.arg(self.binaries.dir.join("postgres")).arg("-D").arg(self.dir.data());
+        for (name, value) in self.server_options() {
+            command.arg("-c").arg(format!("{name}={value}"));
+        }
+        // In a process group of its own, Postgres does not get the SIGINT of Ctrl-C.
+        let spawned = command.stdin(postgres_lock).process_group(0).spawn();
+        spawned.map_err(|source| command_failed("postgres", self.owner, &dir, source))
+    }
+
+    /// Waits until Postgres accepts connections. An error if it ends before.
+    async fn wait_until_ready(&self, child: &mut Child) -> Result<(), EmbeddedError> {
+        let give_up_at = Instant::now() + Duration::from_secs(START_TIMEOUT_S);
+        let failed = |message| EmbeddedError::Command { command: "postgres", message };
         loop {
-            let output = self
-                .run(
-                    "pg_ctl",
-                    &[&"start", &"-D", &data, &"-l", &log, &"-w", &"-s", &"-t", &timeout, &"-o", &options],
-                )
-                .await?;
-            if output.status.success() || matches!(self.postmaster().await?, Postmaster::Runs(_)) {
+            match child.try_wait() {
+                Ok(None) => {}
+                Ok(Some(status)) => {
+                    return Err(failed(last_line(&self.dir.log()).unwrap_or_else(|| status.to_string())));
+                }
+                Err(source) => {
+                    let failure = "cannot wait for Postgres".to_owned();
+                    return Err(EmbeddedError::Io { failure, source });
+                }
+            }
+            let content = lock_file::read(&self.dir.pid_file())?;
+            let lock = content.and_then(|content| LockFile::parse(&content));
+            if lock.is_some_and(|lock| lock.ready && Some(lock.pid) == child.id()) {
                 return Ok(());
             }
-            // A start fails for a moment while children of a killed Postgres still use
-            // its shared memory.
             if Instant::now() > give_up_at {
-                return Err(last_line(&log).map_or_else(
-                    || command_error("pg_ctl start", &output),
-                    |message| EmbeddedError::Command { command: "pg_ctl start", message },
-                ));
+                return Err(failed(format!("it did not accept connections within {START_TIMEOUT_S} s")));
             }
-            tokio::time::sleep(CHECK_INTERVAL).await;
+            tokio::time::sleep(READY_INTERVAL).await;
         }
     }
 
-    /// The `-c` options of the server, quoted for the shell that pg_ctl runs.
-    fn server_options(&self) -> String {
+    /// The settings of the server: milepost's, then those that override them.
+    fn server_options(&self) -> Vec<(String, String)> {
         // The setting is a list: quotes keep a comma in the path from separating items.
         let socket_dir = format!("\"{}\"", self.socket_dir.display().to_string().replace('"', "\"\""));
         let defaults = [
-            ("listen_addresses", ""),
-            ("port", "5432"),
-            ("unix_socket_directories", socket_dir.as_str()),
-            ("unix_socket_permissions", "0700"),
-            ("fsync", "on"),
-            ("full_page_writes", "on"),
-            ("synchronous_commit", "on"),
+            ("listen_addresses", String::new()),
+            ("port", "5432".to_owned()),
+            ("unix_socket_directories", socket_dir),
+            ("unix_socket_permissions", "0700".to_owned()),
+            ("hba_file", self.dir.hba().display().to_string()),
+            ("ident_file", self.dir.ident().display().to_string()),
+            ("fsync", "on".to_owned()),
+            ("full_page_writes", "on".to_owned()),
+            ("synchronous_commit", "on".to_owned()),
             // Unique violations are expected and would fill the log as errors.
-            ("log_min_messages", "log"),
+            ("log_min_messages", "log".to_owned()),
         ];
-        let extra = self.options.iter().map(|(name, value)| (name.as_str(), value.as_str()));
-        let options = defaults.into_iter().chain(extra);
-        let quoted = options.map(|(name, value)| format!("-c {}", shell_quoted(&format!("{name}={value}"))));
-        quoted.collect::<Vec<_>>().join(" ")
+        let defaults = defaults.map(|(name, value)| (name.to_owned(), value));
+        defaults.into_iter().chain(self.options.iter().cloned()).collect()
     }
 
-    async fn postmaster(&self) -> Result<Postmaster, EmbeddedError> {
-        let data = self.dir.data();
-        let Ok(text) = fs::read_to_string(data.join("postmaster.pid")) else { return Ok(Postmaster::Absent) };
-        let Some((pid, socket_dir)) = parse_pid_file(&text) else { return Ok(Postmaster::Absent) };
-        if Path::new("/proc/self/cmdline").exists() {
-            // Unlike /proc/PID/cwd, cmdline is readable for processes of other users.
-            let Ok(command) = fs::read(format!("/proc/{pid}/cmdline")) else { return Ok(Postmaster::Absent) };
-            let data_path = data.as_os_str().as_encoded_bytes();
-            let runs = command.split(|byte| *byte == 0).any(|argument| argument == data_path);
-            return Ok(if runs { Postmaster::Runs(socket_dir) } else { Postmaster::Reused });
-        }
-        let output = self.run("pg_ctl", &[&"status", &"-D", &data]).await?;
-        Ok(if output.status.success() { Postmaster::Runs(socket_dir) } else { Postmaster::Absent })
-    }
-
-    /// Waits until Postgres accepts a connection, then creates milepost's database if it
-    /// is missing.
+    /// Creates milepost's database if it is missing.
     async fn create_database(&self) -> Result<(), EmbeddedError> {
-        let give_up_at = Instant::now() + Duration::from_secs(START_TIMEOUT_S);
-        let mut connection = loop {
-            match establish(&self.url("postgres"), None, "").await {
-                Ok(connection) => break connection,
-                Err(error) if Instant::now() > give_up_at => {
-                    return Err(EmbeddedError::NoAnswer(error.to_string()));
-                }
-                Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
-            }
-        };
+        let connecting = establish(&self.url("postgres"), None, "").await;
+        let mut connection = connecting.map_err(|error| EmbeddedError::NoAnswer(error.to_string()))?;
         match connection.batch_execute(&format!("CREATE DATABASE {NAME}")).await {
             Ok(()) => Ok(()),
             Err(error) if error.to_string().contains("already exists") => Ok(()),
             Err(error) => Err(EmbeddedError::NoAnswer(error.to_string())),
         }
     }
-}
-
-/// The process id and the socket directory: lines 1 and 5 of `postmaster.pid`.
-fn parse_pid_file(text: &str) -> Option<(u32, PathBuf)> {
-    let mut lines = text.lines();
-    let pid = lines.next()?.trim().parse().ok()?;
-    let socket_dir = lines.nth(3)?.trim();
-    Some((pid, PathBuf::from(socket_dir)))
 }
 
 fn socket_url(socket_dir: &Path, database: &str) -> String {
@@ -410,10 +482,6 @@ fn socket_url(socket_dir: &Path, database: &str) -> String {
         .map(|byte| if unreserved(byte) { char::from(*byte).to_string() } else { format!("%{byte:02X}") })
         .collect();
     format!("postgresql://{NAME}@{encoded}/{database}")
-}
-
-fn shell_quoted(text: &str) -> String {
-    format!("'{}'", text.replace('\'', r"'\''"))
 }
 
 /// The last line of a log, looked for in its last 4 KiB.
@@ -428,19 +496,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_pid_file_names_the_process_and_the_socket_directory() {
-        let text = "4242\n/d/cluster/data\n1763900000\n5432\n/d/cluster/run\n\n  19 0\nready\n";
-        assert_eq!(parse_pid_file(text), Some((4242, PathBuf::from("/d/cluster/run"))));
-        assert_eq!(parse_pid_file("4242\n/d/cluster/data\n"), None);
-        assert_eq!(parse_pid_file(""), None);
-    }
-
-    #[test]
-    fn urls_and_options_quote_special_characters_of_paths() {
+    fn urls_quote_special_characters_of_paths() {
         assert_eq!(
             socket_url(Path::new("/tmp/a b/ü"), "x"),
             "postgresql://milepost@%2Ftmp%2Fa%20b%2F%C3%BC/x"
         );
-        assert_eq!(shell_quoted("a'b c"), r"'a'\''b c'");
     }
 }

@@ -158,6 +158,12 @@ impl TestDatabase {
         }
     }
 
+    /// The process id of the tests' shared Postgres.
+    pub async fn postmaster() -> u32 {
+        let file = cluster().await.dir.path().join("cluster/data/postmaster.pid");
+        std::fs::read_to_string(file).unwrap().lines().next().unwrap().parse().unwrap()
+    }
+
     /// The plans logged since [`Self::log_plans`].
     pub async fn plans(&self) -> Vec<serde_json::Value> {
         let log = cluster().await.dir.path().join("cluster/postgres.log");

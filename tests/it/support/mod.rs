@@ -19,7 +19,7 @@ pub use clients::{Caller, Clients, PASSWORD, User, registration};
 pub use cluster::TestDatabase;
 pub use events::{complete, error, info, metadata, named, step, with_metadata};
 pub use port::own_address;
-pub use process::{DRAIN_DEADLINE, ServerProcess, operate};
+pub use process::{DRAIN_DEADLINE, ServerProcess, is_root, operate, parent, runs, zombies_of};
 pub use proxy::{Mode, Proxy};
 pub use refused::{assert_refused, assert_violations};
 pub use server::{CONNECTIONS, STREAMS_PER_CONNECTION, STREAMS_PER_USER, TRUSTED_PROXY, TestServer};

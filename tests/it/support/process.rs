@@ -5,6 +5,8 @@ use std::{
     fs::{self, File},
     net::SocketAddr,
     ops::Deref,
+    os::unix::fs::MetadataExt as _,
+    path::Path,
     process::{ExitStatus, Stdio},
     time::Duration,
 };
@@ -32,6 +34,7 @@ pub struct ServerProcess {
     // Before `dir`, so that the process ends before its directory is removed.
     child: Child,
     dir: TemporaryDir,
+    wrapper: Vec<String>,
     settings: Vec<(&'static str, String)>,
 }
 
@@ -59,15 +62,45 @@ impl ServerProcess {
 
     /// Starts a server on this local address, with more environment variables.
     pub async fn start_with(host: &str, settings: Vec<(&'static str, String)>) -> Self {
-        let address = own_address(host);
-        let mut dir = TemporaryDir::new();
-        let child = serve(address, &mut dir, &settings).await;
-        Self { address, clients: Clients::of(address), child, dir, settings }
+        Self::start_by(&[], host, settings).await
     }
 
-    /// Starts the server again with the same directory, address and settings.
+    /// Starts a server on a new embedded database by a command such as `unshare`, which
+    /// runs the command line that follows its own arguments.
+    pub async fn start_in(wrapper: &[&str]) -> Self {
+        Self::start_by(wrapper, "127.0.0.1", Vec::new()).await
+    }
+
+    async fn start_by(wrapper: &[&str], host: &str, settings: Vec<(&'static str, String)>) -> Self {
+        let address = own_address(host);
+        let mut dir = TemporaryDir::new();
+        let wrapper: Vec<String> = wrapper.iter().map(|&argument| argument.to_owned()).collect();
+        let child = serve(&wrapper, address, &mut dir, &settings).await;
+        Self { address, clients: Clients::of(address), child, dir, wrapper, settings }
+    }
+
+    /// Starts the server again with the same directory, address, wrapper and settings.
     pub async fn restart(&mut self) {
-        self.child = serve(self.address, &mut self.dir, &self.settings).await;
+        self.child = serve(&self.wrapper, self.address, &mut self.dir, &self.settings).await;
+    }
+
+    /// Starts the server again by another wrapper.
+    pub async fn restart_in(&mut self, wrapper: &[&str]) {
+        self.wrapper = wrapper.iter().map(|&argument| argument.to_owned()).collect();
+        self.restart().await;
+    }
+
+    /// The process ids of the server: one, or as PID 1 of a namespace two, parent first.
+    pub fn pids(&self) -> Vec<u32> {
+        servers(self.dir.path())
+    }
+
+    /// The embedded Postgres of this server: each process that works on the cluster and
+    /// is not the child of another one.
+    pub fn postmasters(&self) -> Vec<u32> {
+        let data = self.dir.path().join("cluster/data");
+        let works = |pid: u32| fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd == data);
+        processes().filter(|pid| works(*pid) && !parent(*pid).is_some_and(works)).collect()
     }
 
     /// The server's log, over all restarts.
@@ -92,13 +125,12 @@ impl ServerProcess {
     /// Sends SIGKILL to the embedded Postgres. Returns once its child
     /// processes have exited too: they outlive it by a moment and still answer.
     pub async fn kill_postgres(&self) {
-        let file = self.dir.path().join("cluster/data/postmaster.pid");
-        let text = fs::read_to_string(file).unwrap();
-        let pid = text.lines().next().unwrap();
+        let postmasters = self.postmasters();
+        let [pid] = postmasters[..] else { panic!("one Postgres runs, not {postmasters:?}") };
         let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
-        signal("KILL", pid).await;
+        signal("KILL", &pid.to_string()).await;
         within_timeout("the end of Postgres", async {
-            while children.split_whitespace().any(runs) {
+            while runs(pid) || children.split_whitespace().any(|child| runs(child.parse().unwrap())) {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         })
@@ -145,7 +177,7 @@ impl ServerProcess {
 
     /// Sends SIGTERM without waiting for the exit.
     pub async fn terminate(&self) {
-        signal("TERM", &self.child.id().expect("the server is running").to_string()).await;
+        signal("TERM", &self.pids()[0].to_string()).await;
     }
 
     /// Sends SIGHUP.
@@ -183,10 +215,49 @@ pub async fn operate(database: &TestDatabase, arguments: &[&str], password: &str
     String::from_utf8(output.stdout).unwrap()
 }
 
+/// Whether the tests run as root, which some of them need.
+pub fn is_root() -> bool {
+    fs::metadata("/proc/self").unwrap().uid() == 0
+}
+
 /// Whether the process runs; a zombie does not.
-fn runs(pid: &str) -> bool {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    status.lines().any(|line| line.starts_with("State:") && !line.contains('Z'))
+pub fn runs(pid: u32) -> bool {
+    status(pid, "State").is_some_and(|state| !state.starts_with('Z'))
+}
+
+/// Those children of the process that have ended and that it has not waited for.
+pub fn zombies_of(pid: u32) -> Vec<u32> {
+    processes().filter(|child| parent(*child) == Some(pid) && !runs(*child)).collect()
+}
+
+pub fn parent(pid: u32) -> Option<u32> {
+    status(pid, "PPid")?.parse().ok()
+}
+
+/// A line of `/proc/PID/status`.
+fn status(pid: u32, name: &str) -> Option<String> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let mut lines = status.lines().filter_map(|line| line.split_once(':'));
+    lines.find(|(found, _)| *found == name).map(|(_, value)| value.trim().to_owned())
+}
+
+fn processes() -> impl Iterator<Item = u32> {
+    fs::read_dir("/proc").unwrap().filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok())
+}
+
+/// The servers whose data directory this is. A parent has a lower id than its child.
+fn servers(data_dir: &Path) -> Vec<u32> {
+    let variable = format!("MILEPOST_DATA_DIR={}", data_dir.display());
+    let mut servers: Vec<u32> = processes()
+        .filter(|pid| {
+            let binary = Path::new(env!("CARGO_BIN_EXE_milepost"));
+            let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+            fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe == binary)
+                && environment.split(|byte| *byte == 0).any(|found| found == variable.as_bytes())
+        })
+        .collect();
+    servers.sort_unstable();
+    servers
 }
 
 async fn signal(name: &str, pid: &str) {
@@ -195,9 +266,17 @@ async fn signal(name: &str, pid: &str) {
 }
 
 /// Starts the binary and waits until it prints the address on which it listens.
-async fn serve(address: SocketAddr, dir: &mut TemporaryDir, settings: &[(&'static str, String)]) -> Child {
+async fn serve(
+    wrapper: &[String],
+    address: SocketAddr,
+    dir: &mut TemporaryDir,
+    settings: &[(&'static str, String)],
+) -> Child {
     let log = dir.path().join("server.log");
-    let mut child = Command::new(env!("CARGO_BIN_EXE_milepost"))
+    let binary = env!("CARGO_BIN_EXE_milepost").to_owned();
+    let mut command_line = wrapper.iter().chain([&binary]);
+    let mut child = Command::new(command_line.next().unwrap())
+        .args(command_line)
         .arg("serve")
         .env_remove("DATABASE_URL")
         .env("MILEPOST_DRAIN_DEADLINE_S", DRAIN_DEADLINE.as_secs().to_string())
@@ -221,5 +300,8 @@ async fn serve(address: SocketAddr, dir: &mut TemporaryDir, settings: &[(&'stati
         "the server did not listen on {address}:\n{}",
         log()
     );
+    for server in servers(dir.path()) {
+        dir.guard(server);
+    }
     child
 }

@@ -22,7 +22,11 @@ for pid in $pids; do
     [ "$(readlink "/proc/$pid/exe")" = "$2" ] && kill -KILL "$pid"
 done
 find "$1" -name postmaster.pid | while read -r file; do
-    kill -QUIT "$(head -n 1 "$file")"
+    pid=$(head -n 1 "$file")
+    # In the file of a Postgres of another PID namespace, or of one that was killed, the
+    # id may be that of a stranger.
+    [ "$(readlink "/proc/$pid/cwd")" = "${file%/*}" ] || continue
+    kill -QUIT "$pid"
     tries=0
     while [ -e "$file" ] && [ "$tries" -lt 200 ]; do
         sleep 0.05
