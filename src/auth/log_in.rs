@@ -3,7 +3,8 @@
 //! A log-in is counted as failed before its password is verified, so that concurrent
 //! guesses are throttled like consecutive ones. Every log-in that fails makes as many
 //! queries and verifies one hash, so that the time of the answer does not reveal whether
-//! the e-mail has a user.
+//! the e-mail has a user. How long failures block is decided by the SQL functions that
+//! `models/log_in_attempt.rs` calls.
 
 use std::sync::Arc;
 

@@ -1,5 +1,5 @@
 //! Versions of a configuration: strict SemVer 2.0, and its precedence as bytes
-//! that Postgres can sort.
+//! that Postgres can sort. The queries in `job_configuration.rs` choose the latest version.
 
 use semver::Version;
 

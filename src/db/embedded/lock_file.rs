@@ -3,7 +3,8 @@
 //!
 //! Postgres replaces a lock file only if no process of its user has the id in the file. A
 //! zombie still has it, and another process may have got it: after the crash of Postgres,
-//! or in a restarted container, where the same ids are given again.
+//! or in a restarted container, where the same ids are given again. What follows from
+//! the lock files at a start is in the head of `embedded/mod.rs`.
 
 use std::{
     ffi::OsStr,

@@ -1,5 +1,6 @@
-//! The statement that appends events to many jobs. The SQL function that it calls
-//! numbers the events without a gap.
+//! The statement that appends events to many jobs. The SQL function that it calls gives
+//! positions without a gap, and refuses a job whose last sequence is another one than the
+//! batch was planned for. `event_log/append/batch.rs` numbers the events of one job.
 
 use chrono::{DateTime, Utc};
 use diesel::QueryResult;
