@@ -4,7 +4,6 @@ use std::{
     fs::{self, Permissions},
     net::{IpAddr, SocketAddr},
     os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown},
-    path::Path,
     process::Stdio,
     time::Duration,
 };
@@ -12,7 +11,6 @@ use std::{
 use diesel::sql_types::Bool;
 use diesel_async::{RunQueryDsl as _, SimpleAsyncConnection as _};
 use milepost::{
-    config::{DatabaseSettings, SynchronousCommit},
     db::{
         Database,
         embedded::{Embedded, EmbeddedSettings},
@@ -29,7 +27,7 @@ use tokio::{
 use uuid::Uuid;
 
 use crate::support::{
-    Authority, TemporaryDir, TestDatabase, TestServer, TlsFiles, complete, step, within_timeout,
+    Authority, TemporaryDir, TestDatabase, TestServer, TlsFiles, complete, database, step, within_timeout,
 };
 
 /// A Postgres that accepts TCP connections over TLS alone. Its Unix socket is not
@@ -109,17 +107,6 @@ impl Postgres {
 struct Encrypted {
     #[diesel(sql_type = Bool)]
     ssl: bool,
-}
-
-fn database(url: &str, ca: Option<&Path>) -> Database {
-    let settings = DatabaseSettings {
-        ca: ca.map(Path::to_owned),
-        connections: 4,
-        connect_timeout: Duration::from_secs(5),
-        statement_timeout: Duration::from_secs(5),
-        synchronous_commit: SynchronousCommit::On,
-    };
-    Database::new(url.to_owned().into(), settings).unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]

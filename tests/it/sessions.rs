@@ -15,15 +15,13 @@ use diesel::sql_types::Text;
 use diesel_async::AsyncPgConnection;
 use milepost::{
     cli::one_line,
-    config::{DatabaseSettings, SynchronousCommit},
-    db::{
-        Database,
-        embedded::{Embedded, EmbeddedSettings},
-    },
+    db::embedded::{Embedded, EmbeddedSettings},
     pb,
 };
 
-use crate::support::{ServerProcess, TemporaryDir, TestDatabase, TestServer, complete, step, within_timeout};
+use crate::support::{
+    ServerProcess, TemporaryDir, TestDatabase, TestServer, complete, database, step, within_timeout,
+};
 
 /// A Postgres in recovery, which was started from a stopped primary. It follows nobody.
 struct Standby {
@@ -98,15 +96,7 @@ fn command_of_postmaster(data: &Path) -> (PathBuf, Vec<OsString>) {
 }
 
 async fn connect(url: &str) -> Result<AsyncPgConnection, String> {
-    let settings = DatabaseSettings {
-        ca: None,
-        connections: 4,
-        connect_timeout: Duration::from_secs(5),
-        statement_timeout: Duration::from_secs(5),
-        synchronous_commit: SynchronousCommit::On,
-    };
-    let database = Database::new(url.to_owned().into(), settings).unwrap();
-    database.connect().await.map_err(|error| one_line(&error))
+    database(url, None).connect().await.map_err(|error| one_line(&error))
 }
 
 #[derive(diesel::QueryableByName)]

@@ -1,13 +1,20 @@
 //! The Postgres that all tests of this process share, and one database for each
 //! test.
 
-use std::path::PathBuf;
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use diesel::sql_types::Text;
 use diesel_async::{AsyncConnection as _, AsyncPgConnection, RunQueryDsl as _, SimpleAsyncConnection as _};
-use milepost::db::{
-    embedded::{Embedded, EmbeddedSettings},
-    migrations,
+use milepost::{
+    config::{DatabaseSettings, SynchronousCommit},
+    db::{
+        Database,
+        embedded::{Embedded, EmbeddedSettings},
+        migrations,
+    },
 };
 use tokio::sync::OnceCell;
 use uuid::Uuid;
@@ -49,6 +56,18 @@ async fn start() -> Cluster {
     admin.batch_execute(&format!("CREATE DATABASE {TEMPLATE}")).await.unwrap();
     migrations::migrate(&postgres.url(TEMPLATE), None).await.unwrap();
     Cluster { postgres, dir }
+}
+
+/// A database as a server uses it.
+pub fn database(url: &str, ca: Option<&Path>) -> Database {
+    let settings = DatabaseSettings {
+        ca: ca.map(Path::to_owned),
+        connections: 4,
+        connect_timeout: Duration::from_secs(5),
+        statement_timeout: Duration::from_secs(5),
+        synchronous_commit: SynchronousCommit::On,
+    };
+    Database::new(url.to_owned().into(), settings).unwrap()
 }
 
 async fn connect(url: &str) -> AsyncPgConnection {

@@ -16,7 +16,7 @@ mod watch;
 
 pub use certificates::{Authority, TlsFiles, TlsIdentity};
 pub use clients::{Caller, Clients, PASSWORD, User, registration};
-pub use cluster::TestDatabase;
+pub use cluster::{TestDatabase, database};
 pub use events::{complete, error, info, metadata, named, step, with_metadata};
 pub use port::own_address;
 pub use process::{DRAIN_DEADLINE, ServerProcess, is_root, operate, parent, runs, zombies_of};
