@@ -4,7 +4,7 @@
 //! guesses are throttled like consecutive ones. Every log-in that fails makes as many
 //! queries and verifies one hash, so that the time of the answer does not reveal whether
 //! the e-mail has a user. How long failures block is decided by the SQL functions that
-//! `models/log_in_attempt.rs` calls.
+//! `models/log_in_throttle.rs` calls.
 
 use std::sync::Arc;
 
@@ -21,7 +21,7 @@ use crate::{
         audit_entry::Origin,
         caller::{Account, UserRole},
         email::{Email, EmailKey},
-        log_in_attempt::{LogInAttempt, LogInClaim, begin_sign_up},
+        log_in_throttle::{LogInAttempt, LogInClaim, begin_sign_up},
         session::{NewSession, Session},
         user::{NewUser, User},
     },

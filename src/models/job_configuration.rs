@@ -14,6 +14,7 @@ pub use self::register::{NewJobConfiguration, NewStepConfiguration};
 use super::{
     caller::{Provider, Viewer, Visibility},
     pg_enum::pg_enum,
+    version_order::latest_first,
 };
 use crate::{
     error::Result,
@@ -82,8 +83,8 @@ pub enum ConfigurationKey {
         /// The configuration's version, compared as text.
         version: String,
     },
-    /// The latest version of a tag: its highest release, or its highest pre-release if
-    /// there is no release. Only the configuration's provider may use it.
+    /// The latest version of a tag, as `version_order` defines it. Only the configuration's
+    /// provider may use it.
     Latest {
         tag: String,
     },
@@ -122,9 +123,7 @@ impl JobConfiguration {
         viewer: Viewer,
         key: &ConfigurationKey,
     ) -> Result<Option<Uuid>> {
-        use job_configurations::{
-            created_at, id, precedence, provider_id, release, table, tag as tag_, version as version_,
-        };
+        use job_configurations::{id, provider_id, table, tag as tag_, version as version_};
         let jobs_of = |wanted| jobs::table.filter(jobs::job_configuration_id.eq(wanted));
         let query = table.select(id).into_boxed();
         let query = match (viewer.visibility(), key) {
@@ -134,10 +133,9 @@ impl JobConfiguration {
             (Visibility::Provider(provider), ConfigurationKey::Version { tag, version }) => {
                 query.filter(provider_id.eq(provider).and(tag_.eq(tag)).and(version_.eq(version)))
             }
-            (Visibility::Provider(provider), ConfigurationKey::Latest { tag }) => query
-                .filter(provider_id.eq(provider).and(tag_.eq(tag)))
-                .order((release.desc(), precedence.desc(), created_at.desc(), id.desc()))
-                .limit(1),
+            (Visibility::Provider(provider), ConfigurationKey::Latest { tag }) => {
+                query.filter(provider_id.eq(provider).and(tag_.eq(tag))).order(latest_first()).limit(1)
+            }
             (Visibility::Customer(customer), ConfigurationKey::Id(wanted)) => {
                 let visible = jobs_of(wanted).filter(jobs::customer_id.eq(customer));
                 query.filter(id.eq(wanted).and(exists(visible)))
@@ -196,11 +194,11 @@ impl JobConfiguration {
         after: Option<Uuid>,
         limit: i64,
     ) -> Result<Vec<Uuid>> {
-        use job_configurations::{created_at, id, precedence, provider_id, release, table, tag};
+        use job_configurations::{id, provider_id, table, tag};
         let mut query = table
             .filter(provider_id.eq(provider.id()))
             .distinct_on(tag)
-            .order((tag, release.desc(), precedence.desc(), created_at.desc(), id.desc()))
+            .order((tag, latest_first()))
             .limit(limit)
             .select(id)
             .into_boxed();

@@ -17,7 +17,7 @@ pub mod event;
 pub mod job;
 pub mod job_configuration;
 pub(crate) mod job_identity;
-pub mod log_in_attempt;
+pub mod log_in_throttle;
 mod pg_enum;
 pub mod retention;
 pub mod session;

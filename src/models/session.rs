@@ -14,7 +14,7 @@ use crate::{
         audit_entry::{AuditAct, AuditEntry, Origin},
         caller::Account,
         clock_timestamp, interval,
-        log_in_attempt::LogInAttempt,
+        log_in_throttle::LogInAttempt,
     },
     schema::{sessions, users},
     secret::{PasswordHash, SecretHash},

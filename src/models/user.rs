@@ -19,7 +19,7 @@ use crate::{
         audit_entry::{AuditAct, AuditEntry, Origin},
         caller::{Account, Caller, Subject, UserRole},
         email::{Email, EmailKey},
-        log_in_attempt::{LogInAttempt, LogInClaim},
+        log_in_throttle::{LogInAttempt, LogInClaim},
         session::{NewSession, Session},
     },
     schema::users,

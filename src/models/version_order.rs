@@ -1,7 +1,18 @@
-//! Versions of a configuration: strict SemVer 2.0, and its precedence as bytes
-//! that Postgres can sort. The queries in `job_configuration.rs` choose the latest version.
+//! Versions of a configuration: strict SemVer 2.0, its precedence as bytes that Postgres
+//! can sort, and which version is the latest.
 
+use diesel::{dsl::Desc, prelude::*};
 use semver::Version;
+
+use crate::schema::job_configurations as columns;
+
+/// Orders the versions of a tag so that the first one is the latest: the highest release,
+/// or, if there is no release, the highest pre-release. Versions that differ only in build
+/// metadata have equal precedence, and the one that was created later is the latest.
+pub(super) fn latest_first()
+-> (Desc<columns::release>, Desc<columns::precedence>, Desc<columns::created_at>, Desc<columns::id>) {
+    (columns::release.desc(), columns::precedence.desc(), columns::created_at.desc(), columns::id.desc())
+}
 
 /// Parses a version. The error is a sentence without its full stop. Numbers beyond
 /// 64 bits are refused, although SemVer permits them.
@@ -52,24 +63,6 @@ mod tests {
 
     fn version(text: &str) -> Version {
         parse(text).expect(text)
-    }
-
-    /// Selects as the query in `job_configuration` does: the highest release, or
-    /// else the highest pre-release.
-    fn latest<'a>(versions: &[&'a str]) -> &'a str {
-        let rank = |text: &&str| {
-            let version = version(text);
-            (version.pre.is_empty(), precedence(&version))
-        };
-        versions.iter().copied().max_by_key(|text| rank(text)).expect("some version")
-    }
-
-    #[test]
-    fn the_latest_version_is_the_highest_release() {
-        assert_eq!(latest(&["1.0.0", "1.10.0", "1.9.0"]), "1.10.0");
-        assert_eq!(latest(&["1.0.0", "1.10.0", "1.9.0", "2.0.0-rc.1"]), "1.10.0");
-        assert_eq!(latest(&["2.0.0-rc.1", "2.0.0-rc.11", "2.0.0-rc.2", "2.0.0-beta"]), "2.0.0-rc.11");
-        assert_eq!(latest(&["1.0.0", "2.0.0-rc.1"]), "1.0.0");
     }
 
     #[test]

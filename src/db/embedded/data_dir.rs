@@ -1,4 +1,4 @@
-//! The layout of the data directory, and the lock of the process that serves it.
+//! The layout of the data directory. `locks.rs` has its locks.
 //!
 //! ```text
 //! lock               locked by the milepost that serves the directory; its address
@@ -13,12 +13,10 @@
 //! ```
 
 use std::{
-    fs::{self, DirBuilder, File, TryLockError},
-    io::{self, Read as _, Write as _},
-    net::SocketAddr,
+    fs::{self, DirBuilder, File},
+    io::{self, Write as _},
     os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _, chown},
     path::{Path, PathBuf},
-    time::{Duration, Instant},
 };
 
 use sha2::{Digest as _, Sha256};
@@ -28,11 +26,6 @@ use super::{EmbeddedError, binaries::Owner, io_error};
 /// Longest directory, in bytes, whose socket `/.s.PGSQL.5432` fits into the 103 bytes
 /// that every Unix allows for the path of a socket.
 const SOCKET_DIR_BYTES: usize = 103 - "/.s.PGSQL.5432".len();
-
-/// Longest wait for the child processes of a killed Postgres.
-const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
-/// How often that wait tries the lock.
-const LOCK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// The paths in a data directory.
 #[derive(Clone, Debug)]
@@ -112,49 +105,6 @@ impl DataDir {
             .join(format!("milepost-{name}"))
     }
 
-    /// Marks the directory as served by this process, until the file is dropped. An error if
-    /// another process serves it.
-    pub(super) async fn lock(&self) -> Result<File, EmbeddedError> {
-        let path = self.lock_path();
-        let failed = io_error("cannot lock", &path);
-        let mut options = File::options();
-        let mut file =
-            options.read(true).write(true).create(true).truncate(false).open(&path).map_err(failed)?;
-        // `Served::of` in another process takes the lock for an instant.
-        for _ in 0..3 {
-            match file.try_lock() {
-                Ok(()) => {
-                    file.set_len(0).map_err(failed)?;
-                    return Ok(file);
-                }
-                Err(TryLockError::WouldBlock) => tokio::time::sleep(Duration::from_millis(100)).await,
-                Err(TryLockError::Error(source)) => return Err(failed(source)),
-            }
-        }
-        Err(EmbeddedError::Served { dir: self.path.clone(), address: read_address(&mut file) })
-    }
-
-    /// The lock that a Postgres and its child processes inherit as their standard input.
-    /// It is free only when all of them have ended, and unlike process ids it is the same
-    /// in every container. Waits for the child processes of a killed Postgres.
-    pub(super) async fn lock_postgres(&self) -> Result<File, EmbeddedError> {
-        let path = self.path.join("postgres.lock");
-        let failed = io_error("cannot lock", &path);
-        let mut options = File::options();
-        let file = options.read(true).write(true).create(true).truncate(false).open(&path).map_err(failed)?;
-        let give_up_at = Instant::now() + LOCK_TIMEOUT;
-        loop {
-            match file.try_lock() {
-                Ok(()) => return Ok(file),
-                Err(TryLockError::WouldBlock) if Instant::now() > give_up_at => {
-                    return Err(EmbeddedError::InUse(self.path.clone()));
-                }
-                Err(TryLockError::WouldBlock) => tokio::time::sleep(LOCK_INTERVAL).await,
-                Err(TryLockError::Error(source)) => return Err(failed(source)),
-            }
-        }
-    }
-
     /// Writes a file that other users may read.
     pub(super) fn write(&self, path: &Path, text: &str) -> Result<(), EmbeddedError> {
         let new = path.with_extension("new");
@@ -171,34 +121,6 @@ impl DataDir {
         };
         write().map_err(io_error("cannot write", path))
     }
-}
-
-/// Whether a milepost process serves a data directory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Served {
-    /// No process serves it.
-    No,
-    /// A process serves it and has not announced an address.
-    Starting,
-    /// A process serves it and listens on this address.
-    At(SocketAddr),
-}
-
-impl Served {
-    /// The present state of the directory's lock.
-    pub fn of(data_dir: &Path) -> Self {
-        let Ok(mut file) = File::open(data_dir.join("lock")) else { return Self::No };
-        match file.try_lock_shared() {
-            Err(TryLockError::WouldBlock) => read_address(&mut file).map_or(Self::Starting, Self::At),
-            Ok(()) | Err(TryLockError::Error(_)) => Self::No,
-        }
-    }
-}
-
-fn read_address(file: &mut File) -> Option<SocketAddr> {
-    let mut text = String::new();
-    file.read_to_string(&mut text).ok()?;
-    text.trim().parse().ok()
 }
 
 /// Creates a directory that only its owner can access, or checks an existing one:

@@ -23,7 +23,7 @@
 
 mod binaries;
 mod data_dir;
-mod lock_file;
+mod locks;
 
 use std::{
     ffi::OsStr,
@@ -40,11 +40,11 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio::{process::Child, sync::Mutex, time::timeout};
 
 pub(super) use self::binaries::OLDEST_MAJOR;
-pub use self::data_dir::Served;
+pub use self::locks::Served;
 use self::{
     binaries::{Binaries, Owner, command, command_error, command_failed},
     data_dir::{DataDir, private_dir},
-    lock_file::{Holder, LockFile},
+    locks::{Holder, LockFile},
 };
 use super::connect::establish;
 
@@ -219,7 +219,7 @@ impl Embedded {
     /// The URL of milepost's database in a data directory that another process serves.
     /// An error if its Postgres does not run yet.
     pub fn url_of_served(data_dir: &Path) -> Result<String, EmbeddedError> {
-        let content = lock_file::read(&DataDir::open(data_dir)?.pid_file())?;
+        let content = locks::read(&DataDir::open(data_dir)?.pid_file())?;
         let socket_dir = content.and_then(|content| LockFile::parse(&content)?.socket_dir);
         let starting = || EmbeddedError::NoAnswer("it is starting: try again".to_owned());
         Ok(socket_url(&socket_dir.ok_or_else(starting)?, NAME))
@@ -294,10 +294,10 @@ impl Embedded {
 
     async fn is_left_behind(&self) -> Result<bool, EmbeddedError> {
         let data = self.dir.data();
-        let Some(content) = lock_file::read(&self.dir.pid_file())? else { return Ok(false) };
-        if lock_file::can_see_processes() {
+        let Some(content) = locks::read(&self.dir.pid_file())? else { return Ok(false) };
+        if locks::can_see_processes() {
             let Some(lock) = LockFile::parse(&content) else { return Ok(false) };
-            return Ok(lock_file::holder(lock.pid, &data, self.owner).await == Holder::Postgres);
+            return Ok(locks::holder(lock.pid, &data, self.owner).await == Holder::Postgres);
         }
         let output = self.run("pg_ctl", &[&"status", &"-D", &data]).await?;
         Ok(output.status.success())
@@ -358,20 +358,20 @@ impl Embedded {
     /// Removes lock files that Postgres would respect although the process that made them
     /// has ended. Called with the lock that every Postgres of milepost inherits.
     async fn remove_stale_lock_files(&self) -> Result<(), EmbeddedError> {
-        if !lock_file::can_see_processes() {
+        if !locks::can_see_processes() {
             return Ok(());
         }
         let (pid_file, socket_file) = (self.dir.pid_file(), self.socket_dir.join(".s.PGSQL.5432.lock"));
         for (path, cluster) in [(pid_file, Some(self.dir.data())), (socket_file, None)] {
-            let Some(content) = lock_file::read(&path)? else { continue };
+            let Some(content) = locks::read(&path)? else { continue };
             let stale = match LockFile::parse(&content) {
                 Some(LockFile { pid, data, .. }) => {
-                    lock_file::holder(pid, &cluster.unwrap_or(data), self.owner).await == Holder::Other
+                    locks::holder(pid, &cluster.unwrap_or(data), self.owner).await == Holder::Other
                 }
                 // Left by a crash, or just being written.
                 None => {
                     tokio::time::sleep(RETRY_PAUSE).await;
-                    lock_file::read(&path)?.as_ref() == Some(&content)
+                    locks::read(&path)?.as_ref() == Some(&content)
                 }
             };
             if stale {
@@ -430,7 +430,7 @@ impl Embedded {
                     return Err(EmbeddedError::Io { failure, source });
                 }
             }
-            let content = lock_file::read(&self.dir.pid_file())?;
+            let content = locks::read(&self.dir.pid_file())?;
             let lock = content.and_then(|content| LockFile::parse(&content));
             if lock.is_some_and(|lock| lock.ready && Some(lock.pid) == child.id()) {
                 return Ok(());

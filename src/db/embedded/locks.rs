@@ -1,23 +1,107 @@
-//! The lock files of Postgres, `postmaster.pid` in the cluster and another beside the
-//! socket. Each names the process that made it.
+//! The locks by which one milepost and one Postgres work on a data directory.
 //!
-//! Postgres replaces a lock file only if no process of its user has the id in the file. A
-//! zombie still has it, and another process may have got it: after the crash of Postgres,
-//! or in a restarted container, where the same ids are given again. What follows from
-//! the lock files at a start is in the head of `embedded/mod.rs`.
+//! `lock` is held by the milepost that serves the directory, `postgres.lock` by every process
+//! of its Postgres. Postgres itself has lock files, `postmaster.pid` in the cluster and
+//! another beside the socket, which name the process that made them. Postgres replaces such
+//! a file only if no process of its user has the id in the file. A zombie still has it, and
+//! another process may have got it: after the crash of Postgres, or in a restarted
+//! container, where the same ids are given again. What follows from the locks at a start is
+//! in the head of `embedded/mod.rs`.
 
 use std::{
     ffi::OsStr,
-    fs, io,
+    fs::{self, File, TryLockError},
+    io::{self, Read as _},
+    net::SocketAddr,
     os::unix::{ffi::OsStrExt as _, fs::MetadataExt as _},
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use super::{
     EmbeddedError,
     binaries::{Owner, command},
+    data_dir::DataDir,
     io_error,
 };
+
+/// Longest wait for the child processes of a killed Postgres.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often that wait tries the lock.
+const LOCK_INTERVAL: Duration = Duration::from_millis(50);
+
+impl DataDir {
+    /// Marks the directory as served by this process, until the file is dropped. An error if
+    /// another process serves it.
+    pub(super) async fn lock(&self) -> Result<File, EmbeddedError> {
+        let path = self.lock_path();
+        let failed = io_error("cannot lock", &path);
+        let mut options = File::options();
+        let mut file =
+            options.read(true).write(true).create(true).truncate(false).open(&path).map_err(failed)?;
+        // `Served::of` in another process takes the lock for an instant.
+        for _ in 0..3 {
+            match file.try_lock() {
+                Ok(()) => {
+                    file.set_len(0).map_err(failed)?;
+                    return Ok(file);
+                }
+                Err(TryLockError::WouldBlock) => tokio::time::sleep(Duration::from_millis(100)).await,
+                Err(TryLockError::Error(source)) => return Err(failed(source)),
+            }
+        }
+        Err(EmbeddedError::Served { dir: self.path.clone(), address: read_address(&mut file) })
+    }
+
+    /// The lock that a Postgres and its child processes inherit as their standard input.
+    /// It is free only when all of them have ended, and unlike process ids it is the same
+    /// in every container. Waits for the child processes of a killed Postgres.
+    pub(super) async fn lock_postgres(&self) -> Result<File, EmbeddedError> {
+        let path = self.path.join("postgres.lock");
+        let failed = io_error("cannot lock", &path);
+        let mut options = File::options();
+        let file = options.read(true).write(true).create(true).truncate(false).open(&path).map_err(failed)?;
+        let give_up_at = Instant::now() + LOCK_TIMEOUT;
+        loop {
+            match file.try_lock() {
+                Ok(()) => return Ok(file),
+                Err(TryLockError::WouldBlock) if Instant::now() > give_up_at => {
+                    return Err(EmbeddedError::InUse(self.path.clone()));
+                }
+                Err(TryLockError::WouldBlock) => tokio::time::sleep(LOCK_INTERVAL).await,
+                Err(TryLockError::Error(source)) => return Err(failed(source)),
+            }
+        }
+    }
+}
+
+/// Whether a milepost process serves a data directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Served {
+    /// No process serves it.
+    No,
+    /// A process serves it and has not announced an address.
+    Starting,
+    /// A process serves it and listens on this address.
+    At(SocketAddr),
+}
+
+impl Served {
+    /// The present state of the directory's lock.
+    pub fn of(data_dir: &Path) -> Self {
+        let Ok(mut file) = File::open(data_dir.join("lock")) else { return Self::No };
+        match file.try_lock_shared() {
+            Err(TryLockError::WouldBlock) => read_address(&mut file).map_or(Self::Starting, Self::At),
+            Ok(()) | Err(TryLockError::Error(_)) => Self::No,
+        }
+    }
+}
+
+fn read_address(file: &mut File) -> Option<SocketAddr> {
+    let mut text = String::new();
+    file.read_to_string(&mut text).ok()?;
+    text.trim().parse().ok()
+}
 
 /// The content of a lock file.
 #[derive(Debug, PartialEq, Eq)]
