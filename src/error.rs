@@ -60,6 +60,10 @@ pub enum Error {
     /// The log has not reached the requested position.
     #[error("the position is beyond the end of the log")]
     PositionBeyondLog,
+    /// Events that the caller had read are lost: the database was set back to an earlier
+    /// state, and the log may have other events now.
+    #[error("the log was set back: events that were sent are lost")]
+    LogSetBack,
     /// Retention has removed events that the request concerns.
     #[error("events that were asked for have been removed")]
     EventsExpired {

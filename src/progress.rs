@@ -1,6 +1,7 @@
 //! Status and progress of a job, computed from nothing but the events of its log.
 
 use diesel::{deserialize::FromSqlRow, expression::AsExpression};
+use uuid::Uuid;
 
 use crate::{limits::CONFIGURATION_STEPS, schema::sql_types};
 
@@ -112,6 +113,8 @@ impl StepSet {
 pub struct JobState {
     /// Sequence of the last event; 0 if there is none.
     pub last_sequence: i64,
+    /// Id of that event.
+    pub last_event_id: Option<Uuid>,
     /// Status after that event.
     pub status: JobStatus,
     /// Whether the log takes no further event.
@@ -127,6 +130,7 @@ impl JobState {
     pub fn pending(weights: &Weights) -> Self {
         Self {
             last_sequence: 0,
+            last_event_id: None,
             status: JobStatus::Pending,
             closed: false,
             progress: Progress { points_done: 0, points_total: weights.total(), percent: 0 },
@@ -134,9 +138,15 @@ impl JobState {
         }
     }
 
-    /// Applies the next event; `step` is the position of its step. Fails and changes
-    /// nothing if the job is closed.
-    pub fn apply(&mut self, kind: EventKind, step: Option<usize>, weights: &Weights) -> Result<(), Closed> {
+    /// Applies the next event, which has this id; `step` is the position of its step. Fails
+    /// and changes nothing if the job is closed.
+    pub fn apply(
+        &mut self,
+        id: Uuid,
+        kind: EventKind,
+        step: Option<usize>,
+        weights: &Weights,
+    ) -> Result<(), Closed> {
         if self.closed {
             return Err(Closed(self.status));
         }
@@ -157,9 +167,12 @@ impl JobState {
         self.progress.percent = match kind {
             EventKind::Complete => 100,
             EventKind::Close => self.progress.percent,
-            EventKind::Step | EventKind::Info | EventKind::Error => percent(&self.progress),
+            EventKind::Step | EventKind::Info | EventKind::Error => {
+                self.progress.percent.max(percent(&self.progress))
+            }
         };
         self.last_sequence += 1;
+        self.last_event_id = Some(id);
         Ok(())
     }
 }
@@ -186,7 +199,7 @@ mod tests {
     fn job(events: &[(EventKind, Option<usize>)], weights: &Weights) -> JobState {
         let mut state = JobState::pending(weights);
         for &(kind, step) in events {
-            state.apply(kind, step, weights).expect("open");
+            state.apply(Uuid::nil(), kind, step, weights).expect("open");
         }
         state
     }
@@ -206,7 +219,11 @@ mod tests {
             assert_eq!((before.status, before.closed), (status, false));
             for (kind, expected) in [Step, Info, Error, Complete, Close].into_iter().zip(then) {
                 let mut after = before;
-                assert_eq!(after.apply(kind, Some(0), &weights), Ok(()), "{kind:?} on {status:?}");
+                assert_eq!(
+                    after.apply(Uuid::nil(), kind, Some(0), &weights),
+                    Ok(()),
+                    "{kind:?} on {status:?}"
+                );
                 assert_eq!(after.status, expected, "{kind:?} on {status:?}");
                 assert_eq!(after.closed, matches!(kind, Complete | Close), "{kind:?} on {status:?}");
                 assert_eq!(after.last_sequence, before.last_sequence + 1);
@@ -217,7 +234,7 @@ mod tests {
             let closed = job(&[(first, None), (end, None)], &weights);
             for kind in [Step, Info, Error, Complete, Close] {
                 let mut after = closed;
-                assert_eq!(after.apply(kind, Some(0), &weights), Err(Closed(closed.status)));
+                assert_eq!(after.apply(Uuid::nil(), kind, Some(0), &weights), Err(Closed(closed.status)));
                 assert_eq!(after, closed, "a refused event changes nothing");
             }
         }
@@ -236,7 +253,7 @@ mod tests {
             (EventKind::Step, Some(2)),
             (EventKind::Complete, None),
         ] {
-            state.apply(kind, step, &weights).expect("open");
+            state.apply(Uuid::nil(), kind, step, &weights).expect("open");
             seen.push((state.progress.points_done, state.progress.percent));
         }
         assert_eq!(seen, [(30, 30), (30, 30), (30, 30), (40, 40), (100, 99), (100, 100)]);

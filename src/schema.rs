@@ -103,6 +103,17 @@ diesel::table! {
 }
 
 diesel::table! {
+    histories (number) {
+        number -> Int8,
+        id -> Uuid,
+        database_identity -> Text,
+        after_position -> Int8,
+        after_removals -> Int8,
+        created_at -> Timestamptz,
+    }
+}
+
+diesel::table! {
     use diesel::sql_types::*;
     use super::sql_types::UserRole;
 
@@ -141,6 +152,7 @@ diesel::table! {
         percent -> Int2,
         steps_done -> Bytea,
         last_sequence -> Int8,
+        last_event_id -> Nullable<Uuid>,
         closed_at -> Nullable<Timestamptz>,
         events_removed -> Bool,
         created_at -> Timestamptz,
@@ -273,6 +285,7 @@ diesel::allow_tables_to_appear_in_same_query!(
     audit_entries,
     event_log,
     events,
+    histories,
     job_configurations,
     jobs,
     log_in_attempts,

@@ -1,6 +1,6 @@
 -- Jobs. Columns that derive from a job's events (status, points_done, percent,
--- steps_done, last_sequence, closed_at) are written by append_events alone. They
--- stand here so that a job is read without its events.
+-- steps_done, last_sequence, last_event_id, closed_at) are written by append_events
+-- alone. They stand here so that a job is read without its events.
 
 CREATE TYPE job_status AS ENUM ('pending', 'running', 'failed', 'complete', 'cancelled');
 
@@ -24,6 +24,8 @@ CREATE TABLE jobs (
     -- One bit for each step of the configuration, by position, lowest bit first.
     steps_done bytea NOT NULL DEFAULT '\x',
     last_sequence bigint NOT NULL DEFAULT 0,
+    -- The id of the event with that sequence.
+    last_event_id uuid,
     closed_at timestamptz,
     -- Set by retention, which then deletes the job's events.
     events_removed boolean NOT NULL DEFAULT false,
@@ -40,6 +42,7 @@ CREATE TABLE jobs (
     CONSTRAINT jobs_percent_check CHECK (percent BETWEEN 0 AND 100 AND (percent = 100) = (status = 'complete')),
     CONSTRAINT jobs_steps_done_check CHECK (octet_length(steps_done) <= 25),
     CONSTRAINT jobs_last_sequence_check CHECK (last_sequence >= 0 AND (last_sequence = 0) = (status = 'pending')),
+    CONSTRAINT jobs_last_event_id_check CHECK ((last_event_id IS NULL) = (last_sequence = 0)),
     CONSTRAINT jobs_closed_at_check CHECK (
         CASE status
             WHEN 'complete' THEN closed_at IS NOT NULL

@@ -136,9 +136,12 @@ CREATE TRIGGER events_refuse_delete AFTER DELETE ON events REFERENCING OLD TABLE
 -- client's round trip.
 --
 -- The caller has computed the events to append, and the state that they lead to,
--- from each job's state at job_last_sequence. A job whose last_sequence still is
--- that one is appended to (outcome 0). Of a job that has moved on, nothing is
--- written (outcome 1). One job's outcome does not depend on another's.
+-- from each job's state after the event job_last_event_id, which has the sequence
+-- job_last_sequence. A job whose last event still is that one is appended to
+-- (outcome 0). Of a job that has moved on, nothing is written (outcome 1). The
+-- sequence alone would not do: where commits were lost, another event may have it.
+-- Nor is anything written to a job that is closed or whose progress would fall.
+-- One job's outcome does not depend on another's.
 --
 -- An event that is stored already violates events_job_id_id_key, and the whole
 -- statement writes nothing. The caller then calls again with check_ids: a job
@@ -155,7 +158,9 @@ CREATE TRIGGER events_refuse_delete AFTER DELETE ON events REFERENCING OLD TABLE
 CREATE FUNCTION append_events(
     job_id uuid[],
     job_last_sequence bigint[],
+    job_last_event_id uuid[],
     job_event_count integer[],
+    job_new_event_id uuid[],
     job_status job_status[],
     job_points_done bigint[],
     job_percent smallint[],
@@ -208,6 +213,7 @@ BEGIN
     WITH updated AS (
         UPDATE jobs SET
             last_sequence = given.last_sequence + given.event_count,
+            last_event_id = given.new_event_id,
             status = given.status,
             points_done = given.points_done,
             percent = given.percent,
@@ -215,13 +221,15 @@ BEGIN
             closed_at = CASE WHEN given.closed THEN clock_timestamp() END,
             updated_at = clock_timestamp()
         FROM unnest(
-            job_id, job_last_sequence, job_event_count, job_status, job_points_done,
-            job_percent, job_steps_done, job_closed
+            job_id, job_last_sequence, job_last_event_id, job_event_count, job_new_event_id,
+            job_status, job_points_done, job_percent, job_steps_done, job_closed
         ) WITH ORDINALITY AS given (
-            id, last_sequence, event_count, status, points_done,
-            percent, steps_done, closed, ordinal)
+            id, last_sequence, last_event_id, event_count, new_event_id,
+            status, points_done, percent, steps_done, closed, ordinal)
         WHERE jobs.id = given.id AND jobs.last_sequence = given.last_sequence
-            AND given.ordinal <> ALL (stored)
+            AND jobs.last_event_id IS NOT DISTINCT FROM given.last_event_id
+            AND jobs.closed_at IS NULL AND jobs.points_done <= given.points_done
+            AND jobs.percent <= given.percent AND given.ordinal <> ALL (stored)
         RETURNING given.ordinal)
     SELECT array_agg(updated.ordinal) INTO unmoved FROM updated;
 

@@ -141,7 +141,8 @@ impl Probe {
     async fn connect(&mut self) -> ConnectionResult<Answered> {
         let (target, begun) = (Arc::clone(&self.target), Instant::now());
         let limit = target.settings.connect_timeout;
-        let attempt = async move { ping(connect(&target, None).await?).await };
+        // An outage does not cut this connection, which is to tell when the outage ends.
+        let attempt = async move { ping(connect(&target, CancellationToken::new()).await?.0).await };
         self.attempts.push(in_time(limit, attempt).map(move |made| (begun, made)).boxed());
         let attempts = &mut self.attempts;
         let first = async {

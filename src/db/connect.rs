@@ -37,6 +37,7 @@ use tokio_rustls::rustls::{
     pki_types::{CertificateDer, ServerName, UnixTime},
 };
 
+use super::identity::{self, Identity};
 use crate::tls::{TlsError, provider, trusted};
 
 /// Longest that sent bytes may stay unacknowledged before the connection is closed.
@@ -61,6 +62,9 @@ pub enum DialError {
     /// The server is a standby. It may be promoted, or another host may be the primary.
     #[error("{0} is a standby, and milepost needs the primary")]
     Standby(String),
+    /// The server is a former primary: another host was promoted after it.
+    #[error("{0} is a former primary: another server was promoted after it")]
+    Superseded(String),
     /// Several hosts, none of which could be used.
     #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
     Hosts(Vec<DialError>),
@@ -75,7 +79,7 @@ impl DialError {
     pub(super) fn is_final(&self) -> bool {
         match self {
             Self::Settings(_) => true,
-            Self::Standby(_) => false,
+            Self::Standby(_) | Self::Superseded(_) => false,
             Self::Hosts(errors) => errors.iter().all(Self::is_final),
             Self::Postgres(error) => error.code().is_some_and(|code| {
                 [
@@ -103,14 +107,23 @@ pub(super) async fn establish(
     ca: Option<&Path>,
     session: &str,
 ) -> ConnectionResult<AsyncPgConnection> {
-    let (client, driver) = dial(url, ca, session).await?;
+    let Dialled { client, driver, .. } = dial(url, ca, session).await?;
     AsyncPgConnection::try_from_client_and_connection(client, driver).await
+}
+
+/// A new connection to a primary.
+pub(super) struct Dialled {
+    pub(super) client: Client,
+    pub(super) driver: Driver,
+    pub(super) identity: Identity,
+    /// The host that was reached.
+    pub(super) host: String,
 }
 
 /// Connects to the primary, and runs the statements `session` on the connection. The
 /// database is verified by the authorities of the PEM file `ca`, or without one by those
 /// of this system. `ca` is read for each connection, so that the file can be replaced.
-pub(super) async fn dial(url: &str, ca: Option<&Path>, session: &str) -> Result<(Client, Driver), DialError> {
+pub(super) async fn dial(url: &str, ca: Option<&Path>, session: &str) -> Result<Dialled, DialError> {
     let mut config: Config =
         url.parse().map_err(|error: tokio_postgres::Error| DialError::Settings(error.to_string()))?;
     if config.get_hosts().is_empty() {
@@ -196,18 +209,16 @@ fn of_host(config: &Config, index: usize) -> Config {
 
 /// Connects to the one host, checks that it is a primary with the encoding UTF8, and runs
 /// `session` there.
-async fn dial_host(
-    config: Config,
-    tls: MakeRustlsConnect,
-    session: &str,
-) -> Result<(Client, Driver), DialError> {
+async fn dial_host(config: Config, tls: MakeRustlsConnect, session: &str) -> Result<Dialled, DialError> {
     let host = match config.get_hosts() {
         [Host::Tcp(host), ..] => host.clone(),
         [Host::Unix(directory), ..] => directory.display().to_string(),
         [] => String::new(),
     };
     let (client, mut driver) = config.connect(tls).await.map_err(DialError::Postgres)?;
-    let facts = format!("SELECT pg_is_in_recovery(), current_setting('server_encoding'); {session}");
+    let identity = identity::COLUMNS;
+    let facts =
+        format!("SELECT pg_is_in_recovery(), current_setting('server_encoding'), {identity}; {session}");
     let facts = {
         let mut facts = pin!(client.simple_query(&facts));
         // The driver performs the query's input and output; it ends only with an error.
@@ -225,14 +236,22 @@ async fn dial_host(
     let row = facts
         .iter()
         .find_map(|message| if let SimpleQueryMessage::Row(row) = message { Some(row) } else { None });
-    match row.map(|row| (row.get(0), row.get(1))) {
-        Some((Some("f"), Some("UTF8"))) => Ok((client, driver)),
-        Some((Some("f"), encoding)) => Err(DialError::Settings(format!(
-            "the database has the encoding {}, and milepost needs UTF8: create it with ENCODING 'UTF8'",
-            encoding.unwrap_or("unknown")
-        ))),
-        _ => Err(DialError::Standby(host)),
+    let column = |index| row.and_then(|row| row.get(index));
+    if column(0) != Some("f") {
+        return Err(DialError::Standby(host));
     }
+    match column(1) {
+        Some("UTF8") => {}
+        encoding => {
+            return Err(DialError::Settings(format!(
+                "the database has the encoding {}, and milepost needs UTF8: create it with ENCODING 'UTF8'",
+                encoding.unwrap_or("unknown")
+            )));
+        }
+    }
+    let identity = Identity::parse(std::array::from_fn(|index| column(index + 2)));
+    let unidentified = || DialError::Settings(format!("{host} does not tell which database it is"));
+    Ok(Dialled { identity: identity.ok_or_else(unidentified)?, client, driver, host })
 }
 
 /// A broken network path reports no error. These timeouts close a connection with

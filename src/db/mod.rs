@@ -4,6 +4,7 @@
 mod availability;
 mod connect;
 pub mod embedded;
+mod identity;
 pub mod migrations;
 pub mod notifier;
 mod pool;
@@ -19,12 +20,14 @@ use tokio_util::sync::CancellationToken;
 
 use self::{
     availability::Availability,
-    connect::{dial, establish},
+    connect::{Dialled, dial},
+    identity::Present,
     pool::{Manager, Pool, cut_long_checkouts},
 };
 pub use self::{
     availability::{StartError, wait_until_available},
     connect::DialError,
+    identity::{Identified, Identity},
     pool::{Connection, Share},
     write::{Authority, OwnConnection, Transaction, Unconditional},
 };
@@ -40,10 +43,11 @@ const SESSION: &str = "SET default_transaction_isolation = 'read committed'; \
     SET timezone = 'UTC'; SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 2; \
     SET tcp_keepalives_count = 3";
 
-/// Where the database is, and how connections to it are made.
+/// Where the database is, how connections to it are made, and which one they reached.
 struct Target {
     url: DatabaseUrl,
     settings: DatabaseSettings,
+    present: Present,
 }
 
 #[derive(Clone)]
@@ -63,7 +67,8 @@ impl Database {
     /// A pool that connects when it is first used.
     pub fn new(url: DatabaseUrl, settings: DatabaseSettings) -> Result<Self> {
         let (wait, connections) = (Some(settings.connect_timeout), settings.connections);
-        let (target, availability) = (Arc::new(Target { url, settings }), Availability::new());
+        let target = Arc::new(Target { url, settings, present: Present::default() });
+        let availability = Availability::new();
         let manager = Manager::new(Arc::clone(&target), Arc::clone(&availability));
         let pool = Pool::builder(manager)
             .max_size(connections)
@@ -105,26 +110,38 @@ impl Database {
         Ok(self.get().await?.with_permit(permit))
     }
 
+    /// The database that the newest connection has reached; none before the first one.
+    pub fn identity(&self) -> Option<Identity> {
+        self.target.present.identity()
+    }
+
     /// A connection outside the pool. Like those of the pool it is cut when the database
     /// becomes unavailable.
-    pub async fn connect(&self) -> Result<AsyncPgConnection> {
-        let connecting = Box::pin(connect(&self.target, Some(self.availability.outage())));
-        self.unless_unavailable(connecting).await
+    pub async fn connect(&self) -> Result<OwnConnection> {
+        let connecting = Box::pin(connect(&self.target, self.availability.outage()));
+        let (connection, identity) = self.unless_unavailable(connecting).await?;
+        Ok(OwnConnection { connection, identity })
     }
 
     /// The server's own connection, kept from one use to the next, or a new one if it
     /// broke while it was idle. The caller puts it back after a use that succeeded.
     pub async fn kept_or_new(&self, kept: &mut Option<OwnConnection>) -> Result<OwnConnection> {
-        match kept.take_if(|connection| !connection.0.is_broken()) {
+        match kept.take_if(|kept| !kept.connection.is_broken()) {
             Some(connection) => Ok(connection),
-            None => self.connect().await.map(OwnConnection),
+            None => self.connect().await,
         }
     }
 
-    /// A connection to LISTEN on. An outage does not cut it; see
-    /// [`Self::unless_unavailable`].
-    pub async fn connect_to_listen(&self) -> Result<AsyncPgConnection> {
-        self.unless_unavailable(connect(&self.target, None)).await
+    /// A connection to LISTEN on, and the token that says that another database has taken
+    /// the place of the one that was reached. Neither that nor an outage cuts the connection;
+    /// see [`Self::unless_unavailable`].
+    pub async fn connect_to_listen(&self) -> Result<(AsyncPgConnection, CancellationToken)> {
+        let connecting = async {
+            let (Dialled { client, driver, .. }, superseded) = self.target.dial().await?;
+            let connection = AsyncPgConnection::try_from_client_and_connection(client, driver).await?;
+            Ok::<_, ConnectionError>((connection, superseded))
+        };
+        self.unless_unavailable(within(self.settings().connect_timeout, connecting)).await
     }
 
     /// The result of `work`, or [`Error::Unavailable`] as soon as the database is known
@@ -156,33 +173,45 @@ impl Database {
     }
 }
 
-/// Connects, and sets what every connection of the server needs. An `outage` cuts the
-/// connection; only without one does it receive notifications.
-///
-/// There is an index for every query, and a plan is kept while the tables grow:
-/// `enable_seqscan = off` keeps Postgres from a plan that reads a table that is still
-/// small whole.
+impl Target {
+    /// Connects, sets what every connection of the server needs, and notes which database was
+    /// reached. Returns the token that says that another one has taken its place.
+    ///
+    /// There is an index for every query, and a plan is kept while the tables grow:
+    /// `enable_seqscan = off` keeps Postgres from a plan that reads a table that is still
+    /// small whole.
+    async fn dial(&self) -> Result<(Dialled, CancellationToken), DialError> {
+        let Self { url, settings, present } = self;
+        let statement_ms = settings.statement_timeout.as_millis();
+        let session = format!(
+            "{SESSION}; SET application_name = 'milepost'; SET jit = off; SET enable_seqscan = off; \
+             SET synchronous_commit = '{}'; SET statement_timeout = {statement_ms}; \
+             SET lock_timeout = {statement_ms}; SET idle_in_transaction_session_timeout = {statement_ms}",
+            settings.synchronous_commit.name(),
+        );
+        let dialled = dial(url.reveal(), settings.ca.as_deref(), &session).await?;
+        let superseded = present.enter(dialled.identity, &dialled.host)?;
+        Ok((dialled, superseded))
+    }
+}
+
+/// Connects within the connect timeout. An `outage` cuts the connection, and so does the
+/// arrival at another database. The connection receives no notifications.
 async fn connect(
-    Target { url, settings }: &Target,
-    outage: Option<CancellationToken>,
-) -> ConnectionResult<AsyncPgConnection> {
-    let statement_ms = settings.statement_timeout.as_millis();
-    let session = format!(
-        "{SESSION}; SET application_name = 'milepost'; SET jit = off; SET enable_seqscan = off; \
-         SET synchronous_commit = '{}'; SET statement_timeout = {statement_ms}; \
-         SET lock_timeout = {statement_ms}; SET idle_in_transaction_session_timeout = {statement_ms}",
-        settings.synchronous_commit.name(),
-    );
-    let (url, ca) = (url.reveal(), settings.ca.as_deref());
+    target: &Target,
+    outage: CancellationToken,
+) -> ConnectionResult<(AsyncPgConnection, Identity)> {
     let connecting = async {
-        let Some(outage) = outage else { return establish(url, ca, &session).await };
-        let (client, driver) = dial(url, ca, &session).await?;
+        let (Dialled { client, driver, identity, .. }, superseded) = target.dial().await?;
         // A caller that waits for an answer gets the error that the connection is closed; the
         // driver's own result is not needed.
-        tokio::spawn(async move { outage.run_until_cancelled(driver).await.map(Result::ok) });
-        AsyncPgConnection::try_from(client).await
+        let driver = superseded.run_until_cancelled_owned(driver);
+        tokio::spawn(async move { outage.run_until_cancelled(driver).await.flatten().map(Result::ok) });
+        Ok((AsyncPgConnection::try_from(client).await?, identity))
     };
-    timeout(settings.connect_timeout, connecting)
-        .await
-        .unwrap_or_else(|_| Err(ConnectionError::BadConnection("timed out".to_owned())))
+    within(target.settings.connect_timeout, connecting).await
+}
+
+async fn within<T>(limit: Duration, work: impl Future<Output = ConnectionResult<T>>) -> ConnectionResult<T> {
+    timeout(limit, work).await.unwrap_or_else(|_| Err(ConnectionError::BadConnection("timed out".to_owned())))
 }

@@ -129,13 +129,13 @@ async fn listen(
     received: &impl Fn(Notification),
     failing: &mut bool,
 ) -> Result<Infallible> {
-    let mut connection = database.connect_to_listen().await?;
+    let (mut connection, superseded) = database.connect_to_listen().await?;
     connection.batch_execute("LISTEN milepost").await?;
     *failing = false;
     received(Notification::Log);
     received(Notification::Credentials);
     let mut notifications = std::pin::pin!(connection.notifications_stream());
-    while let Some(notification) = notifications.next().await {
+    while let Some(notification) = superseded.run_until_cancelled(notifications.next()).await.flatten() {
         let payload = notification?.payload;
         match payload.split_once(' ') {
             Some((_, from)) if from == replica => {}

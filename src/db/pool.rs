@@ -34,7 +34,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Target, availability::Availability, connect};
+use super::{Identified, Identity, Target, availability::Availability, connect};
 
 /// How often the pool checks for connections that are checked out for too long.
 const CHECK_EVERY: Duration = Duration::from_secs(1);
@@ -74,6 +74,7 @@ struct Checkout {
 
 pub(super) struct Pooled {
     connection: AsyncPgConnection,
+    identity: Identity,
     checkout: Arc<Checkout>,
     /// See [`note_failures`].
     failed: Arc<AtomicBool>,
@@ -95,6 +96,10 @@ impl Connection {
     pub(super) fn with_permit(mut self, permit: OwnedSemaphorePermit) -> Self {
         self.permit = Some(permit);
         self
+    }
+
+    fn pooled(&self) -> &managed::Object<Manager> {
+        self.pooled.as_ref().expect("only Drop takes the connection")
     }
 }
 
@@ -133,12 +138,12 @@ impl managed::Manager for Manager {
     async fn create(&self) -> Result<Pooled, ConnectionError> {
         let cut = self.availability.outage().child_token();
         // Boxed, so that a caller that needs no new connection has no room for making one.
-        let mut connection = Box::pin(connect(&self.target, Some(cut.clone()))).await?;
+        let (mut connection, identity) = Box::pin(connect(&self.target, cut.clone())).await?;
         let failed = Arc::new(AtomicBool::new(false));
         connection.set_instrumentation(note_failures(Arc::clone(&failed)));
         let checkout = Arc::new(Checkout { since_ms: AtomicU64::new(0), cut });
         self.checkouts.lock().push(Arc::downgrade(&checkout));
-        Ok(Pooled { connection, checkout, failed })
+        Ok(Pooled { connection, identity, checkout, failed })
     }
 
     /// The client knows whether a connection is whole, without a query.
@@ -218,13 +223,19 @@ impl Deref for Connection {
     type Target = AsyncPgConnection;
 
     fn deref(&self) -> &AsyncPgConnection {
-        &self.pooled.as_ref().expect("only Drop takes the connection").connection
+        &self.pooled().connection
     }
 }
 
 impl DerefMut for Connection {
     fn deref_mut(&mut self) -> &mut AsyncPgConnection {
         &mut self.pooled.as_mut().expect("only Drop takes the connection").connection
+    }
+}
+
+impl Identified for Connection {
+    fn identity(&self) -> Identity {
+        self.pooled().identity
     }
 }
 

@@ -15,7 +15,7 @@ use diesel_async::{AsyncConnection, AsyncPgConnection, TransactionManager as _};
 use futures_util::future::BoxFuture;
 use tracing::Instrument as _;
 
-use super::{Database, pool::Share};
+use super::{Database, Identified, Identity, pool::Share};
 use crate::error::{Error, Result};
 
 type Manager = <AsyncPgConnection as AsyncConnection>::TransactionManager;
@@ -46,6 +46,7 @@ impl Authority for Unconditional {
 
 pub struct Transaction<'a> {
     connection: &'a mut AsyncPgConnection,
+    identity: Identity,
     after_commit: Vec<Box<dyn FnOnce() + Send>>,
 }
 
@@ -74,7 +75,8 @@ impl Database {
         };
         let transaction = async move {
             authority.check()?;
-            run(&mut connection, work).await
+            let identity = connection.identity();
+            run(&mut connection, identity, work).await
         };
         tokio::spawn(transaction.in_current_span()).await.map_err(Error::internal)?
     }
@@ -82,7 +84,10 @@ impl Database {
 
 /// A connection outside the pool that the server keeps for itself, so that what all
 /// callers wait for does not wait for a connection behind calls.
-pub struct OwnConnection(pub(super) AsyncPgConnection);
+pub struct OwnConnection {
+    pub(super) connection: AsyncPgConnection,
+    pub(super) identity: Identity,
+}
 
 impl OwnConnection {
     /// As [`Database::write`], for the server's own writes. The caller must not drop the
@@ -91,16 +96,22 @@ impl OwnConnection {
     where
         W: for<'a> FnOnce(&'a mut Transaction<'_>) -> BoxFuture<'a, Result<T>>,
     {
-        run(&mut self.0, work).await
+        run(&mut self.connection, self.identity, work).await
     }
 }
 
-async fn run<T, W>(connection: &mut AsyncPgConnection, work: W) -> Result<T>
+impl Identified for OwnConnection {
+    fn identity(&self) -> Identity {
+        self.identity
+    }
+}
+
+async fn run<T, W>(connection: &mut AsyncPgConnection, identity: Identity, work: W) -> Result<T>
 where
     W: for<'a> FnOnce(&'a mut Transaction<'_>) -> BoxFuture<'a, Result<T>>,
 {
     Manager::begin_transaction(connection).await?;
-    let mut transaction = Transaction { connection, after_commit: Vec::new() };
+    let mut transaction = Transaction { connection, identity, after_commit: Vec::new() };
     match work(&mut transaction).await {
         Ok(value) => {
             Manager::commit_transaction(transaction.connection).await?;
@@ -129,6 +140,12 @@ impl DerefMut for Transaction<'_> {
     }
 }
 
+impl Identified for Transaction<'_> {
+    fn identity(&self) -> Identity {
+        self.identity
+    }
+}
+
 impl fmt::Debug for Transaction<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Transaction").finish_non_exhaustive()
@@ -139,13 +156,13 @@ impl Deref for OwnConnection {
     type Target = AsyncPgConnection;
 
     fn deref(&self) -> &AsyncPgConnection {
-        &self.0
+        &self.connection
     }
 }
 
 impl DerefMut for OwnConnection {
     fn deref_mut(&mut self) -> &mut AsyncPgConnection {
-        &mut self.0
+        &mut self.connection
     }
 }
 

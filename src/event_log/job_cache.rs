@@ -1,17 +1,17 @@
 //! Remembers what never changes about jobs and configurations, so that appends
 //! and deliveries need no query for it.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use diesel_async::AsyncPgConnection;
 use moka::sync::Cache;
+use parking_lot::RwLock;
 use uuid::Uuid;
 
 use crate::{
-    db::Database,
+    db::{Database, Identified, Identity},
     error::{Error, Resource, Result},
     models::{
-        caller::{Viewer, Visibility},
+        caller::{Provider, Viewer, Visibility},
         event::{Event, JobHead},
         job::JobKey,
         job_configuration::JobConfiguration,
@@ -24,12 +24,34 @@ const JOBS: u64 = 100_000;
 /// Most configurations in the cache; some 100 bytes a step each.
 const CONFIGURATIONS: u64 = 2_000;
 
+/// How long a provider's own id for a job is remembered: an operator may delete a job's row,
+/// and the provider may create another job of that id.
+const NAME_LIFETIME: Duration = Duration::from_secs(60);
+
 #[derive(Clone, Debug)]
 pub(crate) struct JobCache {
     database: Database,
+    remembered: Arc<RwLock<Arc<Remembered>>>,
+}
+
+/// What is remembered of one database.
+#[derive(Debug)]
+struct Remembered {
+    identity: Option<Identity>,
     jobs: Cache<Uuid, Arc<JobIdentity>>,
     by_provider_job_id: Cache<(Uuid, String), Uuid>,
     configurations: Cache<Uuid, Arc<Configuration>>,
+}
+
+impl Remembered {
+    fn nothing(identity: Option<Identity>) -> Self {
+        Self {
+            identity,
+            jobs: Cache::new(JOBS),
+            by_provider_job_id: Cache::builder().max_capacity(JOBS).time_to_live(NAME_LIFETIME).build(),
+            configurations: Cache::new(CONFIGURATIONS),
+        }
+    }
 }
 
 /// The cached values of these ids, and the ids that are not cached.
@@ -44,35 +66,64 @@ fn cached<V: Clone + Send + Sync + 'static>(
 
 impl JobCache {
     pub(crate) fn new(database: Database) -> Self {
-        Self {
-            database,
-            jobs: Cache::new(JOBS),
-            by_provider_job_id: Cache::new(JOBS),
-            configurations: Cache::new(CONFIGURATIONS),
-        }
+        Self { database, remembered: Arc::new(RwLock::new(Arc::new(Remembered::nothing(None)))) }
     }
 
-    /// A job that the viewer may see. Only its provider finds it by `provider_job_id`.
+    /// What is remembered of this database. What was remembered of another one is forgotten:
+    /// a job or a configuration of it may be lost.
+    fn of(&self, identity: Option<Identity>) -> Arc<Remembered> {
+        let remembered = Arc::clone(&self.remembered.read());
+        if remembered.identity == identity {
+            return remembered;
+        }
+        let nothing = Arc::new(Remembered::nothing(identity));
+        self.remembered.write().clone_from(&nothing);
+        nothing
+    }
+
+    fn of_present(&self) -> Arc<Remembered> {
+        self.of(self.database.identity())
+    }
+
+    /// A job that the viewer may see. Only its provider finds it by `provider_job_id`, which
+    /// is looked up in the database.
     pub(crate) async fn find(&self, viewer: Viewer, key: &JobKey) -> Result<Arc<JobIdentity>> {
-        let found = match key {
-            JobKey::Id(id) => self.find_by_id(*id).await?,
-            JobKey::ProviderJobId(name) => match viewer.visibility() {
-                Visibility::Provider(provider_id) => self.find_by_name(provider_id, name).await?,
-                Visibility::Customer(_) | Visibility::Job(_) => None,
-            },
+        let found = match (key, viewer.visibility()) {
+            (JobKey::Id(id), _) => self.find_by_id(*id).await?,
+            (JobKey::ProviderJobId(name), Visibility::Provider(provider_id)) => {
+                self.find_by_name(provider_id, name).await?
+            }
+            (JobKey::ProviderJobId(_), Visibility::Customer(_) | Visibility::Job(_)) => None,
         };
         found
             .filter(|job| viewer.sees(job.id, job.provider_id, job.customer_id))
             .ok_or_else(|| Error::not_found(Resource::Job, key))
     }
 
+    /// A job of the provider, from memory if this process remembers it. Its row may be gone:
+    /// an append to it fails with [`Error::NotFound`] then, and [`Self::find`] looks again.
+    pub(crate) async fn find_to_append(&self, provider: Provider, key: &JobKey) -> Result<Arc<JobIdentity>> {
+        let remembered = self.of_present();
+        let job = match key {
+            JobKey::Id(_) => None,
+            JobKey::ProviderJobId(name) => {
+                let id = remembered.by_provider_job_id.get(&(provider.id(), name.clone()));
+                id.and_then(|id| remembered.jobs.get(&id))
+            }
+        };
+        match job {
+            Some(job) => Ok(job),
+            None => self.find(provider.into(), key).await,
+        }
+    }
+
     /// The existing jobs among these, whosever they are.
     pub(crate) async fn list(
         &self,
-        connection: &mut AsyncPgConnection,
+        connection: &mut impl Identified,
         ids: &[Uuid],
     ) -> Result<HashMap<Uuid, Arc<JobIdentity>>> {
-        let (mut found, missing) = cached(&self.jobs, ids);
+        let (mut found, missing) = cached(&self.of(Some(connection.identity())).jobs, ids);
         if !missing.is_empty() {
             let heads = JobHead::load(connection, &missing).await?;
             for job in self.remember(connection, heads).await? {
@@ -83,29 +134,26 @@ impl JobCache {
     }
 
     async fn find_by_id(&self, id: Uuid) -> Result<Option<Arc<JobIdentity>>> {
-        match self.jobs.get(&id) {
+        match self.of_present().jobs.get(&id) {
             Some(job) => Ok(Some(job)),
-            None => Ok(self.list(&mut *self.database.get().await?, &[id]).await?.remove(&id)),
+            None => Ok(self.list(&mut self.database.get().await?, &[id]).await?.remove(&id)),
         }
     }
 
     async fn find_by_name(&self, provider_id: Uuid, name: &str) -> Result<Option<Arc<JobIdentity>>> {
-        let key = (provider_id, name.to_owned());
-        if let Some(id) = self.by_provider_job_id.get(&key) {
-            return self.find_by_id(id).await;
-        }
         let mut connection = self.database.get().await?;
         let head = JobHead::find_by_provider_job_id(&mut connection, provider_id, name).await?;
         let job = self.remember(&mut connection, Vec::from_iter(head)).await?.pop();
         if let Some(job) = &job {
-            self.by_provider_job_id.insert(key, job.id);
+            let key = (provider_id, name.to_owned());
+            self.of(Some(connection.identity())).by_provider_job_id.insert(key, job.id);
         }
         Ok(job)
     }
 
     /// The configuration of a job.
     pub(crate) async fn configuration(&self, id: Uuid) -> Result<Arc<Configuration>> {
-        if let Some(configuration) = self.configurations.get(&id) {
+        if let Some(configuration) = self.of_present().configurations.get(&id) {
             return Ok(configuration);
         }
         let mut connection = self.database.get().await?;
@@ -115,14 +163,15 @@ impl JobCache {
 
     async fn configurations_of(
         &self,
-        connection: &mut AsyncPgConnection,
+        connection: &mut impl Identified,
         ids: &[Uuid],
     ) -> Result<HashMap<Uuid, Arc<Configuration>>> {
-        let (mut found, missing) = cached(&self.configurations, ids);
+        let remembered = self.of(Some(connection.identity()));
+        let (mut found, missing) = cached(&remembered.configurations, ids);
         if !missing.is_empty() {
             for tree in JobConfiguration::load(connection, &missing).await? {
                 let configuration = Arc::new(Configuration::from(tree));
-                self.configurations.insert(configuration.tree.id, Arc::clone(&configuration));
+                remembered.configurations.insert(configuration.tree.id, Arc::clone(&configuration));
                 found.insert(configuration.tree.id, configuration);
             }
         }
@@ -131,11 +180,12 @@ impl JobCache {
 
     async fn remember(
         &self,
-        connection: &mut AsyncPgConnection,
+        connection: &mut impl Identified,
         heads: Vec<JobHead>,
     ) -> Result<Vec<Arc<JobIdentity>>> {
         let ids: Vec<Uuid> = heads.iter().map(|head| head.job_configuration_id).collect();
         let configurations = self.configurations_of(connection, &ids).await?;
+        let remembered = self.of(Some(connection.identity()));
         let mut jobs = Vec::with_capacity(heads.len());
         for head in heads {
             let configuration = configurations
@@ -148,7 +198,7 @@ impl JobCache {
                 provider_job_id: head.provider_job_id,
                 configuration: Arc::clone(configuration),
             });
-            self.jobs.insert(job.id, Arc::clone(&job));
+            remembered.jobs.insert(job.id, Arc::clone(&job));
             jobs.push(job);
         }
         Ok(jobs)
@@ -157,7 +207,7 @@ impl JobCache {
     /// Rows of the log, each with its job.
     pub(crate) async fn with_jobs(
         &self,
-        connection: &mut AsyncPgConnection,
+        connection: &mut impl Identified,
         rows: Vec<Event>,
     ) -> Result<Vec<(Event, Arc<JobIdentity>)>> {
         let mut ids: Vec<Uuid> = rows.iter().map(|row| row.job_id).collect();

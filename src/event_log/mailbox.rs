@@ -40,14 +40,14 @@ impl Mailboxes {
         Subscription { mailboxes: Arc::clone(self), key, mailbox }
     }
 
-    /// Puts an event into the mailboxes of these topics. The event is made only if
-    /// there is such a mailbox.
-    pub(crate) fn deliver(&self, topics: [Uuid; 3], make: impl Fn() -> LogEvent) {
+    /// Puts an event of this history into the mailboxes of these topics. The event is made
+    /// only if there is such a mailbox.
+    pub(crate) fn deliver(&self, topics: [Uuid; 3], history: Uuid, make: impl Fn() -> LogEvent) {
         let by_topic = self.by_topic.lock();
         let mut event = None;
         for topic in topics {
             for (_, mailbox) in by_topic.range((topic, 0)..=(topic, u64::MAX)) {
-                mailbox.put(event.get_or_insert_with(|| Arc::new(make())));
+                mailbox.put(history, event.get_or_insert_with(|| Arc::new(make())));
             }
         }
     }
@@ -74,6 +74,8 @@ struct Mailbox {
 
 #[derive(Debug, Default)]
 struct Queue {
+    /// The history of all these events.
+    history: Uuid,
     events: VecDeque<Delivered>,
     bytes: usize,
     overflowed: bool,
@@ -116,10 +118,15 @@ impl Queue {
 }
 
 impl Mailbox {
-    fn put(&self, event: &Arc<LogEvent>) {
+    fn put(&self, history: Uuid, event: &Arc<LogEvent>) {
         let mut queue = self.queue.lock();
         if queue.overflowed {
             return;
+        }
+        let former = std::mem::replace(&mut queue.history, history);
+        if former != history && !queue.events.is_empty() {
+            drop(queue);
+            return self.overflow();
         }
         let (matched, mut first_sequence) = (self.filter.matches(event.kind, &event.job), event.sequence);
         if !matched && let Some(last) = queue.events.pop_back_if(|last| !last.matched) {
@@ -159,8 +166,8 @@ pub(crate) struct Subscription {
 /// What a watcher takes out of its mailbox.
 #[derive(Debug)]
 pub(crate) enum Delivery {
-    /// In the order of the log; never empty.
-    Events(VecDeque<Delivered>),
+    /// Events of this history, in the order of the log; never empty.
+    Events(Uuid, VecDeque<Delivered>),
     /// More events came than the mailbox holds. The missing ones are in the log;
     /// the mailbox receives again from now on.
     Overflowed,
@@ -177,7 +184,7 @@ impl Subscription {
         } else if taken.events.is_empty() {
             None
         } else {
-            Some(Delivery::Events(taken.events))
+            Some(Delivery::Events(taken.history, taken.events))
         }
     }
 

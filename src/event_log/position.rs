@@ -2,6 +2,8 @@
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 
+use uuid::Uuid;
+
 use super::scope::{Binding, Filter};
 use crate::{
     error::{Error, Result},
@@ -9,11 +11,19 @@ use crate::{
 };
 
 /// First byte of a token; tokens of another version are refused.
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
+/// Bytes of a token: version, binding, history and the three numbers of a position.
+const BYTES: usize = 1 + 8 + 16 + 3 * 8;
 
 /// How far a watch has read the event log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Position {
+    /// The history of the log in which the watch came here. In another one, other events
+    /// may have these numbers.
+    pub(crate) history: Uuid,
+    /// The position of the log of the last event that was sent or filtered. It says whether
+    /// what the watch has read is lost.
+    pub(crate) log: i64,
     /// Every event of the scope up to here was sent or filtered: a sequence in a
     /// watch of one job, a position of the log in a watch of all jobs.
     pub(crate) cursor: i64,
@@ -36,11 +46,12 @@ impl ResumeToken {
     }
 
     pub(crate) fn encode(self) -> String {
-        let mut bytes = Vec::with_capacity(25);
+        let Position { history, log, cursor, removals } = self.position;
+        let mut bytes = Vec::with_capacity(BYTES);
         bytes.push(VERSION);
         bytes.extend(self.binding.0);
-        bytes.extend(self.position.cursor.to_be_bytes());
-        bytes.extend(self.position.removals.to_be_bytes());
+        bytes.extend(history.into_bytes());
+        [log, cursor, removals].into_iter().for_each(|number| bytes.extend(number.to_be_bytes()));
         URL_SAFE_NO_PAD.encode(bytes)
     }
 
@@ -50,13 +61,18 @@ impl ResumeToken {
             return None;
         }
         let bytes = URL_SAFE_NO_PAD.decode(token).ok()?;
-        let (VERSION, rest) = (*bytes.first()?, <&[u8; 24]>::try_from(bytes.get(1..)?).ok()?) else {
+        let bytes: [u8; BYTES] = bytes.try_into().ok()?;
+        if bytes[0] != VERSION {
             return None;
-        };
-        let part = |at| std::array::from_fn(|index| rest[at + index]);
-        let [cursor, removals] = [8, 16].map(|at| i64::from_be_bytes(part(at)));
-        let token = Self { binding: Binding(part(0)), position: Position { cursor, removals } };
-        (cursor >= 0 && removals >= 0).then_some(token)
+        }
+        let (binding, history) = (bytes[1..9].try_into().ok()?, bytes[9..25].try_into().ok()?);
+        let number = |at: usize| Some(i64::from_be_bytes(bytes[at..at + 8].try_into().ok()?));
+        let (log, cursor, removals) = (number(25)?, number(33)?, number(41)?);
+        let position = Position { history: Uuid::from_bytes(history), log, cursor, removals };
+        [log, cursor, removals]
+            .iter()
+            .all(|number| *number >= 0)
+            .then_some(Self { binding: Binding(binding), position })
     }
 
     /// The position, if the token was made for this filter.

@@ -11,11 +11,11 @@ use uuid::Uuid;
 
 use super::{event::LogEvent, job_cache::JobCache, position::Position, scope::Scope, tail::Tail};
 use crate::{
-    db::Database,
+    db::{Database, Identified, Identity},
     error::{Error, Resource, Result},
     models::{
         event::{Event, JobHead},
-        retention,
+        history::LogEnd,
     },
     progress::JobState,
     telemetry::metrics::Metrics,
@@ -32,11 +32,26 @@ pub(crate) struct Reader {
     permits: Semaphore,
 }
 
-/// Where the log of a scope ends.
-pub(super) struct LogEnd {
+/// What a watch has read before it reads the past.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Reached {
+    Nothing,
+    /// In a scope of one job: every event up to this sequence.
+    Sequence(i64),
+    /// As far as it came in this or an earlier stream.
+    Position(Position),
+    Everything,
+}
+
+/// Where a watch stands, and the past that it has before it.
+pub(super) struct Standing {
     pub(super) position: Position,
+    /// The cursor of the end of the log.
+    pub(super) end: i64,
     /// The state of the job there, in a scope of one job.
     pub(super) job: Option<JobState>,
+    /// The database in which these were read.
+    pub(super) identity: Identity,
 }
 
 pub(super) async fn head(connection: &mut AsyncPgConnection, job_id: Uuid) -> Result<JobHead> {
@@ -71,38 +86,62 @@ impl Reader {
     /// Encodes rows of the log for watchers.
     pub(super) async fn encode(
         &self,
-        connection: &mut AsyncPgConnection,
+        connection: &mut impl Identified,
         rows: Vec<Event>,
     ) -> Result<Vec<Arc<LogEvent>>> {
         let rows = self.job_cache.with_jobs(connection, rows).await?;
         Ok(rows.into_iter().map(|(row, job)| Arc::new(LogEvent::new(&row, job, None))).collect())
     }
 
-    pub(super) async fn log_end(&self, scope: &Scope) -> Result<LogEnd> {
+    /// Reads where the log of a scope ends, and finds there the position of a watch that has
+    /// reached this much: [`Error::LogSetBack`] if a part of that is lost.
+    pub(super) async fn standing(&self, scope: &Scope, reached: Reached) -> Result<Standing> {
         let mut connection = self.database.get().await?;
-        match scope {
-            Scope::Job(job) => {
-                let state = head(&mut connection, job.id).await?.state();
-                let position = Position { cursor: state.last_sequence, removals: 0 };
-                Ok(LogEnd { position, job: Some(state) })
+        let identity = connection.identity();
+        let job = match scope {
+            Scope::Job(job) => Some(head(&mut connection, job.id).await?.state()),
+            Scope::All { .. } => None,
+        };
+        // After the job's state, so that the job's last event is in this history.
+        let log = LogEnd::read(&mut connection).await?;
+        let end = job.map_or(log.position, |job| job.last_sequence);
+        let at = |cursor, position| Position {
+            history: log.history,
+            log: position,
+            cursor,
+            removals: log.removals,
+        };
+        let position = match (reached, scope) {
+            (Reached::Position(reached), _) => {
+                let kept = log.kept(&mut connection, reached.history, reached.log).await?;
+                let kept = kept.filter(|_| reached.cursor <= end).ok_or(Error::LogSetBack)?;
+                Position { history: log.history, removals: reached.removals.min(kept), ..reached }
             }
-            Scope::All { .. } => {
-                let (cursor, removals) = retention::log_end(&mut connection).await?;
-                Ok(LogEnd { position: Position { cursor, removals }, job: None })
+            (Reached::Nothing, Scope::Job(_)) => at(0, 0),
+            // Just before the oldest event that is kept.
+            (Reached::Nothing, Scope::All { .. }) => {
+                let oldest = Event::oldest_kept(&mut connection).await?;
+                let before = oldest.map_or(end, |position| position - 1).min(end);
+                at(before, before)
             }
-        }
+            (Reached::Sequence(sequence), _) if sequence > end => return Err(Error::PositionBeyondLog),
+            (Reached::Sequence(sequence), Scope::Job(job)) => {
+                at(sequence, log_position(&mut connection, job.id, sequence).await?)
+            }
+            (Reached::Everything, Scope::Job(job)) => {
+                at(end, log_position(&mut connection, job.id, end).await?)
+            }
+            (Reached::Sequence(_) | Reached::Everything, Scope::All { .. }) => at(end, end),
+        };
+        Ok(Standing { position, end, job, identity })
     }
+}
 
-    /// The cursor of a watch from the beginning: in a scope of all jobs, just before
-    /// the oldest event that is kept.
-    pub(super) async fn before_oldest(&self, scope: &Scope, end: &LogEnd) -> Result<i64> {
-        match scope {
-            Scope::Job(_) => Ok(0),
-            Scope::All { .. } => {
-                let oldest = Event::oldest_kept(&mut *self.database.get().await?).await?;
-                let end = end.position.cursor;
-                Ok(oldest.map_or(end, |position| position - 1).min(end))
-            }
-        }
+/// The position of an event of a job. Where retention has removed the event, the job is
+/// closed and a watch of it ends: 0 says that nothing can be lost.
+async fn log_position(connection: &mut AsyncPgConnection, job_id: Uuid, sequence: i64) -> Result<i64> {
+    if sequence == 0 {
+        return Ok(0);
     }
+    Ok(Event::position(connection, job_id, sequence).await?.unwrap_or_default())
 }

@@ -5,6 +5,9 @@
 //! event that this process committed is the next one: then it is delivered at
 //! once. All other events are read from the database, when another replica
 //! notifies this one, and by a sweep, since a notification may be lost.
+//!
+//! When the database is another one than before, the tail asks whether it still has
+//! what was delivered. If not, every watcher has to compare its own position.
 
 use std::{
     sync::Arc,
@@ -13,6 +16,8 @@ use std::{
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;
+
+use uuid::Uuid;
 
 use super::{
     abort::abort_on_panic,
@@ -23,9 +28,9 @@ use super::{
     scope::Filter,
 };
 use crate::{
-    db::{Database, OwnConnection},
+    db::{Database, Identified as _, Identity, OwnConnection},
     error::{Error, Result},
-    models::{event::Event, job_identity::JobIdentity, retention::log_end},
+    models::{event::Event, history::LogEnd, job_identity::JobIdentity},
     telemetry::metrics::{Metrics, Received},
 };
 
@@ -51,6 +56,8 @@ pub(crate) struct Tail {
 #[derive(Debug)]
 struct State {
     head: i64,
+    /// The history of the head, and the database in which it was read.
+    run: Run,
     /// How many logs retention had removed when the tail last saw that no removed
     /// event lies beyond the head.
     removals: i64,
@@ -59,6 +66,14 @@ struct State {
     /// How many events the last sweep found that no notification has announced
     /// since.
     unannounced: usize,
+}
+
+/// What tells the events of one run of a primary from those of others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Run {
+    pub(crate) identity: Identity,
+    /// That of the run, or that of a run before, if nothing was appended in this one yet.
+    pub(crate) history: Uuid,
 }
 
 impl Tail {
@@ -70,9 +85,12 @@ impl Tail {
         metrics: Arc<Metrics>,
     ) -> Result<Arc<Self>> {
         let read_through = Instant::now();
-        let (head, removals) = log_end(&mut *database.get().await?).await?;
+        let mut connection = database.get().await?;
+        let LogEnd { position: head, removals, history } = LogEnd::read(&mut connection).await?;
+        let run = Run { identity: connection.identity(), history };
+        drop(connection);
         let tail = Arc::new(Self {
-            state: Mutex::new(State { head, removals, read_through, unannounced: 0 }),
+            state: Mutex::new(State { head, run, removals, read_through, unannounced: 0 }),
             mailboxes: Arc::default(),
             woken: Notify::new(),
             database,
@@ -114,11 +132,14 @@ impl Tail {
         self.woken.notify_one();
     }
 
-    /// Delivers events that this process committed, in the order of the log, as far
-    /// as they follow the head. Where events of others come first, the tail reads
-    /// them all from the database.
-    pub(crate) fn offer(&self, events: &[(Event, Arc<JobIdentity>)], received_at: Instant) {
+    /// Delivers events that this process committed in a run, in the order of the log, as
+    /// far as they follow the head. Where events of others come first, or the head is one
+    /// of another run, the tail reads them all from the database.
+    pub(crate) fn offer(&self, run: Run, events: &[(Event, Arc<JobIdentity>)], received_at: Instant) {
         let mut state = self.state.lock();
+        if state.run != run {
+            return self.wake();
+        }
         for (row, job) in events {
             if row.position > state.head + 1 {
                 return self.wake();
@@ -139,7 +160,8 @@ impl Tail {
     /// to its end less than a second ago.
     pub(crate) fn current(&self) -> Option<Position> {
         let state = self.state.lock();
-        let position = Position { cursor: state.head, removals: state.removals };
+        let State { head, run, removals, .. } = *state;
+        let position = Position { history: run.history, log: head, cursor: head, removals };
         (state.read_through.elapsed() < CURRENT).then_some(position)
     }
 
@@ -152,12 +174,10 @@ impl Tail {
     /// asked for it.
     async fn catch_up(&self, kept: &mut Option<OwnConnection>, sweeps: bool) -> Result<()> {
         let at = Instant::now();
-        let before = self.state.lock().head;
         let mut connection = self.database.kept_or_new(kept).await?;
-        let (end, removals) = log_end(&mut connection).await?;
-        if end < before {
-            self.go_back(end);
-        }
+        let end = LogEnd::read(&mut connection).await?;
+        self.enter(&mut connection, end).await?;
+        let LogEnd { position: end, removals, .. } = end;
         loop {
             let head = {
                 let mut state = self.state.lock();
@@ -193,16 +213,39 @@ impl Tail {
     fn deliver(&self, state: &mut State, row: &Event, job: &Arc<JobIdentity>, received: Received) {
         if row.position > state.head {
             let topics = [job.id, job.provider_id, job.customer_id];
-            self.mailboxes.deliver(topics, || LogEvent::new(row, Arc::clone(job), Some(received)));
+            let event = || LogEvent::new(row, Arc::clone(job), Some(received));
+            self.mailboxes.deliver(topics, state.run.history, event);
             state.head = row.position;
         }
     }
 
-    /// The database has an earlier state than the events that were sent from it, as
-    /// after the restore of a back-up: each watcher has to compare its position.
-    fn go_back(&self, end: i64) {
-        tracing::error!(end, "the log is shorter than before");
-        self.state.lock().head = end;
-        self.mailboxes.overflow_all();
+    /// Notes in which run the log is read on. If what was delivered is lost there, the head
+    /// goes to the end, and each watcher reads the log, which compares its position.
+    async fn enter(&self, connection: &mut OwnConnection, end: LogEnd) -> Result<()> {
+        let run = Run { identity: connection.identity(), history: end.history };
+        loop {
+            let (head, before) = {
+                let state = self.state.lock();
+                (state.head, state.run)
+            };
+            let may_be_lost = run.identity != before.identity || end.position < head;
+            let lost = may_be_lost && end.kept(connection, before.history, head).await?.is_none();
+            let mut state = self.state.lock();
+            // An offer of the run before may have come meanwhile.
+            if state.head != head {
+                continue;
+            }
+            state.run = run;
+            if lost {
+                tracing::error!(
+                    head,
+                    end = end.position,
+                    "the log was set back: events that were sent are lost"
+                );
+                state.head = end.position;
+                self.mailboxes.overflow_all();
+            }
+            return Ok(());
+        }
     }
 }

@@ -107,6 +107,16 @@ impl Event {
         Ok(EventQuery::new(rows).load(connection).await?)
     }
 
+    /// The position of an event of a job; none without that event.
+    pub async fn position(
+        connection: &mut AsyncPgConnection,
+        job_id: Uuid,
+        sequence: i64,
+    ) -> Result<Option<i64>> {
+        let event = events::table.filter(events::job_id.eq(job_id).and(events::sequence.eq(sequence)));
+        Ok(event.select(events::position).first(connection).await.optional()?)
+    }
+
     /// The position of the oldest event of the log that is kept.
     pub async fn oldest_kept(connection: &mut AsyncPgConnection) -> Result<Option<i64>> {
         let oldest = events::table.select(events::position).order(events::position);
@@ -141,6 +151,7 @@ pub struct JobHead {
     percent: i16,
     steps_done: Vec<u8>,
     last_sequence: i64,
+    last_event_id: Option<Uuid>,
     closed_at: Option<DateTime<Utc>>,
     /// Retention removes the job's events, or has removed them.
     pub events_removed: bool,
@@ -151,6 +162,7 @@ impl JobHead {
     pub fn state(&self) -> JobState {
         JobState {
             last_sequence: self.last_sequence,
+            last_event_id: self.last_event_id,
             status: self.status,
             closed: self.closed_at.is_some(),
             progress: Progress {

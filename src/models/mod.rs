@@ -14,6 +14,7 @@ pub mod caller;
 pub mod credential;
 pub mod email;
 pub mod event;
+pub mod history;
 pub mod job;
 pub mod job_configuration;
 pub(crate) mod job_identity;

@@ -14,8 +14,8 @@ use super::caller::Visibility;
 use crate::{
     db::Transaction,
     error::Result,
-    models::interval,
-    schema::{event_log, removed_logs, retention},
+    models::{history, interval},
+    schema::{removed_logs, retention},
 };
 
 /// Most jobs that one step marks for removal, and about the most events that it
@@ -35,20 +35,13 @@ diesel::define_sql_function! {
 /// Runs one bounded step of the removal of all events of jobs that closed longer ago than
 /// `age`. Returns true if it changed anything; there may be more to remove then.
 pub async fn remove_step(tx: &mut Transaction<'_>, age: Duration) -> Result<bool> {
+    history::enter(tx).await?;
     let step = remove_expired_events(interval(age), STEP_JOBS, STEP_EVENTS);
     let (marked, deleted): (i64, i64) = diesel::select(step).get_result(tx).await?;
     if marked > 0 || deleted > 0 {
         tracing::debug!(jobs = marked, events = deleted, "removed expired events");
     }
     Ok(marked > 0 || deleted > 0)
-}
-
-/// Returns the last position in the log of all jobs and the number of job logs
-/// that retention has removed. A query that starts after this one sees every event
-/// up to that position and every removal up to that number.
-pub async fn log_end(connection: &mut AsyncPgConnection) -> Result<(i64, i64)> {
-    let removals = retention::table.select(retention::removals).single_value().assume_not_null();
-    Ok(event_log::table.select((event_log::position, removals)).first(connection).await?)
 }
 
 /// Selects the removed job logs that affect a watch of all jobs.

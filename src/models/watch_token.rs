@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use crate::{
     db::Transaction,
-    error::{Error, Resource, Result},
+    error::{Error, Resource, Result, violated},
     models::{
         CreationCursor,
         audit_entry::{AuditAct, AuditEntry, Origin},
@@ -70,7 +70,12 @@ impl NewWatchToken {
             ))
             .returning(WatchToken::as_returning())
             .get_result(tx)
-            .await?;
+            .await
+            .map_err(|error| match violated(&error) {
+                // The job's row was deleted since the job was found.
+                Some("watch_tokens_job_id_fkey") => Error::not_found(Resource::Job, &self.job_id),
+                _ => error.into(),
+            })?;
         token.entry(AuditAct::WatchTokenCreated, provider, &origin).insert(tx).await?;
         Ok(token)
     }

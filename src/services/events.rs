@@ -3,6 +3,7 @@
 mod batch;
 mod publish;
 mod requests;
+mod submitted;
 
 use std::{pin::Pin, sync::Arc};
 
@@ -15,15 +16,13 @@ use self::{
     batch::UncheckedBatch,
     publish::accept,
     requests::{ListQuery, UncheckedScope, watch_request},
+    submitted::Submitted,
 };
 use super::{Answer, App, Peer, credential_of, page::Page};
 use crate::{
-    auth::Credential,
     error::{Error, Result},
-    event_log::{
-        AppendedEvent, Body, EndReason, Filter, Message, PendingAnswer, Scope, StreamOrder, Watch, WatchQuery,
-    },
-    models::caller::{KeyScope, Provider},
+    event_log::{AppendedEvent, Body, EndReason, Filter, Message, Scope, StreamOrder, Watch, WatchQuery},
+    models::caller::KeyScope,
     pb::{self, event_service_server::EventService},
     progress::JobState,
     proto_enums::ProtoEnum as _,
@@ -47,8 +46,9 @@ impl EventService for EventApi {
         let credential = credential_of(&request)?;
         let provider = credential.caller().provider(KeyScope::Append)?;
         let batch = UncheckedBatch::try_from(request.into_inner())?;
-        let answer = self.submit(credential, provider, batch, StreamOrder::default()).await?;
-        Ok(Response::new(answer.wait().await?.into()))
+        let submitted =
+            Submitted::new(&self.0.log, credential, provider, batch, StreamOrder::default()).await?;
+        Ok(Response::new(submitted.answer().await?.into()))
     }
 
     type PublishEventsStream = Answers<pb::PublishEventsResponse>;
@@ -129,20 +129,6 @@ impl EventService for EventApi {
     }
 }
 
-impl EventApi {
-    /// Submits a well-formed batch to the event log.
-    async fn submit(
-        &self,
-        credential: Arc<Credential>,
-        provider: Provider,
-        batch: UncheckedBatch,
-        stream_order: StreamOrder,
-    ) -> Result<PendingAnswer> {
-        let job = self.0.log.jobs.find(provider.into(), &batch.job).await?;
-        self.0.log.appender.submit(credential, batch.for_job(job), stream_order).await
-    }
-}
-
 enum Watching {
     Open(Box<Watch>),
     /// The last message was sent. The error is the status that follows; none is OK.
@@ -163,6 +149,7 @@ async fn watch_next(watching: Watching) -> Option<(Result<pb::WatchEventsRespons
             EndReason::JobClosed => None,
             EndReason::Draining => Some(Error::Draining),
             EndReason::CredentialEnded => Some(Error::CredentialInvalid),
+            EndReason::LogSetBack => Some(Error::LogSetBack),
             EndReason::EventsExpired => {
                 Some(Error::EventsExpired { first_sequence: job.map(|job| job.last_sequence + 1) })
             }
@@ -188,6 +175,7 @@ impl From<Message> for pb::WatchEventsResponse {
                     EndReason::Draining => pb::WatchEndReason::Draining,
                     EndReason::CredentialEnded => pb::WatchEndReason::CredentialEnded,
                     EndReason::EventsExpired => pb::WatchEndReason::EventsExpired,
+                    EndReason::LogSetBack => pb::WatchEndReason::LogSetBack,
                 };
                 Kind::End(pb::WatchEnd { reason: reason.into(), job: job.map(Into::into) })
             }

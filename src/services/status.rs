@@ -188,6 +188,7 @@ fn answer(error: &Error) -> Answer<'_> {
             Answer::new(Code::Aborted, Reason::SequenceMismatch).metadata("last_sequence", last_sequence)
         }
         Error::PositionBeyondLog => Answer::new(Code::OutOfRange, Reason::PositionBeyondLog),
+        Error::LogSetBack => Answer::new(Code::OutOfRange, Reason::LogSetBack),
         Error::EventsExpired { first_sequence } => {
             let answer = Answer::new(Code::OutOfRange, Reason::EventsExpired);
             match first_sequence {
@@ -315,6 +316,7 @@ mod tests {
             ),
             (Error::SequenceMismatch { last_sequence: 7 }, Code::Aborted, "SEQUENCE_MISMATCH"),
             (Error::PositionBeyondLog, Code::OutOfRange, "POSITION_BEYOND_LOG"),
+            (Error::LogSetBack, Code::OutOfRange, "LOG_SET_BACK"),
             (Error::EventsExpired { first_sequence: Some(3) }, Code::OutOfRange, "EVENTS_EXPIRED"),
             (Error::Overloaded { what: "log-ins", retry_after }, Code::ResourceExhausted, "OVERLOADED"),
             (Error::unavailable("SELECT secret"), Code::Unavailable, "DATABASE_UNAVAILABLE"),

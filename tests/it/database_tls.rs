@@ -89,7 +89,7 @@ impl Postgres {
         database(url, ca.map(|ca| self.files.path(ca)).as_deref())
     }
 
-    async fn open(&self, url: &str, ca: Option<&str>) -> Result<diesel_async::AsyncPgConnection, Error> {
+    async fn open(&self, url: &str, ca: Option<&str>) -> Result<milepost::db::OwnConnection, Error> {
         self.database(url, ca).connect().await
     }
 

@@ -24,6 +24,7 @@ mod embedded;
 mod errors;
 mod floors;
 mod guarantees;
+mod histories;
 mod http2;
 mod idempotency;
 mod interop;

@@ -40,10 +40,10 @@ async fn fixture() -> Fixture {
         .execute(&format!(
             "INSERT INTO jobs (id, provider_id, customer_id, job_configuration_id, configuration_tag,
                                provider_job_id, provider_job_name, points_total, status, last_sequence,
-                               percent, closed_at, created_at)
+                               last_event_id, percent, closed_at, created_at)
              SELECT gen_random_uuid(), provider_id, customer_id, job_configuration_id, configuration_tag,
                     'scan-' || lpad(n::text, 6, '0'), 'patient-' || n, points_total,
-                    CASE WHEN n % 100 = 0 THEN 'running' ELSE 'complete' END::job_status, 1,
+                    CASE WHEN n % 100 = 0 THEN 'running' ELSE 'complete' END::job_status, 1, gen_random_uuid(),
                     CASE WHEN n % 100 = 0 THEN 0 ELSE 100 END,
                     CASE WHEN n % 100 > 0 THEN now() END, now() - n * interval '1 s'
              FROM jobs, generate_series(1, {JOBS}) AS n"
@@ -207,9 +207,10 @@ async fn small_jobs(server: &TestServer) -> (User, User) {
         .database
         .execute(&format!(
             "INSERT INTO jobs (id, provider_id, customer_id, job_configuration_id, configuration_tag,
-                               provider_job_id, provider_job_name, points_total, status, last_sequence)
+                               provider_job_id, provider_job_name, points_total, status, last_sequence,
+                               last_event_id)
              SELECT gen_random_uuid(), provider_id, customer_id, job_configuration_id, configuration_tag,
-                    'scan-' || n, '', points_total, 'running', 20
+                    'scan-' || n, '', points_total, 'running', 20, gen_random_uuid()
              FROM jobs, generate_series(1, {JOBS}) AS n;
              INSERT INTO events (job_id, sequence, position, id, kind, name, event_metadata, status,
                                  points_done, percent, created_at)
@@ -297,9 +298,10 @@ async fn retention_reads_ranges_of_indexes_even_without_table_statistics() {
         .execute(&format!(
             "INSERT INTO jobs (id, provider_id, customer_id, job_configuration_id, configuration_tag,
                                provider_job_id, provider_job_name, points_total, status, last_sequence,
-                               percent, closed_at)
+                               last_event_id, percent, closed_at)
              SELECT gen_random_uuid(), provider_id, customer_id, job_configuration_id, configuration_tag,
-                    'scan-' || n, '', points_total, 'complete', CASE WHEN n > {KEPT} THEN 4000 ELSE 1 END, 100,
+                    'scan-' || n, '', points_total, 'complete', CASE WHEN n > {KEPT} THEN 4000 ELSE 1 END,
+                    gen_random_uuid(), 100,
                     now() - CASE WHEN n > {KEPT} THEN interval '2 h' ELSE interval '0' END
              FROM jobs, generate_series(1, {KEPT} + {EXPIRED}) AS n;
              INSERT INTO events (job_id, sequence, position, id, kind, name, event_metadata, status,

@@ -397,7 +397,8 @@ async fn a_watch_ends_if_events_were_appended_and_removed_before_the_tail_read_t
     // of the log has moved, but no events.
     let append_and_remove = format!(
         "BEGIN;
-         UPDATE jobs SET last_sequence = 2, status = 'cancelled', closed_at = clock_timestamp() WHERE id = '{id}';
+         UPDATE jobs SET last_sequence = 2, last_event_id = gen_random_uuid(), status = 'cancelled',
+             closed_at = clock_timestamp() WHERE id = '{id}';
          UPDATE event_log SET position = position + 2;
          INSERT INTO events (job_id, sequence, position, id, kind, name, event_metadata, status, points_done, percent, created_at)
          SELECT '{id}', n, position - 2 + n, gen_random_uuid(), kind::event_kind, '', '', status::job_status, 0, 0, clock_timestamp()

@@ -5,7 +5,7 @@ use milepost::db::migrations;
 use crate::support::TestDatabase;
 
 /// Tables that hold no entities.
-const BOOKKEEPING: &str = "('schema_compatibility', 'event_log', 'retention', 'removed_logs', 'log_in_attempts', '__diesel_schema_migrations')";
+const BOOKKEEPING: &str = "('schema_compatibility', 'event_log', 'retention', 'removed_logs', 'log_in_attempts', 'histories', '__diesel_schema_migrations')";
 
 async fn texts(sql: &str) -> Vec<String> {
     TestDatabase::migrated().await.texts(sql).await
@@ -68,7 +68,8 @@ async fn rows_of_immutable_tables_cannot_be_updated() {
     let unguarded = texts(
         "SELECT relname::text AS text FROM pg_class
          WHERE relname IN (
-             'job_configurations', 'step_configurations', 'metadata_configurations', 'events', 'audit_entries')
+             'job_configurations', 'step_configurations', 'metadata_configurations', 'events', 'audit_entries',
+             'histories')
          AND NOT EXISTS (
              SELECT FROM pg_trigger
              WHERE tgrelid = pg_class.oid AND tgfoid = 'refuse_update'::regproc AND tgenabled = 'O')",

@@ -95,7 +95,7 @@ fn command_of_postmaster(data: &Path) -> (PathBuf, Vec<OsString>) {
     (fs::read_link(process.join("exe")).unwrap(), arguments)
 }
 
-async fn connect(url: &str) -> Result<AsyncPgConnection, String> {
+async fn connect(url: &str) -> Result<milepost::db::OwnConnection, String> {
     database(url, None).connect().await.map_err(|error| one_line(&error))
 }
 

@@ -4,7 +4,9 @@
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use milepost::pb::{self, ErrorReason, watch_events_request::Scope, watch_events_response::Message};
+use milepost::pb::{
+    self, ErrorReason, WatchEndReason, watch_events_request::Scope, watch_events_response::Message,
+};
 use tokio::{process::Command, time::timeout};
 use tonic::Code;
 
@@ -120,8 +122,10 @@ async fn watches_end_if_the_log_has_become_shorter() {
         COMMIT";
     server.database.execute(restore).await;
     for watch in &mut watches {
-        let ended = within_timeout("the end", watch.next()).await;
-        assert_refused(ended, Code::OutOfRange, ErrorReason::PositionBeyondLog);
+        let ended = within_timeout("the end", watch.next()).await.unwrap();
+        let Some(Message::End(end)) = ended else { panic!("{ended:?}") };
+        assert_eq!(end.reason(), WatchEndReason::LogSetBack);
+        assert_refused(watch.next().await, Code::OutOfRange, ErrorReason::LogSetBack);
     }
     provider.append(&job, [info("anew")]).await;
     let names: Vec<_> = provider.list(&job).await.into_iter().map(|event| event.name).collect();

@@ -181,9 +181,9 @@ fn insert_jobs_sql(jobs: u32) -> String {
              FROM generate_series(1, {jobs}) AS n;
          INSERT INTO jobs (id, provider_id, customer_id, job_configuration_id, configuration_tag, provider_job_id,
                            provider_job_name, status, points_done, points_total, percent, steps_done, last_sequence,
-                           created_at)
+                           last_event_id, created_at)
          SELECT made.id, provider_id, customer_id, job_configuration_id, configuration_tag, 'fill-' || n,
-                'Patient ' || n, 'running', 5, points_total, 5, '\\x01', {EVENTS_PER_JOB},
+                'Patient ' || n, 'running', 5, points_total, 5, '\\x01', {EVENTS_PER_JOB}, gen_random_uuid(),
                 now() - interval '1 day' + n * interval '1 millisecond'
          FROM made, (SELECT * FROM jobs WHERE provider_job_id = 'job-0000000') AS one;
          INSERT INTO events (job_id, sequence, position, id, kind, name, step_configuration_id, event_metadata,

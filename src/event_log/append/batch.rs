@@ -31,7 +31,7 @@ pub(crate) struct Batch {
     pub(crate) audit: Option<Box<AuditEntry>>,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct NewEvent {
     /// The id that the client made, if it made one.
     pub(crate) id: Option<Uuid>,
@@ -112,11 +112,12 @@ impl Batch {
                 answer.push(self.existing(row));
                 continue;
             }
+            let id = event.id.unwrap_or_else(Uuid::now_v7);
             after
-                .apply(event.kind, event.step.position(), &self.job.configuration.weights)
+                .apply(id, event.kind, event.step.position(), &self.job.configuration.weights)
                 .map_err(|closed| Error::JobClosed { job_id: self.job.id, status: closed.0 })?;
             answer.push(AppendedEvent {
-                id: event.id.unwrap_or_else(Uuid::now_v7),
+                id,
                 sequence: after.last_sequence,
                 existed: false,
                 status: after.status,

@@ -16,12 +16,15 @@ use uuid::Uuid;
 use super::round::{Completed, Group, Knowledge, Request, Round};
 use crate::{
     db::{
-        Database, OwnConnection,
+        Database, Identified as _, OwnConnection,
         notifier::{Notification, Notifier},
     },
     error::{Error, Resource, Result},
-    event_log::tail::Tail,
-    models::event::{AppendOutcome, Event, JobHead, LockedJob},
+    event_log::tail::{Run, Tail},
+    models::{
+        event::{AppendOutcome, Event, JobHead, LockedJob},
+        history,
+    },
     progress::JobState,
     telemetry::{
         Telemetry,
@@ -51,6 +54,9 @@ pub(super) struct Task {
     /// The task's own connection, so that no reader keeps appends waiting; none while a
     /// round is under way.
     connection: Option<OwnConnection>,
+    /// The run of the primary that the last connection reached. All that is remembered
+    /// or planned is of this run.
+    run: Option<Run>,
     /// The states of jobs once the round under way is committed.
     states: Cache<Uuid, JobState>,
     /// The round after the one under way.
@@ -76,6 +82,7 @@ impl Task {
             metrics,
             traces,
             connection: None,
+            run: None,
             states: Cache::new(STATES),
             next: Round::default(),
             waiting: HashMap::new(),
@@ -137,6 +144,13 @@ impl Task {
 
     /// Sends a round. No round is under way.
     async fn send_next(&mut self) -> Option<JoinHandle<Sent>> {
+        if let Err(error) = within(self.limit, self.connect(), "connecting took too long").await {
+            let planned: Vec<Uuid> = self.next.groups.keys().copied().collect();
+            let mut requests: Vec<Request> = planned.iter().flat_map(|id| self.next.withdraw(id)).collect();
+            requests.extend(std::mem::take(&mut self.waiting).into_values().flatten());
+            fail(requests, error);
+            return None;
+        }
         // Every other round at most, or other jobs would wait for as long as some need
         // their locks.
         let may_lock = !std::mem::take(&mut self.locked_last);
@@ -151,8 +165,31 @@ impl Task {
             self.read_and_plan().await;
         }
         self.drop_unwanted();
+        // A read that failed has dropped the connection: the next attempt makes another one.
+        self.connection.as_ref()?;
         let round = std::mem::take(&mut self.next);
         self.send(round)
+    }
+
+    /// Connects if need be. In another database than before, all is forgotten that was
+    /// remembered, and all is planned again that was planned: the states of jobs may be lost.
+    async fn connect(&mut self) -> Result<()> {
+        let mut connection = self.database.kept_or_new(&mut self.connection).await?;
+        let identity = connection.identity();
+        if self.run.is_none_or(|run| run.identity != identity) {
+            self.run = Some(Run { identity, history: history::enter(&mut connection).await? });
+            self.states = Cache::new(STATES);
+            let planned: Vec<Uuid> = self.next.groups.keys().copied().collect();
+            for id in planned {
+                let mut requests = self.next.withdraw(&id);
+                requests.extend(self.waiting.remove(&id).unwrap_or_default());
+                self.waiting.insert(id, requests);
+            }
+            let waiting = self.waiting.values_mut().flatten();
+            waiting.for_each(|request| request.needs = request.needs.max(Knowledge::Read));
+        }
+        self.connection = Some(connection);
+        Ok(())
     }
 
     /// Plans the next round again without the requests that are not wanted any more: a
@@ -180,7 +217,7 @@ impl Task {
     async fn send_locked(&mut self, id: Uuid) -> Option<JoinHandle<Sent>> {
         let mut requests = self.waiting.remove(&id).unwrap_or_default();
         let read = async {
-            let connection = self.database.kept_or_new(&mut self.connection).await?;
+            let connection = self.connection.take().ok_or_else(|| Error::unavailable("not connected"))?;
             let locked = LockedJob::begin(connection, id).await?;
             read_stored(locked.connection(), &mut requests).await?;
             Ok(locked)
@@ -211,7 +248,7 @@ impl Task {
         if round.order.is_empty() {
             let mut completed = Completed::default();
             completed.answer(round.groups);
-            self.publish(completed, Instant::now());
+            self.publish(self.run, completed, Instant::now());
             return None;
         }
         // Every server locks jobs in this order.
@@ -220,8 +257,11 @@ impl Task {
             self.states.insert(*id, group.after);
         }
         round.span = self.traces.transaction(round.groups.values_mut().flat_map(Group::spans));
-        let (connection, metrics) = (self.connection.take(), Arc::clone(&self.metrics));
-        Some(tokio::spawn(append(self.database.clone(), connection, round, self.limit, metrics)))
+        let transaction = match round.locked.take() {
+            Some(locked) => Either::Left(locked),
+            None => Either::Right(self.connection.take()?),
+        };
+        Some(tokio::spawn(append(transaction, round, self.limit, Arc::clone(&self.metrics))))
     }
 
     /// Reads the jobs of waiting requests and plans these requests, except for jobs that
@@ -247,7 +287,7 @@ impl Task {
 
     /// Reads the states of the requests' jobs, and after them the stored ids.
     async fn read(&mut self, requests: &mut [Request]) -> Result<HashMap<Uuid, JobState>> {
-        let mut connection = self.database.kept_or_new(&mut self.connection).await?;
+        let mut connection = self.connection.take().ok_or_else(|| Error::unavailable("not connected"))?;
         let mut jobs: Vec<Uuid> = requests.iter().map(|request| request.batch.job.id).collect();
         jobs.sort_unstable();
         jobs.dedup();
@@ -261,15 +301,16 @@ impl Task {
     async fn complete(&mut self, sent: Sent) -> Option<JoinHandle<Sent>> {
         let received_at = Instant::now();
         let completed = self.settle(sent);
+        let run = self.run;
         if !self.waiting.is_empty() {
             // Callers are answered before jobs are read.
-            self.publish(completed, received_at);
+            self.publish(run, completed, received_at);
             return None;
         }
         let next = self.send_next().await;
         // The round's task runs before anything else is done.
         tokio::task::yield_now().await;
-        self.publish(completed, received_at);
+        self.publish(run, completed, received_at);
         next
     }
 
@@ -315,8 +356,8 @@ impl Task {
         completed
     }
 
-    /// Answers callers, and delivers the committed events to watchers.
-    fn publish(&self, completed: Completed, received_at: Instant) {
+    /// Answers callers, and delivers the events that were committed in this run to watchers.
+    fn publish(&self, run: Option<Run>, completed: Completed, received_at: Instant) {
         let now = Instant::now();
         for (reply, answer) in completed.answers {
             if answer.is_ok() {
@@ -325,8 +366,8 @@ impl Task {
             // A caller that left needs no answer.
             let _ = reply.to.send(answer);
         }
-        if !completed.events.is_empty() {
-            self.tail.offer(&completed.events, received_at);
+        if let Some(run) = run.filter(|_| !completed.events.is_empty()) {
+            self.tail.offer(run, &completed.events, received_at);
             self.notifier.notify(Notification::Log);
         }
     }
@@ -384,19 +425,14 @@ fn fail(requests: Vec<Request>, error: Error) {
     requests.into_iter().for_each(|request| request.fail(&error));
 }
 
-/// Appends a round, over the connection of its locked job, the one given, or a new one.
+/// Appends a round, over the connection of its locked job or another one.
 async fn append(
-    database: Database,
-    mut connection: Option<OwnConnection>,
-    mut round: Round,
+    transaction: Either<LockedJob, OwnConnection>,
+    round: Round,
     limit: Duration,
     metrics: Arc<Metrics>,
 ) -> Sent {
     let appended = async {
-        let transaction = match round.locked.take() {
-            Some(locked) => Either::Left(locked),
-            None => Either::Right(database.kept_or_new(&mut connection).await?),
-        };
         let sent_at = Instant::now();
         let statement = round.span.as_ref().map(TransactionSpan::statement);
         let appended = match transaction {

@@ -48,4 +48,6 @@ pub(crate) enum EndReason {
     CredentialEnded,
     /// Retention removed events before they could be sent.
     EventsExpired,
+    /// Events that were sent or filtered are lost.
+    LogSetBack,
 }

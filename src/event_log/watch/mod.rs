@@ -8,7 +8,8 @@
 //!                                          ▲                               │
 //!                       end of the log read│            mailbox overflowed,│
 //!                                          └──────── Missed ◀──────────────┘
-//!                                                      or an event is missing
+//!                                                      an event is missing, or
+//!                                                      the history is another one
 //!  any phase ──`end` sent──▶ Ended
 //! ```
 
@@ -22,6 +23,7 @@ use std::{
 };
 
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 pub(crate) use self::message::{Body, EndReason, Message, Start, WatchQuery};
 use self::past::{Page, Past};
@@ -29,7 +31,7 @@ use super::{
     event::LogEvent,
     mailbox::{Delivered, Delivery, Subscription},
     position::{Position, ResumeToken},
-    reader::Reader,
+    reader::{Reached, Reader, Standing},
     scope::{Filter, Scope},
 };
 use crate::{
@@ -101,27 +103,18 @@ impl Watch {
         draining: CancellationToken,
     ) -> Result<Self> {
         let WatchQuery { filter, start, heartbeat } = query;
-        let resumed = match &start {
-            Start::Resume(token) => Some(token.position(&filter)?),
-            Start::Beginning | Start::AfterSequence(_) | Start::Now => None,
+        let reached = match &start {
+            Start::Beginning => Reached::Nothing,
+            Start::AfterSequence(sequence) => Reached::Sequence(*sequence),
+            Start::Resume(token) => Reached::Position(token.position(&filter)?),
+            Start::Now => Reached::Everything,
         };
         // Before the end of the log is read: whatever is committed after that read is
         // delivered.
         let filter = Arc::new(filter);
         let subscription = reader.tail.subscribe(Arc::clone(&filter));
         let scope = &filter.scope;
-        let end = reader.log_end(scope).await?;
-        let position = match (&start, resumed) {
-            (Start::Beginning, _) => {
-                Position { cursor: reader.before_oldest(scope, &end).await?, ..end.position }
-            }
-            (Start::AfterSequence(cursor), _) => Position { cursor: *cursor, ..end.position },
-            (_, Some(position)) => position,
-            _ => end.position,
-        };
-        if position.cursor > end.position.cursor {
-            return Err(Error::PositionBeyondLog);
-        }
+        let Standing { position, end, job, identity } = reader.standing(scope, reached).await?;
         let watches = &reader.metrics.watches;
         let counted = Open::of(match scope {
             Scope::Job(_) => &watches.of_one_job,
@@ -133,10 +126,10 @@ impl Watch {
             subscription,
             heartbeat: Heartbeat { interval: heartbeat, due_at: Instant::now() + heartbeat },
             phase: Phase::Past,
-            past: Past::new(end.position.cursor, matches!(start, Start::Beginning)),
+            past: Past::new(end, identity, matches!(start, Start::Beginning)),
             position,
             pending: Pending { events: VecDeque::new(), read_to: position.cursor },
-            job: end.job,
+            job,
             _counted: counted,
             reader,
             filter,
@@ -167,6 +160,7 @@ impl Watch {
                     return Some(Ok(message));
                 }
                 Err(Error::EventsExpired { .. }) => return Some(Ok(self.end(EndReason::EventsExpired))),
+                Err(Error::LogSetBack) => return Some(Ok(self.end(EndReason::LogSetBack))),
                 // The stream stays open and goes on when the database is available.
                 Err(Error::Unavailable(_)) => tokio::time::sleep(RETRY).await,
                 Err(error) => {
@@ -250,7 +244,11 @@ impl Watch {
         let Some(permit) = self.reader.permit(until).await? else { return Ok(()) };
         let scope = &self.filter.scope;
         match self.past.read(&self.reader, scope, self.position, self.phase != Phase::Past).await {
-            Ok(Page { events, read_to, removals }) => {
+            Ok(None) => {
+                drop(permit);
+                self.read_log_end().await
+            }
+            Ok(Some(Page { events, read_to, removals })) => {
                 self.pending = Pending { events: events.into(), read_to };
                 self.position.removals = removals;
                 Ok(())
@@ -259,7 +257,7 @@ impl Watch {
                 drop(permit);
                 // The job may have had more events before it was closed and removed.
                 if self.job.is_some() {
-                    self.job = self.reader.log_end(scope).await?.job;
+                    self.job = self.reader.standing(scope, Reached::Everything).await?.job;
                 }
                 Err(expired)
             }
@@ -267,17 +265,23 @@ impl Watch {
         }
     }
 
-    /// Reads where the log ends: the past reaches up to there.
+    /// Reads where the log ends: the past reaches up to there. [`Error::LogSetBack`] if a part
+    /// of what was sent or filtered is lost.
     async fn read_log_end(&mut self) -> Result<()> {
         let permit = self.reader.permit(None).await?;
-        let end = self.reader.log_end(&self.filter.scope).await?;
+        let standing = self.reader.standing(&self.filter.scope, Reached::Position(self.position)).await;
         drop(permit);
-        if end.position.cursor < self.position.cursor {
-            return Err(Error::PositionBeyondLog);
+        let Standing { position, end, job, identity } = standing.map_err(|error| match error {
+            // The job itself is lost.
+            Error::NotFound { .. } => Error::LogSetBack,
+            error => error,
+        })?;
+        self.position = position;
+        (self.past.end, self.past.identity) = (end, identity);
+        self.job = job;
+        if self.phase == Phase::Missed {
+            self.phase = Phase::Behind;
         }
-        self.past.end = end.position.cursor;
-        self.job = end.job;
-        self.phase = Phase::Behind;
         Ok(())
     }
 
@@ -299,7 +303,7 @@ impl Watch {
 
     fn receive(&mut self, delivery: Delivery) {
         match delivery {
-            Delivery::Events(events) => self.accept(events),
+            Delivery::Events(history, events) => self.accept(history, events),
             Delivery::Overflowed => {
                 self.reader.metrics.watches.overflows.inc();
                 self.phase = Phase::Missed;
@@ -307,8 +311,13 @@ impl Watch {
         }
     }
 
-    /// Makes delivered events pending, except those that were read from the log before.
-    fn accept(&mut self, events: VecDeque<Delivered>) {
+    /// Makes delivered events pending, except those that were read from the log before. If
+    /// they are of another history, the log is read instead, which compares the position.
+    fn accept(&mut self, history: Uuid, events: VecDeque<Delivered>) {
+        if history != self.position.history {
+            self.phase = Phase::Missed;
+            return;
+        }
         let scope = &self.filter.scope;
         for Delivered { event, first_sequence, .. } in events {
             let cursor = event.cursor_in(scope);
@@ -337,12 +346,16 @@ impl Watch {
             self.heartbeat.due_at = Instant::now() + RETRY;
             return None;
         };
+        if delivered.history != self.position.history {
+            self.phase = Phase::Missed;
+            return None;
+        }
         if let Some(delivery) = self.subscription.take() {
             self.receive(delivery);
             return None;
         }
         if let Scope::All { .. } = self.filter.scope {
-            self.position.cursor = self.position.cursor.max(delivered.cursor);
+            self.move_to(self.position.cursor.max(delivered.cursor));
             self.position.removals = self.position.removals.max(delivered.removals);
             self.pending.read_to = self.position.cursor;
         }
@@ -361,6 +374,7 @@ impl Watch {
             }
             let Some(event) = self.pending.events.pop_front() else { break };
             self.position.cursor = event.cursor_in(&self.filter.scope);
+            self.position.log = event.position;
             self.note(&event);
             if matches {
                 room = room.saturating_sub(bytes);
@@ -368,9 +382,17 @@ impl Watch {
             }
         }
         if self.pending.events.is_empty() {
-            self.position.cursor = self.pending.read_to;
+            self.move_to(self.pending.read_to);
         }
         (!events.is_empty()).then(|| self.message(Body::Events(events)))
+    }
+
+    /// Moves the cursor past what is not of the scope: in a watch of one job, every event is.
+    fn move_to(&mut self, cursor: i64) {
+        self.position.cursor = cursor;
+        if let Scope::All { .. } = self.filter.scope {
+            self.position.log = cursor;
+        }
     }
 
     /// Keeps the state of the one job up to date.

@@ -6,6 +6,7 @@ use diesel_async::AsyncPgConnection;
 use uuid::Uuid;
 
 use crate::{
+    db::{Identified as _, Identity},
     error::{Error, Result},
     event_log::{event::LogEvent, position::Position, reader::Reader, scope::Scope},
     models::{event::Event, retention::Removed},
@@ -24,6 +25,9 @@ const WINDOW: i64 = 10_000;
 pub(super) struct Past {
     /// The past ends here: the subscription delivers every event beyond it.
     pub(super) end: i64,
+    /// The database in which this end was read. A page of another one might have other
+    /// events at the same positions.
+    pub(super) identity: Identity,
     /// Most events of the next page.
     page: i64,
     /// The client asked for everything that is kept, not for a certain position.
@@ -41,20 +45,24 @@ pub(super) struct Page {
 }
 
 impl Past {
-    pub(super) fn new(end: i64, from_beginning: bool) -> Self {
-        Self { end, page: PAGE, from_beginning }
+    pub(super) fn new(end: i64, identity: Identity, from_beginning: bool) -> Self {
+        Self { end, identity, page: PAGE, from_beginning }
     }
 
-    /// Reads a page after the position. [`Error::EventsExpired`] if retention has
-    /// removed a part of it. `caught_up` says that the watch had caught up before.
+    /// Reads a page after the position; none if the database is another one than that of
+    /// the end. [`Error::EventsExpired`] if retention has removed a part of the page.
+    /// `caught_up` says that the watch had caught up before.
     pub(super) async fn read(
         &mut self,
         reader: &Reader,
         scope: &Scope,
         position: Position,
         caught_up: bool,
-    ) -> Result<Page> {
+    ) -> Result<Option<Page>> {
         let mut connection = reader.database.get().await?;
+        if connection.identity() != self.identity {
+            return Ok(None);
+        }
         let (rows, read_to, removals) = match scope {
             Scope::Job(job) => {
                 let (rows, read_to) = self.read_job(&mut connection, job.id, position.cursor).await?;
@@ -66,7 +74,7 @@ impl Past {
         drop(connection);
         let read_to = self.cut(&mut events, scope).unwrap_or(read_to);
         events.retain(|event| scope.contains(&event.job));
-        Ok(Page { events, read_to, removals })
+        Ok(Some(Page { events, read_to, removals }))
     }
 
     async fn read_job(
@@ -90,7 +98,7 @@ impl Past {
         &self,
         connection: &mut AsyncPgConnection,
         scope: &Scope,
-        Position { cursor, removals }: Position,
+        Position { cursor, removals, .. }: Position,
         caught_up: bool,
     ) -> Result<(Vec<Event>, i64, i64)> {
         let Scope::All { viewer, configuration_tag, counterpart_id } = scope else {

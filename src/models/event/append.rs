@@ -31,7 +31,9 @@ mod sql {
         fn append_events(
             job_id: Array<SqlUuid>,
             job_last_sequence: Array<BigInt>,
+            job_last_event_id: Array<Nullable<SqlUuid>>,
             job_event_count: Array<Integer>,
+            job_new_event_id: Array<Nullable<SqlUuid>>,
             job_status: Array<sql_types::JobStatus>,
             job_points_done: Array<BigInt>,
             job_percent: Array<SmallInt>,
@@ -77,17 +79,17 @@ pub struct AppendStatement<'a> {
     audit: Vec<(i32, &'a AuditEntry)>,
 }
 
-/// A job that leaves the sequence `before` for the state `after`.
+/// A job that leaves the state `before` for the state `after`.
 #[derive(Debug)]
 struct AppendJob<'a> {
     id: Uuid,
-    before: i64,
+    before: &'a JobState,
     after: &'a JobState,
 }
 
 impl AppendJob<'_> {
     fn event_count(&self) -> i64 {
-        self.after.last_sequence - self.before
+        self.after.last_sequence - self.before.last_sequence
     }
 }
 
@@ -118,7 +120,7 @@ pub enum AppendOutcome {
         /// `created_at` of the events.
         at: DateTime<Utc>,
     },
-    /// The job is not at the given sequence any more; nothing was written.
+    /// The job's last event is not the given one any more; nothing was written.
     Moved,
     /// An event with the same id of a client is stored; nothing was written.
     Stored,
@@ -129,11 +131,11 @@ impl<'a> AppendStatement<'a> {
     pub fn add(
         &mut self,
         job_id: Uuid,
-        before: &JobState,
+        before: &'a JobState,
         after: &'a JobState,
         rows: impl Iterator<Item = NewRow<'a>>,
     ) {
-        self.jobs.push(AppendJob { id: job_id, before: before.last_sequence, after });
+        self.jobs.push(AppendJob { id: job_id, before, after });
         let job = count(self.jobs.len());
         self.events.extend(rows.map(|row| (job, row)));
     }
@@ -188,8 +190,10 @@ impl<'a> AppendStatement<'a> {
         let (jobs, events) = (&self.jobs, &self.events);
         let append = sql::append_events(
             column(jobs, |job| job.id),
-            column(jobs, |job| job.before),
+            column(jobs, |job| job.before.last_sequence),
+            column(jobs, |job| job.before.last_event_id),
             column(jobs, |job| count(job.event_count())),
+            column(jobs, |job| job.after.last_event_id),
             column(jobs, |job| job.after.status),
             column(jobs, |job| job.after.progress.points_done),
             column(jobs, |job| job.after.progress.percent),

@@ -138,16 +138,17 @@ impl UncheckedBatch {
     /// Checks the batch against the job's configuration. The violations go into the
     /// batch: the event log answers them only after its own checks of stored ids,
     /// `expected_sequence` and status.
-    pub(super) fn for_job(self, job: Arc<JobIdentity>) -> Batch {
+    pub(super) fn for_job(&self, job: Arc<JobIdentity>) -> Batch {
         let mut violations = Violations::default();
         let configuration = &job.configuration;
-        let events = self.events.into_iter().enumerate().map(|(index, unchecked)| {
-            let UncheckedEvent { mut event, step_tag, metadata } = unchecked;
+        let events = self.events.iter().enumerate().map(|(index, unchecked)| {
+            let UncheckedEvent { event, step_tag, metadata } = unchecked;
+            let mut event = event.clone();
             if !step_tag.is_empty() {
-                event.step = match configuration.step(&step_tag) {
+                event.step = match configuration.step(step_tag) {
                     None => {
                         violations
-                            .add(format!("events[{index}].step_tag"), unknown_step(&step_tag, configuration));
+                            .add(format!("events[{index}].step_tag"), unknown_step(step_tag, configuration));
                         violations.known_step_tags = Some(configuration.tree.steps.len());
                         Step::Unknown
                     }

@@ -5,11 +5,11 @@ use std::sync::Arc;
 use tokio::sync::mpsc;
 use tonic::{Status, Streaming};
 
-use super::{EventApi, batch::UncheckedBatch};
+use super::{EventApi, batch::UncheckedBatch, submitted::Submitted};
 use crate::{
     auth::Credential,
     error::{Error, Result},
-    event_log::{PendingAnswer, StreamOrder},
+    event_log::StreamOrder,
     limits::{ERROR_QUOTE_CHARS, TEXT_CHARS},
     models::caller::Provider,
     pb,
@@ -25,7 +25,7 @@ pub(super) struct Accepted {
 
 enum Outcome {
     /// The event log has the batch and sends its answer here.
-    Submitted(PendingAnswer),
+    Submitted(Submitted),
     Failed(Error),
     /// tonic's status for a stream that was reset or a message that does not decode.
     Broken(Status),
@@ -35,7 +35,7 @@ impl Accepted {
     /// Waits for the answer to the client. An error ends the stream.
     pub(super) async fn answer(self, counted: &Method) -> Result<pb::PublishEventsResponse, Status> {
         let outcome = match self.outcome {
-            Outcome::Submitted(answer) => answer.wait().await,
+            Outcome::Submitted(submitted) => submitted.answer().await,
             Outcome::Failed(error) => Err(error),
             Outcome::Broken(status) => return Err(status),
         };
@@ -85,7 +85,8 @@ pub(super) async fn accept(
                 let submitted = async {
                     credential.confirmed().await?;
                     let batch = UncheckedBatch::try_from(batch)?;
-                    api.submit(Arc::clone(&credential), provider, batch, stream_order.clone()).await
+                    let credential = Arc::clone(&credential);
+                    Submitted::new(&api.0.log, credential, provider, batch, stream_order.clone()).await
                 };
                 // Submitting may wait for the job's configuration and for the log.
                 let submitted = tokio::select! {

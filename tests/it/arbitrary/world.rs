@@ -139,7 +139,7 @@ async fn check(checker: &mut User, listed: &pb::Job) -> Result<(), String> {
             pb::EventKind::Unspecified => return Err(format!("an event without a kind: {event:?}")),
         };
         state
-            .apply(kind, step, &weights)
+            .apply(Uuid::nil(), kind, step, &weights)
             .map_err(|closed| format!("{closed:?} before this event: {event:?}"))?;
         let expected = (state.last_sequence, pb::JobStatus::from(state.status), Some(state.progress.into()));
         if (event.sequence, event.status(), event.progress) != expected {

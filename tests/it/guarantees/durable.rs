@@ -215,5 +215,5 @@ async fn every_connection_sets_synchronous_commit_whatever_the_default_of_the_da
     };
     assert_eq!(value_on(&mut *database.get().await.unwrap()).await, "on");
     assert_eq!(value_on(&mut database.connect().await.unwrap()).await, "on");
-    assert_eq!(value_on(&mut database.connect_to_listen().await.unwrap()).await, "on");
+    assert_eq!(value_on(&mut database.connect_to_listen().await.unwrap().0).await, "on");
 }

@@ -187,5 +187,5 @@ async fn invalid_start_positions_are_refused() {
     stream.caught_up().await;
     server.database.execute("UPDATE event_log SET position = 1").await;
     let ahead = watch(all_jobs(), &[], Some(Start::ResumeToken(stream.resume_token)));
-    assert_refused(customer.watch_by(ahead).await, Code::OutOfRange, ErrorReason::PositionBeyondLog);
+    assert_refused(customer.watch_by(ahead).await, Code::OutOfRange, ErrorReason::LogSetBack);
 }

@@ -1,0 +1,3 @@
+DROP FUNCTION kept_removals;
+DROP FUNCTION enter_history;
+DROP TABLE histories;
