@@ -136,25 +136,64 @@ impl Error {
     }
 }
 
-/// Makes [`Error::Unavailable`] or [`Error::Internal`]. A query that expects a
-/// constraint violation handles it before, with [`violated`].
-impl From<DieselError> for Error {
+/// What a failure of the database calls for.
+///
+/// | SQLSTATE | what happened | failure |
+/// |---|---|---|
+/// | none | the connection was closed, or broke | `Away` |
+/// | 08, 53, 55P03, 57, 58 | starting or stopping, no memory, disk or connection left, too slow | `Away` |
+/// | 40001, 40P01 | a serialization failure or a deadlock | `Away` |
+/// | 25006 | the session is read-only | `Session` |
+/// | 0A000 | "cached plan must not change result type": a column has another type now | `Session` |
+/// | 42, 22 and constraints | milepost's statement, its role or its values | `Fault` |
+///
+/// Diesel hands on a kind, which is [`DatabaseErrorKind::Unknown`] for most states. Of these
+/// the message tells apart those that are not `Away`, and the position in the statement,
+/// which only errors of class 42 have. A Postgres with messages in another language than
+/// English has more that count as `Away`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// The same may succeed later.
+    Away,
+    /// The same may succeed at once, over another connection.
+    Session,
+    /// The same fails again.
+    Fault,
+}
+
+impl Failure {
     #[expect(clippy::wildcard_enum_match_arm, reason = "diesel's enum is not exhaustive")]
-    fn from(error: DieselError) -> Self {
+    pub fn of(error: &DieselError) -> Self {
         match error {
-            // Postgres is starting or shutting down, has no memory, disk or
-            // connections left, or exceeded one of its timeouts.
+            DieselError::DatabaseError(DatabaseErrorKind::ReadOnlyTransaction, _) => Self::Session,
+            DieselError::DatabaseError(DatabaseErrorKind::Unknown, information) => {
+                match information.message() {
+                    "cached plan must not change result type" => Self::Session,
+                    message if message.starts_with("permission denied") => Self::Fault,
+                    _ if information.statement_position().is_some() => Self::Fault,
+                    _ => Self::Away,
+                }
+            }
             DieselError::DatabaseError(
-                DatabaseErrorKind::Unknown
-                | DatabaseErrorKind::ClosedConnection
+                DatabaseErrorKind::ClosedConnection
                 | DatabaseErrorKind::UnableToSendCommand
-                | DatabaseErrorKind::SerializationFailure
-                | DatabaseErrorKind::ReadOnlyTransaction,
+                | DatabaseErrorKind::SerializationFailure,
                 _,
             )
             | DieselError::BrokenTransactionManager
-            | DieselError::RollbackErrorOnCommit { .. } => Self::Unavailable(Box::new(error)),
-            fault => Self::Internal(Box::new(fault)),
+            | DieselError::RollbackErrorOnCommit { .. } => Self::Away,
+            _ => Self::Fault,
+        }
+    }
+}
+
+/// Makes [`Error::Unavailable`] or [`Error::Internal`]. A query that expects a
+/// constraint violation handles it before, with [`violated`].
+impl From<DieselError> for Error {
+    fn from(error: DieselError) -> Self {
+        match Failure::of(&error) {
+            Failure::Away | Failure::Session => Self::Unavailable(Box::new(error)),
+            Failure::Fault => Self::Internal(Box::new(error)),
         }
     }
 }

@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use super::{Auth, Credential, Revocation, admission::Unauthenticated};
 use crate::{
-    db::{Authority, Unconditional},
+    db::{Authority, Unconditional, read},
     error::{Error, Result},
     models::{
         audit_entry::Origin,
@@ -101,7 +101,7 @@ impl Auth {
         origin: Origin,
     ) -> Result<(usize, i64)> {
         let account = credential.caller().account()?;
-        let (email, hash) = User::password_hash(&mut *self.inner.database.get().await?, account).await?;
+        let (email, hash) = read!(self.inner.database, |conn| User::password_hash(conn, account))?;
         // A wrong current password counts as a failed log-in.
         let (attempt, permit) = self.begin(Arc::clone(&credential), LogInClaim::new(email, origin)).await?;
         let auth = self.clone();
@@ -228,7 +228,7 @@ impl Auth {
             {
                 return Ok(Verified::Right(changed));
             }
-            (_, hash) = User::password_hash(&mut *database.get().await?, account).await?;
+            (_, hash) = read!(database, |conn| User::password_hash(conn, account))?;
         }
         Ok(Verified::Wrong(Some(account.user_id())))
     }

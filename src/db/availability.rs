@@ -5,14 +5,17 @@
 //! connection nor a new one answers, the database is unavailable: every connection to it
 //! is cut, so that callers are refused now and not when TCP gives up, and no caller tries
 //! to connect until it answers again.
+//!
+//! A database that waits for a synchronous standby answers queries and commits nothing. Then
+//! reads go on, callers that wait for a commit are refused, and the server is not ready.
 
 use std::{
     sync::{Arc, Weak},
     time::Duration,
 };
 
-use diesel::{ConnectionError, ConnectionResult};
-use diesel_async::{AsyncPgConnection, SimpleAsyncConnection as _};
+use diesel::{ConnectionError, ConnectionResult, QueryableByName, sql_query, sql_types::Bool};
+use diesel_async::{AsyncPgConnection, RunQueryDsl as _};
 use futures_util::{
     StreamExt as _,
     future::{BoxFuture, FutureExt as _},
@@ -47,11 +50,25 @@ pub(super) struct Availability {
     available: watch::Sender<Option<bool>>,
     /// Cancelled while the database is unavailable; its child tokens cut connections.
     outage: Mutex<CancellationToken>,
+    /// Cancelled while commits hang, or the database is unavailable.
+    hang: Mutex<CancellationToken>,
+}
+
+/// What a database does that answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Commits {
+    Come,
+    /// A commit has waited for a synchronous standby for a second.
+    Hang,
 }
 
 impl Availability {
     pub(super) fn new() -> Arc<Self> {
-        Arc::new(Self { available: watch::Sender::new(None), outage: Mutex::default() })
+        Arc::new(Self {
+            available: watch::Sender::new(None),
+            outage: Mutex::default(),
+            hang: Mutex::default(),
+        })
     }
 
     /// Cancelled if the database is unavailable, or when it next becomes so.
@@ -59,34 +76,47 @@ impl Availability {
         self.outage.lock().clone()
     }
 
-    /// None before the first check.
+    /// Cancelled if no commit comes, or when that is next so.
+    pub(super) fn hang(&self) -> CancellationToken {
+        self.hang.lock().clone()
+    }
+
+    /// Whether the database answers and commits come; none before the first check.
     pub(super) fn subscribe(&self) -> watch::Receiver<Option<bool>> {
         self.available.subscribe()
     }
 
-    fn note(&self, checked: ConnectionResult<()>) {
-        let available = checked.is_ok();
-        if *self.available.borrow() == Some(available) {
+    fn note(&self, checked: ConnectionResult<Commits>) {
+        let (mut outage, mut hang) = (self.outage.lock(), self.hang.lock());
+        // Before the first answer there was no outage, and connections may have been made with
+        // this token.
+        if checked.is_ok() && outage.is_cancelled() {
+            *outage = CancellationToken::new();
+        }
+        match &checked {
+            Ok(Commits::Come) if hang.is_cancelled() => *hang = CancellationToken::new(),
+            Ok(Commits::Come) => {}
+            Ok(Commits::Hang) => hang.cancel(),
+            Err(_) => {
+                outage.cancel();
+                hang.cancel();
+            }
+        }
+        drop((outage, hang));
+        let available = matches!(checked, Ok(Commits::Come));
+        if self.available.send_replace(Some(available)) == Some(available) {
             return;
         }
-        let mut outage = self.outage.lock();
         match checked {
-            Ok(()) => {
-                tracing::info!(ready = true, "the database answers");
-                // Before the first answer there was no outage, and connections may have been
-                // made with this token.
-                if outage.is_cancelled() {
-                    *outage = CancellationToken::new();
-                }
+            Ok(Commits::Come) => tracing::info!(ready = true, "the database answers"),
+            Ok(Commits::Hang) => {
+                tracing::warn!(ready = false, "commits wait for a synchronous standby that does not answer");
             }
             Err(error) => {
                 let error: &dyn std::error::Error = &error;
                 tracing::warn!(ready = false, error, "the database does not answer");
-                outage.cancel();
             }
         }
-        drop(outage);
-        self.available.send_replace(Some(available));
     }
 }
 
@@ -120,12 +150,12 @@ struct Probe {
 impl Probe {
     /// Queries over the kept connection and, if that does not answer, over a new one,
     /// since a broken connection does not mean that the database is unavailable.
-    async fn check(&mut self) -> ConnectionResult<()> {
+    async fn check(&mut self) -> ConnectionResult<Commits> {
         let answered = match self.kept.take() {
             Some(connection) => in_time(CHECK_EVERY, ping(connection)).await.ok(),
             None => None,
         };
-        let (connection, took) = match answered {
+        let Answered { connection, took, commits } = match answered {
             Some(answered) => answered,
             None => self.connect().await?,
         };
@@ -133,7 +163,7 @@ impl Probe {
         // One late answer does not mean that the database is farther away.
         let round_trip = std::mem::replace(&mut self.last, took).min(took);
         self.connect_limit = CHECK_EVERY.max(round_trip * CONNECT_ROUND_TRIPS);
-        Ok(())
+        Ok(commits)
     }
 
     /// Another attempt, beside earlier ones that are still under way: the database may be
@@ -160,14 +190,38 @@ impl Probe {
     }
 }
 
-/// A connection, and how long it took to answer.
-type Answered = (AsyncPgConnection, Duration);
+/// A connection that answered.
+struct Answered {
+    connection: AsyncPgConnection,
+    /// How long it took.
+    took: Duration,
+    commits: Commits,
+}
 
+#[derive(QueryableByName)]
+struct Status {
+    #[diesel(sql_type = Bool)]
+    read_only: bool,
+    #[diesel(sql_type = Bool)]
+    commits_hang: bool,
+}
+
+/// Asks whether the database can be written, and whether a commit of milepost's role waits for
+/// a standby.
 async fn ping(mut connection: AsyncPgConnection) -> ConnectionResult<Answered> {
     let sent_at = Instant::now();
-    // A primary that is demoted closes its connections, so that only the connection is asked.
-    connection.batch_execute("SELECT 1").await.map_err(ConnectionError::CouldntSetupConfiguration)?;
-    Ok((connection, sent_at.elapsed()))
+    let query = sql_query(
+        "SELECT pg_is_in_recovery() OR current_setting('transaction_read_only')::boolean AS read_only, \
+         EXISTS (SELECT FROM pg_stat_activity WHERE wait_event = 'SyncRep' \
+         AND clock_timestamp() - state_change > interval '1 second') AS commits_hang",
+    );
+    let status: Status =
+        query.get_result(&mut connection).await.map_err(ConnectionError::CouldntSetupConfiguration)?;
+    if status.read_only {
+        return Err(ConnectionError::BadConnection("it is read-only".to_owned()));
+    }
+    let commits = if status.commits_hang { Commits::Hang } else { Commits::Come };
+    Ok(Answered { connection, took: sent_at.elapsed(), commits })
 }
 
 async fn in_time<T>(limit: Duration, work: impl Future<Output = ConnectionResult<T>>) -> ConnectionResult<T> {

@@ -51,7 +51,7 @@ const KEEPALIVES_RETRIES: u32 = 3;
 const KEEPALIVES_IDLE_BY_DEFAULT: Duration = Duration::from_secs(2 * 60 * 60);
 
 /// The future that performs a connection's input and output.
-type Driver = Connection<Socket, <MakeRustlsConnect as MakeTlsConnect<Socket>>::Stream>;
+pub(super) type Driver = Connection<Socket, <MakeRustlsConnect as MakeTlsConnect<Socket>>::Stream>;
 
 /// Why a connection could not be made.
 #[derive(Debug, thiserror::Error)]

@@ -10,17 +10,26 @@ pub mod notifier;
 mod pool;
 mod write;
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 
 use deadpool::{Runtime, Status, managed::Timeouts};
 use diesel::{ConnectionError, ConnectionResult};
 use diesel_async::{AsyncPgConnection, pooled_connection::PoolableConnection as _};
+use futures_util::{StreamExt as _, stream};
 use tokio::{sync::watch, time::timeout};
+use tokio_postgres::{AsyncMessage, error::SqlState};
 use tokio_util::sync::CancellationToken;
 
 use self::{
     availability::Availability,
-    connect::{Dialled, dial},
+    connect::{Dialled, Driver, dial},
     identity::Present,
     pool::{Manager, Pool, cut_long_checkouts},
 };
@@ -42,6 +51,24 @@ const SESSION: &str = "SET default_transaction_isolation = 'read committed'; \
     SET default_transaction_read_only = off; SET default_transaction_deferrable = off; \
     SET timezone = 'UTC'; SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 2; \
     SET tcp_keepalives_count = 3";
+
+/// Reads with a connection of the pool, and once more with a new one if the session of the
+/// first one is at fault.
+macro_rules! read {
+    ($database:expr, |$connection:ident| $read:expr) => {{
+        let mut again = false;
+        loop {
+            let mut connection = $database.get().await?;
+            let $connection = &mut connection;
+            let result: $crate::error::Result<_> = $read.await;
+            again = result.is_err() && !again && $database.read_again(connection);
+            if !again {
+                break result;
+            }
+        }
+    }};
+}
+pub(crate) use read;
 
 /// Where the database is, how connections to it are made, and which one they reached.
 struct Target {
@@ -100,6 +127,17 @@ impl Database {
         self.unless_unavailable(self.pool.get()).await
     }
 
+    /// Whether a read that failed may succeed over a new connection, since the session of its
+    /// connection is at fault. Then the idle connections, which are as old, are closed.
+    pub fn read_again(&self, connection: Connection) -> bool {
+        let again = connection.session_failed();
+        drop(connection);
+        if again {
+            self.pool.retain(|_, _| false);
+        }
+        again
+    }
+
     /// As [`Self::get`], for callers that may use only a share of the pool.
     /// [`Error::Overloaded`] if the share has no connection left within the timeout.
     pub async fn get_share(&self, share: &Share) -> Result<Connection> {
@@ -119,8 +157,8 @@ impl Database {
     /// becomes unavailable.
     pub async fn connect(&self) -> Result<OwnConnection> {
         let connecting = Box::pin(connect(&self.target, self.availability.outage()));
-        let (connection, identity) = self.unless_unavailable(connecting).await?;
-        Ok(OwnConnection { connection, identity })
+        let (connection, session) = self.unless_unavailable(connecting).await?;
+        Ok(OwnConnection { connection, session })
     }
 
     /// The server's own connection, kept from one use to the next, or a new one if it
@@ -153,6 +191,15 @@ impl Database {
         match self.availability.outage().run_until_cancelled(work).await {
             Some(result) => result.map_err(Error::unavailable),
             None => Err(Error::unavailable("the database is unavailable")),
+        }
+    }
+
+    /// The result of `commit`, or [`Error::Unavailable`] as soon as commits are known to wait
+    /// for a standby that does not answer. Whether this one takes effect is not known then.
+    pub async fn unless_commits_hang<T>(&self, commit: impl Future<Output = Result<T>>) -> Result<T> {
+        match self.availability.hang().run_until_cancelled(commit).await {
+            Some(result) => result,
+            None => Err(Error::unavailable("commits do not come")),
         }
     }
 
@@ -200,16 +247,55 @@ impl Target {
 async fn connect(
     target: &Target,
     outage: CancellationToken,
-) -> ConnectionResult<(AsyncPgConnection, Identity)> {
+) -> ConnectionResult<(AsyncPgConnection, Session)> {
     let connecting = async {
         let (Dialled { client, driver, identity, .. }, superseded) = target.dial().await?;
-        // A caller that waits for an answer gets the error that the connection is closed; the
-        // driver's own result is not needed.
-        let driver = superseded.run_until_cancelled_owned(driver);
-        tokio::spawn(async move { outage.run_until_cancelled(driver).await.flatten().map(Result::ok) });
-        Ok((AsyncPgConnection::try_from(client).await?, identity))
+        let session = Session { identity, warned: Arc::default() };
+        let driving = superseded.run_until_cancelled_owned(drive(driver, Arc::clone(&session.warned)));
+        tokio::spawn(async move { outage.run_until_cancelled(driving).await });
+        Ok((AsyncPgConnection::try_from(client).await?, session))
     };
     within(target.settings.connect_timeout, connecting).await
+}
+
+/// Performs the input and output of a connection to its end, and notes the warnings of the
+/// class 01000. A caller that waits for an answer gets the error that the connection is closed,
+/// so that the end needs no report.
+async fn drive(mut driver: Driver, warned: Arc<AtomicBool>) {
+    let mut messages = stream::poll_fn(|context| driver.poll_message(context));
+    while let Some(Ok(message)) = messages.next().await {
+        if let AsyncMessage::Notice(notice) = message
+            && *notice.code() == SqlState::WARNING
+        {
+            tracing::warn!(warning = notice.message(), "a warning of the database");
+            warned.store(true, Relaxed);
+        }
+    }
+}
+
+/// What is known of a connection beside the connection itself.
+#[derive(Debug)]
+struct Session {
+    identity: Identity,
+    warned: Arc<AtomicBool>,
+}
+
+impl Session {
+    /// To be called before a transaction whose commit is to be checked.
+    fn begin(&self) {
+        self.warned.store(false, Relaxed);
+    }
+
+    /// [`Error::Unavailable`] if the commit was not acknowledged by the synchronous standby.
+    /// When the wait for the standby is cancelled, as by `pg_cancel_backend`, Postgres answers
+    /// success, and says in a warning that the commit may exist on the primary alone. The
+    /// warning comes before the answer.
+    fn committed(&self) -> Result<()> {
+        if self.warned.load(Relaxed) {
+            return Err(Error::unavailable("the commit may exist on the primary alone"));
+        }
+        Ok(())
+    }
 }
 
 async fn within<T>(limit: Duration, work: impl Future<Output = ConnectionResult<T>>) -> ConnectionResult<T> {

@@ -21,7 +21,6 @@ use deadpool::managed::{self, Metrics, RecycleError, RecycleResult};
 use diesel::{
     ConnectionError,
     connection::{Instrumentation, InstrumentationEvent},
-    result::{DatabaseErrorKind, Error as DieselError},
 };
 use diesel_async::{
     AsyncConnection as _, AsyncPgConnection, SimpleAsyncConnection as _,
@@ -34,7 +33,8 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Identified, Identity, Target, availability::Availability, connect};
+use super::{Identified, Identity, Session, Target, availability::Availability, connect};
+use crate::error::Failure;
 
 /// How often the pool checks for connections that are checked out for too long.
 const CHECK_EVERY: Duration = Duration::from_secs(1);
@@ -74,10 +74,17 @@ struct Checkout {
 
 pub(super) struct Pooled {
     connection: AsyncPgConnection,
-    identity: Identity,
+    session: Session,
     checkout: Arc<Checkout>,
-    /// See [`note_failures`].
-    failed: Arc<AtomicBool>,
+    failed: Arc<Failed>,
+}
+
+/// Whether a query of a connection has failed for another reason than the query itself.
+#[derive(Debug, Default)]
+struct Failed {
+    at_all: AtomicBool,
+    /// For a reason that lies in the session.
+    by_session: AtomicBool,
 }
 
 /// A connection of the pool, for one use. It is cut if the use takes longer than two
@@ -96,6 +103,17 @@ impl Connection {
     pub(super) fn with_permit(mut self, permit: OwnedSemaphorePermit) -> Self {
         self.permit = Some(permit);
         self
+    }
+
+    /// Whether a query failed for a reason that lies in the session.
+    pub(super) fn session_failed(&self) -> bool {
+        self.pooled().failed.by_session.load(Relaxed)
+    }
+
+    /// The connection, and what is known of it beside.
+    pub(super) fn parts(&mut self) -> (&mut AsyncPgConnection, &Session) {
+        let pooled = &mut **self.pooled.as_mut().expect("only Drop takes the connection");
+        (&mut pooled.connection, &pooled.session)
     }
 
     fn pooled(&self) -> &managed::Object<Manager> {
@@ -138,33 +156,31 @@ impl managed::Manager for Manager {
     async fn create(&self) -> Result<Pooled, ConnectionError> {
         let cut = self.availability.outage().child_token();
         // Boxed, so that a caller that needs no new connection has no room for making one.
-        let (mut connection, identity) = Box::pin(connect(&self.target, cut.clone())).await?;
-        let failed = Arc::new(AtomicBool::new(false));
+        let (mut connection, session) = Box::pin(connect(&self.target, cut.clone())).await?;
+        let failed = Arc::<Failed>::default();
         connection.set_instrumentation(note_failures(Arc::clone(&failed)));
         let checkout = Arc::new(Checkout { since_ms: AtomicU64::new(0), cut });
         self.checkouts.lock().push(Arc::downgrade(&checkout));
-        Ok(Pooled { connection, identity, checkout, failed })
+        Ok(Pooled { connection, session, checkout, failed })
     }
 
     /// The client knows whether a connection is whole, without a query.
     async fn recycle(&self, pooled: &mut Pooled, _: &Metrics) -> RecycleResult<ConnectionError> {
-        if pooled.connection.is_broken() || pooled.failed.load(Relaxed) {
+        if pooled.connection.is_broken() || pooled.failed.at_all.load(Relaxed) {
             return Err(RecycleError::message("the connection is broken or has failed"));
         }
         Ok(())
     }
 }
 
-/// Notes that the database refused a query for a reason that may lie in the session, such
-/// as a setting or a prepared statement whose table has changed ("cached plan must not
-/// change result type"): the next session may do better, so the pool drops this one.
-fn note_failures(failed: Arc<AtomicBool>) -> impl Instrumentation {
+/// Notes that the database failed a query for another reason than the query itself: the next
+/// session may do better, so the pool drops this one.
+fn note_failures(failed: Arc<Failed>) -> impl Instrumentation {
     move |event: InstrumentationEvent<'_>| {
-        if let InstrumentationEvent::FinishQuery { error: Some(DieselError::DatabaseError(kind, _)), .. } =
-            event
-            && matches!(kind, DatabaseErrorKind::Unknown | DatabaseErrorKind::ReadOnlyTransaction)
-        {
-            failed.store(true, Relaxed);
+        if let InstrumentationEvent::FinishQuery { error: Some(error), .. } = event {
+            let failure = Failure::of(error);
+            failed.at_all.fetch_or(failure != Failure::Fault, Relaxed);
+            failed.by_session.fetch_or(failure == Failure::Session, Relaxed);
         }
     }
 }
@@ -229,13 +245,13 @@ impl Deref for Connection {
 
 impl DerefMut for Connection {
     fn deref_mut(&mut self) -> &mut AsyncPgConnection {
-        &mut self.pooled.as_mut().expect("only Drop takes the connection").connection
+        self.parts().0
     }
 }
 
 impl Identified for Connection {
     fn identity(&self) -> Identity {
-        self.pooled().identity
+        self.pooled().session.identity
     }
 }
 

@@ -15,7 +15,7 @@ use diesel_async::{AsyncConnection, AsyncPgConnection, TransactionManager as _};
 use futures_util::future::BoxFuture;
 use tracing::Instrument as _;
 
-use super::{Database, Identified, Identity, pool::Share};
+use super::{Database, Identified, Identity, Session, pool::Share};
 use crate::error::{Error, Result};
 
 type Manager = <AsyncPgConnection as AsyncConnection>::TransactionManager;
@@ -46,7 +46,7 @@ impl Authority for Unconditional {
 
 pub struct Transaction<'a> {
     connection: &'a mut AsyncPgConnection,
-    identity: Identity,
+    session: &'a Session,
     after_commit: Vec<Box<dyn FnOnce() + Send>>,
 }
 
@@ -61,9 +61,9 @@ impl Database {
     /// Runs `work` in a transaction, within the span of the caller. The transaction is
     /// committed if `work` succeeds and rolled back if it fails.
     ///
-    /// The transaction runs to its end even if the caller leaves: a future that is
-    /// dropped inside a transaction would leave it open, with its locks, until the next
-    /// use of the connection.
+    /// The transaction runs to its end even if the caller leaves or commits hang: a future
+    /// that is dropped inside a transaction would leave it open, with its locks, until the
+    /// next use of the connection.
     pub async fn write<T, W>(&self, authority: impl Authority, work: W) -> Result<T>
     where
         T: Send + 'static,
@@ -75,10 +75,11 @@ impl Database {
         };
         let transaction = async move {
             authority.check()?;
-            let identity = connection.identity();
-            run(&mut connection, identity, work).await
+            let (connection, session) = connection.parts();
+            run(connection, session, work).await
         };
-        tokio::spawn(transaction.in_current_span()).await.map_err(Error::internal)?
+        let transaction = tokio::spawn(transaction.in_current_span());
+        self.unless_commits_hang(async { transaction.await.map_err(Error::internal)? }).await
     }
 }
 
@@ -86,7 +87,7 @@ impl Database {
 /// callers wait for does not wait for a connection behind calls.
 pub struct OwnConnection {
     pub(super) connection: AsyncPgConnection,
-    pub(super) identity: Identity,
+    pub(super) session: Session,
 }
 
 impl OwnConnection {
@@ -96,26 +97,39 @@ impl OwnConnection {
     where
         W: for<'a> FnOnce(&'a mut Transaction<'_>) -> BoxFuture<'a, Result<T>>,
     {
-        run(&mut self.connection, self.identity, work).await
+        run(&mut self.connection, &self.session, work).await
+    }
+
+    /// To be called before an append.
+    pub fn begin(&self) {
+        self.session.begin();
+    }
+
+    /// [`Error::Unavailable`] if the commit since [`Self::begin`] may exist on the primary
+    /// alone, although the database demands a standby.
+    pub fn committed(&self) -> Result<()> {
+        self.session.committed()
     }
 }
 
 impl Identified for OwnConnection {
     fn identity(&self) -> Identity {
-        self.identity
+        self.session.identity
     }
 }
 
-async fn run<T, W>(connection: &mut AsyncPgConnection, identity: Identity, work: W) -> Result<T>
+async fn run<T, W>(connection: &mut AsyncPgConnection, session: &Session, work: W) -> Result<T>
 where
     W: for<'a> FnOnce(&'a mut Transaction<'_>) -> BoxFuture<'a, Result<T>>,
 {
+    session.begin();
     Manager::begin_transaction(connection).await?;
-    let mut transaction = Transaction { connection, identity, after_commit: Vec::new() };
+    let mut transaction = Transaction { connection, session, after_commit: Vec::new() };
     match work(&mut transaction).await {
         Ok(value) => {
             Manager::commit_transaction(transaction.connection).await?;
             transaction.after_commit.into_iter().for_each(|work| work());
+            session.committed()?;
             Ok(value)
         }
         Err(error) => {
@@ -142,7 +156,7 @@ impl DerefMut for Transaction<'_> {
 
 impl Identified for Transaction<'_> {
     fn identity(&self) -> Identity {
-        self.identity
+        self.session.identity
     }
 }
 

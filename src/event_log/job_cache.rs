@@ -8,7 +8,7 @@ use parking_lot::RwLock;
 use uuid::Uuid;
 
 use crate::{
-    db::{Database, Identified, Identity},
+    db::{Connection, Database, Identified, Identity, read},
     error::{Error, Resource, Result},
     models::{
         caller::{Provider, Viewer, Visibility},
@@ -91,7 +91,7 @@ impl JobCache {
         let found = match (key, viewer.visibility()) {
             (JobKey::Id(id), _) => self.find_by_id(*id).await?,
             (JobKey::ProviderJobId(name), Visibility::Provider(provider_id)) => {
-                self.find_by_name(provider_id, name).await?
+                read!(self.database, |conn| self.find_by_name(conn, provider_id, name))?
             }
             (JobKey::ProviderJobId(_), Visibility::Customer(_) | Visibility::Job(_)) => None,
         };
@@ -136,14 +136,18 @@ impl JobCache {
     async fn find_by_id(&self, id: Uuid) -> Result<Option<Arc<JobIdentity>>> {
         match self.of_present().jobs.get(&id) {
             Some(job) => Ok(Some(job)),
-            None => Ok(self.list(&mut self.database.get().await?, &[id]).await?.remove(&id)),
+            None => Ok(read!(self.database, |conn| self.list(conn, &[id]))?.remove(&id)),
         }
     }
 
-    async fn find_by_name(&self, provider_id: Uuid, name: &str) -> Result<Option<Arc<JobIdentity>>> {
-        let mut connection = self.database.get().await?;
-        let head = JobHead::find_by_provider_job_id(&mut connection, provider_id, name).await?;
-        let job = self.remember(&mut connection, Vec::from_iter(head)).await?.pop();
+    async fn find_by_name(
+        &self,
+        connection: &mut Connection,
+        provider_id: Uuid,
+        name: &str,
+    ) -> Result<Option<Arc<JobIdentity>>> {
+        let head = JobHead::find_by_provider_job_id(connection, provider_id, name).await?;
+        let job = self.remember(connection, Vec::from_iter(head)).await?.pop();
         if let Some(job) = &job {
             let key = (provider_id, name.to_owned());
             self.of(Some(connection.identity())).by_provider_job_id.insert(key, job.id);
@@ -156,8 +160,8 @@ impl JobCache {
         if let Some(configuration) = self.of_present().configurations.get(&id) {
             return Ok(configuration);
         }
-        let mut connection = self.database.get().await?;
-        let found = self.configurations_of(&mut connection, &[id]).await?.remove(&id);
+        let found = read!(self.database, |conn| self.configurations_of(conn, &[id]))?;
+        let found = found.get(&id).cloned();
         found.ok_or_else(|| Error::internal("a job without its configuration"))
     }
 

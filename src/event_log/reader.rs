@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use super::{event::LogEvent, job_cache::JobCache, position::Position, scope::Scope, tail::Tail};
 use crate::{
-    db::{Database, Identified, Identity},
+    db::{Connection, Database, Identified, Identity, read},
     error::{Error, Resource, Result},
     models::{
         event::{Event, JobHead},
@@ -96,14 +96,17 @@ impl Reader {
     /// Reads where the log of a scope ends, and finds there the position of a watch that has
     /// reached this much: [`Error::LogSetBack`] if a part of that is lost.
     pub(super) async fn standing(&self, scope: &Scope, reached: Reached) -> Result<Standing> {
-        let mut connection = self.database.get().await?;
+        read!(self.database, |connection| Self::standing_on(connection, scope, reached))
+    }
+
+    async fn standing_on(connection: &mut Connection, scope: &Scope, reached: Reached) -> Result<Standing> {
         let identity = connection.identity();
         let job = match scope {
-            Scope::Job(job) => Some(head(&mut connection, job.id).await?.state()),
+            Scope::Job(job) => Some(head(connection, job.id).await?.state()),
             Scope::All { .. } => None,
         };
         // After the job's state, so that the job's last event is in this history.
-        let log = LogEnd::read(&mut connection).await?;
+        let log = LogEnd::read(connection).await?;
         let end = job.map_or(log.position, |job| job.last_sequence);
         let at = |cursor, position| Position {
             history: log.history,
@@ -113,24 +116,22 @@ impl Reader {
         };
         let position = match (reached, scope) {
             (Reached::Position(reached), _) => {
-                let kept = log.kept(&mut connection, reached.history, reached.log).await?;
+                let kept = log.kept(connection, reached.history, reached.log).await?;
                 let kept = kept.filter(|_| reached.cursor <= end).ok_or(Error::LogSetBack)?;
                 Position { history: log.history, removals: reached.removals.min(kept), ..reached }
             }
             (Reached::Nothing, Scope::Job(_)) => at(0, 0),
             // Just before the oldest event that is kept.
             (Reached::Nothing, Scope::All { .. }) => {
-                let oldest = Event::oldest_kept(&mut connection).await?;
+                let oldest = Event::oldest_kept(connection).await?;
                 let before = oldest.map_or(end, |position| position - 1).min(end);
                 at(before, before)
             }
             (Reached::Sequence(sequence), _) if sequence > end => return Err(Error::PositionBeyondLog),
             (Reached::Sequence(sequence), Scope::Job(job)) => {
-                at(sequence, log_position(&mut connection, job.id, sequence).await?)
+                at(sequence, log_position(connection, job.id, sequence).await?)
             }
-            (Reached::Everything, Scope::Job(job)) => {
-                at(end, log_position(&mut connection, job.id, end).await?)
-            }
+            (Reached::Everything, Scope::Job(job)) => at(end, log_position(connection, job.id, end).await?),
             (Reached::Sequence(_) | Reached::Everything, Scope::All { .. }) => at(end, end),
         };
         Ok(Standing { position, end, job, identity })

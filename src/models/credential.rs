@@ -8,7 +8,7 @@ use diesel::{
     prelude::*,
     sql_types::{Array, Timestamptz, Uuid as SqlUuid},
 };
-use diesel_async::{AsyncPgConnection, RunQueryDsl};
+use diesel_async::{AsyncPgConnection, RunQueryDsl, SimpleAsyncConnection as _};
 use uuid::Uuid;
 
 use self::view::credentials;
@@ -107,21 +107,24 @@ pub async fn still_valid(
 }
 
 /// Records that these credentials were used, unless that was recorded within a minute.
+///
+/// Nothing waits for that: the commit does not wait for a standby, and rows that another
+/// transaction has locked are left out.
 pub async fn record_use(tx: &mut Transaction<'_>, ids: &[CredentialId]) -> Result<()> {
+    tx.batch_execute("SET LOCAL synchronous_commit = local").await?;
     for (table, of_table) in [
         ("sessions", (|id| matches!(id, CredentialId::Session(_))) as fn(&CredentialId) -> bool),
         ("api_keys", |id| matches!(id, CredentialId::ApiKey(_))),
         ("watch_tokens", |id| matches!(id, CredentialId::WatchToken(_))),
     ] {
-        let mut ids: Vec<Uuid> = ids.iter().filter(|id| of_table(id)).map(|id| id.uuid()).collect();
+        let ids: Vec<Uuid> = ids.iter().filter(|id| of_table(id)).map(|id| id.uuid()).collect();
         if ids.is_empty() {
             continue;
         }
-        // All replicas lock rows in this order.
-        ids.sort_unstable();
         let update = format!(
-            "UPDATE {table} SET last_used_at = now() WHERE id = ANY ($1) \
-             AND (last_used_at IS NULL OR last_used_at <= now() - interval '1 minute')"
+            "UPDATE {table} SET last_used_at = now() WHERE id IN (SELECT id FROM {table} WHERE id = ANY ($1) \
+             AND (last_used_at IS NULL OR last_used_at <= now() - interval '1 minute') \
+             FOR NO KEY UPDATE SKIP LOCKED)"
         );
         diesel::sql_query(update).bind::<Array<SqlUuid>, _>(ids).execute(tx).await?;
     }

@@ -6,6 +6,7 @@ mod watch_tokens;
 
 use std::time::Instant;
 
+use diesel_async::AsyncPgConnection;
 use futures_util::FutureExt as _;
 use tonic::{Request, Response};
 
@@ -16,12 +17,12 @@ use self::{
 use super::{Answer, App, credential_of, jobs::job_key, page::PageRequest, parse};
 use crate::{
     auth::{Auth, Revocation},
-    db::Transaction,
+    db::{Transaction, read},
     error::{Error, Result, Violations},
     limits::{KEY_OVERLAP, WATCH_TOKEN_LIFETIME},
     models::{
         api_key::ApiKey,
-        caller::{CredentialId, KeyScope, Subject},
+        caller::{Caller, CredentialId, KeyScope, Subject},
         session::Session,
         user::User,
         watch_token::{NewWatchToken, WatchToken},
@@ -74,24 +75,9 @@ impl pb::auth_service_server::AuthService for AuthApi {
         &self,
         request: Request<pb::GetCurrentUserRequest>,
     ) -> Answer<pb::GetCurrentUserResponse> {
-        use pb::get_current_user_response::Credential;
         let credential = credential_of(&request)?;
         let caller = credential.caller();
-        let mut conn = self.0.database.get().await?;
-        let user = match caller.subject() {
-            Subject::User { .. } => Some(User::of_caller(&mut conn, caller).await?.into()),
-            Subject::Job(_) => None,
-        };
-        let credential = match caller.credential() {
-            CredentialId::Session(_) => {
-                let session = Session::of_account(&mut conn, caller.account()?).await?;
-                Credential::Session(session_message(String::new(), &session))
-            }
-            CredentialId::ApiKey(_) => Credential::ApiKey(ApiKey::of_caller(&mut conn, caller).await?.into()),
-            CredentialId::WatchToken(_) => {
-                Credential::WatchToken(WatchToken::of_caller(&mut conn, caller).await?.into())
-            }
-        };
+        let (user, credential) = read!(self.0.database, |conn| current_user(conn, caller))?;
         Ok(Response::new(pb::GetCurrentUserResponse { user, credential: Some(credential) }))
     }
 
@@ -144,8 +130,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
         let manager = credential.caller().key_manager()?;
         let mut request = request.into_inner();
         let page = Violations::check(|v| PageRequest::take(v, manager.user_id(), &mut request))?;
-        let mut conn = self.0.database.get().await?;
-        let mut keys = ApiKey::list(&mut conn, &manager, page.after, page.limit()).await?;
+        let mut keys = read!(self.0.database, |conn| ApiKey::list(conn, &manager, page.after, page.limit()))?;
         let next_page_token = page.cut(&mut keys, ApiKey::cursor);
         // The largest page of the largest keys is 0.6 MiB.
         let api_keys = keys.into_iter().map(Into::into).collect();
@@ -242,8 +227,9 @@ impl pb::auth_service_server::AuthService for AuthApi {
             (page, job_key!(v, request.job, list_watch_tokens_request))
         })?;
         let job_id = self.0.log.jobs.find(provider.into(), &job).await?.id;
-        let mut conn = self.0.database.get().await?;
-        let mut tokens = WatchToken::list(&mut conn, provider, job_id, page.after, page.limit()).await?;
+        let mut tokens = read!(self.0.database, |conn| {
+            WatchToken::list(conn, provider, job_id, page.after, page.limit())
+        })?;
         let next_page_token = page.cut(&mut tokens, WatchToken::cursor);
         // The largest page of the largest tokens is 0.6 MiB.
         let watch_tokens = tokens.into_iter().map(Into::into).collect();
@@ -285,4 +271,27 @@ fn revoke<T>(tx: &mut Transaction<'_>, auth: Auth, id: CredentialId, expired: Re
         Err(_) => {}
     }
     expired
+}
+
+/// The caller's user, if it is one, and its credential.
+async fn current_user(
+    conn: &mut AsyncPgConnection,
+    caller: &Caller,
+) -> Result<(Option<pb::User>, pb::get_current_user_response::Credential)> {
+    use pb::get_current_user_response::Credential;
+    let user = match caller.subject() {
+        Subject::User { .. } => Some(User::of_caller(conn, caller).await?.into()),
+        Subject::Job(_) => None,
+    };
+    let credential = match caller.credential() {
+        CredentialId::Session(_) => {
+            let session = Session::of_account(conn, caller.account()?).await?;
+            Credential::Session(session_message(String::new(), &session))
+        }
+        CredentialId::ApiKey(_) => Credential::ApiKey(ApiKey::of_caller(conn, caller).await?.into()),
+        CredentialId::WatchToken(_) => {
+            Credential::WatchToken(WatchToken::of_caller(conn, caller).await?.into())
+        }
+    };
+    Ok((user, credential))
 }

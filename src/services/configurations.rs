@@ -13,6 +13,7 @@ use super::{
     parse,
 };
 use crate::{
+    db::read,
     error::{Error, Resource, Result, Violations, quoted},
     limits::{CONFIGURATION_STEPS, STEP_METADATA, STEP_POINTS},
     models::{
@@ -59,9 +60,7 @@ impl ConfigurationService for ConfigurationApi {
         let credential = credential_of(&request)?;
         let viewer = credential.caller().user_viewer()?;
         let key = ConfigurationKey::try_from(request.into_inner())?;
-        let mut conn = self.0.database.get().await?;
-        let configuration = JobConfiguration::find(&mut conn, viewer, &key)
-            .await?
+        let configuration = read!(self.0.database, |conn| JobConfiguration::find(conn, viewer, &key))?
             .ok_or_else(|| Error::not_found(Resource::JobConfiguration, &key))?;
         let job_configuration = Some(configuration.into());
         Ok(Response::new(pb::GetJobConfigurationResponse { job_configuration }))
@@ -79,16 +78,17 @@ impl ConfigurationService for ConfigurationApi {
             let tag = Some(request.tag).filter(|tag| !tag.is_empty());
             (page, tag.map(|tag| parse::key_text(violations, "tag", tag)))
         })?;
-        let mut conn = self.0.database.get().await?;
-        let (after, limit) = (asked.after, asked.limit());
-        let ids = match tag {
-            Some(tag) => JobConfiguration::list_versions(&mut conn, provider, &tag, after, limit).await?,
-            None => JobConfiguration::list_latest(&mut conn, provider, after, limit).await?,
+        let (database, after, limit) = (&self.0.database, asked.after, asked.limit());
+        let ids = match &tag {
+            Some(tag) => {
+                read!(database, |conn| JobConfiguration::list_versions(conn, provider, tag, after, limit))?
+            }
+            None => read!(database, |conn| JobConfiguration::list_latest(conn, provider, after, limit))?,
         };
         let on_page = ids.len().min(usize::try_from(asked.size).unwrap_or(usize::MAX));
         let mut page = Page::default();
         'page: for ids in ids[..on_page].chunks(READ_AT_ONCE) {
-            for configuration in JobConfiguration::load(&mut conn, ids).await? {
+            for configuration in read!(database, |conn| JobConfiguration::load(conn, ids))? {
                 if !page.push(configuration.into()) {
                     break 'page;
                 }

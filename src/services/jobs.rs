@@ -12,6 +12,7 @@ use super::{
     parse,
 };
 use crate::{
+    db::read,
     error::{Error, Result, Violations},
     models::{
         CreationCursor,
@@ -42,7 +43,7 @@ impl JobService for JobApi {
         let credential = credential_of(&request)?;
         let viewer = credential.caller().viewer()?;
         let key = Violations::check(|v| job_key!(v, request.into_inner().job, get_job_request))?;
-        let job = Job::find(&mut *self.0.database.get().await?, viewer, &key).await?;
+        let job = read!(self.0.database, |conn| Job::find(conn, viewer, &key))?;
         let configuration = self.0.log.jobs.configuration(job.job_configuration_id).await?;
         let job_configuration = Some(configuration.tree.clone().into());
         Ok(Response::new(pb::GetJobResponse { job: Some(job.into()), job_configuration }))
@@ -52,9 +53,8 @@ impl JobService for JobApi {
         let credential = credential_of(&request)?;
         let viewer = credential.caller().user_viewer()?;
         let (filters, asked) = list(viewer, request.into_inner())?;
-        let mut conn = self.0.database.get().await?;
         let JobPage { jobs, mut next } =
-            Job::list(&mut conn, viewer, &filters, asked.after, asked.size).await?;
+            read!(self.0.database, |conn| Job::list(conn, viewer, &filters, asked.after, asked.size))?;
         let mut page = Page::default();
         let mut last = None;
         for job in jobs {
@@ -75,8 +75,8 @@ impl JobService for JobApi {
         let origin = self.0.origin(&request, &credential);
         let (key, reason) = close(request.into_inner())?;
         let (id, existed) = self.0.log.close(credential, provider, &key, reason, &origin).await?;
-        let mut conn = self.0.database.get().await?;
-        let job = Job::find(&mut conn, provider.into(), &JobKey::Id(id)).await?;
+        let key = JobKey::Id(id);
+        let job = read!(self.0.database, |conn| Job::find(conn, provider.into(), &key))?;
         Ok(Response::new(pb::CloseJobResponse { job: Some(job.into()), existed }))
     }
 }

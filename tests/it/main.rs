@@ -45,6 +45,7 @@ mod settings;
 mod silence;
 mod starts;
 mod support;
+mod synchronous;
 mod throttle;
 mod tls;
 mod traces;

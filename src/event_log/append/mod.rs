@@ -64,6 +64,7 @@ const QUEUE_KIB: u32 = 64 * 1024;
 /// Submits batches to the task that appends.
 #[derive(Clone, Debug)]
 pub(crate) struct Appender {
+    database: Database,
     queue: mpsc::Sender<Request>,
     room: Arc<Semaphore>,
     traces: Traces,
@@ -86,12 +87,16 @@ impl StreamOrder {
 
 /// The answer to a submitted batch, still to come.
 #[derive(Debug)]
-pub(crate) struct PendingAnswer(oneshot::Receiver<Result<Vec<AppendedEvent>>>);
+pub(crate) struct PendingAnswer {
+    database: Database,
+    answer: oneshot::Receiver<Result<Vec<AppendedEvent>>>,
+}
 
 impl PendingAnswer {
-    /// Returns once the batch is durable or refused.
+    /// Returns once the batch is durable or refused, or commits hang.
     pub(crate) async fn wait(self) -> Result<Vec<AppendedEvent>> {
-        self.0.await.map_err(Error::unavailable)?
+        let answer = async { self.answer.await.map_err(Error::unavailable)? };
+        self.database.unless_commits_hang(answer).await
     }
 }
 
@@ -108,12 +113,12 @@ impl Appender {
     ) -> io::Result<Self> {
         let (queue, requests) = mpsc::channel(QUEUE);
         let traces = telemetry.traces.clone();
-        let task = Task::new(database, tail, notifier, telemetry);
+        let task = Task::new(database.clone(), tail, notifier, telemetry);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         std::thread::Builder::new().name("append".to_owned()).spawn(move || {
             runtime.block_on(abort_on_panic(task.run(requests)));
         })?;
-        Ok(Self { queue, room: Arc::new(Semaphore::new(QUEUE_KIB as usize)), traces })
+        Ok(Self { database, queue, room: Arc::new(Semaphore::new(QUEUE_KIB as usize)), traces })
     }
 
     /// Submits a batch. Batches for one job are appended in the order in which they
@@ -130,7 +135,8 @@ impl Appender {
             batch.events.iter().map(|event| 256 + event.name.len() + event.metadata.len()).sum();
         let kib = u32::try_from(bytes.div_ceil(1024)).unwrap_or(QUEUE_KIB).min(QUEUE_KIB);
         let room = Arc::clone(&self.room).acquire_many_owned(kib);
-        let room = credential.while_valid(async { room.await.map_err(Error::internal) }).await?;
+        let room = self.database.unless_commits_hang(async { room.await.map_err(Error::internal) });
+        let room = credential.while_valid(room).await?;
         let (to, answer) = oneshot::channel();
         let request = Request {
             credential: Arc::clone(&credential),
@@ -143,7 +149,7 @@ impl Appender {
             _room: room,
         };
         let queued = async { self.queue.send(request).await.map_err(|_| Error::Draining) };
-        credential.while_valid(queued).await?;
-        Ok(PendingAnswer(answer))
+        credential.while_valid(self.database.unless_commits_hang(queued)).await?;
+        Ok(PendingAnswer { database: self.database.clone(), answer })
     }
 }

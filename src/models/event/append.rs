@@ -149,21 +149,25 @@ impl<'a> AppendStatement<'a> {
     /// job in the order in which the jobs were added: the order of their ids, so that
     /// two servers cannot deadlock.
     pub async fn execute(&self, connection: &OwnConnection) -> Result<Vec<AppendOutcome>> {
+        connection.begin();
         let answer = match self.call(connection, false).await {
             Err(error) if violated(&error) == Some("events_job_id_id_key") => {
                 self.call(connection, true).await?
             }
             answer => answer?,
         };
+        connection.committed()?;
         self.outcomes(answer)
     }
 
     /// Appends in a transaction that is open already, and commits it; see
     /// [`LockedJob::append`](super::LockedJob::append).
     pub(super) async fn execute_and_commit(&self, connection: &OwnConnection) -> Result<Vec<AppendOutcome>> {
+        connection.begin();
         let mut shared: &AsyncPgConnection = connection;
         let (answer, ended) = join(self.call(connection, true), shared.batch_execute("COMMIT")).await;
         ended?;
+        connection.committed()?;
         self.outcomes(answer?)
     }
 

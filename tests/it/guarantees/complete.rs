@@ -298,13 +298,14 @@ async fn an_event_arrives_within_a_second_when_no_notification_was_sent() {
     for n in 0..7 {
         // Like a replica that exits between the commit and the notification.
         let append = format!(
-            "SELECT append_events(ARRAY['{id}']::uuid[], ARRAY[{n}]::bigint[], ARRAY[1],
-                ARRAY['running']::job_status[], ARRAY[0]::bigint[], ARRAY[0]::smallint[],
-                ARRAY(SELECT steps_done FROM jobs WHERE id = '{id}'), ARRAY[false],
-                ARRAY[1], ARRAY[gen_random_uuid()], ARRAY[false], ARRAY[{n} + 1]::bigint[],
+            "SELECT append_events(ARRAY[jobs.id], ARRAY[{n}]::bigint[], ARRAY[last_event_id], ARRAY[1],
+                ARRAY[event_id], ARRAY['running']::job_status[], ARRAY[0]::bigint[], ARRAY[0]::smallint[],
+                ARRAY[steps_done], ARRAY[false],
+                ARRAY[1], ARRAY[event_id], ARRAY[false], ARRAY[{n} + 1]::bigint[],
                 ARRAY['info']::event_kind[], ARRAY['{n}'], ARRAY[NULL]::uuid[], ARRAY['']::bytea[],
                 ARRAY[NULL]::timestamptz[], ARRAY['running']::job_status[], ARRAY[0]::bigint[],
-                ARRAY[0]::smallint[])",
+                ARRAY[0]::smallint[])
+             FROM jobs, gen_random_uuid() AS event_id WHERE jobs.id = '{id}'",
             id = job.id,
         );
         server.database.execute(&append).await;

@@ -1,4 +1,5 @@
-//! A primary and an asynchronous standby that can be promoted without its last commits.
+//! A primary and a standby, which can be promoted without the last commits, or can keep commits
+//! waiting.
 
 use std::{
     fs,
@@ -91,10 +92,27 @@ impl Replication {
         .await;
     }
 
+    /// From now on each commit waits for the standby.
+    pub async fn make_synchronous(&self) {
+        self.set("a", "synchronous_standby_names", "*").await;
+        let standbys = "SELECT count(*)::text AS text FROM pg_stat_replication WHERE sync_state = 'sync'";
+        within_timeout("the standby to be synchronous", async {
+            while self.on("a").texts(standbys).await != ["1"] {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        })
+        .await;
+    }
+
+    /// The standby gets commits again.
+    pub async fn join(&self) {
+        let primary = format!("host={} user=milepost", self.host("a").display());
+        self.set("b", "primary_conninfo", &primary).await;
+    }
+
     /// From now on the standby gets no commits.
     pub async fn part(&self) {
-        self.execute("b", "ALTER SYSTEM SET primary_conninfo = ''").await;
-        self.execute("b", "SELECT pg_reload_conf()").await;
+        self.set("b", "primary_conninfo", "").await;
         let receivers = "SELECT count(*)::text AS text FROM pg_stat_wal_receiver";
         within_timeout("the standby to stop receiving", async {
             while self.on("b").texts(receivers).await != ["0"] {
@@ -119,6 +137,11 @@ impl Replication {
         let options = format!("-k {host} -c listen_addresses='' -c fsync=off");
         let log = format!("{host}/log");
         self.run("pg_ctl", &["start", "-s", "-w", "-D", &data, "-l", &log, "-o", &options]).await;
+    }
+
+    async fn set(&self, server: &str, name: &str, value: &str) {
+        self.execute(server, &format!("ALTER SYSTEM SET {name} = '{value}'")).await;
+        self.execute(server, "SELECT pg_reload_conf()").await;
     }
 
     async fn execute(&self, server: &str, sql: &str) {
