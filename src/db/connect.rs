@@ -218,7 +218,7 @@ async fn dial_host(config: Config, tls: MakeRustlsConnect, session: &str) -> Res
     let (client, mut driver) = config.connect(tls).await.map_err(DialError::Postgres)?;
     let identity = identity::COLUMNS;
     let facts =
-        format!("SELECT pg_is_in_recovery(), current_setting('server_encoding'), {identity}; {session}");
+        format!("{session}; SELECT pg_is_in_recovery(), current_setting('server_encoding'), {identity}");
     let facts = {
         let mut facts = pin!(client.simple_query(&facts));
         // The driver performs the query's input and output; it ends only with an error.

@@ -16,7 +16,7 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 use uuid::Uuid;
 
-use super::{event::LogEvent, scope::Filter};
+use super::{event::LogEvent, position::Run, scope::Filter};
 
 /// Most events, and most bytes of them, that wait in one mailbox.
 const EVENTS: usize = 256;
@@ -40,14 +40,14 @@ impl Mailboxes {
         Subscription { mailboxes: Arc::clone(self), key, mailbox }
     }
 
-    /// Puts an event of this history into the mailboxes of these topics. The event is made
-    /// only if there is such a mailbox.
-    pub(crate) fn deliver(&self, topics: [Uuid; 3], history: Uuid, make: impl Fn() -> LogEvent) {
+    /// Puts an event of this run into the mailboxes of these topics. The event is made only if
+    /// there is such a mailbox.
+    pub(crate) fn deliver(&self, topics: [Uuid; 3], run: Run, make: impl Fn() -> LogEvent) {
         let by_topic = self.by_topic.lock();
         let mut event = None;
         for topic in topics {
             for (_, mailbox) in by_topic.range((topic, 0)..=(topic, u64::MAX)) {
-                mailbox.put(history, event.get_or_insert_with(|| Arc::new(make())));
+                mailbox.put(run, event.get_or_insert_with(|| Arc::new(make())));
             }
         }
     }
@@ -74,8 +74,8 @@ struct Mailbox {
 
 #[derive(Debug, Default)]
 struct Queue {
-    /// The history of all these events.
-    history: Uuid,
+    /// The run of all these events; none without events.
+    run: Option<Run>,
     events: VecDeque<Delivered>,
     bytes: usize,
     overflowed: bool,
@@ -118,13 +118,12 @@ impl Queue {
 }
 
 impl Mailbox {
-    fn put(&self, history: Uuid, event: &Arc<LogEvent>) {
+    fn put(&self, run: Run, event: &Arc<LogEvent>) {
         let mut queue = self.queue.lock();
         if queue.overflowed {
             return;
         }
-        let former = std::mem::replace(&mut queue.history, history);
-        if former != history && !queue.events.is_empty() {
+        if queue.run.replace(run).is_some_and(|former| former.identity != run.identity) {
             drop(queue);
             return self.overflow();
         }
@@ -166,8 +165,8 @@ pub(crate) struct Subscription {
 /// What a watcher takes out of its mailbox.
 #[derive(Debug)]
 pub(crate) enum Delivery {
-    /// Events of this history, in the order of the log; never empty.
-    Events(Uuid, VecDeque<Delivered>),
+    /// Events of a run, in the order of the log; never empty.
+    Events(Run, VecDeque<Delivered>),
     /// More events came than the mailbox holds. The missing ones are in the log;
     /// the mailbox receives again from now on.
     Overflowed,
@@ -180,12 +179,9 @@ impl Subscription {
         let taken = std::mem::replace(&mut *queue, Queue { watcher, ..Queue::default() });
         drop(queue);
         if taken.overflowed {
-            Some(Delivery::Overflowed)
-        } else if taken.events.is_empty() {
-            None
-        } else {
-            Some(Delivery::Events(taken.history, taken.events))
+            return Some(Delivery::Overflowed);
         }
+        taken.run.map(|run| Delivery::Events(run, taken.events))
     }
 
     /// Notes that the watcher has been sent every event before those that wait.

@@ -6,6 +6,7 @@ use uuid::Uuid;
 
 use super::scope::{Binding, Filter};
 use crate::{
+    db::Identity,
     error::{Error, Result},
     limits::TOKEN_BYTES,
 };
@@ -14,6 +15,14 @@ use crate::{
 const VERSION: u8 = 2;
 /// Bytes of a token: version, binding, history and the three numbers of a position.
 const BYTES: usize = 1 + 8 + 16 + 3 * 8;
+
+/// What tells the events of one run of a primary from those of others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Run {
+    pub(crate) identity: Identity,
+    /// That of the run, or that of a run before, if nothing was appended in this one yet.
+    pub(crate) history: Uuid,
+}
 
 /// How far a watch has read the event log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -17,18 +17,16 @@ use std::{
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-use uuid::Uuid;
-
 use super::{
     abort::abort_on_panic,
     event::LogEvent,
     job_cache::JobCache,
     mailbox::{Mailboxes, Subscription},
-    position::Position,
+    position::{Position, Run},
     scope::Filter,
 };
 use crate::{
-    db::{Database, Identified as _, Identity, OwnConnection},
+    db::{Database, Identified as _, OwnConnection},
     error::{Error, Result},
     models::{event::Event, history::LogEnd, job_identity::JobIdentity},
     telemetry::metrics::{Metrics, Received},
@@ -66,14 +64,6 @@ struct State {
     /// How many events the last sweep found that no notification has announced
     /// since.
     unannounced: usize,
-}
-
-/// What tells the events of one run of a primary from those of others.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Run {
-    pub(crate) identity: Identity,
-    /// That of the run, or that of a run before, if nothing was appended in this one yet.
-    pub(crate) history: Uuid,
 }
 
 impl Tail {
@@ -137,9 +127,11 @@ impl Tail {
     /// of another run, the tail reads them all from the database.
     pub(crate) fn offer(&self, run: Run, events: &[(Event, Arc<JobIdentity>)], received_at: Instant) {
         let mut state = self.state.lock();
-        if state.run != run {
+        if state.run.identity != run.identity {
             return self.wake();
         }
+        // The history may have begun with these events.
+        state.run = run;
         for (row, job) in events {
             if row.position > state.head + 1 {
                 return self.wake();
@@ -156,13 +148,13 @@ impl Tail {
         self.mailboxes.subscribe(filter)
     }
 
-    /// The position up to which every event has been delivered, if the log was read
-    /// to its end less than a second ago.
-    pub(crate) fn current(&self) -> Option<Position> {
+    /// The position up to which every event has been delivered, and its run, if the log was
+    /// read to its end less than a second ago.
+    pub(crate) fn current(&self) -> Option<(Run, Position)> {
         let state = self.state.lock();
         let State { head, run, removals, .. } = *state;
         let position = Position { history: run.history, log: head, cursor: head, removals };
-        (state.read_through.elapsed() < CURRENT).then_some(position)
+        (state.read_through.elapsed() < CURRENT).then_some((run, position))
     }
 
     /// Age of the oldest event that waits for a watcher which had caught up.
@@ -214,7 +206,7 @@ impl Tail {
         if row.position > state.head {
             let topics = [job.id, job.provider_id, job.customer_id];
             let event = || LogEvent::new(row, Arc::clone(job), Some(received));
-            self.mailboxes.deliver(topics, state.run.history, event);
+            self.mailboxes.deliver(topics, state.run, event);
             state.head = row.position;
         }
     }

@@ -20,7 +20,7 @@ use crate::{
         notifier::{Notification, Notifier},
     },
     error::{Error, Resource, Result},
-    event_log::tail::{Run, Tail},
+    event_log::{position::Run, tail::Tail},
     models::{
         event::{AppendOutcome, Event, JobHead, LockedJob},
         history,

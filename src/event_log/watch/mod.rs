@@ -9,7 +9,7 @@
 //!                       end of the log read│            mailbox overflowed,│
 //!                                          └──────── Missed ◀──────────────┘
 //!                                                      an event is missing, or
-//!                                                      the history is another one
+//!                                                      the database is another one
 //!  any phase ──`end` sent──▶ Ended
 //! ```
 
@@ -23,14 +23,13 @@ use std::{
 };
 
 use tokio_util::sync::CancellationToken;
-use uuid::Uuid;
 
 pub(crate) use self::message::{Body, EndReason, Message, Start, WatchQuery};
 use self::past::{Page, Past};
 use super::{
     event::LogEvent,
     mailbox::{Delivered, Delivery, Subscription},
-    position::{Position, ResumeToken},
+    position::{Position, ResumeToken, Run},
     reader::{Reached, Reader, Standing},
     scope::{Filter, Scope},
 };
@@ -303,7 +302,7 @@ impl Watch {
 
     fn receive(&mut self, delivery: Delivery) {
         match delivery {
-            Delivery::Events(history, events) => self.accept(history, events),
+            Delivery::Events(run, events) => self.accept(run, events),
             Delivery::Overflowed => {
                 self.reader.metrics.watches.overflows.inc();
                 self.phase = Phase::Missed;
@@ -311,11 +310,9 @@ impl Watch {
         }
     }
 
-    /// Makes delivered events pending, except those that were read from the log before. If
-    /// they are of another history, the log is read instead, which compares the position.
-    fn accept(&mut self, history: Uuid, events: VecDeque<Delivered>) {
-        if history != self.position.history {
-            self.phase = Phase::Missed;
+    /// Makes delivered events pending, except those that were read from the log before.
+    fn accept(&mut self, run: Run, events: VecDeque<Delivered>) {
+        if !self.is_of(run) {
             return;
         }
         let scope = &self.filter.scope;
@@ -338,16 +335,27 @@ impl Watch {
         self.past.end = self.past.end.max(self.pending.read_to);
     }
 
+    /// Whether the position is one of this run. If the run is one of another database, the log
+    /// is read, which compares the position.
+    fn is_of(&mut self, run: Run) -> bool {
+        if run.identity != self.past.identity {
+            self.phase = Phase::Missed;
+            return false;
+        }
+        // The run's history may have begun since the end of the log was read.
+        self.position.history = run.history;
+        true
+    }
+
     /// A heartbeat, if every event up to the end of the log was delivered and sent.
     fn heartbeat_message(&mut self) -> Option<Message> {
         // In this order: first how far events have been delivered, then whether one of
         // them waits in the mailbox.
-        let Some(delivered) = self.reader.tail.current() else {
+        let Some((run, delivered)) = self.reader.tail.current() else {
             self.heartbeat.due_at = Instant::now() + RETRY;
             return None;
         };
-        if delivered.history != self.position.history {
-            self.phase = Phase::Missed;
+        if !self.is_of(run) {
             return None;
         }
         if let Some(delivery) = self.subscription.take() {
