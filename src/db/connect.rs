@@ -58,9 +58,20 @@ pub enum DialError {
     /// The URL, the `ca` file or their combination cannot be used.
     #[error("{0}")]
     Settings(String),
+    /// A host, and why it cannot be used.
+    #[error("{0}: {1}")]
+    Host(String, #[source] Box<DialError>),
     /// The server is a standby. It may be promoted, or another host may be the primary.
-    #[error("{0} is a standby, and milepost needs the primary")]
-    Standby(String),
+    #[error("the server is a standby, and milepost needs the primary")]
+    Standby,
+    /// A connection has no session of its own; holds what was seen.
+    #[error(
+        "the database is behind a pooler in transaction or statement mode ({0}), which loses LISTEN and SET: \
+         connect to Postgres directly, or set the pooler to session mode (pool_mode=session in pgbouncer)"
+    )]
+    Pooler(String),
+    #[error("the database does not answer")]
+    Silent,
     /// Several hosts, none of which could be used.
     #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
     Hosts(Vec<DialError>),
@@ -74,8 +85,9 @@ impl DialError {
     /// the user, the password or the database.
     pub(super) fn is_final(&self) -> bool {
         match self {
-            Self::Settings(_) => true,
-            Self::Standby(_) => false,
+            Self::Settings(_) | Self::Pooler(_) => true,
+            Self::Standby | Self::Silent => false,
+            Self::Host(_, error) => error.is_final(),
             Self::Hosts(errors) => errors.iter().all(Self::is_final),
             Self::Postgres(error) => error.code().is_some_and(|code| {
                 [
@@ -131,8 +143,12 @@ pub(super) async fn dial(url: &str, ca: Option<&Path>, session: &str) -> Result<
     set_tcp_timeouts(&mut config);
     let tls = tls(config.get_ssl_mode(), ca).await.map_err(|error| DialError::Settings(error.to_string()))?;
     let tls = MakeRustlsConnect::new(tls);
-    let hosts =
-        (0..config.get_hosts().len()).map(|index| dial_host(of_host(&config, index), tls.clone(), session));
+    let hosts = (0..config.get_hosts().len()).map(async |index| {
+        let config = of_host(&config, index);
+        let name = name_of_host(&config);
+        let dialled = dial_host(config, tls.clone(), session).await;
+        dialled.map_err(|error| DialError::Host(name, Box::new(error)))
+    });
     let mut hosts: FuturesUnordered<_> = hosts.collect();
     let mut errors = Vec::new();
     while let Some(dialled) = hosts.next().await {
@@ -194,6 +210,16 @@ fn of_host(config: &Config, index: usize) -> Config {
     one
 }
 
+/// The configuration's only host, as errors name it.
+fn name_of_host(config: &Config) -> String {
+    match (config.get_hosts(), config.get_ports()) {
+        ([Host::Tcp(host), ..], [port, ..]) => format!("{host}:{port}"),
+        ([Host::Tcp(host), ..], []) => host.clone(),
+        ([Host::Unix(directory), ..], _) => directory.display().to_string(),
+        ([], _) => String::new(),
+    }
+}
+
 /// Connects to the one host, checks that it is a primary with the encoding UTF8, and runs
 /// `session` there.
 async fn dial_host(
@@ -201,11 +227,6 @@ async fn dial_host(
     tls: MakeRustlsConnect,
     session: &str,
 ) -> Result<(Client, Driver), DialError> {
-    let host = match config.get_hosts() {
-        [Host::Tcp(host), ..] => host.clone(),
-        [Host::Unix(directory), ..] => directory.display().to_string(),
-        [] => String::new(),
-    };
     let (client, mut driver) = config.connect(tls).await.map_err(DialError::Postgres)?;
     let facts = format!("SELECT pg_is_in_recovery(), current_setting('server_encoding'); {session}");
     let facts = {
@@ -231,7 +252,7 @@ async fn dial_host(
             "the database has the encoding {}, and milepost needs UTF8: create it with ENCODING 'UTF8'",
             encoding.unwrap_or("unknown")
         ))),
-        _ => Err(DialError::Standby(host)),
+        _ => Err(DialError::Standby),
     }
 }
 

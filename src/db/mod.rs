@@ -7,6 +7,7 @@ pub mod embedded;
 pub mod migrations;
 pub mod notifier;
 mod pool;
+mod pooler;
 mod write;
 
 use std::{fmt, sync::Arc, time::Duration};
@@ -21,6 +22,7 @@ use self::{
     availability::Availability,
     connect::{dial, establish},
     pool::{Manager, Pool, cut_long_checkouts},
+    pooler::refuse_pooler,
 };
 pub use self::{
     availability::{StartError, wait_until_available},
@@ -121,10 +123,14 @@ impl Database {
         }
     }
 
-    /// A connection to LISTEN on. An outage does not cut it; see
-    /// [`Self::unless_unavailable`].
+    /// A connection to LISTEN on; an error if a pooler would lose the LISTEN. An outage
+    /// does not cut it; see [`Self::unless_unavailable`].
     pub async fn connect_to_listen(&self) -> Result<AsyncPgConnection> {
-        self.unless_unavailable(connect(&self.target, None)).await
+        let connecting = async {
+            refuse_pooler(self.target.url.reveal(), self.settings()).await?;
+            connect(&self.target, None).await.map_err(BoxError::from)
+        };
+        self.unless_unavailable(Box::pin(connecting)).await
     }
 
     /// The result of `work`, or [`Error::Unavailable`] as soon as the database is known

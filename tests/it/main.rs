@@ -34,6 +34,7 @@ mod metrics;
 mod operations;
 mod outages;
 mod plans;
+mod poolers;
 mod progress;
 mod publish;
 mod retention;
