@@ -8,6 +8,7 @@ pub mod migrations;
 pub mod notifier;
 mod pool;
 mod pooler;
+mod url;
 mod write;
 
 use std::{fmt, sync::Arc, time::Duration};
