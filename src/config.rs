@@ -38,8 +38,8 @@ pub struct Config {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Database")]
 pub struct DatabaseSource {
-    /// URL of a Postgres 15 or later, as postgresql://USER@HOST/DATABASE. Without it milepost starts its own
-    /// (embedded) Postgres from the binaries installed on this machine
+    /// URL of a Postgres 15 or later, as postgresql://USER@HOST/DATABASE. Without it, or with an empty one,
+    /// milepost starts its own (embedded) Postgres from the binaries installed on this machine
     #[arg(
         long = "database-url",
         env = "DATABASE_URL",
@@ -47,15 +47,15 @@ pub struct DatabaseSource {
         value_name = "URL",
         display_order = 1
     )]
-    pub url: Option<DatabaseUrl>,
+    url: Option<DatabaseUrl>,
 
     /// Data directory of the embedded Postgres [default: /var/lib/milepost for root, otherwise milepost in
     /// $XDG_DATA_HOME or ~/.local/share]
     #[arg(long, env = "MILEPOST_DATA_DIR", value_name = "DIRECTORY", display_order = 3)]
     pub data_dir: Option<PathBuf>,
 
-    /// Longest that a start waits for DATABASE_URL to accept connections, in seconds; with a wrong
-    /// password, an unknown user or an unknown database the start fails at once
+    /// Longest that a start waits for DATABASE_URL to accept connections, in seconds; what cannot succeed,
+    /// such as a wrong password or an unknown parameter of the URL, fails at once
     #[arg(long = "database-start-timeout-s", env = "MILEPOST_DATABASE_START_TIMEOUT_S", default_value = "60",
           value_name = "SECONDS", value_parser = seconds(0..=3600), display_order = 6)]
     pub start_timeout: Duration,
@@ -63,6 +63,14 @@ pub struct DatabaseSource {
     /// How connections are made.
     #[command(flatten)]
     pub settings: DatabaseSettings,
+}
+
+impl DatabaseSource {
+    /// DATABASE_URL; none for the embedded Postgres.
+    pub fn url(&self) -> Option<&DatabaseUrl> {
+        // A variable of a container or a unit file is often set to nothing instead of unset.
+        self.url.as_ref().filter(|url| !url.reveal().is_empty())
+    }
 }
 
 /// How connections are made, and how long their uses may take.
@@ -74,7 +82,8 @@ pub struct DatabaseSettings {
     #[arg(long = "database-ca", env = "MILEPOST_DATABASE_CA", value_name = "FILE", display_order = 2)]
     pub ca: Option<PathBuf>,
 
-    /// Most database connections in the server's pool; a server opens five more outside the pool
+    /// Most database connections in the server's pool; a server opens five more outside the pool, and for a
+    /// moment four more when it starts or listens again
     #[arg(long = "database-connections", env = "MILEPOST_DATABASE_CONNECTIONS", default_value_t = 16,
           value_name = "COUNT", value_parser = count(2..=1000), display_order = 4)]
     pub connections: usize,

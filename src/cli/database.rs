@@ -28,7 +28,7 @@ impl OpenDatabase {
     /// Opens the database for a server. An error if another process serves the
     /// embedded Postgres.
     pub(super) async fn to_serve(source: &DatabaseSource) -> Result<Self, BoxError> {
-        if let Some(url) = &source.url {
+        if let Some(url) = source.url() {
             return Ok(Self::existing(url.clone()));
         }
         let embedded = Embedded::start(EmbeddedSettings::new(data_dir(source).await?)).await?;
@@ -49,7 +49,7 @@ impl OpenDatabase {
     /// Waits until DATABASE_URL accepts connections, at most `start_timeout`. Returns at
     /// once without a DATABASE_URL.
     pub(super) async fn wait(source: &DatabaseSource) -> Result<(), StartError> {
-        let Some(url) = &source.url else { return Ok(()) };
+        let Some(url) = source.url() else { return Ok(()) };
         wait_until_available(url, &source.settings, source.start_timeout).await
     }
 
@@ -58,7 +58,7 @@ impl OpenDatabase {
     /// in progress.
     pub(super) async fn ready(Config { database, start, .. }: &Config) -> Result<(), BoxError> {
         Self::wait(database).await?;
-        if let Some(url) = database.url.as_ref().filter(|_| start.migrate) {
+        if let Some(url) = database.url().filter(|_| start.migrate) {
             migrate(url, &database.settings).await?;
         }
         Ok(())

@@ -67,7 +67,7 @@ impl Demo {
         if let Some(server) = &self.server {
             return Ok((server.clone(), None));
         }
-        if self.config.database.url.is_none() {
+        if self.config.database.url().is_none() {
             let dir = data_dir(&self.config.database).await?;
             match Served::of(&dir) {
                 Served::At(address) => return Ok((self.url(address)?, None)),

@@ -36,7 +36,7 @@ pub(super) async fn run(config: &Config) -> Result<ExitCode, BoxError> {
     }
     let listener = bind(config.start.listen).await?;
     let server = Server::start(config, tls, listener).await?;
-    let data = match &config.database.url {
+    let data = match config.database.url() {
         Some(_) => "DATABASE_URL".to_owned(),
         None => data_dir(&config.database).await?.display().to_string(),
     };

@@ -31,6 +31,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Target, connect,
     connect::{DialError, dial},
+    pooler::refuse_pooler,
 };
 use crate::config::{DatabaseSettings, DatabaseUrl};
 
@@ -247,8 +248,9 @@ pub enum StartError {
     },
 }
 
-/// Returns once the database accepts a connection; waits at most for `limit`. An error
-/// that waiting does not cure, such as a wrong password, is returned at once.
+/// Returns once the database accepts connections that have sessions of their own; waits at
+/// most for `limit`. An error that waiting does not cure, such as a wrong password or a
+/// pooler in transaction mode, is returned at once.
 pub async fn wait_until_available(
     url: &DatabaseUrl,
     settings: &DatabaseSettings,
@@ -257,12 +259,15 @@ pub async fn wait_until_available(
     let started = Instant::now();
     let mut logged: Option<Instant> = None;
     loop {
-        let dialled = dial(url.reveal(), settings.ca.as_deref(), "");
-        let last = match timeout(settings.connect_timeout, dialled).await {
-            Ok(Ok(_)) => return Ok(()),
-            Ok(Err(error)) if error.is_final() => return Err(StartError::Refused(error)),
-            Ok(Err(error)) => error.to_string(),
-            Err(_) => "it does not answer".to_owned(),
+        let dialled = timeout(settings.connect_timeout, dial(url.reveal(), settings.ca.as_deref(), "")).await;
+        let answered = match dialled.unwrap_or(Err(DialError::Silent)) {
+            Ok(_) => refuse_pooler(url.reveal(), settings).await,
+            Err(error) => Err(error),
+        };
+        let last = match answered {
+            Ok(()) => return Ok(()),
+            Err(error) if error.is_final() => return Err(StartError::Refused(error)),
+            Err(error) => error.to_string(),
         };
         if started.elapsed() + START_RETRY > limit {
             return Err(StartError::Unavailable { waited_s: started.elapsed().as_secs(), last });

@@ -1,10 +1,11 @@
 //! Makes every connection to the database.
 //!
 //! `sslmode` in the URL decides about TLS. `require` encrypts and verifies the
-//! certificate and the host name, as libpq's `verify-full` does. `prefer`, the
-//! default, encrypts if the database supports TLS and verifies nothing: an attacker
-//! on the network could as well claim that the database does not support TLS. With
-//! a `ca` file, `prefer` becomes `require`. Unix sockets are never encrypted.
+//! certificate and the host name, as libpq's `verify-full` does, which is thus the same
+//! here; so is `verify-ca`. `prefer`, the default, encrypts if the database supports TLS
+//! and verifies nothing: an attacker on the network could as well claim that the database
+//! does not support TLS. With a `ca` file, `prefer` becomes `require`. Unix sockets are
+//! never encrypted.
 //!
 //! All hosts of the URL are tried at once, and the first that is a primary is used: a host
 //! that accepts and then says nothing keeps no caller from the others, and a hot standby,
@@ -37,7 +38,10 @@ use tokio_rustls::rustls::{
     pki_types::{CertificateDer, ServerName, UnixTime},
 };
 
-use super::identity::{self, Identity};
+use super::{
+    identity::{self, Identity},
+    url,
+};
 use crate::tls::{TlsError, provider, trusted};
 
 /// Longest that sent bytes may stay unacknowledged before the connection is closed.
@@ -59,39 +63,72 @@ pub enum DialError {
     /// The URL, the `ca` file or their combination cannot be used.
     #[error("{0}")]
     Settings(String),
+    /// A host, and why it cannot be used.
+    #[error("{0}: {1}")]
+    Host(String, #[source] Box<DialError>),
     /// The server is a standby. It may be promoted, or another host may be the primary.
-    #[error("{0} is a standby, and milepost needs the primary")]
-    Standby(String),
-    /// The server is a former primary: another host was promoted after it.
-    #[error("{0} is a former primary: another server was promoted after it")]
-    Superseded(String),
+    #[error("the server is a standby, and milepost needs the primary")]
+    Standby,
+    /// The server is a former primary: another one was promoted after it.
+    #[error("the server is a former primary: another one was promoted after it")]
+    Superseded,
+    /// A connection has no session of its own; holds what was seen.
+    #[error(
+        "the database is behind a pooler in transaction or statement mode ({0}), which loses LISTEN and SET: \
+         connect to Postgres directly, or set the pooler to session mode (pool_mode=session in pgbouncer)"
+    )]
+    Pooler(String),
+    #[error("the database does not answer")]
+    Silent,
     /// Several hosts, none of which could be used.
     #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
     Hosts(Vec<DialError>),
     /// Postgres refused the connection, or the network failed.
-    #[error("{}{}", .0, .0.source().map(|cause| format!(": {cause}")).unwrap_or_default())]
+    #[error("{}", text(.0))]
     Postgres(tokio_postgres::Error),
 }
 
 impl DialError {
-    /// Whether a retry is useless: the settings cannot be used, or Postgres refused
-    /// the user, the password or the database.
+    /// Whether a retry is useless: the settings cannot be used, Postgres refused the user,
+    /// the password or the database, or a pooler gives connections no sessions of their own.
     pub(super) fn is_final(&self) -> bool {
         match self {
-            Self::Settings(_) => true,
-            Self::Standby(_) | Self::Superseded(_) => false,
+            Self::Settings(_) | Self::Pooler(_) => true,
+            Self::Standby | Self::Superseded | Self::Silent => false,
+            Self::Host(_, error) => error.is_final(),
             Self::Hosts(errors) => errors.iter().all(Self::is_final),
-            Self::Postgres(error) => error.code().is_some_and(|code| {
-                [
-                    SqlState::INVALID_PASSWORD,
-                    SqlState::INVALID_AUTHORIZATION_SPECIFICATION,
-                    SqlState::INVALID_CATALOG_NAME,
-                    SqlState::INSUFFICIENT_PRIVILEGE,
-                ]
-                .contains(code)
-            }),
+            Self::Postgres(error) => {
+                unmet_demand(error).is_some()
+                    || error.code().is_some_and(|code| {
+                        [
+                            SqlState::INVALID_PASSWORD,
+                            SqlState::INVALID_AUTHORIZATION_SPECIFICATION,
+                            SqlState::INVALID_CATALOG_NAME,
+                            SqlState::INSUFFICIENT_PRIVILEGE,
+                        ]
+                        .contains(code)
+                    })
+            }
         }
     }
+}
+
+/// What to do if the server does not offer what the URL demands, or demands what the URL
+/// lacks. tokio-postgres has no codes for these errors.
+fn unmet_demand(error: &tokio_postgres::Error) -> Option<&'static str> {
+    match error.source()?.to_string().as_str() {
+        "server does not support TLS" => Some("sslmode, sslrootcert or --database-ca demands it"),
+        "server did not use channel binding" => Some("channel_binding=require demands it"),
+        "password missing" => Some("the server demands one: add it to DATABASE_URL"),
+        _ => None,
+    }
+}
+
+/// A failure of tokio-postgres with its cause, and with what to do about it if that is known.
+fn text(error: &tokio_postgres::Error) -> String {
+    let cause = error.source().map(|cause| format!(": {cause}"));
+    let demand = unmet_demand(error).map(|demand| format!(" ({demand})"));
+    format!("{error}{}{}", cause.unwrap_or_default(), demand.unwrap_or_default())
 }
 
 impl From<DialError> for ConnectionError {
@@ -124,28 +161,18 @@ pub(super) struct Dialled {
 /// database is verified by the authorities of the PEM file `ca`, or without one by those
 /// of this system. `ca` is read for each connection, so that the file can be replaced.
 pub(super) async fn dial(url: &str, ca: Option<&Path>, session: &str) -> Result<Dialled, DialError> {
-    let mut config: Config =
-        url.parse().map_err(|error: tokio_postgres::Error| DialError::Settings(error.to_string()))?;
-    if config.get_hosts().is_empty() {
-        // TLS verifies the certificate against `host`, which `hostaddr` alone leaves empty.
-        for address in config.get_hostaddrs().to_vec() {
-            config.host(address.to_string());
-        }
-    }
-    if config.get_hosts().iter().all(|host| matches!(host, Host::Unix(_))) {
-        config.ssl_mode(SslMode::Disable);
-    } else if ca.is_some() {
-        if config.get_ssl_mode() == SslMode::Disable {
-            let why = "sslmode=disable contradicts --database-ca, which needs TLS: remove one of them";
-            return Err(DialError::Settings(why.to_owned()));
-        }
-        config.ssl_mode(SslMode::Require);
-    }
+    let url::Target { mut config, ca } = url::read(url, ca).map_err(DialError::Settings)?;
     set_tcp_timeouts(&mut config);
-    let tls = tls(config.get_ssl_mode(), ca).await.map_err(|error| DialError::Settings(error.to_string()))?;
+    let tls = tls(config.get_ssl_mode(), ca.as_deref())
+        .await
+        .map_err(|error| DialError::Settings(error.to_string()))?;
     let tls = MakeRustlsConnect::new(tls);
-    let hosts =
-        (0..config.get_hosts().len()).map(|index| dial_host(of_host(&config, index), tls.clone(), session));
+    let hosts = (0..config.get_hosts().len()).map(async |index| {
+        let config = of_host(&config, index);
+        let name = name_of_host(&config);
+        let dialled = dial_host(config, tls.clone(), session).await;
+        dialled.map_err(|error| DialError::Host(name, Box::new(error)))
+    });
     let mut hosts: FuturesUnordered<_> = hosts.collect();
     let mut errors = Vec::new();
     while let Some(dialled) = hosts.next().await {
@@ -155,7 +182,6 @@ pub(super) async fn dial(url: &str, ca: Option<&Path>, session: &str) -> Result<
         }
     }
     match errors.len() {
-        0 => Err(DialError::Settings("the URL names no host".to_owned())),
         1 => Err(errors.remove(0)),
         _ => Err(DialError::Hosts(errors)),
     }
@@ -207,14 +233,20 @@ fn of_host(config: &Config, index: usize) -> Config {
     one
 }
 
+/// The configuration's only host, as errors name it.
+fn name_of_host(config: &Config) -> String {
+    match (config.get_hosts(), config.get_ports()) {
+        ([Host::Tcp(host), ..], [port, ..]) => format!("{host}:{port}"),
+        ([Host::Tcp(host), ..], []) => host.clone(),
+        ([Host::Unix(directory), ..], _) => directory.display().to_string(),
+        ([], _) => String::new(),
+    }
+}
+
 /// Connects to the one host, checks that it is a primary with the encoding UTF8, and runs
 /// `session` there.
 async fn dial_host(config: Config, tls: MakeRustlsConnect, session: &str) -> Result<Dialled, DialError> {
-    let host = match config.get_hosts() {
-        [Host::Tcp(host), ..] => host.clone(),
-        [Host::Unix(directory), ..] => directory.display().to_string(),
-        [] => String::new(),
-    };
+    let host = name_of_host(&config);
     let (client, mut driver) = config.connect(tls).await.map_err(DialError::Postgres)?;
     let identity = identity::COLUMNS;
     let facts =
@@ -238,7 +270,7 @@ async fn dial_host(config: Config, tls: MakeRustlsConnect, session: &str) -> Res
         .find_map(|message| if let SimpleQueryMessage::Row(row) = message { Some(row) } else { None });
     let column = |index| row.and_then(|row| row.get(index));
     if column(0) != Some("f") {
-        return Err(DialError::Standby(host));
+        return Err(DialError::Standby);
     }
     match column(1) {
         Some("UTF8") => {}
@@ -250,7 +282,7 @@ async fn dial_host(config: Config, tls: MakeRustlsConnect, session: &str) -> Res
         }
     }
     let identity = Identity::parse(std::array::from_fn(|index| column(index + 2)));
-    let unidentified = || DialError::Settings(format!("{host} does not tell which database it is"));
+    let unidentified = || DialError::Settings("the server does not tell which database it is".to_owned());
     Ok(Dialled { identity: identity.ok_or_else(unidentified)?, client, driver, host })
 }
 

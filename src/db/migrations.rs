@@ -13,7 +13,7 @@ use diesel::{
     pg::Pg,
     result::Error as DieselError,
     sql_query,
-    sql_types::{Bool, Integer, Text},
+    sql_types::{BigInt, Bool, Integer, Text},
 };
 use diesel_async::{AsyncMigrationHarness, AsyncPgConnection, RunQueryDsl as _, SimpleAsyncConnection as _};
 use diesel_migrations::{EmbeddedMigrations, MigrationHarness as _, embed_migrations};
@@ -49,6 +49,13 @@ pub enum SchemaError {
     Unavailable(#[source] crate::error::Error),
     #[error("the database refused a query: {0}")]
     Query(#[from] DieselError),
+    /// Another session holds the lock of migrations.
+    #[error("waited for the lock of migrations, held by {holder}: {error}")]
+    Locked {
+        /// The session, as Postgres lists it.
+        holder: String,
+        error: DieselError,
+    },
     /// A migration failed, and its transaction was rolled back.
     #[error("a migration failed: {0}")]
     Migration(BoxError),
@@ -137,20 +144,47 @@ async fn retry_locked_tables(
 }
 
 /// Connects and takes the advisory lock of migrations, which is released when the
-/// connection closes. Refuses a database of an unreleased version.
+/// connection closes. A lock that nobody will release, such as that of a session which
+/// another program keeps open, is recognised by its holder in the log and in the error.
+/// Refuses a database of an unreleased version.
 async fn lock(url: &str, ca: Option<&Path>) -> Result<AsyncMigrationHarness<AsyncPgConnection>, SchemaError> {
     let mut connection = establish(url, ca, SESSION).await?;
     connection
         .batch_execute(&format!(
             "SET application_name = 'milepost migrate'; SET client_min_messages = warning; \
              SET idle_in_transaction_session_timeout = '{IDLE_TIMEOUT}'; \
-             SET lock_timeout = '{MIGRATION_LOCK_TIMEOUT}'; SELECT pg_advisory_lock({LOCK_KEY}); \
-             SET lock_timeout = '{TABLE_LOCK_TIMEOUT}'"
+             SET lock_timeout = '{MIGRATION_LOCK_TIMEOUT}'"
         ))
         .await?;
+    let Lock { taken, holder } =
+        sql_query(TRY_LOCK).bind::<BigInt, _>(LOCK_KEY).get_result(&mut connection).await?;
+    if !taken {
+        tracing::warn!(holder, "waiting for the lock of migrations");
+        let locked = connection.batch_execute(&format!("SELECT pg_advisory_lock({LOCK_KEY})")).await;
+        locked.map_err(|error| SchemaError::Locked { holder, error })?;
+    }
+    connection.batch_execute(&format!("SET lock_timeout = '{TABLE_LOCK_TIMEOUT}'")).await?;
     let mut harness = AsyncMigrationHarness::new(connection);
     refuse_unreleased(&known_versions()?, &applied_versions(&mut harness)?)?;
     Ok(harness)
+}
+
+/// Takes the lock if it is free, and otherwise names its holder. `pg_locks` has the upper
+/// half of the key in `classid`. Whether the state is shown depends on the role.
+const TRY_LOCK: &str = "SELECT pg_try_advisory_lock($1) AS taken, coalesce((
+    SELECT concat_ws(' ', 'the session of pid', pid, '(' || nullif(application_name, '') || ')', state,
+                     'since', state_change)
+    FROM pg_locks JOIN pg_stat_activity USING (pid)
+    WHERE database = (SELECT oid FROM pg_database WHERE datname = current_database())
+        AND locktype = 'advisory' AND granted AND objsubid = 1 AND pid <> pg_backend_pid() AND (classid::bigint << 32 | objid::bigint) = $1
+    LIMIT 1), 'a session that has ended') AS holder";
+
+#[derive(QueryableByName)]
+struct Lock {
+    #[diesel(sql_type = Bool)]
+    taken: bool,
+    #[diesel(sql_type = Text)]
+    holder: String,
 }
 
 fn applied_versions(

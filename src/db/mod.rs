@@ -8,6 +8,8 @@ mod identity;
 pub mod migrations;
 pub mod notifier;
 mod pool;
+mod pooler;
+mod url;
 mod write;
 
 use std::{
@@ -32,6 +34,7 @@ use self::{
     connect::{Dialled, Driver, dial},
     identity::Present,
     pool::{Manager, Pool, cut_long_checkouts},
+    pooler::refuse_pooler,
 };
 pub use self::{
     availability::{StartError, wait_until_available},
@@ -171,15 +174,19 @@ impl Database {
     }
 
     /// A connection to LISTEN on, and the token that says that another database has taken
-    /// the place of the one that was reached. Neither that nor an outage cuts the connection;
-    /// see [`Self::unless_unavailable`].
+    /// the place of the one that was reached; an error if a pooler would lose the LISTEN.
+    /// Neither that nor an outage cuts the connection; see [`Self::unless_unavailable`].
     pub async fn connect_to_listen(&self) -> Result<(AsyncPgConnection, CancellationToken)> {
         let connecting = async {
             let (Dialled { client, driver, .. }, superseded) = self.target.dial().await?;
             let connection = AsyncPgConnection::try_from_client_and_connection(client, driver).await?;
-            Ok::<_, ConnectionError>((connection, superseded))
+            Ok((connection, superseded))
         };
-        self.unless_unavailable(within(self.settings().connect_timeout, connecting)).await
+        let connecting = async {
+            refuse_pooler(self.target.url.reveal(), self.settings()).await?;
+            within(self.settings().connect_timeout, connecting).await.map_err(BoxError::from)
+        };
+        self.unless_unavailable(Box::pin(connecting)).await
     }
 
     /// The result of `work`, or [`Error::Unavailable`] as soon as the database is known

@@ -4,7 +4,7 @@
 //!
 //! A notification may be lost: whoever listens also reads from time to time without one.
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::{convert::Infallible, error::Error as StdError, iter, mem, sync::Arc, time::Duration};
 
 use diesel_async::{RunQueryDsl, SimpleAsyncConnection as _};
 use futures_util::StreamExt as _;
@@ -12,7 +12,7 @@ use tokio::sync::Notify;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use uuid::Uuid;
 
-use super::Database;
+use super::{Database, DialError};
 use crate::error::{Error, Result};
 
 /// Pause before the connection that listens is made again.
@@ -78,18 +78,11 @@ impl Notifier {
     pub fn listen(&self, received: impl Fn(Notification) + Send + Sync + 'static) {
         let (database, replica) = (self.database.clone(), Arc::clone(&self.replica));
         tokio::spawn(self.ended.clone().run_until_cancelled_owned(async move {
-            let mut failing = false;
+            let mut logged = Logged::default();
             loop {
-                let listening = listen(&database, &replica, &received, &mut failing);
-                // Logged once an outage, not at every attempt.
-                if let Err(error) = database.unless_unavailable(listening).await
-                    && !std::mem::replace(&mut failing, true)
-                {
-                    tracing::warn!(
-                        error = &error as &dyn std::error::Error,
-                        "cannot listen to other replicas"
-                    );
-                }
+                let listening = listen(&database, &replica, &received, &mut logged);
+                let Err(error) = database.unless_unavailable(listening).await;
+                logged.log(&error);
                 tokio::time::sleep(RECONNECT).await;
             }
         }));
@@ -99,6 +92,29 @@ impl Notifier {
         match notification {
             Notification::Log => &self.log,
             Notification::Credentials => &self.credentials,
+        }
+    }
+}
+
+/// What was logged since the last success: each cause once, not at every attempt.
+#[derive(Default)]
+struct Logged {
+    outage: bool,
+    pooler: bool,
+}
+
+impl Logged {
+    fn log(&mut self, error: &(dyn StdError + 'static)) {
+        let pooler = iter::successors(Some(error), |&error| error.source())
+            .find(|cause| matches!(cause.downcast_ref(), Some(DialError::Pooler(_))));
+        match pooler {
+            Some(error) if !mem::replace(&mut self.pooler, true) => {
+                tracing::error!(error, "cannot listen to other replicas");
+            }
+            None if !mem::replace(&mut self.outage, true) => {
+                tracing::warn!(error, "cannot listen to other replicas");
+            }
+            _ => {}
         }
     }
 }
@@ -117,7 +133,7 @@ async fn send(database: Database, due: Arc<Notify>, payload: String) {
         };
         if let Err(error) = notify.await {
             // The others read without a notification within a second.
-            tracing::debug!(error = &error as &dyn std::error::Error, "cannot notify other replicas");
+            tracing::debug!(error = &error as &dyn StdError, "cannot notify other replicas");
         }
     }
 }
@@ -127,11 +143,11 @@ async fn listen(
     database: &Database,
     replica: &str,
     received: &impl Fn(Notification),
-    failing: &mut bool,
+    logged: &mut Logged,
 ) -> Result<Infallible> {
     let (mut connection, superseded) = database.connect_to_listen().await?;
     connection.batch_execute("LISTEN milepost").await?;
-    *failing = false;
+    *logged = Logged::default();
     received(Notification::Log);
     received(Notification::Credentials);
     let mut notifications = std::pin::pin!(connection.notifications_stream());

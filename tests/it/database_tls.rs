@@ -23,11 +23,13 @@ use tokio::{
     net::TcpListener,
     process::Command,
     sync::mpsc,
+    time::Instant,
 };
 use uuid::Uuid;
 
 use crate::support::{
-    Authority, TemporaryDir, TestDatabase, TestServer, TlsFiles, complete, database, step, within_timeout,
+    Authority, ServerProcess, TIMEOUT, TemporaryDir, TestDatabase, TestServer, TlsFiles, complete, database,
+    step, within_timeout,
 };
 
 /// A Postgres that accepts TCP connections over TLS alone. Its Unix socket is not
@@ -46,7 +48,11 @@ impl Postgres {
         let address = IpAddr::from([127, 100 + random[0] % 100, random[1], 1 + random[2] % 200]);
         let dir = TemporaryDir::new();
         let rules = dir.path().join("rules.conf");
-        fs::write(&rules, "local all all trust\nhostssl all all all trust\n").unwrap();
+        fs::write(
+            &rules,
+            "local all all trust\nhostssl all scram all scram-sha-256\nhostssl all all all trust\n",
+        )
+        .unwrap();
         let extra_options = [
             ("fsync", "off"),
             ("listen_addresses", &address.to_string()),
@@ -141,6 +147,45 @@ async fn sslmode_require_or_a_ca_verifies_the_certificate_and_prefer_encrypts() 
     }
     let socket = format!("{}?sslmode=require", postgres.embedded.database_url());
     assert_eq!(postgres.encrypts(&socket, None).await, Ok(false));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_tls_parameters_of_libpq_are_understood() {
+    let postgres = Postgres::start().await;
+    let foreign = postgres.files.write("foreign.pem", &Authority::new().pem());
+    let (ca, foreign) = (postgres.files.path("ca.pem").display().to_string(), foreign.display().to_string());
+    for mode in ["verify-full", "verify-ca", "require", "prefer"] {
+        let url = |ca| postgres.url(&format!("sslmode={mode}&sslrootcert={ca}"));
+        assert_eq!(postgres.encrypts(&url(&ca), None).await, Ok(true), "{mode}");
+        let error = postgres.encrypts(&url(&foreign), None).await.unwrap_err();
+        assert!(error.contains("certificate"), "{mode}: {error}");
+        let error = postgres.encrypts(&url(&ca), Some("ca.pem")).await.unwrap_err();
+        assert!(error.contains("sslrootcert") && error.contains("--database-ca"), "{mode}: {error}");
+    }
+    let system = postgres.url("sslmode=verify-full&sslrootcert=system");
+    let error = postgres.encrypts(&system, None).await.unwrap_err();
+    assert!(error.contains("certificate"), "{error}");
+
+    let mut admin = postgres.open(&postgres.embedded.database_url(), None).await.unwrap();
+    admin.batch_execute("CREATE ROLE scram LOGIN PASSWORD 'right'").await.unwrap();
+    let url = |user: &str| {
+        let url = postgres.url(&format!("sslrootcert={ca}&channel_binding=require"));
+        url.replace("//milepost@", &format!("//{user}@"))
+    };
+    assert_eq!(postgres.encrypts(&url("scram:right"), None).await, Ok(true));
+    // Postgres trusts this role, and so it proves nothing about the connection.
+    for (user, words) in [
+        ("milepost", "channel_binding=require"),
+        ("scram:secret", "password authentication failed"),
+        ("scram", "password missing"),
+    ] {
+        let started = Instant::now();
+        let refusal = ServerProcess::refused_on(&url(user)).await;
+        assert!(started.elapsed() < TIMEOUT / 2, "the server did not exit at once");
+        let address = format!("{}:5432: ", postgres.address);
+        assert!(refusal.contains(&address) && refusal.contains(words), "{refusal}");
+        assert!(refusal.lines().count() == 1 && !refusal.contains("secret"), "{refusal}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -35,6 +35,7 @@ mod metrics;
 mod operations;
 mod outages;
 mod plans;
+mod poolers;
 mod progress;
 mod publish;
 mod retention;

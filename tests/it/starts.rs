@@ -79,17 +79,54 @@ async fn a_start_waits_no_longer_than_its_timeout() {
 #[tokio::test(flavor = "multi_thread")]
 async fn permanent_connection_errors_are_reported_at_once_in_one_line() {
     let database = TestDatabase::migrated().await;
-    let no_database = database.url.replace("/test_", "/no_such_");
-    let no_role = database.url.replace("//milepost@", "//nobody@");
-    for (url, word) in
-        [(&no_database, "no_such_"), (&no_role, "nobody"), (&"postgresql:nonsense".to_owned(), "connect")]
-    {
-        assert_ne!(*url, database.url);
+    let proxy = Proxy::to(&database.url).await;
+    let (user, place) = proxy.url.split_once('@').unwrap();
+    let (address, name) = place.split_once('/').unwrap();
+    let socket_dir = database.url.split_once('@').unwrap().1.split_once('/').unwrap().0.replace("%2F", "/");
+    for (url, words) in [
+        (database.url.replace("/test_", "/no_such_"), [socket_dir.as_str(), "no_such_"]),
+        (database.url.replace("//milepost@", "//nobody:secret@"), [&socket_dir, "nobody"]),
+        ("postgresql:secret".to_owned(), ["DATABASE_URL", "postgresql://"]),
+        ("postgresql://milepost:secret@/milepost".to_owned(), ["DATABASE_URL", "no host"]),
+        (format!("{}?gssencmode=disable", database.url), ["DATABASE_URL", "gssencmode"]),
+        (
+            format!("{}?target_session_attrs=standby", database.url),
+            ["target_session_attrs=standby", "primary"],
+        ),
+        (format!("{}?sslmode=verify-full", proxy.url), [address, "sslmode"]),
+        (format!("{}?channel_binding=require", proxy.url), [address, "channel_binding=require"]),
+        (
+            format!("{user}:secret@{address},{address}/{name}?sslmode=require"),
+            [&format!("cannot connect to the database: {address}: "), &format!("; {address}: ")],
+        ),
+    ] {
+        assert!(url != database.url && url != proxy.url);
         let started = Instant::now();
-        let refusal = ServerProcess::refused_on(url).await;
-        assert!(refusal.contains(word) && refusal.lines().count() == 1, "{refusal}");
+        let refusal = ServerProcess::refused_on(&url).await;
+        assert!(refusal.lines().count() == 1 && !refusal.contains("secret"), "{refusal}");
+        for word in words {
+            assert!(refusal.contains(word), "{word:?} is not in {refusal}");
+        }
         assert!(started.elapsed() < TIMEOUT / 2, "the server did not exit at once");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_empty_database_url_is_the_embedded_postgres() {
+    let dir = TemporaryDir::new();
+    for (flags, variable) in [(&[][..], ""), (&["--database-url", ""], "postgresql://127.0.0.1:1/milepost")] {
+        let migrating = Command::new(env!("CARGO_BIN_EXE_milepost"))
+            .arg("migrate")
+            .args(flags)
+            .env("DATABASE_URL", variable)
+            .env("MILEPOST_DATA_DIR", dir.path())
+            .stdin(Stdio::null())
+            .kill_on_drop(true)
+            .output();
+        let migrated = within_timeout("the end of milepost migrate", migrating).await.unwrap();
+        assert!(migrated.status.success(), "{migrated:?}");
+    }
+    assert!(dir.path().join("cluster/data").is_dir());
 }
 
 #[tokio::test(flavor = "multi_thread")]

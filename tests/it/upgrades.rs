@@ -107,6 +107,45 @@ async fn processes_that_migrate_at_once_apply_each_migration_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn who_holds_the_lock_of_migrations_is_in_the_log_and_in_the_error() {
+    let database = TestDatabase::migrated().await;
+    let key = i64::from_be_bytes(*b"milepost");
+    let mut holder = database.connect().await;
+    let lock = format!("SET application_name = 'stranded'; SELECT pg_advisory_lock({key})");
+    holder.batch_execute(&lock).await.unwrap();
+    let pid = "SELECT pid::text AS text FROM pg_locks WHERE locktype = 'advisory' AND granted
+        AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
+    let held = format!("the session of pid {} (stranded) idle since 2", database.texts(pid).await[0]);
+
+    let migrate = async || {
+        let mut migrating = milepost(&database, &["migrate"]).stderr(Stdio::piped()).spawn().unwrap();
+        let mut log = BufReader::new(migrating.stderr.take().unwrap()).lines();
+        let line = within_timeout("a line of the log", log.next_line()).await.unwrap().unwrap();
+        assert!(line.contains("waiting for the lock of migrations") && line.contains(&held), "{line}");
+        (migrating, log)
+    };
+    let (mut migrating, mut log) = migrate().await;
+    // As the end of the longest wait does, a cancelled statement ends this one.
+    within_timeout("the migration to wait", async {
+        while database.waiting_for_locks().await.is_empty() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    let cancel = "SELECT pg_cancel_backend(pid) FROM pg_stat_activity
+        WHERE datname = current_database() AND wait_event_type = 'Lock'";
+    database.execute(cancel).await;
+    let error = within_timeout("the error", log.next_line()).await.unwrap().unwrap();
+    assert!(error.contains(&held) && error.contains("canceling"), "{error}");
+    assert!(!migrating.wait().await.unwrap().success());
+
+    let (mut migrating, _log) = migrate().await;
+    drop(holder);
+    let migrated = within_timeout("the migration", migrating.wait()).await.unwrap();
+    assert!(migrated.success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn serve_without_migrate_refuses_an_older_schema_and_does_not_change_it() {
     let empty = TestDatabase::empty().await;
     let partly = TestDatabase::migrated().await;
