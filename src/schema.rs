@@ -193,6 +193,9 @@ diesel::table! {
         id -> Int2,
         removals -> Int8,
         deleted -> Int8,
+        seen_at -> Nullable<Timestamptz>,
+        unseen -> Interval,
+        unseen_until -> Timestamptz,
     }
 }
 
