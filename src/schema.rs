@@ -42,6 +42,7 @@ diesel::table! {
         note -> Text,
         scopes -> Array<Nullable<ApiKeyScope>>,
         expires_at -> Nullable<Timestamptz>,
+        revoked_at -> Nullable<Timestamptz>,
         last_used_at -> Nullable<Timestamptz>,
         created_at -> Timestamptz,
         updated_at -> Timestamptz,
@@ -204,6 +205,9 @@ diesel::table! {
         id -> Int2,
         removals -> Int8,
         deleted -> Int8,
+        seen_at -> Nullable<Timestamptz>,
+        unseen -> Interval,
+        unseen_until -> Timestamptz,
     }
 }
 
@@ -220,6 +224,7 @@ diesel::table! {
         user_id -> Uuid,
         secret_hash -> Bytea,
         expires_at -> Timestamptz,
+        revoked_at -> Nullable<Timestamptz>,
         last_used_at -> Nullable<Timestamptz>,
         created_at -> Timestamptz,
         updated_at -> Timestamptz,
@@ -266,6 +271,7 @@ diesel::table! {
         secret_prefix -> Text,
         note -> Text,
         expires_at -> Timestamptz,
+        revoked_at -> Nullable<Timestamptz>,
         last_used_at -> Nullable<Timestamptz>,
         created_at -> Timestamptz,
         updated_at -> Timestamptz,

@@ -33,13 +33,28 @@ CREATE TABLE users (
 CREATE TRIGGER users_set_updated_at BEFORE UPDATE ON users
     FOR EACH ROW EXECUTE FUNCTION set_updated_at();
 
--- Revoking a session sets `expires_at` to the present, so that this column alone
--- says whether the session is still valid.
+-- Whether a credential is valid: a session, an API key or a watch token. The expiry is
+-- compared with the present, not with the beginning of the transaction: an update that
+-- waited for a row's lock then finds what the transaction that held the lock has set.
+CREATE FUNCTION is_valid(revoked_at timestamptz, expires_at timestamptz) RETURNS boolean LANGUAGE sql AS $$
+    SELECT revoked_at IS NULL AND (expires_at IS NULL OR expires_at > clock_timestamp());
+$$;
+
+-- A credential whose `revoked_at` is set is refused whatever the time there says, also
+-- by a standby whose clock is behind. Therefore no update takes a revocation back.
+CREATE FUNCTION refuse_change_of_revocation() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    RAISE EXCEPTION '% refused: a revocation in % never changes', TG_OP, TG_TABLE_NAME
+        USING ERRCODE = 'restrict_violation';
+END;
+$$;
+
 CREATE TABLE sessions (
     id uuid NOT NULL,
     user_id uuid NOT NULL,
     secret_hash bytea NOT NULL,
     expires_at timestamptz NOT NULL,
+    revoked_at timestamptz,
     last_used_at timestamptz,
     created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     updated_at timestamptz NOT NULL DEFAULT clock_timestamp(),
@@ -54,6 +69,10 @@ CREATE INDEX sessions_user_id_idx ON sessions (user_id, expires_at);
 CREATE TRIGGER sessions_set_updated_at BEFORE UPDATE ON sessions
     FOR EACH ROW EXECUTE FUNCTION set_updated_at();
 
+CREATE TRIGGER sessions_keep_revocation BEFORE UPDATE OF revoked_at ON sessions
+    FOR EACH ROW WHEN (OLD.revoked_at IS NOT NULL AND NEW.revoked_at IS DISTINCT FROM OLD.revoked_at)
+    EXECUTE FUNCTION refuse_change_of_revocation();
+
 CREATE TYPE api_key_scope AS ENUM ('read', 'append', 'manage');
 
 CREATE TABLE api_keys (
@@ -64,6 +83,7 @@ CREATE TABLE api_keys (
     note text NOT NULL,
     scopes api_key_scope[] NOT NULL,
     expires_at timestamptz,
+    revoked_at timestamptz,
     last_used_at timestamptz,
     created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     updated_at timestamptz NOT NULL DEFAULT clock_timestamp(),
@@ -80,3 +100,7 @@ CREATE INDEX api_keys_user_id_idx ON api_keys (user_id, created_at, id);
 
 CREATE TRIGGER api_keys_set_updated_at BEFORE UPDATE ON api_keys
     FOR EACH ROW EXECUTE FUNCTION set_updated_at();
+
+CREATE TRIGGER api_keys_keep_revocation BEFORE UPDATE OF revoked_at ON api_keys
+    FOR EACH ROW WHEN (OLD.revoked_at IS NOT NULL AND NEW.revoked_at IS DISTINCT FROM OLD.revoked_at)
+    EXECUTE FUNCTION refuse_change_of_revocation();

@@ -12,6 +12,12 @@ CREATE TABLE retention (
     removals bigint NOT NULL DEFAULT 0,
     -- All events of the jobs up to this number are deleted.
     deleted bigint NOT NULL DEFAULT 0,
+    -- The time of the last step; null before the first one.
+    seen_at timestamptz,
+    -- How far the clock went on without steps, until `unseen_until`: see
+    -- remove_expired_events.
+    unseen interval NOT NULL DEFAULT '0',
+    unseen_until timestamptz NOT NULL DEFAULT '-infinity',
     CONSTRAINT retention_pkey PRIMARY KEY (id),
     CONSTRAINT retention_id_check CHECK (id = 1),
     CONSTRAINT retention_removals_check CHECK (deleted BETWEEN 0 AND removals)
@@ -51,6 +57,19 @@ CREATE TRIGGER removed_logs_refuse_update BEFORE UPDATE ON removed_logs
 -- `most_jobs` of the jobs that closed longer ago than `age`. While another
 -- transaction takes a step, this one does nothing.
 --
+-- A step compares the clock with the step before, the first one with the log's last
+-- event. Servers take a step at least every tenth of `age` and every minute. If the
+-- clock went on by more than twice as much (and 10 s), it was set ahead or no server
+-- ran, which look the same. That time is `unseen`: jobs that closed before it are kept
+-- so much longer, at most until `age` has passed since. A clock that is set back takes
+-- its part of `unseen` back.
+--
+-- What this promises: a clock that is set ahead, for a minute or for good, has no events
+-- removed early by more than that twice as much. What it does not: events are removed
+-- later after a time without servers, and those of jobs that closed while the clock was
+-- ahead. And if the clock is set ahead before the first step and events are appended
+-- then, neither steps nor log show it.
+--
 -- Each query reads ranges of indexes that are no longer than the step. For that,
 -- `due_before` is computed once, since an expression that is evaluated for each
 -- row bounds no range; and the events to delete are bounded by one sequence. The
@@ -72,7 +91,9 @@ AS $$
 #variable_conflict use_column
 DECLARE
     state retention%ROWTYPE;
-    due_before timestamptz := clock_timestamp() - age;
+    seen timestamptz := clock_timestamp();
+    plausible interval := greatest(least(age / 5, interval '2 minutes'), interval '10 seconds');
+    due_before timestamptz := seen - age;
     current_job_id uuid;
     through_sequence bigint;
     step bigint;
@@ -83,6 +104,24 @@ BEGIN
     IF NOT FOUND THEN
         RETURN;
     END IF;
+
+    IF state.seen_at IS NULL THEN
+        SELECT created_at INTO state.seen_at FROM events
+        WHERE position = (SELECT position FROM event_log WHERE id = 1);
+    END IF;
+    IF seen > state.seen_at + plausible THEN
+        -- What was unseen before concerns no job any more if all that closed before it are due.
+        state.unseen := seen - state.seen_at
+            + CASE WHEN due_before < state.unseen_until THEN state.unseen ELSE interval '0' END;
+        state.unseen_until := seen;
+    ELSIF seen < state.unseen_until THEN
+        state.unseen := greatest(state.unseen + (seen - state.seen_at), interval '0');
+        state.unseen_until := seen;
+    END IF;
+    IF due_before < state.unseen_until THEN
+        due_before := due_before - state.unseen;
+    END IF;
+    UPDATE retention SET seen_at = seen, unseen = state.unseen, unseen_until = state.unseen_until WHERE id = 1;
 
     IF state.deleted = state.removals THEN
         WITH due AS (

@@ -10,6 +10,7 @@ CREATE TABLE watch_tokens (
     secret_prefix text NOT NULL,
     note text NOT NULL,
     expires_at timestamptz NOT NULL,
+    revoked_at timestamptz,
     last_used_at timestamptz,
     created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     updated_at timestamptz NOT NULL DEFAULT clock_timestamp(),
@@ -28,16 +29,20 @@ CREATE INDEX watch_tokens_user_id_idx ON watch_tokens (user_id);
 CREATE TRIGGER watch_tokens_set_updated_at BEFORE UPDATE ON watch_tokens
     FOR EACH ROW EXECUTE FUNCTION set_updated_at();
 
+CREATE TRIGGER watch_tokens_keep_revocation BEFORE UPDATE OF revoked_at ON watch_tokens
+    FOR EACH ROW WHEN (OLD.revoked_at IS NOT NULL AND NEW.revoked_at IS DISTINCT FROM OLD.revoked_at)
+    EXECUTE FUNCTION refuse_change_of_revocation();
+
 -- All credentials, for the one query that authenticates a secret, whichever kind it is,
 -- and for the one that confirms those in use. A watch token belongs to the user who made
 -- it: when that user is disabled, the token is refused.
 CREATE VIEW credentials AS
     SELECT id, 'session' AS kind, secret_hash, user_id, NULL::uuid AS job_id,
-        NULL::api_key_scope[] AS scopes, expires_at
+        NULL::api_key_scope[] AS scopes, expires_at, revoked_at
     FROM sessions
     UNION ALL
-    SELECT id, 'api_key', key_hash, user_id, NULL, scopes, expires_at
+    SELECT id, 'api_key', key_hash, user_id, NULL, scopes, expires_at, revoked_at
     FROM api_keys
     UNION ALL
-    SELECT id, 'watch_token', secret_hash, user_id, job_id, NULL, expires_at
+    SELECT id, 'watch_token', secret_hash, user_id, job_id, NULL, expires_at, revoked_at
     FROM watch_tokens;

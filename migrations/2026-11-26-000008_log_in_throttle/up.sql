@@ -56,6 +56,10 @@ $$;
 -- lasts (wait). A key is blocked once it has as many failures as `free` says: for
 -- a second, then twice as long after each further failure, up to `longest`. A
 -- count starts anew after 15 minutes without an attempt.
+--
+-- The row of a key was last written before now. A row with a later `last_at` was
+-- written while the clock was ahead, so that its block tells nothing: it is over, since
+-- it must not last longer than `longest`, and the failures count as of now.
 CREATE FUNCTION count_attempt(
     keys bytea[], free integer[], longest interval, OUT counted_at timestamptz, OUT wait interval
 ) LANGUAGE plpgsql AS $$
@@ -75,7 +79,7 @@ BEGIN
         END IF;
         moment := clock_timestamp();
         SELECT max(blocked_until) - moment INTO wait FROM log_in_attempts
-        WHERE key = ANY (keys) AND blocked_until > moment;
+        WHERE key = ANY (keys) AND blocked_until > moment AND last_at <= moment;
         IF wait IS NOT NULL THEN
             RETURN;
         END IF;
@@ -95,7 +99,12 @@ BEGIN
     counted_at := moment;
 
     -- At the end, and without rows that are locked: to wait for them while others
-    -- wait for the rows above would be a deadlock.
+    -- wait for the rows above would be a deadlock. Rows written while the clock was
+    -- ahead are set to now, so that they do not count once the clock has come that
+    -- far. The second condition leaves out what was written after `moment`.
+    UPDATE log_in_attempts SET last_at = moment, blocked_until = NULL WHERE key IN (
+        SELECT key FROM log_in_attempts WHERE last_at > moment AND last_at > clock_timestamp()
+        ORDER BY last_at LIMIT 10 FOR UPDATE SKIP LOCKED);
     DELETE FROM log_in_attempts WHERE key IN (
         SELECT key FROM log_in_attempts WHERE succeeded_at IS NULL AND last_at < moment - interval '15 minutes'
         ORDER BY last_at LIMIT 10 FOR UPDATE SKIP LOCKED);
@@ -129,7 +138,8 @@ BEGIN
         FROM count_attempt(keys[1:1], ARRAY[pair_free], longest) AS counted;
     ELSE
         refused := EXISTS (
-            SELECT FROM log_in_attempts WHERE key = keys[1] AND blocked_until > clock_timestamp());
+            SELECT FROM log_in_attempts
+            WHERE key = keys[1] AND blocked_until > clock_timestamp() AND last_at <= clock_timestamp());
     END IF;
 END;
 $$;
@@ -154,7 +164,7 @@ BEGIN
     ON CONFLICT (key) DO UPDATE SET failures = 0, blocked_until = NULL, succeeded_at = moment;
     UPDATE log_in_attempts SET
         failures = greatest(failures - 1, 0),
-        blocked_until = CASE WHEN last_at > counted_at THEN blocked_until END
+        blocked_until = CASE WHEN last_at <> counted_at THEN blocked_until END
     WHERE key = ANY (keys[2:3]);
     RETURN true;
 END;
@@ -177,7 +187,7 @@ BEGIN
     PERFORM FROM log_in_attempts WHERE key = ANY (keys) ORDER BY key FOR UPDATE;
     UPDATE log_in_attempts SET
         failures = greatest(failures - 1, 0),
-        blocked_until = CASE WHEN counted_at IS NULL OR last_at > counted_at THEN blocked_until END
+        blocked_until = CASE WHEN counted_at IS NULL OR last_at <> counted_at THEN blocked_until END
     WHERE key = ANY (keys);
     RETURN true;
 END;

@@ -1,7 +1,7 @@
 //! The cache of credentials, which contains valid ones only.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     sync::{Arc, Weak},
     time::Duration,
 };
@@ -66,14 +66,44 @@ pub(super) struct Cache {
     /// The last revocations, and how many there have been in all.
     revocations: VecDeque<Revocation>,
     revocations_ever: u64,
+    refused: Refused,
+}
+
+/// Secrets whose credentials have expired or were revoked, and stay refused by this process
+/// even if the database's clock is set back or a failover loses the revocation. At most as
+/// many as credentials are cached; one more drops the oldest.
+#[derive(Debug, Default)]
+struct Refused {
+    hashes: HashSet<SecretHash>,
+    oldest_first: VecDeque<SecretHash>,
+}
+
+impl Refused {
+    fn insert(&mut self, hash: SecretHash) {
+        if !self.hashes.insert(hash) {
+            return;
+        }
+        self.oldest_first.push_back(hash);
+        if self.oldest_first.len() > CREDENTIALS
+            && let Some(oldest) = self.oldest_first.pop_front()
+        {
+            self.hashes.remove(&oldest);
+        }
+    }
 }
 
 impl Cache {
-    /// The cached credential of a secret, valid or not. The use is noted.
-    pub(super) fn get(&self, hash: &SecretHash) -> Option<Arc<Credential>> {
-        let credential = self.entries.get(hash)?;
-        credential.touch();
-        Some(credential.clone())
+    /// The cached credential of a secret; the use is noted. [`Error::CredentialInvalid`] if
+    /// the credential has ended.
+    pub(super) fn get(&mut self, hash: &SecretHash) -> Result<Option<Arc<Credential>>> {
+        let cached = self.entries.get(hash).cloned();
+        if cached.as_ref().is_some_and(|credential| !credential.is_valid()) {
+            self.refuse(*hash);
+        }
+        if self.refused.hashes.contains(hash) {
+            return Err(Error::CredentialInvalid);
+        }
+        Ok(cached.inspect(|credential| credential.touch()))
     }
 
     /// To be taken before the database is asked about a secret.
@@ -81,8 +111,9 @@ impl Cache {
         self.revocations_ever
     }
 
-    /// Caches a credential that the database has as valid, unless it was revoked since
-    /// `mark`. [`Error::Overloaded`] if there is no room.
+    /// Caches a looked-up credential, unless it was revoked since `mark`.
+    /// [`Error::CredentialInvalid`] if it has ended, [`Error::Overloaded`] if there is no
+    /// room.
     pub(super) fn insert(&mut self, hash: SecretHash, credential: Credential, mark: u64) -> Result<Inserted> {
         let since = usize::try_from(self.revocations_ever - mark).unwrap_or(usize::MAX);
         let mut later = self.revocations.iter().rev().take(since);
@@ -90,12 +121,14 @@ impl Cache {
         {
             return Ok(Inserted::Outdated);
         }
+        if !credential.is_valid() {
+            self.refuse(hash);
+        }
         // A concurrent look-up that was faster keeps its entry, since streams may wait for
         // the end of that one.
-        if let Some(cached) = self.entries.get(&hash).filter(|cached| cached.is_valid()) {
+        if let Some(cached) = self.get(&hash)? {
             cached.confirm(credential.confirmed_at());
-            cached.touch();
-            return Ok(Inserted::Valid(cached.clone()));
+            return Ok(Inserted::Valid(cached));
         }
         if self.entries.len() >= CREDENTIALS {
             self.make_room()?;
@@ -108,10 +141,11 @@ impl Cache {
     /// Ends the concerned credentials, also those that look-ups in flight may find.
     pub(super) fn revoke(&mut self, revocation: Revocation) {
         self.note(revocation);
-        self.entries.retain(|_, credential| {
+        self.entries.retain(|hash, credential| {
             let ended = revocation.concerns(credential.caller());
             if ended {
                 credential.end();
+                self.refused.insert(*hash);
             }
             !ended
         });
@@ -134,7 +168,7 @@ impl Cache {
         self.revocations_ever += 1;
     }
 
-    /// Ends the credential of a secret that the database has not as valid.
+    /// Ends the credential of a secret that is unknown or whose user is disabled.
     pub(super) fn remove(&mut self, hash: &SecretHash) {
         if let Some(credential) = self.entries.remove(hash) {
             credential.end();
@@ -147,6 +181,12 @@ impl Cache {
         if self.entries.get(hash).is_some_and(|cached| Arc::ptr_eq(cached, credential)) {
             self.entries.remove(hash);
         }
+    }
+
+    /// Ends the credential of a secret, and keeps refusing the secret.
+    pub(super) fn refuse(&mut self, hash: SecretHash) {
+        self.remove(&hash);
+        self.refused.insert(hash);
     }
 
     pub(super) fn len(&self) -> usize {
@@ -167,10 +207,11 @@ impl Cache {
 
     /// Removes credentials that were not used for this long, and ends expired ones.
     pub(super) fn drop_idle(&mut self, idle: Duration) {
-        self.entries.retain(|_, credential| {
+        self.entries.retain(|hash, credential| {
             let valid = credential.is_valid();
             if !valid {
                 credential.end();
+                self.refused.insert(*hash);
             }
             valid && !credential.is_idle(idle)
         });
@@ -291,13 +332,47 @@ mod tests {
         let second = look_up(&mut cache, hash, credential(user, id), 0).expect("a credential");
         assert!(Arc::ptr_eq(&first, &second));
         first.end();
+        cache.remove(&hash);
         let third = look_up(&mut cache, hash, credential(user, id), 0).expect("a credential");
         assert!(third.is_valid() && !Arc::ptr_eq(&first, &third));
         cache.remove_ended(&hash, &first);
-        assert!(
-            cache.get(&hash).is_some_and(|cached| cached.is_valid()),
-            "the entry of the other credential"
-        );
+        assert!(cache.get(&hash).is_ok_and(|cached| cached.is_some()), "the entry of the other credential");
+    }
+
+    #[test]
+    fn an_ended_credential_stays_refused_whatever_the_database_says_later() {
+        let id = CredentialId::ApiKey(Uuid::now_v7());
+        let ends: [fn(&mut Cache, SecretHash, &Credential); 4] = [
+            |cache, _, cached| cache.revoke(Revocation::Credential(cached.caller().credential())),
+            |cache, hash, _| cache.refuse(hash),
+            |_, _, cached| cached.end_at(Moment::now()),
+            |cache, hash, cached| {
+                cache.remove(&hash);
+                let expired = Credential::new(cached.caller().clone(), Some(Duration::ZERO), Moment::now());
+                assert!(cache.insert(hash, expired, 0).is_err());
+            },
+        ];
+        for end in ends {
+            let (mut cache, hash) = (Cache::default(), hash());
+            let cached = look_up(&mut cache, hash, credential(Uuid::nil(), id), 0).expect("a credential");
+            end(&mut cache, hash, &cached);
+            let mark = cache.mark();
+            let again = cache.insert(hash, credential(Uuid::nil(), id), mark);
+            assert!(matches!(again, Err(Error::CredentialInvalid)), "{again:?}");
+            assert!(matches!(cache.get(&hash), Err(Error::CredentialInvalid)));
+        }
+    }
+
+    #[test]
+    fn refused_secrets_are_bounded_and_the_oldest_is_dropped_first() {
+        let mut refused = Refused::default();
+        let [oldest, next] = [hash(), hash()];
+        refused.insert(oldest);
+        refused.insert(next);
+        refused.insert(oldest);
+        (2..=CREDENTIALS).for_each(|_| refused.insert(hash()));
+        assert_eq!((refused.hashes.len(), refused.oldest_first.len()), (CREDENTIALS, CREDENTIALS));
+        assert!(!refused.hashes.contains(&oldest) && refused.hashes.contains(&next));
     }
 
     #[test]
@@ -331,12 +406,13 @@ mod tests {
     fn idle_and_expired_credentials_are_removed() {
         let mut cache = Cache::default();
         let id = CredentialId::ApiKey(Uuid::now_v7());
-        let expired = Credential::new(caller(Uuid::nil(), id), Some(Duration::ZERO), Moment::now());
-        let expired = look_up(&mut cache, hash(), expired, 0).expect("a credential");
-        assert!(!expired.is_valid());
+        let (secret, lifetime) = (hash(), Duration::from_secs(60));
+        let expired = Credential::new(caller(Uuid::nil(), id), Some(lifetime), Moment::now());
+        look_up(&mut cache, secret, expired, 0).expect("a credential").end_at(Moment::now());
         look_up(&mut cache, hash(), credential(Uuid::nil(), id), 0);
         cache.drop_idle(Duration::from_secs(60));
         assert_eq!(cache.entries.len(), 1);
+        assert!(cache.get(&secret).is_err(), "the expired one");
         cache.drop_idle(Duration::ZERO);
         assert_eq!(cache.entries.len(), 0);
     }

@@ -77,15 +77,20 @@ impl Inner {
         if !cached.is_empty() {
             let mut connection = self.database.kept_or_new(kept).await?;
             let ids = |cached: &[Cached]| cached.iter().map(|cached| cached.id).collect::<Vec<_>>();
-            let valid = credential::still_valid(&mut connection, &ids(&cached)).await?;
+            let validity = credential::validity(&mut connection, &ids(&cached)).await?;
             let mut used = Vec::new();
             for cached in cached {
                 // Forgotten meanwhile, and held by no stream.
                 let Some(credential) = cached.credential.upgrade() else { continue };
-                if valid.contains(&cached.id) {
-                    credential.confirm(asked_at);
-                } else {
-                    self.cache.lock().remove_ended(&cached.hash, &credential);
+                match validity.get(&cached.id) {
+                    Some(true) => credential.confirm(asked_at),
+                    known => {
+                        let mut cache = self.cache.lock();
+                        cache.remove_ended(&cached.hash, &credential);
+                        if known.is_some() {
+                            cache.refuse(cached.hash);
+                        }
+                    }
                 }
                 if credential.use_to_record(RECORD_USE) {
                     used.push(cached);

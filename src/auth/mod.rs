@@ -104,8 +104,7 @@ impl Auth {
     pub async fn authenticate(&self, secret: &str) -> Result<Arc<Credential>> {
         let secret = Secret::parse(secret).ok_or(Error::CredentialInvalid)?;
         let hash = secret.hash();
-        match self.inner.cache.lock().get(&hash) {
-            Some(credential) if !credential.is_valid() => return Err(Error::CredentialInvalid),
+        match self.inner.cache.lock().get(&hash)? {
             Some(credential) if credential.is_confirmed() => return Ok(credential),
             _ => {}
         }

@@ -14,7 +14,7 @@ use crate::{
         CreationCursor,
         audit_entry::{AuditAct, AuditEntry, Origin},
         caller::{Caller, CredentialId, KeyManager, KeyScope},
-        clock_timestamp, interval, oldest_first,
+        interval, is_valid, oldest_first,
     },
     schema::api_keys,
     secret::SecretHash,
@@ -33,6 +33,8 @@ pub struct ApiKey {
     scopes: Vec<Option<KeyScope>>,
     /// From this time on the key is refused; none: never.
     pub expires_at: Option<DateTime<Utc>>,
+    /// When the key was revoked, since when it is refused; none: it was not.
+    pub revoked_at: Option<DateTime<Utc>>,
     /// Written at most once a minute.
     pub last_used_at: Option<DateTime<Utc>>,
     pub created_at: DateTime<Utc>,
@@ -111,8 +113,8 @@ impl ApiKey {
         Ok(oldest_first!(api_keys, query, after, limit).load(conn).await?)
     }
 
-    /// Expires a key of the manager's user. Fails with [`Error::NotFound`] if the user
-    /// has no such key, [`Error::ApiKeyAlreadyExpired`] if it has expired before.
+    /// Revokes a key of the manager's user. Fails with [`Error::NotFound`] if the user
+    /// has no such key, [`Error::ApiKeyAlreadyExpired`] if it has ended before.
     pub async fn expire(
         tx: &mut Transaction<'_>,
         manager: &KeyManager,
@@ -121,8 +123,8 @@ impl ApiKey {
     ) -> Result<Self> {
         let own = api_keys::table.find(id).filter(api_keys::user_id.eq(manager.user_id()));
         let expired: Option<Self> = diesel::update(own)
-            .filter(api_keys::expires_at.is_null().or(api_keys::expires_at.gt(clock_timestamp().nullable())))
-            .set(api_keys::expires_at.eq(now))
+            .filter(is_valid(api_keys::revoked_at, api_keys::expires_at))
+            .set(api_keys::revoked_at.eq(now))
             .returning(Self::as_returning())
             .get_result(tx)
             .await
@@ -139,12 +141,13 @@ impl ApiKey {
     }
 
     /// Replaces a key of the manager's user by a new one with the same note, scopes and
-    /// expiry. The old key expires after `overlap`, or earlier if it was to. Returns the
-    /// new key, the old key, and the time until the old key expires.
+    /// expiry. The old key expires after `overlap`, or earlier if it was to; without an
+    /// overlap it is revoked. Returns the new key, the old key, and the time until the old
+    /// key ends.
     ///
     /// Fails with [`Error::NotFound`] if the user has no such key,
     /// [`Error::ScopeRequired`] if the manager lacks a scope of the key,
-    /// [`Error::ApiKeyAlreadyExpired`] if the key has expired before.
+    /// [`Error::ApiKeyAlreadyExpired`] if the key has ended before.
     pub async fn rotate(
         tx: &mut Transaction<'_>,
         manager: &KeyManager,
@@ -154,29 +157,33 @@ impl ApiKey {
         overlap: Duration,
         origin: &Origin,
     ) -> Result<(Self, Self, Duration)> {
-        let overlap = interval(overlap);
         let own = api_keys::table.find(id).filter(api_keys::user_id.eq(manager.user_id()));
-        let valid = api_keys::expires_at.is_null().or(api_keys::expires_at.gt(clock_timestamp().nullable()));
-        let old: Option<(Self, Option<bool>)> =
+        let valid = is_valid(api_keys::revoked_at, api_keys::expires_at);
+        let old: Option<(Self, bool)> =
             own.select((Self::as_select(), valid)).for_no_key_update().get_result(tx).await.optional()?;
         let (old, valid) = old.ok_or_else(|| Error::not_found(Resource::ApiKey, &id))?;
         let scopes: Vec<KeyScope> = old.scopes().collect();
         manager.require(&scopes)?;
-        if valid != Some(true) {
+        if !valid {
             return Err(Error::ApiKeyAlreadyExpired(id));
         }
         let (note, expires_at) = (old.note, old.expires_at);
         let new = NewApiKey { key_hash, key_prefix, note, scopes, expires_at };
         let new = new.insert(tx, manager).await?;
-        let end = || (now.into_sql::<Timestamptz>() + overlap).nullable();
-        diesel::update(own)
-            .filter(api_keys::expires_at.is_null().or(api_keys::expires_at.gt(end())))
-            .set(api_keys::expires_at.eq(end()))
-            .execute(tx)
-            .await?;
+        if overlap.is_zero() {
+            diesel::update(own).set(api_keys::revoked_at.eq(now)).execute(tx).await?;
+        } else {
+            let end = || (now.into_sql::<Timestamptz>() + interval(overlap)).nullable();
+            diesel::update(own)
+                .filter(api_keys::expires_at.is_null().or(api_keys::expires_at.gt(end())))
+                .set(api_keys::expires_at.eq(end()))
+                .execute(tx)
+                .await?;
+        }
         let (old, at): (Self, DateTime<Utc>) =
             own.select((Self::as_select(), now.into_sql::<Timestamptz>())).get_result(tx).await?;
-        let left = old.expires_at.and_then(|ends| (ends - at).to_std().ok()).unwrap_or_default();
+        let ends_at = old.revoked_at.or(old.expires_at);
+        let left = ends_at.and_then(|ends_at| (ends_at - at).to_std().ok()).unwrap_or_default();
         let entry = AuditEntry {
             user_id: Some(manager.user_id()),
             api_key_id: Some(id),
@@ -190,7 +197,7 @@ impl ApiKey {
     pub(super) async fn count_valid(conn: &mut AsyncPgConnection, user_id: Uuid) -> Result<i64> {
         Ok(api_keys::table
             .filter(api_keys::user_id.eq(user_id))
-            .filter(api_keys::expires_at.is_null().or(api_keys::expires_at.gt(now)))
+            .filter(is_valid(api_keys::revoked_at, api_keys::expires_at))
             .count()
             .get_result(conn)
             .await?)

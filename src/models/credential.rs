@@ -1,6 +1,6 @@
 //! The three kinds of credentials, looked up together through the view `credentials`.
 
-use std::{collections::HashSet, time::Duration};
+use std::{collections::HashMap, time::Duration};
 
 use chrono::{DateTime, Utc};
 use diesel::{
@@ -12,7 +12,10 @@ use diesel_async::{AsyncPgConnection, RunQueryDsl, SimpleAsyncConnection as _};
 use uuid::Uuid;
 
 use self::view::credentials;
-use super::caller::{Caller, CredentialId, KeyScope, Subject, UserRole};
+use super::{
+    caller::{Caller, CredentialId, KeyScope, Subject, UserRole},
+    is_valid,
+};
 use crate::{
     db::Transaction,
     error::{Error, Result},
@@ -35,6 +38,7 @@ mod view {
             job_id -> Nullable<Uuid>,
             scopes -> Nullable<Array<Nullable<ApiKeyScope>>>,
             expires_at -> Nullable<Timestamptz>,
+            revoked_at -> Nullable<Timestamptz>,
         }
     }
 }
@@ -54,22 +58,24 @@ struct Row {
 }
 
 /// Returns the caller to whom this secret belongs, and the time until the secret expires,
-/// if it does; none unless the secret is valid now.
+/// if it does; zero if it has expired or was revoked. None if the secret is unknown or
+/// its user disabled.
 pub async fn authenticate(
     connection: &mut AsyncPgConnection,
     secret: &SecretHash,
 ) -> Result<Option<(Caller, Option<Duration>)>> {
-    let found: Option<(Row, UserRole, DateTime<Utc>)> = credentials::table
+    let valid = is_valid(credentials::revoked_at, credentials::expires_at);
+    let found: Option<(Row, UserRole, DateTime<Utc>, bool)> = credentials::table
         .inner_join(users::table)
         .filter(credentials::secret_hash.eq(secret.as_bytes()))
-        .filter(credentials::expires_at.is_null().or(credentials::expires_at.gt(now)))
         .filter(users::disabled_at.is_null())
-        .select((Row::as_select(), users::role, now.into_sql::<Timestamptz>()))
+        .select((Row::as_select(), users::role, now.into_sql::<Timestamptz>(), valid))
         .get_result(connection)
         .await
         .optional()?;
-    let Some((row, role, database_now)) = found else { return Ok(None) };
-    let lifetime = row.expires_at.map(|at| (at - database_now).to_std().unwrap_or_default());
+    let Some((row, role, database_now, valid)) = found else { return Ok(None) };
+    let left = |at: DateTime<Utc>| (at - database_now).to_std().unwrap_or_default();
+    let lifetime = if valid { row.expires_at.map(left) } else { Some(Duration::ZERO) };
     Ok(Some((row.caller(role)?, lifetime)))
 }
 
@@ -89,21 +95,22 @@ impl Row {
     }
 }
 
-/// Returns those of these credentials that are valid now.
-pub async fn still_valid(
+/// Returns whether each of these credentials is valid now; not those that are gone or
+/// whose user is disabled.
+pub async fn validity(
     connection: &mut AsyncPgConnection,
     ids: &[CredentialId],
-) -> Result<HashSet<CredentialId>> {
+) -> Result<HashMap<CredentialId, bool>> {
     let ids: Vec<Uuid> = ids.iter().map(|id| id.uuid()).collect();
-    let valid: Vec<(String, Uuid)> = credentials::table
+    let valid = is_valid(credentials::revoked_at, credentials::expires_at);
+    let known: Vec<(String, Uuid, bool)> = credentials::table
         .inner_join(users::table)
         .filter(credentials::id.eq_any(ids))
-        .filter(credentials::expires_at.is_null().or(credentials::expires_at.gt(now)))
         .filter(users::disabled_at.is_null())
-        .select((credentials::kind, credentials::id))
+        .select((credentials::kind, credentials::id, valid))
         .load(connection)
         .await?;
-    valid.into_iter().map(|(kind, id)| credential_id(&kind, id)).collect()
+    known.into_iter().map(|(kind, id, valid)| Ok((credential_id(&kind, id)?, valid))).collect()
 }
 
 /// Records that these credentials were used, unless that was recorded within a minute.

@@ -5,7 +5,11 @@
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use diesel::{Queryable, data_types::PgInterval};
+use diesel::{
+    Queryable,
+    data_types::PgInterval,
+    sql_types::{Nullable, Timestamptz},
+};
 use uuid::Uuid;
 
 pub mod api_key;
@@ -27,10 +31,8 @@ pub mod version_order;
 pub mod watch_token;
 
 diesel::define_sql_function! {
-    /// The present time; `now` is the time at which the transaction began. An update that
-    /// waited for a row's lock compares the row's expiry with the present: the transaction
-    /// that held the lock may have begun later, and then expired the row after `now`.
-    fn clock_timestamp() -> diesel::sql_types::Timestamptz;
+    /// Whether a credential with these times is valid at present.
+    fn is_valid(revoked_at: Nullable<Timestamptz>, expires_at: Nullable<Timestamptz>) -> Bool;
 }
 
 /// A Postgres interval counts microseconds.

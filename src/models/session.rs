@@ -13,7 +13,7 @@ use crate::{
     models::{
         audit_entry::{AuditAct, AuditEntry, Origin},
         caller::Account,
-        clock_timestamp, interval,
+        interval, is_valid,
         log_in_throttle::LogInAttempt,
     },
     schema::{sessions, users},
@@ -27,7 +27,7 @@ pub struct Session {
     pub id: Uuid,
     /// The user who logged in.
     pub user_id: Uuid,
-    /// From this time on the session is refused.
+    /// From this time on the session is refused. It may be revoked before.
     pub expires_at: DateTime<Utc>,
     /// Written at most once a minute.
     pub last_used_at: Option<DateTime<Utc>>,
@@ -100,8 +100,8 @@ impl Session {
     /// Ends the session that the call is made with. Does nothing if it has ended.
     pub async fn end(tx: &mut Transaction<'_>, account: Account, origin: Origin) -> Result<()> {
         let ended = diesel::update(sessions::table.find(account.session_id()))
-            .filter(sessions::expires_at.gt(clock_timestamp()))
-            .set(sessions::expires_at.eq(now))
+            .filter(is_valid(sessions::revoked_at, sessions::expires_at.nullable()))
+            .set(sessions::revoked_at.eq(now))
             .execute(tx)
             .await?;
         if ended == 0 {
@@ -120,8 +120,8 @@ impl Session {
         Ok(diesel::update(sessions::table)
             .filter(sessions::user_id.eq(user_id))
             .filter(sessions::id.ne_all(kept))
-            .filter(sessions::expires_at.gt(clock_timestamp()))
-            .set(sessions::expires_at.eq(now))
+            .filter(is_valid(sessions::revoked_at, sessions::expires_at.nullable()))
+            .set(sessions::revoked_at.eq(now))
             .execute(tx)
             .await?)
     }

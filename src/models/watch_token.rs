@@ -14,7 +14,7 @@ use crate::{
         CreationCursor,
         audit_entry::{AuditAct, AuditEntry, Origin},
         caller::{Caller, CredentialId, Provider},
-        clock_timestamp, interval, oldest_first,
+        interval, is_valid, oldest_first,
     },
     schema::watch_tokens,
     secret::SecretHash,
@@ -33,6 +33,8 @@ pub struct WatchToken {
     pub note: String,
     /// From this time on the token is refused.
     pub expires_at: DateTime<Utc>,
+    /// When the token was revoked, since when it is refused; none: it was not.
+    pub revoked_at: Option<DateTime<Utc>>,
     /// Written at most once a minute.
     pub last_used_at: Option<DateTime<Utc>>,
     pub created_at: DateTime<Utc>,
@@ -112,8 +114,8 @@ impl WatchToken {
         Ok(oldest_first!(watch_tokens, query, after, limit).load(conn).await?)
     }
 
-    /// Expires a token of the provider. Fails with [`Error::NotFound`] if the provider
-    /// has no such token, [`Error::WatchTokenAlreadyExpired`] if it has expired before.
+    /// Revokes a token of the provider. Fails with [`Error::NotFound`] if the provider
+    /// has no such token, [`Error::WatchTokenAlreadyExpired`] if it has ended before.
     pub async fn expire(
         tx: &mut Transaction<'_>,
         provider: Provider,
@@ -122,8 +124,8 @@ impl WatchToken {
     ) -> Result<Self> {
         let own = watch_tokens::table.find(id).filter(watch_tokens::user_id.eq(provider.id()));
         let expired: Option<Self> = diesel::update(own)
-            .filter(watch_tokens::expires_at.gt(clock_timestamp()))
-            .set(watch_tokens::expires_at.eq(now))
+            .filter(is_valid(watch_tokens::revoked_at, watch_tokens::expires_at.nullable()))
+            .set(watch_tokens::revoked_at.eq(now))
             .returning(Self::as_returning())
             .get_result(tx)
             .await

@@ -178,11 +178,11 @@ fn answer(error: &Error) -> Answer<'_> {
             .precondition(job_id, "the log of a closed job never changes again"),
         Error::ApiKeyAlreadyExpired(id) => {
             Answer::new(Code::FailedPrecondition, Reason::ApiKeyAlreadyExpired)
-                .precondition(id, "has expired before; nothing is changed")
+                .precondition(id, "has ended before; nothing is changed")
         }
         Error::WatchTokenAlreadyExpired(id) => {
             Answer::new(Code::FailedPrecondition, Reason::WatchTokenAlreadyExpired)
-                .precondition(id, "has expired before; nothing is changed")
+                .precondition(id, "has ended before; nothing is changed")
         }
         Error::SequenceMismatch { last_sequence } => {
             Answer::new(Code::Aborted, Reason::SequenceMismatch).metadata("last_sequence", last_sequence)

@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     checker::{self, Violation},
+    clock::Clock,
     context::{Context, PROVIDERS, Pace, UserClient, within},
     fault_injector::{FaultInjector, InjectedFault, RECOVERY_LIMIT},
     history::{FaultWindow, FinalRead, History, Scope},
@@ -21,7 +22,7 @@ use crate::{
     proxy::Proxy,
     publishers::publish,
     readers::read_jobs,
-    replica::{Clock, Replica},
+    replica::Replica,
     temporary::TemporaryDir,
     watchers::{Behavior, Watcher, watch_from_now, watch_jobs},
     writers::{SharedJobs, Writer},
@@ -67,7 +68,7 @@ impl CampaignResult {
 pub async fn run(seed: u64, seconds: u64) -> CampaignResult {
     let mut random = fastrand::Rng::with_seed(seed);
     let mut dir = TemporaryDir::new();
-    let clock = Clock::new(&dir);
+    let clock = Clock::new(dir.path());
     let postgres = Postgres::start(&dir, seconds).await;
     let proxies = ["proxy-0", "proxy-1"].map(|name| Proxy::start(dir.path().join(name), postgres.socket()));
     let [first, second] = [0, 1].map(|n: usize| proxies[n].database_url());

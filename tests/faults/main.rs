@@ -16,6 +16,8 @@
 
 mod campaign;
 mod checker;
+#[path = "../it/support/clock.rs"]
+mod clock;
 mod context;
 mod fault_injector;
 mod history;

@@ -1,5 +1,5 @@
-//! A replica: the milepost binary in a process of its own, and the clock that
-//! libfaketime shows it.
+//! A replica: the milepost binary in a process of its own, with a clock that the fault
+//! injector can move.
 
 use std::{
     fs::{self, File},
@@ -15,6 +15,7 @@ use tokio::{
 };
 
 use crate::{
+    clock::Clock,
     context::{send_signal, within},
     port::own_address,
     temporary::TemporaryDir,
@@ -114,48 +115,10 @@ fn serve(
         .stderr(File::options().create(true).append(true).open(log).unwrap())
         .kill_on_drop(true);
     if let Some(clock) = clock {
-        clock.apply(&mut command);
+        // It reads the offset again once a second.
+        command.envs(clock.variables()).env("FAKETIME_CACHE_DURATION", "1");
     }
     let child = command.spawn().unwrap();
     dir.guard(child.id().expect("the server runs"));
     child
-}
-
-/// A clock that libfaketime shows a process, with an offset that can be changed
-/// while the process runs.
-pub struct Clock {
-    library: PathBuf,
-    file: PathBuf,
-}
-
-impl Clock {
-    pub fn new(dir: &TemporaryDir) -> Self {
-        let library = fs::read_dir("/usr/lib").unwrap().flatten();
-        let library = library.map(|entry| entry.path().join("faketime/libfaketimeMT.so.1"));
-        let library =
-            library.chain(["/usr/lib/faketime/libfaketimeMT.so.1".into()]).find(|path| path.exists());
-        let Some(library) = library else {
-            panic!(
-                "libfaketime, which moves a server's clock, is not installed; Debian: apt-get install faketime"
-            );
-        };
-        let clock = Self { library, file: dir.path().join("clock") };
-        clock.set(0);
-        clock
-    }
-
-    fn set(&self, seconds: i64) {
-        let new = self.file.with_extension("new");
-        fs::write(&new, format!("{seconds:+}\n")).unwrap();
-        fs::rename(new, &self.file).unwrap();
-    }
-
-    fn apply(&self, command: &mut Command) {
-        command
-            .env("LD_PRELOAD", &self.library)
-            .env("FAKETIME_TIMESTAMP_FILE", &self.file)
-            .env("FAKETIME_CACHE_DURATION", "1")
-            // Timeouts use the monotonic clock, which stays real.
-            .env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
-    }
 }

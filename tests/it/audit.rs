@@ -451,7 +451,7 @@ async fn an_end_that_another_call_commits_while_a_call_waits_is_not_audited_agai
         })
         .await;
         // As another server does whose transaction began after that of the call.
-        let end = format!("UPDATE {table} SET expires_at = clock_timestamp(); COMMIT");
+        let end = format!("UPDATE {table} SET revoked_at = clock_timestamp(); COMMIT");
         other.batch_execute(&end).await.unwrap();
         let answer = within_timeout("the answer", calling).await.unwrap();
         match act {

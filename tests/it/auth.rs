@@ -257,13 +257,14 @@ async fn an_expired_key_is_refused_at_once_and_stays_in_the_list() {
 
     let request = pb::ExpireApiKeyRequest { api_key_id: first.id.clone() };
     let expired = user.session.auth.expire_api_key(request.clone()).await.unwrap().into_inner();
-    assert!(expired.api_key.unwrap().expires_at.is_some());
+    let expired = expired.api_key.unwrap();
+    assert!(expired.revoked_at.is_some() && expired.expires_at.is_none());
     assert_refused(current_user(&mut user.key).await, Code::Unauthenticated, ErrorReason::CredentialInvalid);
     let again = user.session.auth.expire_api_key(request).await;
     assert_refused(again, Code::FailedPrecondition, ErrorReason::ApiKeyAlreadyExpired);
 
-    let listed: Vec<_> = keys(&mut user).await.into_iter().map(|key| key.id).collect();
-    assert_eq!(listed, [first.id, second.id], "oldest first");
+    let listed: Vec<_> = keys(&mut user).await.into_iter().map(|key| (key.id, key.revoked_at)).collect();
+    assert_eq!(listed, [(first.id, expired.revoked_at), (second.id, None)], "oldest first");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -15,6 +15,7 @@ mod audit;
 mod auth;
 mod backup;
 mod cli;
+mod clocks;
 mod configurations;
 mod database_tls;
 mod drain;

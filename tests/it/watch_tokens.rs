@@ -66,7 +66,8 @@ async fn an_expired_watch_token_is_refused_and_its_streams_end() {
 
     let request = pb::ExpireWatchTokenRequest { watch_token_id: token.id };
     let expired = provider.auth.expire_watch_token(request.clone()).await.unwrap().into_inner();
-    assert!(expired.watch_token.unwrap().expires_at.is_some());
+    let expired = expired.watch_token.unwrap();
+    assert!(expired.revoked_at.is_some() && expired.expires_at == token.expires_at);
     let refused = viewer.auth.get_current_user(pb::GetCurrentUserRequest {}).await;
     assert_refused(refused, Code::Unauthenticated, ErrorReason::CredentialInvalid);
     let Some(Message::End(end)) = watching.next().await.unwrap() else { panic!("no end") };

@@ -77,6 +77,7 @@ impl From<ApiKey> for pb::ApiKey {
             expires_at: key.expires_at.map(timestamp),
             last_used_at: key.last_used_at.map(timestamp),
             created_at: Some(timestamp(key.created_at)),
+            revoked_at: key.revoked_at.map(timestamp),
         }
     }
 }

@@ -12,6 +12,7 @@ impl From<WatchToken> for pb::WatchToken {
             expires_at: Some(timestamp(token.expires_at)),
             last_used_at: token.last_used_at.map(timestamp),
             created_at: Some(timestamp(token.created_at)),
+            revoked_at: token.revoked_at.map(timestamp),
         }
     }
 }

@@ -3,6 +3,7 @@
 
 mod certificates;
 mod clients;
+mod clock;
 mod cluster;
 mod events;
 mod pgbouncer;
@@ -18,6 +19,7 @@ mod watch;
 
 pub use certificates::{Authority, TlsFiles, TlsIdentity};
 pub use clients::{Caller, Clients, PASSWORD, User, registration};
+pub use clock::Clock;
 pub use cluster::{TestDatabase, database};
 pub use events::{complete, error, info, metadata, named, step, with_metadata};
 pub use pgbouncer::PgBouncer;

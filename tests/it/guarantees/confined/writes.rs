@@ -38,12 +38,12 @@ impl Write {
     }
 }
 
-const SESSIONS: &str = "SELECT expires_at::text AS text FROM sessions";
+const SESSIONS: &str = "SELECT (revoked_at IS NULL)::text AS text FROM sessions";
 const NAMES: &str = "SELECT first_name || ' ' || last_name AS text FROM users";
 const PASSWORDS: &str = "SELECT password_hash AS text FROM users
     UNION ALL SELECT failures::text FROM log_in_attempts";
-const API_KEYS: &str = "SELECT id || ' ' || coalesce(expires_at::text, 'never') AS text FROM api_keys";
-const WATCH_TOKENS: &str = "SELECT id || ' ' || expires_at AS text FROM watch_tokens";
+const API_KEYS: &str = "SELECT concat_ws(' ', id, expires_at, revoked_at) AS text FROM api_keys";
+const WATCH_TOKENS: &str = "SELECT concat_ws(' ', id, revoked_at) AS text FROM watch_tokens";
 const CONFIGURATIONS: &str = "SELECT tag || ' ' || version AS text FROM job_configurations";
 const JOBS: &str = "SELECT provider_job_id AS text FROM jobs";
 /// Without the events that the test appends under a valid credential.
