@@ -248,9 +248,13 @@ fn name_of_host(config: &Config) -> String {
 async fn dial_host(config: Config, tls: MakeRustlsConnect, session: &str) -> Result<Dialled, DialError> {
     let host = name_of_host(&config);
     let (client, mut driver) = config.connect(tls).await.map_err(DialError::Postgres)?;
+    // milepost's tables are in the schema `public`, unless the URL itself names another one.
+    let named = config.get_options().is_some_and(|options| options.contains("search_path"));
+    let search_path = if named { "" } else { "SET search_path = public" };
     let identity = identity::COLUMNS;
-    let facts =
-        format!("{session}; SELECT pg_is_in_recovery(), current_setting('server_encoding'), {identity}");
+    let facts = format!(
+        "{search_path}; {session}; SELECT pg_is_in_recovery(), current_setting('server_encoding'), {identity}"
+    );
     let facts = {
         let mut facts = pin!(client.simple_query(&facts));
         // The driver performs the query's input and output; it ends only with an error.

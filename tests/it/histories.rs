@@ -151,7 +151,11 @@ async fn nothing_is_computed_from_a_state_that_is_lost() {
         (world.provider.job(&world.customer).await, world.provider.job(&world.customer).await);
     let first = world.provider.append(&open, [with_id(step("a"))]).await.remove(0);
     world.provider.append(&closed, [step("a"), step("b")]).await;
+    let repeated = world.provider.job(&world.customer).await;
+    world.provider.append(&repeated, [step("a")]).await;
     world.part().await;
+    let last = with_id(step("c"));
+    world.provider.append(&repeated, [step("b"), last.clone()]).await;
     let lost = [with_id(step("b")), with_id(complete())];
     world.provider.append(&open, [lost[0].clone()]).await;
     world.provider.append(&closed, [step("c")]).await;
@@ -162,7 +166,11 @@ async fn nothing_is_computed_from_a_state_that_is_lost() {
     let mut other = replica.same(&world.provider);
     other.append(&open, [info("anew")]).await;
     other.append(&closed, [complete()]).await;
+    // Even the last event is the same as before, behind another one.
+    other.append(&repeated, [info("anew"), last]).await;
 
+    let appended = world.append(&repeated, vec![info("after")]).await;
+    assert_eq!((appended[0].sequence, appended[0].progress.unwrap().percent), (4, 80));
     let appended = world.append(&open, vec![with_id(step("c"))]).await;
     let progress = appended[0].progress.unwrap();
     assert_eq!((appended[0].sequence, progress.points_done, progress.percent), (3, 80, 80));

@@ -2,7 +2,7 @@
 
 use milepost::db::migrations;
 
-use crate::support::TestDatabase;
+use crate::support::{TestDatabase, TestServer, complete, step};
 
 /// Tables that hold no entities.
 const BOOKKEEPING: &str = "('schema_compatibility', 'event_log', 'retention', 'removed_logs', 'log_in_attempts', 'histories', '__diesel_schema_migrations')";
@@ -127,6 +127,46 @@ async fn an_event_references_an_existing_job_and_a_step_of_it() {
     assert_eq!(database.violated_by(without_events).await, None);
     let left = database.texts("SELECT provider_job_id AS text FROM jobs").await;
     assert_eq!(left, ["own"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_appended_to_a_job_that_is_not_as_the_caller_knows_it() {
+    let server = TestServer::start().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[("a", 1), ("b", 1)]).await;
+    let mut jobs = Vec::new();
+    for last in [step("a"), complete()] {
+        let job = provider.job(&customer).await;
+        provider.append(&job, [last]).await;
+        jobs.push(job.id);
+    }
+    let outcome = |job: &str, last_event_id: &str, points: i64, percent: i16| {
+        let sql = format!(
+            "SELECT (append_events(ARRAY[jobs.id], ARRAY[last_sequence], ARRAY[{last_event_id}], ARRAY[1],
+                ARRAY[new_id], ARRAY['running']::job_status[], ARRAY[{points}]::bigint[],
+                ARRAY[{percent}]::smallint[], ARRAY[steps_done], ARRAY[false], ARRAY[1], ARRAY[new_id],
+                ARRAY[false], ARRAY[last_sequence + 1], ARRAY['info']::event_kind[], ARRAY[''],
+                ARRAY[NULL]::uuid[], ARRAY['']::bytea[], ARRAY[NULL]::timestamptz[],
+                ARRAY['running']::job_status[], ARRAY[{points}]::bigint[],
+                ARRAY[{percent}]::smallint[])).outcomes[1]::text AS text
+             FROM jobs, gen_random_uuid() AS new_id WHERE jobs.id = '{job}'"
+        );
+        let database = &server.database;
+        async move { database.texts(&sql).await }
+    };
+    let (open, closed) = (&jobs[0], &jobs[1]);
+    for (job, last_event_id, points, percent) in [
+        (open, "new_id", 1, 50),
+        (open, "NULL", 1, 50),
+        (open, "last_event_id", 0, 50),
+        (open, "last_event_id", 1, 49),
+        (closed, "last_event_id", 2, 99),
+    ] {
+        let refused = outcome(job, last_event_id, points, percent).await;
+        assert_eq!(refused, ["1"], "{last_event_id} {points} {percent}");
+    }
+    assert_eq!(server.count("events").await, 2);
+    assert_eq!(outcome(open, "last_event_id", 1, 50).await, ["0"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -161,6 +161,7 @@ async fn settings_of_the_database_do_not_reach_milepost() {
         ("default_transaction_deferrable", "on"),
         ("timezone", "'Asia/Kolkata'"),
         ("synchronous_commit", "off"),
+        ("search_path", "nowhere"),
     ] {
         let sql = format!(
             "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET {name} = {}', current_database()); END $$",
@@ -176,6 +177,7 @@ async fn settings_of_the_database_do_not_reach_milepost() {
         ("default_transaction_deferrable", "off"),
         ("TimeZone", "UTC"),
         ("synchronous_commit", "on"),
+        ("search_path", "public"),
     ] {
         assert_eq!(setting(&mut connection, name).await, value, "{name}");
     }
