@@ -142,7 +142,7 @@ async fn nothing_is_appended_to_a_job_that_is_not_as_the_caller_knows_it() {
     }
     let outcome = |job: &str, last_event_id: &str, points: i64, percent: i16| {
         let sql = format!(
-            "SELECT (append_events(ARRAY[jobs.id], ARRAY[last_sequence], ARRAY[{last_event_id}], ARRAY[1],
+            "SELECT (append_events(ARRAY[jobs.id], ARRAY[last_sequence], ARRAY[{last_event_id}]::uuid[], ARRAY[1],
                 ARRAY[new_id], ARRAY['running']::job_status[], ARRAY[{points}]::bigint[],
                 ARRAY[{percent}]::smallint[], ARRAY[steps_done], ARRAY[false], ARRAY[1], ARRAY[new_id],
                 ARRAY[false], ARRAY[last_sequence + 1], ARRAY['info']::event_kind[], ARRAY[''],
