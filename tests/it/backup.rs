@@ -2,13 +2,21 @@
 
 use std::process::{Command, Output};
 
-use milepost::pb::watch_events_request::Start;
+use milepost::pb::{
+    self, ErrorReason,
+    watch_events_request::{Scope, Start},
+};
+use tonic::Code;
 
-use crate::support::{TemporaryDir, TestDatabase, TestServer, complete, info, step};
+use crate::support::{TemporaryDir, TestDatabase, TestServer, assert_refused, complete, info, step};
 
 fn run(command: &mut Command) {
     let Output { status, stderr, .. } = command.output().unwrap();
     assert!(status.success(), "{command:?}: {}", String::from_utf8_lossy(&stderr));
+}
+
+fn watch_of_one(job: &pb::Job, start: Option<Start>) -> pb::WatchEventsRequest {
+    pb::WatchEventsRequest { scope: Some(Scope::JobId(job.id.clone())), start, ..Default::default() }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -28,6 +36,9 @@ async fn a_server_on_a_restored_dump_continues_its_jobs_and_watches() {
     // The dump is taken while the server runs.
     run(Command::new("pg_dump").args(["--format=custom", "--file"]).arg(&dump).arg(&server.database.url));
     provider.append(&job, [info("after the backup")]).await;
+    let mut of_lost = customer.watch(&job).await;
+    of_lost.caught_up().await;
+    let lost = Some(Start::ResumeToken(of_lost.resume_token));
     let restored = TestDatabase::empty().await;
     run(Command::new("pg_restore")
         .args(["--no-owner", "--exit-on-error", "--dbname"])
@@ -37,12 +48,17 @@ async fn a_server_on_a_restored_dump_continues_its_jobs_and_watches() {
     let server = TestServer::on(restored).await;
     let (mut provider, mut customer) = (server.same(&provider), server.same(&customer));
     assert_eq!(provider.list(&job).await.len(), 2);
+    let resumed = customer.watch_by(watch_of_one(&job, lost.clone())).await;
+    assert_refused(resumed, Code::OutOfRange, ErrorReason::LogSetBack);
     let again = provider.append(&job, [sent, step("report")]).await;
     assert_eq!(
         again.iter().map(|event| (event.sequence, event.existed)).collect::<Vec<_>>(),
         [(2, true), (3, false)]
     );
     provider.append(&job, [complete()]).await;
+    // The log has grown past that token.
+    let resumed = customer.watch_by(watch_of_one(&job, lost)).await;
+    assert_refused(resumed, Code::OutOfRange, ErrorReason::LogSetBack);
     let start = Some(Start::ResumeToken(watch.resume_token));
     let watched = customer.watch_from(&job, start).await.read_to_end().await;
     assert_eq!(caught_up.job.unwrap().last_sequence, 2);
