@@ -270,11 +270,11 @@ impl Watch {
         let permit = self.reader.permit(None).await?;
         let standing = self.reader.standing(&self.filter.scope, Reached::Position(self.position)).await;
         drop(permit);
-        let Standing { position, end, job, identity } = standing.map_err(|error| match error {
+        if let Err(Error::NotFound { .. }) = standing {
             // The job itself is lost.
-            Error::NotFound { .. } => Error::LogSetBack,
-            error => error,
-        })?;
+            return Err(Error::LogSetBack);
+        }
+        let Standing { position, end, job, identity } = standing?;
         self.position = position;
         (self.past.end, self.past.identity) = (end, identity);
         self.job = job;
