@@ -153,14 +153,24 @@ pub(super) struct Dialled {
     pub(super) client: Client,
     pub(super) driver: Driver,
     pub(super) identity: Identity,
-    /// The host that was reached.
-    pub(super) host: String,
+}
+
+/// As [`dial_to`], to whatever primary answers first.
+pub(super) async fn dial(url: &str, ca: Option<&Path>, session: &str) -> Result<Dialled, DialError> {
+    Ok(dial_to(url, ca, session, |_| Ok(())).await?.0)
 }
 
 /// Connects to the primary, and runs the statements `session` on the connection. The
 /// database is verified by the authorities of the PEM file `ca`, or without one by those
 /// of this system. `ca` is read for each connection, so that the file can be replaced.
-pub(super) async fn dial(url: &str, ca: Option<&Path>, session: &str) -> Result<Dialled, DialError> {
+///
+/// A host whose database `enter` refuses is not used. Returns what `enter` returned, too.
+pub(super) async fn dial_to<T>(
+    url: &str,
+    ca: Option<&Path>,
+    session: &str,
+    enter: impl Fn(Identity) -> Result<T, DialError>,
+) -> Result<(Dialled, T), DialError> {
     let url::Target { mut config, ca } = url::read(url, ca).map_err(DialError::Settings)?;
     set_tcp_timeouts(&mut config);
     let tls = tls(config.get_ssl_mode(), ca.as_deref())
@@ -171,13 +181,14 @@ pub(super) async fn dial(url: &str, ca: Option<&Path>, session: &str) -> Result<
         let config = of_host(&config, index);
         let name = name_of_host(&config);
         let dialled = dial_host(config, tls.clone(), session).await;
-        dialled.map_err(|error| DialError::Host(name, Box::new(error)))
+        let entered = dialled.and_then(|dialled| Ok((enter(dialled.identity)?, dialled)));
+        entered.map_err(|error| DialError::Host(name, Box::new(error)))
     });
     let mut hosts: FuturesUnordered<_> = hosts.collect();
     let mut errors = Vec::new();
     while let Some(dialled) = hosts.next().await {
         match dialled {
-            Ok(connection) => return Ok(connection),
+            Ok((entered, dialled)) => return Ok((dialled, entered)),
             Err(error) => errors.push(error),
         }
     }
@@ -246,7 +257,6 @@ fn name_of_host(config: &Config) -> String {
 /// Connects to the one host, checks that it is a primary with the encoding UTF8, and runs
 /// `session` there.
 async fn dial_host(config: Config, tls: MakeRustlsConnect, session: &str) -> Result<Dialled, DialError> {
-    let host = name_of_host(&config);
     let (client, mut driver) = config.connect(tls).await.map_err(DialError::Postgres)?;
     // milepost's tables are in the schema `public`, unless the URL itself names another one.
     let named = config.get_options().is_some_and(|options| options.contains("search_path"));
@@ -287,7 +297,7 @@ async fn dial_host(config: Config, tls: MakeRustlsConnect, session: &str) -> Res
     }
     let identity = Identity::parse(std::array::from_fn(|index| column(index + 2)));
     let unidentified = || DialError::Settings("the server does not tell which database it is".to_owned());
-    Ok(Dialled { identity: identity.ok_or_else(unidentified)?, client, driver, host })
+    Ok(Dialled { identity: identity.ok_or_else(unidentified)?, client, driver })
 }
 
 /// A broken network path reports no error. These timeouts close a connection with

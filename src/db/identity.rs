@@ -84,16 +84,16 @@ impl Present {
     /// Notes that a connection has reached this database. Returns the token that closes the
     /// connection, once another one is the present database. [`DialError::Superseded`] for a
     /// former primary, which may still take appends that are lost later.
-    pub(super) fn enter(&self, reached: Identity, host: &str) -> Result<CancellationToken, DialError> {
+    pub(super) fn enter(&self, reached: Identity) -> Result<CancellationToken, DialError> {
         let mut state = self.0.lock();
         let highest = state.timelines.entry(reached.system).or_default();
         if reached.timeline < *highest {
-            return Err(DialError::Host(host.to_owned(), Box::new(DialError::Superseded)));
+            return Err(DialError::Superseded);
         }
         *highest = reached.timeline;
         if state.present != Some(reached) {
             if state.present.replace(reached).is_some() {
-                tracing::warn!(identity = %reached, host, "the database is another one than before, or was restarted");
+                tracing::warn!(identity = %reached, "the database is another one than before, or was restarted");
             }
             std::mem::take(&mut state.superseded).cancel();
         }
@@ -121,11 +121,11 @@ mod tests {
         let (old, new) =
             (identity("0000000A00000001000000FF", "10"), identity("0000000B0000000100000000", "9"));
         assert_eq!(old.to_string(), "18446744073709551615/5/0/10/10");
-        let of_old = present.enter(old, "a").expect("the first one");
-        assert!(!present.enter(old, "a").expect("the same").is_cancelled() && !of_old.is_cancelled());
-        let of_new = present.enter(new, "b").expect("a promoted standby");
+        let of_old = present.enter(old).expect("the first one");
+        assert!(!present.enter(old).expect("the same").is_cancelled() && !of_old.is_cancelled());
+        let of_new = present.enter(new).expect("a promoted standby");
         assert!(of_old.is_cancelled() && !of_new.is_cancelled());
-        assert!(matches!(present.enter(old, "a"), Err(DialError::Host(host, _)) if host == "a"));
+        assert!(matches!(present.enter(old), Err(DialError::Superseded)));
         assert!(!of_new.is_cancelled());
         assert_eq!(present.identity(), Some(new));
     }
@@ -133,9 +133,9 @@ mod tests {
     #[test]
     fn a_restart_is_another_run() {
         let present = Present::default();
-        let before = present.enter(identity("000000010000000000000001", "10"), "a").expect("a run");
+        let before = present.enter(identity("000000010000000000000001", "10")).expect("a run");
         // The clock was set back meanwhile.
-        let after = present.enter(identity("000000010000000000000001", "7"), "a").expect("another run");
+        let after = present.enter(identity("000000010000000000000001", "7")).expect("another run");
         assert!(before.is_cancelled() && !after.is_cancelled());
     }
 

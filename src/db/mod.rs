@@ -31,7 +31,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::{
     availability::Availability,
-    connect::{Dialled, Driver, dial},
+    connect::{Dialled, Driver, dial_to},
     identity::Present,
     pool::{Manager, Pool, cut_long_checkouts},
     pooler::refuse_pooler,
@@ -160,8 +160,8 @@ impl Database {
     /// becomes unavailable.
     pub async fn connect(&self) -> Result<OwnConnection> {
         let connecting = Box::pin(connect(&self.target, self.availability.outage()));
-        let (connection, session) = self.unless_unavailable(connecting).await?;
-        Ok(OwnConnection { connection, session })
+        let (connection, facts) = self.unless_unavailable(connecting).await?;
+        Ok(OwnConnection { connection, facts })
     }
 
     /// The server's own connection, kept from one use to the next, or a new one if it
@@ -243,24 +243,19 @@ impl Target {
              SET lock_timeout = {statement_ms}; SET idle_in_transaction_session_timeout = {statement_ms}",
             settings.synchronous_commit.name(),
         );
-        let dialled = dial(url.reveal(), settings.ca.as_deref(), &session).await?;
-        let superseded = present.enter(dialled.identity, &dialled.host)?;
-        Ok((dialled, superseded))
+        dial_to(url.reveal(), settings.ca.as_deref(), &session, |identity| present.enter(identity)).await
     }
 }
 
 /// Connects within the connect timeout. An `outage` cuts the connection, and so does the
 /// arrival at another database. The connection receives no notifications.
-async fn connect(
-    target: &Target,
-    outage: CancellationToken,
-) -> ConnectionResult<(AsyncPgConnection, Session)> {
+async fn connect(target: &Target, outage: CancellationToken) -> ConnectionResult<(AsyncPgConnection, Facts)> {
     let connecting = async {
         let (Dialled { client, driver, identity, .. }, superseded) = target.dial().await?;
-        let session = Session { identity, warned: Arc::default() };
-        let driving = superseded.run_until_cancelled_owned(drive(driver, Arc::clone(&session.warned)));
+        let facts = Facts { identity, warned: Arc::default() };
+        let driving = superseded.run_until_cancelled_owned(drive(driver, Arc::clone(&facts.warned)));
         tokio::spawn(async move { outage.run_until_cancelled(driving).await });
-        Ok((AsyncPgConnection::try_from(client).await?, session))
+        Ok((AsyncPgConnection::try_from(client).await?, facts))
     };
     within(target.settings.connect_timeout, connecting).await
 }
@@ -282,12 +277,12 @@ async fn drive(mut driver: Driver, warned: Arc<AtomicBool>) {
 
 /// What is known of a connection beside the connection itself.
 #[derive(Debug)]
-struct Session {
+struct Facts {
     identity: Identity,
     warned: Arc<AtomicBool>,
 }
 
-impl Session {
+impl Facts {
     /// To be called before a transaction whose commit is to be checked.
     fn begin(&self) {
         self.warned.store(false, Relaxed);

@@ -33,7 +33,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Identified, Identity, Session, Target, availability::Availability, connect};
+use super::{Facts, Identified, Identity, Target, availability::Availability, connect};
 use crate::error::Failure;
 
 /// How often the pool checks for connections that are checked out for too long.
@@ -74,7 +74,7 @@ struct Checkout {
 
 pub(super) struct Pooled {
     connection: AsyncPgConnection,
-    session: Session,
+    facts: Facts,
     checkout: Arc<Checkout>,
     failed: Arc<Failed>,
 }
@@ -110,10 +110,10 @@ impl Connection {
         self.pooled().failed.by_session.load(Relaxed)
     }
 
-    /// The connection, and what is known of it beside.
-    pub(super) fn parts(&mut self) -> (&mut AsyncPgConnection, &Session) {
+    /// The connection, and what is known of it.
+    pub(super) fn parts(&mut self) -> (&mut AsyncPgConnection, &Facts) {
         let pooled = &mut **self.pooled.as_mut().expect("only Drop takes the connection");
-        (&mut pooled.connection, &pooled.session)
+        (&mut pooled.connection, &pooled.facts)
     }
 
     fn pooled(&self) -> &managed::Object<Manager> {
@@ -156,12 +156,12 @@ impl managed::Manager for Manager {
     async fn create(&self) -> Result<Pooled, ConnectionError> {
         let cut = self.availability.outage().child_token();
         // Boxed, so that a caller that needs no new connection has no room for making one.
-        let (mut connection, session) = Box::pin(connect(&self.target, cut.clone())).await?;
+        let (mut connection, facts) = Box::pin(connect(&self.target, cut.clone())).await?;
         let failed = Arc::<Failed>::default();
         connection.set_instrumentation(note_failures(Arc::clone(&failed)));
         let checkout = Arc::new(Checkout { since_ms: AtomicU64::new(0), cut });
         self.checkouts.lock().push(Arc::downgrade(&checkout));
-        Ok(Pooled { connection, session, checkout, failed })
+        Ok(Pooled { connection, facts, checkout, failed })
     }
 
     /// The client knows whether a connection is whole, without a query.
@@ -251,7 +251,7 @@ impl DerefMut for Connection {
 
 impl Identified for Connection {
     fn identity(&self) -> Identity {
-        self.pooled().session.identity
+        self.pooled().facts.identity
     }
 }
 

@@ -15,7 +15,7 @@ use diesel_async::{AsyncConnection, AsyncPgConnection, TransactionManager as _};
 use futures_util::future::BoxFuture;
 use tracing::Instrument as _;
 
-use super::{Database, Identified, Identity, Session, pool::Share};
+use super::{Database, Facts, Identified, Identity, pool::Share};
 use crate::error::{Error, Result};
 
 type Manager = <AsyncPgConnection as AsyncConnection>::TransactionManager;
@@ -46,7 +46,7 @@ impl Authority for Unconditional {
 
 pub struct Transaction<'a> {
     connection: &'a mut AsyncPgConnection,
-    session: &'a Session,
+    facts: &'a Facts,
     after_commit: Vec<Box<dyn FnOnce() + Send>>,
 }
 
@@ -75,8 +75,8 @@ impl Database {
         };
         let transaction = async move {
             authority.check()?;
-            let (connection, session) = connection.parts();
-            run(connection, session, work).await
+            let (connection, facts) = connection.parts();
+            run(connection, facts, work).await
         };
         let transaction = tokio::spawn(transaction.in_current_span());
         self.unless_commits_hang(async { transaction.await.map_err(Error::internal)? }).await
@@ -87,7 +87,7 @@ impl Database {
 /// callers wait for does not wait for a connection behind calls.
 pub struct OwnConnection {
     pub(super) connection: AsyncPgConnection,
-    pub(super) session: Session,
+    pub(super) facts: Facts,
 }
 
 impl OwnConnection {
@@ -97,39 +97,39 @@ impl OwnConnection {
     where
         W: for<'a> FnOnce(&'a mut Transaction<'_>) -> BoxFuture<'a, Result<T>>,
     {
-        run(&mut self.connection, &self.session, work).await
+        run(&mut self.connection, &self.facts, work).await
     }
 
     /// To be called before an append.
     pub fn begin(&self) {
-        self.session.begin();
+        self.facts.begin();
     }
 
     /// [`Error::Unavailable`] if the commit since [`Self::begin`] may exist on the primary
     /// alone, although the database demands a standby.
     pub fn committed(&self) -> Result<()> {
-        self.session.committed()
+        self.facts.committed()
     }
 }
 
 impl Identified for OwnConnection {
     fn identity(&self) -> Identity {
-        self.session.identity
+        self.facts.identity
     }
 }
 
-async fn run<T, W>(connection: &mut AsyncPgConnection, session: &Session, work: W) -> Result<T>
+async fn run<T, W>(connection: &mut AsyncPgConnection, facts: &Facts, work: W) -> Result<T>
 where
     W: for<'a> FnOnce(&'a mut Transaction<'_>) -> BoxFuture<'a, Result<T>>,
 {
-    session.begin();
+    facts.begin();
     Manager::begin_transaction(connection).await?;
-    let mut transaction = Transaction { connection, session, after_commit: Vec::new() };
+    let mut transaction = Transaction { connection, facts, after_commit: Vec::new() };
     match work(&mut transaction).await {
         Ok(value) => {
             Manager::commit_transaction(transaction.connection).await?;
             transaction.after_commit.into_iter().for_each(|work| work());
-            session.committed()?;
+            facts.committed()?;
             Ok(value)
         }
         Err(error) => {
@@ -156,7 +156,7 @@ impl DerefMut for Transaction<'_> {
 
 impl Identified for Transaction<'_> {
     fn identity(&self) -> Identity {
-        self.session.identity
+        self.facts.identity
     }
 }
 
