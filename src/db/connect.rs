@@ -8,8 +8,8 @@
 //! never encrypted.
 //!
 //! All hosts of the URL are tried at once, and the first that is a primary is used: a host
-//! that accepts and then says nothing keeps no caller from the others, and a hot standby,
-//! which answers queries, is never taken for the database.
+//! that accepts and then says nothing keeps no caller from the others, nor does a former
+//! primary, and a hot standby, which answers queries, is never taken for the database.
 
 use std::{
     error::Error as _,
@@ -161,6 +161,16 @@ pub(super) struct Dialled {
 /// database is verified by the authorities of the PEM file `ca`, or without one by those
 /// of this system. `ca` is read for each connection, so that the file can be replaced.
 pub(super) async fn dial(url: &str, ca: Option<&Path>, session: &str) -> Result<Dialled, DialError> {
+    dial_and_enter(url, ca, session, |_| Ok(())).await.map(|(dialled, ())| dialled)
+}
+
+/// As [`dial`]; a host that `enter` refuses keeps no caller from the others.
+pub(super) async fn dial_and_enter<T>(
+    url: &str,
+    ca: Option<&Path>,
+    session: &str,
+    enter: impl Fn(&Dialled) -> Result<T, DialError>,
+) -> Result<(Dialled, T), DialError> {
     let url::Target { mut config, ca } = url::read(url, ca).map_err(DialError::Settings)?;
     set_tcp_timeouts(&mut config);
     let tls = tls(config.get_ssl_mode(), ca.as_deref())
@@ -169,16 +179,14 @@ pub(super) async fn dial(url: &str, ca: Option<&Path>, session: &str) -> Result<
     let tls = MakeRustlsConnect::new(tls);
     let hosts = (0..config.get_hosts().len()).map(async |index| {
         let config = of_host(&config, index);
-        let name = name_of_host(&config);
-        let dialled = dial_host(config, tls.clone(), session).await;
-        dialled.map_err(|error| DialError::Host(name, Box::new(error)))
+        (name_of_host(&config), dial_host(config, tls.clone(), session).await)
     });
     let mut hosts: FuturesUnordered<_> = hosts.collect();
     let mut errors = Vec::new();
-    while let Some(dialled) = hosts.next().await {
-        match dialled {
-            Ok(connection) => return Ok(connection),
-            Err(error) => errors.push(error),
+    while let Some((name, dialled)) = hosts.next().await {
+        match dialled.and_then(|dialled| enter(&dialled).map(|entered| (dialled, entered))) {
+            Ok(dialled) => return Ok(dialled),
+            Err(error) => errors.push(DialError::Host(name, Box::new(error))),
         }
     }
     match errors.len() {

@@ -31,7 +31,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::{
     availability::Availability,
-    connect::{Dialled, Driver, dial},
+    connect::{Dialled, Driver, dial_and_enter},
     identity::Present,
     pool::{Manager, Pool, cut_long_checkouts},
     pooler::refuse_pooler,
@@ -243,9 +243,8 @@ impl Target {
              SET lock_timeout = {statement_ms}; SET idle_in_transaction_session_timeout = {statement_ms}",
             settings.synchronous_commit.name(),
         );
-        let dialled = dial(url.reveal(), settings.ca.as_deref(), &session).await?;
-        let superseded = present.enter(dialled.identity, &dialled.host)?;
-        Ok((dialled, superseded))
+        let enter = |dialled: &Dialled| present.enter(dialled.identity, &dialled.host);
+        dial_and_enter(url.reveal(), settings.ca.as_deref(), &session, enter).await
     }
 }
 
