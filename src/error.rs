@@ -145,12 +145,12 @@ impl Error {
 /// | 40001, 40P01 | a serialization failure or a deadlock | `Away` |
 /// | 25006 | the session is read-only | `Session` |
 /// | 0A000 | "cached plan must not change result type": a column has another type now | `Session` |
-/// | 42, 22 and constraints | milepost's statement, its role or its values | `Fault` |
+/// | 26000 | the session has lost a prepared statement | `Session` |
+/// | 22, 42 and constraints | milepost's statement, its role or its values | `Fault` |
 ///
 /// Diesel hands on a kind, which is [`DatabaseErrorKind::Unknown`] for most states. Of these
-/// the message tells apart those that are not `Away`, and the position in the statement,
-/// which only errors of class 42 have. A Postgres with messages in another language than
-/// English has more that count as `Away`.
+/// the English message tells apart those that are not `Away`. All errors of a Postgres with
+/// messages in another language count as `Away`, so that an outage never looks like a fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Failure {
     /// The same may succeed later.
@@ -167,12 +167,15 @@ impl Failure {
         match error {
             DieselError::DatabaseError(DatabaseErrorKind::ReadOnlyTransaction, _) => Self::Session,
             DieselError::DatabaseError(DatabaseErrorKind::Unknown, information) => {
-                match information.message() {
-                    "cached plan must not change result type" => Self::Session,
-                    message if message.starts_with("permission denied") => Self::Fault,
-                    _ if information.statement_position().is_some() => Self::Fault,
-                    _ => Self::Away,
+                let message = information.message();
+                let prepared = message.starts_with("prepared statement ");
+                if prepared || message == "cached plan must not change result type" {
+                    return Self::Session;
                 }
+                let begins = ["permission denied", "syntax error", "invalid byte sequence", "value too long"];
+                let fault = begins.iter().any(|begin| message.starts_with(begin))
+                    || [" does not exist", " out of range"].iter().any(|end| message.ends_with(end));
+                if fault { Self::Fault } else { Self::Away }
             }
             DieselError::DatabaseError(
                 DatabaseErrorKind::ClosedConnection

@@ -34,7 +34,7 @@ pub struct Identity {
 /// The query for the parts of an identity, one column each. `pg_control_checkpoint()` would
 /// have the timeline too, but some seconds late after a promotion. A standby has none.
 pub(super) const COLUMNS: &str = "(SELECT system_identifier FROM pg_control_system()), \
-    (SELECT oid FROM pg_database WHERE datname = current_database()), \
+    (SELECT datid FROM pg_stat_get_activity(pg_backend_pid())), \
     coalesce(to_regclass('event_log')::oid, 0), \
     CASE WHEN NOT pg_is_in_recovery() THEN pg_walfile_name(pg_current_wal_insert_lsn()) END, \
     (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint";

@@ -9,6 +9,7 @@ use std::{
 use milepost::pb::{self, EventKind};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use tonic::Code;
 
 use crate::{
     checker::{self, Violation},
@@ -16,6 +17,7 @@ use crate::{
     context::{Context, PROVIDERS, Pace, UserClient, within},
     fault_injector::{FaultInjector, InjectedFault, RECOVERY_LIMIT},
     history::{FaultWindow, FinalRead, History, Scope},
+    node::url,
     postgres::Postgres,
     print_line,
     probes::{Successes, probe},
@@ -23,6 +25,7 @@ use crate::{
     publishers::publish,
     readers::read_jobs,
     replica::Replica,
+    revokers::revoke,
     temporary::TemporaryDir,
     watchers::{Behavior, Watcher, watch_from_now, watch_jobs},
     writers::{SharedJobs, Writer},
@@ -32,6 +35,7 @@ use crate::{
 const WRITERS: [usize; PROVIDERS] = [8, 2];
 const READERS: usize = 2;
 const PUBLISHERS: usize = 4;
+const REVOKERS: usize = 6;
 const JOB_WATCHERS: usize = 5;
 const NEW_EVENT_WATCHERS: usize = 3;
 /// Jobs of a provider that several writers append to at once.
@@ -70,8 +74,12 @@ pub async fn run(seed: u64, seconds: u64) -> CampaignResult {
     let mut dir = TemporaryDir::new();
     let clock = Clock::new(dir.path());
     let postgres = Postgres::start(&dir, seconds).await;
-    let proxies = ["proxy-0", "proxy-1"].map(|name| Proxy::start(dir.path().join(name), postgres.socket()));
-    let [first, second] = [0, 1].map(|n: usize| proxies[n].database_url());
+    let proxy = |name: &str, node: usize| Proxy::start(dir.path().join(name), postgres.nodes[node].dir());
+    let proxies = [vec![proxy("proxy-0", 0)], vec![proxy("proxy-1a", 0), proxy("proxy-1b", 1)]];
+    let [first, second] = [0, 1].map(|server: usize| {
+        let dirs: Vec<_> = proxies[server].iter().map(Proxy::dir).collect();
+        url(&dirs, "milepost")
+    });
     let replicas = [
         Replica::start("server-0", first, &mut dir, None).await,
         Replica::start("server-1", second, &mut dir, Some(clock)).await,
@@ -84,8 +92,16 @@ pub async fn run(seed: u64, seconds: u64) -> CampaignResult {
     let stop_watching = CancellationToken::new();
     let mut load = start_load(&context, &successes);
     let mut watchers = start_watchers(&context, &stop_watching);
-    let mut injector =
-        FaultInjector { dir, postgres, proxies, replicas, context: Arc::clone(&context), successes, random };
+    let mut injector = FaultInjector {
+        dir,
+        postgres,
+        proxies,
+        replicas,
+        context: Arc::clone(&context),
+        successes,
+        random,
+        available_at: Vec::new(),
+    };
     let injected_faults = injector.run(Duration::from_secs(seconds)).await;
 
     context.finishing.cancel();
@@ -108,6 +124,11 @@ pub async fn run(seed: u64, seconds: u64) -> CampaignResult {
     let mut history = std::mem::take(&mut *context.history.lock().unwrap());
     history.resolve_missing_ids();
     history.fault_windows = injected_faults.iter().map(InjectedFault::fault_window).collect();
+    for (replica, restarts) in history.restarts.iter_mut().enumerate() {
+        let of_replica = injected_faults.iter().filter(|injected| injected.replica == Some(replica));
+        let restarted = of_replica.filter(|injected| injected.fault.restarts_server());
+        *restarts = restarted.map(|injected| injected.began_at).collect();
+    }
     // Reading all logs at once slows all other calls down.
     history.fault_windows.push(FaultWindow { from: answered, to: read, affects: [true; 2] });
     let violations = checker::check(&history);
@@ -144,6 +165,9 @@ fn start_load(context: &Arc<Context>, successes: &[Successes; 2]) -> JoinSet<()>
     }
     for n in 0..PUBLISHERS {
         load.spawn(publish(Arc::clone(context), format!("publisher {n}")));
+    }
+    for _ in 0..REVOKERS {
+        load.spawn(revoke(Arc::clone(context)));
     }
     for (replica, successes) in successes.iter().enumerate() {
         load.spawn(probe(Arc::clone(context), replica, Arc::clone(successes)));
@@ -236,18 +260,27 @@ async fn read_all_jobs(context: &Arc<Context>, replica: usize, jobs: usize) {
             for job in (first..jobs).step_by(8) {
                 let provider = context.history.lock().unwrap().jobs[job].provider;
                 let read = read_job(&context, &mut clients[provider], replica, job).await;
-                context.history.lock().unwrap().final_reads.push(read);
+                context.history.lock().unwrap().final_reads.extend(read);
             }
         });
     }
     join(&mut readers).await;
 }
 
-/// A job and its whole log, read in pages whose size differs by job.
-pub async fn read_job(context: &Context, client: &mut UserClient, replica: usize, job: usize) -> FinalRead {
+/// A job and its whole log, read in pages whose size differs by job; none if the job does not
+/// exist.
+pub async fn read_job(
+    context: &Context,
+    client: &mut UserClient,
+    replica: usize,
+    job: usize,
+) -> Option<FinalRead> {
     let id = context.job_id(job);
     let request = pb::GetJobRequest { job: Some(pb::get_job_request::Job::JobId(id.clone())) };
-    let found = client.jobs.get_job(request).await.unwrap().into_inner().job.unwrap();
+    let found = match client.jobs.get_job(request).await {
+        Err(status) if status.code() == Code::NotFound => return None,
+        found => found.unwrap().into_inner().job.unwrap(),
+    };
     let mut log = Vec::new();
     let mut request = pb::ListEventsRequest {
         job: Some(pb::list_events_request::Job::JobId(id)),
@@ -258,7 +291,7 @@ pub async fn read_job(context: &Context, client: &mut UserClient, replica: usize
         let page = client.events.list_events(request.clone()).await.unwrap().into_inner();
         log.extend(page.events.into_iter().map(|event| context.interner.intern(event)));
         if page.next_page_token.is_empty() {
-            return FinalRead { replica, job, found, log };
+            return Some(FinalRead { replica, job, found, log });
         }
         request.page_token = page.next_page_token;
     }

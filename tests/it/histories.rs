@@ -273,6 +273,11 @@ async fn a_former_primary_is_not_used_again() {
         }
     })
     .await;
+    // From then on the former primary keeps no connection from the other one, although both
+    // answer.
+    for _ in 0..40 {
+        world.server.app.database.connect().await.unwrap();
+    }
     for number in 0..20 {
         world.append(&job, vec![info(&number.to_string())]).await;
         world.replication.on("b").texts(new_connections).await;

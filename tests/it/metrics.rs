@@ -372,13 +372,9 @@ async fn events_outside_the_filter_do_not_overflow_a_mailbox() {
 async fn lost_notifications_are_counted() {
     let database = TestDatabase::migrated().await;
     // Shadows Postgres's own pg_notify, so that no notification is sent.
-    database
-        .execute(
-            "CREATE FUNCTION pg_notify(text, text) RETURNS void LANGUAGE sql AS 'SELECT';
-             DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET search_path = public, pg_catalog', current_database()); END $$",
-        )
-        .await;
-    let server = TestServer::on(database).await;
+    database.execute("CREATE FUNCTION pg_notify(text, text) RETURNS void LANGUAGE sql AS 'SELECT'").await;
+    let url = format!("{}?options=-c%20search_path%3Dpublic,pg_catalog", database.url);
+    let server = TestServer::on(database.through(url)).await;
     let replica = server.replica().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[]).await;
