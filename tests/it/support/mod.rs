@@ -12,7 +12,7 @@ mod process;
 mod proxy;
 pub mod raw;
 mod refused;
-mod replication;
+pub mod replication;
 mod server;
 mod temporary;
 mod watch;

@@ -27,14 +27,7 @@ impl Replication {
         let bin = newest_postgres();
         let replication = Self { dir: TemporaryDir::new(), bin };
         for name in ["a", "b"] {
-            let dir = replication.host(name);
-            fs::create_dir(&dir).unwrap();
-            if is_root() {
-                let passwd = fs::read_to_string("/etc/passwd").unwrap();
-                let postgres = passwd.lines().find(|line| line.starts_with("postgres:")).unwrap();
-                let ids: Vec<u32> = postgres.split(':').filter_map(|field| field.parse().ok()).collect();
-                chown(&dir, Some(ids[0]), Some(ids[1])).unwrap();
-            }
+            make_postgres_dir(&replication.host(name));
         }
         let data = replication.data("a");
         replication
@@ -181,8 +174,19 @@ impl Replication {
     }
 }
 
+/// Makes a directory for the user as whom Postgres runs, since it refuses to run as root.
+pub fn make_postgres_dir(path: &Path) {
+    fs::create_dir(path).unwrap();
+    if is_root() {
+        let passwd = fs::read_to_string("/etc/passwd").unwrap();
+        let postgres = passwd.lines().find(|line| line.starts_with("postgres:")).unwrap();
+        let ids: Vec<u32> = postgres.split(':').filter_map(|field| field.parse().ok()).collect();
+        chown(path, Some(ids[0]), Some(ids[1])).unwrap();
+    }
+}
+
 /// The directory of the programs of the newest Postgres.
-fn newest_postgres() -> PathBuf {
+pub fn newest_postgres() -> PathBuf {
     let installed = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
     let newest = installed
         .filter_map(|version| Some((version.file_name().to_str()?.parse::<u32>().ok()?, version.path())))
