@@ -104,8 +104,9 @@ impl Availability {
             }
         }
         drop((outage, hang));
-        let available = matches!(checked, Ok(Commits::Come));
-        if self.available.send_replace(Some(available)) == Some(available) {
+        let available = Some(matches!(checked, Ok(Commits::Come)));
+        // Subscribers hear of changes alone.
+        if !self.available.send_if_modified(|before| std::mem::replace(before, available) != available) {
             return;
         }
         match checked {
