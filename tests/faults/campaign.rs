@@ -16,6 +16,7 @@ use crate::{
     context::{Context, PROVIDERS, Pace, UserClient, within},
     fault_injector::{FaultInjector, InjectedFault, RECOVERY_LIMIT},
     history::{FaultWindow, FinalRead, History, Scope},
+    node::url,
     postgres::Postgres,
     print_line,
     probes::{Successes, probe},
@@ -23,6 +24,7 @@ use crate::{
     publishers::publish,
     readers::read_jobs,
     replica::Replica,
+    revokers::revoke,
     temporary::TemporaryDir,
     watchers::{Behavior, Watcher, watch_from_now, watch_jobs},
     writers::{SharedJobs, Writer},
@@ -32,6 +34,7 @@ use crate::{
 const WRITERS: [usize; PROVIDERS] = [8, 2];
 const READERS: usize = 2;
 const PUBLISHERS: usize = 4;
+const REVOKERS: usize = 6;
 const JOB_WATCHERS: usize = 5;
 const NEW_EVENT_WATCHERS: usize = 3;
 /// Jobs of a provider that several writers append to at once.
@@ -70,8 +73,12 @@ pub async fn run(seed: u64, seconds: u64) -> CampaignResult {
     let mut dir = TemporaryDir::new();
     let clock = Clock::new(dir.path());
     let postgres = Postgres::start(&dir, seconds).await;
-    let proxies = ["proxy-0", "proxy-1"].map(|name| Proxy::start(dir.path().join(name), postgres.socket()));
-    let [first, second] = [0, 1].map(|n: usize| proxies[n].database_url());
+    let proxy = |name: &str, node: usize| Proxy::start(dir.path().join(name), postgres.nodes[node].dir());
+    let proxies = [vec![proxy("proxy-0", 0)], vec![proxy("proxy-1a", 0), proxy("proxy-1b", 1)]];
+    let [first, second] = [0, 1].map(|server: usize| {
+        let dirs: Vec<_> = proxies[server].iter().map(Proxy::dir).collect();
+        url(&dirs, "milepost")
+    });
     let replicas = [
         Replica::start("server-0", first, &mut dir, None).await,
         Replica::start("server-1", second, &mut dir, Some(clock)).await,
@@ -108,6 +115,11 @@ pub async fn run(seed: u64, seconds: u64) -> CampaignResult {
     let mut history = std::mem::take(&mut *context.history.lock().unwrap());
     history.resolve_missing_ids();
     history.fault_windows = injected_faults.iter().map(InjectedFault::fault_window).collect();
+    for (replica, restarts) in history.restarts.iter_mut().enumerate() {
+        let of_replica = injected_faults.iter().filter(|injected| injected.replica == Some(replica));
+        let restarted = of_replica.filter(|injected| injected.fault.restarts_server());
+        *restarts = restarted.map(|injected| injected.began_at).collect();
+    }
     // Reading all logs at once slows all other calls down.
     history.fault_windows.push(FaultWindow { from: answered, to: read, affects: [true; 2] });
     let violations = checker::check(&history);
@@ -144,6 +156,9 @@ fn start_load(context: &Arc<Context>, successes: &[Successes; 2]) -> JoinSet<()>
     }
     for n in 0..PUBLISHERS {
         load.spawn(publish(Arc::clone(context), format!("publisher {n}")));
+    }
+    for _ in 0..REVOKERS {
+        load.spawn(revoke(Arc::clone(context)));
     }
     for (replica, successes) in successes.iter().enumerate() {
         load.spawn(probe(Arc::clone(context), replica, Arc::clone(successes)));

@@ -34,12 +34,18 @@ use crate::history::{
 /// How long a client waits for an answer before it sends the request again.
 const TIMEOUT: Duration = Duration::from_secs(3);
 const TAG_PREFIX: &str = "faults";
-const PASSWORD: &str = "correct horse battery";
+pub const PASSWORD: &str = "correct horse battery";
 pub const PROVIDERS: usize = 2;
 pub const CUSTOMERS: usize = 2;
 
 #[derive(Clone)]
 pub struct Bearer(String);
+
+impl Bearer {
+    pub fn new(secret: &str) -> Self {
+        Self(secret.to_owned())
+    }
+}
 
 impl Interceptor for Bearer {
     fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
@@ -76,7 +82,9 @@ pub fn append_outcome(answer: Result<pb::AppendEventsResponse, CallError>) -> Ou
 #[derive(Clone)]
 pub struct User {
     pub id: String,
-    secret: String,
+    pub email: String,
+    /// Of an API key with all scopes that the user's role may have.
+    pub secret: String,
 }
 
 /// The load and the faults of a run, depending on its length.
@@ -96,6 +104,9 @@ pub struct Context {
     replicas: [SocketAddr; 2],
     pub providers: Vec<User>,
     pub customers: Vec<User>,
+    /// The provider whose credentials are made and ended, and the customer of its jobs.
+    pub revoker: User,
+    pub revoked_from: User,
     pub history: Mutex<History>,
     pub interner: EventInterner,
     /// Once cancelled, the load starts no new job, batch or stream.
@@ -117,12 +128,16 @@ impl Context {
         for _ in 0..CUSTOMERS {
             customers.push(sign_up(replicas[0], pb::UserRole::Customer).await);
         }
+        let revoker = sign_up(replicas[0], pb::UserRole::Provider).await;
+        let revoked_from = sign_up(replicas[0], pb::UserRole::Customer).await;
         let context = Self {
             began: Instant::now(),
             pace,
             replicas,
             providers,
             customers,
+            revoker,
+            revoked_from,
             history: Mutex::default(),
             interner: EventInterner::default(),
             finishing: CancellationToken::new(),
@@ -152,7 +167,7 @@ impl Context {
             version: "1.0.0".to_owned(),
             steps: steps.iter().map(step).collect(),
         };
-        for provider in &self.providers {
+        for provider in self.providers.iter().chain([&self.revoker]) {
             let service = service(self.replicas[0], &provider.secret);
             let mut client = ConfigurationServiceClient::new(service);
             client.register_job_configuration(request.clone()).await.unwrap();
@@ -188,6 +203,14 @@ impl Context {
 
     pub fn clients(&self, user: &User) -> [UserClient; 2] {
         [self.client(0, user), self.client(1, user)]
+    }
+
+    pub fn auth_client(&self, replica: usize, secret: &str) -> AuthServiceClient<Service> {
+        AuthServiceClient::new(service(self.replicas[replica], secret))
+    }
+
+    pub fn event_client(&self, replica: usize, bearer: Bearer) -> EventServiceClient<Service> {
+        EventServiceClient::with_interceptor(endpoint(self.replicas[replica]).connect_lazy(), bearer)
     }
 
     /// A client with small HTTP/2 windows: while it does not read, the server can
@@ -345,9 +368,10 @@ fn service(address: SocketAddr, secret: &str) -> Service {
 }
 
 async fn sign_up(address: SocketAddr, role: pb::UserRole) -> User {
+    let email = format!("{}@example.com", Uuid::now_v7());
     let request = pb::SignUpRequest {
         role: role.into(),
-        email: format!("{}@example.com", Uuid::now_v7()),
+        email: email.clone(),
         password: PASSWORD.to_owned(),
         first_name: "Ada".to_owned(),
         last_name: "Lovelace".to_owned(),
@@ -355,8 +379,11 @@ async fn sign_up(address: SocketAddr, role: pb::UserRole) -> User {
     let mut unauthenticated = AuthServiceClient::new(endpoint(address).connect_lazy());
     let signed_up = unauthenticated.sign_up(request).await.unwrap().into_inner();
     let session = service(address, &signed_up.session.unwrap().secret);
-    let key = AuthServiceClient::new(session).create_api_key(pb::CreateApiKeyRequest::default()).await;
-    User { id: signed_up.user.unwrap().id, secret: key.unwrap().into_inner().secret }
+    let mut scopes = vec![pb::ApiKeyScope::Read.into(), pb::ApiKeyScope::Manage.into()];
+    scopes.extend((role == pb::UserRole::Provider).then_some(i32::from(pb::ApiKeyScope::Append)));
+    let request = pb::CreateApiKeyRequest { scopes, ..Default::default() };
+    let key = AuthServiceClient::new(session).create_api_key(request).await.unwrap().into_inner();
+    User { id: signed_up.user.unwrap().id, email, secret: key.secret }
 }
 
 /// Returns the result of `work`, or panics with `what` once `timeout` has passed.

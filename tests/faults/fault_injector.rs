@@ -6,14 +6,15 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use tokio_postgres::Client;
 use uuid::Uuid;
 
 use crate::{
     campaign::read_job,
     context::{Context, send_signal, within},
+    fault::Fault,
     history::{FaultWindow, Moment},
-    postgres::{MAX_CONNECTIONS, Postgres},
+    node::MAX_CONNECTIONS,
+    postgres::{Postgres, texts},
     print_line,
     probes::Successes,
     proxy::{Flow, Proxy},
@@ -35,84 +36,6 @@ const CLOCK_REREAD: Duration = Duration::from_millis(1_100);
 /// The service promises to append again within this time once Postgres accepts
 /// connections.
 pub const RECOVERY_LIMIT: Duration = Duration::from_secs(2);
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Fault {
-    KillServer,
-    TerminateServer,
-    StopServer,
-    MoveClock,
-    KillPostgres,
-    RestartPostgres,
-    TerminateBackends,
-    StopBackend,
-    CutConnections,
-    RefuseConnections,
-    DelayBytes,
-    HoldBytes,
-    FillDisk,
-    UseUpConnections,
-    HoldLocks,
-}
-
-impl Fault {
-    pub const ALL: [Self; 15] = [
-        Self::KillServer,
-        Self::TerminateServer,
-        Self::StopServer,
-        Self::MoveClock,
-        Self::KillPostgres,
-        Self::RestartPostgres,
-        Self::TerminateBackends,
-        Self::StopBackend,
-        Self::CutConnections,
-        Self::RefuseConnections,
-        Self::DelayBytes,
-        Self::HoldBytes,
-        Self::FillDisk,
-        Self::UseUpConnections,
-        Self::HoldLocks,
-    ];
-
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::KillServer => "kill -9 of a server",
-            Self::TerminateServer => "SIGTERM to a server",
-            Self::StopServer => "a server stopped (SIGSTOP)",
-            Self::MoveClock => "a server's clock moved",
-            Self::KillPostgres => "kill -9 of Postgres",
-            Self::RestartPostgres => "restart of Postgres",
-            Self::TerminateBackends => "backends terminated",
-            Self::StopBackend => "a backend stopped (SIGSTOP)",
-            Self::CutConnections => "connections cut",
-            Self::RefuseConnections => "connections refused",
-            Self::DelayBytes => "bytes delayed",
-            Self::HoldBytes => "bytes held back",
-            Self::FillDisk => "disk full",
-            Self::UseUpConnections => "connections used up",
-            Self::HoldLocks => "locks held",
-        }
-    }
-
-    /// Whether [`RECOVERY_LIMIT`] holds after this fault: it makes the database
-    /// unavailable, and not the server.
-    pub fn is_database_fault(self) -> bool {
-        match self {
-            Self::KillServer | Self::TerminateServer | Self::StopServer | Self::MoveClock => false,
-            Self::KillPostgres
-            | Self::RestartPostgres
-            | Self::TerminateBackends
-            | Self::StopBackend
-            | Self::CutConnections
-            | Self::RefuseConnections
-            | Self::DelayBytes
-            | Self::HoldBytes
-            | Self::FillDisk
-            | Self::UseUpConnections
-            | Self::HoldLocks => true,
-        }
-    }
-}
 
 /// A fault that was injected, and the outage of each replica.
 #[derive(Clone, Debug)]
@@ -147,7 +70,9 @@ pub struct Outage {
 pub struct FaultInjector {
     pub dir: TemporaryDir,
     pub postgres: Postgres,
-    pub proxies: [Proxy; 2],
+    /// Server 0 has one proxy, which leads to the primary as HAProxy does. Server 1 knows both
+    /// nodes and has a proxy to each.
+    pub proxies: [Vec<Proxy>; 2],
     pub replicas: [Replica; 2],
     pub context: Arc<Context>,
     pub successes: [Successes; 2],
@@ -347,7 +272,7 @@ impl FaultInjector {
             "SELECT pid FROM pg_stat_activity WHERE {SERVER_SESSIONS} \
              ORDER BY query ILIKE '%append_events%' DESC, random() LIMIT 3"
         );
-        let pids: Vec<String> = column(&admin, &sql).await;
+        let pids = texts(&admin, &sql).await;
         let Some(pid) = pids.get(self.random.usize(..pids.len().max(1))) else { return "none".to_owned() };
         send_signal("STOP", pid).await;
         tokio::time::sleep(duration).await;
@@ -358,14 +283,15 @@ impl FaultInjector {
     async fn disturb_connections(&mut self, fault: Fault, duration: Duration) -> String {
         let which = [[true, false], [false, true], [true, true]][self.random.usize(..3)];
         let delay = Duration::from_millis(self.random.u64(20..250));
-        let proxies = || (0..2).filter(|&proxy| which[proxy]);
+        let servers = || (0..2).filter(|&server| which[server]);
         if matches!(fault, Fault::CutConnections | Fault::RefuseConnections) {
             // Bytes must be waiting in the proxy when it cuts the connections.
-            proxies().for_each(|proxy| self.proxies[proxy].set_flow(Flow::Delayed(delay)));
+            let delayed = servers().flat_map(|server| &self.proxies[server]);
+            delayed.for_each(|proxy| proxy.set_flow(Flow::Delayed(delay)));
             tokio::time::sleep(delay * 2).await;
         }
-        for proxy in proxies() {
-            let proxy = &mut self.proxies[proxy];
+        let disturbed = self.proxies.iter_mut().enumerate().filter(|(server, _)| which[*server]);
+        for proxy in disturbed.flat_map(|(_, proxies)| proxies) {
             match fault {
                 Fault::RefuseConnections => {
                     proxy.refuse();
@@ -384,13 +310,14 @@ impl FaultInjector {
         if fault != Fault::CutConnections {
             tokio::time::sleep(duration).await;
         }
-        for proxy in proxies() {
+        let disturbed = self.proxies.iter_mut().enumerate().filter(|(server, _)| which[*server]);
+        for proxy in disturbed.flat_map(|(_, proxies)| proxies) {
             if fault == Fault::RefuseConnections {
-                self.proxies[proxy].accept();
+                proxy.accept();
             }
-            self.proxies[proxy].set_flow(Flow::Free);
+            proxy.set_flow(Flow::Free);
         }
-        let which: Vec<String> = proxies().map(|proxy| proxy.to_string()).collect();
+        let which: Vec<String> = servers().map(|server| server.to_string()).collect();
         let servers = which.join(" and ");
         match fault {
             Fault::CutConnections => format!("of server {servers}"),
@@ -421,7 +348,7 @@ impl FaultInjector {
         let until = self.context.now() + duration;
         let terminates = self.random.bool();
         while self.context.now() < until {
-            match self.postgres.try_connect().await {
+            match self.postgres.primary().try_connect().await {
                 Ok(client) if taken.len() < MAX_CONNECTIONS => taken.push(client),
                 Ok(_) => {}
                 Err(_) => {
@@ -468,14 +395,3 @@ impl FaultInjector {
 
 /// Condition on `pg_stat_activity`: sessions of the servers.
 const SERVER_SESSIONS: &str = "application_name = 'milepost' AND backend_type = 'client backend'";
-
-/// The first column of each row.
-async fn column(client: &Client, sql: &str) -> Vec<String> {
-    let rows = client.simple_query(sql).await.unwrap();
-    rows.iter()
-        .filter_map(|row| match row {
-            tokio_postgres::SimpleQueryMessage::Row(row) => row.get(0).map(str::to_owned),
-            _ => None,
-        })
-        .collect()
-}

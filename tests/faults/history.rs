@@ -227,6 +227,69 @@ pub struct JobRead {
     pub found: pb::Job,
 }
 
+/// A session, an API key or a watch token that a revoker made and ended.
+#[derive(Clone, Debug)]
+pub struct CredentialRecord {
+    pub name: String,
+    /// When the creation was sent and answered.
+    pub created_from: Moment,
+    pub created_by: Moment,
+    /// None if the credential did not exist when it was to be ended.
+    pub end: Option<CredentialEnd>,
+    pub uses: Vec<CredentialUse>,
+    pub streams: Vec<CredentialStream>,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct CredentialEnd {
+    /// When the first attempt was sent.
+    pub sent_at: Moment,
+    pub acknowledged_at: Moment,
+    /// The server that ended it; none if an earlier attempt may have done so, whose answer
+    /// was lost.
+    pub by: Option<usize>,
+}
+
+/// A call, or the opening of a watch, with a credential.
+#[derive(Clone, Debug)]
+pub struct CredentialUse {
+    pub replica: usize,
+    pub sent_at: Moment,
+    pub ended_at: Moment,
+    pub outcome: UseOutcome,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UseOutcome {
+    Accepted,
+    /// UNAUTHENTICATED.
+    Refused,
+    /// The call failed, or the server could not check the credential.
+    Unknown,
+}
+
+/// A watch that was opened with a credential.
+#[derive(Clone, Debug)]
+pub struct CredentialStream {
+    pub replica: usize,
+    pub opened_at: Moment,
+    /// When the last message came, `end` not counted.
+    pub last_message_at: Option<Moment>,
+    /// When and how it ended; none if it was open when the revoker stopped reading.
+    pub end: Option<(Moment, CredentialStreamEnd)>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CredentialStreamEnd {
+    /// By `end` with CREDENTIAL_ENDED and the status UNAUTHENTICATED.
+    Told,
+    /// The connection broke, or the server ended the stream for a reason that does not
+    /// concern the credential.
+    Broken,
+    /// In any other way.
+    Other(String),
+}
+
 /// A time in which a fault, or the recovery from it, excuses failed calls.
 #[derive(Clone, Copy, Debug)]
 pub struct FaultWindow {
@@ -252,6 +315,9 @@ pub struct History {
     pub watchers: Vec<WatcherRecord>,
     pub final_reads: Vec<FinalRead>,
     pub job_reads: Vec<JobRead>,
+    pub credentials: Vec<CredentialRecord>,
+    /// When each server was killed or terminated, and forgot what it had refused.
+    pub restarts: [Vec<Moment>; 2],
     pub fault_windows: Vec<FaultWindow>,
     pub unexpected_answers: Vec<UnexpectedAnswer>,
 }

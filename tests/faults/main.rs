@@ -19,8 +19,10 @@ mod checker;
 #[path = "../it/support/clock.rs"]
 mod clock;
 mod context;
+mod fault;
 mod fault_injector;
 mod history;
+mod node;
 #[path = "../it/support/port.rs"]
 mod port;
 mod postgres;
@@ -30,6 +32,7 @@ mod publishers;
 mod readers;
 mod replica;
 mod report;
+mod revokers;
 #[path = "../it/support/temporary.rs"]
 mod temporary;
 mod watchers;

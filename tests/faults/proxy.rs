@@ -1,7 +1,11 @@
 //! A proxy between one replica and Postgres, on Unix sockets. It can cut, refuse and
 //! delay connections and hold their bytes back.
 
-use std::{fs, path::PathBuf, time::Duration};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -26,8 +30,8 @@ pub enum Flow {
 
 pub struct Proxy {
     dir: PathBuf,
-    /// Path of Postgres's socket.
-    postgres: PathBuf,
+    /// The directory of the socket to which new connections lead.
+    postgres: watch::Sender<PathBuf>,
     flow: watch::Sender<Flow>,
     /// Cancelled to cut all connections.
     open: CancellationToken,
@@ -35,17 +39,24 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    /// Listens on a socket in a new directory and forwards to Postgres's socket.
-    pub fn start(dir: PathBuf, postgres: PathBuf) -> Self {
+    /// Listens on a socket in a new directory and forwards to Postgres's socket in another
+    /// directory.
+    pub fn start(dir: PathBuf, postgres: &Path) -> Self {
         fs::create_dir(&dir).unwrap();
-        let flow = watch::Sender::new(Flow::Free);
+        let (flow, postgres) = (watch::Sender::new(Flow::Free), watch::Sender::new(postgres.to_owned()));
         let mut proxy = Self { dir, postgres, flow, open: CancellationToken::new(), accepting: None };
         proxy.accept();
         proxy
     }
 
-    pub fn database_url(&self) -> String {
-        format!("postgresql://milepost@{}/milepost", self.dir.display().to_string().replace('/', "%2F"))
+    /// The directory of the socket that this listens on.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Leads new connections to the socket in another directory; open ones stay.
+    pub fn lead_to(&self, postgres: &Path) {
+        self.postgres.send_replace(postgres.to_owned());
     }
 
     pub fn set_flow(&self, flow: Flow) {
@@ -72,19 +83,23 @@ impl Proxy {
         self.accepting = None;
         let _ = fs::remove_file(self.socket());
         let listener = UnixListener::bind(self.socket()).unwrap();
-        let (postgres, flow, open) = (self.postgres.clone(), self.flow.subscribe(), self.open.clone());
+        let (postgres, flow, open) = (self.postgres.subscribe(), self.flow.subscribe(), self.open.clone());
         let accept = async move {
             while let Ok((server, _)) = listener.accept().await {
-                let open = open.clone();
-                tokio::spawn(open.run_until_cancelled_owned(forward(server, postgres.clone(), flow.clone())));
+                let (open, postgres) = (open.clone(), socket_in(&postgres.borrow()));
+                tokio::spawn(open.run_until_cancelled_owned(forward(server, postgres, flow.clone())));
             }
         };
         self.accepting = Some(AbortOnDropHandle::new(tokio::spawn(accept)));
     }
 
     fn socket(&self) -> PathBuf {
-        self.dir.join(".s.PGSQL.5432")
+        socket_in(&self.dir)
     }
+}
+
+fn socket_in(dir: &Path) -> PathBuf {
+    dir.join(".s.PGSQL.5432")
 }
 
 /// Forwards bytes both ways until either side closes.

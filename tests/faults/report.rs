@@ -5,7 +5,8 @@ use std::{collections::BTreeMap, fmt::Write as _, time::Duration};
 use crate::{
     campaign::CampaignResult,
     checker::{Guarantee, Violation, event_timeline},
-    fault_injector::{Fault, InjectedFault, RECOVERY_LIMIT},
+    fault::Fault,
+    fault_injector::{InjectedFault, RECOVERY_LIMIT},
     history::{Body, Outcome},
 };
 

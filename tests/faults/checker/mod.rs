@@ -1,6 +1,7 @@
 //! Checks a history against the guarantees. The checker knows the documented rules and
 //! shares only the protobuf types with the implementation.
 
+mod credentials;
 mod log;
 mod reads;
 mod replay;
@@ -30,7 +31,8 @@ pub enum Guarantee {
     Resumable,
     Terminating,
     Deterministic,
-    /// What the API promises beyond the eight: `expected_sequence`, refusals, status
+    Confined,
+    /// What the API promises beyond the nine: `expected_sequence`, refusals, status
     /// codes, availability.
     Contract,
 }
@@ -99,6 +101,7 @@ pub fn check(history: &History) -> Vec<Violation> {
     log::check(&indexed, &mut violations);
     reads::check(&indexed, &mut violations);
     streams::check(&indexed, &mut violations);
+    credentials::check(&indexed, &mut violations);
     for unexpected in &history.unexpected_answers {
         let at = unexpected.at.as_secs_f64();
         violations.add(Guarantee::Contract, None, format!("at {at:.3} s: {}", unexpected.what));

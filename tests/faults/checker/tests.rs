@@ -1,6 +1,8 @@
 //! Tests of the checker: a valid history has no violations, and each change to it that
 //! breaks a guarantee is detected.
 
+mod credentials;
+
 use std::{sync::Arc, time::Duration};
 
 use milepost::pb::{self, EventKind, JobStatus};
@@ -234,7 +236,7 @@ fn history() -> History {
         job_reads: vec![JobRead { replica: 1, sent_at: at(6), ended_at: at(7), found: found(&log[..3]) }],
         final_reads: final_reads.collect(),
         fault_windows: vec![FaultWindow { from: at(0), to: at(3), affects: [true; 2] }],
-        unexpected_answers: Vec::new(),
+        ..Default::default()
     }
 }
 
