@@ -9,6 +9,7 @@ use std::{
 use milepost::pb::{self, EventKind};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use tonic::Code;
 
 use crate::{
     checker::{self, Violation},
@@ -91,8 +92,16 @@ pub async fn run(seed: u64, seconds: u64) -> CampaignResult {
     let stop_watching = CancellationToken::new();
     let mut load = start_load(&context, &successes);
     let mut watchers = start_watchers(&context, &stop_watching);
-    let mut injector =
-        FaultInjector { dir, postgres, proxies, replicas, context: Arc::clone(&context), successes, random };
+    let mut injector = FaultInjector {
+        dir,
+        postgres,
+        proxies,
+        replicas,
+        context: Arc::clone(&context),
+        successes,
+        random,
+        available_at: Vec::new(),
+    };
     let injected_faults = injector.run(Duration::from_secs(seconds)).await;
 
     context.finishing.cancel();
@@ -251,18 +260,27 @@ async fn read_all_jobs(context: &Arc<Context>, replica: usize, jobs: usize) {
             for job in (first..jobs).step_by(8) {
                 let provider = context.history.lock().unwrap().jobs[job].provider;
                 let read = read_job(&context, &mut clients[provider], replica, job).await;
-                context.history.lock().unwrap().final_reads.push(read);
+                context.history.lock().unwrap().final_reads.extend(read);
             }
         });
     }
     join(&mut readers).await;
 }
 
-/// A job and its whole log, read in pages whose size differs by job.
-pub async fn read_job(context: &Context, client: &mut UserClient, replica: usize, job: usize) -> FinalRead {
+/// A job and its whole log, read in pages whose size differs by job; none if the job does not
+/// exist.
+pub async fn read_job(
+    context: &Context,
+    client: &mut UserClient,
+    replica: usize,
+    job: usize,
+) -> Option<FinalRead> {
     let id = context.job_id(job);
     let request = pb::GetJobRequest { job: Some(pb::get_job_request::Job::JobId(id.clone())) };
-    let found = client.jobs.get_job(request).await.unwrap().into_inner().job.unwrap();
+    let found = match client.jobs.get_job(request).await {
+        Err(status) if status.code() == Code::NotFound => return None,
+        found => found.unwrap().into_inner().job.unwrap(),
+    };
     let mut log = Vec::new();
     let mut request = pb::ListEventsRequest {
         job: Some(pb::list_events_request::Job::JobId(id)),
@@ -273,7 +291,7 @@ pub async fn read_job(context: &Context, client: &mut UserClient, replica: usize
         let page = client.events.list_events(request.clone()).await.unwrap().into_inner();
         log.extend(page.events.into_iter().map(|event| context.interner.intern(event)));
         if page.next_page_token.is_empty() {
-            return FinalRead { replica, job, found, log };
+            return Some(FinalRead { replica, job, found, log });
         }
         request.page_token = page.next_page_token;
     }

@@ -197,7 +197,11 @@ impl Context {
     }
 
     pub fn client(&self, replica: usize, user: &User) -> UserClient {
-        let service = service(self.replicas[replica], &user.secret);
+        self.client_at(self.replicas[replica], user)
+    }
+
+    pub fn client_at(&self, address: SocketAddr, user: &User) -> UserClient {
+        let service = service(address, &user.secret);
         UserClient { events: EventServiceClient::new(service.clone()), jobs: JobServiceClient::new(service) }
     }
 
@@ -355,8 +359,9 @@ pub fn configuration_tag(configuration: usize) -> String {
 
 pub fn refusal(status: &Status) -> Refusal {
     let info = status.get_details_error_info();
-    let last_sequence = info.and_then(|info| info.metadata.get("last_sequence")?.parse().ok());
-    Refusal { code: status.code(), message: status.message().to_owned(), last_sequence }
+    let last_sequence = info.as_ref().and_then(|info| info.metadata.get("last_sequence")?.parse().ok());
+    let reason = info.map(|info| info.reason).unwrap_or_default();
+    Refusal { code: status.code(), reason, message: status.message().to_owned(), last_sequence }
 }
 
 fn endpoint(address: SocketAddr) -> Endpoint {

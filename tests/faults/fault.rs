@@ -17,10 +17,17 @@ pub enum Fault {
     FillDisk,
     UseUpConnections,
     HoldLocks,
+    PromoteSynchronous,
+    PromoteAsynchronous,
+    SwitchOver,
+    FreezePrimary,
+    MoveDatabaseClock,
+    MakeReadOnly,
+    InsertPooler,
 }
 
 impl Fault {
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 22] = [
         Self::KillServer,
         Self::TerminateServer,
         Self::StopServer,
@@ -36,6 +43,13 @@ impl Fault {
         Self::FillDisk,
         Self::UseUpConnections,
         Self::HoldLocks,
+        Self::PromoteSynchronous,
+        Self::PromoteAsynchronous,
+        Self::SwitchOver,
+        Self::FreezePrimary,
+        Self::MoveDatabaseClock,
+        Self::MakeReadOnly,
+        Self::InsertPooler,
     ];
 
     pub fn name(self) -> &'static str {
@@ -55,6 +69,13 @@ impl Fault {
             Self::FillDisk => "disk full",
             Self::UseUpConnections => "connections used up",
             Self::HoldLocks => "locks held",
+            Self::PromoteSynchronous => "synchronous standby promoted",
+            Self::PromoteAsynchronous => "asynchronous standby promoted",
+            Self::SwitchOver => "switchover",
+            Self::FreezePrimary => "primary frozen, and woken",
+            Self::MoveDatabaseClock => "Postgres's clock moved",
+            Self::MakeReadOnly => "database read-only",
+            Self::InsertPooler => "a pooler put in between",
         }
     }
 
@@ -73,7 +94,14 @@ impl Fault {
             | Self::HoldBytes
             | Self::FillDisk
             | Self::UseUpConnections
-            | Self::HoldLocks => true,
+            | Self::HoldLocks
+            | Self::PromoteSynchronous
+            | Self::PromoteAsynchronous
+            | Self::SwitchOver
+            | Self::FreezePrimary
+            | Self::MoveDatabaseClock
+            | Self::MakeReadOnly
+            | Self::InsertPooler => true,
         }
     }
     /// Whether a server starts anew, and has forgotten what it knew.

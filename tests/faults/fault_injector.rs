@@ -1,20 +1,13 @@
 //! Injects one fault after the other, in an order that the seed decides, and measures
 //! for how long each replica cannot append.
 
-use std::{
-    sync::Arc,
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
-
-use uuid::Uuid;
+use std::{env, sync::Arc, time::Duration};
 
 use crate::{
-    campaign::read_job,
-    context::{Context, send_signal, within},
+    context::Context,
     fault::Fault,
     history::{FaultWindow, Moment},
-    node::MAX_CONNECTIONS,
-    postgres::{Postgres, texts},
+    postgres::Postgres,
     print_line,
     probes::Successes,
     proxy::{Flow, Proxy},
@@ -24,15 +17,13 @@ use crate::{
 
 /// The campaign is aborted if a replica does not append within this time after a
 /// fault.
-const TIMEOUT: Duration = Duration::from_secs(30);
+pub const TIMEOUT: Duration = Duration::from_secs(30);
 /// For so long after a fault has been healed it still excuses failed calls.
 const SETTLING: Duration = Duration::from_secs(3);
 /// One pause in so many is a long one. A stream without messages in a long pause is
 /// a violation, since no fault excuses it.
 const LONG_PAUSE_ONE_IN: u32 = 10;
 const LONG_PAUSE: Duration = Duration::from_secs(13);
-/// libfaketime reads the offset of a server's clock once a second.
-const CLOCK_REREAD: Duration = Duration::from_millis(1_100);
 /// The service promises to append again within this time once Postgres accepts
 /// connections.
 pub const RECOVERY_LIMIT: Duration = Duration::from_secs(2);
@@ -77,12 +68,17 @@ pub struct FaultInjector {
     pub context: Arc<Context>,
     pub successes: [Successes; 2],
     pub random: fastrand::Rng,
+    /// When the database was available again after each outage of the present fault.
+    pub available_at: Vec<Moment>,
 }
 
 impl FaultInjector {
     /// Injects every fault once and then random ones until the time is up.
     pub async fn run(&mut self, until: Moment) -> Vec<InjectedFault> {
         let mut faults = Fault::ALL.to_vec();
+        let only = env::var("MILEPOST_FAULTS_ONLY").unwrap_or_default();
+        faults.retain(|fault| fault.name().contains(&only));
+        assert!(!faults.is_empty(), "no fault has {only:?} in its name");
         if !self.postgres.has_own_disk() {
             print_line(
                 "this process may not mount a disk (it needs root): the fault \"disk full\" is left out",
@@ -106,14 +102,22 @@ impl FaultInjector {
     }
 
     async fn inject_and_measure(&mut self, fault: Fault) -> InjectedFault {
+        self.available_at.clear();
+        self.prepare(fault).await;
         let began_at = self.context.now();
         let (what, replica) = self.inject(fault).await;
         let undone_at = self.context.now();
         self.postgres.wait_until_ready().await;
         let healed_at = self.context.now();
+        self.available_at.push(healed_at);
         let mut outages = [Outage { longest_gap: Duration::ZERO, until_recovered: Duration::ZERO }; 2];
         for (number, outage) in outages.iter_mut().enumerate() {
-            *outage = self.outage(number, began_at, healed_at).await;
+            for available_at in self.available_at.clone() {
+                let Outage { longest_gap, until_recovered } =
+                    self.outage(number, began_at, available_at).await;
+                outage.longest_gap = outage.longest_gap.max(longest_gap);
+                outage.until_recovered = outage.until_recovered.max(until_recovered);
+            }
         }
         let [first, second] = outages.map(|outage| outage.until_recovered.as_millis());
         let undone_s = (undone_at - began_at).as_secs_f64();
@@ -124,7 +128,24 @@ impl FaultInjector {
             began_at.as_secs_f64(),
             self.postgres.disk_usage().await,
         ));
+        for (replica, outage) in self.replicas.iter().zip(outages) {
+            if fault.is_database_fault() && outage.until_recovered > RECOVERY_LIMIT {
+                print_line(format!("slow recovery; the end of the server's log:\n{}", replica.log_tail()));
+            }
+        }
         InjectedFault { fault, what, replica, began_at, healed_at, outages }
+    }
+
+    /// Makes the standby that a fault needs.
+    async fn prepare(&mut self, fault: Fault) {
+        match fault {
+            Fault::PromoteSynchronous | Fault::FreezePrimary => {
+                self.postgres.build_standby().await;
+                self.postgres.make_synchronous().await;
+            }
+            Fault::PromoteAsynchronous | Fault::SwitchOver => self.postgres.build_standby().await,
+            _ => {}
+        }
     }
 
     /// Waits for an append that is answered after the fault's end, and computes the
@@ -214,70 +235,15 @@ impl FaultInjector {
             Fault::FillDisk => self.fill_disk(duration).await,
             Fault::UseUpConnections => self.use_up_connections(duration).await,
             Fault::HoldLocks => self.hold_locks(duration).await,
+            Fault::PromoteSynchronous => self.promote_synchronous(duration).await,
+            Fault::PromoteAsynchronous => self.promote_asynchronous(duration).await,
+            Fault::SwitchOver => self.switch_over(duration).await,
+            Fault::FreezePrimary => self.freeze_primary(duration).await,
+            Fault::MoveDatabaseClock => self.move_database_clock(duration).await,
+            Fault::MakeReadOnly => self.make_read_only(duration).await,
+            Fault::InsertPooler => self.insert_pooler(duration).await,
         };
         (format!("{}: {detail}", fault.name()), replica)
-    }
-
-    async fn move_clock(&mut self, duration: Duration) -> String {
-        let seconds = self.random.i64(120..900) * if self.random.bool() { 1 } else { -1 };
-        for offset in [seconds, -seconds] {
-            self.replicas[1].move_clock(offset);
-            within(TIMEOUT, format!("server 1's clock to move by {offset} s"), async {
-                // The time in ids never goes back, so that only a forward move shows.
-                while self.seconds_ahead().await < offset.max(0) - 5 {
-                    tokio::time::sleep(CLOCK_REREAD).await;
-                }
-            })
-            .await;
-            tokio::time::sleep(CLOCK_REREAD + duration / 8).await;
-        }
-        self.replicas[1].move_clock(0);
-        tokio::time::sleep(CLOCK_REREAD).await;
-        format!("server 1, by {seconds} s and back")
-    }
-
-    /// By how many seconds the clock of server 1 is ahead, by the time in the id of an
-    /// event that it makes: the `close` event of a new job.
-    async fn seconds_ahead(&mut self) -> i64 {
-        let mut clients = [
-            self.context.client(1, &self.context.providers[0]),
-            self.context.client(1, &self.context.providers[0]),
-        ];
-        let job = self.context.create_job(0, &mut clients, &mut self.random).await;
-        self.context.close_job(&mut clients, &mut self.random, job).await;
-        let log = read_job(&self.context, &mut clients[1], 1, job).await.log;
-        let id: Uuid = log[0].id.parse().unwrap();
-        let (seconds, _) = id.get_timestamp().expect("the id is a UUID with a time").to_unix();
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
-        i64::try_from(seconds).unwrap() - i64::try_from(now.as_secs()).unwrap()
-    }
-
-    async fn terminate_backends(&mut self) -> String {
-        let which = ["true", "random() < 0.5", "query ILIKE '%append_events%'"][self.random.usize(..3)];
-        let times = self.random.usize(1..4);
-        let admin = self.postgres.connect().await;
-        for _ in 0..times {
-            let sql = format!(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {SERVER_SESSIONS} AND {which}"
-            );
-            admin.simple_query(&sql).await.unwrap();
-            tokio::time::sleep(Duration::from_millis(self.random.u64(0..200))).await;
-        }
-        format!("{times} times, where {which}")
-    }
-
-    async fn stop_backend(&mut self, duration: Duration) -> String {
-        let admin = self.postgres.connect().await;
-        let sql = format!(
-            "SELECT pid FROM pg_stat_activity WHERE {SERVER_SESSIONS} \
-             ORDER BY query ILIKE '%append_events%' DESC, random() LIMIT 3"
-        );
-        let pids = texts(&admin, &sql).await;
-        let Some(pid) = pids.get(self.random.usize(..pids.len().max(1))) else { return "none".to_owned() };
-        send_signal("STOP", pid).await;
-        tokio::time::sleep(duration).await;
-        send_signal("CONT", pid).await;
-        format!("for {duration:?}")
     }
 
     async fn disturb_connections(&mut self, fault: Fault, duration: Duration) -> String {
@@ -325,73 +291,4 @@ impl FaultInjector {
             _ => format!("of server {servers}, for {duration:?}"),
         }
     }
-
-    async fn fill_disk(&mut self, duration: Duration) -> String {
-        self.postgres.fill_disk().await;
-        tokio::time::sleep(duration).await;
-        // Postgres may have removed files: fill that space as well.
-        self.postgres.fill_disk().await;
-        tokio::time::sleep(duration / 2).await;
-        self.postgres.free_disk().await;
-        let has_exited = !self.postgres.is_running();
-        if has_exited {
-            self.postgres.start_again().await;
-        }
-        format!("for {duration:?}; Postgres {}", if has_exited { "exited" } else { "kept running" })
-    }
-
-    /// Opens connections until Postgres has none left. In half of the cases it also
-    /// terminates sessions of the servers, to take their connections.
-    async fn use_up_connections(&mut self, duration: Duration) -> String {
-        let admin = self.postgres.connect().await;
-        let mut taken = Vec::new();
-        let until = self.context.now() + duration;
-        let terminates = self.random.bool();
-        while self.context.now() < until {
-            match self.postgres.primary().try_connect().await {
-                Ok(client) if taken.len() < MAX_CONNECTIONS => taken.push(client),
-                Ok(_) => {}
-                Err(_) => {
-                    if terminates {
-                        let sql = format!(
-                            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
-                             WHERE {SERVER_SESSIONS} AND random() < 0.3"
-                        );
-                        admin.simple_query(&sql).await.unwrap();
-                    }
-                    tokio::time::sleep(Duration::from_millis(20)).await;
-                }
-            }
-        }
-        format!(
-            "{} taken for {duration:?}{}",
-            taken.len(),
-            if terminates { ", sessions of the servers terminated" } else { "" }
-        )
-    }
-
-    /// Holds a lock, so that statements wait and occupy the servers' few connections.
-    async fn hold_locks(&mut self, duration: Duration) -> String {
-        let lock = [
-            "SELECT FROM event_log FOR UPDATE",
-            "SELECT FROM jobs WHERE random() < 0.3 FOR UPDATE",
-            "LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE",
-            "LOCK TABLE events IN ACCESS EXCLUSIVE MODE",
-            "LOCK TABLE api_keys IN ACCESS EXCLUSIVE MODE",
-            "LOCK TABLE jobs, events, api_keys, users, event_log IN ACCESS EXCLUSIVE MODE",
-        ][self.random.usize(..6)];
-        let admin = self.postgres.connect().await;
-        // In a deadlock Postgres cancels the session whose `deadlock_timeout` passes
-        // first. That must be a session of a server.
-        let begin = format!("SET deadlock_timeout = '1min'; BEGIN; {lock}");
-        if let Err(error) = admin.batch_execute(&begin).await {
-            return format!("{lock}: {error}");
-        }
-        tokio::time::sleep(duration).await;
-        admin.batch_execute("ROLLBACK").await.unwrap();
-        format!("{lock}, for {duration:?}")
-    }
 }
-
-/// Condition on `pg_stat_activity`: sessions of the servers.
-const SERVER_SESSIONS: &str = "application_name = 'milepost' AND backend_type = 'client backend'";

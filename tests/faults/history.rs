@@ -2,7 +2,7 @@
 //! its time.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -69,6 +69,8 @@ pub enum UnknownReason {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal {
     pub code: Code,
+    /// The reason in the status's details; empty in the answers of publish streams.
+    pub reason: String,
     pub message: String,
     /// The job's last sequence as given in the status.
     pub last_sequence: Option<i64>,
@@ -299,6 +301,29 @@ pub struct FaultWindow {
     pub affects: [bool; 2],
 }
 
+/// A loss of commits: a standby without the last ones became the primary.
+#[derive(Clone, Debug)]
+pub struct SetBack {
+    /// The earliest moment of a commit that may be lost.
+    pub lost_from: Moment,
+    /// When the former primary had ended: what was sent later was executed by the new one.
+    pub until: Moment,
+    /// When both servers had used the new primary.
+    pub noticed_at: Moment,
+    /// By job; jobs that lost nothing are missing.
+    pub logs: BTreeMap<usize, LostLog>,
+}
+
+/// The log of a job as the former primary had it.
+#[derive(Clone, Debug)]
+pub struct LostLog {
+    /// How many of the events, from the first one on, the new primary had when it began.
+    pub kept: usize,
+    pub events: Vec<Arc<pb::Event>>,
+    /// The job itself is lost.
+    pub is_gone: bool,
+}
+
 /// An answer that no fault excuses.
 #[derive(Clone, Debug)]
 pub struct UnexpectedAnswer {
@@ -318,6 +343,7 @@ pub struct History {
     pub credentials: Vec<CredentialRecord>,
     /// When each server was killed or terminated, and forgot what it had refused.
     pub restarts: [Vec<Moment>; 2],
+    pub set_backs: Vec<SetBack>,
     pub fault_windows: Vec<FaultWindow>,
     pub unexpected_answers: Vec<UnexpectedAnswer>,
 }

@@ -4,7 +4,8 @@
 //!
 //! `cargo test --test faults` is the short form. `MILEPOST_FAULTS_SECONDS` sets
 //! for how long faults are injected. `MILEPOST_FAULTS_SEED` repeats the random
-//! choices of a run, but not the timing of the machine.
+//! choices of a run, but not the timing of the machine. `MILEPOST_FAULTS_ONLY` leaves out
+//! the faults whose name, as the report has it, does not contain this text.
 
 #![allow(
     clippy::unwrap_used,
@@ -19,10 +20,13 @@ mod checker;
 #[path = "../it/support/clock.rs"]
 mod clock;
 mod context;
+mod database_faults;
+mod failovers;
 mod fault;
 mod fault_injector;
 mod history;
 mod node;
+mod pooler;
 #[path = "../it/support/port.rs"]
 mod port;
 mod postgres;

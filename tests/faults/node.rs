@@ -79,7 +79,11 @@ impl Node {
         let settings = data.join("postgresql.auto.conf");
         let former = fs::read_to_string(&settings).unwrap();
         fs::write(settings, former + &conninfo).unwrap();
-        fs::write(data.join("standby.signal"), "").unwrap();
+        let signal = data.join("standby.signal");
+        fs::write(&signal, "").unwrap();
+        if let Some((uid, gid)) = owner() {
+            chown(signal, Some(uid), Some(gid)).unwrap();
+        }
     }
 
     /// Starts Postgres; does not wait until it accepts connections.
@@ -224,11 +228,10 @@ async fn connect(url: &str) -> Result<Client, tokio_postgres::Error> {
     Ok(client)
 }
 
-/// A process that has exited already makes `kill` fail.
+/// Sends a signal to those of the processes that run.
 async fn signal_those_that_run(name: &str, pids: &[String]) {
-    for pid in pids {
-        let _ = Command::new("kill").args(["-s", name, pid]).output().await;
-    }
+    // A process that has exited already makes `kill` fail, after it has signalled the others.
+    let _ = Command::new("kill").args(["-s", name]).args(pids).output().await;
 }
 
 /// The directory of the programs of the newest Postgres of Debian's packages.

@@ -124,6 +124,13 @@ impl Postgres {
         self.wait_until_in_step().await;
     }
 
+    /// The stopped former primary starts as the standby of its successor.
+    pub async fn return_as_standby(&mut self) {
+        self.other().follow(self.primary());
+        self.other_mut().start();
+        self.wait_until_in_step().await;
+    }
+
     /// Returns once the standby has all commits that the primary has now.
     pub async fn wait_until_in_step(&self) {
         let primary = self.connect().await;

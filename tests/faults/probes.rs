@@ -55,7 +55,9 @@ pub async fn probe(context: Arc<Context>, replica: usize, successes: Successes) 
                 break;
             }
         }
-        appended += 1;
+        // The job itself may be lost.
+        let refused = batch.answer().is_none();
+        appended = if refused { EVENTS_PER_JOB } else { appended + 1 };
         context.history.lock().unwrap().batches.push(batch);
     }
 }

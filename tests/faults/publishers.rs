@@ -151,6 +151,7 @@ impl Publisher {
             Some(Answer::Appended(appended)) => Outcome::Appended(appended.events),
             Some(Answer::Refused(status)) => Outcome::Refused(Refusal {
                 code: Code::from_i32(status.code),
+                reason: String::new(),
                 message: status.message,
                 last_sequence: None,
             }),

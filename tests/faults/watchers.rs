@@ -29,6 +29,8 @@ pub enum Behavior {
 /// After this time without a message a watcher resumes, perhaps at the other replica.
 /// Heartbeats come every 5 s, except while the database is unavailable.
 pub const SILENCE: Duration = Duration::from_secs(9);
+/// The reason of a refusal where the events that a watcher has received are lost.
+const SET_BACK: &str = "LOG_SET_BACK";
 
 pub struct Watcher {
     pub context: Arc<Context>,
@@ -108,6 +110,9 @@ impl Watcher {
         let mut replica = self.random.usize(..2);
         while !self.done {
             self.stream(self.only_replica.unwrap_or(replica), &mut clients, &stop).await;
+            if self.is_set_back() {
+                self.begin_anew();
+            }
             if self.random.u32(..4) > 0 {
                 replica = 1 - replica;
             }
@@ -180,7 +185,8 @@ impl Watcher {
             Err(CallError::Refused(refusal)) => StreamEnd::Refused(refusal),
             Err(CallError::Unknown(reason)) => reason.into(),
         };
-        let refused = matches!(end, StreamEnd::Refused(_));
+        // A watcher whose events are lost goes on.
+        let refused = matches!(&end, StreamEnd::Refused(refusal) if refusal.reason != SET_BACK);
         let stream = self.record.streams.last_mut().expect("just pushed");
         (stream.end, stream.ended_at) = (end, self.context.now());
         let ended = matches!(
@@ -192,6 +198,26 @@ impl Watcher {
         // `start` uses no token of an earlier stream than this.
         let last = self.tokens.iter().rposition(|tokens| !tokens.is_empty()).unwrap_or(0);
         self.tokens[..last].fill(Vec::new());
+    }
+
+    /// Whether the last stream was refused because the log was set back.
+    fn is_set_back(&self) -> bool {
+        self.record.streams.last().is_some_and(|stream| {
+            stream.messages.is_empty()
+                && matches!(&stream.end, StreamEnd::Refused(refusal) if refusal.reason == SET_BACK)
+        })
+    }
+
+    /// Records the streams so far, and starts as a watcher without a token. A long log is not
+    /// read again.
+    fn begin_anew(&mut self) {
+        let streams = std::mem::take(&mut self.record.streams);
+        let record = WatcherRecord { streams, ..self.record.clone() };
+        self.context.history.lock().unwrap().watchers.push(record);
+        self.tokens.clear();
+        let reads_all = self.context.pace.pause_factor == 1 || matches!(self.record.scope, Scope::Job(_));
+        let from_now = self.first_start == Start::Now || !reads_all;
+        self.first_start = if from_now { Start::Now } else { Start::Beginning };
     }
 
     fn is_leaving(&self) -> bool {

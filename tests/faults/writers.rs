@@ -142,7 +142,8 @@ impl Writer {
                 }
                 Some(Outcome::Refused(refusal)) => {
                     shared.last_sequence.fetch_max(refusal.last_sequence.unwrap_or(0), Ordering::Relaxed);
-                    refusal.code == tonic::Code::FailedPrecondition
+                    // Closed, or lost.
+                    matches!(refusal.code, tonic::Code::FailedPrecondition | tonic::Code::NotFound)
                 }
                 Some(Outcome::Unknown(_)) | None => false,
             };

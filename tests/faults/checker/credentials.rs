@@ -108,8 +108,8 @@ impl CredentialCheck<'_> {
     }
 
     /// Whether a commit between these moments may have been lost.
-    fn may_be_lost(&self, _from: Moment, _to: Moment) -> bool {
-        false
+    fn may_be_lost(&self, from: Moment, to: Moment) -> bool {
+        self.indexed.set_backs_between(from, to).next().is_some()
     }
 
     /// When the server first refused the credential, if that was before this moment.

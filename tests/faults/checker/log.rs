@@ -1,12 +1,12 @@
 //! Compares the requests of writers and their answers with the logs after the
 //! campaign.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, sync::Arc};
 
 use milepost::pb;
 use tonic::Code;
 
-use super::{Guarantee, IndexedHistory, Log, Origin, Violations};
+use super::{Guarantee, IndexedHistory, Log, Origin, Violations, losses::Loss};
 use crate::history::{Attempt, Batch, Close, Moment, Outcome, Refusal, UnknownReason};
 
 pub fn check(indexed: &IndexedHistory<'_>, violations: &mut Violations) {
@@ -25,11 +25,29 @@ pub fn check(indexed: &IndexedHistory<'_>, violations: &mut Violations) {
         check_published(indexed, &batches, violations);
     }
     for close in &indexed.history.closes {
-        check_close(&indexed.logs[close.job], close, violations);
+        check_close(indexed, close, violations);
     }
 }
 
-fn check_close(log: &Log, close: &Close, violations: &mut Violations) {
+fn check_close(indexed: &IndexedHistory<'_>, close: &Close, violations: &mut Violations) {
+    let log = &indexed.logs[close.job];
+    // The job may have been closed by an event that is lost, and may be lost itself.
+    let explains = |loss: Loss<'_>| match (&close.outcome, loss.last()) {
+        (Ok(closed), Some(last)) => {
+            last.kind() == pb::EventKind::Close
+                && last.sequence == closed.last_sequence
+                && (closed.existed || last.name == close.reason)
+        }
+        (Err(refusal), Some(last)) if refusal.code == Code::FailedPrecondition => {
+            last.kind() == pb::EventKind::Complete
+        }
+        _ => false,
+    };
+    let is_gone = matches!(&close.outcome, Err(refusal) if refusal.code == Code::NotFound)
+        && indexed.is_gone(close.job);
+    if is_gone || indexed.losses_after(close.job, close.sent_at).any(explains) {
+        return;
+    }
     let last = log.events.last();
     let kind = last.map(|event| event.kind());
     let id = last.map(|event| event.id.as_str());
@@ -62,7 +80,7 @@ fn check_close(log: &Log, close: &Close, violations: &mut Violations) {
     }
 }
 
-/// Checks a log by itself, and that a recorded request sent each of its events.
+/// Checks a log by itself, that it has an order that the answers allow, and that a recorded request sent each of its events.
 fn check_log(indexed: &IndexedHistory<'_>, job: usize, log: &Log, violations: &mut Violations) {
     if log.index_of.len() != log.events.len() {
         violations.add(
@@ -71,8 +89,38 @@ fn check_log(indexed: &IndexedHistory<'_>, job: usize, log: &Log, violations: &m
             format!("job {}: an event id is stored twice", indexed.history.jobs[job].id),
         );
     }
+    check_states(indexed, job, &log.events, violations);
+    for (event, origin) in log.events.iter().zip(&log.origins) {
+        if let Origin::Unknown = origin {
+            violations.add(Guarantee::Unique, Some(&event.id), "stored, but no recorded request sent it");
+        }
+    }
+    // Backwards through the log: each event must have been first sent before any later
+    // event was acknowledged.
+    let mut earliest_answer = Moment::MAX;
+    for (event, &origin) in log.events.iter().zip(&log.origins).rev() {
+        if indexed.first_sent_at(origin) > earliest_answer {
+            let what = "stored before an event that was acknowledged before this one was first sent";
+            violations.add(Guarantee::Ordered, Some(&event.id), what);
+        }
+        let answered = match origin {
+            Origin::Batch(number) => indexed.acknowledged_at(&indexed.history.batches[number]),
+            Origin::Close(number) => Some(indexed.history.closes[number].ended_at),
+            Origin::Unknown => None,
+        };
+        earliest_answer = earliest_answer.min(answered.unwrap_or(Moment::MAX));
+    }
+}
+
+/// Checks the sequences, the states and the end of a log.
+pub(super) fn check_states(
+    indexed: &IndexedHistory<'_>,
+    job: usize,
+    events: &[Arc<pb::Event>],
+    violations: &mut Violations,
+) {
     let mut replay = indexed.replay(job);
-    for (index, event) in log.events.iter().enumerate() {
+    for (index, event) in events.iter().enumerate() {
         let id = Some(event.id.as_str());
         if event.sequence != i64::try_from(index + 1).unwrap() {
             let what = format!("sequence {} is stored where {} is expected", event.sequence, index + 1);
@@ -92,32 +140,16 @@ fn check_log(indexed: &IndexedHistory<'_>, job: usize, log: &Log, violations: &m
             );
             violations.add(Guarantee::Deterministic, id, what);
         }
-        if let Origin::Unknown = log.origins[index] {
-            violations.add(Guarantee::Unique, id, "stored, but no recorded request sent it");
-        }
-    }
-    // Backwards through the log: each event must have been first sent before any later
-    // event was acknowledged.
-    let mut earliest_answer = Moment::MAX;
-    for (event, &origin) in log.events.iter().zip(&log.origins).rev() {
-        if indexed.first_sent_at(origin) > earliest_answer {
-            let what = "stored before an event that was acknowledged before this one was first sent";
-            violations.add(Guarantee::Ordered, Some(&event.id), what);
-        }
-        let answered = match origin {
-            Origin::Batch(number) => {
-                indexed.history.batches[number].answer().map(|(attempt, _)| attempt.ended_at)
-            }
-            Origin::Close(number) => Some(indexed.history.closes[number].ended_at),
-            Origin::Unknown => None,
-        };
-        earliest_answer = earliest_answer.min(answered.unwrap_or(Moment::MAX));
     }
 }
 
 fn check_batch(indexed: &IndexedHistory<'_>, batch: &Batch, violations: &mut Violations) {
     let log = &indexed.logs[batch.job];
-    let new_events = &batch.events[batch.repeats..];
+    let is_touched = indexed.is_touched(batch);
+    // The first event of a batch is sent again in other batches, and is stored by one of
+    // them if the batch was lost.
+    let skipped = if is_touched { batch.repeats.max(1) } else { batch.repeats };
+    let new_events = &batch.events[skipped..];
     let indexes: Vec<usize> =
         new_events.iter().filter_map(|event| log.index_of.get(&event.id).copied()).collect();
     let first = batch.events.first().map(|event| event.id.as_str());
@@ -141,6 +173,7 @@ fn check_batch(indexed: &IndexedHistory<'_>, batch: &Batch, violations: &mut Vio
         }
     }
     if let (Some(expected), Some(&index)) = (batch.expected, indexes.first())
+        && !is_touched
         && usize::try_from(expected) != Ok(index)
     {
         let what = format!(
@@ -192,7 +225,13 @@ fn check_answer(
             );
             continue;
         }
-        let Some(stored) = log.index_of.get(&event.id).map(|&index| &log.events[index]) else {
+        let lost = indexed.losses_after(batch.job, batch.attempts[attempt].sent_at);
+        let mut lost = lost.filter_map(|loss| loss.event(appended.sequence));
+        let lost = lost.find(|lost| lost.id == event.id);
+        let stored = log.index_of.get(&event.id).map(|&index| &log.events[index]);
+        // The answer may be of a time before the event was lost and sent again.
+        let stored = stored.filter(|stored| stored.sequence == appended.sequence).or(lost).or(stored);
+        let Some(stored) = stored else {
             let what = format!("acknowledged as sequence {}, but not stored", appended.sequence);
             violations.add(Guarantee::Durable, id, what);
             continue;
@@ -201,15 +240,20 @@ fn check_answer(
             let what =
                 format!("acknowledged as sequence {}, stored as {}", appended.sequence, stored.sequence);
             violations.add(Guarantee::Durable, id, what);
-        } else if (stored.status, stored.progress) != (appended.status, appended.progress) {
+        } else if ![Some(stored), lost]
+            .into_iter()
+            .flatten()
+            .any(|stored| (stored.status, stored.progress) == (appended.status, appended.progress))
+        {
             violations.add(
                 Guarantee::Deterministic,
                 id,
                 format!("acknowledged as {appended:?}, stored as {stored:?}"),
             );
         }
-        let must_have_existed = answered_before || n < batch.repeats;
-        let may_have_existed = must_have_existed || attempt > 0;
+        let was_acknowledged = answered_before || n < batch.repeats;
+        let must_have_existed = was_acknowledged && !log.lost_ids.contains(&event.id);
+        let may_have_existed = was_acknowledged || attempt > 0;
         if appended.existed && !may_have_existed || !appended.existed && must_have_existed {
             violations.add(
                 Guarantee::Unique,
@@ -231,7 +275,7 @@ fn check_refusal(
     let log = &indexed.logs[batch.job];
     let first = batch.events.first().map(|event| event.id.as_str());
     let stored = batch.events[batch.repeats..].iter().any(|event| log.index_of.contains_key(&event.id))
-        || batch.repeats == batch.events.len();
+        || batch.repeats == batch.events.len() && !indexed.is_touched(batch);
     if stored {
         let what = format!("refused by {refusal:?}, but stored");
         violations.add(Guarantee::Unique, first, what);
@@ -242,17 +286,24 @@ fn check_refusal(
             (Some(expected), Some(last)) => {
                 let possible = indexed.acknowledged_before(batch.job, attempt.sent_at)
                     ..=indexed.possible_by(batch.job, attempt.ended_at);
-                expected != last && possible.contains(&last)
+                let was_possible = |loss: Loss<'_>| loss.event(last).is_some();
+                let mut losses = indexed.losses_after(batch.job, attempt.sent_at);
+                expected != last && (possible.contains(&last) || losses.any(was_possible))
             }
             // Refusals in publish streams are recorded without a last sequence. They are
-            // wrong: a publisher is its job's only writer and knows the last sequence.
-            _ => false,
+            // wrong unless events are lost: a publisher is its job's only writer and knows
+            // the last sequence.
+            _ => indexed.losses(batch.job).any(|loss| attempt.ended_at >= loss.set_back.lost_from),
         },
+        Code::NotFound => indexed.is_gone(batch.job),
         Code::FailedPrecondition => {
             let last = log.events.last().zip(log.origins.last());
-            last.is_some_and(|(event, &origin)| {
-                is_closing(event) && indexed.first_sent_at(origin) < attempt.ended_at
-            })
+            let was_closed = |loss: Loss<'_>| loss.last().is_some_and(|last| is_closing(last));
+            let mut losses = indexed.losses_after(batch.job, attempt.sent_at);
+            losses.any(was_closed)
+                || last.is_some_and(|(event, &origin)| {
+                    is_closing(event) && indexed.first_sent_at(origin) < attempt.ended_at
+                })
         }
         _ => false,
     };
@@ -280,7 +331,7 @@ fn check_published(indexed: &IndexedHistory<'_>, batches: &[&Batch], violations:
         let refused = batch.attempts.iter().any(|attempt| matches!(attempt.outcome, Outcome::Refused(_)));
         let index = indexed.logs[batch.job].index_of.get(&first.id).copied();
         match index {
-            None => one_is_missing |= !refused,
+            None => one_is_missing |= !refused && !indexed.is_touched(batch),
             Some(index) => {
                 if one_is_missing || last.is_some_and(|last| index < last) {
                     let what = "published after a batch that is not stored before this one";

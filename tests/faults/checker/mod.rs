@@ -3,21 +3,26 @@
 
 mod credentials;
 mod log;
+mod losses;
 mod reads;
 mod replay;
+mod set_back_watches;
 mod streams;
 #[cfg(test)]
 mod tests;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     fmt,
     sync::Arc,
 };
 
 use milepost::pb;
 
-use self::replay::Replay;
+use self::{
+    losses::{is_lost, losses},
+    replay::Replay,
+};
 use crate::history::{Attempt, Body, History, Moment, Outcome};
 
 /// The guarantee that a violation breaks, numbered as in the README.
@@ -32,6 +37,8 @@ pub enum Guarantee {
     Terminating,
     Deterministic,
     Confined,
+    /// What holds when commits are lost.
+    LostCommits,
     /// What the API promises beyond the nine: `expected_sequence`, refusals, status
     /// codes, availability.
     Contract,
@@ -57,6 +64,7 @@ impl Violations {
 impl fmt::Display for Guarantee {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::LostCommits => f.write_str("when commits are lost"),
             Self::Contract => f.write_str("contract"),
             numbered => write!(f, "guarantee {} ({numbered:?})", *numbered as u8),
         }
@@ -84,6 +92,8 @@ struct Log {
     /// The answered appends in the order of their answers: the moment, and the highest
     /// sequence acknowledged by then.
     acknowledged: Vec<(Moment, i64)>,
+    /// The ids of events that were lost. They may have been sent again.
+    lost_ids: HashSet<String>,
 }
 
 /// The history with an index of each job's log.
@@ -99,6 +109,7 @@ pub fn check(history: &History) -> Vec<Violation> {
     let mut violations = Violations::default();
     let indexed = IndexedHistory::new(history);
     log::check(&indexed, &mut violations);
+    losses::check(&indexed, &mut violations);
     reads::check(&indexed, &mut violations);
     streams::check(&indexed, &mut violations);
     credentials::check(&indexed, &mut violations);
@@ -131,11 +142,11 @@ impl<'a> IndexedHistory<'a> {
                 }
             }
             for attempt in &batch.attempts {
-                if let Outcome::Appended(events) = &attempt.outcome
-                    && let Some(last) = events.iter().map(|event| event.sequence).max()
-                {
-                    log.acknowledged.push((attempt.ended_at, last));
-                }
+                let Outcome::Appended(events) = &attempt.outcome else { continue };
+                let sequences = events.iter().map(|event| event.sequence);
+                let kept =
+                    sequences.filter(|&sequence| !is_lost(history, batch.job, sequence, attempt.sent_at));
+                log.acknowledged.extend(kept.max().map(|last| (attempt.ended_at, last)));
             }
         }
         for (number, close) in history.closes.iter().enumerate() {
@@ -145,11 +156,15 @@ impl<'a> IndexedHistory<'a> {
             {
                 *origin = Origin::Close(number);
             }
-            if let Ok(closed) = &close.outcome {
+            if let Ok(closed) = &close.outcome
+                && !is_lost(history, close.job, closed.last_sequence, close.sent_at)
+            {
                 log.acknowledged.push((close.ended_at, closed.last_sequence));
             }
         }
-        for log in &mut logs {
+        for (job, log) in logs.iter_mut().enumerate() {
+            let lost = losses(history, job).flat_map(|loss| &loss.log.events[loss.log.kept..]);
+            log.lost_ids = lost.map(|event| event.id.clone()).collect();
             let mut earliest = Moment::ZERO;
             for &origin in &log.origins {
                 earliest = earliest.max(first_sent_at(history, origin));

@@ -15,9 +15,21 @@ use crate::{
 /// promises less than a second, but here all processes share a small machine.
 const HEARTBEAT_TOLERANCE: Duration = Duration::from_secs(3);
 
-/// For each job the sequence of the last received event, or the sequence after which
-/// the watch was asked to start.
-type Cursor = HashMap<usize, i64>;
+/// How far a watcher has come.
+#[derive(Clone, Default)]
+pub(super) struct Cursor {
+    /// For each job the sequence of the last received event, or the sequence after which
+    /// the watch was asked to start.
+    last: HashMap<usize, i64>,
+    /// The number of the set-back that took events away which the watcher has received.
+    pub(super) lost: Option<usize>,
+}
+
+impl Cursor {
+    fn last(&self, job: usize) -> Option<i64> {
+        self.last.get(&job).copied()
+    }
+}
 
 pub fn check(indexed: &IndexedHistory<'_>, violations: &mut Violations) {
     for record in &indexed.history.watchers {
@@ -25,9 +37,9 @@ pub fn check(indexed: &IndexedHistory<'_>, violations: &mut Violations) {
     }
 }
 
-struct WatcherCheck<'a> {
-    indexed: &'a IndexedHistory<'a>,
-    record: &'a WatcherRecord,
+pub(super) struct WatcherCheck<'a> {
+    pub(super) indexed: &'a IndexedHistory<'a>,
+    pub(super) record: &'a WatcherRecord,
     /// For a watch from now: when it first caught up. It must receive all events that
     /// were sent later.
     live_since: Option<Moment>,
@@ -46,14 +58,22 @@ impl WatcherCheck<'_> {
         }
         let mut last = None;
         for (number, stream) in self.record.streams.iter().enumerate() {
-            let start = match stream.start {
+            let mut start = match stream.start {
                 Start::Resume { stream, messages } => cursors[stream][&messages].clone(),
                 Start::AfterSequence(sequence) => match self.record.scope {
-                    Scope::Job(job) => Cursor::from([(job, sequence)]),
-                    Scope::OfProvider(_) | Scope::OfCustomer(_) => Cursor::new(),
+                    Scope::Job(job) => Cursor { last: HashMap::from([(job, sequence)]), lost: None },
+                    Scope::OfProvider(_) | Scope::OfCustomer(_) => Cursor::default(),
                 },
-                Start::Beginning | Start::Now => Cursor::new(),
+                Start::Beginning | Start::Now => Cursor::default(),
             };
+            // Pages of `ListEvents` may be of the log of before a loss and of the one after.
+            if self.is_list(stream)
+                && self.indexed.set_backs_between(stream.opened_at, stream.ended_at).next().is_some()
+            {
+                return;
+            }
+            self.begin_in_lost_log(stream, &mut start);
+            self.check_resumed(stream, &start, violations);
             let (kept, end) = self.check_stream(stream, start, &resumed_after[number], violations);
             cursors.push(kept);
             last = Some(end);
@@ -69,7 +89,7 @@ impl WatcherCheck<'_> {
         self.record.streams.first().is_some_and(|stream| stream.start == Start::Now)
     }
 
-    fn label(&self, stream: &Stream) -> String {
+    pub(super) fn label(&self, stream: &Stream) -> String {
         let (name, opened_s) = (&self.record.name, stream.opened_at.as_secs_f64());
         format!("watcher {name:?}, stream opened at {opened_s:.3} s at server {}", stream.replica)
     }
@@ -93,6 +113,7 @@ impl WatcherCheck<'_> {
                     format!("{}: a message after `end`", self.label(stream)),
                 );
             }
+            self.check_not_gone_on(stream, message, &cursor, violations);
             match &message.body {
                 Body::Events(events) => {
                     for event in events {
@@ -106,7 +127,7 @@ impl WatcherCheck<'_> {
                     }
                     if stream.start == Start::Now {
                         if let (Scope::Job(job), Some(state)) = (self.record.scope, state) {
-                            cursor.insert(job, state.last_sequence);
+                            cursor.last.insert(job, state.last_sequence);
                         }
                     } else {
                         self.check_acknowledged(
@@ -120,7 +141,7 @@ impl WatcherCheck<'_> {
                     if self.started_from_now() {
                         self.live_since.get_or_insert(message.received_at);
                     }
-                    self.check_state(stream, state.as_ref(), violations);
+                    self.check_state(stream, state.as_ref(), &mut cursor, violations);
                 }
                 Body::ListEnd => {
                     self.check_acknowledged(
@@ -136,7 +157,9 @@ impl WatcherCheck<'_> {
                 }
                 Body::End(reason, state) => {
                     ended = true;
-                    self.check_state(stream, state.as_ref(), violations);
+                    if *reason != WatchEndReason::LogSetBack {
+                        self.check_state(stream, state.as_ref(), &mut cursor, violations);
+                    }
                     self.check_end(stream, message, *reason, state.as_ref(), &cursor, violations);
                 }
             }
@@ -145,6 +168,7 @@ impl WatcherCheck<'_> {
             }
         }
         match &stream.end {
+            StreamEnd::Refused(refusal) if self.may_be_refused(stream, refusal) => {}
             StreamEnd::Refused(refusal) => {
                 let what = format!(
                     "{}: the start {:?} was refused by {refusal:?}",
@@ -201,8 +225,8 @@ impl WatcherCheck<'_> {
             self.check_acknowledged(stream, cursor, before, "a heartbeat came", violations);
         }
         if let Scope::Job(job) = self.record.scope
-            && let Some(last) = self.indexed.logs[job].events.last().filter(|event| is_closing(event))
-            && cursor.get(&job) == Some(&last.sequence)
+            && let Some(last) = self.log(cursor, job).last().filter(|event| is_closing(event))
+            && cursor.last(job) == Some(last.sequence)
         {
             let what = format!("{}: a heartbeat after the job was closed", self.label(stream));
             violations.add(Guarantee::Terminating, Some(&last.id), what);
@@ -217,20 +241,21 @@ impl WatcherCheck<'_> {
             let what = format!("{}: received {event:?}, which is not in its scope", self.label(stream));
             return violations.add(Guarantee::Complete, id, what);
         };
-        let log = &self.indexed.logs[job].events;
-        let stored = usize::try_from(event.sequence - 1).ok().and_then(|index| log.get(index));
+        let stored = self.log(cursor, job);
+        let stored = usize::try_from(event.sequence - 1).ok().and_then(|index| stored.get(index));
         match stored {
+            Some(stored) if Arc::ptr_eq(stored, event) || stored == event => {}
+            _ if self.is_lost_event(stream, job, event, cursor) => {}
             None => {
                 let what = format!("{}: received {event:?}, which is not stored", self.label(stream));
                 return violations.add(Guarantee::Durable, id, what);
             }
-            Some(stored) if !Arc::ptr_eq(stored, event) && stored != event => {
+            Some(stored) => {
                 let guarantee =
                     if stored.id == event.id { Guarantee::Deterministic } else { Guarantee::Durable };
                 let what = format!("{}: received {event:?}, stored is {stored:?}", self.label(stream));
                 violations.add(guarantee, id, what);
             }
-            Some(_) => {}
         }
         if !self.wants(event) {
             violations.add(
@@ -239,13 +264,13 @@ impl WatcherCheck<'_> {
                 format!("{}: received a kind that its filter excludes", self.label(stream)),
             );
         }
-        let before = cursor.insert(job, event.sequence);
+        let before = cursor.last.insert(job, event.sequence);
         if before.is_some_and(|before| event.sequence <= before) {
             let what =
                 format!("{}: received sequence {} after {before:?}", self.label(stream), event.sequence);
             return violations.add(Guarantee::Complete, id, what);
         }
-        self.check_no_gap(stream, job, before, event.sequence, violations);
+        self.check_no_gap(stream, job, before, event.sequence, cursor, violations);
     }
 
     /// Checks that the stream skipped no event between the last one and `sequence`.
@@ -255,14 +280,15 @@ impl WatcherCheck<'_> {
         job: usize,
         before: Option<i64>,
         sequence: i64,
+        cursor: &Cursor,
         violations: &mut Violations,
     ) {
-        let log = &self.indexed.logs[job].events;
+        let log = self.log(cursor, job);
         let (from, to) = (before.unwrap_or(0), sequence - 1);
         for index in from..to {
             let index = usize::try_from(index).unwrap();
             let Some(event) = log.get(index) else { return };
-            if self.wants(event) && (before.is_some() || !self.may_be_past(job, index)) {
+            if self.wants(event) && (before.is_some() || !self.may_be_past(cursor, job, index)) {
                 let resumed = matches!(stream.start, Start::Resume { .. } | Start::AfterSequence(_));
                 let guarantee = if resumed { Guarantee::Resumable } else { Guarantee::Complete };
                 let what = format!(
@@ -276,9 +302,9 @@ impl WatcherCheck<'_> {
     }
 
     /// Whether an event may have been stored before a watch from now caught up.
-    fn may_be_past(&self, job: usize, index: usize) -> bool {
-        if !self.started_from_now() {
-            return false;
+    fn may_be_past(&self, cursor: &Cursor, job: usize, index: usize) -> bool {
+        if !self.started_from_now() || cursor.lost.is_some() {
+            return self.started_from_now();
         }
         let sent_at = self.indexed.first_sent_at(self.indexed.logs[job].origins[index]);
         self.live_since.is_none_or(|live_since| sent_at <= live_since)
@@ -293,16 +319,13 @@ impl WatcherCheck<'_> {
         milestone: &str,
         violations: &mut Violations,
     ) {
+        // What was acknowledged may be of the log after the loss.
+        if cursor.lost.is_some() {
+            return;
+        }
         for job in (0..self.indexed.logs.len()).filter(|&job| self.is_in_scope(job)) {
             let through = self.indexed.acknowledged_before(job, before);
-            self.check_received_through(
-                stream,
-                job,
-                cursor.get(&job).copied(),
-                through,
-                milestone,
-                violations,
-            );
+            self.check_received_through(stream, job, cursor, through, milestone, violations);
         }
     }
 
@@ -312,16 +335,16 @@ impl WatcherCheck<'_> {
         &self,
         stream: &Stream,
         job: usize,
-        last: Option<i64>,
+        cursor: &Cursor,
         through: i64,
         milestone: &str,
         violations: &mut Violations,
     ) {
-        let log = &self.indexed.logs[job].events;
+        let (log, last) = (self.log(cursor, job), cursor.last(job));
         for index in last.unwrap_or(0)..through {
             let index = usize::try_from(index).unwrap();
             let Some(event) = log.get(index) else { return };
-            if self.wants(event) && (last.is_some() || !self.may_be_past(job, index)) {
+            if self.wants(event) && (last.is_some() || !self.may_be_past(cursor, job, index)) {
                 let what = format!(
                     "{}: {milestone}, but sequence {} was not received",
                     self.label(stream),
@@ -333,19 +356,26 @@ impl WatcherCheck<'_> {
     }
 
     /// Checks the job state in a message against the log at the same sequence.
-    fn check_state(&self, stream: &Stream, state: Option<&JobState>, violations: &mut Violations) {
+    fn check_state(
+        &self,
+        stream: &Stream,
+        state: Option<&JobState>,
+        cursor: &mut Cursor,
+        violations: &mut Violations,
+    ) {
         let Scope::Job(job) = self.record.scope else { return };
         let Some(state) = state else {
             let what = format!("{}: `caught_up` or `end` has no job state", self.label(stream));
             return violations.add(Guarantee::Deterministic, None, what);
         };
         let mut replay = self.indexed.replay(job);
-        let log = &self.indexed.logs[job].events;
+        let log = self.log(cursor, job);
         for event in log.iter().take(usize::try_from(state.last_sequence).unwrap()) {
             replay.apply(event.kind(), &event.step_tag);
         }
         let exists = usize::try_from(state.last_sequence).is_ok_and(|last| last <= log.len());
-        if !exists || (state.status(), state.progress) != (replay.status, Some(replay.progress)) {
+        let is_right = exists && (state.status(), state.progress) == (replay.status, Some(replay.progress));
+        if !is_right && !self.is_lost_state(stream, job, state, cursor) {
             let what = format!(
                 "{}: received {state:?}, by the log it is {:?} {:?}",
                 self.label(stream),
@@ -377,7 +407,7 @@ impl WatcherCheck<'_> {
                 }
             }
             (WatchEndReason::JobClosed, Scope::Job(job)) => {
-                let length = i64::try_from(self.indexed.logs[job].events.len()).unwrap();
+                let length = i64::try_from(self.log(cursor, job).len()).unwrap();
                 if state.map(|state| state.last_sequence) != Some(length) {
                     let what = format!(
                         "{}: received `end` with {state:?}, but {length} events are stored",
@@ -385,9 +415,9 @@ impl WatcherCheck<'_> {
                     );
                     violations.add(Guarantee::Terminating, None, what);
                 }
-                let last = cursor.get(&job).copied();
-                self.check_received_through(stream, job, last, length, "`end` came", violations);
+                self.check_received_through(stream, job, cursor, length, "`end` came", violations);
             }
+            (WatchEndReason::LogSetBack, _) if self.may_be_told(stream, message) => {}
             (reason, _) => {
                 let what = format!("{}: received `end` with the reason {reason:?}", self.label(stream));
                 violations.add(Guarantee::Terminating, None, what);
@@ -419,10 +449,25 @@ impl WatcherCheck<'_> {
     /// job, the message `end`.
     fn check_read_to_end(&self, cursor: &Cursor, violations: &mut Violations) {
         let Some(stream) = self.record.streams.last() else { return };
+        let last = stream.messages.last().map(|message| &message.body);
+        let is_closed = matches!(last, Some(Body::End(WatchEndReason::JobClosed, _)));
+        if cursor.lost.is_some() {
+            if !is_closed {
+                let what = format!("{}: was never told that events are lost", self.label(stream));
+                violations.add(Guarantee::LostCommits, None, what);
+            }
+            return;
+        }
         for job in (0..self.indexed.logs.len()).filter(|&job| self.is_in_scope(job)) {
             let length = i64::try_from(self.indexed.logs[job].events.len()).unwrap();
-            let last = cursor.get(&job).copied();
-            self.check_received_through(stream, job, last, length, "the watcher read to the end", violations);
+            self.check_received_through(
+                stream,
+                job,
+                cursor,
+                length,
+                "the watcher read to the end",
+                violations,
+            );
         }
         if let Scope::Job(job) = self.record.scope {
             let mut replay = self.indexed.replay(job);
@@ -430,8 +475,7 @@ impl WatcherCheck<'_> {
                 .events
                 .iter()
                 .for_each(|event| replay.apply(event.kind(), &event.step_tag));
-            let last = stream.messages.last().map(|message| &message.body);
-            if replay.closed && !matches!(last, Some(Body::End(WatchEndReason::JobClosed, _))) {
+            if replay.closed && !is_closed {
                 let what = format!(
                     "{}: the job is closed, but the watch did not end with JOB_CLOSED",
                     self.label(stream)

@@ -2,6 +2,7 @@
 //! breaks a guarantee is detected.
 
 mod credentials;
+mod set_backs;
 
 use std::{sync::Arc, time::Duration};
 
@@ -64,8 +65,12 @@ fn attempt(sent_s: u64, ended_s: u64, outcome: Outcome) -> Attempt {
     Attempt { replica: 0, sent_at: at(sent_s), ended_at: at(ended_s), outcome }
 }
 
+fn refusal(code: Code, last_sequence: Option<i64>) -> Refusal {
+    Refusal { code, reason: String::new(), message: String::new(), last_sequence }
+}
+
 fn refused(code: Code, last_sequence: Option<i64>) -> Outcome {
-    Outcome::Refused(Refusal { code, message: String::new(), last_sequence })
+    Outcome::Refused(refusal(code, last_sequence))
 }
 
 fn batch(job: usize, events: Vec<pb::NewEvent>, attempts: Vec<Attempt>) -> Batch {
@@ -427,8 +432,7 @@ fn a_live_event_missing_in_a_watch_from_now_is_detected() {
 fn a_stream_that_does_not_resume_after_its_token_is_detected() {
     assert_detects(Guarantee::Resumable, |history| _ = received(history, 1, 0).pop());
     assert_detects(Guarantee::Resumable, |history| {
-        let refusal = Refusal { code: Code::OutOfRange, message: String::new(), last_sequence: None };
-        history.watchers[0].streams[1].end = StreamEnd::Refused(refusal);
+        history.watchers[0].streams[1].end = StreamEnd::Refused(refusal(Code::OutOfRange, None));
     });
     assert_detects(Guarantee::Resumable, |history| {
         let Body::Events(events) = &mut history.watchers[1].streams[0].messages[0].body else { panic!() };
@@ -505,8 +509,7 @@ fn a_refusal_without_a_reason_is_detected() {
         history.batches[5].attempts[0] = attempt(1, 2, refused(Code::FailedPrecondition, None));
     });
     assert_detects(Guarantee::Contract, |history| {
-        history.closes[0].outcome =
-            Err(Refusal { code: Code::FailedPrecondition, message: String::new(), last_sequence: None });
+        history.closes[0].outcome = Err(refusal(Code::FailedPrecondition, None));
     });
 }
 
