@@ -149,7 +149,7 @@ impl Error {
 ///
 /// Diesel hands on a kind, which is [`DatabaseErrorKind::Unknown`] for most states. Of these
 /// the message tells apart those that are not `Away`, and the position in the statement,
-/// which only errors of class 42 have. A Postgres with messages in another language than
+/// which otherwise only errors of class 42 have. A Postgres with messages in another language than
 /// English has more that count as `Away`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Failure {
@@ -170,6 +170,9 @@ impl Failure {
                 match information.message() {
                     "cached plan must not change result type" => Self::Session,
                     message if message.starts_with("permission denied") => Self::Fault,
+                    // These have a position if the lock of a table was awaited.
+                    "deadlock detected" | "canceling statement due to lock timeout" => Self::Away,
+                    message if message.starts_with("terminating connection") => Self::Away,
                     _ if information.statement_position().is_some() => Self::Fault,
                     _ => Self::Away,
                 }
