@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
+    path::Path,
     time::Duration,
 };
 
@@ -10,13 +11,16 @@ use crate::{
     context::within,
     database_faults::SERVER_SESSIONS,
     fault_injector::{FaultInjector, TIMEOUT},
-    history::{LostLog, Moment, SetBack, UnexpectedAnswer},
+    history::{LostLog, Moment, Outcome, SetBack, UnexpectedAnswer},
     postgres::{set, texts},
     replica::Replica,
+    writers::{Writer, event},
 };
 
 /// For how long a proxy leads to a server of Postgres that is not the primary.
 const MISLED: Duration = Duration::from_secs(1);
+/// Jobs that have lost events, and then as many others, at the other server.
+const TEMPTED_JOBS: usize = 6;
 
 impl FaultInjector {
     /// The primary is killed, and a standby promoted that has every acknowledged commit.
@@ -29,17 +33,29 @@ impl FaultInjector {
 
     /// The primary is killed, and a standby promoted that lacks its last commits.
     pub async fn promote_asynchronous(&mut self, duration: Duration) -> String {
+        let mut tempted = Vec::new();
+        for _ in 0..TEMPTED_JOBS {
+            let mut writer = Writer::new(&self.context, "injector".to_owned(), 0);
+            let job = writer.create_job().await;
+            tempted.push((writer, job));
+        }
+        self.append_to_all(&mut tempted, 0, 1).await;
+        self.postgres.wait_until_in_step().await;
         let lost_from = self.context.now();
         self.postgres.part().await;
         let standby = self.postgres.other().connect().await;
         let kept_position = texts(&standby, "SELECT position FROM event_log").await.remove(0);
         let kept_jobs: HashSet<String> = texts(&standby, "SELECT id FROM jobs").await.into_iter().collect();
         drop(standby);
+        self.append_to_all(&mut tempted, 0, 3).await;
         tokio::time::sleep(Duration::from_millis(300) + duration / 2).await;
         self.postgres.kill().await;
         let until = self.context.now();
         self.promote(true).await;
         let noticed_at = self.context.now();
+        // The other server brings each job to the sequence that server 0 may remember.
+        self.append_to_all(&mut tempted, 1, 3).await;
+        self.append_to_all(&mut tempted, 0, 1).await;
         let logs = self.read_lost_logs(&kept_position, &kept_jobs).await;
         let lost: usize = logs.values().map(|log| log.events.len() - log.kept).sum();
         let gone = logs.values().filter(|log| log.is_gone).count();
@@ -47,6 +63,23 @@ impl FaultInjector {
         let set_back = SetBack { lost_from, until, noticed_at, logs };
         self.context.history.lock().unwrap().set_backs.push(set_back);
         what
+    }
+
+    /// Appends so many events to each job, one after the other, at one server.
+    async fn append_to_all(&self, jobs: &mut [(Writer, usize)], replica: usize, count: usize) {
+        for (writer, job) in jobs {
+            for _ in 0..count {
+                let event = event(&self.context, &mut writer.random, *job);
+                let mut batch = writer.batch(*job, vec![event]);
+                within(TIMEOUT, "an append of the injector to be answered", async {
+                    while matches!(writer.send_to(replica, &mut batch).await, Outcome::Unknown(_)) {
+                        tokio::time::sleep(Duration::from_millis(20)).await;
+                    }
+                })
+                .await;
+                self.context.history.lock().unwrap().batches.push(batch);
+            }
+        }
     }
 
     /// The primary is stopped, the standby promoted, and the former primary follows it.
@@ -106,13 +139,14 @@ impl FaultInjector {
     /// Promotes the standby, and returns once both servers have appended to it.
     async fn promote(&mut self, cuts: bool) {
         self.postgres.promote().await;
-        self.lead_server_0_to(self.postgres.primary().dir().to_owned(), cuts);
+        let dir = self.postgres.primary().dir().to_owned();
+        self.lead_server_0_to(&dir, cuts);
         self.note_available().await;
     }
 
-    pub fn lead_server_0_to(&mut self, dir: std::path::PathBuf, cuts: bool) {
+    pub fn lead_server_0_to(&mut self, dir: &Path, cuts: bool) {
         let [proxy] = &mut self.proxies[0][..] else { panic!("server 0 has one proxy") };
-        proxy.lead_to(&dir);
+        proxy.lead_to(dir);
         if cuts {
             proxy.cut();
         }
@@ -120,9 +154,11 @@ impl FaultInjector {
 
     /// As a load balancer that has not noticed yet which node is the primary.
     async fn mislead_server_0(&mut self) {
-        self.lead_server_0_to(self.postgres.other().dir().to_owned(), true);
+        let dir = self.postgres.other().dir().to_owned();
+        self.lead_server_0_to(&dir, true);
         tokio::time::sleep(MISLED).await;
-        self.lead_server_0_to(self.postgres.primary().dir().to_owned(), true);
+        let dir = self.postgres.primary().dir().to_owned();
+        self.lead_server_0_to(&dir, true);
         self.note_available().await;
     }
 

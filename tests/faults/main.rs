@@ -48,7 +48,7 @@ use std::{env, io::Write as _, str::FromStr, time::Duration};
 /// some fault has not been injected by then.
 const SECONDS: u64 = 45;
 /// A run is aborted after twice the time for which faults are injected, plus this.
-const SLACK: Duration = Duration::from_secs(240);
+const SLACK: Duration = Duration::from_secs(400);
 
 /// Writes to stdout directly: the test harness captures `println!`.
 fn print_line(line: impl AsRef<str>) {

@@ -24,7 +24,7 @@ use crate::{
 /// Few, so that a slow database uses the server's whole pool up.
 const DATABASE_CONNECTIONS: &str = "4";
 /// How many lines of its log a failure message quotes.
-const LOG_TAIL_LINES: usize = 30;
+const LOG_TAIL_LINES: usize = 10;
 
 pub struct Replica {
     pub address: SocketAddr,
@@ -78,10 +78,11 @@ impl Replica {
         within(Duration::from_secs(30), "a server to exit after SIGTERM", self.child.wait()).await.unwrap()
     }
 
-    /// The last lines of the server's log.
+    /// The last warnings and errors of the server's log.
     pub fn log_tail(&self) -> String {
         let log = fs::read_to_string(&self.log).unwrap();
-        let lines: Vec<&str> = log.lines().collect();
+        let is_info = |line: &&str| line.contains(r#""level":"INFO""#);
+        let lines: Vec<&str> = log.lines().filter(|line| !is_info(line)).collect();
         lines[lines.len().saturating_sub(LOG_TAIL_LINES)..].join("\n")
     }
 

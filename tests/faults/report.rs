@@ -41,16 +41,23 @@ fn operations(result: &CampaignResult, text: &mut String) {
             Body::CaughtUp(_) | Body::Heartbeat | Body::End(..) | Body::ListEnd => 0,
         })
         .sum();
+    let credentials = &history.credentials;
+    let uses: usize = credentials.iter().map(|record| record.uses.len() + record.streams.len()).sum();
+    let lost = history.set_backs.iter().flat_map(|set_back| set_back.logs.values());
+    let lost: usize = lost.map(|log| log.events.len() - log.kept).sum();
     let _ = write!(
         text,
-        "\n{} jobs, {stored} events stored\n\
+        "\n{} jobs, {stored} events stored, {lost} lost by {} failovers\n\
          {} batches appended by calls, {published} published; {acknowledged} acknowledged, {refused} refused, \
          {unanswered} answers lost\n\
-         {streams} streams of {} watchers opened, {} messages with {received} events received\n",
+         {streams} streams of {} watchers opened, {} messages with {received} events received\n\
+         {} credentials made and ended, used {uses} times\n",
         history.jobs.len(),
+        history.set_backs.len(),
         history.batches.len() - published,
         history.watchers.len(),
         result.messages,
+        credentials.len(),
     );
 }
 

@@ -248,17 +248,8 @@ impl Writer {
     /// client that crashes.
     async fn send(&mut self, batch: &mut Batch, gives_up: bool) {
         let mut replica = self.random.usize(..2);
-        let request = pb::AppendEventsRequest {
-            job: Some(pb::append_events_request::Job::JobId(self.context.job_id(batch.job))),
-            expected_sequence: batch.expected,
-            events: batch.events.clone(),
-        };
         loop {
-            let sent_at = self.context.now();
-            let call = self.clients[replica].events.append_events(request.clone());
-            let outcome = append_outcome(self.context.call("AppendEvents", call).await);
-            let is_unknown = matches!(outcome, Outcome::Unknown(_));
-            batch.attempts.push(Attempt { replica, sent_at, ended_at: self.context.now(), outcome });
+            let is_unknown = matches!(self.send_to(replica, batch).await, Outcome::Unknown(_));
             if !is_unknown || gives_up {
                 return;
             }
@@ -267,6 +258,21 @@ impl Writer {
                 replica = 1 - replica;
             }
         }
+    }
+
+    /// Sends a batch once and records the attempt.
+    pub async fn send_to(&mut self, replica: usize, batch: &mut Batch) -> Outcome {
+        let request = pb::AppendEventsRequest {
+            job: Some(pb::append_events_request::Job::JobId(self.context.job_id(batch.job))),
+            expected_sequence: batch.expected,
+            events: batch.events.clone(),
+        };
+        let sent_at = self.context.now();
+        let call = self.clients[replica].events.append_events(request);
+        let outcome = append_outcome(self.context.call("AppendEvents", call).await);
+        let attempt = Attempt { replica, sent_at, ended_at: self.context.now(), outcome: outcome.clone() };
+        batch.attempts.push(attempt);
+        outcome
     }
 
     async fn record(&mut self, batch: Batch, acknowledged: &mut VecDeque<Batch>) {

@@ -12,10 +12,11 @@ use std::{
 };
 
 use diesel::sql_types::Text;
-use diesel_async::AsyncPgConnection;
+use diesel_async::{AsyncPgConnection, SimpleAsyncConnection as _};
 use milepost::{
     cli::one_line,
     db::embedded::{Embedded, EmbeddedSettings},
+    error::Failure,
     pb,
 };
 
@@ -220,4 +221,27 @@ async fn prepared_statements_outlive_a_change_of_their_table() {
         .await;
     let request = pb::GetJobRequest { job: Some(pb::get_job_request::Job::JobId(job.id)) };
     provider.jobs.get_job(request).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_statement_that_could_not_lock_its_table_may_succeed_later() {
+    let database = TestDatabase::migrated().await;
+    let (mut victim, mut other) = (database.connect().await, database.connect().await);
+    other.batch_execute("SET deadlock_timeout = '1min'; BEGIN; LOCK TABLE jobs").await.unwrap();
+    victim.batch_execute("SET lock_timeout = '10ms'").await.unwrap();
+    let refused = victim.batch_execute("SELECT FROM jobs").await.unwrap_err();
+    assert_eq!(Failure::of(&refused), Failure::Away, "{refused:?}");
+
+    let begin = "SET lock_timeout = 0; SET deadlock_timeout = '1ms'; BEGIN; LOCK TABLE events";
+    victim.batch_execute(begin).await.unwrap();
+    let waiting = tokio::spawn(async move { other.batch_execute("LOCK TABLE events").await });
+    within_timeout("the other session to wait", async {
+        while database.waiting_for_locks().await.is_empty() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
+    let refused = victim.batch_execute("SELECT FROM jobs").await.unwrap_err();
+    assert_eq!(Failure::of(&refused), Failure::Away, "{refused:?}");
+    within_timeout("the other session to get the lock", waiting).await.unwrap().unwrap();
 }

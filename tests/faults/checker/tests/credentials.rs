@@ -1,11 +1,13 @@
 //! Tests of the checks of credentials.
 
+use std::collections::BTreeMap;
+
 use super::{assert_detects, at, history, violated};
 use crate::{
     checker::{Guarantee, check},
     history::{
         CredentialEnd, CredentialRecord, CredentialStream, CredentialStreamEnd, CredentialUse, FaultWindow,
-        History, UseOutcome,
+        History, SetBack, UseOutcome,
     },
 };
 
@@ -101,6 +103,53 @@ fn a_refusal_of_a_valid_credential_is_detected() {
             record.streams.clear();
         }),
     );
+}
+
+#[test]
+fn an_end_that_was_lost_may_be_undone_on_a_server_that_has_not_refused() {
+    let lost = |history: &mut History, lost_from_s: u64| {
+        let (lost_from, until, noticed_at) = (at(lost_from_s), at(22), at(23));
+        history.set_backs.push(SetBack { lost_from, until, noticed_at, logs: BTreeMap::new() });
+    };
+    let undone = |record: &mut CredentialRecord| {
+        record.uses.retain(|used| used.replica == 0 || used.outcome == UseOutcome::Accepted);
+        record.uses.push(used(1, 40, UseOutcome::Accepted));
+        record.streams.push(stream(1, 40, None));
+    };
+    // The commit was acknowledged at 20 s.
+    for (lost_from_s, expected) in [(20, vec![]), (21, vec![Guarantee::Confined])] {
+        let detected = violated(|history| {
+            lost(history, lost_from_s);
+            with(undone)(history);
+        });
+        assert_eq!(detected, expected, "{lost_from_s}");
+    }
+    // Server 0 has refused it, and has not forgotten that unless it was restarted.
+    for (restarted_s, expected) in [(30, vec![]), (10, vec![Guarantee::Confined])] {
+        let detected = violated(|history| {
+            lost(history, 20);
+            history.restarts[0].push(at(restarted_s));
+            with(|record| {
+                undone(record);
+                record.uses.push(used(0, 40, UseOutcome::Accepted));
+            })(history);
+        });
+        assert_eq!(detected, expected, "{restarted_s}");
+    }
+    // A credential whose creation was lost is refused from then on.
+    let refused = |history: &mut History| {
+        with(|record| {
+            (record.created_from, record.created_by, record.end) = (at(20), at(21), None);
+            record.uses = vec![used(0, 21, UseOutcome::Accepted), used(0, 24, UseOutcome::Refused)];
+            record.streams.clear();
+        })(history);
+    };
+    assert_detects(Guarantee::Confined, refused);
+    let detected = violated(|history| {
+        lost(history, 20);
+        refused(history);
+    });
+    assert_eq!(detected, []);
 }
 
 #[test]
