@@ -193,11 +193,12 @@ impl FaultInjector {
     pub async fn insert_pooler(&mut self, duration: Duration) -> String {
         let dir = self.dir.path().join("pooler");
         let pooler = Pooler::start(dir, self.postgres.primary().dir()).await;
-        self.lead_server_0_to(pooler.dir.clone(), true);
+        self.lead_server_0_to(&pooler.dir, true);
         let led_at = self.context.now();
         self.wait_for_append(0, led_at).await;
         tokio::time::sleep(duration).await;
-        self.lead_server_0_to(self.postgres.primary().dir().to_owned(), true);
+        let dir = self.postgres.primary().dir().to_owned();
+        self.lead_server_0_to(&dir, true);
         pooler.stop().await;
         format!("for {duration:?}")
     }

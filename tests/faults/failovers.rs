@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
+    path::Path,
     time::Duration,
 };
 
@@ -138,13 +139,14 @@ impl FaultInjector {
     /// Promotes the standby, and returns once both servers have appended to it.
     async fn promote(&mut self, cuts: bool) {
         self.postgres.promote().await;
-        self.lead_server_0_to(self.postgres.primary().dir().to_owned(), cuts);
+        let dir = self.postgres.primary().dir().to_owned();
+        self.lead_server_0_to(&dir, cuts);
         self.note_available().await;
     }
 
-    pub fn lead_server_0_to(&mut self, dir: std::path::PathBuf, cuts: bool) {
+    pub fn lead_server_0_to(&mut self, dir: &Path, cuts: bool) {
         let [proxy] = &mut self.proxies[0][..] else { panic!("server 0 has one proxy") };
-        proxy.lead_to(&dir);
+        proxy.lead_to(dir);
         if cuts {
             proxy.cut();
         }
@@ -152,9 +154,11 @@ impl FaultInjector {
 
     /// As a load balancer that has not noticed yet which node is the primary.
     async fn mislead_server_0(&mut self) {
-        self.lead_server_0_to(self.postgres.other().dir().to_owned(), true);
+        let dir = self.postgres.other().dir().to_owned();
+        self.lead_server_0_to(&dir, true);
         tokio::time::sleep(MISLED).await;
-        self.lead_server_0_to(self.postgres.primary().dir().to_owned(), true);
+        let dir = self.postgres.primary().dir().to_owned();
+        self.lead_server_0_to(&dir, true);
         self.note_available().await;
     }
 

@@ -30,21 +30,21 @@ impl CredentialCheck<'_> {
         for used in &self.record.uses {
             if let Some(what) = self.wrong_use(used) {
                 let (sent_s, replica) = (used.sent_at.as_secs_f64(), used.replica);
-                self.add(format!("a call sent to server {replica} at {sent_s:.3} s was {what}"), violations);
+                self.add(&format!("a call sent to server {replica} at {sent_s:.3} s was {what}"), violations);
             }
         }
         for stream in &self.record.streams {
             if let Some(what) = self.wrong_stream(stream) {
                 let (opened_s, replica) = (stream.opened_at.as_secs_f64(), stream.replica);
                 self.add(
-                    format!("a watch of server {replica}, opened at {opened_s:.3} s, {what}"),
+                    &format!("a watch of server {replica}, opened at {opened_s:.3} s, {what}"),
                     violations,
                 );
             }
         }
     }
 
-    fn add(&self, what: String, violations: &mut Violations) {
+    fn add(&self, what: &str, violations: &mut Violations) {
         let CredentialRecord { name, end, .. } = self.record;
         let ended = end.map_or("not ended".to_owned(), |CredentialEnd { acknowledged_at, by, .. }| {
             let by = by.map_or("a server".to_owned(), |by| format!("server {by}"));

@@ -26,6 +26,8 @@ find "$1" -name postmaster.pid | while read -r file; do
     # In the file of a Postgres of another PID namespace, or of one that was killed, the
     # id may be that of a stranger.
     [ "$(readlink "/proc/$pid/cwd")" = "${file%/*}" ] || continue
+    # One that was stopped would not take the next signal.
+    kill -CONT "$pid" $(cat "/proc/$pid/task/$pid/children")
     kill -QUIT "$pid"
     tries=0
     while [ -e "$file" ] && [ "$tries" -lt 200 ]; do
