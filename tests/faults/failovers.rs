@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use futures_util::{StreamExt as _, stream};
+use futures_util::{StreamExt as _, future::join_all, stream};
 
 use crate::{
     campaign::read_job,
@@ -67,9 +67,9 @@ impl FaultInjector {
         what
     }
 
-    /// Appends so many events to each job, one after the other, at one server.
+    /// Appends so many events to each job, each by itself, at one server.
     async fn append_to_all(&self, jobs: &mut [(Writer, usize)], replica: usize, count: usize) {
-        for (writer, job) in jobs {
+        let appends = jobs.iter_mut().map(async |(writer, job)| {
             for _ in 0..count {
                 let event = event(&self.context, &mut writer.random, *job);
                 let mut batch = writer.batch(*job, vec![event]);
@@ -81,7 +81,8 @@ impl FaultInjector {
                 .await;
                 self.context.history.lock().unwrap().batches.push(batch);
             }
-        }
+        });
+        join_all(appends).await;
     }
 
     /// The primary is stopped, the standby promoted, and the former primary follows it.
