@@ -39,7 +39,7 @@ pub(crate) use crate::config::AuthSettings;
 use crate::{
     config::BcryptSettings,
     db::{
-        Database,
+        Database, Identified as _,
         notifier::{Notification, Notifier},
     },
     error::{Error, Result},
@@ -159,13 +159,20 @@ impl Inner {
             let mut connection = self.database.get_share(&self.admission.secrets).await?;
             let asked_at = Moment::now();
             let found = authenticate(&mut connection, &hash).await?;
+            let identity = connection.identity();
             drop(connection);
+            let mut cache = self.cache.lock();
+            // Another database may have taken the place of the one that answered. It may lack
+            // the credential, and may have refused it meanwhile.
+            if self.database.identity() != Some(identity) {
+                continue;
+            }
             let Some((caller, lifetime)) = found else {
-                self.cache.lock().remove(&hash);
+                cache.remove(&hash);
                 return Err(Error::CredentialInvalid);
             };
             let credential = Credential::new(caller, lifetime, asked_at);
-            match self.cache.lock().insert(hash, credential, mark)? {
+            match cache.insert(hash, credential, mark)? {
                 Inserted::Valid(credential) => return Ok(credential),
                 Inserted::Outdated => {}
             }

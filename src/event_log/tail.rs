@@ -167,9 +167,7 @@ impl Tail {
     async fn catch_up(&self, kept: &mut Option<OwnConnection>, sweeps: bool) -> Result<()> {
         let at = Instant::now();
         let mut connection = self.database.kept_or_new(kept).await?;
-        let end = LogEnd::read(&mut connection).await?;
-        self.enter(&mut connection, end).await?;
-        let LogEnd { position: end, removals, .. } = end;
+        let LogEnd { position: end, removals, .. } = self.enter(&mut connection).await?;
         loop {
             let head = {
                 let mut state = self.state.lock();
@@ -211,23 +209,28 @@ impl Tail {
         }
     }
 
-    /// Notes in which run the log is read on. If what was delivered is lost there, the head
-    /// goes to the end, and each watcher reads the log, which compares its position.
-    async fn enter(&self, connection: &mut OwnConnection, end: LogEnd) -> Result<()> {
-        let run = Run { identity: connection.identity(), history: end.history };
+    /// Reads where the log ends, and notes in which run it is read on. If what was delivered
+    /// is lost there, the head goes to the end, and each watcher reads the log, which compares
+    /// its position.
+    async fn enter(&self, connection: &mut OwnConnection) -> Result<LogEnd> {
         loop {
+            // Before the end is read: offers may overtake that read, and move the head beyond
+            // the end that it returns.
             let (head, before) = {
                 let state = self.state.lock();
                 (state.head, state.run)
             };
+            let end = LogEnd::read(connection).await?;
+            let run = Run { identity: connection.identity(), history: end.history };
             let may_be_lost = run.identity != before.identity || end.position < head;
             let lost = may_be_lost && end.kept(connection, before.history, head).await?.is_none();
             let mut state = self.state.lock();
-            // An offer of the run before may have come meanwhile.
-            if state.head != head {
+            if state.head == head {
+                state.run = run;
+            } else if may_be_lost {
+                // An offer of the run before may have come meanwhile.
                 continue;
             }
-            state.run = run;
             if lost {
                 tracing::error!(
                     head,
@@ -237,7 +240,7 @@ impl Tail {
                 state.head = end.position;
                 self.mailboxes.overflow_all();
             }
-            return Ok(());
+            return Ok(end);
         }
     }
 }

@@ -16,7 +16,7 @@ use crate::{
     clock::Clock,
     context::{Context, PROVIDERS, Pace, UserClient, within},
     fault_injector::{FaultInjector, InjectedFault, RECOVERY_LIMIT},
-    history::{FaultWindow, FinalRead, History, Scope},
+    history::{FaultWindow, FinalRead, History, Moment, Scope, UnexpectedAnswer},
     node::url,
     postgres::Postgres,
     print_line,
@@ -123,6 +123,9 @@ pub async fn run(seed: u64, seconds: u64) -> CampaignResult {
     print_line(format!("{:8.3} s  watchers have closed their streams", context.now().as_secs_f64()));
     let mut history = std::mem::take(&mut *context.history.lock().unwrap());
     history.resolve_missing_ids();
+    for replica in &injector.replicas {
+        record_logged_errors(&mut history, replica.logged_errors());
+    }
     history.fault_windows = injected_faults.iter().map(InjectedFault::fault_window).collect();
     for (replica, restarts) in history.restarts.iter_mut().enumerate() {
         let of_replica = injected_faults.iter().filter(|injected| injected.replica == Some(replica));
@@ -138,6 +141,17 @@ pub async fn run(seed: u64, seconds: u64) -> CampaignResult {
         injected_faults,
         messages: context.messages_received.load(Ordering::Relaxed),
         violations,
+    }
+}
+
+/// Records the errors that a server has logged, except for one for each time when commits
+/// were lost.
+fn record_logged_errors(history: &mut History, errors: Vec<String>) {
+    let (set_back, other): (Vec<_>, Vec<_>) =
+        errors.into_iter().partition(|error| error.contains("the log was set back"));
+    for error in set_back.into_iter().skip(history.set_backs.len()).chain(other) {
+        let what = format!("a server logged {error}");
+        history.unexpected_answers.push(UnexpectedAnswer { at: Moment::ZERO, what });
     }
 }
 

@@ -6,6 +6,8 @@ use std::{
     time::Duration,
 };
 
+use futures_util::{StreamExt as _, future::join_all, stream};
+
 use crate::{
     campaign::read_job,
     context::within,
@@ -65,9 +67,9 @@ impl FaultInjector {
         what
     }
 
-    /// Appends so many events to each job, one after the other, at one server.
+    /// Appends so many events to each job, each by itself, at one server.
     async fn append_to_all(&self, jobs: &mut [(Writer, usize)], replica: usize, count: usize) {
-        for (writer, job) in jobs {
+        let appends = jobs.iter_mut().map(async |(writer, job)| {
             for _ in 0..count {
                 let event = event(&self.context, &mut writer.random, *job);
                 let mut batch = writer.batch(*job, vec![event]);
@@ -79,7 +81,8 @@ impl FaultInjector {
                 .await;
                 self.context.history.lock().unwrap().batches.push(batch);
             }
-        }
+        });
+        join_all(appends).await;
     }
 
     /// The primary is stopped, the standby promoted, and the former primary follows it.
@@ -195,20 +198,21 @@ impl FaultInjector {
             former_jobs.iter().map(String::as_str).filter(|&id| !kept_jobs.contains(id)).collect();
         let url = self.postgres.other().hidden_url();
         let mut server = Replica::start("server-of-former-primary", url, &mut self.dir, None).await;
-        let mut clients: Vec<_> =
+        let clients: Vec<_> =
             self.context.providers.iter().map(|user| self.context.client_at(server.address, user)).collect();
         let jobs = self.context.history.lock().unwrap().jobs.clone();
-        let mut logs = BTreeMap::new();
-        for (number, job) in jobs.iter().enumerate() {
-            let (lost, is_gone) =
-                (lost.get(job.id.as_str()).copied().unwrap_or(0), gone.contains(job.id.as_str()));
-            if lost == 0 && !is_gone {
-                continue;
-            }
-            let read = read_job(&self.context, &mut clients[job.provider], 0, number).await;
+        let (context, clients) = (&self.context, &clients);
+        let affected = jobs.iter().enumerate().filter_map(|(number, job)| {
+            let (id, provider) = (job.id.as_str(), job.provider);
+            let (lost, is_gone) = (lost.get(id).copied().unwrap_or(0), gone.contains(id));
+            (lost > 0 || is_gone).then_some((number, provider, lost, is_gone))
+        });
+        let reads = affected.map(|(number, provider, lost, is_gone)| async move {
+            let read = read_job(context, &mut clients[provider].clone(), 0, number).await;
             let events = read.expect("the killed primary has the job").log;
-            logs.insert(number, LostLog { kept: events.len() - lost, events, is_gone });
-        }
+            (number, LostLog { kept: events.len() - lost, events, is_gone })
+        });
+        let logs = stream::iter(reads).buffer_unordered(8).collect().await;
         server.kill().await;
         self.postgres.other_mut().kill().await;
         logs

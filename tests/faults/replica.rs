@@ -86,6 +86,12 @@ impl Replica {
         lines[lines.len().saturating_sub(LOG_TAIL_LINES)..].join("\n")
     }
 
+    /// The errors in the server's log, which tell of a fault of milepost or of lost commits.
+    pub fn logged_errors(&self) -> Vec<String> {
+        let log = fs::read_to_string(&self.log).unwrap();
+        log.lines().filter(|line| line.contains(r#""level":"ERROR""#)).map(str::to_owned).collect()
+    }
+
     /// Sends STOP or CONT.
     pub async fn send_signal(&self, name: &str) {
         send_signal(name, &self.child.id().expect("the server runs").to_string()).await;

@@ -26,9 +26,10 @@ find "$1" -name postmaster.pid | while read -r file; do
     # In the file of a Postgres of another PID namespace, or of one that was killed, the
     # id may be that of a stranger.
     [ "$(readlink "/proc/$pid/cwd")" = "${file%/*}" ] || continue
-    # A stopped process takes the signal once it continues.
+    children=$(cat "/proc/$pid/task/$pid/children")
     kill -QUIT "$pid"
-    kill -CONT "$pid"
+    # A stopped process takes the signal once it continues.
+    kill -CONT "$pid" $children
     tries=0
     while [ -e "$file" ] && [ "$tries" -lt 200 ]; do
         sleep 0.05
