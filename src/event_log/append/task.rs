@@ -145,10 +145,7 @@ impl Task {
     /// Sends a round. No round is under way.
     async fn send_next(&mut self) -> Option<JoinHandle<Sent>> {
         if let Err(error) = within(self.limit, self.connect(), "connecting took too long").await {
-            let planned: Vec<Uuid> = self.next.groups.keys().copied().collect();
-            let mut requests: Vec<Request> = planned.iter().flat_map(|id| self.next.withdraw(id)).collect();
-            requests.extend(std::mem::take(&mut self.waiting).into_values().flatten());
-            fail(requests, error);
+            fail(self.take_all(), error);
             return None;
         }
         // Every other round at most, or other jobs would wait for as long as some need
@@ -179,17 +176,20 @@ impl Task {
         if self.run.is_none_or(|run| run.identity != identity) {
             self.run = Some(Run { identity, history: history::enter(&mut connection).await? });
             self.states = Cache::new(STATES);
-            let planned: Vec<Uuid> = self.next.groups.keys().copied().collect();
-            for id in planned {
-                let mut requests = self.next.withdraw(&id);
-                requests.extend(self.waiting.remove(&id).unwrap_or_default());
-                self.waiting.insert(id, requests);
-            }
-            let waiting = self.waiting.values_mut().flatten();
-            waiting.for_each(|request| request.needs = request.needs.max(Knowledge::Read));
+            let mut requests = self.take_all();
+            requests.iter_mut().for_each(|request| request.needs = request.needs.max(Knowledge::Read));
+            self.plan_again(requests);
         }
         self.connection = Some(connection);
         Ok(())
+    }
+
+    /// The requests that are planned or wait, those of each job in their order.
+    fn take_all(&mut self) -> Vec<Request> {
+        let planned: Vec<Uuid> = self.next.groups.keys().copied().collect();
+        let mut requests: Vec<Request> = planned.iter().flat_map(|id| self.next.withdraw(id)).collect();
+        requests.extend(std::mem::take(&mut self.waiting).into_values().flatten());
+        requests
     }
 
     /// Plans the next round again without the requests that are not wanted any more: a
