@@ -145,7 +145,8 @@ struct Probe {
     attempts: FuturesUnordered<BoxFuture<'static, (Instant, ConnectionResult<Answered>)>>,
     /// How long the last answer took.
     last: Duration,
-    /// How long a new connection may take.
+    /// How long a new connection may take before the database counts as unavailable, or while
+    /// it does, before another one is tried.
     connect_limit: Duration,
 }
 
@@ -186,9 +187,14 @@ impl Probe {
             }
             no_answer()
         };
-        let answered = in_time(self.connect_limit.min(limit), first).await?;
-        self.attempts.clear();
-        Ok(answered)
+        let answered = in_time(self.connect_limit.min(limit), first).await;
+        match answered {
+            Ok(_) => self.attempts.clear(),
+            // This attempt may wait for a host that is silent, and have asked the others before
+            // one of them was promoted: the next one is made beside it soon.
+            Err(_) => self.connect_limit = CHECK_AGAIN,
+        }
+        answered
     }
 }
 
