@@ -10,7 +10,7 @@ use super::{
     reader::{Reader, head},
 };
 use crate::{
-    db::{Connection, read},
+    db::read,
     error::{Error, Result},
     models::{event::Event, job_identity::JobIdentity},
     progress::EventKind,
@@ -30,35 +30,26 @@ pub(super) async fn list(
     kinds: &[EventKind],
     limit: i64,
 ) -> Result<(Vec<Arc<LogEvent>>, Option<i64>)> {
-    read!(reader.database, |connection| list_on(connection, reader, job, after, kinds, limit))
-}
-
-async fn list_on(
-    connection: &mut Connection,
-    reader: &Reader,
-    job: &JobIdentity,
-    after: i64,
-    kinds: &[EventKind],
-    limit: i64,
-) -> Result<(Vec<Arc<LogEvent>>, Option<i64>)> {
-    let since = Instant::now();
-    let state = head(connection, job.id).await?.state();
-    let end = state.last_sequence;
-    if after > end {
-        return Err(Error::PositionBeyondLog);
-    }
-    let through = end.min(after + WINDOW);
-    let rows = Event::list_of_job(connection, job.id, after, through, kinds, limit).await?;
-    // Retention marks a log as removed before it deletes the first event, so this
-    // check comes after the page.
-    if (state.closed || since.elapsed() >= SHORTEST_RETENTION)
-        && after < end
-        && head(connection, job.id).await?.events_removed
-    {
-        return Err(Error::EventsExpired { first_sequence: Some(end + 1) });
-    }
-    let full = i64::try_from(rows.len()).is_ok_and(|read| read >= limit);
-    let read_to = if full { rows.last().map_or(through, |row| row.sequence) } else { through };
-    let events = reader.encode(connection, rows).await?;
-    Ok((events, (read_to < end).then_some(read_to)))
+    read!(reader.database, |connection| async {
+        let since = Instant::now();
+        let state = head(connection, job.id).await?.state();
+        let end = state.last_sequence;
+        if after > end {
+            return Err(Error::PositionBeyondLog);
+        }
+        let through = end.min(after + WINDOW);
+        let rows = Event::list_of_job(connection, job.id, after, through, kinds, limit).await?;
+        // Retention marks a log as removed before it deletes the first event, so this
+        // check comes after the page.
+        if (state.closed || since.elapsed() >= SHORTEST_RETENTION)
+            && after < end
+            && head(connection, job.id).await?.events_removed
+        {
+            return Err(Error::EventsExpired { first_sequence: Some(end + 1) });
+        }
+        let full = i64::try_from(rows.len()).is_ok_and(|read| read >= limit);
+        let read_to = if full { rows.last().map_or(through, |row| row.sequence) } else { through };
+        let events = reader.encode(connection, rows).await?;
+        Ok((events, (read_to < end).then_some(read_to)))
+    })
 }

@@ -25,6 +25,8 @@ mod failovers;
 mod fault;
 mod fault_injector;
 mod history;
+#[path = "../it/support/installed.rs"]
+mod installed;
 mod node;
 mod pooler;
 #[path = "../it/support/port.rs"]

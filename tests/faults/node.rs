@@ -3,7 +3,6 @@
 
 use std::{
     fs::{self, File},
-    os::unix::fs::chown,
     path::{Path, PathBuf},
     process::Stdio,
     time::Duration,
@@ -15,6 +14,7 @@ use tokio_postgres::{Client, NoTls};
 use crate::{
     clock::Clock,
     context::{is_running, send_signal, within},
+    installed::{give_to_postgres, make_postgres_dir, newest_postgres, postgres_command},
 };
 
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -50,10 +50,7 @@ impl Node {
     /// Empties the directory.
     fn clear(&self) {
         let _ = fs::remove_dir_all(&self.dir);
-        fs::create_dir(&self.dir).unwrap();
-        if let Some((uid, gid)) = owner() {
-            chown(&self.dir, Some(uid), Some(gid)).unwrap();
-        }
+        make_postgres_dir(&self.dir);
     }
 
     /// Makes an empty cluster.
@@ -81,9 +78,7 @@ impl Node {
         fs::write(settings, former + &conninfo).unwrap();
         let signal = data.join("standby.signal");
         fs::write(&signal, "").unwrap();
-        if let Some((uid, gid)) = owner() {
-            chown(signal, Some(uid), Some(gid)).unwrap();
-        }
+        give_to_postgres(&signal);
     }
 
     /// Starts Postgres; does not wait until it accepts connections.
@@ -96,18 +91,16 @@ impl Node {
     pub fn start_hidden(&mut self) {
         let dir = self.dir.join("hidden");
         let _ = fs::create_dir(&dir);
-        if let Some((uid, gid)) = owner() {
-            chown(&dir, Some(uid), Some(gid)).unwrap();
-        }
+        give_to_postgres(&dir);
         self.start_with_socket_in(&dir.display().to_string());
     }
 
     fn start_with_socket_in(&mut self, socket_dir: &str) {
         let log = File::options().create(true).append(true).open(self.dir.join("log")).unwrap();
-        let mut command = command(Path::new("env"));
+        let mut command = postgres_command(Path::new("env"));
         command.args(self.clock.variables().map(|(name, value)| format!("{name}={value}")));
         // libfaketime reads the offset again once a second.
-        command.arg("FAKETIME_CACHE_DURATION=1").arg(bin().join("postgres"));
+        command.arg("FAKETIME_CACHE_DURATION=1").arg(newest_postgres().join("postgres"));
         command.args(["-D", &self.data(), "-k", socket_dir]);
         let connections = MAX_CONNECTIONS.to_string();
         for (name, value) in SETTINGS.into_iter().chain([("max_connections", connections.as_str())]) {
@@ -208,7 +201,11 @@ impl Node {
 
     /// Runs a program of Postgres to its end.
     async fn run(&self, program: &str, arguments: &[&str]) {
-        let output = command(&bin().join(program)).args(arguments).current_dir(&self.dir).output().await;
+        let output = postgres_command(&newest_postgres().join(program))
+            .args(arguments)
+            .current_dir(&self.dir)
+            .output()
+            .await;
         let output = output.unwrap();
         assert!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr));
     }
@@ -232,33 +229,4 @@ async fn connect(url: &str) -> Result<Client, tokio_postgres::Error> {
 async fn signal_those_that_run(name: &str, pids: &[String]) {
     // A process that has exited already makes `kill` fail, after it has signalled the others.
     let _ = Command::new("kill").args(["-s", name]).args(pids).output().await;
-}
-
-/// The directory of the programs of the newest Postgres of Debian's packages.
-fn bin() -> PathBuf {
-    let installed = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
-    let newest = installed
-        .filter_map(|version| Some((version.file_name().to_str()?.parse::<u32>().ok()?, version.path())))
-        .max();
-    newest.expect("a Postgres of Debian's packages").1.join("bin")
-}
-
-/// The user and group `postgres` if this process is root, as which Postgres refuses to run.
-pub fn owner() -> Option<(u32, u32)> {
-    let ids = |file: &str| {
-        let text = fs::read_to_string(file).unwrap();
-        let line = text.lines().find(|line| line.starts_with("postgres:"))?;
-        Some(line.split(':').filter_map(|field| field.parse().ok()).collect::<Vec<u32>>())
-    };
-    let status = fs::read_to_string("/proc/self/status").unwrap();
-    let is_root = status.lines().any(|line| line.split_whitespace().take(2).eq(["Uid:", "0"]));
-    is_root.then(|| ids("/etc/passwd").expect("a user `postgres`")).map(|ids| (ids[0], ids[1]))
-}
-
-/// A command that runs as the user that Postgres runs as.
-pub fn command(program: &Path) -> Command {
-    let Some((uid, gid)) = owner() else { return Command::new(program) };
-    let mut command = Command::new("setpriv");
-    command.arg(format!("--reuid={uid}")).arg(format!("--regid={gid}")).arg("--init-groups").arg(program);
-    command
 }

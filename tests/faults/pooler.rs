@@ -11,7 +11,7 @@ use tokio::{net::UnixStream, process::Child};
 
 use crate::{
     context::within,
-    node::{command, owner},
+    installed::{make_postgres_dir, postgres_command},
 };
 
 /// A pgbouncer that runs until this is dropped.
@@ -25,10 +25,7 @@ impl Pooler {
     /// Starts a pgbouncer for the Postgres whose socket is in a directory.
     pub async fn start(dir: PathBuf, postgres: &Path) -> Self {
         let _ = fs::remove_dir_all(&dir);
-        fs::create_dir(&dir).unwrap();
-        if let Some((uid, gid)) = owner() {
-            std::os::unix::fs::chown(&dir, Some(uid), Some(gid)).unwrap();
-        }
+        make_postgres_dir(&dir);
         let file = dir.join("pgbouncer.ini");
         let ini = format!(
             "[databases]\n* = host={} user=milepost\n\n[pgbouncer]\nlisten_port = 5432\nunix_socket_dir = {}\n\
@@ -39,7 +36,7 @@ impl Pooler {
         fs::write(&file, ini).unwrap();
         let log = File::create(dir.join("log")).unwrap();
         // Debian has it in a directory for administrators.
-        let mut pgbouncer = command(Path::new("env"));
+        let mut pgbouncer = postgres_command(Path::new("env"));
         let path = format!("PATH={}:/usr/sbin", std::env::var("PATH").unwrap());
         pgbouncer.arg(path).arg("pgbouncer").arg(&file).kill_on_drop(true);
         pgbouncer.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);

@@ -18,8 +18,9 @@ use tokio::{
 };
 
 use crate::support::{
-    TemporaryDir, TestDatabase, is_root, own_address,
-    replication::{make_postgres_dir, newest_postgres},
+    TemporaryDir, TestDatabase,
+    installed::{make_postgres_dir, newest_postgres},
+    is_root, own_address,
 };
 
 /// The settings of the cluster, in Patroni's words. They are the ones that decide how long a

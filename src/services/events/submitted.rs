@@ -35,17 +35,11 @@ impl Submitted {
         stream_order: StreamOrder,
     ) -> Result<Self> {
         let job = log.jobs.find_to_append(provider, &batch.job).await?;
-        let submit = |batch| log.appender.submit(Arc::clone(&credential), batch, stream_order.clone());
-        let answer = submit(batch.for_job(job)).await?;
-        let again = matches!(batch.job, JobKey::ProviderJobId(_)).then(|| {
-            Box::new(Again {
-                log: log.clone(),
-                credential: Arc::clone(&credential),
-                provider,
-                batch,
-                stream_order: stream_order.clone(),
-            })
-        });
+        let submitted =
+            log.appender.submit(Arc::clone(&credential), batch.for_job(job), stream_order.clone());
+        let answer = submitted.await?;
+        let again = matches!(batch.job, JobKey::ProviderJobId(_))
+            .then(|| Box::new(Again { log: log.clone(), credential, provider, batch, stream_order }));
         Ok(Self { answer, again })
     }
 

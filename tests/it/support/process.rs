@@ -5,7 +5,6 @@ use std::{
     fs::{self, File},
     net::SocketAddr,
     ops::Deref,
-    os::unix::fs::MetadataExt as _,
     path::Path,
     process::{ExitStatus, Stdio},
     time::Duration,
@@ -213,11 +212,6 @@ pub async fn operate(database: &TestDatabase, arguments: &[&str], password: &str
     let output = within_timeout("the operator's command", child.wait_with_output()).await.unwrap();
     assert!(output.status.success(), "{arguments:?}");
     String::from_utf8(output.stdout).unwrap()
-}
-
-/// Whether the tests run as root, which some of them need.
-pub fn is_root() -> bool {
-    fs::metadata("/proc/self").unwrap().uid() == 0
 }
 
 /// Whether the process runs; a zombie does not.

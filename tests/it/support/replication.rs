@@ -1,31 +1,26 @@
 //! A primary and a standby, which can be promoted without the last commits, or can keep commits
 //! waiting.
 
-use std::{
-    fs,
-    os::unix::fs::chown,
-    path::{Path, PathBuf},
-    process::{Command, Output},
-    time::Duration,
-};
+use std::{path::PathBuf, time::Duration};
 
 use milepost::db::migrations;
-use tokio::task::spawn_blocking;
 
-use super::{TemporaryDir, TestDatabase, process::is_root, within_timeout};
+use super::{
+    TemporaryDir, TestDatabase,
+    installed::{make_postgres_dir, newest_postgres, postgres_command},
+    within_timeout,
+};
 
 /// Two servers, `a` and at first its standby `b`. When this is dropped, the watchdog of the
 /// directory stops them.
 pub struct Replication {
     dir: TemporaryDir,
-    bin: PathBuf,
 }
 
 impl Replication {
     /// A migrated database on the primary, which the standby follows.
     pub async fn start() -> Self {
-        let bin = newest_postgres();
-        let replication = Self { dir: TemporaryDir::new(), bin };
+        let replication = Self { dir: TemporaryDir::new() };
         for name in ["a", "b"] {
             make_postgres_dir(&replication.host(name));
         }
@@ -72,29 +67,18 @@ impl Replication {
 
     /// Returns once the standby has all commits of the primary.
     pub async fn in_step(&self) {
+        let committed = self.on("a").texts("SELECT pg_current_wal_lsn()::text AS text").await.remove(0);
+        let replayed = format!("SELECT (pg_last_wal_replay_lsn() >= '{committed}')::text AS text");
+        self.wait("the standby to catch up", "b", &replayed, "true").await;
         let position = "SELECT position::text AS text FROM event_log";
-        let [a, b] = ["a", "b"].map(|server| self.on(server));
-        within_timeout("the standby to catch up", async {
-            let committed = a.texts("SELECT pg_current_wal_lsn()::text AS text").await.remove(0);
-            let replayed = format!("SELECT (pg_last_wal_replay_lsn() >= '{committed}')::text AS text");
-            while b.texts(&replayed).await != ["true"] {
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
-            assert_eq!(a.texts(position).await, b.texts(position).await);
-        })
-        .await;
+        assert_eq!(self.on("a").texts(position).await, self.on("b").texts(position).await);
     }
 
     /// From now on each commit waits for the standby.
     pub async fn make_synchronous(&self) {
         self.set("a", "synchronous_standby_names", "*").await;
         let standbys = "SELECT count(*)::text AS text FROM pg_stat_replication WHERE sync_state = 'sync'";
-        within_timeout("the standby to be synchronous", async {
-            while self.on("a").texts(standbys).await != ["1"] {
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
-        })
-        .await;
+        self.wait("the standby to be synchronous", "a", standbys, "1").await;
     }
 
     /// The standby gets commits again.
@@ -107,8 +91,13 @@ impl Replication {
     pub async fn part(&self) {
         self.set("b", "primary_conninfo", "").await;
         let receivers = "SELECT count(*)::text AS text FROM pg_stat_wal_receiver";
-        within_timeout("the standby to stop receiving", async {
-            while self.on("b").texts(receivers).await != ["0"] {
+        self.wait("the standby to stop receiving", "b", receivers, "0").await;
+    }
+
+    /// Waits until a query of one row gives this text on a server.
+    async fn wait(&self, awaited: &str, server: &str, query: &str, text: &str) {
+        within_timeout(awaited, async {
+            while self.on(server).texts(query).await != [text] {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         })
@@ -161,35 +150,10 @@ impl Replication {
 
     /// Runs a program of Postgres to its end.
     async fn run(&self, program: &str, arguments: &[&str]) {
-        let program = self.bin.join(program);
-        let mut command = Command::new(if is_root() { Path::new("setpriv") } else { &program });
-        if is_root() {
-            command.args(["--reuid=postgres", "--regid=postgres", "--init-groups"]).arg(&program);
-        }
-        command.args(arguments).current_dir(self.dir.path());
-        let Output { status, stdout, stderr } =
-            spawn_blocking(move || command.output()).await.unwrap().unwrap();
-        let [stdout, stderr] = [stdout, stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
-        assert!(status.success(), "{}: {stdout}{stderr}", program.display());
+        let mut command = postgres_command(&newest_postgres().join(program));
+        let output = command.args(arguments).current_dir(self.dir.path()).output().await.unwrap();
+        let [stdout, stderr] =
+            [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
+        assert!(output.status.success(), "{program}: {stdout}{stderr}");
     }
-}
-
-/// Makes a directory for the user as whom Postgres runs, since it refuses to run as root.
-pub fn make_postgres_dir(path: &Path) {
-    fs::create_dir(path).unwrap();
-    if is_root() {
-        let passwd = fs::read_to_string("/etc/passwd").unwrap();
-        let postgres = passwd.lines().find(|line| line.starts_with("postgres:")).unwrap();
-        let ids: Vec<u32> = postgres.split(':').filter_map(|field| field.parse().ok()).collect();
-        chown(path, Some(ids[0]), Some(ids[1])).unwrap();
-    }
-}
-
-/// The directory of the programs of the newest Postgres.
-pub fn newest_postgres() -> PathBuf {
-    let installed = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
-    let newest = installed
-        .filter_map(|version| Some((version.file_name().to_str()?.parse::<u32>().ok()?, version.path())))
-        .max();
-    newest.expect("a Postgres of Debian's packages").1.join("bin")
 }
