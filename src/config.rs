@@ -214,11 +214,23 @@ pub struct EventLogSettings {
           value_parser = count(2..=10_000))]
     pub publish_window: usize,
 
+    /// Most memory for what never changes about jobs and configurations, and for the states of jobs, in MiB
+    #[arg(long, env = "MILEPOST_CACHE_MIB", default_value_t = 64, value_name = "MIB",
+          value_parser = value_parser!(u64).range(1..=1_048_576))]
+    pub cache_mib: u64,
+
     /// Remove a job's events this many seconds after the job has closed; the job itself stays [default:
     /// never]
     #[arg(long = "retention-s", env = "MILEPOST_RETENTION_S", value_name = "SECONDS",
           value_parser = seconds(1..=3_153_600_000))]
     pub retention: Option<Duration>,
+}
+
+impl EventLogSettings {
+    /// `--cache-mib` in bytes.
+    pub fn cache_bytes(&self) -> u64 {
+        self.cache_mib * 1024 * 1024
+    }
 }
 
 /// Certificate and key of the server, and authorities of its clients.

@@ -13,7 +13,6 @@ use std::{pin::pin, sync::Arc, time::Duration};
 
 use tokio::{
     net::TcpListener,
-    sync::watch,
     time::{sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -46,6 +45,10 @@ const READINESS: [&str; 5] = [
     pb::job_service_server::SERVICE_NAME,
     pb::event_service_server::SERVICE_NAME,
 ];
+/// How long the log may not have been read to its end before the server is not ready, and how
+/// often this is checked.
+const TAIL_LATE: Duration = Duration::from_secs(5);
+const CHECK_TAIL: Duration = Duration::from_millis(500);
 /// How long the connections of a draining server must be idle before it stops: calls
 /// may still arrive, and clients may still read the last responses.
 const DRAIN_IDLE: Duration = Duration::from_secs(1);
@@ -70,8 +73,7 @@ pub async fn serve(
     report(&reporter, false).await;
     let telemetry = app.telemetry.clone();
     let metrics = Arc::clone(&telemetry.metrics);
-    let readiness =
-        tokio::spawn(report_readiness(reporter, app.database.available(), metrics, stopping.clone()));
+    let readiness = tokio::spawn(report_readiness(reporter, app.clone(), metrics, stopping.clone()));
 
     let layer = {
         let (draining, request_timeout) = (draining.clone(), settings.request_timeout);
@@ -141,21 +143,27 @@ async fn all_idle(calls: &TaskTracker, connections: &Connections) {
     }
 }
 
-/// Reports the server as ready while the database answers. From `stopping` on,
-/// reports it as not ready.
+/// Reports the server as ready while the database answers and the log is read to its end.
+/// From `stopping` on, reports it as not ready.
 async fn report_readiness(
     reporter: HealthReporter,
-    mut available: watch::Receiver<Option<bool>>,
+    app: App,
     metrics: Arc<Metrics>,
     stopping: CancellationToken,
 ) {
+    let mut available = app.database.available();
     let follow = async {
+        let mut reported = false;
         loop {
-            let ready = available.borrow_and_update().unwrap_or(false);
-            report(&reporter, ready).await;
-            metrics.state.ready.set(ready.into());
-            if available.changed().await.is_err() {
-                return;
+            let ready = available.borrow_and_update().unwrap_or(false) && app.log.tail_lag() < TAIL_LATE;
+            // Each report is sent to those who watch the health, a repeated one too.
+            if std::mem::replace(&mut reported, ready) != ready {
+                report(&reporter, ready).await;
+                metrics.state.ready.set(ready.into());
+            }
+            tokio::select! {
+                changed = available.changed() => if changed.is_err() { return },
+                () = sleep(CHECK_TAIL) => {}
             }
         }
     };

@@ -13,12 +13,24 @@ use uuid::Uuid;
 use super::scope::Scope;
 use crate::{
     error::{Error, Result},
-    models::{event::Event, job_identity::JobIdentity},
+    models::{
+        event::Event,
+        job_identity::{JobIdentity, StepIdentity},
+    },
     pb::{self, EVENTS_FIELD, WatchedEvents},
     progress::{EventKind, JobStatus, Progress},
     proto_enums::{ProtoEnum as _, timestamp},
     telemetry::metrics::Received,
 };
+
+/// A row of the log with what its encoding needs.
+#[derive(Debug)]
+pub(crate) struct CommittedEvent {
+    pub(crate) row: Event,
+    pub(crate) job: Arc<JobIdentity>,
+    /// The row's step, if it names one.
+    pub(crate) step: Option<Arc<StepIdentity>>,
+}
 
 /// A committed event, as the tail delivers it to every watcher.
 #[derive(Debug)]
@@ -38,20 +50,18 @@ pub(crate) struct LogEvent {
 }
 
 impl LogEvent {
-    pub(crate) fn new(row: &Event, job: Arc<JobIdentity>, received: Option<Received>) -> Self {
-        let progress = Progress {
-            points_done: row.points_done,
-            points_total: job.configuration.weights.total(),
-            percent: row.percent,
-        };
+    pub(crate) fn new(event: &CommittedEvent, received: Option<Received>) -> Self {
+        let CommittedEvent { row, job, step } = event;
+        let progress =
+            Progress { points_done: row.points_done, points_total: job.points_total, percent: row.percent };
         Self {
             position: row.position,
             sequence: row.sequence,
             kind: row.kind,
             status: row.status,
             progress,
-            encoded: encode(row, progress, &job),
-            job,
+            encoded: encode(row, progress, job, step.as_deref()),
+            job: Arc::clone(job),
             received,
         }
     }
@@ -78,8 +88,7 @@ impl LogEvent {
 
 /// Encodes field by field, in the order of the numbers, what `pb::Event` would
 /// encode. The metadata is copied from the row and not decoded.
-fn encode(row: &Event, progress: Progress, job: &JobIdentity) -> Bytes {
-    let step = row.step_configuration_id.and_then(|id| job.configuration.step_by_id(id));
+fn encode(row: &Event, progress: Progress, job: &JobIdentity, step: Option<&StepIdentity>) -> Bytes {
     let mut event = BytesMut::with_capacity(256 + row.name.len() + row.event_metadata.len());
     put_uuid(1, row.id, &mut event);
     put_uuid(2, row.job_id, &mut event);
@@ -130,35 +139,21 @@ mod tests {
     use prost_types::{Struct, Value};
 
     use super::*;
-    use crate::models::{
-        job_configuration::{JobConfiguration, StepConfiguration},
-        job_identity::Configuration,
-    };
-
     fn job() -> Arc<JobIdentity> {
-        let step = StepConfiguration {
-            id: Uuid::from_u128(7),
-            tag: "load".to_owned(),
-            name: "Load the slice".to_owned(),
-            points: 0,
-            metadata: Vec::new(),
-        };
-        let tree = JobConfiguration {
-            id: Uuid::from_u128(1),
-            provider_id: Uuid::from_u128(2),
-            tag: "ct".to_owned(),
-            name: "CT".to_owned(),
-            version: "1.0.0".to_owned(),
-            created_at: DateTime::UNIX_EPOCH,
-            steps: vec![step],
-        };
         Arc::new(JobIdentity {
             id: Uuid::from_u128(3),
             provider_id: Uuid::from_u128(2),
             customer_id: Uuid::from_u128(4),
             provider_job_id: "scan-1".to_owned(),
-            configuration: Arc::new(Configuration::from(tree)),
+            configuration_id: Uuid::from_u128(1),
+            configuration_tag: "ct".to_owned(),
+            points_total: 1,
         })
+    }
+
+    fn step() -> Arc<StepIdentity> {
+        let (tag, name) = ("load".to_owned(), "Load the slice".to_owned());
+        Arc::new(StepIdentity { id: Uuid::from_u128(7), tag, name })
     }
 
     fn row() -> Event {
@@ -194,7 +189,10 @@ mod tests {
             ..row()
         };
         for row in [row(), bare] {
-            let event = LogEvent::new(&row, job(), None);
+            let step = row.step_configuration_id.map(|_| step());
+            let committed = CommittedEvent { row, job: job(), step };
+            let event = LogEvent::new(&committed, None);
+            let row = committed.row;
             let message = event.message().expect("it decodes");
             let mut whole = WatchedEvents::default();
             whole.events.push(message.clone());

@@ -1,12 +1,13 @@
 //! Remembers what never changes about jobs and configurations, so that appends
 //! and deliveries need no query for it.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{collections::HashMap, hash::Hash, sync::Arc, time::Duration};
 
-use moka::sync::Cache;
+use moka::sync::{Cache, CacheBuilder};
 use parking_lot::RwLock;
 use uuid::Uuid;
 
+use super::event::CommittedEvent;
 use crate::{
     db::{Connection, Database, Identified, Identity, read},
     error::{Error, Resource, Result},
@@ -15,15 +16,15 @@ use crate::{
         event::{Event, JobHead},
         job::JobKey,
         job_configuration::JobConfiguration,
-        job_identity::{Configuration, JobIdentity},
+        job_identity::{Configuration, JobIdentity, StepIdentity},
     },
 };
 
-/// Most jobs in the cache; some 300 bytes each.
-const JOBS: u64 = 100_000;
-/// Most configurations in the cache; some 100 bytes a step each.
-const CONFIGURATIONS: u64 = 2_000;
+/// Most rows that one query reads, so that no query takes long, whatever the rows hold.
+const PIECE: usize = 100;
 
+/// Bytes of an entry of `by_provider_job_id` beside the name.
+const NAME_BYTES: usize = 128;
 /// How long a provider's own id for a job is remembered: an operator may delete a job's row,
 /// and the provider may create another job of that id.
 const NAME_LIFETIME: Duration = Duration::from_secs(60);
@@ -31,6 +32,7 @@ const NAME_LIFETIME: Duration = Duration::from_secs(60);
 #[derive(Clone, Debug)]
 pub(crate) struct JobCache {
     database: Database,
+    cache_bytes: u64,
     remembered: Arc<RwLock<Arc<Remembered>>>,
 }
 
@@ -40,18 +42,34 @@ struct Remembered {
     identity: Option<Identity>,
     jobs: Cache<Uuid, Arc<JobIdentity>>,
     by_provider_job_id: Cache<(Uuid, String), Uuid>,
+    steps: Cache<Uuid, Arc<StepIdentity>>,
     configurations: Cache<Uuid, Arc<Configuration>>,
 }
 
 impl Remembered {
-    fn nothing(identity: Option<Identity>) -> Self {
+    /// Of `cache_bytes`, configurations get one half, since each may have a megabyte.
+    fn nothing(identity: Option<Identity>, cache_bytes: u64) -> Self {
+        let eighth = cache_bytes / 8;
         Self {
             identity,
-            jobs: Cache::new(JOBS),
-            by_provider_job_id: Cache::builder().max_capacity(JOBS).time_to_live(NAME_LIFETIME).build(),
-            configurations: Cache::new(CONFIGURATIONS),
+            jobs: weighed(eighth * 2, |_, job: &Arc<JobIdentity>| job.bytes()).build(),
+            by_provider_job_id: weighed(eighth, |(_, name): &(Uuid, String), _| NAME_BYTES + name.len())
+                .time_to_live(NAME_LIFETIME)
+                .build(),
+            steps: weighed(eighth, |_, step: &Arc<StepIdentity>| step.bytes()).build(),
+            configurations: weighed(eighth * 4, |_, whole: &Arc<Configuration>| whole.bytes()).build(),
         }
     }
+}
+
+/// A cache of at most so many bytes, by this weight of its values.
+fn weighed<K, V>(bytes: u64, weight: fn(&K, &V) -> usize) -> CacheBuilder<K, V, Cache<K, V>>
+where
+    K: Hash + Eq + Send + Sync + 'static,
+    V: Clone + Send + Sync + 'static,
+{
+    let weigher = move |key: &K, value: &V| u32::try_from(weight(key, value)).unwrap_or(u32::MAX);
+    Cache::builder().max_capacity(bytes).weigher(weigher)
 }
 
 /// The cached values of these ids, and the ids that are not cached.
@@ -65,8 +83,10 @@ fn cached<V: Clone + Send + Sync + 'static>(
 }
 
 impl JobCache {
-    pub(crate) fn new(database: Database) -> Self {
-        Self { database, remembered: Arc::new(RwLock::new(Arc::new(Remembered::nothing(None)))) }
+    /// Remembers at most so many bytes.
+    pub(crate) fn new(database: Database, cache_bytes: u64) -> Self {
+        let nothing = Remembered::nothing(None, cache_bytes);
+        Self { database, cache_bytes, remembered: Arc::new(RwLock::new(Arc::new(nothing))) }
     }
 
     /// What is remembered of this database. What was remembered of another one is forgotten:
@@ -76,7 +96,7 @@ impl JobCache {
         if remembered.identity == identity {
             return remembered;
         }
-        let nothing = Arc::new(Remembered::nothing(identity));
+        let nothing = Arc::new(Remembered::nothing(identity, self.cache_bytes));
         self.remembered.write().clone_from(&nothing);
         nothing
     }
@@ -124,9 +144,9 @@ impl JobCache {
         ids: &[Uuid],
     ) -> Result<HashMap<Uuid, Arc<JobIdentity>>> {
         let (mut found, missing) = cached(&self.of(Some(connection.identity())).jobs, ids);
-        if !missing.is_empty() {
-            let heads = JobHead::load(connection, &missing).await?;
-            for job in self.remember(connection, heads).await? {
+        for piece in missing.chunks(PIECE) {
+            for head in JobHead::load(connection, piece).await? {
+                let job = self.remember(connection, head);
                 found.insert(job.id, job);
             }
         }
@@ -147,7 +167,7 @@ impl JobCache {
         name: &str,
     ) -> Result<Option<Arc<JobIdentity>>> {
         let head = JobHead::find_by_provider_job_id(connection, provider_id, name).await?;
-        let job = self.remember(connection, Vec::from_iter(head)).await?.pop();
+        let job = head.map(|head| self.remember(connection, head));
         if let Some(job) = &job {
             let key = (provider_id, name.to_owned());
             self.of(Some(connection.identity())).by_provider_job_id.insert(key, job.id);
@@ -155,74 +175,80 @@ impl JobCache {
         Ok(job)
     }
 
-    /// The configuration of a job.
+    /// A configuration, which must be one that the caller may see.
     pub(crate) async fn configuration(&self, id: Uuid) -> Result<Arc<Configuration>> {
         if let Some(configuration) = self.of_present().configurations.get(&id) {
             return Ok(configuration);
         }
-        let found = read!(self.database, |conn| self.configurations_of(conn, &[id]))?;
-        let found = found.get(&id).cloned();
-        found.ok_or_else(|| Error::internal("a job without its configuration"))
+        read!(self.database, |conn| self.read_configuration(conn, id))
     }
 
-    async fn configurations_of(
+    async fn read_configuration(&self, connection: &mut Connection, id: Uuid) -> Result<Arc<Configuration>> {
+        let tree = JobConfiguration::load(connection, &[id]).await?.pop();
+        let tree = tree.ok_or_else(|| Error::internal("a configuration that is referred to is missing"))?;
+        let configuration = Arc::new(Configuration::from(tree));
+        self.of(Some(connection.identity())).configurations.insert(id, Arc::clone(&configuration));
+        Ok(configuration)
+    }
+
+    fn remember(&self, connection: &impl Identified, head: JobHead) -> Arc<JobIdentity> {
+        let job = Arc::new(JobIdentity {
+            id: head.id,
+            provider_id: head.provider_id,
+            customer_id: head.customer_id,
+            provider_job_id: head.provider_job_id,
+            configuration_id: head.job_configuration_id,
+            configuration_tag: head.configuration_tag,
+            points_total: head.points_total,
+        });
+        self.of(Some(connection.identity())).jobs.insert(job.id, Arc::clone(&job));
+        job
+    }
+
+    /// The steps of these ids. Only their tags and names are read, which are small whatever
+    /// their configurations hold.
+    async fn steps(
         &self,
         connection: &mut impl Identified,
         ids: &[Uuid],
-    ) -> Result<HashMap<Uuid, Arc<Configuration>>> {
+    ) -> Result<HashMap<Uuid, Arc<StepIdentity>>> {
         let remembered = self.of(Some(connection.identity()));
-        let (mut found, missing) = cached(&remembered.configurations, ids);
-        if !missing.is_empty() {
-            for tree in JobConfiguration::load(connection, &missing).await? {
-                let configuration = Arc::new(Configuration::from(tree));
-                remembered.configurations.insert(configuration.tree.id, Arc::clone(&configuration));
-                found.insert(configuration.tree.id, configuration);
+        let (mut found, missing) = cached(&remembered.steps, ids);
+        for piece in missing.chunks(PIECE) {
+            for (id, tag, name) in JobConfiguration::load_step_names(connection, piece).await? {
+                let step = Arc::new(StepIdentity { id, tag, name });
+                remembered.steps.insert(id, Arc::clone(&step));
+                found.insert(id, step);
             }
         }
         Ok(found)
     }
 
-    async fn remember(
-        &self,
-        connection: &mut impl Identified,
-        heads: Vec<JobHead>,
-    ) -> Result<Vec<Arc<JobIdentity>>> {
-        let ids: Vec<Uuid> = heads.iter().map(|head| head.job_configuration_id).collect();
-        let configurations = self.configurations_of(connection, &ids).await?;
-        let remembered = self.of(Some(connection.identity()));
-        let mut jobs = Vec::with_capacity(heads.len());
-        for head in heads {
-            let configuration = configurations
-                .get(&head.job_configuration_id)
-                .ok_or_else(|| Error::internal("a job without its configuration"))?;
-            let job = Arc::new(JobIdentity {
-                id: head.id,
-                provider_id: head.provider_id,
-                customer_id: head.customer_id,
-                provider_job_id: head.provider_job_id,
-                configuration: Arc::clone(configuration),
-            });
-            remembered.jobs.insert(job.id, Arc::clone(&job));
-            jobs.push(job);
-        }
-        Ok(jobs)
-    }
-
-    /// Rows of the log, each with its job.
+    /// Rows of the log with what their encoding needs. It is read in pieces, which are
+    /// remembered even if a later piece fails.
     pub(crate) async fn with_jobs(
         &self,
         connection: &mut impl Identified,
         rows: Vec<Event>,
-    ) -> Result<Vec<(Event, Arc<JobIdentity>)>> {
-        let mut ids: Vec<Uuid> = rows.iter().map(|row| row.job_id).collect();
-        ids.sort_unstable();
-        ids.dedup();
-        let jobs = self.list(connection, &ids).await?;
+    ) -> Result<Vec<CommittedEvent>> {
+        let jobs = self.list(connection, &distinct(rows.iter().map(|row| row.job_id))).await?;
+        let named = rows.iter().filter_map(|row| row.step_configuration_id);
+        let steps = self.steps(connection, &distinct(named)).await?;
         rows.into_iter()
             .map(|row| {
                 let job = jobs.get(&row.job_id).ok_or_else(|| Error::internal("an event without its job"))?;
-                Ok((row, Arc::clone(job)))
+                let step = row.step_configuration_id.map(|id| {
+                    steps.get(&id).cloned().ok_or_else(|| Error::internal("an event without its step"))
+                });
+                Ok(CommittedEvent { job: Arc::clone(job), step: step.transpose()?, row })
             })
             .collect()
     }
+}
+
+fn distinct(ids: impl Iterator<Item = Uuid>) -> Vec<Uuid> {
+    let mut ids: Vec<Uuid> = ids.collect();
+    ids.sort_unstable();
+    ids.dedup();
+    ids
 }

@@ -16,7 +16,11 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 use uuid::Uuid;
 
-use super::{event::LogEvent, position::Run, scope::Filter};
+use super::{
+    event::LogEvent,
+    position::Run,
+    scope::{Filter, Scope},
+};
 
 /// Most events, and most bytes of them, that wait in one mailbox.
 const EVENTS: usize = 256;
@@ -50,6 +54,13 @@ impl Mailboxes {
                 mailbox.put(run, event.get_or_insert_with(|| Arc::new(make())));
             }
         }
+    }
+
+    /// Has the watchers of this topic read the log whose scope passes `concerned`.
+    pub(crate) fn overflow(&self, topic: Uuid, concerned: impl Fn(&Scope) -> bool) {
+        let by_topic = self.by_topic.lock();
+        let of_topic = by_topic.range((topic, 0)..=(topic, u64::MAX)).map(|(_, mailbox)| mailbox);
+        of_topic.filter(|mailbox| concerned(&mailbox.filter.scope)).for_each(|mailbox| mailbox.overflow());
     }
 
     /// Has every watcher read the log.

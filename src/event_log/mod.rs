@@ -12,8 +12,8 @@
 //! | 5 | `reader` | what watches and lists need of the database, the job cache and the tail |
 //! | 4 | `tail` | follows what was committed, in order, once per process |
 //! | 3 | `mailbox` | the events that wait for each watcher |
+//! | 3 | `job_cache` | what never changes about jobs, their steps and configurations |
 //! | 2 | `event` | a row, encoded once for all watchers |
-//! | 2 | `job_cache` | what never changes about jobs |
 //! | 2 | `position` | how far a watch has read; resume tokens |
 //! | 1 | `scope` | which events a watch asks for |
 //! | 1 | `abort` | ends the process when a vital task panics |
@@ -76,11 +76,17 @@ impl EventLog {
         settings: EventLogSettings,
         telemetry: Telemetry,
     ) -> Result<Self> {
-        let jobs = JobCache::new(database.clone());
+        let jobs = JobCache::new(database.clone(), settings.cache_bytes() / 8 * 7);
         let metrics = Arc::clone(&telemetry.metrics);
         let tail = Tail::start(database.clone(), jobs.clone(), Arc::clone(&metrics)).await?;
-        let appender = Appender::start(database.clone(), Arc::clone(&tail), notifier, telemetry)
-            .map_err(Error::internal)?;
+        let appender = Appender::start(
+            database.clone(),
+            Arc::clone(&tail),
+            notifier,
+            settings.cache_bytes() / 8,
+            telemetry,
+        )
+        .map_err(Error::internal)?;
         if let Some(age) = settings.retention {
             retention::start(database.clone(), age, Arc::downgrade(&tail));
         }
@@ -96,6 +102,11 @@ impl EventLog {
 
     /// Age of the oldest event that waits for a watcher which had caught up.
     pub(crate) fn watch_lag(&self) -> Duration {
+        self.reader.tail.watch_lag()
+    }
+
+    /// How long ago this server last had read the log to its end.
+    pub(crate) fn tail_lag(&self) -> Duration {
         self.reader.tail.lag()
     }
 
@@ -113,7 +124,8 @@ impl EventLog {
         let id = job.id;
         let (user_id, job_id) = (Some(provider.id()), Some(id));
         let audit = AuditEntry { user_id, job_id, ..origin.entry(AuditAct::JobClosed) };
-        let batch = Batch::close(job, reason, audit);
+        let weights = Arc::clone(&self.jobs.configuration(job.configuration_id).await?.weights);
+        let batch = Batch::close(job, weights, reason, audit);
         let answer = self.appender.submit(credential, batch, StreamOrder::default()).await?;
         match answer.wait().await {
             Ok(_) => Ok((id, false)),

@@ -90,7 +90,7 @@ impl Reader {
         rows: Vec<Event>,
     ) -> Result<Vec<Arc<LogEvent>>> {
         let rows = self.job_cache.with_jobs(connection, rows).await?;
-        Ok(rows.into_iter().map(|(row, job)| Arc::new(LogEvent::new(&row, job, None))).collect())
+        Ok(rows.iter().map(|event| Arc::new(LogEvent::new(event, None))).collect())
     }
 
     /// Reads where the log of a scope ends, and finds there the position of a watch that has

@@ -33,7 +33,7 @@ impl Scope {
             Self::Job(own) => own.id == job.id,
             Self::All { viewer, configuration_tag, counterpart_id } => {
                 viewer.sees(job.id, job.provider_id, job.customer_id)
-                    && (configuration_tag.is_empty() || *configuration_tag == job.configuration.tree.tag)
+                    && (configuration_tag.is_empty() || *configuration_tag == job.configuration_tag)
                     && counterpart_id.is_none_or(|id| match viewer.visibility() {
                         Visibility::Provider(_) => id == job.customer_id,
                         Visibility::Customer(_) | Visibility::Job(_) => id == job.provider_id,

@@ -8,6 +8,10 @@
 //!
 //! When the database is another one than before, the tail asks whether it still has
 //! what was delivered. If not, every watcher has to compare its own position.
+//!
+//! No event holds up the others. A page that cannot be read is halved, down to a single
+//! event. If that one cannot be read either, the tail goes on behind it, and the watches
+//! that need it read the log for themselves: they end with an error when they come to it.
 
 use std::{
     sync::Arc,
@@ -19,7 +23,7 @@ use tokio::sync::Notify;
 
 use super::{
     abort::abort_on_panic,
-    event::LogEvent,
+    event::{CommittedEvent, LogEvent},
     job_cache::JobCache,
     mailbox::{Mailboxes, Subscription},
     position::{Position, Run},
@@ -28,7 +32,7 @@ use super::{
 use crate::{
     db::{Database, Identified as _, OwnConnection},
     error::{Error, Result},
-    models::{event::Event, history::LogEnd, job_identity::JobIdentity},
+    models::{event::Event, history::LogEnd},
     telemetry::metrics::{Metrics, Received},
 };
 
@@ -37,7 +41,7 @@ use crate::{
 const SWEEP: Duration = Duration::from_millis(500);
 /// How old the last read of the log's end may be for a heartbeat.
 const CURRENT: Duration = Duration::from_secs(1);
-/// Events read by one query.
+/// Most events read by one query.
 const PAGE: i64 = 1_000;
 
 /// Delivers committed events to the mailboxes.
@@ -64,6 +68,8 @@ struct State {
     /// How many events the last sweep found that no notification has announced
     /// since.
     unannounced: usize,
+    /// How many events the next query reads.
+    page: i64,
 }
 
 impl Tail {
@@ -80,7 +86,7 @@ impl Tail {
         let run = Run { identity: connection.identity(), history };
         drop(connection);
         let tail = Arc::new(Self {
-            state: Mutex::new(State { head, run, removals, read_through, unannounced: 0 }),
+            state: Mutex::new(State { head, run, removals, read_through, unannounced: 0, page: PAGE }),
             mailboxes: Arc::default(),
             woken: Notify::new(),
             database,
@@ -95,9 +101,7 @@ impl Tail {
             let mut failing = false;
             let mut sweeps = false;
             while let Some(tail) = follower.upgrade() {
-                let limit = tail.database.longest_use();
-                let caught_up = tokio::time::timeout(limit, tail.catch_up(&mut kept, sweeps)).await;
-                match caught_up.unwrap_or_else(|_| Err(Error::unavailable("reading the log took too long"))) {
+                match tail.catch_up(&mut kept, sweeps).await {
                     Ok(()) => failing = false,
                     // Logged once an outage, not at every attempt.
                     Err(error) => {
@@ -125,21 +129,21 @@ impl Tail {
     /// Delivers events that this process committed in a run, in the order of the log, as
     /// far as they follow the head. Where events of others come first, or the head is one
     /// of another run, the tail reads them all from the database.
-    pub(crate) fn offer(&self, run: Run, events: &[(Event, Arc<JobIdentity>)], received_at: Instant) {
+    pub(crate) fn offer(&self, run: Run, events: &[CommittedEvent], received_at: Instant) {
         let mut state = self.state.lock();
         if state.run.identity != run.identity {
             return self.wake();
         }
         // The history may have begun with these events.
         state.run = run;
-        for (row, job) in events {
-            if row.position > state.head + 1 {
+        for event in events {
+            if event.row.position > state.head + 1 {
                 return self.wake();
             }
-            if row.position <= state.head {
+            if event.row.position <= state.head {
                 state.unannounced = state.unannounced.saturating_sub(1);
             }
-            self.deliver(&mut state, row, job, Received { at: received_at, own: true });
+            self.deliver(&mut state, event, Received { at: received_at, own: true });
         }
     }
 
@@ -158,8 +162,14 @@ impl Tail {
     }
 
     /// Age of the oldest event that waits for a watcher which had caught up.
-    pub(crate) fn lag(&self) -> Duration {
+    pub(crate) fn watch_lag(&self) -> Duration {
         self.mailboxes.lag()
+    }
+
+    /// How long ago the log was last read to its end: whatever was committed before then
+    /// was delivered.
+    pub(crate) fn lag(&self) -> Duration {
+        self.state.lock().read_through.elapsed()
     }
 
     /// Reads from the head to the end of the log. `sweeps` says that no notification
@@ -167,9 +177,9 @@ impl Tail {
     async fn catch_up(&self, kept: &mut Option<OwnConnection>, sweeps: bool) -> Result<()> {
         let at = Instant::now();
         let mut connection = self.database.kept_or_new(kept).await?;
-        let LogEnd { position: end, removals, .. } = self.enter(&mut connection).await?;
+        let LogEnd { position: end, removals, .. } = self.within(self.enter(&mut connection)).await?;
         loop {
-            let head = {
+            let (head, page) = {
                 let mut state = self.state.lock();
                 if state.head >= end {
                     state.read_through = at;
@@ -177,34 +187,104 @@ impl Tail {
                     *kept = Some(connection);
                     return Ok(());
                 }
-                state.head
+                (state.head, state.page)
             };
-            let rows = Event::list_of_log(&mut connection, head, end, PAGE).await?;
-            let read = i64::try_from(rows.len()).map_err(Error::internal)?;
-            let through = if read < PAGE { end } else { rows.last().map_or(end, |row| row.position) };
-            let events = self.job_cache.with_jobs(&mut connection, rows).await?;
-            let mut state = self.state.lock();
-            if read < through - head {
-                // Only retention makes gaps in the positions: each watcher has to
-                // check whether it lost an event by that.
-                self.mailboxes.overflow_all();
+            match self.within(self.read_page(&mut connection, head, end, page)).await {
+                Ok((events, through)) => self.deliver_page(&events, head, through, sweeps, at),
+                // An event that cannot be read: the next pages are shorter, until it is alone.
+                Err(Error::Internal(_)) if page > 1 => self.state.lock().page = page / 2,
+                Err(Error::Internal(source)) => {
+                    self.within(self.skip(&mut connection, head + 1, &*source)).await?;
+                }
+                // The database is away, or too slow for so long a page.
+                Err(error) => {
+                    self.state.lock().page = (page / 2).max(1);
+                    return Err(error);
+                }
             }
-            if sweeps {
-                state.unannounced += events.len();
-            }
-            for (row, job) in &events {
-                self.deliver(&mut state, row, job, Received { at, own: false });
-            }
-            state.head = state.head.max(through);
         }
     }
 
+    /// The events after the head, and how far the log was read for them.
+    async fn read_page(
+        &self,
+        connection: &mut OwnConnection,
+        head: i64,
+        end: i64,
+        page: i64,
+    ) -> Result<(Vec<CommittedEvent>, i64)> {
+        // No further than the page is long, so that a page of one event is the next one.
+        let through = end.min(head + page);
+        let rows = Event::list_of_log(connection, head, through, page).await?;
+        Ok((self.job_cache.with_jobs(connection, rows).await?, through))
+    }
+
+    fn deliver_page(&self, events: &[CommittedEvent], head: i64, through: i64, sweeps: bool, at: Instant) {
+        let mut state = self.state.lock();
+        if i64::try_from(events.len()).is_ok_and(|read| read < through - head) {
+            // Only retention makes gaps in the positions: each watcher has to
+            // check whether it lost an event by that.
+            self.mailboxes.overflow_all();
+        }
+        if sweeps {
+            state.unannounced += events.len();
+        }
+        for event in events {
+            self.deliver(&mut state, event, Received { at, own: false });
+        }
+        state.head = state.head.max(through);
+        state.page = (state.page * 2).min(PAGE);
+    }
+
+    /// Goes on behind an event that cannot be read. The watches of its job, and those of all
+    /// jobs of its job's provider or customer, read the log for themselves; where not even its
+    /// job can be read, every watch does.
+    async fn skip(
+        &self,
+        connection: &mut OwnConnection,
+        position: i64,
+        cause: &(dyn std::error::Error + Send + Sync + 'static),
+    ) -> Result<()> {
+        let job = match Event::job_at(connection, position).await {
+            Ok(job) => job,
+            Err(Error::Internal(_)) => None,
+            Err(error) => return Err(error),
+        };
+        let identity = match job {
+            Some(id) => self.job_cache.list(connection, &[id]).await?.remove(&id),
+            None => None,
+        };
+        tracing::error!(position, ?job, %cause, "an event cannot be read: the log goes on behind it");
+        self.metrics.watches.unreadable.inc();
+        let mut state = self.state.lock();
+        if state.head < position {
+            match (job, identity) {
+                (_, Some(job)) => {
+                    for topic in [job.id, job.provider_id, job.customer_id] {
+                        self.mailboxes.overflow(topic, |scope| scope.contains(&job));
+                    }
+                }
+                // A job without a row is nobody's, but for watches of it that are open.
+                (Some(id), None) => self.mailboxes.overflow(id, |_| true),
+                (None, None) => self.mailboxes.overflow_all(),
+            }
+            state.head = position;
+        }
+        Ok(())
+    }
+
+    /// The result of work on the database that waits for a few statements at most.
+    async fn within<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        let within = tokio::time::timeout(self.database.longest_use(), work).await;
+        within.unwrap_or_else(|_| Err(Error::unavailable("reading the log took too long")))
+    }
+
     /// Delivers an event, unless it was delivered before, and moves the head to it.
-    fn deliver(&self, state: &mut State, row: &Event, job: &Arc<JobIdentity>, received: Received) {
+    fn deliver(&self, state: &mut State, event: &CommittedEvent, received: Received) {
+        let CommittedEvent { row, job, .. } = event;
         if row.position > state.head {
             let topics = [job.id, job.provider_id, job.customer_id];
-            let event = || LogEvent::new(row, Arc::clone(job), Some(received));
-            self.mailboxes.deliver(topics, state.run, event);
+            self.mailboxes.deliver(topics, state.run, || LogEvent::new(event, Some(received)));
             state.head = row.position;
         }
     }

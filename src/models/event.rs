@@ -117,6 +117,12 @@ impl Event {
         Ok(event.select(events::position).first(connection).await.optional()?)
     }
 
+    /// The job of the event at a position of the log; none without that event.
+    pub async fn job_at(connection: &mut AsyncPgConnection, position: i64) -> Result<Option<Uuid>> {
+        let event = events::table.filter(events::position.eq(position));
+        Ok(event.select(events::job_id).first(connection).await.optional()?)
+    }
+
     /// The position of the oldest event of the log that is kept.
     pub async fn oldest_kept(connection: &mut AsyncPgConnection) -> Result<Option<i64>> {
         let oldest = events::table.select(events::position).order(events::position);
@@ -143,11 +149,12 @@ pub struct JobHead {
     pub customer_id: Uuid,
     /// The configuration that the job is pinned to.
     pub job_configuration_id: Uuid,
+    pub configuration_tag: String,
     /// The provider's own id for the job.
     pub provider_job_id: String,
     status: JobStatus,
     points_done: i64,
-    points_total: i64,
+    pub points_total: i64,
     percent: i16,
     steps_done: Vec<u8>,
     last_sequence: i64,

@@ -118,7 +118,7 @@ impl JobConfiguration {
     }
 
     /// As [`Self::find`], but reads only the id.
-    pub(super) async fn find_id(
+    pub async fn find_id(
         conn: &mut AsyncPgConnection,
         viewer: Viewer,
         key: &ConfigurationKey,
@@ -215,6 +215,15 @@ impl JobConfiguration {
             query = query.filter(tag.gt(last_tag));
         }
         Ok(query.load(conn).await?)
+    }
+
+    /// The id, tag and name of each of these steps, whosever they are.
+    pub async fn load_step_names(
+        conn: &mut AsyncPgConnection,
+        ids: &[Uuid],
+    ) -> Result<Vec<(Uuid, String, String)>> {
+        use step_configurations::{id, name, table, tag};
+        Ok(table.filter(id.eq_any(ids)).select((id, tag, name)).load(conn).await?)
     }
 
     /// Loads configurations by their ids, in the order of the ids. Unknown ids are left

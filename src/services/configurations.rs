@@ -30,7 +30,7 @@ use crate::{
 
 /// Most configurations that one query reads for a page. Each may be as large as a whole
 /// page, so reading all of them at once could take much memory for nothing.
-const READ_AT_ONCE: usize = 25;
+const READ_AT_ONCE: usize = 8;
 
 #[derive(Clone, Debug)]
 pub struct ConfigurationApi(pub App);
@@ -60,9 +60,9 @@ impl ConfigurationService for ConfigurationApi {
         let credential = credential_of(&request)?;
         let viewer = credential.caller().user_viewer()?;
         let key = ConfigurationKey::try_from(request.into_inner())?;
-        let configuration = read!(self.0.database, |conn| JobConfiguration::find(conn, viewer, &key))?
+        let id = read!(self.0.database, |conn| JobConfiguration::find_id(conn, viewer, &key))?
             .ok_or_else(|| Error::not_found(Resource::JobConfiguration, &key))?;
-        let job_configuration = Some(configuration.into());
+        let job_configuration = Some(self.0.log.jobs.configuration(id).await?.tree.clone().into());
         Ok(Response::new(pb::GetJobConfigurationResponse { job_configuration }))
     }
 

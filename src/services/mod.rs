@@ -106,6 +106,7 @@ impl App {
         let (state, pool) = (&metrics.state, self.database.status());
         state.draining.set(self.draining.is_cancelled().into());
         state.watch_lag.set(self.log.watch_lag().as_secs_f64());
+        state.tail_lag.set(self.log.tail_lag().as_secs_f64());
         state.connections_idle.set(gauge_value(pool.available));
         state.connections_in_use.set(gauge_value(pool.size.saturating_sub(pool.available)));
         state.connections_max.set(gauge_value(pool.max_size));

@@ -165,6 +165,8 @@ metrics! {
         pub(crate) overflows: Counter = plain("watch_overflows", Counter::default()),
         /// Periodic reads of the log that found events without a notification
         pub(crate) sweep_finds: Counter = plain("sweep_finds", Counter::default()),
+        /// Events that the tail could not read and went on behind
+        pub(crate) unreadable: Counter = plain("unreadable_events", Counter::default()),
     }
     /// Time from when this server learns of a commit, its own or another server's, until a watch
     /// stream has the message
@@ -183,12 +185,15 @@ metrics! {
     /// Gauges of the server's state. `ready` is set on each change, all others at each
     /// scrape.
     pub(crate) struct State {
-        /// 1 while the database answers and the server is not draining, otherwise 0
+        /// 1 while the database answers, the log is read to its end and the server is not draining,
+        /// otherwise 0
         pub(crate) ready: Gauge = plain("ready", Gauge::default()),
         /// 1 from the start of the shutdown, otherwise 0
         pub(crate) draining: Gauge = plain("draining", Gauge::default()),
         /// Age of the oldest event that a caught-up watch has not sent yet
         pub(crate) watch_lag: Seconds = seconds("watch_lag", Seconds::default()),
+        /// Time since the tail last had read the log to its end
+        pub(crate) tail_lag: Seconds = seconds("tail_lag", Seconds::default()),
         /// Most connections of the pool
         pub(crate) connections_max: Gauge = plain("database_connections_max", Gauge::default()),
         /// Callers that wait for a connection of the pool

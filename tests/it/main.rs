@@ -48,6 +48,7 @@ mod silence;
 mod starts;
 mod support;
 mod synchronous;
+mod tail;
 mod throttle;
 mod tls;
 mod traces;

@@ -8,18 +8,21 @@ use uuid::Uuid;
 
 use crate::{
     error::{Error, Resource, Result, Violations},
+    event_log::event::CommittedEvent,
     models::{
         audit_entry::AuditEntry,
         event::{Event, NewRow},
-        job_identity::JobIdentity,
+        job_identity::{JobIdentity, StepIdentity},
     },
-    progress::{EventKind, JobState, JobStatus, Progress},
+    progress::{EventKind, JobState, JobStatus, Progress, Weights},
 };
 
 /// Events for one job: all are appended or none.
 #[derive(Debug)]
 pub(crate) struct Batch {
     pub(crate) job: Arc<JobIdentity>,
+    /// Of the steps of the job's configuration.
+    pub(crate) weights: Arc<Weights>,
     /// The last sequence that the caller demands of the job before the batch.
     pub(crate) expected_sequence: Option<i64>,
     /// Their ids, where given, are distinct.
@@ -46,11 +49,11 @@ pub(crate) struct NewEvent {
 }
 
 /// The step that an event names.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Step {
     None,
-    /// The step's position in the job's configuration.
-    Known(usize),
+    /// A step and its position in the job's configuration.
+    Known(usize, Arc<StepIdentity>),
     /// The job's configuration has no such step; the batch has a violation.
     Unknown,
 }
@@ -67,7 +70,12 @@ pub(crate) struct AppendedEvent {
 
 impl Batch {
     /// Closes a job by an event of kind `close` whose name is the reason.
-    pub(crate) fn close(job: Arc<JobIdentity>, reason: String, audit: AuditEntry) -> Self {
+    pub(crate) fn close(
+        job: Arc<JobIdentity>,
+        weights: Arc<Weights>,
+        reason: String,
+        audit: AuditEntry,
+    ) -> Self {
         let close = NewEvent {
             id: None,
             kind: EventKind::Close,
@@ -78,6 +86,7 @@ impl Batch {
         };
         Self {
             job,
+            weights,
             expected_sequence: None,
             events: vec![close],
             violations: Violations::default(),
@@ -114,7 +123,7 @@ impl Batch {
             }
             let id = event.id.unwrap_or_else(Uuid::now_v7);
             after
-                .apply(id, event.kind, event.step.position(), &self.job.configuration.weights)
+                .apply(id, event.kind, event.step.position(), &self.weights)
                 .map_err(|closed| Error::JobClosed { job_id: self.job.id, status: closed.0 })?;
             answer.push(AppendedEvent {
                 id,
@@ -140,7 +149,7 @@ impl Batch {
             sequence: appended.sequence,
             kind: event.kind,
             name: &event.name,
-            step_configuration_id: self.step_id(event),
+            step_configuration_id: event.step.id(),
             event_metadata: &event.metadata,
             occurred_at: event.occurred_at,
             status: appended.status,
@@ -155,23 +164,26 @@ impl Batch {
         self,
         answer: &[AppendedEvent],
         created_at: DateTime<Utc>,
-    ) -> impl Iterator<Item = Event> {
+    ) -> impl Iterator<Item = CommittedEvent> {
         let Self { job, events, .. } = self;
         let new = events.into_iter().zip(answer).filter(|(_, appended)| !appended.existed);
-        new.map(move |(event, appended)| Event {
-            job_id: job.id,
-            sequence: appended.sequence,
-            position: 0,
-            id: appended.id,
-            kind: event.kind,
-            step_configuration_id: event.step.id(&job),
-            name: event.name,
-            event_metadata: event.metadata,
-            occurred_at: event.occurred_at,
-            status: appended.status,
-            points_done: appended.progress.points_done,
-            percent: appended.progress.percent,
-            created_at,
+        new.map(move |(event, appended)| {
+            let row = Event {
+                job_id: job.id,
+                sequence: appended.sequence,
+                position: 0,
+                id: appended.id,
+                kind: event.kind,
+                step_configuration_id: event.step.id(),
+                name: event.name,
+                event_metadata: event.metadata,
+                occurred_at: event.occurred_at,
+                status: appended.status,
+                points_done: appended.progress.points_done,
+                percent: appended.progress.percent,
+                created_at,
+            };
+            CommittedEvent { row, job: Arc::clone(&job), step: event.step.identity() }
         })
     }
 
@@ -184,7 +196,7 @@ impl Batch {
             let same = [
                 ("kind", event.kind == row.kind),
                 ("name", event.name == row.name),
-                ("step_tag", event.step != Step::Unknown && self.step_id(event) == row.step_configuration_id),
+                ("step_tag", event.step != Step::Unknown && event.step.id() == row.step_configuration_id),
                 ("metadata", event.metadata == row.event_metadata),
                 ("occurred_at", event.occurred_at == row.occurred_at),
             ];
@@ -202,10 +214,6 @@ impl Batch {
         }
     }
 
-    fn step_id(&self, event: &NewEvent) -> Option<Uuid> {
-        event.step.id(&self.job)
-    }
-
     fn existing(&self, row: &Event) -> AppendedEvent {
         AppendedEvent {
             id: row.id,
@@ -214,7 +222,7 @@ impl Batch {
             status: row.status,
             progress: Progress {
                 points_done: row.points_done,
-                points_total: self.job.configuration.weights.total(),
+                points_total: self.job.points_total,
                 percent: row.percent,
             },
         }
@@ -222,14 +230,24 @@ impl Batch {
 }
 
 impl Step {
-    fn position(self) -> Option<usize> {
+    fn position(&self) -> Option<usize> {
         match self {
-            Self::Known(position) => Some(position),
+            Self::Known(position, _) => Some(*position),
             Self::None | Self::Unknown => None,
         }
     }
 
-    fn id(self, job: &JobIdentity) -> Option<Uuid> {
-        self.position().map(|position| job.configuration.tree.steps[position].id)
+    fn identity(self) -> Option<Arc<StepIdentity>> {
+        match self {
+            Self::Known(_, step) => Some(step),
+            Self::None | Self::Unknown => None,
+        }
+    }
+
+    fn id(&self) -> Option<Uuid> {
+        match self {
+            Self::Known(_, step) => Some(step.id),
+            Self::None | Self::Unknown => None,
+        }
     }
 }

@@ -109,11 +109,12 @@ impl Appender {
         database: Database,
         tail: Arc<Tail>,
         notifier: Notifier,
+        cache_bytes: u64,
         telemetry: Telemetry,
     ) -> io::Result<Self> {
         let (queue, requests) = mpsc::channel(QUEUE);
         let traces = telemetry.traces.clone();
-        let task = Task::new(database.clone(), tail, notifier, telemetry);
+        let task = Task::new(database.clone(), tail, notifier, cache_bytes, telemetry);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         std::thread::Builder::new().name("append".to_owned()).spawn(move || {
             runtime.block_on(abort_on_panic(task.run(requests)));

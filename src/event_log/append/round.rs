@@ -20,10 +20,10 @@ use crate::{
     auth::Credential,
     db::OwnConnection,
     error::{Error, Result},
+    event_log::event::CommittedEvent,
     models::{
         audit_entry::AuditEntry,
         event::{AppendOutcome, AppendStatement, Event, LockedJob, NewRow},
-        job_identity::JobIdentity,
     },
     progress::JobState,
     telemetry::traces::{AppendSpan, TransactionSpan},
@@ -277,7 +277,7 @@ impl Group {
 pub(super) struct Completed {
     pub(super) answers: Vec<(Reply, Result<Vec<AppendedEvent>>)>,
     /// The committed events, in the order of the log.
-    pub(super) events: Vec<(Event, Arc<JobIdentity>)>,
+    pub(super) events: Vec<CommittedEvent>,
 }
 
 impl Completed {
@@ -285,13 +285,13 @@ impl Completed {
     pub(super) fn commit(&mut self, group: Group, mut position: i64, at: DateTime<Utc>) {
         for (request, plan) in group.plans {
             if let Ok(answer) = &plan {
-                let job = Arc::clone(&request.batch.job);
                 if let Some(entry) = &request.batch.audit {
                     entry.log();
                 }
-                for event in request.batch.into_events(answer, at) {
+                for mut event in request.batch.into_events(answer, at) {
                     position += 1;
-                    self.events.push((Event { position, ..event }, Arc::clone(&job)));
+                    event.row.position = position;
+                    self.events.push(event);
                 }
             }
             self.answers.push((request.reply, plan));

@@ -37,8 +37,8 @@ use crate::{
 const ROUND_EVENTS: usize = 2_000;
 /// How often the queue is emptied while a round is under way.
 const TICK: Duration = Duration::from_millis(1);
-/// Most jobs whose state is remembered; some 100 bytes each.
-const STATES: u64 = 100_000;
+/// About how many bytes a remembered state takes.
+const STATE_BYTES: u64 = 200;
 
 /// A round that was sent, and what became of it.
 type Sent = (Round, Result<(OwnConnection, Vec<Result<AppendOutcome>>)>);
@@ -59,6 +59,7 @@ pub(super) struct Task {
     run: Option<Run>,
     /// The states of jobs once the round under way is committed.
     states: Cache<Uuid, JobState>,
+    most_states: u64,
     /// The round after the one under way.
     next: Round,
     /// Requests that cannot be planned from memory, by job.
@@ -72,6 +73,7 @@ impl Task {
         database: Database,
         tail: Arc<Tail>,
         notifier: Notifier,
+        cache_bytes: u64,
         Telemetry { metrics, traces }: Telemetry,
     ) -> Self {
         Self {
@@ -83,7 +85,8 @@ impl Task {
             traces,
             connection: None,
             run: None,
-            states: Cache::new(STATES),
+            states: Cache::new(cache_bytes / STATE_BYTES),
+            most_states: cache_bytes / STATE_BYTES,
             next: Round::default(),
             waiting: HashMap::new(),
             locked_last: false,
@@ -175,7 +178,7 @@ impl Task {
         let identity = connection.identity();
         if self.run.is_none_or(|run| run.identity != identity) {
             self.run = Some(Run { identity, history: history::enter(&mut connection).await? });
-            self.states = Cache::new(STATES);
+            self.states = Cache::new(self.most_states);
             let mut requests = self.take_all();
             requests.iter_mut().for_each(|request| request.needs = request.needs.max(Knowledge::Read));
             self.plan_again(requests);
@@ -349,7 +352,7 @@ impl Task {
             again.extend(self.next.withdraw(&id));
         }
         if let Some(span) = span {
-            span.took(events, batches, completed.events.last().map(|(event, _)| event.position));
+            span.took(events, batches, completed.events.last().map(|event| event.row.position));
         }
         completed.answer(groups);
         self.plan_again(again);

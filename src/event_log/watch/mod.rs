@@ -260,7 +260,13 @@ impl Watch {
                 }
                 Err(expired)
             }
-            Err(error) => Err(error),
+            // An event that cannot be read ends the watch when it is alone on its page, so
+            // that all events before it are sent.
+            Err(Error::Internal(_)) if self.past.shorten() => Ok(()),
+            Err(error) => {
+                self.past.shorten();
+                Err(error)
+            }
         }
     }
 

@@ -49,6 +49,14 @@ impl Past {
         Self { end, identity, page: PAGE, from_beginning }
     }
 
+    /// Has the next page be shorter, after one that could not be read; false if that page had
+    /// a single event.
+    pub(super) fn shorten(&mut self) -> bool {
+        let longer = self.page > 1;
+        self.page = (self.page / 2).max(1);
+        longer
+    }
+
     /// Reads a page after the position; none if the database is another one than that of
     /// the end. [`Error::EventsExpired`] if retention has removed a part of the page.
     /// `caught_up` says that the watch had caught up before.
@@ -106,9 +114,10 @@ impl Past {
         };
         let (visibility, page) = (viewer.visibility(), self.page);
         let through = self.end.min(cursor + WINDOW);
-        let rows = if through - cursor <= page && removals == 0 {
+        let rows = if through - cursor <= page && removals == 0 && page == PAGE {
             // For so few events, leaving out the invisible ones afterwards costs less
-            // than a query for the visible ones.
+            // than a query for the visible ones. A shorter page follows one that failed,
+            // perhaps because of an invisible event.
             Event::list_of_log(connection, cursor, through, page).await?
         } else {
             Event::list_visible(connection, visibility, cursor, through, page).await?

@@ -138,9 +138,8 @@ impl UncheckedBatch {
     /// Checks the batch against the job's configuration. The violations go into the
     /// batch: the event log answers them only after its own checks of stored ids,
     /// `expected_sequence` and status.
-    pub(super) fn for_job(&self, job: Arc<JobIdentity>) -> Batch {
+    pub(super) fn for_job(&self, job: Arc<JobIdentity>, configuration: &Configuration) -> Batch {
         let mut violations = Violations::default();
-        let configuration = &job.configuration;
         let events = self.events.iter().enumerate().map(|(index, unchecked)| {
             let UncheckedEvent { event, step_tag, metadata } = unchecked;
             let mut event = event.clone();
@@ -162,14 +161,15 @@ impl UncheckedBatch {
                                     .add(format!("events[{index}].metadata.{}", declared.name), description);
                             }
                         }
-                        Step::Known(position)
+                        Step::Known(position, Arc::clone(&configuration.steps[position]))
                     }
                 };
             }
             event
         });
         let events = events.collect();
-        Batch { expected_sequence: self.expected_sequence, events, violations, job, audit: None }
+        let weights = Arc::clone(&configuration.weights);
+        Batch { expected_sequence: self.expected_sequence, events, violations, job, weights, audit: None }
     }
 }
 

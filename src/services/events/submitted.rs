@@ -35,9 +35,8 @@ impl Submitted {
         stream_order: StreamOrder,
     ) -> Result<Self> {
         let job = log.jobs.find_to_append(provider, &batch.job).await?;
-        let submitted =
-            log.appender.submit(Arc::clone(&credential), batch.for_job(job), stream_order.clone());
-        let answer = submitted.await?;
+        let for_job = batch.for_job(Arc::clone(&job), &*log.jobs.configuration(job.configuration_id).await?);
+        let answer = log.appender.submit(Arc::clone(&credential), for_job, stream_order.clone()).await?;
         let again = matches!(batch.job, JobKey::ProviderJobId(_))
             .then(|| Box::new(Again { log: log.clone(), credential, provider, batch, stream_order }));
         Ok(Self { answer, again })
@@ -56,6 +55,7 @@ impl Again {
     async fn submit(self) -> Result<Vec<AppendedEvent>> {
         let Self { log, credential, provider, batch, stream_order } = self;
         let job = log.jobs.find(provider.into(), &batch.job).await?;
-        log.appender.submit(credential, batch.for_job(job), stream_order).await?.wait().await
+        let for_job = batch.for_job(Arc::clone(&job), &*log.jobs.configuration(job.configuration_id).await?);
+        log.appender.submit(credential, for_job, stream_order).await?.wait().await
     }
 }

@@ -140,7 +140,7 @@ fn settings(retention: Option<Duration>) -> ServerSettings {
         },
         keepalive_interval: Duration::from_secs(20),
         keepalive_timeout: Duration::from_secs(20),
-        log: EventLogSettings { publish_window: 8, retention },
+        log: EventLogSettings { publish_window: 8, cache_mib: 16, retention },
     }
 }
 
