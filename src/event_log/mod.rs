@@ -126,7 +126,7 @@ impl EventLog {
         let audit = AuditEntry { user_id, job_id, ..origin.entry(AuditAct::JobClosed) };
         let weights = Arc::clone(&self.jobs.configuration(job.configuration_id).await?.weights);
         let batch = Batch::close(job, weights, reason, audit);
-        let answer = self.appender.submit(credential, batch, StreamOrder::default()).await?;
+        let answer = self.appender.submit(credential, batch, StreamOrder::default(), Box::new(())).await?;
         match answer.wait().await {
             Ok(_) => Ok((id, false)),
             // Only `close` closes a job that is not complete.

@@ -23,6 +23,7 @@ mod edges;
 mod emails;
 mod embedded;
 mod errors;
+mod fairness;
 mod floors;
 mod guarantees;
 mod histories;

@@ -21,7 +21,7 @@ use crate::support::{
 pub type Samples = BTreeMap<String, f64>;
 
 /// The head and the body of an HTTP/1.1 response.
-async fn get(address: SocketAddr, path: &str) -> (String, String) {
+pub async fn get(address: SocketAddr, path: &str) -> (String, String) {
     let mut stream = TcpStream::connect(address).await.unwrap();
     stream.write_all(format!("GET {path} HTTP/1.1\r\nhost: {address}\r\n\r\n").as_bytes()).await.unwrap();
     let mut answer = String::new();

@@ -13,10 +13,10 @@ use tonic::Code;
 use crate::support::{TestServer, assert_refused, info, within_timeout};
 
 /// Process ids of backends of Postgres that are stopped (SIGSTOP) until this is dropped.
-struct Stopped(Vec<String>);
+pub struct Stopped(Vec<String>);
 
 impl Stopped {
-    async fn new(pids: Vec<String>) -> Self {
+    pub async fn new(pids: Vec<String>) -> Self {
         let status = Command::new("kill").args(["-s", "STOP"]).args(&pids).status().await.unwrap();
         assert!(status.success(), "kill -s STOP {pids:?}");
         Self(pids)

@@ -48,6 +48,13 @@ pub(crate) struct NewEvent {
     pub(crate) occurred_at: Option<DateTime<Utc>>,
 }
 
+impl NewEvent {
+    /// About how many bytes of memory and of the database this takes.
+    pub(crate) fn bytes(&self) -> usize {
+        256 + self.name.len() + self.metadata.len()
+    }
+}
+
 /// The step that an event names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Step {

@@ -1,13 +1,17 @@
 //! Appends: many callers, few transactions.
 //!
 //! One task appends for the whole process. While one round (a transaction) is on its
-//! way to disk, requests queue up; the next round takes all of them. So batches form
-//! by back-pressure alone, and an idle server adds no delay.
+//! way to disk, requests queue up; the next round takes as many of them as it has room
+//! for, in turns of the jobs' providers. So batches form by back-pressure alone, an idle
+//! server adds no delay, and no provider waits behind all that another one sends: its
+//! first request is in the next round.
 //!
 //! A round computes what each request does to its job from what is known of the job's
 //! state, and one SQL function appends to those jobs that are still in that state. The
 //! next round is planned while the round before it is under way, on the states that
 //! the latter is expected to lead to, so that the database never waits for a plan.
+//! Where the job has to be read first, that happens over a connection of its own, a
+//! bounded piece at a time, and no round waits for it.
 //!
 //! ```text
 //!                  state in memory
@@ -17,22 +21,27 @@
 //!      ▼                ▼                      ▼
 //!   waiting ──state and then stored ids read──▶ planned as Read ──▶ round sent ──▶ …
 //!      ▲                                           │                   │
-//!      │            refused: answered ◀────────────┘                   │ job moved again
-//!      └── next round but one: row locked, planned as Locked ◀─────────┘
+//!      │   refused or stored already: answered ◀───┘                   │ job moved again
+//!      └── row locked, planned as Locked, appended by itself ◀─────────┘
 //! ```
 //!
 //! Nothing is refused from memory: the job's state is read first and the stored ids of
 //! the request after it, so that a batch that is stored is never refused for what was
 //! appended after it. A job to which another replica appends all the time has moved
 //! before a round that was planned on its read state is sent: its row is locked while a
-//! round of it alone is planned.
+//! round of it alone is planned and sent, beside the rounds of all other jobs.
 
 mod batch;
+mod look;
+mod queue;
+mod request;
 mod round;
 mod task;
+mod waiting;
 
 use std::{
     collections::HashMap,
+    fmt::Debug,
     io,
     sync::{
         Arc,
@@ -41,11 +50,12 @@ use std::{
     time::Instant,
 };
 
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::oneshot;
 
 pub(crate) use self::batch::{AppendedEvent, Batch, NewEvent, Step};
 use self::{
-    round::{Knowledge, Reply, Request},
+    queue::Queue,
+    request::{Cost, Knowledge, Reply, Request},
     task::Task,
 };
 use super::{abort::abort_on_panic, tail::Tail};
@@ -56,19 +66,33 @@ use crate::{
     telemetry::{Telemetry, traces::Traces},
 };
 
-/// Most requests that wait to be planned; further ones wait to be queued.
-const QUEUE: usize = 4_096;
-/// Most bytes of events that wait or are on their way, in KiB.
-const QUEUE_KIB: u32 = 64 * 1024;
+/// What the batches of one round come to, except for the first batch of each provider,
+/// which may pass it: see `Costs::has_room`. By this every round is short.
+const ROUND: Cost = Cost { events: 2_000, bytes: 1024 * 1024 };
 
 /// Submits batches to the task that appends.
 #[derive(Clone, Debug)]
 pub(crate) struct Appender {
     database: Database,
-    queue: mpsc::Sender<Request>,
-    room: Arc<Semaphore>,
+    queue: Arc<Submitting>,
     traces: Traces,
 }
+
+/// The submitters' end of the queue, which is closed when this is dropped.
+#[derive(Debug)]
+struct Submitting(Arc<Queue>);
+
+impl Drop for Submitting {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
+/// What a caller holds for its batch, such as a part of the bytes that it may have in
+/// flight, and what is given back once the log no longer has the batch.
+pub(crate) trait Held: Debug + Send + Sync {}
+
+impl<T: Debug + Send + Sync> Held for T {}
 
 /// Keeps the order of one publish stream: once a batch has failed, no later batch of
 /// the stream is appended.
@@ -112,45 +136,42 @@ impl Appender {
         cache_bytes: u64,
         telemetry: Telemetry,
     ) -> io::Result<Self> {
-        let (queue, requests) = mpsc::channel(QUEUE);
+        let queue = Arc::<Queue>::default();
         let traces = telemetry.traces.clone();
-        let task = Task::new(database.clone(), tail, notifier, cache_bytes, telemetry);
+        let task = Task::new(database.clone(), Arc::clone(&queue), tail, notifier, cache_bytes, telemetry);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         std::thread::Builder::new().name("append".to_owned()).spawn(move || {
-            runtime.block_on(abort_on_panic(task.run(requests)));
+            runtime.block_on(abort_on_panic(task.run()));
         })?;
-        Ok(Self { database, queue, room: Arc::new(Semaphore::new(QUEUE_KIB as usize)), traces })
+        Ok(Self { database, queue: Arc::new(Submitting(queue)), traces })
     }
 
     /// Submits a batch. Batches for one job are appended in the order in which they
-    /// were submitted. The credential is checked while the batch waits for room, when it
-    /// is planned, and once more when its round is sent.
+    /// were submitted. The credential is checked now, when the batch is planned, and once
+    /// more when its round is sent. `held` is dropped when the log no longer has the batch.
     pub(crate) async fn submit(
         &self,
         credential: Arc<Credential>,
         batch: Batch,
         stream_order: StreamOrder,
+        held: Box<dyn Held>,
     ) -> Result<PendingAnswer> {
+        credential.check_valid()?;
         let (since, span) = (Instant::now(), self.traces.append());
-        let bytes: usize =
-            batch.events.iter().map(|event| 256 + event.name.len() + event.metadata.len()).sum();
-        let kib = u32::try_from(bytes.div_ceil(1024)).unwrap_or(QUEUE_KIB).min(QUEUE_KIB);
-        let room = Arc::clone(&self.room).acquire_many_owned(kib);
-        let room = self.database.unless_commits_hang(async { room.await.map_err(Error::internal) });
-        let room = credential.while_valid(room).await?;
         let (to, answer) = oneshot::channel();
         let request = Request {
-            credential: Arc::clone(&credential),
+            credential,
+            cost: Cost::of(&batch),
             batch,
             stream_order,
             stored: HashMap::new(),
             needs: Knowledge::Remembered,
             reply: Reply { to, since },
             span,
-            _room: room,
+            _held: held,
         };
-        let queued = async { self.queue.send(request).await.map_err(|_| Error::Draining) };
-        credential.while_valid(self.database.unless_commits_hang(queued)).await?;
+        let queue = &self.queue.0;
+        self.database.unless_commits_hang(async move { Ok(queue.push(request)) }).await?;
         Ok(PendingAnswer { database: self.database.clone(), answer })
     }
 }

@@ -3,104 +3,36 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::Arc,
     time::{Duration, Instant},
 };
 
 use chrono::{DateTime, Utc};
 use diesel_async::pooled_connection::PoolableConnection as _;
-use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use uuid::Uuid;
 
 use super::{
-    StreamOrder,
-    batch::{AppendedEvent, Batch},
+    ROUND,
+    batch::AppendedEvent,
+    request::{Cost, Costs, Knowledge, Reply, Request},
 };
 use crate::{
-    auth::Credential,
     db::OwnConnection,
-    error::{Error, Result},
+    error::{Error, Resource, Result},
     event_log::event::CommittedEvent,
     models::{
         audit_entry::AuditEntry,
-        event::{AppendOutcome, AppendStatement, Event, LockedJob, NewRow},
+        event::{AppendOutcome, AppendStatement, LockedJob, NewRow},
     },
     progress::JobState,
-    telemetry::traces::{AppendSpan, TransactionSpan},
+    telemetry::{
+        metrics::Metrics,
+        traces::{AppendSpan, Traces, TransactionSpan},
+    },
 };
 
 /// A database that takes longer than this to refuse a round is slow, whatever the
 /// round contains: its jobs are not tried one by one.
 const REFUSED_WITHIN: Duration = Duration::from_secs(1);
-
-/// Where the answer to a request goes, and since when its caller waits.
-#[derive(Debug)]
-pub(super) struct Reply {
-    pub(super) to: oneshot::Sender<Result<Vec<AppendedEvent>>>,
-    pub(super) since: Instant,
-}
-
-/// What is known of a job's state when a request is planned, and what a request needs
-/// to be known. See the diagram in the parent module.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Knowledge {
-    /// The state that the last round of this process led to.
-    Remembered,
-    /// The state was read from the database for this round, and after it the stored
-    /// ids of the requests that need this.
-    Read,
-    /// The same, and the job's row is locked until the round is committed.
-    Locked,
-}
-
-#[derive(Debug)]
-pub(super) struct Request {
-    pub(super) credential: Arc<Credential>,
-    pub(super) batch: Batch,
-    pub(super) stream_order: StreamOrder,
-    /// Events of the batch that were found stored.
-    pub(super) stored: HashMap<Uuid, Event>,
-    pub(super) needs: Knowledge,
-    pub(super) reply: Reply,
-    pub(super) span: Option<Box<AppendSpan>>,
-    pub(super) _room: OwnedSemaphorePermit,
-}
-
-impl Request {
-    pub(super) fn answer(self, answer: Result<Vec<AppendedEvent>>) {
-        // A caller that left needs no answer.
-        let _ = self.reply.to.send(answer);
-    }
-
-    /// Fails the request and all later ones of its publish stream.
-    pub(super) fn fail(self, source: &Arc<Error>) {
-        self.stream_order.fail();
-        let source = Arc::clone(source);
-        let internal = matches!(*source, Error::Internal(_));
-        self.answer(Err(if internal { Error::internal(source) } else { Error::unavailable(source) }));
-    }
-
-    /// Why the batch must not be appended: its credential has ended, an earlier batch of the
-    /// publish stream failed, or the caller has left.
-    fn refusal(&self) -> Option<Error> {
-        if let Err(error) = self.credential.check_valid() {
-            return Some(error);
-        }
-        if self.stream_order.has_failed() {
-            return Some(Error::unavailable("a batch before this one failed"));
-        }
-        self.reply.to.is_closed().then(|| Error::unavailable("the caller has left"))
-    }
-
-    /// `None` if the batch must not be appended any more. Then no later batch of the publish
-    /// stream is appended either.
-    pub(super) fn still_wanted(self) -> Option<Self> {
-        let Some(error) = self.refusal() else { return Some(self) };
-        self.stream_order.fail();
-        self.answer(Err(error));
-        None
-    }
-}
 
 /// The requests of one transaction.
 #[derive(Default)]
@@ -112,8 +44,8 @@ pub(super) struct Round {
     ids: HashSet<(Uuid, Uuid)>,
     /// How many events are appended.
     pub(super) events: usize,
-    /// The transaction that is open already, of a round of one locked job.
-    pub(super) locked: Option<LockedJob>,
+    /// What the requests take of the round.
+    costs: Costs,
     pub(super) span: Option<TransactionSpan>,
 }
 
@@ -128,6 +60,11 @@ pub(super) struct Group {
 }
 
 impl Round {
+    /// Whether the round has room for a request of this provider.
+    pub(super) fn has_room(&self, provider_id: Uuid, cost: Cost) -> bool {
+        self.costs.has_room(provider_id, cost, ROUND)
+    }
+
     /// Plans a request for a job of which `state` is known before the round. Gives a
     /// request back that needs a read of its job first.
     pub(super) fn plan(
@@ -162,6 +99,7 @@ impl Round {
             self.order.push(id);
         }
         group.after = after;
+        self.costs.add(&request);
         group.plans.push((request, plan));
         None
     }
@@ -177,12 +115,24 @@ impl Round {
     }
 
     /// Takes a job out of the round; returns its requests in their order.
-    pub(super) fn withdraw(&mut self, job: &Uuid) -> Vec<Request> {
-        let Some(group) = self.groups.remove(job) else { return Vec::new() };
-        self.order.retain(|id| id != job);
-        self.ids.retain(|(id, _)| id != job);
+    pub(super) fn withdraw(&mut self, job: Uuid) -> Vec<Request> {
+        let Some(group) = self.groups.remove(&job) else { return Vec::new() };
+        self.order.retain(|id| *id != job);
+        self.ids.retain(|(id, _)| *id != job);
         self.events -= group.events().count();
+        group.plans.iter().for_each(|(request, _)| self.costs.remove(request));
         group.plans.into_iter().map(|(request, _)| request).collect()
+    }
+
+    /// Takes a job out of the round if nothing is appended to it: its answers depend on no
+    /// transaction.
+    pub(super) fn take_answered(&mut self, job: Uuid) -> Option<Group> {
+        if !self.groups.get(&job).is_some_and(Group::is_empty) {
+            return None;
+        }
+        let group = self.groups.remove(&job)?;
+        group.plans.iter().for_each(|(request, _)| self.costs.remove(request));
+        Some(group)
     }
 
     /// Appends in one transaction. If the database refuses the round as a whole, each
@@ -212,6 +162,32 @@ impl Round {
         Ok((connection, outcomes))
     }
 
+    /// Plans requests on these states, which took a while to read, if they are still wanted;
+    /// returns those that have to wait, in their order. Requests for jobs that do not exist
+    /// are answered so.
+    pub(super) fn plan_all(
+        &mut self,
+        requests: Vec<Request>,
+        states: &HashMap<Uuid, JobState>,
+        known: Knowledge,
+    ) -> Vec<Request> {
+        let mut unplanned: Vec<Request> = Vec::new();
+        for request in requests {
+            let Some(request) = request.still_wanted() else { continue };
+            let id = request.job_id();
+            let Some(state) = states.get(&id) else {
+                request.answer(Err(Error::not_found(Resource::Job, &id)));
+                continue;
+            };
+            if unplanned.iter().any(|before| before.job_id() == id) {
+                unplanned.push(request);
+            } else {
+                unplanned.extend(self.plan(request, *state, known));
+            }
+        }
+        unplanned
+    }
+
     /// Appends to the locked job, and ends its transaction.
     pub(super) async fn append_locked(
         &self,
@@ -219,6 +195,25 @@ impl Round {
     ) -> Result<(OwnConnection, Vec<Result<AppendOutcome>>)> {
         let (connection, outcomes) = locked.append(&self.statement(&self.order)).await?;
         Ok((connection, outcomes.into_iter().map(Ok).collect()))
+    }
+
+    /// Starts the round's span, if one of its requests is traced.
+    pub(super) fn start_span(&mut self, traces: &Traces) {
+        self.span = traces.transaction(self.groups.values_mut().flat_map(Group::spans));
+    }
+
+    /// Appends by this work, and measures how long that takes if it succeeds.
+    pub(super) async fn measured<T>(
+        &self,
+        metrics: &Metrics,
+        append: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
+        let sent_at = Instant::now();
+        let statement = self.span.as_ref().map(TransactionSpan::statement);
+        let appended = append.await?;
+        drop(statement);
+        metrics.appends.committed(sent_at.elapsed(), self.events, self.batches());
+        Ok(appended)
     }
 
     fn statement(&self, jobs: &[Uuid]) -> AppendStatement<'_> {
@@ -299,8 +294,8 @@ impl Completed {
     }
 
     /// Adds jobs that nothing was to be appended to.
-    pub(super) fn answer(&mut self, groups: HashMap<Uuid, Group>) {
-        let plans = groups.into_values().flat_map(|group| group.plans);
+    pub(super) fn answer(&mut self, groups: impl IntoIterator<Item = Group>) {
+        let plans = groups.into_iter().flat_map(|group| group.plans);
         self.answers.extend(plans.map(|(request, plan)| (request.reply, plan)));
     }
 }

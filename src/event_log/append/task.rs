@@ -1,30 +1,34 @@
 //! The task that plans rounds and sends them, one after the other.
 
 use std::{
-    collections::HashMap,
+    collections::HashSet,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use diesel_async::AsyncPgConnection;
-use futures_util::future::try_join_all;
 use moka::sync::Cache;
-use tokio::{sync::mpsc, task::JoinHandle, time::timeout};
-use tokio_util::either::Either;
+use tokio::{
+    task::JoinHandle,
+    time::{sleep, timeout},
+};
 use uuid::Uuid;
 
-use super::round::{Completed, Group, Knowledge, Request, Round};
+use super::{
+    ROUND,
+    look::{Locked, Look, ReadJobs, append_locked, read_jobs},
+    queue::{Filled, Queue},
+    request::{Knowledge, Request},
+    round::{Completed, Round},
+    waiting::{Waiting, jobs_of},
+};
 use crate::{
     db::{
         Database, Identified as _, OwnConnection,
         notifier::{Notification, Notifier},
     },
-    error::{Error, Resource, Result},
+    error::{Error, Result},
     event_log::{position::Run, tail::Tail},
-    models::{
-        event::{AppendOutcome, Event, JobHead, LockedJob},
-        history,
-    },
+    models::{event::AppendOutcome, history},
     progress::JobState,
     telemetry::{
         Telemetry,
@@ -33,25 +37,24 @@ use crate::{
     },
 };
 
-/// Most events of one round, except for a last batch that passes this.
-const ROUND_EVENTS: usize = 2_000;
 /// How often the queue is emptied while a round is under way.
 const TICK: Duration = Duration::from_millis(1);
 /// About how many bytes a remembered state takes.
 const STATE_BYTES: u64 = 200;
 
 /// A round that was sent, and what became of it.
-type Sent = (Round, Result<(OwnConnection, Vec<Result<AppendOutcome>>)>);
+pub(super) type Sent = (Round, Result<(OwnConnection, Vec<Result<AppendOutcome>>)>);
 
 pub(super) struct Task {
     database: Database,
+    queue: Arc<Queue>,
     tail: Arc<Tail>,
     notifier: Notifier,
     metrics: Arc<Metrics>,
     traces: Traces,
     /// Longest time that a round may take.
     limit: Duration,
-    /// The task's own connection, so that no reader keeps appends waiting; none while a
+    /// The rounds' own connection, so that no reader keeps appends waiting; none while a
     /// round is under way.
     connection: Option<OwnConnection>,
     /// The run of the primary that the last connection reached. All that is remembered
@@ -60,17 +63,32 @@ pub(super) struct Task {
     /// The states of jobs once the round under way is committed.
     states: Cache<Uuid, JobState>,
     most_states: u64,
+    under_way: Option<JoinHandle<Sent>>,
+    /// The jobs of the round under way.
+    sent_jobs: HashSet<Uuid>,
     /// The round after the one under way.
     next: Round,
-    /// Requests that cannot be planned from memory, by job.
-    waiting: HashMap<Uuid, Vec<Request>>,
-    /// Whether the last round was one of a locked job.
-    locked_last: bool,
+    /// Requests that cannot be planned from memory.
+    waiting: Waiting,
+    reading: Look<ReadJobs>,
+    locking: Look<Locked>,
+    /// No request comes any more.
+    closed: bool,
+}
+
+/// What the task waits for.
+enum Event {
+    Sent(Sent),
+    Read(ReadJobs),
+    Locked(Locked),
+    Filled(Filled),
+    Tick,
 }
 
 impl Task {
     pub(super) fn new(
         database: Database,
+        queue: Arc<Queue>,
         tail: Arc<Tail>,
         notifier: Notifier,
         cache_bytes: u64,
@@ -79,6 +97,7 @@ impl Task {
         Self {
             limit: database.longest_use(),
             database,
+            queue,
             tail,
             notifier,
             metrics,
@@ -87,45 +106,72 @@ impl Task {
             run: None,
             states: Cache::new(cache_bytes / STATE_BYTES),
             most_states: cache_bytes / STATE_BYTES,
+            under_way: None,
+            sent_jobs: HashSet::new(),
             next: Round::default(),
-            waiting: HashMap::new(),
-            locked_last: false,
+            waiting: Waiting::default(),
+            reading: Look::default(),
+            locking: Look::default(),
+            closed: false,
         }
     }
 
-    pub(super) async fn run(mut self, mut queue: mpsc::Receiver<Request>) {
-        let mut under_way: Option<JoinHandle<Sent>> = None;
-        loop {
-            self.plan_queued(&mut queue);
-            let Some(round) = &mut under_way else {
-                if self.is_idle() {
-                    let Some(request) = queue.recv().await else { return };
-                    self.plan(request);
-                } else {
-                    under_way = self.send_next().await;
-                }
-                continue;
-            };
-            // With a tick, since each request would otherwise wake this thread by itself.
-            let Ok(sent) = timeout(TICK, round).await else { continue };
-            let sent = sent.unwrap_or_else(|panicked| std::panic::resume_unwind(panicked.into_panic()));
-            self.plan_queued(&mut queue);
-            under_way = self.complete(sent).await;
+    pub(super) async fn run(mut self) {
+        while !(self.closed && self.is_idle()) {
+            self.plan_queued();
+            if self.under_way.is_none() {
+                self.send_next().await;
+            } else {
+                self.look();
+            }
+            match self.wait().await {
+                Event::Sent(sent) => self.complete(sent).await,
+                Event::Read(read) => self.plan_read(read),
+                Event::Locked(locked) => self.complete_locked(locked),
+                Event::Filled(Filled::Closed) => self.closed = true,
+                Event::Filled(Filled::Requests) | Event::Tick => {}
+            }
+        }
+    }
+
+    async fn wait(&mut self) -> Event {
+        // While there is work, the queue is emptied with a tick, since each request would
+        // otherwise wake this thread by itself.
+        let working = self.under_way.is_some() || !self.waiting.is_empty();
+        tokio::select! {
+            biased;
+            sent = finished(&mut self.under_way) => Event::Sent(sent),
+            read = finished(&mut self.reading.under_way) => Event::Read(read),
+            locked = finished(&mut self.locking.under_way) => Event::Locked(locked),
+            filled = self.queue.filled(), if !working && !self.closed => Event::Filled(filled),
+            () = sleep(TICK), if working => Event::Tick,
         }
     }
 
     fn is_idle(&self) -> bool {
-        self.next.groups.is_empty() && self.waiting.is_empty()
+        self.next.groups.is_empty()
+            && self.waiting.is_empty()
+            && self.under_way.is_none()
+            && self.reading.is_free()
+            && self.locking.is_free()
+    }
+
+    /// Whether nothing of a job is planned or under way, so that what is read of it stays true.
+    fn is_free(&self, job: Uuid) -> bool {
+        !self.next.groups.contains_key(&job) && !self.sent_jobs.contains(&job) && !self.is_looked_at(job)
+    }
+
+    fn is_looked_at(&self, job: Uuid) -> bool {
+        self.reading.jobs.contains(&job) || self.locking.jobs.contains(&job)
     }
 
     /// Takes requests out of the queue, as far as the next round has room.
-    fn plan_queued(&mut self, queue: &mut mpsc::Receiver<Request>) {
-        let waiting = self.waiting.values().flatten().map(|request| request.batch.events.len());
-        let mut room = ROUND_EVENTS.saturating_sub(self.next.events + waiting.sum::<usize>());
-        while room > 0
-            && let Ok(request) = queue.try_recv()
-        {
-            room = room.saturating_sub(request.batch.events.len());
+    fn plan_queued(&mut self) {
+        let queue = Arc::clone(&self.queue);
+        while let Some(request) = queue.take(|request| {
+            let (provider_id, cost) = (request.provider_id(), request.cost);
+            self.next.has_room(provider_id, cost) && self.waiting.cost_of(provider_id).is_within(ROUND)
+        }) {
             self.plan(request);
         }
     }
@@ -133,42 +179,32 @@ impl Task {
     /// Plans a request for the next round, or has it wait for a read of its job.
     fn plan(&mut self, request: Request) {
         let Some(request) = request.still_wanted() else { return };
-        let id = request.batch.job.id;
+        let id = request.job_id();
         // No request overtakes another one of the same job.
-        let from_memory = request.needs <= Knowledge::Remembered && !self.waiting.contains_key(&id);
+        let first = !self.waiting.contains(id) && !self.is_looked_at(id);
+        let from_memory = first && request.needs <= Knowledge::Remembered;
         let unplanned = match self.states.get(&id) {
             Some(state) if from_memory => self.next.plan(request, state, Knowledge::Remembered),
             _ => Some(request),
         };
         if let Some(request) = unplanned {
-            self.waiting.entry(id).or_default().push(request);
+            self.waiting.push(request);
         }
     }
 
-    /// Sends a round. No round is under way.
-    async fn send_next(&mut self) -> Option<JoinHandle<Sent>> {
+    /// Sends what is planned. No round is under way.
+    async fn send_next(&mut self) {
+        if self.next.groups.is_empty() && self.waiting.is_empty() {
+            return;
+        }
         if let Err(error) = within(self.limit, self.connect(), "connecting took too long").await {
-            fail(self.take_all(), error);
-            return None;
+            let error = Arc::new(error);
+            return self.take_all().into_iter().for_each(|request| request.fail(&error));
         }
-        // Every other round at most, or other jobs would wait for as long as some need
-        // their locks.
-        let may_lock = !std::mem::take(&mut self.locked_last);
-        let needs_lock =
-            |requests: &Vec<Request>| requests.iter().any(|request| request.needs == Knowledge::Locked);
-        let locked = self.waiting.iter().find_map(|(id, requests)| needs_lock(requests).then_some(*id));
-        if let Some(id) = locked.filter(|_| may_lock) {
-            self.locked_last = true;
-            return self.send_locked(id).await;
-        }
-        if !self.waiting.is_empty() {
-            self.read_and_plan().await;
-        }
+        self.look();
         self.drop_unwanted();
-        // A read that failed has dropped the connection: the next attempt makes another one.
-        self.connection.as_ref()?;
         let round = std::mem::take(&mut self.next);
-        self.send(round)
+        self.send(round);
     }
 
     /// Connects if need be. In another database than before, all is forgotten that was
@@ -190,8 +226,8 @@ impl Task {
     /// The requests that are planned or wait, those of each job in their order.
     fn take_all(&mut self) -> Vec<Request> {
         let planned: Vec<Uuid> = self.next.groups.keys().copied().collect();
-        let mut requests: Vec<Request> = planned.iter().flat_map(|id| self.next.withdraw(id)).collect();
-        requests.extend(std::mem::take(&mut self.waiting).into_values().flatten());
+        let mut requests: Vec<Request> = planned.into_iter().flat_map(|id| self.next.withdraw(id)).collect();
+        requests.extend(self.waiting.take_all());
         requests
     }
 
@@ -203,135 +239,128 @@ impl Task {
             if jobs.is_empty() {
                 return;
             }
-            let again = jobs.iter().flat_map(|id| self.next.withdraw(id)).collect();
+            let again = jobs.into_iter().flat_map(|id| self.next.withdraw(id)).collect();
             self.plan_again(again);
         }
     }
 
-    /// Plans requests that came before all those that wait.
+    /// Plans requests that came before all those of their jobs that wait.
     fn plan_again(&mut self, requests: Vec<Request>) {
-        let later = std::mem::take(&mut self.waiting);
-        requests.into_iter().chain(later.into_values().flatten()).for_each(|request| self.plan(request));
+        let jobs = jobs_of(&requests);
+        let later: Vec<Request> = jobs.into_iter().flat_map(|id| self.waiting.take(id)).collect();
+        requests.into_iter().chain(later).for_each(|request| self.plan(request));
     }
 
-    /// Sends a round of one job to which another replica appends so fast that it has
-    /// always moved between the read of its state and the round. Only for such a job,
-    /// since a server that stops within the transaction keeps others waiting.
-    async fn send_locked(&mut self, id: Uuid) -> Option<JoinHandle<Sent>> {
-        let mut requests = self.waiting.remove(&id).unwrap_or_default();
-        let read = async {
-            let connection = self.connection.take().ok_or_else(|| Error::unavailable("not connected"))?;
-            let locked = LockedJob::begin(connection, id).await?;
-            read_stored(locked.connection(), &mut requests).await?;
-            Ok(locked)
-        };
-        let locked = match within(self.limit, read, "locking the job took too long").await {
-            Ok(locked) => locked,
-            Err(error) => {
-                fail(requests, error);
-                return None;
-            }
-        };
-        let mut round = Round::default();
-        let states = locked.head().map(|head| (id, head.state())).into_iter().collect();
-        for request in plan_all(&mut round, requests, &states, Knowledge::Locked) {
-            self.waiting.entry(id).or_default().push(request);
+    /// Begins to read the jobs of requests that wait, and to append to a locked one.
+    fn look(&mut self) {
+        let Some(run) = self.run.filter(|_| !self.waiting.is_empty()) else { return };
+        if self.reading.is_free() {
+            let mut waiting = std::mem::take(&mut self.waiting);
+            let requests = waiting.take_to_read(|job| self.is_free(job));
+            self.waiting = waiting;
+            let (database, limit) = (self.database.clone(), self.limit);
+            self.reading.begin(requests, |kept, requests| read_jobs(database, run, kept, requests, limit));
         }
-        if round.order.is_empty() {
-            // A connection whose transaction does not end is dropped.
-            let ended = timeout(self.limit, locked.roll_back()).await;
-            self.connection = ended.ok().and_then(Result::ok);
-        } else {
-            round.locked = Some(locked);
+        if self.locking.is_free() {
+            let mut waiting = std::mem::take(&mut self.waiting);
+            let requests = waiting.take_to_lock(|job| self.is_free(job));
+            self.waiting = waiting;
+            let (database, limit) = (self.database.clone(), self.limit);
+            let telemetry = (self.traces.clone(), Arc::clone(&self.metrics));
+            self.locking.begin(requests, |kept, requests| {
+                append_locked(database, run, kept, requests, limit, telemetry)
+            });
         }
-        self.send(round)
     }
 
-    fn send(&mut self, mut round: Round) -> Option<JoinHandle<Sent>> {
+    fn send(&mut self, mut round: Round) {
         if round.order.is_empty() {
             let mut completed = Completed::default();
-            completed.answer(round.groups);
-            self.publish(self.run, completed, Instant::now());
-            return None;
+            completed.answer(round.groups.into_values());
+            return self.publish(self.run, completed, Instant::now());
         }
+        let Some(connection) = self.connection.take() else { return };
         // Every server locks jobs in this order.
         round.order.sort_unstable();
         for (id, group) in &round.groups {
             self.states.insert(*id, group.after);
         }
-        round.span = self.traces.transaction(round.groups.values_mut().flat_map(Group::spans));
-        let transaction = match round.locked.take() {
-            Some(locked) => Either::Left(locked),
-            None => Either::Right(self.connection.take()?),
-        };
-        Some(tokio::spawn(append(transaction, round, self.limit, Arc::clone(&self.metrics))))
+        self.sent_jobs = round.groups.keys().copied().collect();
+        round.start_span(&self.traces);
+        self.under_way = Some(tokio::spawn(append(connection, round, self.limit, Arc::clone(&self.metrics))));
     }
 
-    /// Reads the jobs of waiting requests and plans these requests, except for jobs that
-    /// are in the next round already: these wait for the round after it.
-    async fn read_and_plan(&mut self) {
-        let (planned, waiting) = std::mem::take(&mut self.waiting)
-            .into_iter()
-            .partition::<HashMap<_, _>, _>(|(id, _)| self.next.groups.contains_key(id));
-        self.waiting = planned;
-        let mut requests: Vec<Request> = waiting.into_values().flatten().collect();
-        if requests.is_empty() {
-            return;
-        }
-        let limit = self.limit;
-        let states = match within(limit, self.read(&mut requests), "reading the jobs took too long").await {
+    /// Plans the requests whose jobs were read. Those that come to no new event are answered.
+    fn plan_read(&mut self, read: ReadJobs) {
+        let ReadJobs { requests, states, connection } = read;
+        self.reading.connection = connection;
+        let jobs = std::mem::take(&mut self.reading.jobs);
+        let states = match states {
             Ok(states) => states,
-            Err(error) => return fail(requests, error),
+            Err(error) => {
+                let error = Arc::new(error);
+                requests.into_iter().for_each(|request| request.fail(&error));
+                return self.plan_behind(jobs);
+            }
         };
-        for request in plan_all(&mut self.next, requests, &states, Knowledge::Read) {
-            self.waiting.entry(request.batch.job.id).or_default().push(request);
-        }
+        states.iter().for_each(|(id, state)| self.states.insert(*id, *state));
+        let unplanned = self.next.plan_all(requests, &states, Knowledge::Read);
+        let mut completed = Completed::default();
+        completed.answer(jobs.iter().filter_map(|id| self.next.take_answered(*id)));
+        self.publish(None, completed, Instant::now());
+        self.plan_again(unplanned);
+        self.plan_behind(jobs);
     }
 
-    /// Reads the states of the requests' jobs, and after them the stored ids.
-    async fn read(&mut self, requests: &mut [Request]) -> Result<HashMap<Uuid, JobState>> {
-        let mut connection = self.connection.take().ok_or_else(|| Error::unavailable("not connected"))?;
-        let mut jobs: Vec<Uuid> = requests.iter().map(|request| request.batch.job.id).collect();
-        jobs.sort_unstable();
-        jobs.dedup();
-        let heads = JobHead::load(&mut connection, &jobs).await?;
-        read_stored(&connection, requests).await?;
-        self.connection = Some(connection);
-        Ok(heads.iter().map(|head| (head.id, head.state())).collect())
+    /// Plans what waits behind the requests of these jobs that were looked at.
+    fn plan_behind(&mut self, jobs: HashSet<Uuid>) {
+        let behind: Vec<Request> = jobs.into_iter().flat_map(|id| self.waiting.take(id)).collect();
+        behind.into_iter().for_each(|request| self.plan(request));
     }
 
     /// Sends the next round before it answers the callers of the round that came back.
-    async fn complete(&mut self, sent: Sent) -> Option<JoinHandle<Sent>> {
+    async fn complete(&mut self, sent: Sent) {
         let received_at = Instant::now();
-        let completed = self.settle(sent);
         let run = self.run;
-        if !self.waiting.is_empty() {
-            // Callers are answered before jobs are read.
-            self.publish(run, completed, received_at);
-            return None;
-        }
-        let next = self.send_next().await;
+        self.sent_jobs.clear();
+        let (connection, completed) = self.settle(sent);
+        self.connection = connection;
+        self.plan_queued();
+        self.send_next().await;
         // The round's task runs before anything else is done.
         tokio::task::yield_now().await;
         self.publish(run, completed, received_at);
-        next
+    }
+
+    fn complete_locked(&mut self, Locked { run, sent, unplanned }: Locked) {
+        let received_at = Instant::now();
+        let jobs = std::mem::take(&mut self.locking.jobs);
+        let after: Vec<_> = sent.0.groups.iter().map(|(id, group)| (*id, group.after)).collect();
+        let (connection, completed) = self.settle(sent);
+        self.locking.connection = connection;
+        if self.run == Some(run) && !completed.events.is_empty() {
+            after.into_iter().for_each(|(id, state)| self.states.insert(id, state));
+        }
+        self.publish(Some(run), completed, received_at);
+        self.plan_again(unplanned);
+        self.plan_behind(jobs);
     }
 
     /// Sorts out what became of a round. Requests for jobs that were not appended to are
     /// planned again, and so are those of the next round that rested on them.
-    fn settle(&mut self, (round, result): Sent) -> Completed {
+    fn settle(&mut self, (round, result): Sent) -> (Option<OwnConnection>, Completed) {
         let batches = round.batches();
         let Round { mut groups, order, events, span, .. } = round;
-        let outcomes: Vec<Result<AppendOutcome, Arc<Error>>> = match result {
+        let (connection, outcomes): (_, Vec<Result<AppendOutcome, Arc<Error>>>) = match result {
             Ok((connection, outcomes)) => {
-                self.connection = Some(connection);
-                outcomes.into_iter().map(|outcome| outcome.map_err(Arc::new)).collect()
+                let outcomes = outcomes.into_iter().map(|outcome| outcome.map_err(Arc::new));
+                (Some(connection), outcomes.collect())
             }
             // Whether the transaction was committed is not known.
             Err(error) => {
                 span.iter().for_each(TransactionSpan::failed);
                 let error = Arc::new(error);
-                order.iter().map(|_| Err(Arc::clone(&error))).collect()
+                (None, order.iter().map(|_| Err(Arc::clone(&error))).collect())
             }
         };
         let mut completed = Completed::default();
@@ -349,14 +378,15 @@ impl Task {
                 Err(error) => group.plans.into_iter().for_each(|(request, _)| request.fail(&error)),
             }
             self.states.invalidate(&id);
-            again.extend(self.next.withdraw(&id));
+            again.extend(self.next.withdraw(id));
         }
         if let Some(span) = span {
-            span.took(events, batches, completed.events.last().map(|event| event.row.position));
+            let position = completed.events.last().map(|event| event.row.position);
+            span.took(events, batches, position);
         }
-        completed.answer(groups);
+        completed.answer(groups.into_values());
         self.plan_again(again);
-        completed
+        (connection, completed)
     }
 
     /// Answers callers, and delivers the events that were committed in this run to watchers.
@@ -376,46 +406,15 @@ impl Task {
     }
 }
 
-/// Plans requests on these states, which took a while to read, if they are still wanted;
-/// returns those that have to wait, in their order. Requests for jobs that do not exist
-/// are answered so.
-fn plan_all(
-    round: &mut Round,
-    requests: Vec<Request>,
-    states: &HashMap<Uuid, JobState>,
-    known: Knowledge,
-) -> Vec<Request> {
-    let mut unplanned: Vec<Request> = Vec::new();
-    for request in requests {
-        let Some(request) = request.still_wanted() else { continue };
-        let id = request.batch.job.id;
-        let Some(state) = states.get(&id) else {
-            request.answer(Err(Error::not_found(Resource::Job, &id)));
-            continue;
-        };
-        if unplanned.iter().any(|before| before.batch.job.id == id) {
-            unplanned.push(request);
-        } else {
-            unplanned.extend(round.plan(request, *state, known));
-        }
-    }
-    unplanned
+/// Returns once the task has ended, and takes it; never returns without a task.
+async fn finished<T>(task: &mut Option<JoinHandle<T>>) -> T {
+    let Some(running) = task else { return std::future::pending().await };
+    let result = running.await;
+    *task = None;
+    result.unwrap_or_else(|panicked| std::panic::resume_unwind(panicked.into_panic()))
 }
 
-/// Reads which events of those requests are stored that were refused from memory or
-/// not appended.
-async fn read_stored(connection: &AsyncPgConnection, requests: &mut [Request]) -> Result<()> {
-    let unsure = requests.iter_mut().filter(|request| request.needs >= Knowledge::Read);
-    let reads = unsure.map(|request| async move {
-        let ids: Vec<Uuid> = request.batch.client_ids().collect();
-        let rows = Event::list_by_ids(connection, request.batch.job.id, &ids).await?;
-        request.stored = rows.into_iter().map(|row| (row.id, row)).collect();
-        Ok::<_, Error>(())
-    });
-    try_join_all(reads).await.map(drop)
-}
-
-async fn within<T>(
+pub(super) async fn within<T>(
     limit: Duration,
     work: impl Future<Output = Result<T>>,
     too_long: &'static str,
@@ -423,29 +422,9 @@ async fn within<T>(
     timeout(limit, work).await.unwrap_or_else(|_| Err(Error::unavailable(too_long)))
 }
 
-fn fail(requests: Vec<Request>, error: Error) {
-    let error = Arc::new(error);
-    requests.into_iter().for_each(|request| request.fail(&error));
-}
-
-/// Appends a round, over the connection of its locked job or another one.
-async fn append(
-    transaction: Either<LockedJob, OwnConnection>,
-    round: Round,
-    limit: Duration,
-    metrics: Arc<Metrics>,
-) -> Sent {
-    let appended = async {
-        let sent_at = Instant::now();
-        let statement = round.span.as_ref().map(TransactionSpan::statement);
-        let appended = match transaction {
-            Either::Left(locked) => round.append_locked(locked).await?,
-            Either::Right(connection) => round.append(connection).await?,
-        };
-        drop(statement);
-        metrics.appends.committed(sent_at.elapsed(), round.events, round.batches());
-        Ok(appended)
-    };
+/// Appends a round.
+async fn append(connection: OwnConnection, round: Round, limit: Duration, metrics: Arc<Metrics>) -> Sent {
+    let appended = round.measured(&metrics, round.append(connection));
     let result = within(limit, appended, "the append took too long").await;
     (round, result)
 }

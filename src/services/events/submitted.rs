@@ -36,7 +36,8 @@ impl Submitted {
     ) -> Result<Self> {
         let job = log.jobs.find_to_append(provider, &batch.job).await?;
         let for_job = batch.for_job(Arc::clone(&job), &*log.jobs.configuration(job.configuration_id).await?);
-        let answer = log.appender.submit(Arc::clone(&credential), for_job, stream_order.clone()).await?;
+        let answer =
+            log.appender.submit(Arc::clone(&credential), for_job, stream_order.clone(), Box::new(())).await?;
         let again = matches!(batch.job, JobKey::ProviderJobId(_))
             .then(|| Box::new(Again { log: log.clone(), credential, provider, batch, stream_order }));
         Ok(Self { answer, again })
@@ -56,6 +57,6 @@ impl Again {
         let Self { log, credential, provider, batch, stream_order } = self;
         let job = log.jobs.find(provider.into(), &batch.job).await?;
         let for_job = batch.for_job(Arc::clone(&job), &*log.jobs.configuration(job.configuration_id).await?);
-        log.appender.submit(credential, for_job, stream_order).await?.wait().await
+        log.appender.submit(credential, for_job, stream_order, Box::new(())).await?.wait().await
     }
 }
