@@ -22,7 +22,7 @@ use crate::{
     db::{Database, Identified as _, OwnConnection},
     error::{Error, Result},
     event_log::position::Run,
-    models::event::{Event, JobHead, LockedJob},
+    models::event::{AppendStatement, Event, JobHead, LockedJob},
     progress::JobState,
     telemetry::{metrics::Metrics, traces::Traces},
 };
@@ -112,7 +112,12 @@ pub(super) async fn append_locked(
 ) -> Locked {
     let mut round = Round::default();
     let begin = async {
+        let is_new = kept.is_none();
         let connection = in_run(&database, run, &mut kept).await?;
+        if is_new {
+            // Prepares the statement, so that COMMIT will not overtake it.
+            AppendStatement::default().execute(&connection).await?;
+        }
         let id = requests.first().map(Request::job_id).unwrap_or_default();
         let locked = LockedJob::begin(connection, id).await?;
         read_stored(locked.connection(), &mut requests).await?;

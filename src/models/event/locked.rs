@@ -39,9 +39,9 @@ impl LockedJob {
     ///
     /// COMMIT is sent behind the statement without waiting for the statement's answer,
     /// so that the row of the event log, which every append needs, is not locked for a
-    /// round trip. On a connection that appends for the first time, the statement has
-    /// still to be prepared and COMMIT overtakes it: then the statement is a transaction
-    /// of its own, and compares the job's state as any other append does.
+    /// round trip. The connection must have appended before. On one that has not, the
+    /// statement has still to be prepared and COMMIT overtakes it: then the statement is a
+    /// transaction of its own, and compares the job's state as any other append does.
     pub async fn append(
         self,
         statement: &AppendStatement<'_>,
