@@ -36,6 +36,8 @@ use crate::{auth::StreamReset, config::ServerSettings, limits, services::Peer};
 /// Longest head of an HTTP/1.1 request, in bytes: as long as hyper's limit of the headers of
 /// an HTTP/2 request.
 const HEAD_BYTES: usize = 16 * 1024;
+/// The largest flow-control window that HTTP/2 has (RFC 9113, 6.9.1).
+const LARGEST_WINDOW_BYTES: u32 = (1 << 31) - 1;
 /// The answer to a request over HTTP/1.1.
 const NEEDS_HTTP2: &str = "milepost speaks gRPC, which needs HTTP/2: use a gRPC client, or a proxy that speaks \
                            HTTP/2 to milepost\n";
@@ -80,9 +82,12 @@ fn builder(settings: &ServerSettings) -> auto::Builder<StreamTasks> {
         .header_read_timeout(limits::HANDSHAKE)
         .max_buf_size(HEAD_BYTES);
     let streams = settings.streams_per_connection;
+    let connection_window = limits::STREAM_WINDOW_BYTES.saturating_mul(streams).min(LARGEST_WINDOW_BYTES);
     builder
         .http2()
         .timer(TokioTimer::new())
+        .initial_stream_window_size(limits::STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(connection_window)
         .max_concurrent_streams(streams)
         .max_pending_accept_reset_streams(limits::PENDING_RESET_STREAMS)
         .max_local_error_reset_streams(limits::FAULTY_STREAMS)

@@ -1,7 +1,7 @@
 //! One HTTP/2 connection with the calls of several users, as a proxy or a gateway has it:
 //! what becomes of one user's calls ends no other user's.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
 use bytes::{Buf as _, Bytes, BytesMut};
 use h2::{
@@ -10,7 +10,7 @@ use h2::{
 };
 use milepost::pb::{self, watch_events_response::Message as Watched};
 use prost::Message;
-use tokio::net::TcpStream;
+use tokio::{net::TcpStream, time::timeout};
 
 use crate::{
     http2::{framed, request, status},
@@ -193,5 +193,29 @@ async fn a_publish_stream_whose_answers_are_not_read_is_reset_alone_when_its_key
     reset(&mut unread).await;
     // The server has let go of the request too.
     assert!(within_timeout("the reset", std::future::poll_fn(|cx| batches.poll_reset(cx))).await.is_ok());
+    fixture.assert_unharmed().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_publish_stream_that_the_server_does_not_read_holds_up_no_other_call() {
+    let mut fixture = Fixture::new().await;
+    // It is refused and answered, without being stored.
+    let batch = pb::PublishEventsRequest { batch_id: "x".repeat(8 * 1024), ..Default::default() };
+    let (_unread, mut batches) =
+        fixture.connection.open(&fixture.provider.key_secret, "PublishEvents", &batch, false).await;
+    // The client reads no answer, and so the server stops reading; then the windows fill.
+    let sending = async {
+        loop {
+            let frame = framed(&batch);
+            batches.reserve_capacity(frame.len());
+            while batches.capacity() < frame.len() {
+                let capacity = std::future::poll_fn(|cx| batches.poll_capacity(cx)).await;
+                assert!(matches!(capacity, Some(Ok(_))), "the stream has ended: {capacity:?}");
+            }
+            batches.send_data(frame, false).unwrap();
+        }
+    };
+    // No signal tells when the client may send no more.
+    assert!(timeout(Duration::from_secs(3), sending).await.is_err());
     fixture.assert_unharmed().await;
 }
