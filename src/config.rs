@@ -164,8 +164,9 @@ pub struct ServerSettings {
           value_name = "SECONDS", value_parser = seconds(1..=3600))]
     pub drain_deadline: Duration,
 
-    /// Most concurrent calls and streams on one HTTP/2 connection
-    #[arg(long, env = "MILEPOST_STREAMS_PER_CONNECTION", default_value_t = 1000, value_name = "COUNT",
+    /// Most concurrent calls and streams on one HTTP/2 connection, of all users whose calls a proxy or a
+    /// gateway sends over it; further ones wait in the client until one of them ends
+    #[arg(long, env = "MILEPOST_STREAMS_PER_CONNECTION", default_value_t = 10_000, value_name = "COUNT",
           value_parser = value_parser!(u32).range(2..=100_000))]
     pub streams_per_connection: u32,
 

@@ -45,20 +45,29 @@ pub const KEY_OVERLAP: (Duration, Duration, Duration) =
 /// Lifetime of a watch token: shortest, default, longest.
 pub const WATCH_TOKEN_LIFETIME: (Duration, Duration, Duration) =
     (Duration::from_secs(1), Duration::from_secs(60 * 60), Duration::from_secs(30 * 24 * 60 * 60));
+/// Most bytes of a request that wait until the server reads them: the flow-control window of
+/// a stream. The window of a connection has room for all of its streams, so that a stream
+/// that the server does not read, as a publish stream whose answers its client does not take,
+/// holds up no other user's.
+pub const STREAM_WINDOW_BYTES: u32 = 64 * 1024;
 /// Most streams of a connection that the client has reset before the server accepted
-/// them. With one more the connection is closed, because such streams only cost work.
-/// This is h2's own default.
-pub const PENDING_RESET_STREAMS: usize = 20;
-/// Most streams of a connection that the server has reset because of an error of the
-/// client. With one more the connection is closed. This is hyper's own default, which
-/// tonic would remove.
+/// them. With one more the connection is closed, because such streams only cost work. A
+/// proxy that loses a client resets all streams of this client at once, which must not
+/// close the connection that others share: h2's own default of 20 would.
+pub const PENDING_RESET_STREAMS: usize = 1000;
+/// Most streams of a connection, in all its time, that the server has reset because of an
+/// error of HTTP/2. With one more the connection is closed: each costs memory until the
+/// client has taken the reset. This is hyper's own default. A user behind a proxy causes
+/// none by what the calls contain; but h2 forgets a stream that was reset when more than 50
+/// are reset within a second, and takes what the proxy sent of it meanwhile for an error.
 pub const FAULTY_STREAMS: usize = 1024;
 /// Longest time that a credential may go without confirmation by the database. After
 /// it nothing is accepted or sent under the credential until it is confirmed.
 pub const CREDENTIAL_CONFIRMED_WITHIN: Duration = Duration::from_secs(5);
 /// Most open connections of a server; one more is closed.
 pub const CONNECTIONS: usize = 10_000;
-/// Longest time for the TLS handshake, and after it for the HTTP/2 preface.
+/// Longest time for the TLS handshake, after it for the HTTP/2 preface, and for the head of
+/// an HTTP/1.1 request.
 pub const HANDSHAKE: Duration = Duration::from_secs(10);
 /// Most TLS handshakes under way at once; one more aborts the oldest.
 pub const HANDSHAKES: usize = 1000;

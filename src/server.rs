@@ -5,6 +5,7 @@
 mod authentication;
 mod calls;
 mod connection;
+mod http;
 mod incoming;
 mod metrics;
 mod tls;
@@ -16,9 +17,8 @@ use tokio::{
     time::{sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tonic::transport::Server;
+use tonic::service::Routes;
 use tonic_health::{ServingStatus, server::HealthReporter};
-use tower::layer::layer_fn;
 
 use self::{authentication::Authentication, calls::Calls, connection::Connections, incoming::incoming};
 pub use self::{metrics::serve_metrics, tls::Tls};
@@ -75,38 +75,26 @@ pub async fn serve(
     let metrics = Arc::clone(&telemetry.metrics);
     let readiness = tokio::spawn(report_readiness(reporter, app.clone(), metrics, stopping.clone()));
 
-    let layer = {
-        let (draining, request_timeout) = (draining.clone(), settings.request_timeout);
-        let (app, calls) = (app.clone(), calls.clone());
-        layer_fn(move |routes| {
-            let services = Authentication::new(routes, app.clone());
-            Calls::new(services, request_timeout, draining.clone(), calls.clone(), telemetry.clone())
-        })
-    };
     // Only requests have a limit: pages of responses are cut to fit, and a single item
     // may be larger than a page.
     let limit = limits::MESSAGE_BYTES;
-    let router = Server::builder()
-        .max_concurrent_streams(settings.streams_per_connection)
-        .http2_max_pending_accept_reset_streams(Some(limits::PENDING_RESET_STREAMS))
-        .http2_max_local_error_reset_streams(Some(limits::FAULTY_STREAMS))
-        .http2_keepalive_interval(Some(settings.keepalive_interval))
-        .http2_keepalive_timeout(Some(settings.keepalive_timeout))
-        .layer(layer)
-        .add_service(AuthServiceServer::new(AuthApi(app.clone())).max_decoding_message_size(limit))
+    let routes = Routes::new(AuthServiceServer::new(AuthApi(app.clone())).max_decoding_message_size(limit))
         .add_service(
             ConfigurationServiceServer::new(ConfigurationApi(app.clone())).max_decoding_message_size(limit),
         )
         .add_service(JobServiceServer::new(JobApi(app.clone())).max_decoding_message_size(limit))
-        .add_service(EventServiceServer::new(EventApi(app)).max_decoding_message_size(limit))
+        .add_service(EventServiceServer::new(EventApi(app.clone())).max_decoding_message_size(limit))
         .add_service(health)
         .add_service(reflection().build_v1().map_err(Error::internal)?)
-        .add_service(reflection().build_v1alpha().map_err(Error::internal)?);
+        .add_service(reflection().build_v1alpha().map_err(Error::internal)?)
+        .prepare();
+    let services = Authentication::new(routes, app);
+    let services = Calls::new(services, settings.request_timeout, draining.clone(), calls.clone(), telemetry);
     let incoming = incoming(listener, tls, connections.clone());
-    let mut serving = pin!(router.serve_with_incoming_shutdown(incoming, draining.clone().cancelled_owned()));
+    let mut serving = pin!(http::serve(incoming, services, settings, draining.clone()));
 
     tokio::select! {
-        result = &mut serving => return result.map_err(Error::internal),
+        () = &mut serving => return Err(Error::internal("no more connections are accepted")),
         () = shutdown => {}
     }
     tracing::info!("draining: waiting for calls in progress to finish");
@@ -117,16 +105,16 @@ pub async fn serve(
     let drained = async {
         tokio::select! {
             // All clients have closed their connections.
-            result = serving => result.map_err(Error::internal),
-            () = all_idle(&calls, &connections) => Ok(()),
+            () = serving => {}
+            () = all_idle(&calls, &connections) => {}
         }
     };
     let drained = timeout(settings.drain_deadline, drained).await;
     connections.cut();
-    drained.unwrap_or_else(|_| {
+    if drained.is_err() {
         tracing::warn!("the drain deadline passed with calls in progress: cutting their connections");
-        Ok(())
-    })
+    }
+    Ok(())
 }
 
 /// Returns once no call is in progress and no connection has read or written a byte

@@ -13,8 +13,8 @@ use std::{
 
 use parking_lot::Mutex;
 use tokio::{sync::Notify, time::sleep};
-use tokio_util::sync::CancellationToken;
 
+use super::StreamReset;
 use crate::{
     db::Authority,
     error::{Error, Result},
@@ -74,8 +74,8 @@ pub struct Credential {
     used_at: AtomicU64,
     /// When the use was last written to the database.
     recorded_at: AtomicU64,
-    /// The connections of the streams that are open under it, by number.
-    streams: Mutex<HashMap<u64, CancellationToken>>,
+    /// The resets of the streams that are open under it, by number.
+    streams: Mutex<HashMap<u64, StreamReset>>,
     next_stream: AtomicU64,
 }
 
@@ -190,30 +190,37 @@ impl Credential {
         self.confirmations.notify_waiters();
     }
 
-    /// Ends the credential for good. Its streams send their `end`; the connections of those
-    /// whose client does not read it are cut.
+    /// Ends the credential for good. Its streams send their `end`; those whose client does
+    /// not read it are reset.
     pub(super) fn end(self: &Arc<Self>) {
         self.end_at(Moment::PAST);
         if !self.streams.lock().is_empty() {
-            self.cut_after_grace();
+            self.reset_streams_after_grace();
         }
     }
 
-    fn cut_after_grace(self: &Arc<Self>) {
+    fn reset_streams_after_grace(self: &Arc<Self>) {
         let credential = Arc::clone(self);
         tokio::spawn(async move {
             sleep(END_GRACE).await;
-            credential.streams.lock().values().for_each(CancellationToken::cancel);
+            let unread: Vec<StreamReset> = credential.streams.lock().values().cloned().collect();
+            if !unread.is_empty() {
+                tracing::info!(
+                    streams = unread.len(),
+                    "resetting streams whose client does not read their end"
+                );
+            }
+            unread.iter().for_each(StreamReset::reset);
         });
     }
 
-    /// Notes a stream on this connection; returns the stream's number.
-    pub(super) fn opened(self: &Arc<Self>, connection: CancellationToken) -> u64 {
+    /// Notes a stream; returns its number.
+    pub(super) fn opened(self: &Arc<Self>, reset: StreamReset) -> u64 {
         let number = self.next_stream.fetch_add(1, Relaxed);
-        self.streams.lock().insert(number, connection);
-        // An end a moment ago found no stream to cut.
+        self.streams.lock().insert(number, reset);
+        // An end a moment ago found no stream to reset.
         if self.ends_at() == Moment::PAST {
-            self.cut_after_grace();
+            self.reset_streams_after_grace();
         }
         number
     }
@@ -276,19 +283,20 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_stream_is_cut_whether_it_was_opened_before_the_end_or_just_after_it() {
+    async fn a_stream_is_reset_whether_it_was_opened_before_the_end_or_just_after_it() {
         let credential = Arc::new(credential(None, Moment::now()));
-        let [before, after, closed] = [(); 3].map(|()| CancellationToken::new());
-        credential.opened(before.clone());
+        let [(before, opened_before), (after, opened_after), (closed, opened_and_closed)] =
+            [(); 3].map(|()| StreamReset::of(std::future::pending::<()>()));
+        credential.opened(opened_before);
         credential.end();
-        assert!(!before.is_cancelled(), "the client has some time to read the end");
-        before.cancelled().await;
+        assert!(!before.is_aborted(), "the client has some time to read the end");
+        assert!(before.await.is_err());
 
-        let number = credential.opened(closed.clone());
-        credential.opened(after.clone());
+        let number = credential.opened(opened_and_closed);
+        credential.opened(opened_after);
         credential.closed(number);
-        let cut = tokio::time::timeout(2 * END_GRACE, after.cancelled()).await;
-        assert!(cut.is_ok() && !closed.is_cancelled());
+        let reset = tokio::time::timeout(2 * END_GRACE, after).await;
+        assert!(reset.is_ok_and(|after| after.is_err()) && !closed.is_aborted());
     }
 
     #[tokio::test]

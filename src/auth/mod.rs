@@ -24,11 +24,14 @@ use std::{
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;
-use tokio_util::sync::CancellationToken;
 
 pub(crate) use self::log_in::NewAccount;
 pub use self::{
-    admission::Admission, cache::Revocation, credential::Credential, password::Passwords, streams::OpenStream,
+    admission::Admission,
+    cache::Revocation,
+    credential::Credential,
+    password::Passwords,
+    streams::{OpenStream, StreamReset},
 };
 use self::{
     cache::{Cache, Inserted},
@@ -118,14 +121,10 @@ impl Auth {
     }
 
     /// Counts a stream under this credential until the returned value is dropped.
-    /// `connection` cuts the stream's connection. [`Error::Overloaded`] if the user has
-    /// as many streams as the settings allow.
-    pub fn open_stream(
-        &self,
-        credential: Arc<Credential>,
-        connection: CancellationToken,
-    ) -> Result<OpenStream> {
-        self.inner.streams.open(credential, connection)
+    /// `reset` resets the stream. [`Error::Overloaded`] if the user has as many streams as
+    /// the settings allow.
+    pub fn open_stream(&self, credential: Arc<Credential>, reset: StreamReset) -> Result<OpenStream> {
+        self.inner.streams.open(credential, reset)
     }
 
     /// Ends credentials: on this replica at once, so that new calls with them are refused

@@ -1,9 +1,9 @@
-//! Counts the open streams of each user.
+//! Counts the open streams of each user, and can reset each of them alone.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
+use futures_util::future::{AbortHandle, Abortable};
 use parking_lot::Mutex;
-use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::Credential;
@@ -14,6 +14,30 @@ use crate::{
 
 /// When a user with too many streams should try again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// Resets one stream and nothing else of its connection, on which a proxy may carry the
+/// streams of many users.
+#[derive(Clone, Debug)]
+pub struct StreamReset(AbortHandle);
+
+impl StreamReset {
+    /// The future of a stream, which is dropped when the stream is reset, and its reset.
+    pub(crate) fn of<F: Future>(stream: F) -> (Abortable<F>, Self) {
+        let (handle, registration) = AbortHandle::new_pair();
+        (Abortable::new(stream, registration), Self(handle))
+    }
+
+    pub(super) fn reset(&self) {
+        self.0.abort();
+    }
+}
+
+/// The reset of no stream, for a request that did not come over a connection.
+impl Default for StreamReset {
+    fn default() -> Self {
+        Self(AbortHandle::new_pair().0)
+    }
+}
 
 /// The numbers of open streams on this replica: by user, and by job for watch tokens.
 #[derive(Clone, Debug)]
@@ -36,14 +60,9 @@ impl Streams {
         Self { limit, open: Arc::default() }
     }
 
-    /// Counts one more stream under this credential. `connection` is cancelled if the stream
-    /// is still open some time after the credential's end. [`Error::Overloaded`] at the
-    /// limit.
-    pub(super) fn open(
-        &self,
-        credential: Arc<Credential>,
-        connection: CancellationToken,
-    ) -> Result<OpenStream> {
+    /// Counts one more stream under this credential. The stream is reset if it is still
+    /// open some time after the credential's end. [`Error::Overloaded`] at the limit.
+    pub(super) fn open(&self, credential: Arc<Credential>, reset: StreamReset) -> Result<OpenStream> {
         let subject_id = match credential.caller().subject() {
             Subject::User { id, .. } | Subject::Job(id) => id,
         };
@@ -54,7 +73,7 @@ impl Streams {
         }
         *count += 1;
         drop(open);
-        let number = credential.opened(connection);
+        let number = credential.opened(reset);
         Ok(OpenStream { streams: self.clone(), subject_id, credential, number })
     }
 }

@@ -4,13 +4,17 @@
 //!
 //! **Time.** The server's limit holds until the response starts. A client's deadline
 //! holds until the response ends, as gRPC demands: it also ends a watch.
+//!
+//! **Slices.** hyper hands a frame of a response to h2 as a whole, as soon as one byte of it
+//! may be sent. If the client reads no further, h2 keeps the frame, and a response whose
+//! last frame it has is no longer bound by a deadline or the credential's end. So a message
+//! is handed over in slices, and only the last one can be left in this way.
 
 use std::{
     any::Any,
     convert::Infallible,
-    future::poll_fn,
     panic::{AssertUnwindSafe, catch_unwind},
-    pin::{Pin, pin},
+    pin::Pin,
     sync::Arc,
     task::{Context, Poll},
     time::Duration,
@@ -21,7 +25,7 @@ use futures_util::FutureExt as _;
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
 use http_body::{Frame, SizeHint};
 use opentelemetry::trace::FutureExt as _;
-use tokio::time::{Instant, Sleep, sleep_until};
+use tokio::time::{Instant, Sleep, sleep_until, timeout_at};
 use tokio_util::{
     sync::{CancellationToken, WaitForCancellationFutureOwned},
     task::{TaskTracker, task_tracker::TaskTrackerToken},
@@ -41,6 +45,9 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
 /// Most digits of a `grpc-timeout` (gRPC over HTTP/2, "Timeout").
 const TIMEOUT_DIGITS: usize = 8;
+/// Largest slice of a message, in bytes: as large as a DATA frame of HTTP/2 unless the client
+/// allows more.
+const SLICE_BYTES: usize = 16 * 1024;
 /// Longest part of a path that is logged, in bytes; milepost's paths are shorter.
 const METHOD_BYTES: usize = 128;
 
@@ -92,11 +99,11 @@ where
         let response = self.services.call(request);
         let answer = async move {
             let until = deadline.map_or(limit, |deadline| deadline.min(limit));
-            let response = match before(until, AssertUnwindSafe(response).catch_unwind()).await {
-                Some(Ok(Ok(response))) => response,
-                Some(Ok(Err(never))) => match never {},
-                Some(Err(panic)) => panic_status(panic.as_ref()).into_http(),
-                None => Status::from(Error::DeadlineExceeded).into_http(),
+            let response = match timeout_at(until, AssertUnwindSafe(response).catch_unwind()).await {
+                Ok(Ok(Ok(response))) => response,
+                Ok(Ok(Err(never))) => match never {},
+                Ok(Err(panic)) => panic_status(panic.as_ref()).into_http(),
+                Err(_) => Status::from(Error::DeadlineExceeded).into_http(),
             };
             Ok(call.respond(response, id, deadline, draining))
         };
@@ -126,23 +133,6 @@ fn timeout(headers: &HeaderMap) -> Option<Duration> {
         'n' => Some(Duration::from_nanos(count)),
         _ => None,
     }
-}
-
-/// The output of `work`, or none if it is not ready at `until`. The clock is checked
-/// as well as the timer: tonic's own timer for the client's deadline may wake this
-/// task first, and its status has no details.
-async fn before<T>(until: Instant, work: impl Future<Output = T>) -> Option<T> {
-    let (mut work, mut timer) = (pin!(work), pin!(sleep_until(until)));
-    poll_fn(|cx| {
-        if let Poll::Ready(done) = work.as_mut().poll(cx) {
-            return Poll::Ready(Some(done));
-        }
-        if timer.as_mut().poll(cx).is_ready() || Instant::now() >= until {
-            return Poll::Ready(None);
-        }
-        Poll::Pending
-    })
-    .await
 }
 
 /// A call in progress. Dropping it logs and counts the call as finished.
@@ -208,7 +198,8 @@ impl Call {
         // streams of health and reflection would not.
         let draining = self.infrastructure.then(|| Box::pin(draining.cancelled_owned()));
         let deadline = deadline.map(|deadline| Box::pin(sleep_until(deadline)));
-        response.map(|inner| Body::new(CallBody { inner, call: self, deadline, draining }))
+        response
+            .map(|inner| Body::new(CallBody { inner, rest: Bytes::new(), call: self, deadline, draining }))
     }
 }
 
@@ -239,11 +230,13 @@ fn panic_status(panic: &(dyn Any + Send)) -> Status {
     Status::from(Error::internal(format!("panicked: {}", message.unwrap_or("no message"))))
 }
 
-/// The body of a response. It enforces the client's deadline, catches panics and
-/// records the status in the trailers.
+/// The body of a response. It enforces the client's deadline, catches panics, cuts messages
+/// into slices and records the status in the trailers.
 #[derive(Debug)]
 struct CallBody {
     inner: Body,
+    /// What is left of the message whose slices are being sent.
+    rest: Bytes,
     call: Call,
     deadline: Option<Pin<Box<Sleep>>>,
     /// Ends a stream of health or reflection when the server drains.
@@ -254,6 +247,7 @@ impl CallBody {
     /// Ends the body with trailers for `status`.
     fn end_with(&mut self, status: impl Into<Status>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         self.inner = Body::empty();
+        self.rest = Bytes::new();
         self.deadline = None;
         self.draining = None;
         let mut trailers = HeaderMap::new();
@@ -262,6 +256,10 @@ impl CallBody {
         }
         self.call.record_status(&trailers);
         Poll::Ready(Some(Ok(Frame::trailers(trailers))))
+    }
+
+    fn next_slice(&mut self) -> Frame<Bytes> {
+        Frame::data(self.rest.split_to(self.rest.len().min(SLICE_BYTES)))
     }
 }
 
@@ -273,6 +271,9 @@ impl http_body::Body for CallBody {
         let body = self.get_mut();
         if body.deadline.as_mut().is_some_and(|deadline| deadline.as_mut().poll(cx).is_ready()) {
             return body.end_with(Error::DeadlineExceeded);
+        }
+        if !body.rest.is_empty() {
+            return Poll::Ready(Some(Ok(body.next_slice())));
         }
         let (inner, span) = (&mut body.inner, &body.call.span);
         let polled = catch_unwind(AssertUnwindSafe(|| span.in_scope(|| Pin::new(inner).poll_frame(cx))));
@@ -287,34 +288,40 @@ impl http_body::Body for CallBody {
                 }
                 Poll::Pending
             }
-            Ok(Poll::Ready(frame)) => {
-                match &frame {
-                    Some(Ok(frame)) => {
-                        if let Some(trailers) = frame.trailers_ref() {
-                            body.call.record_status(trailers);
-                        }
-                    }
-                    Some(Err(status)) => body.call.status = Some(status.code()),
-                    None => {}
+            Ok(Poll::Ready(None)) => Poll::Ready(None),
+            Ok(Poll::Ready(Some(Err(status)))) => {
+                body.call.status = Some(status.code());
+                Poll::Ready(Some(Err(status)))
+            }
+            Ok(Poll::Ready(Some(Ok(frame)))) => {
+                if let Some(trailers) = frame.trailers_ref() {
+                    body.call.record_status(trailers);
                 }
-                Poll::Ready(frame)
+                Poll::Ready(Some(Ok(match frame.into_data() {
+                    Ok(message) => {
+                        body.rest = message;
+                        body.next_slice()
+                    }
+                    Err(trailers) => trailers,
+                })))
             }
         }
     }
 
     fn is_end_stream(&self) -> bool {
-        self.inner.is_end_stream()
+        self.rest.is_empty() && self.inner.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.inner.size_hint()
+        // `inner` does not know the length of `rest`.
+        if self.rest.is_empty() { self.inner.size_hint() } else { SizeHint::default() }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use futures_util::stream;
-    use http_body_util::{BodyExt as _, StreamBody};
+    use futures_util::{future::ready, stream};
+    use http_body_util::{BodyExt as _, Full, StreamBody};
     use tower::ServiceExt as _;
 
     use super::*;
@@ -412,6 +419,29 @@ mod tests {
     async fn a_panicking_stream_ends_with_internal() {
         let response = call("/grpc.Fake/PanicLater", &CancellationToken::new()).await;
         assert_eq!(trailers_code(response).await, Code::Internal);
+    }
+
+    #[tokio::test]
+    async fn a_message_is_handed_over_in_slices() {
+        let message: Bytes = (0..=u8::MAX).cycle().take(2 * SLICE_BYTES + 1).collect();
+        let sent = message.clone();
+        let services = tower::service_fn(move |_: Request<Body>| {
+            ready(Ok(Response::new(Body::new(Full::from(sent.clone())))))
+        });
+        let calls = Calls::new(
+            services,
+            Duration::from_secs(60),
+            CancellationToken::new(),
+            TaskTracker::new(),
+            Telemetry::default(),
+        );
+        let mut body = calls.oneshot(Request::new(Body::empty())).await.unwrap().into_body();
+        let mut slices = Vec::new();
+        while let Some(frame) = body.frame().await {
+            slices.push(frame.unwrap().into_data().unwrap());
+        }
+        assert_eq!(slices.iter().map(Bytes::len).collect::<Vec<_>>(), [SLICE_BYTES, SLICE_BYTES, 1]);
+        assert_eq!(slices.concat(), message);
     }
 
     #[tokio::test]

@@ -7,11 +7,12 @@
 //! the streams before it in the queue share the write. With an empty queue it writes
 //! at once.
 //!
-//! **Connections can be cut**: one whose client does not take the end of a stream, and
-//! all of them at the end of the drain.
+//! **Connections can be cut**, all of them at the end of the drain.
 //!
-//! **Connections are limited** in number, and in the time until the HTTP/2 preface:
-//! HTTP/2's keepalive watches a connection only from its preface on.
+//! **Connections are limited** in number, and in the time until their version of HTTP is
+//! known: HTTP/2's keepalive watches a connection only from the preface on, and HTTP/1.1's
+//! time limit for the head of a request begins with the first byte that is not of the
+//! preface.
 
 use std::{
     io,
@@ -36,15 +37,12 @@ use tokio_util::{
     either::Either,
     sync::{CancellationToken, WaitForCancellationFutureOwned},
 };
-use tonic::transport::server::Connected;
-
-use crate::services::Peer;
 
 /// Size of a write, in bytes, from which the next one is not delayed for batching, as
 /// in the replay of a log.
 const LARGE_WRITE_BYTES: usize = 4 * 1024;
-/// Length of the client's HTTP/2 preface (RFC 9113, 3.4), without SETTINGS.
-const PREFACE_BYTES: usize = 24;
+/// The client's HTTP/2 preface (RFC 9113, 3.4), without SETTINGS.
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// Without TLS, or over TLS, where batched messages are also encrypted together.
 pub(super) type Stream = Either<TcpStream, Box<TlsStream<TcpStream>>>;
@@ -60,8 +58,8 @@ pub(super) struct Connections {
 }
 
 impl Connections {
-    /// At most `most` connections; each must send its preface within
-    /// `preface_timeout`.
+    /// At most `most` connections; each must send its preface, or begin with another
+    /// version of HTTP, within `preface_timeout`.
     pub(super) fn new(most: usize, preface_timeout: Duration) -> Self {
         let permits = Arc::new(Semaphore::new(most));
         Self { cut: CancellationToken::new(), activity: Arc::default(), permits, preface_timeout }
@@ -77,7 +75,6 @@ impl Connections {
             Either::Left(plain) => plain.peer_addr(),
             Either::Right(encrypted) => encrypted.get_ref().0.peer_addr(),
         };
-        let cut = self.cut.child_token();
         let timeout = Box::pin(sleep(self.preface_timeout));
         Some(Connection {
             stream,
@@ -85,9 +82,8 @@ impl Connections {
             activity: Arc::clone(&self.activity),
             yielded: false,
             large: false,
-            preface: Some(Preface { missing_bytes: PREFACE_BYTES, timeout }),
-            cancelled: Box::pin(cut.clone().cancelled_owned()),
-            cut,
+            preface: Some(Preface { missing: PREFACE, timeout }),
+            cancelled: Box::pin(self.cut.child_token().cancelled_owned()),
             _permit: permit,
         })
     }
@@ -112,34 +108,38 @@ pub(super) struct Connection {
     yielded: bool,
     /// The last write had at least [`LARGE_WRITE_BYTES`].
     large: bool,
-    /// None once the client has sent its preface.
+    /// None once the client has sent its preface, or something else.
     preface: Option<Preface>,
-    cut: CancellationToken,
-    /// Completes when `cut` is cancelled.
+    /// Completes when the connection is cut.
     cancelled: Pin<Box<WaitForCancellationFutureOwned>>,
     _permit: OwnedSemaphorePermit,
 }
 
 #[derive(Debug)]
 struct Preface {
-    missing_bytes: usize,
+    /// The part that the client has not sent yet; empty once the version is known.
+    missing: &'static [u8],
     timeout: Pin<Box<Sleep>>,
 }
 
+impl Preface {
+    fn read(&mut self, bytes: &[u8]) {
+        let expected = bytes.len().min(self.missing.len());
+        let (expected, missing) = self.missing.split_at(expected);
+        self.missing = if bytes.starts_with(expected) { missing } else { &[] };
+    }
+}
+
 impl Connection {
+    pub(super) fn address(&self) -> Option<SocketAddr> {
+        self.address
+    }
+
     /// Pending, or an error once the connection is cut. A task that waits for a write
     /// does not poll reads, where a cut is also noticed.
     fn pending_unless_cut<T>(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<T>> {
         ready!(self.cancelled.as_mut().poll(cx));
         Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()))
-    }
-}
-
-impl Connected for Connection {
-    type ConnectInfo = Peer;
-
-    fn connect_info(&self) -> Peer {
-        Peer { address: self.address, cut: self.cut.clone() }
     }
 }
 
@@ -155,8 +155,8 @@ impl AsyncRead for Connection {
         let before = buf.filled().len();
         let read = Pin::new(&mut self.stream).poll_read(cx, buf);
         if let Some(preface) = &mut self.preface {
-            preface.missing_bytes = preface.missing_bytes.saturating_sub(buf.filled().len() - before);
-            if preface.missing_bytes == 0 {
+            preface.read(&buf.filled()[before..]);
+            if preface.missing.is_empty() {
                 self.preface = None;
             } else if preface.timeout.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));

@@ -5,7 +5,7 @@
 //! has finished its handshake long before that, and silent clients must not keep
 //! others out.
 
-use std::{collections::VecDeque, io, pin::pin, time::Duration};
+use std::{collections::VecDeque, pin::pin, time::Duration};
 
 use futures_util::{
     Stream, StreamExt as _,
@@ -19,7 +19,6 @@ use tokio::{
 };
 use tokio_rustls::TlsAcceptor;
 use tokio_util::task::AbortOnDropHandle;
-use tonic::transport::server::TcpIncoming;
 
 use super::{
     connection::{self, Connection, Connections},
@@ -37,16 +36,10 @@ pub(super) fn incoming(
     listener: TcpListener,
     tls: Option<Tls>,
     connections: Connections,
-) -> impl Stream<Item = io::Result<Connection>> {
-    let accepted = TcpIncoming::from(listener).with_nodelay(Some(true)).filter_map(async |accepted| {
-        if let Err(error) = &accepted {
-            tracing::warn!(%error, "cannot accept a connection");
-            sleep(ACCEPT_PAUSE).await;
-        }
-        accepted.ok()
-    });
+) -> impl Stream<Item = Connection> {
+    let accepted = accepted(listener);
     let Some(tls) = tls else {
-        let open = move |stream| ready(connections.open(connection::Stream::Left(stream)).map(Ok));
+        let open = move |stream| ready(connections.open(connection::Stream::Left(stream)));
         return Either::Left(accepted.filter_map(open));
     };
     let (ready, connections_ready) = mpsc::channel(1);
@@ -59,8 +52,30 @@ pub(super) fn incoming(
     )));
     Either::Right(stream::unfold((connections_ready, handshakes), async |(mut ready, handshakes)| {
         let connection = ready.recv().await?;
-        Some((Ok(connection), (ready, handshakes)))
+        Some((connection, (ready, handshakes)))
     }))
+}
+
+/// An endless stream of TCP connections.
+fn accepted(listener: TcpListener) -> impl Stream<Item = TcpStream> {
+    stream::unfold(listener, async |listener| {
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) => {
+                    // Small messages are not held back to fill a packet.
+                    if let Err(error) = stream.set_nodelay(true) {
+                        tracing::debug!(%error, "an accepted connection has failed");
+                        continue;
+                    }
+                    return Some((stream, listener));
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept a connection");
+                    sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    })
 }
 
 /// Runs at most `most` handshakes at once, each with the certificate that `acceptor`
@@ -100,7 +115,7 @@ async fn run_handshakes(
 
 #[cfg(test)]
 mod tests {
-    use std::{net::SocketAddr, sync::Arc};
+    use std::{io, net::SocketAddr, sync::Arc};
 
     use tokio::io::AsyncReadExt as _;
     use tokio_rustls::rustls::{ServerConfig, server::ResolvesServerCertUsingSni};
@@ -118,10 +133,9 @@ mod tests {
         let acceptor = TlsAcceptor::from(Arc::new(config));
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address: SocketAddr = listener.local_addr().expect("an address");
-        let accepted = TcpIncoming::from(listener).filter_map(async |accepted| accepted.ok());
         let (ready, _connections) = mpsc::channel(1);
         let _handshakes = AbortOnDropHandle::new(tokio::spawn(run_handshakes(
-            accepted,
+            accepted(listener),
             move || acceptor.clone(),
             Connections::new(2, limits::HANDSHAKE),
             ready,
@@ -149,7 +163,7 @@ mod tests {
         let mut incoming = pin!(incoming(listener, None, Connections::new(1, Duration::from_millis(50))));
         let connect = move || async move { TcpStream::connect(address).await.expect("the server listens") };
         let mut first = connect().await;
-        let mut accepted = incoming.next().await.expect("a connection").expect("no error");
+        let mut accepted = incoming.next().await.expect("a connection");
         let mut refused = connect().await;
         let mut byte = [0];
         tokio::select! {

@@ -22,7 +22,8 @@ use crate::{
 /// How often the files are read. A change is recognised by their contents, however the
 /// files are replaced.
 const RELOAD_INTERVAL: Duration = Duration::from_secs(3);
-/// The only protocol that is negotiated: HTTP/2.
+/// The only protocol that is negotiated: HTTP/2, because gRPC needs it. A client that offers
+/// HTTP/1.1 alone is refused in the handshake; one that negotiates nothing may speak either.
 const ALPN: &[u8] = b"h2";
 
 /// The TLS configuration of a server. It follows the files until the last clone is

@@ -59,7 +59,7 @@ impl EventService for EventApi {
     ) -> Answer<Self::PublishEventsStream> {
         let credential = credential_of(&request)?;
         let provider = credential.caller().provider(KeyScope::Append)?;
-        let open = self.0.auth.open_stream(Arc::clone(&credential), Peer::of(&request).cut)?;
+        let open = self.0.auth.open_stream(Arc::clone(&credential), Peer::of(&request).reset)?;
         // The channel holds one less than the window, because the batch whose answer is
         // awaited has left it.
         let (accepted, answers) = mpsc::channel(self.0.log.settings.publish_window.max(2) - 1);
@@ -120,7 +120,7 @@ impl EventService for EventApi {
             }
         };
         let query = WatchQuery { filter: Filter::new(scope, kinds), start, heartbeat };
-        let open = self.0.auth.open_stream(Arc::clone(&credential), peer.cut)?;
+        let open = self.0.auth.open_stream(Arc::clone(&credential), peer.reset)?;
         let watch = self.0.log.watch(query, credential, self.0.draining.clone()).await?;
         let messages = stream::unfold(Watching::Open(Box::new(watch)), watch_next);
         // The stream counts as open until tonic has taken the last message.

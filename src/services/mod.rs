@@ -20,7 +20,7 @@ use tonic::{Request, Response, Status};
 use uuid::Uuid;
 
 use crate::{
-    auth::{Auth, AuthSettings, Credential},
+    auth::{Auth, AuthSettings, Credential, StreamReset},
     db::{
         Database,
         notifier::{Notification, Notifier},
@@ -34,13 +34,13 @@ use crate::{
 /// What a method returns.
 type Answer<T> = Result<Response<T>, Status>;
 
-/// The client's end of a connection.
+/// The client's end of a call.
 #[derive(Clone, Debug, Default)]
 pub struct Peer {
     /// The address that the connection comes from.
     pub address: Option<SocketAddr>,
-    /// Cuts the connection when it is cancelled.
-    pub cut: CancellationToken,
+    /// Resets the stream of the call.
+    pub reset: StreamReset,
 }
 
 impl Peer {

@@ -32,7 +32,7 @@ use crate::support::{
 
 /// Limits of `src/limits.rs` and `src/config.rs` without a row in `rows.rs`: the
 /// limit, and the file and the name of its test.
-const ELSEWHERE: [(&str, &str, &str); 39] = [
+const ELSEWHERE: [(&str, &str, &str); 40] = [
     ("TEXT_CHARS", "tests/it/limits/texts.rs", "every_text_has_at_most_256_characters"),
     ("MESSAGE_BYTES", "tests/it/limits/mod.rs", "a_message_has_at_most_one_mebibyte"),
     ("MESSAGE_BYTES", "tests/it/limits/pages.rs", "no_page_of_events_is_larger_than_one_mebibyte"),
@@ -54,6 +54,11 @@ const ELSEWHERE: [(&str, &str, &str); 39] = [
         "a_heartbeat_is_sent_after_an_interval_without_messages_of_at_least_5_seconds",
     ),
     ("HEARTBEAT", "src/services/events/requests.rs", "a_heartbeat_interval_is_cut_to_5_to_60_seconds"),
+    (
+        "STREAM_WINDOW_BYTES",
+        "tests/it/shared_connections.rs",
+        "a_publish_stream_that_the_server_does_not_read_holds_up_no_other_call",
+    ),
     ("PENDING_RESET_STREAMS", "tests/it/http2.rs", "a_connection_that_resets_too_many_streams_is_closed"),
     ("FAULTY_STREAMS", "tests/it/http2.rs", "a_connection_that_sends_too_many_malformed_requests_is_closed"),
     (
