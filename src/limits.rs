@@ -32,8 +32,10 @@ pub const PAGE_DEFAULT: i64 = 50;
 pub const PAGE_MAX: i64 = 500;
 /// Longest page token or resume token that is decoded, in bytes.
 pub const TOKEN_BYTES: usize = 1024;
-/// Largest encoded size of all details of an error together, in bytes.
-pub const ERROR_DETAILS_BYTES: usize = 4 * 1024;
+/// Largest size of all details of an error together, in bytes of the base64 in which
+/// they travel. nginx, with its default buffers, answers 502 instead if the headers of an
+/// error take more than 4 KiB; the rest of them is for the message and for HTTP/2.
+pub const ERROR_DETAILS_BYTES: usize = 3 * 1024;
 /// Longest value that an error quotes, in Unicode scalar values.
 pub const ERROR_QUOTE_CHARS: usize = 64;
 /// Heartbeat interval of a watch: shortest, default, longest.

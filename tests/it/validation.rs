@@ -272,7 +272,7 @@ async fn the_error_of_500_invalid_events_is_small_enough_to_arrive() {
     let (mut provider, job) = running_job(&server).await;
     let name = "\u{1F6A7}\0".repeat(200);
     let wrong: Vec<_> = (0..limits::BATCH_EVENTS).map(|_| named(info(""), name.clone())).collect();
-    // `assert_refused` checks that the details have at most 4 KiB.
+    // `assert_refused` checks that the details have at most 3 KiB.
     let refusal = assert_refused(
         provider.try_append(&job, wrong).await,
         Code::InvalidArgument,

@@ -274,7 +274,7 @@ fn check(status: &Status) -> Result<(), String> {
     if !allowed {
         return wrong("an unexpected code");
     }
-    if status.details().len() > limits::ERROR_DETAILS_BYTES {
+    if status.details().len().div_ceil(3) * 4 > limits::ERROR_DETAILS_BYTES {
         return wrong("the details are too large");
     }
     // Several long texts in a SignUp; the body is refused before it is a message.
