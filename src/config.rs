@@ -3,7 +3,7 @@
 
 use std::{
     env, fmt,
-    net::{AddrParseError, IpAddr, SocketAddr},
+    net::{IpAddr, SocketAddr},
     ops::RangeInclusive,
     path::PathBuf,
     thread,
@@ -15,6 +15,7 @@ use clap::{
     builder::{RangedI64ValueParser, TypedValueParser},
     value_parser,
 };
+use ipnet::IpNet;
 
 /// All settings of `serve`.
 #[derive(Args, Clone, Debug)]
@@ -299,11 +300,11 @@ pub struct AuthSettings {
           value_parser = count(1..=99_999), help_heading = "Server")]
     pub streams_per_user: usize,
 
-    /// IP addresses, separated by commas, of proxies whose x-forwarded-for header names a call's client
-    /// address
+    /// IP addresses and CIDR ranges, separated by commas, of proxies whose x-forwarded-for header names a
+    /// call's client address
     #[arg(long = "trusted-proxy", env = "MILEPOST_TRUSTED_PROXY", value_name = "ADDRESSES",
-          value_delimiter = ',', value_parser = address, help_heading = "Server")]
-    pub trusted_proxies: Vec<IpAddr>,
+          value_delimiter = ',', value_parser = network, help_heading = "Server")]
+    pub trusted_proxies: Vec<IpNet>,
 
     /// Lifetime of a session, in seconds; use does not extend it
     #[arg(long = "session-lifetime-s", env = "MILEPOST_SESSION_LIFETIME_S", default_value = "43200",
@@ -391,9 +392,17 @@ fn half_of_processors() -> usize {
     thread::available_parallelism().map_or(1, usize::from).div_ceil(2).min(1024)
 }
 
-/// Parses an IP address; an IPv4-mapped IPv6 address becomes the IPv4 address.
-fn address(text: &str) -> Result<IpAddr, AddrParseError> {
-    text.parse().map(|address: IpAddr| address.to_canonical())
+/// Parses an IP address or a CIDR range; IPv4-mapped IPv6 addresses become IPv4 addresses.
+fn network(text: &str) -> Result<IpNet, String> {
+    let malformed = || "must be an IP address, or a range as 10.0.0.0/8".to_owned();
+    let network = match text.parse::<IpAddr>() {
+        Ok(address) => IpNet::from(address),
+        Err(_) => text.parse().map_err(|_| malformed())?,
+    };
+    let address = network.addr().to_canonical();
+    let mapped_bits = network.max_prefix_len() - IpNet::from(address).max_prefix_len();
+    let prefix = network.prefix_len().checked_sub(mapped_bits).ok_or_else(malformed)?;
+    IpNet::new(address, prefix).map_err(|_| malformed())
 }
 
 fn share(text: &str) -> Result<f64, String> {
@@ -503,4 +512,28 @@ pub enum LogFormat {
     Text,
     /// One JSON object per line
     Json,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_trusted_proxy_is_an_address_or_a_range_in_its_ipv4_form_if_it_has_one() {
+        for (text, range) in [
+            ("10.0.0.1", "10.0.0.1/32"),
+            ("10.0.0.0/8", "10.0.0.0/8"),
+            ("2001:db8::1", "2001:db8::1/128"),
+            ("2001:db8::/32", "2001:db8::/32"),
+            ("::ffff:10.0.0.1", "10.0.0.1/32"),
+            ("::ffff:10.0.0.0/104", "10.0.0.0/8"),
+            ("0.0.0.0/0", "0.0.0.0/0"),
+            ("::/0", "::/0"),
+        ] {
+            assert_eq!(network(text).map(|parsed| parsed.to_string()).as_deref(), Ok(range), "{text}");
+        }
+        for text in ["", "10.0.0.1:80", "10.0.0.0/33", "10.0.0.0/", "::ffff:10.0.0.0/95", "proxy.example.com"] {
+            assert!(network(text).is_err(), "{text}");
+        }
+    }
 }

@@ -2,6 +2,7 @@
 //! valid value, which a model or the event log takes.
 
 pub mod auth;
+mod client_address;
 pub mod configurations;
 pub mod events;
 pub mod jobs;
@@ -14,11 +15,12 @@ use std::{
     sync::Arc,
 };
 
-use http::HeaderMap;
+use http::{Extensions, HeaderMap};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 use uuid::Uuid;
 
+use self::client_address::client_address;
 use crate::{
     auth::{Auth, AuthSettings, Credential, StreamReset},
     db::{
@@ -141,21 +143,12 @@ impl App {
 
     /// The client's address; behind a trusted proxy, the address that the proxy names.
     fn address<T>(&self, request: &Request<T>) -> Option<IpAddr> {
-        // A socket for both IPv6 and IPv4 has IPv4 addresses in their IPv6 form.
-        let direct = Peer::of(request).address?.ip().to_canonical();
-        let trusted = &self.auth.settings().trusted_proxies;
-        if !trusted.contains(&direct) {
-            return Some(direct);
-        }
-        // Each proxy appends the address of its client. Of these addresses, the last one
-        // that is no trusted proxy counts: clients can invent what stands before it.
-        let hops = request.metadata().get_all("x-forwarded-for").iter();
-        let hops: Vec<Option<IpAddr>> = hops
-            .flat_map(|hops| hops.to_str().unwrap_or("?").split(','))
-            .map(|hop| hop.trim().parse().ok().map(|hop: IpAddr| hop.to_canonical()))
-            .collect();
-        let last = hops.into_iter().rev().find(|hop| hop.is_none_or(|hop| !trusted.contains(&hop)));
-        // An entry that is no address ends the search: what stands before it may be invented.
-        last.flatten().or(Some(direct))
+        self.address_of(request.extensions(), request.metadata().as_ref())
+    }
+
+    /// As [`Self::address`], of a request that no service has taken yet.
+    pub(crate) fn address_of(&self, extensions: &Extensions, headers: &HeaderMap) -> Option<IpAddr> {
+        let connection = extensions.get::<Peer>()?.address?.ip();
+        Some(client_address(connection, headers, &self.auth.settings().trusted_proxies))
     }
 }

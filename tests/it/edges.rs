@@ -82,7 +82,7 @@ async fn a_trusted_proxy_is_recognized_by_its_ipv4_address_on_a_dual_stack_liste
         ("MILEPOST_UNSAFE_DATABASE", "true"),
         ("MILEPOST_INSECURE_LISTEN", "true"),
         ("MILEPOST_SIGN_UP", "open"),
-        ("MILEPOST_TRUSTED_PROXY", "127.0.0.8,::ffff:127.0.0.9"),
+        ("MILEPOST_TRUSTED_PROXY", "127.0.0.8/31,::ffff:127.0.0.16/124"),
     ];
     let settings = settings.map(|(name, value)| (name, value.to_owned())).to_vec();
     let server = ServerProcess::start_with("::", settings).await;
@@ -101,6 +101,11 @@ async fn a_trusted_proxy_is_recognized_by_its_ipv4_address_on_a_dual_stack_liste
     assert_eq!(logged_address([127, 0, 0, 8], "10.1.2.3").await, "10.1.2.3");
     assert_eq!(logged_address([127, 0, 0, 9], "::ffff:10.1.2.4").await, "10.1.2.4");
     assert_eq!(logged_address([127, 0, 0, 9], "10.1.2.5, ::ffff:127.0.0.8").await, "10.1.2.5");
+    // In the range, and with ports as some proxies write them.
+    assert_eq!(logged_address([127, 0, 0, 20], "10.1.2.6:50000, 127.0.0.31:443").await, "10.1.2.6");
+    assert_eq!(logged_address([127, 0, 0, 20], "[2001:db8::6]:50000").await, "2001:db8::6");
+    assert_eq!(logged_address([127, 0, 0, 32], "10.1.2.7").await, "127.0.0.32");
+    assert_eq!(logged_address([127, 0, 0, 20], "10.1.2.8, unknown").await, "127.0.0.20");
 }
 
 /// The database is unavailable when the overlap ends, so that the expiry is

@@ -133,7 +133,7 @@ fn settings(retention: Option<Duration>) -> ServerSettings {
         auth: AuthSettings {
             sign_up_open: true,
             streams_per_user: STREAMS_PER_USER,
-            trusted_proxies: vec![TRUSTED_PROXY],
+            trusted_proxies: vec![TRUSTED_PROXY.into()],
             session_lifetime: Duration::from_secs(60 * 60),
             // bcrypt's lowest cost, since almost every test signs up users.
             bcrypt: BcryptSettings { bcrypt_cost: 4, bcrypt_parallel: 2 },
