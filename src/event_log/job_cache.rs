@@ -106,18 +106,17 @@ impl JobCache {
     }
 
     /// A job that the viewer may see. Only its provider finds it by `provider_job_id`, which
-    /// is looked up in the database.
+    /// is looked up in the database. So is a job of somebody else, whether it is remembered or
+    /// not: it takes as long as one that does not exist.
     pub(crate) async fn find(&self, viewer: Viewer, key: &JobKey) -> Result<Arc<JobIdentity>> {
         let found = match (key, viewer.visibility()) {
-            (JobKey::Id(id), _) => self.find_by_id(*id).await?,
+            (JobKey::Id(id), _) => self.find_by_id(viewer, *id).await?,
             (JobKey::ProviderJobId(name), Visibility::Provider(provider_id)) => {
                 read!(self.database, |conn| self.find_by_name(conn, provider_id, name))?
             }
             (JobKey::ProviderJobId(_), Visibility::Customer(_) | Visibility::Job(_)) => None,
         };
-        found
-            .filter(|job| viewer.sees(job.id, job.provider_id, job.customer_id))
-            .ok_or_else(|| Error::not_found(Resource::Job, key))
+        found.ok_or_else(|| Error::not_found(Resource::Job, key))
     }
 
     /// A job of the provider, from memory if this process remembers it. Its row may be gone:
@@ -153,11 +152,22 @@ impl JobCache {
         Ok(found)
     }
 
-    async fn find_by_id(&self, id: Uuid) -> Result<Option<Arc<JobIdentity>>> {
-        match self.of_present().jobs.get(&id) {
+    async fn find_by_id(&self, viewer: Viewer, id: Uuid) -> Result<Option<Arc<JobIdentity>>> {
+        let remembered = self.of_present().jobs.get(&id);
+        match remembered.filter(|job| viewer.sees(job.id, job.provider_id, job.customer_id)) {
             Some(job) => Ok(Some(job)),
-            None => Ok(read!(self.database, |conn| self.list(conn, &[id]))?.remove(&id)),
+            None => read!(self.database, |conn| self.load(conn, viewer, id)),
         }
+    }
+
+    async fn load(
+        &self,
+        connection: &mut Connection,
+        viewer: Viewer,
+        id: Uuid,
+    ) -> Result<Option<Arc<JobIdentity>>> {
+        let head = JobHead::find(connection, viewer, id).await?;
+        Ok(head.map(|head| self.remember(connection, head)))
     }
 
     async fn find_by_name(

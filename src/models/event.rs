@@ -16,7 +16,10 @@ pub use self::{
 };
 use crate::{
     error::Result,
-    models::caller::Visibility,
+    models::{
+        caller::{Viewer, Visibility},
+        visible_jobs,
+    },
     progress::{EventKind, JobState, JobStatus, Progress, StepSet},
     schema::{events, jobs},
 };
@@ -191,6 +194,12 @@ impl JobHead {
             ids => query.filter(jobs::id.eq_any(ids)),
         };
         Ok(query.load(connection).await?)
+    }
+
+    /// A job of this id that the viewer may see.
+    pub async fn find(connection: &mut AsyncPgConnection, viewer: Viewer, id: Uuid) -> Result<Option<Self>> {
+        let query = jobs::table.find(id).select(Self::as_select()).into_boxed();
+        Ok(visible_jobs!(query, viewer.visibility()).first(connection).await.optional()?)
     }
 
     /// A provider's job by the provider's own id for it.

@@ -13,6 +13,7 @@ pub use self::list::{JobFilters, JobPage};
 use super::{
     caller::{Provider, UserRole, Viewer, Visibility},
     job_configuration::{ConfigurationKey, JobConfiguration},
+    visible_jobs,
 };
 use crate::{
     db::Transaction,
@@ -99,9 +100,8 @@ pub struct NewJob {
 }
 
 impl Job {
-    /// Loads jobs by their ids, in any order. Unknown ids are left out. It does not
-    /// check whether a viewer may see the jobs.
-    async fn load(conn: &mut AsyncPgConnection, ids: &[Uuid]) -> Result<Vec<Self>> {
+    /// Loads those of these jobs that are visible, in any order.
+    async fn load(conn: &mut AsyncPgConnection, visibility: Visibility, ids: &[Uuid]) -> Result<Vec<Self>> {
         diesel::alias!(users as providers: Providers, users as customers: Customers);
         let (provider_id, customer_id) = (providers.field(users::id), customers.field(users::id));
         let query = jobs::table
@@ -125,6 +125,7 @@ impl Job {
                 jobs::updated_at,
             ))
             .into_boxed();
+        let query = visible_jobs!(query, visibility);
         let query = match ids {
             // Postgres plans a query with an array anew at each call, which costs
             // more than the look-up of one id.
@@ -138,14 +139,13 @@ impl Job {
     /// other job, and for a provider's key if the viewer is not a provider.
     pub async fn find(conn: &mut AsyncPgConnection, viewer: Viewer, key: &JobKey) -> Result<Self> {
         let job = match (key, viewer.visibility()) {
-            (JobKey::Id(id), _) => Self::load(conn, &[*id]).await?.pop(),
+            (JobKey::Id(id), visibility) => Self::load(conn, visibility, &[*id]).await?.pop(),
             (JobKey::ProviderJobId(name), Visibility::Provider(provider_id)) => {
                 Self::find_by_provider_job_id(conn, provider_id, name).await?
             }
             (JobKey::ProviderJobId(_), Visibility::Customer(_) | Visibility::Job(_)) => None,
         };
-        job.filter(|job| viewer.sees(job.id, job.provider.id, job.customer.id))
-            .ok_or_else(|| Error::not_found(Resource::Job, key))
+        job.ok_or_else(|| Error::not_found(Resource::Job, key))
     }
 
     async fn find_by_provider_job_id(
@@ -160,7 +160,7 @@ impl Job {
             .await
             .optional()?;
         let Some(id) = id else { return Ok(None) };
-        Ok(Self::load(conn, &[id]).await?.pop())
+        Ok(Self::load(conn, Visibility::Provider(provider_id), &[id]).await?.pop())
     }
 
     /// Creates a job. Returns it and whether it existed before. Fails with

@@ -63,3 +63,17 @@ macro_rules! oldest_first {
     }};
 }
 use oldest_first;
+
+/// Cuts a boxed query on `jobs` to the rows of a [`caller::Visibility`], so that a job of
+/// somebody else is found in as many steps as one that does not exist.
+macro_rules! visible_jobs {
+    ($query:expr, $visibility:expr) => {{
+        use $crate::{models::caller::Visibility, schema::jobs};
+        match $visibility {
+            Visibility::Provider(id) => $query.filter(jobs::provider_id.eq(id)),
+            Visibility::Customer(id) => $query.filter(jobs::customer_id.eq(id)),
+            Visibility::Job(id) => $query.filter(jobs::id.eq(id)),
+        }
+    }};
+}
+use visible_jobs;

@@ -35,6 +35,7 @@ mod jobs;
 mod limits;
 mod log_in;
 mod metrics;
+mod not_found;
 mod operations;
 mod outages;
 mod plans;

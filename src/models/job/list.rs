@@ -19,6 +19,7 @@ use crate::{
     models::{
         CreationCursor,
         caller::{Viewer, Visibility},
+        visible_jobs,
     },
     progress::JobStatus,
     schema::jobs,
@@ -84,7 +85,7 @@ impl Job {
             next = keys.last().copied();
         }
         let ids: Vec<Uuid> = keys.iter().map(|key| key.id).collect();
-        let mut jobs = Self::load(conn, &ids).await?;
+        let mut jobs = Self::load(conn, viewer.visibility(), &ids).await?;
         // An event may have changed a job since its key was found.
         jobs.retain(|job| filters.still_hold(job));
         jobs.sort_unstable_by_key(|job| Reverse(job.cursor()));
@@ -154,11 +155,7 @@ struct ListQuery<'a> {
 impl<'a> ListQuery<'a> {
     fn visible(self) -> Keys<'a> {
         let query = jobs::table.select((jobs::created_at, jobs::id)).into_boxed();
-        match self.visibility {
-            Visibility::Provider(id) => query.filter(jobs::provider_id.eq(id)),
-            Visibility::Customer(id) => query.filter(jobs::customer_id.eq(id)),
-            Visibility::Job(id) => query.filter(jobs::id.eq(id)),
-        }
+        visible_jobs!(query, self.visibility)
     }
 
     /// The visible jobs that match the filters by time of creation, after those of the
