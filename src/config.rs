@@ -532,7 +532,8 @@ mod tests {
         ] {
             assert_eq!(network(text).map(|parsed| parsed.to_string()).as_deref(), Ok(range), "{text}");
         }
-        for text in ["", "10.0.0.1:80", "10.0.0.0/33", "10.0.0.0/", "::ffff:10.0.0.0/95", "proxy.example.com"] {
+        for text in ["", "10.0.0.1:80", "10.0.0.0/33", "10.0.0.0/", "::ffff:10.0.0.0/95", "proxy.example.com"]
+        {
             assert!(network(text).is_err(), "{text}");
         }
     }

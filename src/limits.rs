@@ -81,3 +81,14 @@ pub const UNAUTHENTICATED_CALLS: usize = CONNECTIONS;
 pub const UNAUTHENTICATED_CALL_BYTES: usize = 64 * 1024;
 /// Most credentials in the cache of one process.
 pub const CREDENTIALS: usize = 65_536;
+/// Most bytes of descriptors that one stream of reflection sends: four times as many as a
+/// call without a credential may send. All descriptors have 76 kB.
+pub const REFLECTION_STREAM_BYTES: usize = 4 * UNAUTHENTICATED_CALL_BYTES;
+/// Most bytes of descriptors that reflection sends to one caller at once. A call of
+/// grpcurl reads some 20 kB of them, so that a script can make a hundred calls.
+pub const REFLECTION_BYTES: usize = 2 * 1024 * 1024;
+/// How many of [`REFLECTION_BYTES`] come back in each second.
+pub const REFLECTION_BYTES_PER_SECOND: usize = 128 * 1024;
+/// Largest request of reflection, in bytes. The answer repeats the request, and an error
+/// quotes the name in it, which must fit into headers.
+pub const REFLECTION_REQUEST_BYTES: usize = 1024;

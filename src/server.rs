@@ -8,6 +8,7 @@ mod connection;
 mod http;
 mod incoming;
 mod metrics;
+mod reflection;
 mod tls;
 
 use std::{pin::pin, sync::Arc, time::Duration};
@@ -20,7 +21,13 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::service::Routes;
 use tonic_health::{ServingStatus, server::HealthReporter};
 
-use self::{authentication::Authentication, calls::Calls, connection::Connections, incoming::incoming};
+use self::{
+    authentication::Authentication,
+    calls::Calls,
+    connection::Connections,
+    incoming::incoming,
+    reflection::{Budgeted, Budgets},
+};
 pub use self::{metrics::serve_metrics, tls::Tls};
 use crate::{
     config::ServerSettings,
@@ -53,6 +60,16 @@ const CHECK_TAIL: Duration = Duration::from_millis(500);
 /// may still arrive, and clients may still read the last responses.
 const DRAIN_IDLE: Duration = Duration::from_secs(1);
 
+/// A generated service that takes messages of at most so many bytes, as they are or
+/// compressed by gzip; the bytes are those of the decompressed message. Answers are not
+/// compressed: most are small, and compression would cost more than it saves.
+macro_rules! accepting {
+    ($service:expr, $bytes:expr) => {
+        $service.accept_compressed(tonic::codec::CompressionEncoding::Gzip).max_decoding_message_size($bytes)
+    };
+}
+use accepting;
+
 /// Serves until `shutdown` completes, then drains: readiness ends, the listener
 /// closes, watches end with DRAINING, calls in progress finish and connections are
 /// closed, all of it within the drain deadline. Without `tls`, connections are
@@ -75,18 +92,20 @@ pub async fn serve(
     let metrics = Arc::clone(&telemetry.metrics);
     let readiness = tokio::spawn(report_readiness(reporter, app.clone(), metrics, stopping.clone()));
 
+    let question = limits::REFLECTION_REQUEST_BYTES;
+    let reflection_v1 = accepting!(reflection().build_v1().map_err(Error::internal)?, question);
+    let reflection_v1alpha = accepting!(reflection().build_v1alpha().map_err(Error::internal)?, question);
+    let budgets = Budgets::new();
     // Only requests have a limit: pages of responses are cut to fit, and a single item
     // may be larger than a page.
     let limit = limits::MESSAGE_BYTES;
-    let routes = Routes::new(AuthServiceServer::new(AuthApi(app.clone())).max_decoding_message_size(limit))
-        .add_service(
-            ConfigurationServiceServer::new(ConfigurationApi(app.clone())).max_decoding_message_size(limit),
-        )
-        .add_service(JobServiceServer::new(JobApi(app.clone())).max_decoding_message_size(limit))
-        .add_service(EventServiceServer::new(EventApi(app.clone())).max_decoding_message_size(limit))
-        .add_service(health)
-        .add_service(reflection().build_v1().map_err(Error::internal)?)
-        .add_service(reflection().build_v1alpha().map_err(Error::internal)?)
+    let routes = Routes::new(accepting!(AuthServiceServer::new(AuthApi(app.clone())), limit))
+        .add_service(accepting!(ConfigurationServiceServer::new(ConfigurationApi(app.clone())), limit))
+        .add_service(accepting!(JobServiceServer::new(JobApi(app.clone())), limit))
+        .add_service(accepting!(EventServiceServer::new(EventApi(app.clone())), limit))
+        .add_service(accepting!(health, limits::UNAUTHENTICATED_CALL_BYTES))
+        .add_service(Budgeted::new(reflection_v1, app.clone(), budgets.clone()))
+        .add_service(Budgeted::new(reflection_v1alpha, app.clone(), budgets))
         .prepare();
     let services = Authentication::new(routes, app);
     let services = Calls::new(services, settings.request_timeout, draining.clone(), calls.clone(), telemetry);

@@ -112,7 +112,7 @@ impl LogInClaim {
     }
 
     async fn begin_with(&self, tx: &mut Transaction<'_>, has_permit: bool) -> Result<LogInAttempt> {
-        let (address, email) = (network(&self.origin), self.email.as_str());
+        let (address, email) = (network_key(&self.origin), self.email.as_str());
         let call =
             sql::begin_log_in_attempt(address, email, PAIR_FREE, OTHER_FREE, interval(LONGEST), has_permit);
         let (counted_at, wait, refused, known_pair): (_, Option<PgInterval>, _, _) =
@@ -136,7 +136,7 @@ impl LogInClaim {
         tx: &mut Transaction<'_>,
         counted_at: Option<DateTime<Utc>>,
     ) -> Result<()> {
-        let call = sql::finish_log_in_attempt(network(&self.origin), self.email.as_str(), counted_at);
+        let call = sql::finish_log_in_attempt(network_key(&self.origin), self.email.as_str(), counted_at);
         let _done: bool = diesel::select(call).get_result(tx).await?;
         Ok(())
     }
@@ -163,7 +163,7 @@ impl LogInAttempt {
     /// Takes the counted failure back, because the password could not be verified.
     pub async fn withdraw(&self, tx: &mut Transaction<'_>) -> Result<()> {
         let LogInClaim { email, origin } = &self.claim;
-        let call = sql::withdraw_log_in_attempt(network(origin), email.as_str(), self.counted_at);
+        let call = sql::withdraw_log_in_attempt(network_key(origin), email.as_str(), self.counted_at);
         let _done: bool = diesel::select(call).get_result(tx).await?;
         Ok(())
     }
@@ -185,7 +185,7 @@ pub async fn begin_sign_up(tx: &mut Transaction<'_>, origin: &Origin) -> Result<
     if origin.client_address.is_none_or(|address| address.0.to_canonical().is_loopback()) {
         return Ok(());
     }
-    let call = sql::begin_sign_up(network(origin), SIGN_UPS_FREE, interval(LONGEST));
+    let call = sql::begin_sign_up(network_key(origin), SIGN_UPS_FREE, interval(LONGEST));
     let wait: Option<PgInterval> = diesel::select(call).get_result(tx).await?;
     let refused = |retry_after| Err(Error::Overloaded { what: "sign-ups from one address", retry_after });
     wait.map(duration).map_or(Ok(()), refused)
@@ -197,14 +197,17 @@ fn duration(wait: PgInterval) -> Duration {
 }
 
 /// An IPv6 address counts as its /64 network, because one client usually has all
-/// addresses of such a network. An IPv4 address counts as itself, and an unknown one as
-/// the empty text.
-fn network(origin: &Origin) -> String {
-    match origin.client_address.map(|address| address.0.to_canonical()) {
-        Some(IpAddr::V6(address)) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).to_string(),
-        Some(IpAddr::V4(address)) => address.to_string(),
-        None => String::new(),
+/// addresses of such a network. An IPv4 address counts as itself.
+pub(crate) fn network(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
+        address @ IpAddr::V4(_) => address,
     }
+}
+
+/// The network of the origin as text; that of an unknown address is empty.
+fn network_key(origin: &Origin) -> String {
+    origin.client_address.map(|address| network(address.0).to_string()).unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -213,8 +216,8 @@ mod tests {
 
     #[test]
     fn addresses_of_one_ipv6_64_network_count_as_one() {
-        let network = |text: &str| network(&Origin::anonymous(Some(text.parse().expect("an address")), None));
-        let same = |a: &str, b: &str| network(a) == network(b);
+        let of = |text: &str| network(text.parse().expect("an address"));
+        let same = |a: &str, b: &str| of(a) == of(b);
         assert!(same("2001:db8:1:2::3", "2001:db8:1:2:ffff::4"));
         assert!(!same("2001:db8:1:2::3", "2001:db8:1:3::3"));
         assert!(!same("10.0.0.1", "10.0.0.2"));

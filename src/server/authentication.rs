@@ -3,7 +3,7 @@
 //!
 //! SignUp, LogIn, health and reflection need no credential. How many of these calls are
 //! open at once is limited by [`Admission`](crate::auth::Admission), and how many bytes
-//! each may send by [`UNAUTHENTICATED_CALL_BYTES`].
+//! each may send by [`UNAUTHENTICATED_CALL_BYTES`], also decompressed.
 
 use std::{
     convert::Infallible,
@@ -17,7 +17,12 @@ use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use tonic::{Status, body::Body, service::Routes};
 use tower::Service;
 
-use crate::{limits::UNAUTHENTICATED_CALL_BYTES, services::App};
+use super::accepting;
+use crate::{
+    limits::UNAUTHENTICATED_CALL_BYTES,
+    pb::auth_service_server::AuthServiceServer,
+    services::{App, auth::AuthApi},
+};
 
 /// The methods that need a credential, except for the two below.
 const MILEPOST: &str = "/milepost.";
@@ -29,12 +34,15 @@ const HEALTH: &str = "/grpc.health.v1.Health/Check";
 #[derive(Clone, Debug)]
 pub(super) struct Authentication {
     routes: Routes,
+    /// For SignUp and LogIn, whose messages have a lower limit than those of other methods.
+    open: AuthServiceServer<AuthApi>,
     app: App,
 }
 
 impl Authentication {
     pub(super) fn new(routes: Routes, app: App) -> Self {
-        Self { routes, app }
+        let open = AuthServiceServer::new(AuthApi(app.clone()));
+        Self { routes, open: accepting!(open, UNAUTHENTICATED_CALL_BYTES), app }
     }
 }
 
@@ -48,7 +56,7 @@ impl Service<Request<Body>> for Authentication {
     }
 
     fn call(&mut self, mut request: Request<Body>) -> Self::Future {
-        let Self { mut routes, app } = self.clone();
+        let Self { mut routes, mut open, app } = self.clone();
         Box::pin(async move {
             let path = request.uri().path();
             let milepost = path.starts_with(MILEPOST);
@@ -68,10 +76,11 @@ impl Service<Request<Body>> for Authentication {
                 Err(error) => return Ok(Status::from(error).into_http()),
             };
             let limited = |body| Body::new(Limited::new(body, UNAUTHENTICATED_CALL_BYTES).map_err(too_large));
-            let response = routes.call(request.map(limited)).await?;
+            let request = request.map(limited);
             if milepost {
-                return Ok(response);
+                return open.call(request).await;
             }
+            let response = routes.call(request).await?;
             // A stream keeps its permit until the last of its answer was sent.
             let until_the_end = |body: Body| {
                 Body::new(body.map_frame(move |frame| {

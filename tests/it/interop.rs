@@ -222,3 +222,16 @@ async fn a_python_client_receives_the_error_details_of_500_invalid_events() {
     assert!(stdout.contains("events[0].name"), "{stdout}");
     assert_eq!(provider.get(&job).await.last_sequence, 0);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_python_client_appends_events_that_it_compresses() {
+    let server = TestServer::start().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[]).await;
+    let job = provider.job(&customer).await;
+    let path = Path::new(ROOT).join("tests/it/compressed.py");
+    let stdout = succeeded(output(script(&server, &provider, path).await.arg(&job.id)).await);
+    assert_eq!(stdout, "appended\n".repeat(3));
+    let names: Vec<String> = provider.list(&job).await.into_iter().map(|event| event.name).collect();
+    assert_eq!(names, ["compressed"; 4]);
+}

@@ -32,7 +32,7 @@ use crate::support::{
 
 /// Limits of `src/limits.rs` and `src/config.rs` without a row in `rows.rs`: the
 /// limit, and the file and the name of its test.
-const ELSEWHERE: [(&str, &str, &str); 40] = [
+const ELSEWHERE: [(&str, &str, &str); 45] = [
     ("TEXT_CHARS", "tests/it/limits/texts.rs", "every_text_has_at_most_256_characters"),
     ("MESSAGE_BYTES", "tests/it/limits/mod.rs", "a_message_has_at_most_one_mebibyte"),
     ("MESSAGE_BYTES", "tests/it/limits/pages.rs", "no_page_of_events_is_larger_than_one_mebibyte"),
@@ -109,6 +109,27 @@ const ELSEWHERE: [(&str, &str, &str); 40] = [
     ("UNAUTHENTICATED_CALLS", "tests/it/limits/mod.rs", "unauthenticated_streams_open_at_once_are_limited"),
     ("UNAUTHENTICATED_CALLS", "tests/it/limits/mod.rs", "unauthenticated_calls_in_flight_are_limited"),
     ("UNAUTHENTICATED_CALL_BYTES", "tests/it/limits/mod.rs", "an_unauthenticated_call_sends_at_most_64_kib"),
+    (
+        "UNAUTHENTICATED_CALL_BYTES",
+        "tests/it/compression.rs",
+        "a_message_that_decompresses_beyond_its_limit_is_refused_without_taking_memory",
+    ),
+    (
+        "REFLECTION_STREAM_BYTES",
+        "tests/it/reflection.rs",
+        "a_stream_of_reflection_sends_four_times_as_much_as_it_may_receive",
+    ),
+    (
+        "REFLECTION_BYTES",
+        "tests/it/reflection.rs",
+        "reflection_sends_each_address_and_each_user_no_more_than_a_budget",
+    ),
+    ("REFLECTION_REQUEST_BYTES", "tests/it/reflection.rs", "a_request_of_reflection_has_at_most_1_kib"),
+    (
+        "REFLECTION_BYTES_PER_SECOND",
+        "src/server/reflection.rs",
+        "a_budget_fills_up_again_with_time_and_refuses_more_than_it_has",
+    ),
     ("HANDSHAKE", "tests/it/tls.rs", "silent_connections_delay_no_others_and_are_closed"),
     ("HANDSHAKES", "src/server/incoming.rs", "one_handshake_too_many_ends_the_oldest"),
     ("start_timeout", "tests/it/starts.rs", "a_start_waits_no_longer_than_its_timeout"),

@@ -25,7 +25,11 @@ fn refusal(status: &Status, code: Code, reason: ErrorReason) -> Refusal {
     assert_eq!(info.domain, "milepost");
     assert_eq!(info.reason, reason.as_str_name().trim_start_matches("ERROR_REASON_"), "{status:?}");
     assert!(!status.message().is_empty(), "the message is empty");
-    assert!(status.details().len().div_ceil(3) * 4 <= limits::ERROR_DETAILS_BYTES, "{} bytes", status.details().len());
+    assert!(
+        status.details().len().div_ceil(3) * 4 <= limits::ERROR_DETAILS_BYTES,
+        "{} bytes",
+        status.details().len()
+    );
     let fields = details
         .bad_request()
         .map(|bad| bad.field_violations.iter().map(|violation| violation.field.clone()).collect())
