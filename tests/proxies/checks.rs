@@ -72,12 +72,7 @@ impl Scene {
     async fn keeps_a_silent_watch(&self) {
         let mut provider = self.provider.clone();
         let job = provider.job(&self.customer).await;
-        let request = pb::WatchEventsRequest {
-            scope: Some(pb::watch_events_request::Scope::JobId(job.id.clone())),
-            heartbeat_interval: Some(prost_types::Duration { seconds: 5, nanos: 0 }),
-            ..Default::default()
-        };
-        let mut watch = self.customer.clone().watch_by(request).await.unwrap();
+        let mut watch = self.customer.clone().watch_by(silent_watch(&job)).await.unwrap();
         watch.caught_up().await;
         for _ in 0..HEARTBEATS {
             let message = watch.next().await.expect("the watch stays open");
@@ -160,6 +155,37 @@ impl Scene {
         drop(unread);
     }
 
+    /// The credential of a watch that is not read ends. That stream ends, and nothing else of
+    /// the connection that the proxy has for all clients.
+    pub async fn ends_only_the_unread_watch_of_a_user_who_logs_out(&self) {
+        let log_in = pb::LogInRequest { email: self.customer.email.clone(), password: PASSWORD.to_owned() };
+        let log_in = self.proxy.clients().anonymous().auth.log_in(log_in).await.unwrap().into_inner();
+        let secret = log_in.session.unwrap().secret;
+        let (_clients, mut unread) = self.unread_watch(&secret).await;
+        let (mut provider, mut other) = (self.provider.clone(), self.proxy.clients().customer().await);
+        let job = provider.job(&other).await;
+        let mut watch = other.watch_by(silent_watch(&job)).await.unwrap();
+        watch.caught_up().await;
+        self.proxy.clients().with_secret(&secret).auth.log_out(pb::LogOutRequest {}).await.unwrap();
+        // The server waits for less than a heartbeat interval for the unread stream.
+        let message = watch.next().await.expect("the watch stays open");
+        assert!(matches!(message, Some(Message::Heartbeat(_))), "{message:?}");
+        for _ in 0..3 {
+            provider.append(&job, [info("an event")]).await;
+            watch.until(|message| matches!(message, Message::Events(_))).await;
+        }
+        let ended = async {
+            loop {
+                match unread.message().await {
+                    Ok(Some(_)) => {}
+                    Ok(None) => panic!("the unread watch ended with OK"),
+                    Err(_) => break,
+                }
+            }
+        };
+        within_timeout("the end of the unread watch", ended).await;
+    }
+
     /// A watch by this secret of the customer. Its client does not read what awaits it.
     async fn unread_watch(&self, secret: &str) -> (Clients, Streaming<pb::WatchEventsResponse>) {
         let mut provider = self.provider.clone();
@@ -213,6 +239,15 @@ fn connections_to(port: u16) -> usize {
 fn large_events(count: usize) -> Vec<pb::NewEvent> {
     let text = || Value::StringValue("x".repeat(TEXT_BYTES)).into();
     (0..count).map(|_| with_metadata(info("large"), [("text", text())])).collect()
+}
+
+/// A watch of this job with the shortest heartbeat interval.
+fn silent_watch(job: &pb::Job) -> pb::WatchEventsRequest {
+    pb::WatchEventsRequest {
+        scope: Some(pb::watch_events_request::Scope::JobId(job.id.clone())),
+        heartbeat_interval: Some(prost_types::Duration { seconds: 5, nanos: 0 }),
+        ..Default::default()
+    }
 }
 
 fn unknown_step(tag: &str) -> pb::NewEvent {

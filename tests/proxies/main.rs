@@ -42,3 +42,9 @@ async fn envoy_passes_everything_on_over_one_connection() {
     // One for all clients, and one for the checks of health.
     assert!(connections <= 2, "{connections} connections");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn behind_envoy_a_log_out_ends_only_the_streams_of_its_user() {
+    let scene = Scene::new(Kind::Envoy).await;
+    scene.ends_only_the_unread_watch_of_a_user_who_logs_out().await;
+}
