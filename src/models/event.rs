@@ -16,7 +16,7 @@ pub use self::{
 };
 use crate::{
     error::Result,
-    models::caller::Visibility,
+    models::{caller::Visibility, job::WalkedJob},
     progress::{EventKind, JobState, JobStatus, Progress, StepSet},
     schema::{events, jobs},
 };
@@ -104,6 +104,16 @@ impl Event {
         limit: i64,
     ) -> Result<Vec<Self>> {
         let rows = Rows::Visible { visibility, after, through, limit };
+        Ok(EventQuery::new(rows).load(connection).await?)
+    }
+
+    /// The events of these parts of jobs, job by job, each job's ascending; of jobs whose logs
+    /// are being removed, none.
+    pub async fn list_of_walk(connection: &mut AsyncPgConnection, parts: &[WalkedJob]) -> Result<Vec<Self>> {
+        let jobs: Vec<Uuid> = parts.iter().map(|part| part.job.id).collect();
+        let after: Vec<i64> = parts.iter().map(|part| part.after).collect();
+        let through: Vec<i64> = parts.iter().map(|part| part.through).collect();
+        let rows = Rows::Ranges { jobs: &jobs, after: &after, through: &through };
         Ok(EventQuery::new(rows).load(connection).await?)
     }
 

@@ -37,6 +37,7 @@ mod log_in;
 mod metrics;
 mod operations;
 mod outages;
+mod past;
 mod plans;
 mod poolers;
 mod progress;
