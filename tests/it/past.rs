@@ -149,7 +149,10 @@ async fn the_past_of_a_scope_costs_what_the_scope_has() {
     let (of_customer, of_provider) = (replica.same(&customer), replica.same(&provider));
     let none = String::new;
     let [any, tag] = [none(), std::mem::take(&mut tags[0])];
-    let scopes: [(&User, &String, String, &str, &[&pb::Job], usize); 9] = [
+    // Who watches, with which tag and counterpart, after which token; which jobs are received,
+    // and how many events of each.
+    type Case<'a> = (&'a User, &'a str, String, &'a str, &'a [&'a pb::Job], usize);
+    let scopes: [Case<'_>; 9] = [
         (&of_customer, &any, none(), "", &[&rare, &common, &of_other], EACH),
         (&of_customer, &any, none(), &caught_up.resume_token, &[&rare, &common, &of_other], EACH * 3 / 4),
         (&of_customer, &any, provider.id.clone(), "", &[&rare, &common], EACH),
@@ -162,7 +165,7 @@ async fn the_past_of_a_scope_costs_what_the_scope_has() {
     ];
     for (index, (user, tag, counterpart_id, token, jobs, each)) in scopes.into_iter().enumerate() {
         let before = database.plans().await.len();
-        let all = pb::AllJobs { configuration_tag: tag.clone(), counterpart_id, ..Default::default() };
+        let all = pb::AllJobs { configuration_tag: tag.to_owned(), counterpart_id };
         let (past, _) = watch(&mut user.clone(), &all, token).await.caught_up().await;
         for job in jobs {
             let sequences: Vec<_> = of_job(&past, job).iter().map(|event| event.sequence).collect();
