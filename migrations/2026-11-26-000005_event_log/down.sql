@@ -1,3 +1,4 @@
+DROP FUNCTION sequence_at;
 DROP FUNCTION append_events;
 DROP TRIGGER step_configurations_refuse_delete ON step_configurations;
 DROP FUNCTION step_configurations_refuse_delete();

@@ -132,6 +132,34 @@ $$;
 CREATE TRIGGER events_refuse_delete AFTER DELETE ON events REFERENCING OLD TABLE AS deleted
     FOR EACH STATEMENT EXECUTE FUNCTION events_refuse_delete();
 
+-- The sequence of a job's last event at or before a position of the log; 0 if there is none.
+-- `last_sequence` is that of the job's last event. The positions of a job's events ascend, so
+-- that halving finds the event, by one look-up of the primary key a step: the last event first
+-- and then the first one, since most jobs lie on one side of the position as a whole.
+CREATE FUNCTION sequence_at(job uuid, last_sequence bigint, log_position bigint) RETURNS bigint
+LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    before bigint := 0;
+    beyond bigint := last_sequence + 1;
+    probe bigint := last_sequence;
+    probed bigint;
+BEGIN
+    IF log_position <= 0 THEN
+        RETURN 0;
+    END IF;
+    WHILE before + 1 < beyond LOOP
+        SELECT position INTO probed FROM events WHERE job_id = job AND sequence = probe;
+        IF probed <= log_position THEN
+            before := probe;
+        ELSE
+            beyond := probe;
+        END IF;
+        probe := CASE WHEN before = 0 AND beyond = last_sequence THEN 1 ELSE (before + beyond) / 2 END;
+    END LOOP;
+    RETURN before;
+END;
+$$;
+
 -- Appends events to many jobs in one statement, so that no lock is held across a
 -- client's round trip.
 --

@@ -3,10 +3,7 @@
 use std::{sync::Arc, time::Instant};
 
 use diesel_async::AsyncPgConnection;
-use tokio::{
-    sync::{Semaphore, SemaphorePermit},
-    time::timeout_at,
-};
+use tokio::time::timeout_at;
 use uuid::Uuid;
 
 use super::{event::LogEvent, job_cache::JobCache, position::Position, scope::Scope, tail::Tail};
@@ -14,11 +11,13 @@ use crate::{
     db::{Connection, Database, Identified, Identity, read},
     error::{Error, Resource, Result},
     models::{
+        caller::Tenant,
         event::{Event, JobHead},
         history::LogEnd,
     },
     progress::JobState,
     telemetry::metrics::Metrics,
+    turns::{Permits, Turns},
 };
 
 #[derive(Debug)]
@@ -27,9 +26,10 @@ pub(crate) struct Reader {
     job_cache: JobCache,
     pub(super) tail: Arc<Tail>,
     pub(super) metrics: Arc<Metrics>,
-    /// Permits of watches that read the past: half of the pool, so that calls find a
-    /// connection however many watches have fallen behind.
-    permits: Semaphore,
+    /// Permits of watches that read the past, given to the tenants in turns: half of the pool,
+    /// so that calls find a connection however many watches have fallen behind. One tenant has
+    /// at most a quarter of the pool.
+    permits: Turns<Tenant>,
 }
 
 /// What a watch has read before it reads the past.
@@ -66,21 +66,19 @@ impl Reader {
         tail: Arc<Tail>,
         metrics: Arc<Metrics>,
     ) -> Self {
-        let permits = Semaphore::new((database.settings().connections / 2).max(1));
+        let connections = database.settings().connections;
+        let permits = Turns::new((connections / 2).max(1), (connections / 4).max(1));
         Self { database, job_cache, tail, metrics, permits }
     }
 
-    /// A permit to read the past; none if there is none before `until`.
-    pub(super) async fn permit(&self, until: Option<Instant>) -> Result<Option<SemaphorePermit<'_>>> {
-        let permit = self.permits.acquire();
-        let permit = match until {
-            None => permit.await,
-            Some(until) => match timeout_at(until.into(), permit).await {
-                Ok(permit) => permit,
-                Err(_) => return Ok(None),
-            },
-        };
-        permit.map(Some).map_err(Error::internal)
+    /// A permit to read the past, when it is the tenant's turn; none if that is not before
+    /// `until`.
+    pub(super) async fn permit(&self, tenant: Tenant, until: Option<Instant>) -> Option<Permits<Tenant>> {
+        let permit = self.permits.acquire(tenant);
+        match until {
+            None => Some(permit.await),
+            Some(until) => timeout_at(until.into(), permit).await.ok(),
+        }
     }
 
     /// Encodes rows of the log for watchers.
@@ -113,12 +111,20 @@ impl Reader {
             log: position,
             cursor,
             removals: log.removals,
+            walk: None,
         };
         let position = match (reached, scope) {
             (Reached::Position(reached), _) => {
                 let kept = log.kept(connection, reached.history, reached.log).await?;
                 let kept = kept.filter(|_| reached.cursor <= end).ok_or(Error::LogSetBack)?;
-                Position { history: log.history, removals: reached.removals.min(kept), ..reached }
+                let walk = match reached.walk {
+                    // Unsent events of the walk may be lost, and others be at their positions:
+                    // these are read when the walk is done.
+                    Some(walk) => Some(walk.up_to(log.kept_through(connection, reached.history).await?)),
+                    None => None,
+                };
+                let walk = walk.filter(|walk| walk.end > reached.cursor);
+                Position { history: log.history, removals: reached.removals.min(kept), walk, ..reached }
             }
             (Reached::Nothing, Scope::Job(_)) => at(0, 0),
             // Just before the oldest event that is kept.

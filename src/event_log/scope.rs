@@ -8,6 +8,7 @@ use uuid::Uuid;
 use crate::{
     models::{
         caller::{Viewer, Visibility},
+        job::JobScope,
         job_identity::JobIdentity,
     },
     progress::EventKind,
@@ -39,6 +40,18 @@ impl Scope {
                         Visibility::Customer(_) | Visibility::Job(_) => id == job.provider_id,
                     })
             }
+        }
+    }
+
+    /// The jobs of a scope of all jobs; none for a scope of one job.
+    pub(crate) fn jobs(&self) -> Option<JobScope<'_>> {
+        match self {
+            Self::Job(_) => None,
+            Self::All { viewer, configuration_tag, counterpart_id } => Some(JobScope {
+                visibility: viewer.visibility(),
+                configuration_tag,
+                counterpart_id: *counterpart_id,
+            }),
         }
     }
 

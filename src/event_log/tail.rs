@@ -157,7 +157,7 @@ impl Tail {
     pub(crate) fn current(&self) -> Option<(Run, Position)> {
         let state = self.state.lock();
         let State { head, run, removals, .. } = *state;
-        let position = Position { history: run.history, log: head, cursor: head, removals };
+        let position = Position { history: run.history, log: head, cursor: head, removals, walk: None };
         (state.read_through.elapsed() < CURRENT).then_some((run, position))
     }
 

@@ -18,6 +18,7 @@ use crate::{
     error::Result,
     models::{
         caller::{Viewer, Visibility},
+        job::WalkedJob,
         visible_jobs,
     },
     progress::{EventKind, JobState, JobStatus, Progress, StepSet},
@@ -107,6 +108,16 @@ impl Event {
         limit: i64,
     ) -> Result<Vec<Self>> {
         let rows = Rows::Visible { visibility, after, through, limit };
+        Ok(EventQuery::new(rows).load(connection).await?)
+    }
+
+    /// The events of these parts of jobs, job by job, each job's ascending; of jobs whose logs
+    /// are being removed, none.
+    pub async fn list_of_walk(connection: &mut AsyncPgConnection, parts: &[WalkedJob]) -> Result<Vec<Self>> {
+        let jobs: Vec<Uuid> = parts.iter().map(|part| part.job.id).collect();
+        let after: Vec<i64> = parts.iter().map(|part| part.after).collect();
+        let through: Vec<i64> = parts.iter().map(|part| part.through).collect();
+        let rows = Rows::Ranges { jobs: &jobs, after: &after, through: &through };
         Ok(EventQuery::new(rows).load(connection).await?)
     }
 

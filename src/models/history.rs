@@ -4,6 +4,7 @@
 
 use diesel::{
     define_sql_function,
+    dsl::min,
     prelude::*,
     sql_types::{BigInt, Text, Uuid as SqlUuid},
 };
@@ -12,7 +13,7 @@ use uuid::Uuid;
 
 use crate::{
     db::Identified,
-    error::Result,
+    error::{Error, Result},
     schema::{event_log, histories, retention},
 };
 
@@ -60,6 +61,19 @@ impl LogEnd {
             return Ok(Some(i64::MAX));
         }
         Ok(diesel::select(kept_removals(history, position)).get_result(connection).await?)
+    }
+
+    /// Up to which position the log still has what it had in `history`, of which something is
+    /// kept. To be called on the connection that read the end.
+    pub async fn kept_through(self, connection: &mut AsyncPgConnection, history: Uuid) -> Result<i64> {
+        if history == self.history {
+            return Ok(self.position);
+        }
+        diesel::alias!(histories as own: OwnHistory);
+        let number = own.filter(own.field(histories::id).eq(history)).select(own.field(histories::number));
+        let later = histories::table.filter(histories::number.nullable().gt(number.single_value()));
+        let kept: Option<i64> = later.select(min(histories::after_position)).first(connection).await?;
+        kept.ok_or(Error::LogSetBack)
     }
 }
 

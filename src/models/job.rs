@@ -1,6 +1,7 @@
 //! Jobs, which a provider runs for a customer.
 
 mod list;
+mod walk;
 
 use std::fmt;
 
@@ -9,7 +10,10 @@ use diesel::prelude::*;
 use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use uuid::Uuid;
 
-pub use self::list::{JobFilters, JobPage};
+pub use self::{
+    list::{JobFilters, JobPage},
+    walk::{JobScope, JobWalk, WalkPoint, WalkedJob},
+};
 use super::{
     caller::{Provider, UserRole, Viewer, Visibility},
     job_configuration::{ConfigurationKey, JobConfiguration},

@@ -6,7 +6,7 @@ use std::time::Duration;
 use diesel::{
     dsl::exists,
     prelude::*,
-    sql_types::{Integer, Interval},
+    sql_types::{Bool, Integer, Interval},
 };
 use diesel_async::{AsyncPgConnection, RunQueryDsl};
 
@@ -14,8 +14,11 @@ use super::caller::Visibility;
 use crate::{
     db::Transaction,
     error::Result,
-    models::{history, interval},
-    schema::{removed_logs, retention},
+    models::{
+        CreationCursor, history, interval,
+        job::{JobScope, WalkPoint},
+    },
+    schema::{jobs, removed_logs, retention},
 };
 
 /// Most jobs that one step marks for removal, and about the most events that it
@@ -47,19 +50,30 @@ pub async fn remove_step(tx: &mut Transaction<'_>, age: Duration) -> Result<bool
 /// Selects the removed job logs that affect a watch of all jobs.
 #[derive(Clone, Copy, Debug)]
 pub struct Removed<'a> {
-    /// Only logs of jobs that the viewer sees.
-    pub visibility: Visibility,
-    /// Only logs of jobs of this configuration tag; empty: of any tag.
-    pub configuration_tag: &'a str,
-    /// Only logs of jobs whose other party is this user.
-    pub counterpart_id: Option<uuid::Uuid>,
+    /// Only logs of these jobs.
+    pub scope: JobScope<'a>,
     /// Only logs with an event after this position.
     pub after_position: i64,
     /// Only removals with a number greater than this one.
     pub since: i64,
-    /// Leaves out logs all of whose events lay after the first of these positions
-    /// and not after the second.
-    pub except_between: Option<(i64, i64)>,
+    pub unread: Unread,
+}
+
+/// What a watch has not read of the logs that have an event after a position.
+#[derive(Clone, Copy, Debug)]
+pub enum Unread {
+    /// Events of all these logs. Left out are logs all of whose events lay after the first of
+    /// these positions and not after the second.
+    InLog { except_between: Option<(i64, i64)> },
+    /// In a walk: events of the logs that go on behind its end, and of those that it has not
+    /// come to, or not to their ends.
+    InWalk {
+        end: i64,
+        /// How far the walk had come before the last page, and with it.
+        points: [WalkPoint; 2],
+        /// Leaves out the logs of which the walk has read no event.
+        except_unbegun: bool,
+    },
 }
 
 impl Removed<'_> {
@@ -70,14 +84,32 @@ impl Removed<'_> {
             .filter(removed_logs::number.gt(self.since))
             .filter(removed_logs::position.gt(self.after_position))
             .into_boxed();
-        if let Some((after, through)) = self.except_between {
-            let touches = removed_logs::first_position.le(after).or(removed_logs::position.gt(through));
-            selected = selected.filter(touches);
+        match self.unread {
+            Unread::InLog { except_between: None } => {}
+            Unread::InLog { except_between: Some((after, through)) } => {
+                let touches = removed_logs::first_position.le(after).or(removed_logs::position.gt(through));
+                selected = selected.filter(touches);
+            }
+            Unread::InWalk { end, points: [before, with], except_unbegun } => {
+                let begun = |point: WalkPoint| {
+                    let counts = point.sequence > 0 || !except_unbegun;
+                    let unread = jobs::last_sequence.gt(point.sequence);
+                    jobs::id.eq(point.job.id).and(unread).and(counts.into_sql::<Bool>())
+                };
+                let CreationCursor { created_at, id } = before.job;
+                let later = jobs::created_at.eq(created_at).and(jobs::id.gt(id));
+                let later = jobs::created_at.gt(created_at).or(later);
+                let unread = later.and((!except_unbegun).into_sql::<Bool>());
+                let unread = unread.or(begun(before)).or(begun(with));
+                let unread = jobs::table.filter(jobs::id.eq(removed_logs::job_id).and(unread));
+                selected = selected.filter(removed_logs::position.gt(end).or(exists(unread)));
+            }
         }
-        if !self.configuration_tag.is_empty() {
-            selected = selected.filter(removed_logs::configuration_tag.eq(self.configuration_tag));
+        let JobScope { visibility, configuration_tag, counterpart_id } = self.scope;
+        if !configuration_tag.is_empty() {
+            selected = selected.filter(removed_logs::configuration_tag.eq(configuration_tag));
         }
-        selected = match (self.visibility, self.counterpart_id) {
+        selected = match (visibility, counterpart_id) {
             (Visibility::Provider(id), None) => selected.filter(removed_logs::provider_id.eq(id)),
             (Visibility::Customer(id), None) => selected.filter(removed_logs::customer_id.eq(id)),
             (Visibility::Provider(provider), Some(customer))

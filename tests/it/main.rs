@@ -39,6 +39,7 @@ mod metrics;
 mod not_found;
 mod operations;
 mod outages;
+mod past;
 mod plans;
 mod poolers;
 mod progress;

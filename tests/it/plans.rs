@@ -76,7 +76,7 @@ fn nodes(node: &Value) -> Vec<&Value> {
 
 /// What the scans of a plan read of `jobs` and `events`: the table, the node type and
 /// the number of rows, including those that a filter removed.
-fn reads(plan: &Value) -> Vec<(String, String, f64)> {
+pub fn reads(plan: &Value) -> Vec<(String, String, f64)> {
     let mut reads = Vec::new();
     for node in nodes(&plan["Plan"]) {
         let number = |key: &str| node[key].as_f64().unwrap_or_default();

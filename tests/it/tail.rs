@@ -35,7 +35,7 @@ async fn the_tail_needs_no_metadata_of_any_configuration() {
 }
 
 /// Appends to a job, beside the server, an event whose time no server can read.
-async fn append_unreadable(server: &TestServer, job: &pb::Job) {
+pub async fn append_unreadable(server: &TestServer, job: &pb::Job) {
     let append = format!(
         "BEGIN;
         UPDATE jobs SET last_sequence = last_sequence + 1, last_event_id = gen_random_uuid()

@@ -1,7 +1,8 @@
 //! The one loop behind every watch. A watch subscribes first, then reads the past,
 //! then follows the tail, so that no event falls between the two. A watch whose
 //! mailbox overflowed reads the log again from its position: nothing is held for it,
-//! and nothing is lost.
+//! and nothing is lost. The past of one job and a short past of all jobs are read in the
+//! order of the log; a long past of all jobs is a walk of the scope's jobs (`walk`).
 //!
 //! ```text
 //!  opened ──▶ Past ──`caught_up` sent──▶ Behind ──log read to its end──▶ Live
@@ -15,6 +16,7 @@
 
 mod message;
 mod past;
+mod walk;
 
 use std::{
     collections::VecDeque,
@@ -25,18 +27,18 @@ use std::{
 use tokio_util::sync::CancellationToken;
 
 pub(crate) use self::message::{Body, EndReason, Message, Start, WatchQuery};
-use self::past::{Page, Past};
+use self::past::{PAGE_BYTES, Page, Past};
 use super::{
     event::LogEvent,
     mailbox::{Delivered, Delivery, Subscription},
-    position::{Position, ResumeToken, Run},
+    position::{Position, ResumeToken, Run, Walk},
     reader::{Reached, Reader, Standing},
     scope::{Filter, Scope},
 };
 use crate::{
     auth::Credential,
     error::{Error, Result},
-    limits::MESSAGE_BYTES,
+    limits::{MESSAGE_BYTES, METADATA_BYTES},
     progress::JobState,
     telemetry::metrics::Open,
 };
@@ -45,6 +47,12 @@ use crate::{
 const RETRY: Duration = Duration::from_millis(250);
 /// Bytes of a message beside its events.
 const MESSAGE_MARGIN: usize = 1024;
+/// Most bytes of an event beside its metadata.
+const EVENT_MARGIN: usize = 8 * 1024;
+
+// A page of the past is cut behind the event that passes its bound, and then fits in one
+// message.
+const _: () = assert!(PAGE_BYTES + METADATA_BYTES + EVENT_MARGIN <= MESSAGE_BYTES - MESSAGE_MARGIN);
 
 #[derive(Debug)]
 pub(crate) struct Watch {
@@ -92,6 +100,8 @@ struct Pending {
     events: VecDeque<Arc<LogEvent>>,
     /// The cursor moves here once no event is pending.
     read_to: i64,
+    /// The walk moves here once no event is pending.
+    walk: Option<Walk>,
 }
 
 impl Watch {
@@ -127,7 +137,7 @@ impl Watch {
             phase: Phase::Past,
             past: Past::new(end, identity, matches!(start, Start::Beginning)),
             position,
-            pending: Pending { events: VecDeque::new(), read_to: position.cursor },
+            pending: Pending { events: VecDeque::new(), read_to: position.cursor, walk: position.walk },
             job,
             _counted: counted,
             reader,
@@ -197,11 +207,12 @@ impl Watch {
     }
 
     fn has_pending(&self) -> bool {
-        !self.pending.events.is_empty() || self.position.cursor < self.pending.read_to
+        let Pending { events, read_to, walk } = &self.pending;
+        !events.is_empty() || self.position.cursor < *read_to || self.position.walk != *walk
     }
 
     fn is_behind(&self) -> bool {
-        self.position.cursor < self.past.end
+        self.position.cursor < self.past.end()
     }
 
     /// Whether `caught_up` was sent.
@@ -240,15 +251,15 @@ impl Watch {
         // While a heartbeat is still to come, other watches must not keep this one from
         // sending it.
         let until = (!self.caught_up() && !self.heartbeat.is_due()).then_some(self.heartbeat.due_at);
-        let Some(permit) = self.reader.permit(until).await? else { return Ok(()) };
-        let scope = &self.filter.scope;
+        let (scope, tenant) = (&self.filter.scope, self.credential.caller().tenant());
+        let Some(permit) = self.reader.permit(tenant, until).await else { return Ok(()) };
         match self.past.read(&self.reader, scope, self.position, self.phase != Phase::Past).await {
             Ok(None) => {
                 drop(permit);
                 self.read_log_end().await
             }
-            Ok(Some(Page { events, read_to, removals })) => {
-                self.pending = Pending { events: events.into(), read_to };
+            Ok(Some(Page { events, read_to, walk, removals })) => {
+                self.pending = Pending { events: events.into(), read_to, walk };
                 self.position.removals = removals;
                 Ok(())
             }
@@ -273,7 +284,7 @@ impl Watch {
     /// Reads where the log ends: the past reaches up to there. [`Error::LogSetBack`] if a part
     /// of what was sent or filtered is lost.
     async fn read_log_end(&mut self) -> Result<()> {
-        let permit = self.reader.permit(None).await?;
+        let permit = self.reader.permit(self.credential.caller().tenant(), None).await;
         let standing = self.reader.standing(&self.filter.scope, Reached::Position(self.position)).await;
         drop(permit);
         if let Err(Error::NotFound { .. }) = standing {
@@ -282,7 +293,8 @@ impl Watch {
         }
         let Standing { position, end, job, identity } = standing?;
         self.position = position;
-        (self.past.end, self.past.identity) = (end, identity);
+        self.past.go_on(end, identity);
+        self.pending.walk = position.walk;
         self.job = job;
         if self.phase == Phase::Missed {
             self.phase = Phase::Behind;
@@ -338,13 +350,13 @@ impl Watch {
                 self.pending.events.push_back(event);
             }
         }
-        self.past.end = self.past.end.max(self.pending.read_to);
+        self.past.extend(self.pending.read_to);
     }
 
     /// Whether the position is one of this run. If the run is one of another database, the log
     /// is read, which compares the position.
     fn is_of(&mut self, run: Run) -> bool {
-        if run.identity != self.past.identity {
+        if run.identity != self.past.identity() {
             self.phase = Phase::Missed;
             return false;
         }
@@ -378,17 +390,23 @@ impl Watch {
 
     /// One message of pending events that match the filter, if there are any.
     fn take_pending(&mut self) -> Option<Message> {
+        let walks = self.position.walk.is_some();
         let mut events = Vec::new();
         let mut room = MESSAGE_BYTES - MESSAGE_MARGIN;
         while let Some(event) = self.pending.events.front() {
             let matches = self.filter.matches(event.kind, &event.job);
             let bytes = event.encoded.len();
-            if matches && bytes > room && !events.is_empty() {
+            // Within a page of a walk, the position has no place to stop at.
+            if matches && bytes > room && !events.is_empty() && !walks {
                 break;
             }
             let Some(event) = self.pending.events.pop_front() else { break };
-            self.position.cursor = event.cursor_in(&self.filter.scope);
-            self.position.log = event.position;
+            if walks {
+                self.position.log = self.position.log.max(event.position);
+            } else {
+                self.position.cursor = event.cursor_in(&self.filter.scope);
+                self.position.log = event.position;
+            }
             self.note(&event);
             if matches {
                 room = room.saturating_sub(bytes);
@@ -396,6 +414,7 @@ impl Watch {
             }
         }
         if self.pending.events.is_empty() {
+            self.position.walk = self.pending.walk;
             self.move_to(self.pending.read_to);
         }
         (!events.is_empty()).then(|| self.message(Body::Events(events)))
@@ -403,10 +422,13 @@ impl Watch {
 
     /// Moves the cursor past what is not of the scope: in a watch of one job, every event is.
     fn move_to(&mut self, cursor: i64) {
-        self.position.cursor = cursor;
-        if let Scope::All { .. } = self.filter.scope {
+        // A page of a walk leaves the cursor where it is.
+        if self.position.cursor < cursor
+            && let Scope::All { .. } = self.filter.scope
+        {
             self.position.log = cursor;
         }
+        self.position.cursor = cursor;
     }
 
     /// Keeps the state of the one job up to date.

@@ -5,18 +5,28 @@ use std::sync::Arc;
 use diesel_async::AsyncPgConnection;
 use uuid::Uuid;
 
+use super::walk::{self, Piece};
 use crate::{
-    db::{Identified as _, Identity},
+    db::{Connection, Identified as _, Identity},
     error::{Error, Result},
-    event_log::{event::LogEvent, position::Position, reader::Reader, scope::Scope},
-    models::{event::Event, retention::Removed},
+    event_log::{
+        event::LogEvent,
+        position::{Position, Walk},
+        reader::Reader,
+        scope::Scope,
+    },
+    models::{
+        event::Event,
+        job::JobScope,
+        retention::{Removed, Unread},
+    },
 };
 
 /// Most events that one page reads.
 const PAGE: i64 = 200;
 /// Most bytes of events that wait to be sent: a page of larger events is cut, and
 /// the next one is read shorter.
-const PAGE_BYTES: usize = 256 * 1024;
+pub(super) const PAGE_BYTES: usize = 256 * 1024;
 /// Positions of the log that one query looks through for visible events.
 const WINDOW: i64 = 10_000;
 
@@ -24,29 +34,55 @@ const WINDOW: i64 = 10_000;
 #[derive(Debug)]
 pub(super) struct Past {
     /// The past ends here: the subscription delivers every event beyond it.
-    pub(super) end: i64,
+    end: i64,
     /// The database in which this end was read. A page of another one might have other
     /// events at the same positions.
-    pub(super) identity: Identity,
+    identity: Identity,
     /// Most events of the next page.
     page: i64,
     /// The client asked for everything that is kept, not for a certain position.
     from_beginning: bool,
+    /// Up to here the log is scanned, since a walk of the scope's jobs would cost more.
+    scan_to: i64,
+    /// What was read of the jobs that a walk comes to next.
+    piece: Option<Box<Piece>>,
 }
 
 /// What one read brings.
 pub(super) struct Page {
-    /// The events of the scope, ascending.
+    /// The events of the scope: in a walk job by job, otherwise ascending.
     pub(super) events: Vec<Arc<LogEvent>>,
-    /// The log was read up to here.
+    /// See [`Position::cursor`], when these events are sent.
     pub(super) read_to: i64,
+    /// See [`Position::walk`], when these events are sent.
+    pub(super) walk: Option<Walk>,
     /// See [`Position::removals`].
     pub(super) removals: i64,
 }
 
 impl Past {
     pub(super) fn new(end: i64, identity: Identity, from_beginning: bool) -> Self {
-        Self { end, identity, page: PAGE, from_beginning }
+        Self { end, identity, page: PAGE, from_beginning, scan_to: 0, piece: None }
+    }
+
+    /// See [`Self::end`].
+    pub(super) fn end(&self) -> i64 {
+        self.end
+    }
+
+    pub(super) fn identity(&self) -> Identity {
+        self.identity
+    }
+
+    /// Has the past end no earlier than here.
+    pub(super) fn extend(&mut self, end: i64) {
+        self.end = self.end.max(end);
+    }
+
+    /// Goes on to an end that was read in this database.
+    pub(super) fn go_on(&mut self, end: i64, identity: Identity) {
+        // A piece was read for the end before, perhaps in another database.
+        (self.end, self.identity, self.scan_to, self.piece) = (end, identity, 0, None);
     }
 
     /// Has the next page be shorter, after one that could not be read; false if that page had
@@ -71,18 +107,108 @@ impl Past {
         if connection.identity() != self.identity {
             return Ok(None);
         }
-        let (rows, read_to, removals) = match scope {
-            Scope::Job(job) => {
+        let (rows, read_to, removals) = match (scope, scope.jobs()) {
+            (Scope::Job(job), _) => {
                 let (rows, read_to) = self.read_job(&mut connection, job.id, position.cursor).await?;
                 (rows, read_to, position.removals)
             }
-            Scope::All { .. } => self.read_visible(&mut connection, scope, position, caught_up).await?,
+            (Scope::All { .. }, None) => return Err(Error::internal("a scope of all jobs that has none")),
+            (Scope::All { .. }, Some(jobs)) => {
+                let skips = self.from_beginning && !caught_up;
+                if let Some(walk) = position.walk {
+                    return self.walk(reader, &mut connection, jobs, position, walk, skips).await.map(Some);
+                }
+                if self.is_walked(&mut connection, jobs, position.cursor).await? {
+                    let Position { cursor: read_to, removals, .. } = position;
+                    let walk = Some(Walk::begin(self.end));
+                    return Ok(Some(Page { events: Vec::new(), read_to, walk, removals }));
+                }
+                self.read_visible(&mut connection, jobs, position, skips).await?
+            }
         };
         let mut events = reader.encode(&mut connection, rows).await?;
         drop(connection);
-        let read_to = self.cut(&mut events, scope).unwrap_or(read_to);
+        let cut = self.cut(&mut events);
+        let last = events.last().filter(|_| cut).map(|last| last.cursor_in(scope));
+        let read_to = last.unwrap_or(read_to);
         events.retain(|event| scope.contains(&event.job));
-        Ok(Some(Page { events, read_to, removals }))
+        Ok(Some(Page { events, read_to, walk: None, removals }))
+    }
+
+    /// Whether the past is to be read by a walk of the scope's jobs. Decided once for an end.
+    async fn is_walked(
+        &mut self,
+        connection: &mut AsyncPgConnection,
+        scope: JobScope<'_>,
+        cursor: i64,
+    ) -> Result<bool> {
+        if cursor < self.scan_to || self.end - cursor <= WINDOW {
+            return Ok(false);
+        }
+        let walked = walk::is_shorter(connection, scope, self.end - cursor).await?;
+        if !walked {
+            self.scan_to = self.end;
+        }
+        Ok(walked)
+    }
+
+    /// Reads the next page of a walk. `skips` says that jobs may be left out whose logs were
+    /// removed before the walk came to them.
+    async fn walk(
+        &mut self,
+        reader: &Reader,
+        connection: &mut Connection,
+        scope: JobScope<'_>,
+        position: Position,
+        walk: Walk,
+        skips: bool,
+    ) -> Result<Page> {
+        if !self.piece.as_mut().is_some_and(|piece| piece.go_to(walk.point)) {
+            self.piece = None;
+        }
+        let piece = match &mut self.piece {
+            Some(piece) => piece,
+            none => {
+                let mut piece = Piece::read(connection, scope, position, walk).await?;
+                piece.go_to(walk.point);
+                none.insert(Box::new(piece))
+            }
+        };
+        let part = piece.part(self.page);
+        let rows = if part.jobs.is_empty() {
+            Vec::new()
+        } else {
+            Event::list_of_walk(connection, &part.jobs).await?
+        };
+        let whole = count(&rows) == part.count();
+        let mut events = reader.encode(connection, rows).await?;
+        let mut point = part.point;
+        if self.cut(&mut events) {
+            let last = events.last().and_then(|last| part.point_after(last.job.id, last.sequence));
+            point = Some(last.ok_or_else(|| Error::internal("an event of a job that was not asked for"))?);
+        }
+        let with =
+            point.or_else(|| part.jobs.last().and_then(|job| part.point_after(job.job.id, job.through)));
+        let removed = Removed {
+            scope,
+            after_position: position.cursor,
+            since: position.removals,
+            unread: Unread::InWalk {
+                end: walk.end,
+                points: [walk.point, with.unwrap_or(walk.point)],
+                except_unbegun: skips,
+            },
+        };
+        // As in `read_visible`, after the page.
+        let (removals, lost) = removed.check(connection).await?;
+        if lost || !(whole || skips) {
+            return Err(Error::EventsExpired { first_sequence: None });
+        }
+        if point.is_none() {
+            self.piece = None;
+        }
+        let read_to = if point.is_none() { walk.end } else { position.cursor };
+        Ok(Page { events, read_to, walk: point.map(|point| Walk { point, ..walk }), removals })
     }
 
     async fn read_job(
@@ -105,14 +231,11 @@ impl Past {
     async fn read_visible(
         &self,
         connection: &mut AsyncPgConnection,
-        scope: &Scope,
+        scope: JobScope<'_>,
         Position { cursor, removals, .. }: Position,
-        caught_up: bool,
+        skips: bool,
     ) -> Result<(Vec<Event>, i64, i64)> {
-        let Scope::All { viewer, configuration_tag, counterpart_id } = scope else {
-            return Err(Error::internal("a scope of one job has no position in the log"));
-        };
-        let (visibility, page) = (viewer.visibility(), self.page);
+        let page = self.page;
         let through = self.end.min(cursor + WINDOW);
         let rows = if through - cursor <= page && removals == 0 && page == PAGE {
             // For so few events, leaving out the invisible ones afterwards costs less
@@ -120,20 +243,18 @@ impl Past {
             // perhaps because of an invisible event.
             Event::list_of_log(connection, cursor, through, page).await?
         } else {
-            Event::list_visible(connection, visibility, cursor, through, page).await?
+            Event::list_visible(connection, scope.visibility, cursor, through, page).await?
         };
         let full = count(&rows) >= page;
         let read_to = if full { rows.last().map(|row| row.position) } else { None }.unwrap_or(through);
         let removed = Removed {
-            visibility,
-            configuration_tag,
-            counterpart_id: *counterpart_id,
+            scope,
             after_position: cursor,
             since: removals,
             // A watch from the beginning asks for what is kept: it loses nothing of a
             // log that was removed before the watch came to it, unless the tail
             // delivers the rest of that log.
-            except_between: (self.from_beginning && !caught_up).then_some((read_to, self.end)),
+            unread: Unread::InLog { except_between: skips.then_some((read_to, self.end)) },
         };
         // Retention marks a log as removed before it deletes the first event, so this
         // check comes after the page.
@@ -144,9 +265,9 @@ impl Past {
         Ok((rows, read_to, removals))
     }
 
-    /// Cuts a page of large events, sets the size of the next page, and returns the
-    /// cursor of the last event that is left, if the page was cut.
-    fn cut(&mut self, events: &mut Vec<Arc<LogEvent>>, scope: &Scope) -> Option<i64> {
+    /// Cuts a page of large events, and sets the size of the next page. Whether this page was
+    /// cut: at least its first event is left.
+    fn cut(&mut self, events: &mut Vec<Arc<LogEvent>>) -> bool {
         let mut bytes = 0;
         let fit = events.iter().take_while(|event| {
             let fits = bytes < PAGE_BYTES;
@@ -156,11 +277,11 @@ impl Past {
         let fit = fit.count();
         if fit == events.len() {
             self.page = (self.page * 2).min(PAGE);
-            return None;
+            return false;
         }
         events.truncate(fit);
         self.page = i64::try_from(fit).unwrap_or(PAGE).min(PAGE);
-        events.last().map(|event| event.cursor_in(scope))
+        true
     }
 }
 

@@ -35,6 +35,12 @@ pub(super) enum Rows<'a> {
     /// `(SELECT …)` hides the range from the planner, which would take it for so short
     /// that all of it may be gathered and sorted.
     Visible { visibility: Visibility, after: i64, through: i64, limit: i64 },
+    /// Events of jobs, of each after one sequence and up to another, job by job; none of jobs
+    /// whose logs are being removed. The arrays have an element for each job.
+    ///
+    /// Each job is a look-up, and a range of one index. `OFFSET 0` keeps Postgres from other
+    /// joins.
+    Ranges { jobs: &'a [Uuid], after: &'a [i64], through: &'a [i64] },
 }
 
 impl<'a> EventQuery<'a> {
@@ -78,6 +84,23 @@ impl QueryFragment<Pg> for EventQuery<'_> {
                 out.push_sql(") ORDER BY events.position LIMIT (SELECT ");
                 out.push_bind_param::<BigInt, _>(limit)?;
                 out.push_sql(")");
+            }
+            Rows::Ranges { jobs, after, through } => {
+                out.push_sql(" FROM unnest(");
+                out.push_bind_param::<Array<SqlUuid>, _>(jobs)?;
+                out.push_sql(", ");
+                out.push_bind_param::<Array<BigInt>, _>(after)?;
+                out.push_sql(", ");
+                out.push_bind_param::<Array<BigInt>, _>(through)?;
+                out.push_sql(
+                    ") WITH ORDINALITY AS given (job_id, after, through, ordinal) \
+                     CROSS JOIN LATERAL (SELECT FROM jobs WHERE jobs.id = given.job_id \
+                     AND NOT jobs.events_removed OFFSET 0) AS kept \
+                     CROSS JOIN LATERAL (SELECT * FROM events WHERE events.job_id = given.job_id \
+                     AND events.sequence > given.after AND events.sequence <= given.through \
+                     ORDER BY events.sequence OFFSET 0) AS events \
+                     ORDER BY given.ordinal, events.sequence",
+                );
             }
         }
         Ok(())

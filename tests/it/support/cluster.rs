@@ -191,13 +191,16 @@ impl TestDatabase {
         let mut lines = log.lines();
         let mut plans = Vec::new();
         while lines.any(|line| line.starts_with(&prefix)) {
-            let plan: String =
-                lines.by_ref().take_while(|line| !line.ends_with('}') || line.starts_with("\t ")).collect();
-            match serde_json::from_str(&(plan + "}")) {
-                // Postgres is still writing this plan.
-                Err(error) if error.is_eof() => break,
-                parsed => plans.push(parsed.unwrap()),
+            let mut plan = String::new();
+            let end = lines.by_ref().find(|line| {
+                plan.push_str(line);
+                line.ends_with('}') && !line.starts_with("\t ")
+            });
+            // Without its end, Postgres is still writing this plan.
+            if end.is_none() {
+                break;
             }
+            plans.push(serde_json::from_str(&plan).unwrap());
         }
         plans
     }
