@@ -1,6 +1,8 @@
 //! Every setting, with its flag, its environment variable, its default and its
 //! unit. Parsed once, on the command line; the modules take these structs.
 
+mod quotas;
+
 use std::{
     env, fmt,
     net::{IpAddr, SocketAddr},
@@ -16,6 +18,8 @@ use clap::{
     value_parser,
 };
 use ipnet::IpNet;
+
+pub use self::quotas::QuotaSettings;
 
 /// All settings of `serve`.
 #[derive(Args, Clone, Debug)]
@@ -189,6 +193,10 @@ pub struct ServerSettings {
     /// The publish window and the retention.
     #[command(flatten)]
     pub log: EventLogSettings,
+
+    /// The most that each user may have.
+    #[command(flatten)]
+    pub quotas: QuotaSettings,
 }
 
 impl ServerSettings {
@@ -310,6 +318,12 @@ pub struct AuthSettings {
     #[arg(long = "session-lifetime-s", env = "MILEPOST_SESSION_LIFETIME_S", default_value = "43200",
           value_name = "SECONDS", value_parser = seconds(1..=31_536_000))]
     pub session_lifetime: Duration,
+
+    /// Most sign-ups in an hour from one client address (for IPv6, from one /64 network), on all servers
+    /// together; sign-ups from loopback are not counted
+    #[arg(long, env = "MILEPOST_SIGN_UPS_PER_HOUR", default_value_t = 100, value_name = "COUNT",
+          value_parser = value_parser!(i32).range(1..))]
+    pub sign_ups_per_hour: i32,
 
     /// Cost and parallelism of password hashing.
     #[command(flatten)]

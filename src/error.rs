@@ -6,7 +6,7 @@ use std::{error::Error as StdError, fmt, time::Duration};
 use diesel::result::{DatabaseErrorKind, Error as DieselError};
 use uuid::Uuid;
 
-use crate::{limits::ERROR_QUOTE_CHARS, progress::JobStatus};
+use crate::{limits::ERROR_QUOTE_CHARS, progress::JobStatus, quota::QuotaUsed};
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -84,6 +84,9 @@ pub enum Error {
         /// Time until the next attempt is useful.
         retry_after: Duration,
     },
+    /// A quota of the user, or for an append of the job's provider, is used up.
+    #[error("the quota of {} {} is used up", .0.limit, .0.quota.noun())]
+    QuotaExceeded(QuotaUsed),
     #[error("the database does not answer")]
     Unavailable(#[source] BoxError),
     #[error("this server is shutting down")]

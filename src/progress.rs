@@ -50,6 +50,16 @@ pub enum EventKind {
     Close,
 }
 
+impl EventKind {
+    /// Whether no client can append it. Such an event counts against nobody's quota.
+    pub fn is_written_by_server(self) -> bool {
+        match self {
+            Self::Step | Self::Error | Self::Info | Self::Complete => false,
+            Self::Close => true,
+        }
+    }
+}
+
 /// Progress of a job in the points of its configuration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress {

@@ -74,9 +74,27 @@ diesel::table! {
 }
 
 diesel::table! {
+    credential_removal (id) {
+        id -> Int2,
+        seen_at -> Nullable<Timestamptz>,
+        unseen -> Interval,
+        unseen_until -> Timestamptz,
+    }
+}
+
+diesel::table! {
     event_log (id) {
         id -> Int2,
         position -> Int8,
+    }
+}
+
+diesel::table! {
+    event_usage (user_id) {
+        user_id -> Uuid,
+        stored_bytes -> Int8,
+        day -> Date,
+        day_events -> Int8,
     }
 }
 
@@ -232,6 +250,14 @@ diesel::table! {
 }
 
 diesel::table! {
+    sign_up_windows (key) {
+        key -> Bytea,
+        sign_ups -> Int4,
+        began_at -> Timestamptz,
+    }
+}
+
+diesel::table! {
     step_configurations (id) {
         id -> Uuid,
         job_configuration_id -> Uuid,
@@ -241,6 +267,29 @@ diesel::table! {
         points -> Int4,
         created_at -> Timestamptz,
         updated_at -> Timestamptz,
+    }
+}
+
+diesel::table! {
+    usage_changes (number) {
+        number -> Int8,
+        user_id -> Uuid,
+        configurations -> Int8,
+        open_jobs -> Int8,
+        api_keys -> Int8,
+        watch_tokens -> Int8,
+        stored_bytes -> Int8,
+    }
+}
+
+diesel::table! {
+    user_usage (user_id) {
+        user_id -> Uuid,
+        configurations -> Int8,
+        open_jobs -> Int8,
+        api_keys -> Int8,
+        watch_tokens -> Int8,
+        stored_bytes -> Int8,
     }
 }
 
@@ -279,17 +328,21 @@ diesel::table! {
 }
 
 diesel::joinable!(api_keys -> users (user_id));
+diesel::joinable!(event_usage -> users (user_id));
 diesel::joinable!(metadata_configurations -> step_configurations (step_configuration_id));
 diesel::joinable!(removed_logs -> jobs (job_id));
 diesel::joinable!(sessions -> users (user_id));
 diesel::joinable!(step_configurations -> job_configurations (job_configuration_id));
+diesel::joinable!(user_usage -> users (user_id));
 diesel::joinable!(watch_tokens -> jobs (job_id));
 diesel::joinable!(watch_tokens -> users (user_id));
 
 diesel::allow_tables_to_appear_in_same_query!(
     api_keys,
     audit_entries,
+    credential_removal,
     event_log,
+    event_usage,
     events,
     histories,
     job_configurations,
@@ -300,7 +353,10 @@ diesel::allow_tables_to_appear_in_same_query!(
     retention,
     schema_compatibility,
     sessions,
+    sign_up_windows,
     step_configurations,
+    usage_changes,
+    user_usage,
     users,
     watch_tokens,
 );

@@ -11,7 +11,7 @@ mod metrics;
 mod reflection;
 mod tls;
 
-use std::{pin::pin, sync::Arc, time::Duration};
+use std::{error::Error as StdError, pin::pin, sync::Arc, time::Duration};
 
 use tokio::{
     net::TcpListener,
@@ -81,7 +81,7 @@ pub async fn serve(
     settings: &ServerSettings,
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
-    let draining = app.draining.clone();
+    let (draining, usage) = (app.draining.clone(), app.log.usage.clone());
     let connections = Connections::new(limits::CONNECTIONS, limits::HANDSHAKE);
     let calls = TaskTracker::new();
     let stopping = CancellationToken::new();
@@ -130,6 +130,13 @@ pub async fn serve(
     };
     let drained = timeout(settings.drain_deadline, drained).await;
     connections.cut();
+    // Bounded by the time-outs of the database.
+    if let Err(error) = usage.write_rest().await {
+        tracing::warn!(
+            error = &error as &dyn StdError,
+            "what was appended in the last second is not counted"
+        );
+    }
     if drained.is_err() {
         tracing::warn!("the drain deadline passed with calls in progress: cutting their connections");
     }

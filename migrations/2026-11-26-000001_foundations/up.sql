@@ -12,7 +12,7 @@ CREATE TABLE schema_compatibility (
     CONSTRAINT schema_compatibility_id_check CHECK (id = 1)
 );
 
-INSERT INTO schema_compatibility (oldest_server) VALUES ('20261126000010');
+INSERT INTO schema_compatibility (oldest_server) VALUES ('20261126000011');
 
 CREATE FUNCTION set_updated_at() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN

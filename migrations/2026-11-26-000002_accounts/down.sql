@@ -1,7 +1,17 @@
 DROP TABLE api_keys;
+DROP FUNCTION api_keys_count_usage();
 DROP TYPE api_key_scope;
 DROP TABLE sessions;
 DROP FUNCTION refuse_change_of_revocation;
 DROP FUNCTION is_valid;
+DROP FUNCTION add_event_usage;
+DROP FUNCTION settle_some_usage;
+DROP FUNCTION settle_usage;
+DROP FUNCTION take_over_usage;
+DROP FUNCTION utc_day;
+DROP TABLE event_usage;
+DROP TABLE usage_changes;
+DROP TABLE user_usage;
 DROP TABLE users;
+DROP FUNCTION users_make_usage();
 DROP TYPE user_role;

@@ -1,2 +1,3 @@
 DROP TABLE jobs;
+DROP FUNCTION jobs_count_usage();
 DROP TYPE job_status;

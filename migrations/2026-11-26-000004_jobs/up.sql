@@ -78,3 +78,38 @@ CREATE INDEX jobs_job_configuration_id_customer_id_idx ON jobs (job_configuratio
 
 -- The jobs whose events retention removes next, in the order in which they closed.
 CREATE INDEX jobs_closed_at_idx ON jobs (closed_at) WHERE closed_at IS NOT NULL AND NOT events_removed;
+
+-- Counts open jobs, and the bytes of all jobs: about what the row and its index entries take
+-- beside its texts. A job that closes is counted by append_events.
+CREATE FUNCTION jobs_count_usage() RETURNS trigger LANGUAGE plpgsql
+SET enable_seqscan = off
+SET enable_hashjoin = off
+SET enable_mergejoin = off
+AS $$
+DECLARE
+    row_bytes CONSTANT integer := 1024;
+BEGIN
+    IF TG_OP = 'INSERT' THEN
+        UPDATE user_usage AS usage SET
+            open_jobs = usage.open_jobs + counted.open,
+            stored_bytes = usage.stored_bytes + counted.bytes
+        FROM (
+            SELECT provider_id, count(*) FILTER (WHERE closed_at IS NULL) AS open,
+                sum(row_bytes + octet_length(provider_job_id) + octet_length(provider_job_name)) AS bytes
+            FROM changed GROUP BY provider_id
+        ) AS counted
+        WHERE usage.user_id = counted.provider_id;
+    ELSE
+        INSERT INTO usage_changes (user_id, open_jobs, stored_bytes)
+        SELECT provider_id, -count(*) FILTER (WHERE closed_at IS NULL),
+            -sum(row_bytes + octet_length(provider_job_id) + octet_length(provider_job_name))
+        FROM changed GROUP BY provider_id;
+    END IF;
+    RETURN NULL;
+END;
+$$;
+
+CREATE TRIGGER jobs_count_added AFTER INSERT ON jobs REFERENCING NEW TABLE AS changed
+    FOR EACH STATEMENT EXECUTE FUNCTION jobs_count_usage();
+CREATE TRIGGER jobs_count_removed AFTER DELETE ON jobs REFERENCING OLD TABLE AS changed
+    FOR EACH STATEMENT EXECUTE FUNCTION jobs_count_usage();

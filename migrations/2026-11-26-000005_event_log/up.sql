@@ -58,6 +58,13 @@ CREATE TABLE events (
         END)
 );
 
+-- What an event counts against the quota of stored bytes; event_bytes in
+-- src/models/event.rs says the same. What the server writes counts for nobody.
+CREATE FUNCTION event_bytes(kind event_kind, name text, event_metadata bytea) RETURNS bigint
+LANGUAGE sql IMMUTABLE AS $$
+    SELECT CASE WHEN kind = 'close' THEN 0 ELSE 256 + octet_length(name) + octet_length(event_metadata) END;
+$$;
+
 CREATE TRIGGER events_refuse_update BEFORE UPDATE ON events
     FOR EACH STATEMENT EXECUTE FUNCTION refuse_update();
 
@@ -178,7 +185,8 @@ $$;
 --
 -- Locks, until the commit: first the rows of jobs in the order of the arrays,
 -- which must be that of the jobs' ids, then the row of event_log. Every
--- transaction takes them in this order, so that none deadlock.
+-- transaction takes them in this order, so that none deadlock. It takes no row of
+-- user_usage, which a transaction of one tenant may hold for long.
 --
 -- Arrays named job_* have one element for each job, arrays named event_* one for
 -- each event. The events of a job are adjacent and in order; event_job is the
@@ -290,11 +298,16 @@ BEGIN
             occurred_at, status, points_done, percent, ordinal)
         WHERE outcomes[given.job] = 0;
 
-        -- The closing time of a job is the time of its last event.
+        -- The closing time of a job is the time of its last event. The providers have
+        -- fewer open jobs: see user_usage.
         IF true = ANY (job_closed) THEN
-            UPDATE jobs SET closed_at = appended_at
-            FROM unnest(job_id, job_closed, outcomes) AS given (id, closed, outcome)
-            WHERE jobs.id = given.id AND given.closed AND given.outcome = 0;
+            WITH closed AS (
+                UPDATE jobs SET closed_at = appended_at
+                FROM unnest(job_id, job_closed, outcomes) AS given (id, closed, outcome)
+                WHERE jobs.id = given.id AND given.closed AND given.outcome = 0
+                RETURNING jobs.provider_id)
+            INSERT INTO usage_changes (user_id, open_jobs)
+            SELECT closed.provider_id, -count(*) FROM closed GROUP BY closed.provider_id;
         END IF;
     END IF;
 END;

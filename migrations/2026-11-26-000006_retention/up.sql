@@ -51,6 +51,40 @@ CREATE INDEX removed_logs_customer_id_number_idx ON removed_logs (customer_id, n
 CREATE TRIGGER removed_logs_refuse_update BEFORE UPDATE ON removed_logs
     FOR EACH STATEMENT EXECUTE FUNCTION refuse_update();
 
+-- Which rows a removal concerns that removes what is older than `age`: those of before
+-- due_before. A caller takes a step every now and then, and keeps the other values from one
+-- step to the next.
+--
+-- If the clock went on by more than `plausible` since the step before, it was set ahead or
+-- no server ran, which look the same. That time is `unseen`: what is from before it is kept
+-- so much longer, at most until `age` has passed since. A clock that is set back takes its
+-- part of `unseen` back.
+CREATE FUNCTION find_due(
+    age interval,
+    plausible interval,
+    seen timestamptz,
+    INOUT seen_at timestamptz,
+    INOUT unseen interval,
+    INOUT unseen_until timestamptz,
+    OUT due_before timestamptz
+) LANGUAGE plpgsql AS $$
+BEGIN
+    due_before := seen - age;
+    IF seen > seen_at + plausible THEN
+        -- What was unseen before concerns nothing any more if all from before it is due.
+        unseen := seen - seen_at + CASE WHEN due_before < unseen_until THEN unseen ELSE interval '0' END;
+        unseen_until := seen;
+    ELSIF seen < unseen_until THEN
+        unseen := greatest(unseen + (seen - seen_at), interval '0');
+        unseen_until := seen;
+    END IF;
+    IF due_before < unseen_until THEN
+        due_before := due_before - unseen;
+    END IF;
+    seen_at := seen;
+END;
+$$;
+
 -- Takes one small step and returns how many jobs it marked and how many events it
 -- deleted. While marked jobs have events left, the step deletes at most
 -- `most_events` of them, each job's in their order. Otherwise it marks at most
@@ -58,11 +92,8 @@ CREATE TRIGGER removed_logs_refuse_update BEFORE UPDATE ON removed_logs
 -- transaction takes a step, this one does nothing.
 --
 -- A step compares the clock with the step before, the first one with the log's last
--- event. Servers take a step at least every tenth of `age` and every minute. If the
--- clock went on by more than twice as much (and 10 s), it was set ahead or no server
--- ran, which look the same. That time is `unseen`: jobs that closed before it are kept
--- so much longer, at most until `age` has passed since. A clock that is set back takes
--- its part of `unseen` back.
+-- event. Servers take a step at least every tenth of `age` and every minute; twice as
+-- much (and 10 s) is plausible. See find_due.
 --
 -- What this promises: a clock that is set ahead, for a minute or for good, has no events
 -- removed early by more than that twice as much. What it does not: events are removed
@@ -93,10 +124,12 @@ DECLARE
     state retention%ROWTYPE;
     seen timestamptz := clock_timestamp();
     plausible interval := greatest(least(age / 5, interval '2 minutes'), interval '10 seconds');
-    due_before timestamptz := seen - age;
+    due_before timestamptz;
     current_job_id uuid;
+    current_provider_id uuid;
     through_sequence bigint;
     step bigint;
+    bytes bigint;
 BEGIN
     marked := 0;
     deleted := 0;
@@ -109,19 +142,11 @@ BEGIN
         SELECT created_at INTO state.seen_at FROM events
         WHERE position = (SELECT position FROM event_log WHERE id = 1);
     END IF;
-    IF seen > state.seen_at + plausible THEN
-        -- What was unseen before concerns no job any more if all that closed before it are due.
-        state.unseen := seen - state.seen_at
-            + CASE WHEN due_before < state.unseen_until THEN state.unseen ELSE interval '0' END;
-        state.unseen_until := seen;
-    ELSIF seen < state.unseen_until THEN
-        state.unseen := greatest(state.unseen + (seen - state.seen_at), interval '0');
-        state.unseen_until := seen;
-    END IF;
-    IF due_before < state.unseen_until THEN
-        due_before := due_before - state.unseen;
-    END IF;
-    UPDATE retention SET seen_at = seen, unseen = state.unseen, unseen_until = state.unseen_until WHERE id = 1;
+    SELECT due.seen_at, due.unseen, due.unseen_until, due.due_before
+    INTO state.seen_at, state.unseen, state.unseen_until, due_before
+    FROM find_due(age, plausible, seen, state.seen_at, state.unseen, state.unseen_until) AS due;
+    UPDATE retention SET seen_at = state.seen_at, unseen = state.unseen, unseen_until = state.unseen_until
+    WHERE id = 1;
 
     IF state.deleted = state.removals THEN
         WITH due AS (
@@ -145,13 +170,18 @@ BEGIN
     END IF;
 
     WHILE state.deleted < state.removals AND deleted < most_events LOOP
-        SELECT job_id INTO current_job_id FROM removed_logs WHERE number = state.deleted + 1;
+        SELECT job_id, provider_id INTO current_job_id, current_provider_id
+        FROM removed_logs WHERE number = state.deleted + 1;
         SELECT max(sequence) INTO through_sequence FROM (
             SELECT sequence FROM events WHERE job_id = current_job_id
             ORDER BY sequence LIMIT most_events - deleted) AS first;
-        DELETE FROM events WHERE job_id = current_job_id AND sequence <= through_sequence;
-        GET DIAGNOSTICS step = ROW_COUNT;
+        WITH removed AS (
+            DELETE FROM events WHERE job_id = current_job_id AND sequence <= through_sequence
+            RETURNING event_bytes(kind, name, event_metadata) AS bytes)
+        SELECT count(*), coalesce(sum(removed.bytes), 0) INTO step, bytes FROM removed;
         deleted := deleted + step;
+        -- See user_usage.
+        INSERT INTO usage_changes (user_id, stored_bytes) SELECT current_provider_id, -bytes WHERE bytes > 0;
         EXIT WHEN EXISTS (SELECT FROM events WHERE job_id = current_job_id);
         state.deleted := state.deleted + 1;
     END LOOP;

@@ -1,4 +1,5 @@
 DROP FUNCTION begin_sign_up;
+DROP TABLE sign_up_windows;
 DROP FUNCTION withdraw_log_in_attempt;
 DROP FUNCTION finish_log_in_attempt;
 DROP FUNCTION begin_log_in_attempt;

@@ -23,8 +23,7 @@
 
 -- Keys are hashes, so that the table keeps no text that a caller typed as an e-mail.
 CREATE TABLE log_in_attempts (
-    -- SHA-256 of a pair, an address or an e-mail: see log_in_attempt_keys and
-    -- begin_sign_up.
+    -- SHA-256 of a pair, an address or an e-mail: see log_in_attempt_keys.
     key bytea NOT NULL,
     -- Failures in a row, including attempts that are not decided yet.
     failures integer NOT NULL,
@@ -193,9 +192,50 @@ BEGIN
 END;
 $$;
 
--- Counts a sign-up on its address, by the rule of count_attempt. Returns how long
--- the address is blocked if it is. The count is never taken back.
-CREATE FUNCTION begin_sign_up(address text, free integer, longest interval) RETURNS interval LANGUAGE sql AS $$
-    SELECT wait FROM count_attempt(
-        ARRAY[sha256(convert_to('sign-up ' || address, 'UTF8'))], ARRAY[free], longest);
+-- The sign-ups of each address in the last window of an hour, which begins with the
+-- address's first sign-up.
+CREATE TABLE sign_up_windows (
+    -- SHA-256 of the address, as in log_in_attempts.
+    key bytea NOT NULL,
+    sign_ups integer NOT NULL,
+    began_at timestamptz NOT NULL,
+    CONSTRAINT sign_up_windows_pkey PRIMARY KEY (key),
+    CONSTRAINT sign_up_windows_key_check CHECK (octet_length(key) = 32),
+    CONSTRAINT sign_up_windows_sign_ups_check CHECK (sign_ups >= 1)
+);
+
+CREATE INDEX sign_up_windows_began_at_idx ON sign_up_windows (began_at);
+
+-- Counts a sign-up on its address. If the address had `most` in its window, it counts
+-- nothing and returns the time until the window ends. The count is never taken back.
+--
+-- A window that begins after now was begun while the clock was ahead: it is over.
+CREATE FUNCTION begin_sign_up(address text, most integer, OUT wait interval) LANGUAGE plpgsql AS $$
+DECLARE
+    window_key bytea := sha256(convert_to('sign-up ' || address, 'UTF8'));
+    moment timestamptz;
+    before sign_up_windows%ROWTYPE;
+BEGIN
+    -- Locks the row, or inserts it. A window of which no sign-up is counted yet does not
+    -- exist for others.
+    INSERT INTO sign_up_windows (key, sign_ups, began_at) VALUES (window_key, 1, clock_timestamp())
+    ON CONFLICT (key) DO NOTHING;
+    IF NOT FOUND THEN
+        SELECT * INTO before FROM sign_up_windows WHERE key = window_key FOR NO KEY UPDATE;
+        moment := clock_timestamp();
+        IF before.began_at > moment OR before.began_at <= moment - interval '1 hour' THEN
+            UPDATE sign_up_windows SET sign_ups = 1, began_at = moment WHERE key = window_key;
+        ELSIF before.sign_ups < most THEN
+            UPDATE sign_up_windows SET sign_ups = sign_ups + 1 WHERE key = window_key;
+        ELSE
+            wait := before.began_at + interval '1 hour' - moment;
+        END IF;
+    END IF;
+
+    -- At the end, and without rows that are locked, as in count_attempt.
+    DELETE FROM sign_up_windows WHERE key IN (
+        SELECT key FROM sign_up_windows
+        WHERE began_at < clock_timestamp() - interval '1 hour' AND key <> window_key
+        ORDER BY began_at LIMIT 10 FOR UPDATE SKIP LOCKED);
+END;
 $$;

@@ -3,7 +3,7 @@
 -- without the other. It holds no text that a caller typed, and so no secret.
 
 CREATE TYPE audit_act AS ENUM (
-    'sign_up', 'log_in', 'log_in_failed', 'log_out', 'password_changed',
+    'sign_up', 'log_in', 'log_in_failed', 'log_out', 'session_ended', 'password_changed',
     'api_key_created', 'api_key_rotated', 'api_key_expired',
     'watch_token_created', 'watch_token_expired', 'job_closed',
     'user_created', 'password_set', 'user_disabled');
@@ -40,7 +40,7 @@ CREATE TABLE audit_entries (
     CONSTRAINT audit_entries_actor_check CHECK (
         num_nonnulls(actor_user_id, actor_credential_id) = CASE WHEN actor IN ('anonymous', 'operator') THEN 0 ELSE 2 END),
     CONSTRAINT audit_entries_user_id_check CHECK (user_id IS NOT NULL OR act = 'log_in_failed'),
-    CONSTRAINT audit_entries_session_id_check CHECK ((session_id IS NOT NULL) = (act IN ('sign_up', 'log_in', 'log_out'))),
+    CONSTRAINT audit_entries_session_id_check CHECK ((session_id IS NOT NULL) = (act IN ('sign_up', 'log_in', 'log_out', 'session_ended'))),
     CONSTRAINT audit_entries_api_key_id_check CHECK (
         (api_key_id IS NOT NULL) = (act IN ('api_key_created', 'api_key_rotated', 'api_key_expired'))),
     CONSTRAINT audit_entries_new_api_key_id_check CHECK ((new_api_key_id IS NOT NULL) = (act = 'api_key_rotated')),

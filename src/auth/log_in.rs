@@ -19,7 +19,7 @@ use crate::{
     error::{Error, Result},
     models::{
         audit_entry::Origin,
-        caller::{Account, UserRole},
+        caller::{Account, CredentialId, UserRole},
         email::{Email, EmailKey},
         log_in_throttle::{LogInAttempt, LogInClaim, begin_sign_up},
         session::{NewSession, Session},
@@ -56,8 +56,11 @@ impl Auth {
     pub(crate) async fn sign_up(&self, account: NewAccount, origin: Origin) -> Result<LoggedIn> {
         let NewAccount { role, email, password, first_name, last_name } = account;
         let database = &self.inner.database;
+        let most = self.settings().sign_ups_per_hour;
         database
-            .write(self.unauthenticated(), move |tx| async move { begin_sign_up(tx, &origin).await }.boxed())
+            .write(self.unauthenticated(), move |tx| {
+                async move { begin_sign_up(tx, &origin, most).await }.boxed()
+            })
             .await?;
         let permit = self.inner.admission.hash().await?;
         let password_hash = self.inner.passwords.hash_with(permit, password).await?;
@@ -167,10 +170,17 @@ impl Auth {
             let secret = Secret::generate(SecretKind::Session)?;
             let (secret_hash, lifetime) = (secret.hash(), self.settings().session_lifetime);
             let new = NewSession { user_id: user.id, secret_hash, lifetime };
-            let (verified, attempt) = (hash.clone(), attempt.clone());
+            let (auth, verified, attempt) = (self.clone(), hash.clone(), attempt.clone());
+            let most = self.inner.sessions_per_user;
             let session = database
                 .write(Unconditional, move |tx| {
-                    async move { new.log_in(tx, &verified, &attempt).await }.boxed()
+                    async move {
+                        let logged_in = new.log_in(tx, &verified, &attempt, most).await?;
+                        let Some((session, ended)) = logged_in else { return Ok(None) };
+                        tx.after_commit(move || auth.end_sessions(ended));
+                        Ok(Some(session))
+                    }
+                    .boxed()
                 })
                 .await?;
             let Some(session) = session else { continue };
@@ -180,6 +190,12 @@ impl Auth {
             return Ok(Verified::Right(LoggedIn { user, session, secret }));
         }
         Ok(Verified::Wrong(user_id))
+    }
+
+    fn end_sessions(&self, ended: Vec<Uuid>) {
+        for id in ended {
+            self.revoke(Revocation::Credential(CredentialId::Session(id)));
+        }
     }
 
     async fn renew_hash(&self, user_id: Uuid, old: PasswordHash, new: PasswordHash) {

@@ -12,6 +12,7 @@ mod confirmation;
 mod credential;
 mod log_in;
 pub mod password;
+mod removal;
 mod streams;
 
 use std::{
@@ -61,6 +62,8 @@ struct Inner {
     database: Database,
     notifier: Notifier,
     settings: AuthSettings,
+    /// Most valid sessions of one user.
+    sessions_per_user: i64,
     admission: Admission,
     passwords: Passwords,
     streams: Streams,
@@ -72,9 +75,14 @@ struct Inner {
 }
 
 impl Auth {
-    /// Starts the tasks that keep credentials confirmed and end those that expire. They
-    /// end after the last clone of this is dropped.
-    pub fn start(database: Database, notifier: Notifier, settings: AuthSettings) -> Self {
+    /// Starts the tasks that keep credentials confirmed, end those that expire, and remove
+    /// those that ended long ago. They end after the last clone of this is dropped.
+    pub fn start(
+        database: Database,
+        notifier: Notifier,
+        settings: AuthSettings,
+        sessions_per_user: i64,
+    ) -> Self {
         let notified = Arc::new(Notify::new());
         let BcryptSettings { bcrypt_cost, bcrypt_parallel } = settings.bcrypt;
         let admission = Admission::new(database.settings().connections, bcrypt_parallel);
@@ -87,10 +95,12 @@ impl Auth {
             database,
             notifier,
             settings,
+            sessions_per_user,
             admission,
         });
         tokio::spawn(confirmation::keep_confirmed(Arc::downgrade(&inner), notified));
         tokio::spawn(confirmation::end_expired(Arc::downgrade(&inner)));
+        tokio::spawn(removal::remove_ended(Arc::downgrade(&inner)));
         Self { inner }
     }
 

@@ -145,9 +145,9 @@ impl Server {
         }
         let database = Database::new(open.url.clone(), config.database.settings.clone())?;
         migrations::check(&database, config.start.unsafe_database).await?;
-        let ServerSettings { auth, log, .. } = config.server.clone();
+        let ServerSettings { auth, log, quotas, .. } = config.server.clone();
         let auth = AuthSettings { sign_up_open: config.start.sign_up.is_open(address), ..auth };
-        let app = App::start(database, auth, log, telemetry).await?;
+        let app = App::start(database, auth, log, quotas, telemetry).await?;
         if let Some(embedded) = &open.embedded {
             embedded.announce(address)?;
         }

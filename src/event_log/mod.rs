@@ -57,6 +57,7 @@ use crate::{
     },
     progress::{EventKind, JobStatus},
     telemetry::Telemetry,
+    usage::EventUsage,
 };
 
 /// The event log: appends, pages and watches.
@@ -66,14 +67,17 @@ pub struct EventLog {
     pub(crate) appender: Appender,
     reader: Arc<Reader>,
     pub(crate) settings: EventLogSettings,
+    /// Which providers have used up a quota.
+    pub(crate) usage: EventUsage,
 }
 
 impl EventLog {
     /// Reads where the log ends, and starts to append and to follow the log.
-    pub async fn start(
+    pub(crate) async fn start(
         database: Database,
         notifier: Notifier,
         settings: EventLogSettings,
+        usage: EventUsage,
         telemetry: Telemetry,
     ) -> Result<Self> {
         let jobs = JobCache::new(database.clone(), settings.cache_bytes() / 8 * 7);
@@ -84,6 +88,7 @@ impl EventLog {
             Arc::clone(&tail),
             notifier,
             settings.cache_bytes() / 8,
+            usage.clone(),
             telemetry,
         )
         .map_err(Error::internal)?;
@@ -91,7 +96,7 @@ impl EventLog {
             retention::start(database.clone(), age, Arc::downgrade(&tail));
         }
         let reader = Arc::new(Reader::new(database, jobs.clone(), tail, metrics));
-        Ok(Self { jobs, appender, reader, settings })
+        Ok(Self { jobs, appender, reader, settings, usage })
     }
 
     /// A function that has the tail read the log, for as long as the tail is used.

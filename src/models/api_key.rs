@@ -2,20 +2,22 @@
 
 use std::time::Duration;
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, SecondsFormat, Utc};
 use diesel::{dsl::now, prelude::*, sql_types::Timestamptz};
 use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use uuid::Uuid;
 
 use crate::{
+    config::QuotaSettings,
     db::Transaction,
     error::{Error, Resource, Result},
     models::{
         CreationCursor,
         audit_entry::{AuditAct, AuditEntry, Origin},
         caller::{Caller, CredentialId, KeyManager, KeyScope},
-        interval, is_valid, oldest_first,
+        interval, is_valid, oldest_first, usage,
     },
+    quota::Quota,
     schema::api_keys,
     secret::SecretHash,
 };
@@ -50,14 +52,31 @@ pub struct NewApiKey {
     pub expires_at: Option<DateTime<Utc>>,
 }
 
+/// A key to replace, and the secret that replaces its own.
+#[derive(Clone, Debug)]
+pub struct RotatedKey {
+    pub id: Uuid,
+    pub key_hash: SecretHash,
+    pub key_prefix: String,
+    /// How long the old secret stays valid.
+    pub overlap: Duration,
+}
+
 impl NewApiKey {
-    /// Inserts a key of the manager's user.
+    /// Inserts a key of the manager's user. Without an expiry of its own it expires with the
+    /// key that the call is made with.
+    ///
+    /// Fails with [`Error::Invalid`] if it is to expire later than that key,
+    /// [`Error::QuotaExceeded`] if the user has too many keys.
     pub async fn create(
-        self,
+        mut self,
         tx: &mut Transaction<'_>,
         manager: KeyManager,
         origin: Origin,
+        quotas: &QuotaSettings,
     ) -> Result<ApiKey> {
+        self.expires_at = expire_with_maker(tx, &manager, self.expires_at, "expires_at").await?;
+        usage::demand_room(tx, manager.user_id(), &[quotas.of(Quota::ApiKeys)]).await?;
         let key = self.insert(tx, &manager).await?;
         let (user_id, api_key_id) = (Some(manager.user_id()), Some(key.id));
         AuditEntry { user_id, api_key_id, ..origin.entry(AuditAct::ApiKeyCreated) }.insert(tx).await?;
@@ -79,6 +98,28 @@ impl NewApiKey {
             .returning(ApiKey::as_returning())
             .get_result(tx)
             .await?)
+    }
+}
+
+/// The expiry of a new key that was to expire at this time: that of the key that the call is
+/// made with, or an earlier one. Otherwise a key could outlive itself by making another one.
+/// Fails with [`Error::Invalid`] on `field` if the time is later.
+async fn expire_with_maker(
+    tx: &mut Transaction<'_>,
+    manager: &KeyManager,
+    expires_at: Option<DateTime<Utc>>,
+    field: &str,
+) -> Result<Option<DateTime<Utc>>> {
+    let Some(maker) = manager.key_id() else { return Ok(expires_at) };
+    let maker = api_keys::table.find(maker).select(api_keys::expires_at);
+    let latest: Option<Option<DateTime<Utc>>> = maker.get_result(tx).await.optional()?;
+    let latest = latest.ok_or(Error::CredentialInvalid)?;
+    match (expires_at, latest) {
+        (Some(at), Some(latest)) if at > latest => {
+            let latest = latest.to_rfc3339_opts(SecondsFormat::Micros, true);
+            Err(Error::invalid(field, format!("must not expire later than the calling key, at {latest}")))
+        }
+        (expires_at, latest) => Ok(expires_at.or(latest)),
     }
 }
 
@@ -147,15 +188,15 @@ impl ApiKey {
     ///
     /// Fails with [`Error::NotFound`] if the user has no such key,
     /// [`Error::ScopeRequired`] if the manager lacks a scope of the key,
-    /// [`Error::ApiKeyAlreadyExpired`] if the key has ended before.
+    /// [`Error::ApiKeyAlreadyExpired`] if the key has ended before, [`Error::Invalid`] if it
+    /// expires later than the key that the call is made with, [`Error::QuotaExceeded`] if
+    /// rotations made too many keys.
     pub async fn rotate(
         tx: &mut Transaction<'_>,
         manager: &KeyManager,
-        id: Uuid,
-        key_hash: SecretHash,
-        key_prefix: String,
-        overlap: Duration,
+        RotatedKey { id, key_hash, key_prefix, overlap }: RotatedKey,
         origin: &Origin,
+        quotas: &QuotaSettings,
     ) -> Result<(Self, Self, Duration)> {
         let own = api_keys::table.find(id).filter(api_keys::user_id.eq(manager.user_id()));
         let valid = is_valid(api_keys::revoked_at, api_keys::expires_at);
@@ -167,7 +208,9 @@ impl ApiKey {
         if !valid {
             return Err(Error::ApiKeyAlreadyExpired(id));
         }
-        let (note, expires_at) = (old.note, old.expires_at);
+        let expires_at = expire_with_maker(tx, manager, old.expires_at, "api_key_id").await?;
+        usage::demand_room(tx, manager.user_id(), &[quotas.of_rotated_keys()]).await?;
+        let note = old.note;
         let new = NewApiKey { key_hash, key_prefix, note, scopes, expires_at };
         let new = new.insert(tx, manager).await?;
         if overlap.is_zero() {

@@ -34,6 +34,8 @@ pg_enum! {
         /// Also `ChangePassword` with a wrong current password.
         LogInFailed = "log_in_failed",
         LogOut = "log_out",
+        /// A log-in beyond the quota of sessions ended the user's oldest one.
+        SessionEnded = "session_ended",
         PasswordChanged = "password_changed",
         ApiKeyCreated = "api_key_created",
         ApiKeyRotated = "api_key_rotated",
@@ -130,6 +132,9 @@ impl Origin {
     }
 }
 
+/// Most rows of one INSERT: Postgres takes at most 65,535 parameters in a statement.
+const INSERT_ROWS: usize = 1_000;
+
 /// A row. The table's constraints say which ids an entry of each act has.
 #[derive(Clone, Debug, Insertable)]
 #[diesel(table_name = audit_entries, treat_none_as_default_value = false)]
@@ -151,6 +156,15 @@ impl AuditEntry {
     pub async fn insert(self, tx: &mut Transaction<'_>) -> Result<()> {
         diesel::insert_into(audit_entries::table).values(&self).execute(tx).await?;
         tx.after_commit(move || self.log());
+        Ok(())
+    }
+
+    /// As [`Self::insert`], for many entries of one act.
+    pub(super) async fn insert_all(entries: Vec<Self>, tx: &mut Transaction<'_>) -> Result<()> {
+        for entries in entries.chunks(INSERT_ROWS) {
+            diesel::insert_into(audit_entries::table).values(entries).execute(tx).await?;
+        }
+        tx.after_commit(move || entries.iter().for_each(Self::log));
         Ok(())
     }
 

@@ -140,7 +140,11 @@ impl Caller {
             return Err(Error::RoleRequired("provider or customer"));
         };
         require(&self.scopes, &[KeyScope::Manage])?;
-        Ok(KeyManager { user_id: id, role, scopes: self.scopes.clone() })
+        let key_id = match self.credential {
+            CredentialId::ApiKey(id) => Some(id),
+            CredentialId::Session(_) | CredentialId::WatchToken(_) => None,
+        };
+        Ok(KeyManager { user_id: id, role, scopes: self.scopes.clone(), key_id })
     }
 }
 
@@ -241,6 +245,7 @@ pub struct KeyManager {
     user_id: Uuid,
     role: UserRole,
     scopes: Vec<KeyScope>,
+    key_id: Option<Uuid>,
 }
 
 impl KeyManager {
@@ -256,6 +261,11 @@ impl KeyManager {
     /// See [`Caller::tenant`].
     pub fn tenant(&self) -> Tenant {
         Tenant::of_user(self.user_id)
+    }
+
+    /// The key that the call is made with; none for a session.
+    pub(super) fn key_id(&self) -> Option<Uuid> {
+        self.key_id
     }
 
     /// Fails with [`Error::ScopeRequired`] unless a new key may have these scopes.

@@ -6,7 +6,7 @@ use chrono::{DateTime, Utc};
 use diesel::{
     dsl::now,
     prelude::*,
-    sql_types::{Array, Timestamptz, Uuid as SqlUuid},
+    sql_types::{Array, Integer, Interval, Timestamptz, Uuid as SqlUuid},
 };
 use diesel_async::{AsyncPgConnection, RunQueryDsl, SimpleAsyncConnection as _};
 use uuid::Uuid;
@@ -14,7 +14,7 @@ use uuid::Uuid;
 use self::view::credentials;
 use super::{
     caller::{Caller, CredentialId, KeyScope, Subject, Tenant, UserRole},
-    is_valid,
+    interval, is_valid,
 };
 use crate::{
     db::Transaction,
@@ -137,6 +137,27 @@ pub async fn record_use(tx: &mut Transaction<'_>, ids: &[CredentialId]) -> Resul
         diesel::sql_query(update).bind::<Array<SqlUuid>, _>(ids).execute(tx).await?;
     }
     Ok(())
+}
+
+/// How long ended credentials are kept, so that their owners can list them.
+const KEPT: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+/// Most credentials of each kind that one step removes.
+const STEP_CREDENTIALS: i32 = 500;
+
+diesel::define_sql_function! {
+    /// See migrations/2026-11-26-000011_ended_credentials/up.sql.
+    fn remove_ended_credentials(age: Interval, most: Integer) -> BigInt;
+}
+
+/// Takes one bounded step of the removal of credentials that ended 30 days ago. Returns true
+/// if it removed any; there may be more then.
+pub async fn remove_ended(tx: &mut Transaction<'_>) -> Result<bool> {
+    let removed: i64 =
+        diesel::select(remove_ended_credentials(interval(KEPT), STEP_CREDENTIALS)).get_result(tx).await?;
+    if removed > 0 {
+        tracing::debug!(credentials = removed, "removed ended credentials");
+    }
+    Ok(removed > 0)
 }
 
 fn credential_id(kind: &str, id: Uuid) -> Result<CredentialId> {

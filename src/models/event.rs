@@ -56,7 +56,19 @@ pub struct Event {
     pub created_at: DateTime<Utc>,
 }
 
+/// What an event takes in memory, and what it counts against the quota of stored bytes: 256
+/// bytes for its columns and index entries, and those of its texts. The SQL function
+/// event_bytes says the same.
+pub fn event_bytes(name: &str, metadata: &[u8]) -> usize {
+    256 + name.len() + metadata.len()
+}
+
 impl Event {
+    /// See [`event_bytes`].
+    pub fn bytes(&self) -> i64 {
+        i64::try_from(event_bytes(&self.name, &self.event_metadata)).unwrap_or(i64::MAX)
+    }
+
     /// Events of one job after a sequence and up to another, of some kinds
     /// (empty: all), ascending.
     pub async fn list_of_job(

@@ -17,12 +17,14 @@ pub use self::{
 use super::{
     caller::{Provider, UserRole, Viewer, Visibility},
     job_configuration::{ConfigurationKey, JobConfiguration},
-    visible_jobs,
+    usage, visible_jobs,
 };
 use crate::{
+    config::QuotaSettings,
     db::Transaction,
     error::{Error, Resource, Result, Violations},
     progress::{JobStatus, Progress, Weights},
+    quota::Quota,
     schema::{job_configurations, jobs, step_configurations, users},
 };
 
@@ -169,14 +171,27 @@ impl Job {
 
     /// Creates a job. Returns it and whether it existed before. Fails with
     /// [`Error::Differs`] if it exists with other content, otherwise with
-    /// [`Error::NotFound`] if the customer or the configuration does not exist.
-    pub async fn create(tx: &mut Transaction<'_>, provider: Provider, new: NewJob) -> Result<(Self, bool)> {
+    /// [`Error::NotFound`] if the customer or the configuration does not exist, otherwise with
+    /// [`Error::QuotaExceeded`].
+    pub async fn create(
+        tx: &mut Transaction<'_>,
+        provider: Provider,
+        new: NewJob,
+        quotas: &QuotaSettings,
+    ) -> Result<(Self, bool)> {
         // A repeated request has the same answer, even if the customer has been
         // disabled since.
         if let Some(stored) = Self::find_by_provider_job_id(tx, provider.id(), &new.provider_job_id).await? {
             return new.repeats(stored);
         }
-        let inserted = new.insert(tx, provider).await?;
+        let configuration = new.resolve(tx, provider).await?;
+        let quotas = [quotas.of(Quota::OpenJobs), quotas.of(Quota::StoredBytes)];
+        if let Some(used) = usage::find_used_up(tx, provider.id(), &quotas).await? {
+            // The last place may have been taken by the same request.
+            let stored = Self::find_by_provider_job_id(tx, provider.id(), &new.provider_job_id).await?;
+            return stored.map_or(Err(Error::QuotaExceeded(used)), |stored| new.repeats(stored));
+        }
+        let inserted = new.insert(tx, provider, configuration).await?;
         let job = Self::find_by_provider_job_id(tx, provider.id(), &new.provider_job_id)
             .await?
             .ok_or_else(|| Error::internal("a job is missing directly after its creation"))?;
@@ -185,9 +200,9 @@ impl Job {
 }
 
 impl NewJob {
-    /// Inserts the job. Returns false if its key exists. If another transaction is
-    /// inserting the key, this waits until that transaction ends.
-    async fn insert(&self, tx: &mut Transaction<'_>, provider: Provider) -> Result<bool> {
+    /// The id of the job's configuration and the job's points. Fails with
+    /// [`Error::NotFound`] if the customer or the configuration does not exist.
+    async fn resolve(&self, tx: &mut Transaction<'_>, provider: Provider) -> Result<(Uuid, i64)> {
         let customer = users::table
             .filter(users::id.eq(self.customer_id))
             .filter(users::role.eq(UserRole::Customer).and(users::disabled_at.is_null()))
@@ -212,7 +227,17 @@ impl NewJob {
             .select(step_configurations::points)
             .load::<i32>(tx)
             .await?;
+        Ok((job_configuration_id, Weights::new(points.into_iter().map(i64::from)).total()))
+    }
 
+    /// Inserts the job. Returns false if its key exists. If another transaction is
+    /// inserting the key, this waits until that transaction ends.
+    async fn insert(
+        &self,
+        tx: &mut Transaction<'_>,
+        provider: Provider,
+        (job_configuration_id, points_total): (Uuid, i64),
+    ) -> Result<bool> {
         let inserted = diesel::insert_into(jobs::table)
             .values((
                 jobs::id.eq(Uuid::now_v7()),
@@ -222,7 +247,7 @@ impl NewJob {
                 jobs::configuration_tag.eq(&self.configuration_tag),
                 jobs::provider_job_id.eq(&self.provider_job_id),
                 jobs::provider_job_name.eq(&self.provider_job_name),
-                jobs::points_total.eq(Weights::new(points.into_iter().map(i64::from)).total()),
+                jobs::points_total.eq(points_total),
             ))
             .on_conflict((jobs::provider_id, jobs::provider_job_id))
             .do_nothing()

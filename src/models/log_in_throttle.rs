@@ -1,6 +1,6 @@
 //! The throttle of log-ins and sign-ups, shared by all replicas through the table
 //! `log_in_attempts`. Failed log-ins are counted by e-mail, by client address, and
-//! by the pair of both; sign-ups by client address.
+//! by the pair of both; sign-ups by client address, in the table `sign_up_windows`.
 //!
 //! An attempt is refused if its pair is blocked. It is *restricted* if its e-mail or
 //! its address is blocked but the pair is not. A restricted attempt succeeds only
@@ -24,6 +24,7 @@ use crate::{
     error::{Error, Result},
     models::{
         audit_entry::{AuditAct, AuditEntry, Origin},
+        duration,
         email::EmailKey,
         interval,
     },
@@ -33,9 +34,6 @@ use crate::{
 const PAIR_FREE: i32 = 5;
 /// Failures in a row of one address, or of one e-mail, before the next attempt has to wait.
 const OTHER_FREE: i32 = 20;
-/// Sign-ups in a row from one address before the next has to wait. It exceeds the
-/// number of people who share an address in an office or a class.
-const SIGN_UPS_FREE: i32 = 100;
 /// Longest wait. The first wait is one second, and each further one is twice as long.
 const LONGEST: Duration = Duration::from_secs(60);
 
@@ -67,7 +65,7 @@ mod sql {
         -> Bool;
 
         /// Returns how long to wait, or NULL if the sign-up is counted.
-        fn begin_sign_up(address: Text, free: Integer, longest: Interval) -> Nullable<Interval>;
+        fn begin_sign_up(address: Text, most: Integer) -> Nullable<Interval>;
     }
 }
 
@@ -177,23 +175,18 @@ impl LogInAttempt {
     }
 }
 
-/// Counts a sign-up on its address. Fails with [`Error::Overloaded`] if that address
-/// had too many. Sign-ups from loopback are not counted: they come from this machine
-/// alone, or through a proxy that is not configured as trusted, and then from
-/// everyone.
-pub async fn begin_sign_up(tx: &mut Transaction<'_>, origin: &Origin) -> Result<()> {
-    if origin.client_address.is_none_or(|address| address.0.to_canonical().is_loopback()) {
+/// Counts a sign-up on its address. Fails with [`Error::Overloaded`] if that address had
+/// `most` in the hour. Sign-ups from loopback are not counted: they come from this machine
+/// alone, or through a proxy that is not configured as trusted, and then from everyone. Those
+/// whose address is not known count as one address.
+pub async fn begin_sign_up(tx: &mut Transaction<'_>, origin: &Origin, most: i32) -> Result<()> {
+    if origin.client_address.is_some_and(|address| address.0.to_canonical().is_loopback()) {
         return Ok(());
     }
-    let call = sql::begin_sign_up(network_key(origin), SIGN_UPS_FREE, interval(LONGEST));
+    let call = sql::begin_sign_up(network_key(origin), most);
     let wait: Option<PgInterval> = diesel::select(call).get_result(tx).await?;
     let refused = |retry_after| Err(Error::Overloaded { what: "sign-ups from one address", retry_after });
     wait.map(duration).map_or(Ok(()), refused)
-}
-
-/// Converts a wait, which is shorter than a day, so that its microseconds are all of it.
-fn duration(wait: PgInterval) -> Duration {
-    Duration::from_micros(u64::try_from(wait.microseconds).unwrap_or_default())
 }
 
 /// An IPv6 address counts as its /64 network, because one client usually has all

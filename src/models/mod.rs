@@ -26,6 +26,7 @@ pub mod log_in_throttle;
 mod pg_enum;
 pub mod retention;
 pub mod session;
+pub mod usage;
 pub mod user;
 pub mod version_order;
 pub mod watch_token;
@@ -38,6 +39,14 @@ diesel::define_sql_function! {
 /// A Postgres interval counts microseconds.
 fn interval(duration: Duration) -> PgInterval {
     PgInterval::from_microseconds(i64::try_from(duration.as_micros()).unwrap_or(i64::MAX))
+}
+
+/// Converts an interval that is shorter than a month; none is negative.
+fn duration(interval: PgInterval) -> Duration {
+    const DAY_US: i64 = 24 * 60 * 60 * 1_000_000;
+    Duration::from_micros(
+        u64::try_from(interval.microseconds + i64::from(interval.days) * DAY_US).unwrap_or_default(),
+    )
 }
 
 /// Where a row stands in a list by creation: a later row has a greater cursor.

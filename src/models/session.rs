@@ -15,6 +15,7 @@ use crate::{
         caller::Account,
         interval, is_valid,
         log_in_throttle::LogInAttempt,
+        usage,
     },
     schema::{sessions, users},
     secret::{PasswordHash, SecretHash},
@@ -58,16 +59,19 @@ impl NewSession {
             .await?)
     }
 
-    /// Inserts the session and records the attempt's success. Returns none if the
-    /// user's password no longer has the hash `verified`, or if the user is disabled.
-    /// The user's row stays locked until the commit, so that a later change of the
-    /// password or a disabling finds this session and ends it.
+    /// Inserts the session and records the attempt's success. Of a user who would then have
+    /// more than `most` valid sessions, the oldest ones end; their ids are returned as well.
+    ///
+    /// Returns none if the user's password no longer has the hash `verified`, or if the user
+    /// is disabled. The user's row stays locked until the commit, so that a later change of
+    /// the password or a disabling finds this session and ends it.
     pub async fn log_in(
         self,
         tx: &mut Transaction<'_>,
         verified: &PasswordHash,
         attempt: &LogInAttempt,
-    ) -> Result<Option<Session>> {
+        most: i64,
+    ) -> Result<Option<(Session, Vec<Uuid>)>> {
         let user: Option<Uuid> = users::table
             .find(self.user_id)
             .filter(users::password_hash.eq(verified.as_str()))
@@ -80,12 +84,15 @@ impl NewSession {
         if user.is_none() {
             return Ok(None);
         }
+        // First, since this may wait for the user's other transactions: the rows of the
+        // attempt are those of everybody at its address.
+        let ended = Session::end_oldest(tx, self.user_id, most, attempt.origin()).await?;
         let user_id = Some(self.user_id);
         let session = self.insert(tx).await?;
         attempt.succeed(tx).await?;
         let entry = attempt.origin().entry(AuditAct::LogIn);
         AuditEntry { user_id, session_id: Some(session.id), ..entry }.insert(tx).await?;
-        Ok(Some(session))
+        Ok(Some((session, ended)))
     }
 }
 
@@ -109,6 +116,43 @@ impl Session {
         }
         let (user_id, session_id) = (Some(account.user_id()), Some(account.session_id()));
         AuditEntry { user_id, session_id, ..origin.entry(AuditAct::LogOut) }.insert(tx).await
+    }
+
+    /// Ends the oldest valid sessions of a user, so that one more makes at most `most` of
+    /// them. Returns those that it ended. The user's usage stays locked until the
+    /// transaction ends, so that concurrent log-ins count each other's sessions.
+    async fn end_oldest(
+        tx: &mut Transaction<'_>,
+        user_id: Uuid,
+        most: i64,
+        origin: &Origin,
+    ) -> Result<Vec<Uuid>> {
+        usage::lock(tx, user_id).await?;
+        diesel::alias!(sessions as valid_sessions: ValidSessions);
+        let (created_at, id) =
+            (valid_sessions.field(sessions::created_at), valid_sessions.field(sessions::id));
+        let too_many = valid_sessions
+            .filter(valid_sessions.field(sessions::user_id).eq(user_id))
+            .filter(valid_sessions.field(sessions::revoked_at).is_null())
+            .filter(valid_sessions.field(sessions::expires_at).gt(now))
+            .order((created_at.desc(), id.desc()))
+            .offset(most.saturating_sub(1))
+            .select(id);
+        // A session that another transaction has ended meanwhile stays as it is.
+        let ended: Vec<Uuid> = diesel::update(sessions::table)
+            .filter(sessions::id.eq_any(too_many))
+            .filter(is_valid(sessions::revoked_at, sessions::expires_at.nullable()))
+            .set(sessions::revoked_at.eq(now))
+            .returning(sessions::id)
+            .get_results(tx)
+            .await?;
+        let entry = |id: &Uuid| AuditEntry {
+            user_id: Some(user_id),
+            session_id: Some(*id),
+            ..origin.entry(AuditAct::SessionEnded)
+        };
+        AuditEntry::insert_all(ended.iter().map(entry).collect(), tx).await?;
+        Ok(ended)
     }
 
     /// Ends all valid sessions of a user except `kept`, and returns how many it ended.

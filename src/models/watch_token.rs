@@ -8,14 +8,16 @@ use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use uuid::Uuid;
 
 use crate::{
+    config::QuotaSettings,
     db::Transaction,
     error::{Error, Resource, Result, violated},
     models::{
         CreationCursor,
         audit_entry::{AuditAct, AuditEntry, Origin},
         caller::{Caller, CredentialId, Provider},
-        interval, is_valid, oldest_first,
+        interval, is_valid, oldest_first, usage,
     },
+    quota::Quota,
     schema::watch_tokens,
     secret::SecretHash,
 };
@@ -52,13 +54,16 @@ pub struct NewWatchToken {
 }
 
 impl NewWatchToken {
-    /// Inserts the token, with the job's provider as its creator.
+    /// Inserts the token, with the job's provider as its creator. Fails with
+    /// [`Error::QuotaExceeded`] if the provider has too many tokens.
     pub async fn create(
         self,
         tx: &mut Transaction<'_>,
         provider: Provider,
         origin: Origin,
+        quotas: &QuotaSettings,
     ) -> Result<WatchToken> {
+        usage::demand_room(tx, provider.id(), &[quotas.of(Quota::WatchTokens)]).await?;
         let lifetime = interval(self.lifetime);
         let token: WatchToken = diesel::insert_into(watch_tokens::table)
             .values((

@@ -37,8 +37,15 @@ use uuid::Uuid;
 
 use crate::{
     error::Error,
-    services::{RequestId, status::reason_of},
-    telemetry::{Telemetry, metrics::Method, traces::CallSpan},
+    services::{
+        RequestId,
+        status::{reason_of, refused_quota},
+    },
+    telemetry::{
+        Telemetry,
+        metrics::{Method, Metrics},
+        traces::CallSpan,
+    },
 };
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -144,6 +151,7 @@ struct Call {
     infrastructure: bool,
     status: Option<Code>,
     method: Arc<Method>,
+    metrics: Arc<Metrics>,
     trace: Option<CallSpan>,
     _in_progress: TaskTrackerToken,
 }
@@ -165,6 +173,7 @@ impl Call {
             infrastructure: method.starts_with("grpc."),
             status: None,
             method: Arc::clone(known),
+            metrics: Arc::clone(&telemetry.metrics),
             trace,
             _in_progress: in_progress,
         }
@@ -174,9 +183,11 @@ impl Call {
         let Some(status) = headers.get("grpc-status") else { return };
         self.status = Some(Code::from_bytes(status.as_bytes()));
         if headers.contains_key("grpc-status-details-bin")
-            && let Some(reason) = Status::from_header_map(headers).as_ref().and_then(reason_of)
+            && let Some(status) = Status::from_header_map(headers)
+            && let Some(reason) = reason_of(&status)
         {
             self.method.refused(reason);
+            refused_quota(&status).into_iter().for_each(|quota| self.metrics.quota_refusals.count(quota));
         }
     }
 

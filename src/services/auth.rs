@@ -2,6 +2,7 @@
 
 mod accounts;
 mod keys;
+mod usage;
 mod watch_tokens;
 
 use std::time::Instant;
@@ -13,6 +14,7 @@ use tonic::{Request, Response};
 use self::{
     accounts::{email_and_password, passwords, session_message},
     keys::new_key,
+    usage::usage_message,
 };
 use super::{Answer, App, credential_of, jobs::job_key, page::PageRequest, parse};
 use crate::{
@@ -21,9 +23,10 @@ use crate::{
     error::{Error, Result, Violations},
     limits::{KEY_OVERLAP, WATCH_TOKEN_LIFETIME},
     models::{
-        api_key::ApiKey,
+        api_key::{ApiKey, RotatedKey},
         caller::{Caller, CredentialId, KeyScope, Subject},
         session::Session,
+        usage::Usage,
         user::User,
         watch_token::{NewWatchToken, WatchToken},
     },
@@ -117,8 +120,11 @@ impl pb::auth_service_server::AuthService for AuthApi {
         let origin = self.0.origin(&request, &credential);
         let secret = Secret::generate(SecretKind::ApiKey)?;
         let new = new_key(request.into_inner(), &manager, &secret)?;
-        let database = &self.0.database;
-        let key = database.write(credential, move |tx| new.create(tx, manager, origin).boxed()).await?;
+        let quotas = self.0.quotas;
+        let created = self.0.database.write(credential, move |tx| {
+            async move { new.create(tx, manager, origin, &quotas).await }.boxed()
+        });
+        let key = created.await?;
         Ok(Response::new(pb::CreateApiKeyResponse { api_key: Some(key.into()), secret: secret.reveal() }))
     }
 
@@ -172,15 +178,16 @@ impl pb::auth_service_server::AuthService for AuthApi {
             (parse::uuid(v, "api_key_id", &api_key_id), parse::duration(v, "overlap", overlap, KEY_OVERLAP))
         })?;
         let secret = Secret::generate(SecretKind::ApiKey)?;
-        let (hash, prefix) = (secret.hash(), secret.display_prefix().to_owned());
-        let auth = self.0.auth.clone();
+        let (key_hash, key_prefix) = (secret.hash(), secret.display_prefix().to_owned());
+        let rotated = RotatedKey { id, key_hash, key_prefix, overlap };
+        let (auth, quotas) = (self.0.auth.clone(), self.0.quotas);
         let (new, old, _) = self
             .0
             .database
             .write(credential, move |tx| {
                 async move {
                     let (began, old) = (Instant::now(), CredentialId::ApiKey(id));
-                    let rotated = ApiKey::rotate(tx, &manager, id, hash, prefix, overlap, &origin).await;
+                    let rotated = ApiKey::rotate(tx, &manager, rotated, &origin, &quotas).await;
                     let Ok((.., left)) = rotated else { return revoke(tx, auth, old, rotated) };
                     tx.after_commit(move || auth.revoke_after(old, left.saturating_sub(began.elapsed())));
                     rotated
@@ -209,8 +216,11 @@ impl pb::auth_service_server::AuthService for AuthApi {
         let secret = Secret::generate(SecretKind::WatchToken)?;
         let secret_prefix = secret.display_prefix().to_owned();
         let new = NewWatchToken { job_id, secret_hash: secret.hash(), secret_prefix, note, lifetime };
-        let database = &self.0.database;
-        let token = database.write(credential, move |tx| new.create(tx, provider, origin).boxed()).await?;
+        let quotas = self.0.quotas;
+        let created = self.0.database.write(credential, move |tx| {
+            async move { new.create(tx, provider, origin, &quotas).await }.boxed()
+        });
+        let token = created.await?;
         let watch_token = Some(token.into());
         Ok(Response::new(pb::CreateWatchTokenResponse { watch_token, secret: secret.reveal() }))
     }
@@ -257,6 +267,13 @@ impl pb::auth_service_server::AuthService for AuthApi {
             })
             .await?;
         Ok(Response::new(pb::ExpireWatchTokenResponse { watch_token: Some(token.into()) }))
+    }
+
+    async fn get_usage(&self, request: Request<pb::GetUsageRequest>) -> Answer<pb::GetUsageResponse> {
+        let credential = credential_of(&request)?;
+        let viewer = credential.caller().user_viewer()?;
+        let usage = read!(self.0.database, |conn| Usage::of(conn, viewer))?;
+        Ok(Response::new(usage_message(usage, &self.0.quotas)))
     }
 }
 

@@ -44,11 +44,11 @@ impl ConfigurationService for ConfigurationApi {
         let credential = credential_of(&request)?;
         let provider = credential.caller().provider(KeyScope::Append)?;
         let new = NewJobConfiguration::try_from(request.into_inner())?;
-        let (configuration, existed) = self
-            .0
-            .database
-            .write(credential, move |tx| JobConfiguration::register(tx, provider, new).boxed())
-            .await?;
+        let quotas = self.0.quotas;
+        let registered = self.0.database.write(credential, move |tx| {
+            async move { JobConfiguration::register(tx, provider, new, &quotas).await }.boxed()
+        });
+        let (configuration, existed) = registered.await?;
         let job_configuration = Some(configuration.into());
         Ok(Response::new(pb::RegisterJobConfigurationResponse { job_configuration, existed }))
     }

@@ -33,9 +33,11 @@ impl JobService for JobApi {
         let credential = credential_of(&request)?;
         let provider = credential.caller().provider(KeyScope::Append)?;
         let new = NewJob::try_from(request.into_inner())?;
-        let database = &self.0.database;
-        let (job, existed) =
-            database.write(credential, move |tx| Job::create(tx, provider, new).boxed()).await?;
+        let quotas = self.0.quotas;
+        let created = self.0.database.write(credential, move |tx| {
+            async move { Job::create(tx, provider, new, &quotas).await }.boxed()
+        });
+        let (job, existed) = created.await?;
         Ok(Response::new(pb::CreateJobResponse { job: Some(job.into()), existed }))
     }
 

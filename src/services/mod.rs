@@ -23,6 +23,7 @@ use uuid::Uuid;
 use self::client_address::client_address;
 use crate::{
     auth::{Auth, AuthSettings, Credential, StreamReset},
+    config::QuotaSettings,
     db::{
         Database,
         notifier::{Notification, Notifier},
@@ -31,6 +32,7 @@ use crate::{
     event_log::{EventLog, EventLogSettings},
     models::audit_entry::Origin,
     telemetry::{Telemetry, metrics::gauge_value},
+    usage::EventUsage,
 };
 
 /// What a method returns.
@@ -76,6 +78,8 @@ pub struct App {
     pub database: Database,
     pub auth: Auth,
     pub log: EventLog,
+    /// The most that each user may have.
+    pub quotas: QuotaSettings,
     /// Cancelled when this server drains.
     pub draining: CancellationToken,
     pub telemetry: Telemetry,
@@ -88,18 +92,20 @@ impl App {
         database: Database,
         auth: AuthSettings,
         log: EventLogSettings,
+        quotas: QuotaSettings,
         telemetry: Telemetry,
     ) -> Result<Self> {
         database.watch_availability();
         let notifier = Notifier::start(database.clone());
-        let auth = Auth::start(database.clone(), notifier.clone(), auth);
-        let log = EventLog::start(database.clone(), notifier.clone(), log, telemetry.clone()).await?;
+        let auth = Auth::start(database.clone(), notifier.clone(), auth, quotas.sessions_per_user);
+        let usage = EventUsage::start(database.clone(), quotas);
+        let log = EventLog::start(database.clone(), notifier.clone(), log, usage, telemetry.clone()).await?;
         let (wake_tail, confirming) = (log.waker(), auth.clone());
         notifier.listen(move |notification| match notification {
             Notification::Log => wake_tail(),
             Notification::Credentials => confirming.confirm_now(),
         });
-        Ok(Self { database, auth, log, draining: CancellationToken::new(), telemetry })
+        Ok(Self { database, auth, log, quotas, draining: CancellationToken::new(), telemetry })
     }
 
     /// The metrics as text, with the gauges set to their present values. It makes no query.

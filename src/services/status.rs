@@ -18,10 +18,13 @@ use crate::{
     error::{Error, Resource, Violations},
     limits::{ERROR_DETAILS_BYTES, ERROR_QUOTE_CHARS},
     pb::ErrorReason,
+    quota::{Quota, QuotaUsed},
 };
 
 /// `domain` of every ErrorInfo.
 const DOMAIN: &str = "milepost";
+/// The key in the metadata of ErrorInfo that names a quota which is used up.
+const QUOTA: &str = "quota";
 /// Largest encoded `google.rpc.Status`, in bytes: base64 makes four bytes of three.
 const STATUS_BYTES: usize = ERROR_DETAILS_BYTES / 4 * 3;
 /// Longest message, in bytes. It travels twice: within the details, and beside them in
@@ -74,6 +77,12 @@ pub(crate) fn reason(error: &Error) -> ErrorReason {
 pub(crate) fn reason_of(status: &tonic::Status) -> Option<ErrorReason> {
     let info = status.get_details_error_info()?;
     ErrorReason::from_str_name(&format!("ERROR_REASON_{}", info.reason))
+}
+
+/// The quota that a call was refused for; none if it was not.
+pub(crate) fn refused_quota(status: &tonic::Status) -> Option<Quota> {
+    let info = status.get_details_error_info()?;
+    Quota::ALL.into_iter().find(|quota| info.metadata.get(QUOTA).is_some_and(|name| name == quota.name()))
 }
 
 /// The parts of an answer, without its message.
@@ -133,6 +142,21 @@ impl<'a> Answer<'a> {
             quota_failure::Violation { subject: subject.to_owned(), description, ..Default::default() };
         self.details.push(any("QuotaFailure", &QuotaFailure { violations: vec![violation] }));
         self
+    }
+
+    /// The quota, its limit and its use, for people in QuotaFailure and for programs in the
+    /// metadata of ErrorInfo as well.
+    fn quota_used(mut self, used: &QuotaUsed) -> Self {
+        let QuotaUsed { quota, limit, used, .. } = used;
+        let violation = quota_failure::Violation {
+            subject: quota.name().to_owned(),
+            description: format!("{used} of {limit} {} are used", quota.noun()),
+            quota_metric: quota.name().to_owned(),
+            quota_value: *limit,
+            ..Default::default()
+        };
+        self.details.push(any("QuotaFailure", &QuotaFailure { violations: vec![violation] }));
+        self.metadata(QUOTA, &quota.name()).metadata("limit", limit).metadata("used", used)
     }
 
     fn retry(mut self, after: Duration) -> Self {
@@ -204,6 +228,13 @@ fn answer(error: &Error) -> Answer<'_> {
         Error::LogInThrottled { retry_after } => Answer::new(Code::ResourceExhausted, Reason::LogInThrottled)
             .quota("log-in failures", "too many failed log-ins".to_owned())
             .retry(*retry_after),
+        Error::QuotaExceeded(used) => {
+            let answer = Answer::new(Code::ResourceExhausted, Reason::QuotaExceeded).quota_used(used);
+            match used.retry_after {
+                Some(retry_after) => answer.retry(retry_after),
+                None => answer,
+            }
+        }
         Error::Unavailable(_) => {
             Answer::new(Code::Unavailable, Reason::DatabaseUnavailable).retry(RETRY_AFTER)
         }
@@ -285,6 +316,10 @@ mod tests {
     use super::*;
     use crate::progress::JobStatus;
 
+    fn used_up(retry_after: Option<Duration>) -> Error {
+        Error::QuotaExceeded(QuotaUsed { quota: Quota::OpenJobs, limit: 3, used: 4, retry_after })
+    }
+
     fn one_of_each() -> Vec<(Error, Code, &'static str)> {
         let mut differences = Violations::default();
         differences.add("name", "is \"a\", was \"b\"");
@@ -321,6 +356,7 @@ mod tests {
             (Error::LogSetBack, Code::OutOfRange, "LOG_SET_BACK"),
             (Error::EventsExpired { first_sequence: Some(3) }, Code::OutOfRange, "EVENTS_EXPIRED"),
             (Error::Overloaded { what: "log-ins", retry_after }, Code::ResourceExhausted, "OVERLOADED"),
+            (used_up(Some(retry_after)), Code::ResourceExhausted, "QUOTA_EXCEEDED"),
             (Error::unavailable("SELECT secret"), Code::Unavailable, "DATABASE_UNAVAILABLE"),
             (Error::Draining, Code::Unavailable, "DRAINING"),
             (Error::DeadlineExceeded, Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
@@ -357,6 +393,17 @@ mod tests {
             };
             assert_eq!(retry.and_then(|info| info.retry_delay), expected, "{reason}");
         }
+    }
+
+    #[test]
+    fn a_used_up_quota_says_its_limit_and_its_use_and_to_retry_only_if_that_helps() {
+        let details = tonic::Status::from(used_up(None)).get_error_details();
+        assert!(details.retry_info().is_none());
+        let metadata = &details.error_info().expect("an ErrorInfo").metadata;
+        assert_eq!(["quota", "limit", "used"].map(|key| metadata[key].as_str()), ["open_jobs", "3", "4"]);
+        let violation = &details.quota_failure().expect("a QuotaFailure").violations[0];
+        assert_eq!((violation.subject.as_str(), violation.quota_value), ("open_jobs", 3));
+        assert_eq!(violation.description, "4 of 3 open jobs are used");
     }
 
     #[test]

@@ -19,7 +19,10 @@ use prost::Message as _;
 use prost_types::FileDescriptorSet;
 use tonic::Code;
 
-use crate::pb::{self, ErrorReason};
+use crate::{
+    pb::{self, ErrorReason},
+    quota::Quota,
+};
 
 /// Content type of the scraped text: OpenMetrics 1.0.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -125,6 +128,7 @@ pub struct Metrics {
     other: Arc<Method>,
     pub(crate) appends: Appends,
     pub(crate) watches: Watches,
+    pub(crate) quota_refusals: QuotaRefusals,
     /// Set at each scrape, except `ready`.
     pub(crate) state: State,
 }
@@ -182,6 +186,35 @@ metrics! {
 }
 
 metrics! {
+    /// Calls and publish streams that were refused because a quota is used up.
+    pub(crate) struct QuotaRefusals {}
+    /// Calls and publish streams that were refused because a user's quota is used up, by quota
+    family plain("quota_refusals", "quota", Counter::default) {
+        configurations: Counter = "configurations",
+        open_jobs: Counter = "open_jobs",
+        api_keys: Counter = "api_keys",
+        watch_tokens: Counter = "watch_tokens",
+        stored_bytes: Counter = "stored_bytes",
+        events_per_day: Counter = "events_per_day",
+    }
+}
+
+impl QuotaRefusals {
+    /// Counts a refusal.
+    pub(crate) fn count(&self, quota: Quota) {
+        let counter = match quota {
+            Quota::Configurations => &self.configurations,
+            Quota::OpenJobs => &self.open_jobs,
+            Quota::ApiKeys => &self.api_keys,
+            Quota::WatchTokens => &self.watch_tokens,
+            Quota::StoredBytes => &self.stored_bytes,
+            Quota::EventsPerDay => &self.events_per_day,
+        };
+        counter.inc();
+    }
+}
+
+metrics! {
     /// Gauges of the server's state. `ready` is set on each change, all others at each
     /// scrape.
     pub(crate) struct State {
@@ -231,8 +264,9 @@ impl Metrics {
             .collect();
         let other = Arc::new(Method::new(OTHER, false, &families));
         let (appends, watches) = (Appends::new(&mut registry), Watches::new(&mut registry));
+        let quota_refusals = QuotaRefusals::new(&mut registry);
         let state = State::new(&mut registry);
-        Self { registry, methods, other, appends, watches, state }
+        Self { registry, methods, other, appends, watches, quota_refusals, state }
     }
 
     /// All metrics as text of the [`CONTENT_TYPE`].

@@ -36,7 +36,7 @@ const CALLERS: [&str; 13] = [
 
 /// The code that each method answers to each of [`CALLERS`], in their order: O is
 /// OK, U UNAUTHENTICATED, P PERMISSION_DENIED, N NOT_FOUND.
-const EXPECTED: [(&str, &str); 23] = [
+const EXPECTED: [(&str, &str); 24] = [
     ("AuthService/SignUp", "OOOOOO O OO OO OO"),
     ("AuthService/LogIn", "OOOOOO O OO OO OO"),
     // These methods concern the caller alone, so that NOT_FOUND cannot occur.
@@ -51,6 +51,7 @@ const EXPECTED: [(&str, &str); 23] = [
     ("AuthService/CreateWatchToken", "UUUUUU P PP PP ON"),
     ("AuthService/ListWatchTokens", "UUUUUU P PP PP ON"),
     ("AuthService/ExpireWatchToken", "UUUUUU P PP PP ON"),
+    ("AuthService/GetUsage", "UUUUUU P PP OO OO"),
     ("ConfigurationService/RegisterJobConfiguration", "UUUUUU P PP PP OO"),
     ("ConfigurationService/GetJobConfiguration", "UUUUUU P PP ON ON"),
     ("ConfigurationService/ListJobConfigurations", "UUUUUU P PP PP OO"),
@@ -139,7 +140,8 @@ impl World {
                     | "GetJob"
                     | "ListJobs"
                     | "ListEvents"
-                    | "WatchEvents" => &[ApiKeyScope::Append, ApiKeyScope::Manage],
+                    | "WatchEvents"
+                    | "GetUsage" => &[ApiKeyScope::Append, ApiKeyScope::Manage],
                     "CreateApiKey" | "ListApiKeys" | "ExpireApiKey" | "RotateApiKey" => {
                         &[ApiKeyScope::Read, ApiKeyScope::Append]
                     }
@@ -178,7 +180,9 @@ impl World {
             .encode_to_vec(),
             "LogIn" => pb::LogInRequest { email: self.provider.email.clone(), password: PASSWORD.to_owned() }
                 .encode_to_vec(),
-            "LogOut" | "GetCurrentUser" | "CreateApiKey" | "ListApiKeys" | "ListJobs" => Vec::new(),
+            "LogOut" | "GetCurrentUser" | "CreateApiKey" | "ListApiKeys" | "GetUsage" | "ListJobs" => {
+                Vec::new()
+            }
             "UpdateCurrentUser" => {
                 pb::UpdateCurrentUserRequest { user: Some(pb::User::default()), update_mask: None }
                     .encode_to_vec()

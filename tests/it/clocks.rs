@@ -253,3 +253,22 @@ async fn retention_removes_nothing_early_when_the_clock_is_set_ahead_and_all_in_
         assert_eq!(scene.text(step).await, "1");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clock_that_is_ahead_removes_no_credential_that_is_valid_by_the_right_one() {
+    let scene = Scene::new().await;
+    let step = "SELECT remove_ended_credentials(interval '30 days', 100)::text AS text";
+    assert_eq!(scene.text(step).await, "0");
+    let user = scene.server.customer().await;
+    let expires_at = Some((SystemTime::now() + Duration::from_secs(60 * 60)).into());
+    let request = pb::CreateApiKeyRequest { expires_at, ..Default::default() };
+    let created = user.session.clone().auth.create_api_key(request).await.unwrap().into_inner();
+    scene.clock.set(40 * DAY);
+    for _ in 0..3 {
+        assert_eq!(scene.text(step).await, "0");
+    }
+    scene.clock.set(0);
+    assert_eq!(scene.text(step).await, "0");
+    let server = scene.new_server().await;
+    assert_accepted(&server, &created.secret).await;
+}

@@ -126,6 +126,13 @@ impl Fixture {
             ("MILEPOST_PUBLISH_WINDOW", "2"),
             ("MILEPOST_RETENTION_S", "1"),
             ("MILEPOST_DRAIN_DEADLINE_S", "1"),
+            ("MILEPOST_CONFIGURATIONS_PER_USER", "21"),
+            ("MILEPOST_OPEN_JOBS_PER_USER", "22"),
+            ("MILEPOST_API_KEYS_PER_USER", "23"),
+            ("MILEPOST_SESSIONS_PER_USER", "24"),
+            ("MILEPOST_WATCH_TOKENS_PER_USER", "25"),
+            ("MILEPOST_STORED_MIB_PER_USER", "26"),
+            ("MILEPOST_EVENTS_PER_USER_DAY", "27000"),
             ("MILEPOST_METRICS_LISTEN", &metrics_listen),
             ("MILEPOST_OTLP_ENDPOINT", &otlp_endpoint),
             ("MILEPOST_LOG_FORMAT", "text"),
@@ -222,6 +229,20 @@ impl Fixture {
         let address = "SELECT host(client_address) AS text FROM audit_entries
             ORDER BY created_at DESC LIMIT 1";
         assert_eq!(self.texts(address).await, ["10.1.2.3"]);
+    }
+
+    async fn quotas(&self) {
+        let usage = self.customer.clone().auth.get_usage(pb::GetUsageRequest {}).await.unwrap().into_inner();
+        let quotas = [
+            usage.configurations,
+            usage.open_jobs,
+            usage.api_keys,
+            usage.sessions,
+            usage.watch_tokens,
+            usage.stored_bytes,
+            usage.events_per_day,
+        ];
+        assert_eq!(quotas.map(|quota| quota.unwrap().limit), [21, 22, 23, 24, 25, 26 << 20, 27_000]);
     }
 
     async fn streams(&self) {
@@ -380,6 +401,7 @@ async fn every_setting_takes_effect() {
     let fixture = Fixture::start().await;
     fixture.sign_up().await;
     fixture.log_in().await;
+    fixture.quotas().await;
     fixture.streams().await;
     fixture.waits().await;
     fixture.publish_window().await;

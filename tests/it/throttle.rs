@@ -8,7 +8,9 @@ use futures_util::future::{join, join_all};
 use milepost::pb::{self, ErrorReason};
 use tonic::{Code, Request, Response, Status};
 
-use crate::support::{Clients, PASSWORD, TRUSTED_PROXY, TestServer, User, assert_refused, within_timeout};
+use crate::support::{
+    Clients, PASSWORD, SIGN_UPS_PER_HOUR, TRUSTED_PROXY, TestServer, User, assert_refused, within_timeout,
+};
 
 /// An address from which no user has logged in before.
 const OTHER_ADDRESS: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
@@ -181,32 +183,49 @@ async fn a_sign_up_makes_its_pair_known() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn repeated_sign_ups_from_one_address_are_throttled() {
-    let server = TestServer::start().await;
-    let sign_up = async |address: &str, email: &str| {
+async fn an_address_signs_up_a_number_of_users_an_hour_on_all_servers_together() {
+    let servers = [TestServer::start().await];
+    let servers = [servers[0].replica().await, servers.into_iter().next().unwrap()];
+    let sign_up = async |server: &TestServer, address: &str, email: &str| {
         let mut request = Request::new(sign_up_request(email));
         request.metadata_mut().insert("x-forwarded-for", address.parse().unwrap());
         let answer = server.from(TRUSTED_PROXY).anonymous().auth.sign_up(request).await;
         answer.map(Response::into_inner)
     };
-    sign_up("192.0.2.1", "a@b").await.unwrap();
-    // A sign-up that is refused for its known e-mail counts; one that is refused for its
-    // shape does not.
-    sign_up("192.0.2.1", "a@b").await.unwrap_err();
-    sign_up("192.0.2.1", "nobody").await.unwrap_err();
-    server.database.execute("UPDATE log_in_attempts SET failures = failures + 96 WHERE failures = 2").await;
-    sign_up("192.0.2.1", "3@b").await.unwrap();
-    sign_up("192.0.2.1", "4@b").await.unwrap();
-    server.database.block_log_ins_for(30).await;
-    let slow = sign_up("192.0.2.1", "5@b").await;
-    let refusal = assert_refused(slow, Code::ResourceExhausted, ErrorReason::Overloaded);
-    let wait = refusal.details.retry_info().unwrap().retry_delay.unwrap();
-    assert!((20..=30).contains(&wait.as_secs()), "{wait:?}");
-    // Neither other addresses nor loopback are throttled.
-    sign_up("192.0.2.2", "6@b").await.unwrap();
-    sign_up("127.0.0.1", "7@b").await.unwrap();
-    let counted = "SELECT failures::text AS text FROM log_in_attempts WHERE failures > 0 ORDER BY 1";
-    assert_eq!(server.database.texts(counted).await, ["1", "100"]);
+    for (network, addresses) in
+        [("a", ["192.0.2.1", "192.0.2.1"]), ("b", ["2001:db8:1:2::3", "2001:db8:1:2:ffff::4"])]
+    {
+        sign_up(&servers[0], addresses[0], &format!("{network}@b")).await.unwrap();
+        // A sign-up that is refused for its known e-mail counts; one that is refused for its
+        // shape does not.
+        sign_up(&servers[1], addresses[0], &format!("{network}@b")).await.unwrap_err();
+        sign_up(&servers[1], addresses[0], "nobody").await.unwrap_err();
+        for n in 2..SIGN_UPS_PER_HOUR {
+            let server = &servers[usize::try_from(n % 2).unwrap()];
+            sign_up(server, addresses[1], &format!("{network}{n}@b")).await.unwrap();
+        }
+        for (server, address) in servers.iter().zip(addresses) {
+            let refused = sign_up(server, address, &format!("{network}-more@b")).await;
+            let refusal = assert_refused(refused, Code::ResourceExhausted, ErrorReason::Overloaded);
+            let wait = refusal.details.retry_info().unwrap().retry_delay.unwrap();
+            assert!((3_500..=3_600).contains(&wait.as_secs()), "{wait:?}");
+        }
+    }
+    // Neither other addresses nor loopback are refused.
+    sign_up(&servers[0], "192.0.2.2", "other@b").await.unwrap();
+    sign_up(&servers[0], "127.0.0.1", "local@b").await.unwrap();
+
+    // After the hour the count starts anew, and so does that of a clock that was ahead.
+    let database = &servers[0].database;
+    for moved in ["- interval '61 minutes'", "+ interval '2 hours'"] {
+        database
+            .execute(&format!(
+                "UPDATE sign_up_windows SET began_at = clock_timestamp() {moved}, sign_ups = {SIGN_UPS_PER_HOUR}"
+            ))
+            .await;
+        sign_up(&servers[0], "192.0.2.1", &format!("{}@b", moved.len())).await.unwrap();
+    }
+    assert_eq!(servers[0].count("sign_up_windows WHERE began_at < now() - interval '1 hour'").await, 0);
 }
 
 /// Replaces the password hash of every user by another hash of the same password, once

@@ -11,10 +11,11 @@ use crate::{
     event_log::event::CommittedEvent,
     models::{
         audit_entry::AuditEntry,
-        event::{Event, NewRow},
+        event::{Event, NewRow, event_bytes},
         job_identity::{JobIdentity, StepIdentity},
     },
     progress::{EventKind, JobState, JobStatus, Progress, Weights},
+    quota::QuotaUsed,
 };
 
 /// Events for one job: all are appended or none.
@@ -30,6 +31,8 @@ pub(crate) struct Batch {
     /// What the job's configuration does not allow. These violations are the last
     /// reason to refuse: a stored id, the sequence and the status come before them.
     pub(crate) violations: Violations,
+    /// A quota of the job's provider that is used up: the very last reason to refuse.
+    pub(crate) quota_used: Option<QuotaUsed>,
     /// The audit entry that is written in the same transaction.
     pub(crate) audit: Option<Box<AuditEntry>>,
 }
@@ -51,7 +54,7 @@ pub(crate) struct NewEvent {
 impl NewEvent {
     /// About how many bytes of memory and of the database this takes.
     pub(crate) fn bytes(&self) -> usize {
-        256 + self.name.len() + self.metadata.len()
+        event_bytes(&self.name, &self.metadata)
     }
 }
 
@@ -97,6 +100,8 @@ impl Batch {
             expected_sequence: None,
             events: vec![close],
             violations: Violations::default(),
+            // What the server writes counts for nobody.
+            quota_used: None,
             audit: Some(Box::new(audit)),
         }
     }
@@ -142,6 +147,9 @@ impl Batch {
         }
         if any_new && !self.violations.is_empty() {
             return Err(Error::Invalid(self.violations.clone()));
+        }
+        if let Some(used) = self.quota_used.filter(|_| any_new) {
+            return Err(Error::QuotaExceeded(used));
         }
         *state = after;
         Ok(answer)

@@ -64,6 +64,7 @@ use crate::{
     db::{Database, notifier::Notifier},
     error::{Error, Result},
     telemetry::{Telemetry, traces::Traces},
+    usage::EventUsage,
 };
 
 /// What the batches of one round come to, except for the first batch of each provider,
@@ -104,6 +105,11 @@ impl StreamOrder {
         self.0.store(true, Ordering::Relaxed);
     }
 
+    /// Tells the streams of a round apart.
+    fn number(&self) -> usize {
+        Arc::as_ptr(&self.0).addr()
+    }
+
     fn has_failed(&self) -> bool {
         self.0.load(Ordering::Relaxed)
     }
@@ -134,11 +140,13 @@ impl Appender {
         tail: Arc<Tail>,
         notifier: Notifier,
         cache_bytes: u64,
+        usage: EventUsage,
         telemetry: Telemetry,
     ) -> io::Result<Self> {
         let queue = Arc::<Queue>::default();
         let traces = telemetry.traces.clone();
-        let task = Task::new(database.clone(), Arc::clone(&queue), tail, notifier, cache_bytes, telemetry);
+        let task =
+            Task::new(database.clone(), Arc::clone(&queue), tail, notifier, cache_bytes, usage, telemetry);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         std::thread::Builder::new().name("append".to_owned()).spawn(move || {
             runtime.block_on(abort_on_panic(task.run()));
@@ -171,7 +179,11 @@ impl Appender {
             _held: held,
         };
         let queue = &self.queue.0;
-        self.database.unless_commits_hang(async move { Ok(queue.push(request)) }).await?;
+        let queued = async move {
+            queue.push(request);
+            Ok(())
+        };
+        self.database.unless_commits_hang(queued).await?;
         Ok(PendingAnswer { database: self.database.clone(), answer })
     }
 }

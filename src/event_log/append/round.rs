@@ -42,6 +42,8 @@ pub(super) struct Round {
     pub(super) order: Vec<Uuid>,
     /// The ids of jobs and events, of those events whose ids clients made.
     ids: HashSet<(Uuid, Uuid)>,
+    /// The publish streams that end with a refusal in this round.
+    ended: HashSet<usize>,
     /// How many events are appended.
     pub(super) events: usize,
     /// What the requests take of the round.
@@ -84,7 +86,11 @@ impl Round {
         let new_group = Group { plans: Vec::new(), before: state, after: state, known };
         let (mut after, known) =
             self.groups.get(&id).map_or((state, known), |group| (group.after, group.known));
-        let plan = request.batch.plan(&request.stored, &mut after);
+        let plan = if self.ended.contains(&request.stream_order.number()) {
+            Err(Error::unavailable("a batch before this one failed"))
+        } else {
+            request.batch.plan(&request.stored, &mut after)
+        };
         if repeats || plan.is_err() && known.min(request.needs) < Knowledge::Read {
             request.needs = request.needs.max(Knowledge::Read);
             return Some(request);
@@ -93,6 +99,9 @@ impl Round {
         if appended > 0 {
             self.ids.extend(new_ids());
             self.events += appended;
+        }
+        if ends_stream(&plan) {
+            self.ended.insert(request.stream_order.number());
         }
         let group = self.groups.entry(id).or_insert(new_group);
         if appended > 0 && group.is_empty() {
@@ -267,6 +276,11 @@ impl Group {
     }
 }
 
+/// Whether a publish stream ends with this answer.
+fn ends_stream(answer: &Result<Vec<AppendedEvent>>) -> bool {
+    answer.as_ref().is_err_and(|error| !error.is_about_content())
+}
+
 /// What is to be answered and delivered after a round.
 #[derive(Default)]
 pub(super) struct Completed {
@@ -279,23 +293,31 @@ impl Completed {
     /// Adds a job whose events were committed after this position, at this time.
     pub(super) fn commit(&mut self, group: Group, mut position: i64, at: DateTime<Utc>) {
         for (request, plan) in group.plans {
+            let Request { batch, reply, stream_order, .. } = request;
+            if ends_stream(&plan) {
+                stream_order.fail();
+            }
             if let Ok(answer) = &plan {
-                if let Some(entry) = &request.batch.audit {
+                if let Some(entry) = &batch.audit {
                     entry.log();
                 }
-                for mut event in request.batch.into_events(answer, at) {
+                for mut event in batch.into_events(answer, at) {
                     position += 1;
                     event.row.position = position;
                     self.events.push(event);
                 }
             }
-            self.answers.push((request.reply, plan));
+            self.answers.push((reply, plan));
         }
     }
 
     /// Adds jobs that nothing was to be appended to.
     pub(super) fn answer(&mut self, groups: impl IntoIterator<Item = Group>) {
-        let plans = groups.into_iter().flat_map(|group| group.plans);
-        self.answers.extend(plans.map(|(request, plan)| (request.reply, plan)));
+        for (request, plan) in groups.into_iter().flat_map(|group| group.plans) {
+            if ends_stream(&plan) {
+                request.stream_order.fail();
+            }
+            self.answers.push((request.reply, plan));
+        }
     }
 }

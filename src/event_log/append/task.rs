@@ -35,6 +35,7 @@ use crate::{
         metrics::Metrics,
         traces::{Traces, TransactionSpan},
     },
+    usage::EventUsage,
 };
 
 /// How often the queue is emptied while a round is under way.
@@ -50,6 +51,7 @@ pub(super) struct Task {
     queue: Arc<Queue>,
     tail: Arc<Tail>,
     notifier: Notifier,
+    usage: EventUsage,
     metrics: Arc<Metrics>,
     traces: Traces,
     /// Longest time that a round may take.
@@ -92,6 +94,7 @@ impl Task {
         tail: Arc<Tail>,
         notifier: Notifier,
         cache_bytes: u64,
+        usage: EventUsage,
         Telemetry { metrics, traces }: Telemetry,
     ) -> Self {
         Self {
@@ -100,6 +103,7 @@ impl Task {
             queue,
             tail,
             notifier,
+            usage,
             metrics,
             traces,
             connection: None,
@@ -389,8 +393,10 @@ impl Task {
         (connection, completed)
     }
 
-    /// Answers callers, and delivers the events that were committed in this run to watchers.
+    /// Counts what was committed, answers callers, and delivers the events that were
+    /// committed in this run to watchers.
     fn publish(&self, run: Option<Run>, completed: Completed, received_at: Instant) {
+        self.usage.appended(completed.events.iter().map(|event| (event.job.provider_id, &event.row)));
         let now = Instant::now();
         for (reply, answer) in completed.answers {
             if answer.is_ok() {

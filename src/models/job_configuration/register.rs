@@ -7,9 +7,11 @@ use uuid::Uuid;
 
 use super::{ConfigurationKey, JobConfiguration, MetadataConfiguration, MetadataKind};
 use crate::{
+    config::QuotaSettings,
     db::Transaction,
     error::{Error, Resource, Result, Violations},
-    models::{caller::Provider, version_order},
+    models::{caller::Provider, usage, version_order},
+    quota::Quota,
     schema::{job_configurations, metadata_configurations, step_configurations},
 };
 
@@ -34,22 +36,29 @@ pub struct NewStepConfiguration {
 
 impl JobConfiguration {
     /// Registers a version. Returns it and whether it existed before. Fails with
-    /// [`Error::Differs`] if it exists with other content.
+    /// [`Error::Differs`] if it exists with other content, otherwise with
+    /// [`Error::QuotaExceeded`] if the provider has too many.
     pub async fn register(
         tx: &mut Transaction<'_>,
         provider: Provider,
         new: NewJobConfiguration,
+        quotas: &QuotaSettings,
     ) -> Result<(Self, bool)> {
-        let inserted = new.insert(tx, provider).await?;
         let key = ConfigurationKey::Version { tag: new.tag.clone(), version: new.version.to_string() };
+        if let Some(stored) = Self::find(tx, provider.into(), &key).await? {
+            return new.repeats(stored);
+        }
+        let quota = quotas.of(Quota::Configurations);
+        if let Some(used) = usage::find_used_up(tx, provider.id(), &[quota]).await? {
+            // The last place may have been taken by the same request.
+            let stored = Self::find(tx, provider.into(), &key).await?;
+            return stored.map_or(Err(Error::QuotaExceeded(used)), |stored| new.repeats(stored));
+        }
+        let inserted = new.insert(tx, provider).await?;
         let stored = Self::find(tx, provider.into(), &key)
             .await?
             .ok_or_else(|| Error::internal("a configuration is missing directly after its registration"))?;
-        let differences = new.differences(&stored);
-        if differences.is_empty() {
-            return Ok((stored, !inserted));
-        }
-        Err(Error::Differs { resource: Resource::JobConfiguration, name: key.to_string(), differences })
+        if inserted { Ok((stored, false)) } else { new.repeats(stored) }
     }
 }
 
@@ -126,6 +135,16 @@ impl NewJobConfiguration {
             diesel::insert_into(metadata_configurations::table).values(rows).execute(tx).await?;
         }
         Ok(true)
+    }
+
+    /// Returns the stored version of the same key, if its content is the same.
+    fn repeats(&self, stored: JobConfiguration) -> Result<(JobConfiguration, bool)> {
+        let differences = self.differences(&stored);
+        if differences.is_empty() {
+            return Ok((stored, true));
+        }
+        let name = format!("{} {}", stored.tag, stored.version);
+        Err(Error::Differs { resource: Resource::JobConfiguration, name, differences })
     }
 
     /// Lists the fields whose stored values differ from those of this version.

@@ -16,6 +16,7 @@ use crate::{
     pb,
     progress::EventKind,
     proto_enums::ProtoEnum as _,
+    quota::QuotaUsed,
     services::{jobs::job_key, parse},
 };
 
@@ -138,7 +139,12 @@ impl UncheckedBatch {
     /// Checks the batch against the job's configuration. The violations go into the
     /// batch: the event log answers them only after its own checks of stored ids,
     /// `expected_sequence` and status.
-    pub(super) fn for_job(&self, job: Arc<JobIdentity>, configuration: &Configuration) -> Batch {
+    pub(super) fn for_job(
+        &self,
+        job: Arc<JobIdentity>,
+        configuration: &Configuration,
+        quota_used: Option<QuotaUsed>,
+    ) -> Batch {
         let mut violations = Violations::default();
         let events = self.events.iter().enumerate().map(|(index, unchecked)| {
             let UncheckedEvent { event, step_tag, metadata } = unchecked;
@@ -169,7 +175,8 @@ impl UncheckedBatch {
         });
         let events = events.collect();
         let weights = Arc::clone(&configuration.weights);
-        Batch { expected_sequence: self.expected_sequence, events, violations, job, weights, audit: None }
+        let expected_sequence = self.expected_sequence;
+        Batch { expected_sequence, events, violations, quota_used, job, weights, audit: None }
     }
 }
 

@@ -35,7 +35,8 @@ impl Submitted {
         stream_order: StreamOrder,
     ) -> Result<Self> {
         let job = log.jobs.find_to_append(provider, &batch.job).await?;
-        let for_job = batch.for_job(Arc::clone(&job), &*log.jobs.configuration(job.configuration_id).await?);
+        let configuration = log.jobs.configuration(job.configuration_id).await?;
+        let for_job = batch.for_job(job, &configuration, log.usage.used_up(provider.id()));
         let answer =
             log.appender.submit(Arc::clone(&credential), for_job, stream_order.clone(), Box::new(())).await?;
         let again = matches!(batch.job, JobKey::ProviderJobId(_))
@@ -56,7 +57,8 @@ impl Again {
     async fn submit(self) -> Result<Vec<AppendedEvent>> {
         let Self { log, credential, provider, batch, stream_order } = self;
         let job = log.jobs.find(provider.into(), &batch.job).await?;
-        let for_job = batch.for_job(Arc::clone(&job), &*log.jobs.configuration(job.configuration_id).await?);
+        let configuration = log.jobs.configuration(job.configuration_id).await?;
+        let for_job = batch.for_job(job, &configuration, log.usage.used_up(provider.id()));
         log.appender.submit(credential, for_job, stream_order, Box::new(())).await?.wait().await
     }
 }

@@ -30,7 +30,10 @@ pub use process::{DRAIN_DEADLINE, ServerProcess, operate, parent, runs, zombies_
 pub use proxy::{Mode, Proxy};
 pub use refused::{assert_refused, assert_violations};
 pub use replication::Replication;
-pub use server::{CONNECTIONS, STREAMS_PER_CONNECTION, STREAMS_PER_USER, TRUSTED_PROXY, TestServer};
+pub use server::{
+    CONNECTIONS, QUOTAS, SIGN_UPS_PER_HOUR, STREAMS_PER_CONNECTION, STREAMS_PER_USER, TRUSTED_PROXY,
+    TestServer,
+};
 pub use temporary::TemporaryDir;
 pub use watch::Watch;
 

@@ -9,8 +9,8 @@ use std::{
 
 use milepost::{
     config::{
-        AuthSettings, BcryptSettings, DatabaseSettings, EventLogSettings, ServerSettings, SynchronousCommit,
-        TlsSettings,
+        AuthSettings, BcryptSettings, DatabaseSettings, EventLogSettings, QuotaSettings, ServerSettings,
+        SynchronousCommit, TlsSettings,
     },
     db::Database,
     server::{self, Tls},
@@ -28,6 +28,8 @@ use super::{Authority, Clients, Proxy, cluster::TestDatabase};
 /// The only address whose `x-forwarded-for` the server trusts. Other clients do
 /// not call from it.
 pub const TRUSTED_PROXY: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 9));
+/// Most sign-ups in an hour from one address other than loopback.
+pub const SIGN_UPS_PER_HOUR: i32 = 4;
 /// Connections in the pool of one server.
 pub const CONNECTIONS: usize = 8;
 /// Most open streams of one user on one server.
@@ -76,6 +78,11 @@ impl TestServer {
     /// `None` keeps them.
     pub async fn with_retention(database: TestDatabase, retention: Option<Duration>) -> Self {
         Setup { retention, ..Setup::of(database) }.serve(Clients::of).await
+    }
+
+    /// Starts a server with these quotas.
+    pub async fn with_quotas(database: TestDatabase, quotas: QuotaSettings) -> Self {
+        Setup { quotas, ..Setup::of(database) }.serve(Clients::of).await
     }
 
     /// Starts a server that reaches its new database through a proxy.
@@ -135,14 +142,27 @@ fn settings(retention: Option<Duration>) -> ServerSettings {
             streams_per_user: STREAMS_PER_USER,
             trusted_proxies: vec![TRUSTED_PROXY.into()],
             session_lifetime: Duration::from_secs(60 * 60),
+            sign_ups_per_hour: SIGN_UPS_PER_HOUR,
             // bcrypt's lowest cost, since almost every test signs up users.
             bcrypt: BcryptSettings { bcrypt_cost: 4, bcrypt_parallel: 2 },
         },
         keepalive_interval: Duration::from_secs(20),
         keepalive_timeout: Duration::from_secs(20),
         log: EventLogSettings { publish_window: 8, cache_mib: 16, retention },
+        quotas: QUOTAS,
     }
 }
+
+/// The quotas of test servers: those of `milepost serve`.
+pub const QUOTAS: QuotaSettings = QuotaSettings {
+    configurations_per_user: 10_000,
+    open_jobs_per_user: 1_000_000,
+    api_keys_per_user: 1_000,
+    sessions_per_user: 1_000,
+    watch_tokens_per_user: 1_000_000,
+    stored_mib_per_user: 1_048_576,
+    events_per_user_day: 1_000_000_000,
+};
 
 /// The settings in which test servers differ.
 struct Setup {
@@ -150,6 +170,7 @@ struct Setup {
     /// The URL by which the server reaches `database`.
     url: String,
     retention: Option<Duration>,
+    quotas: QuotaSettings,
     tls: Option<Tls>,
     telemetry: Telemetry,
 }
@@ -157,13 +178,13 @@ struct Setup {
 impl Setup {
     fn of(database: TestDatabase) -> Self {
         let url = database.url.clone();
-        Self { database, url, retention: None, tls: None, telemetry: Telemetry::default() }
+        Self { database, url, retention: None, quotas: QUOTAS, tls: None, telemetry: Telemetry::default() }
     }
 
     async fn serve(self, clients: impl FnOnce(SocketAddr) -> Clients) -> TestServer {
         let [listener, metrics] = [bind().await, bind().await];
         let (address, metrics_address) = (listener.local_addr().unwrap(), metrics.local_addr().unwrap());
-        let settings = settings(self.retention);
+        let settings = ServerSettings { quotas: self.quotas, ..settings(self.retention) };
         let app = self.app(&settings).await;
         let serving_metrics = tokio::spawn(server::serve_metrics(metrics, app.clone()));
         let stop = CancellationToken::new();
@@ -182,7 +203,7 @@ impl Setup {
         }
     }
 
-    async fn app(&self, ServerSettings { auth, log, .. }: &ServerSettings) -> App {
+    async fn app(&self, ServerSettings { auth, log, quotas, .. }: &ServerSettings) -> App {
         let settings = DatabaseSettings {
             ca: self.database.ca.clone(),
             connections: CONNECTIONS,
@@ -191,7 +212,7 @@ impl Setup {
             synchronous_commit: SynchronousCommit::On,
         };
         let database = Database::new(self.url.clone().into(), settings).unwrap();
-        App::start(database, auth.clone(), log.clone(), self.telemetry.clone()).await.unwrap()
+        App::start(database, auth.clone(), log.clone(), *quotas, self.telemetry.clone()).await.unwrap()
     }
 }
 

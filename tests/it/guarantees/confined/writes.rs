@@ -134,12 +134,13 @@ const WRITES: [Write; 13] = [
 ];
 
 /// The methods that only read, or that need no credential.
-const OTHERS: [&str; 11] = [
+const OTHERS: [&str; 12] = [
     "AuthService/SignUp",
     "AuthService/LogIn",
     "AuthService/GetCurrentUser",
     "AuthService/ListApiKeys",
     "AuthService/ListWatchTokens",
+    "AuthService/GetUsage",
     "ConfigurationService/GetJobConfiguration",
     "ConfigurationService/ListJobConfigurations",
     "JobService/GetJob",

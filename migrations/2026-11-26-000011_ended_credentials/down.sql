@@ -1,0 +1,2 @@
+DROP FUNCTION remove_ended_credentials;
+DROP TABLE credential_removal;

@@ -1,0 +1,250 @@
+//! Quotas of appended events and bytes, and GetUsage.
+
+use std::time::Duration;
+
+use milepost::{
+    config::QuotaSettings,
+    pb::{self, ErrorReason, NewEvent, publish_events_request, publish_events_response::Outcome},
+};
+use prost_types::{Value, value::Kind};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Status};
+
+use crate::support::{
+    PASSWORD, QUOTAS, ServerProcess, TestDatabase, TestServer, User, assert_refused, complete, info, step,
+    with_metadata, within_timeout,
+};
+
+const DAY_S: u64 = 24 * 60 * 60;
+
+/// Two servers on one database, and a provider with a job.
+struct Scene {
+    here: TestServer,
+    there: TestServer,
+    provider: User,
+    customer: User,
+    job: pb::Job,
+}
+
+impl Scene {
+    async fn new(quotas: QuotaSettings) -> Self {
+        let database = TestDatabase::migrated().await;
+        let here = TestServer::with_quotas(database.clone(), quotas).await;
+        let there = TestServer::with_quotas(database, quotas).await;
+        let (mut provider, customer) = (here.provider().await, here.customer().await);
+        provider.configuration(&[("load", 1)]).await;
+        let job = provider.job(&customer).await;
+        Self { here, there, provider, customer, job }
+    }
+
+    /// The bytes of all events and jobs in the database.
+    async fn stored_bytes(&self) -> i64 {
+        let bytes = "SELECT (
+                (SELECT coalesce(sum(event_bytes(kind, name, event_metadata)), 0) FROM events)
+                + (SELECT sum(1024 + octet_length(provider_job_id) + octet_length(provider_job_name)) FROM jobs)
+            )::text AS text";
+        self.here.database.texts(bytes).await[0].parse().unwrap()
+    }
+}
+
+async fn usage(user: &User) -> pb::GetUsageResponse {
+    user.clone().auth.get_usage(pb::GetUsageRequest {}).await.unwrap().into_inner()
+}
+
+/// Asks until the answer is as wanted.
+async fn wait_for_usage(user: &User, wanted: impl Fn(&pb::GetUsageResponse) -> bool) -> pb::GetUsageResponse {
+    within_timeout("the usage", async {
+        loop {
+            let usage = usage(user).await;
+            if wanted(&usage) {
+                return usage;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await
+}
+
+/// Appends single events until one is refused, as one is soon after the quota is used up.
+async fn append_until_refused(provider: &mut User, job: &pb::Job) -> Status {
+    within_timeout("a refusal", async {
+        loop {
+            match provider.try_append(job, [info("more")]).await {
+                Ok(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+                Err(status) => return status,
+            }
+        }
+    })
+    .await
+}
+
+/// Appends until an event is accepted.
+async fn append_until_accepted(provider: &mut User, job: &pb::Job) {
+    within_timeout("an append", async {
+        while provider.try_append(job, [info("again")]).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    })
+    .await;
+}
+
+fn large() -> NewEvent {
+    let text = Value { kind: Some(Kind::StringValue("x".repeat(16_000))) };
+    with_metadata(info("large"), [("text", text)])
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_events_of_a_day_are_limited_on_every_server() {
+    let scene = Scene::new(QuotaSettings { events_per_user_day: 10, ..QUOTAS }).await;
+    let (mut here, mut there) = (scene.provider.clone(), scene.there.same(&scene.provider));
+    let stored = vec![step("load"), info("stored")];
+    here.append(&scene.job, stored.clone()).await;
+    let open = here.job(&scene.customer).await;
+    here.append(&open, (0..8).map(|n| info(&format!("{n}")))).await;
+    for (provider, server) in [(&mut here, "here"), (&mut there, "there")] {
+        let status = append_until_refused(provider, &open).await;
+        let refusal =
+            assert_refused(Err::<(), _>(status), Code::ResourceExhausted, ErrorReason::QuotaExceeded);
+        assert_eq!((&*refusal.metadata["quota"], &*refusal.metadata["limit"]), ("events_per_day", "10"));
+        assert!(refusal.metadata["used"].parse::<u64>().unwrap() >= 10, "{server}");
+        let wait = refusal.details.retry_info().unwrap().retry_delay.unwrap();
+        assert!((1..=DAY_S).contains(&(wait.as_secs() + 1)), "until the next day: {wait:?}");
+        // What is stored is answered, and what is wrong is told first.
+        let again = provider.append(&scene.job, stored.clone()).await;
+        assert!(again.iter().all(|event| event.existed));
+        let unknown = provider.try_append(&scene.job, [step("unknown")]).await;
+        assert_refused(unknown, Code::InvalidArgument, ErrorReason::FieldInvalid);
+        let mixed = provider.try_append(&scene.job, [stored[0].clone(), info("new")]).await;
+        assert_refused(mixed, Code::ResourceExhausted, ErrorReason::QuotaExceeded);
+    }
+    // Other providers are not concerned, and the server's own events neither.
+    let mut other = scene.there.provider().await;
+    other.configuration(&[("load", 1)]).await;
+    let others = other.job(&scene.customer).await;
+    other.append(&others, [info("another provider's")]).await;
+    here.close(&scene.job).await.unwrap();
+
+    scene.here.database.execute("UPDATE event_usage SET day = day - 1").await;
+    append_until_accepted(&mut here, &open).await;
+    append_until_accepted(&mut there, &open).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_used_up_quota_ends_a_publish_stream_and_nothing_later_is_stored() {
+    let scene = Scene::new(QuotaSettings { events_per_user_day: 3, ..QUOTAS }).await;
+    let mut provider = scene.provider.clone();
+    let stored = info("stored");
+    provider.append(&scene.job, [stored.clone(), info("2"), info("3")]).await;
+    append_until_refused(&mut provider, &scene.job).await;
+    let (batches, stream) = mpsc::channel(8);
+    for (batch_id, event) in [("replay", stored.clone()), ("new", info("new")), ("later", info("new"))] {
+        let batch = pb::PublishEventsRequest {
+            batch_id: batch_id.to_owned(),
+            job: Some(publish_events_request::Job::JobId(scene.job.id.clone())),
+            expected_sequence: None,
+            events: vec![event],
+        };
+        batches.send(batch).await.unwrap();
+    }
+    let answers = provider.events.publish_events(ReceiverStream::new(stream)).await.unwrap();
+    let mut answers = answers.into_inner();
+    let replay = within_timeout("an answer", answers.message()).await.unwrap().unwrap();
+    assert_eq!(replay.batch_id, "replay");
+    assert!(matches!(replay.outcome, Some(Outcome::Appended(_))), "{replay:?}");
+    let ended = within_timeout("the end", answers.message()).await;
+    assert_refused(ended, Code::ResourceExhausted, ErrorReason::QuotaExceeded);
+    assert_eq!(scene.here.count("events WHERE name = 'new'").await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stored_bytes_are_limited_on_every_server_and_retention_gives_them_back() {
+    let scene = Scene::new(QuotaSettings { stored_mib_per_user: 1, ..QUOTAS }).await;
+    let (mut here, mut there) = (scene.provider.clone(), scene.there.same(&scene.provider));
+    let open = here.job(&scene.customer).await;
+    here.append(&scene.job, (0..33).map(|_| large())).await;
+    here.append(&scene.job, (0..33).map(|_| large())).await;
+    for provider in [&mut here, &mut there] {
+        let status = append_until_refused(provider, &open).await;
+        let refusal =
+            assert_refused(Err::<(), _>(status), Code::ResourceExhausted, ErrorReason::QuotaExceeded);
+        let metadata = |key: &str| refusal.metadata[key].as_str();
+        assert_eq!((metadata("quota"), metadata("limit")), ("stored_bytes", "1048576"));
+        assert!(refusal.details.retry_info().is_none(), "waiting does not help");
+    }
+    // What both servers know of is written soon, and is what is stored.
+    let before = scene.stored_bytes().await;
+    wait_for_usage(&here, |usage| usage.stored_bytes.unwrap().used == before).await;
+    let more = here.new_job(&scene.customer);
+    let refused = there.jobs.create_job(more).await;
+    assert_refused(refused, Code::ResourceExhausted, ErrorReason::QuotaExceeded);
+
+    here.close(&scene.job).await.unwrap();
+    let step = "SELECT (remove_expired_events(interval '0', 100, 40)).deleted::text AS text";
+    for deleted in ["0", "40", "27", "0"] {
+        assert_eq!(scene.here.database.texts(step).await, [deleted]);
+    }
+    let left = scene.stored_bytes().await;
+    assert!(left < before - 1_000_000);
+    assert_eq!(usage(&here).await.stored_bytes.unwrap().used, left);
+    append_until_accepted(&mut here, &open).await;
+    append_until_accepted(&mut there, &open).await;
+    there.job(&scene.customer).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn usage_has_what_the_user_has_and_the_quotas() {
+    let scene = Scene::new(QUOTAS).await;
+    let (mut here, mut there) = (scene.provider.clone(), scene.there.same(&scene.provider));
+    let job = here.job(&scene.customer).await;
+    here.append(&scene.job, [step("load"), large()]).await;
+    there.append(&job, [info("é"), complete()]).await;
+    here.close(&scene.job).await.unwrap();
+    let open = there.job(&scene.customer).await;
+    let created = pb::CreateWatchTokenRequest {
+        job: Some(pb::create_watch_token_request::Job::JobId(open.id.clone())),
+        ..Default::default()
+    };
+    here.auth.create_watch_token(created).await.unwrap();
+    let request = pb::LogInRequest { email: here.email.clone(), password: PASSWORD.to_owned() };
+    scene.there.anonymous().auth.log_in(request).await.unwrap();
+
+    let seen = wait_for_usage(&there, |usage| usage.events_per_day.unwrap().used == 4).await;
+    let used = |usage: Option<pb::QuotaUsage>| usage.unwrap().used;
+    assert_eq!(used(seen.configurations), 1);
+    assert_eq!(used(seen.open_jobs), 1);
+    assert_eq!((used(seen.api_keys), used(seen.sessions), used(seen.watch_tokens)), (1, 2, 1));
+    assert_eq!(used(seen.stored_bytes), scene.stored_bytes().await);
+    let limit = |usage: Option<pb::QuotaUsage>| usage.unwrap().limit;
+    assert_eq!(limit(seen.stored_bytes), QUOTAS.stored_mib_per_user * 1024 * 1024);
+    assert_eq!(
+        [seen.configurations, seen.open_jobs, seen.api_keys, seen.sessions, seen.watch_tokens].map(limit),
+        [10_000, 1_000_000, 1_000, 1_000, 1_000_000]
+    );
+    let now = "SELECT extract(epoch FROM now())::bigint::text AS text";
+    let now: i64 = scene.here.database.texts(now).await[0].parse().unwrap();
+    let left = seen.day_ends_at.unwrap().seconds - now;
+    assert!((0..=86_400).contains(&left) && seen.day_ends_at.unwrap().seconds % 86_400 == 0, "{left}");
+
+    let customers = usage(&scene.customer).await;
+    assert_eq!([customers.open_jobs, customers.stored_bytes, customers.events_per_day].map(used), [0, 0, 0]);
+    assert_eq!((used(customers.api_keys), used(customers.sessions)), (1, 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_server_appended_before_it_stopped_is_counted() {
+    let server = TestServer::start().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[("load", 1)]).await;
+    let job = provider.job(&customer).await;
+    let settings = [("DATABASE_URL", server.database.url.as_str()), ("MILEPOST_UNSAFE_DATABASE", "true")];
+    let settings = settings.map(|(name, value)| (name, value.to_owned())).to_vec();
+    let mut stopping = ServerProcess::start_with("127.0.0.1", settings).await;
+    // Over a connection that is closed at once, so that the drain waits for nothing.
+    let mut there = stopping.other_clients().same(&provider);
+    there.append(&job, [info("1"), info("2")]).await;
+    drop(there);
+    stopping.terminate().await;
+    assert_eq!(stopping.exit().await.code(), Some(0));
+    assert_eq!(usage(&provider).await.events_per_day.unwrap().used, 2);
+}
