@@ -20,6 +20,14 @@ pub const STEP_METADATA: usize = 64;
 pub const STEP_POINTS: i64 = 1_000_000;
 /// Most events of a batch.
 pub const BATCH_EVENTS: usize = 500;
+/// Most kinds in a filter of events: each kind once.
+pub const EVENT_KINDS: usize = 5;
+/// Most statuses in a filter of jobs: each status once.
+pub const JOB_STATUSES: usize = 5;
+/// Most scopes in a request for an API key: each scope once.
+pub const API_KEY_SCOPES: usize = 3;
+/// Most paths of an update mask. Two are valid; the others are reported as violations.
+pub const UPDATE_MASK_PATHS: usize = 64;
 /// Shortest password, in bytes.
 pub const PASSWORD_MIN_BYTES: usize = 8;
 /// Longest password, in bytes: bcrypt reads 72 bytes, including a closing NUL.

@@ -42,7 +42,7 @@ pub(crate) use crate::config::AuthSettings;
 use crate::{
     config::BcryptSettings,
     db::{
-        Database, Identified as _,
+        Database, Identified as _, Payer,
         notifier::{Notification, Notifier},
     },
     error::{Error, Result},
@@ -155,7 +155,7 @@ impl Inner {
         let _permit = self.admission.look_up()?;
         loop {
             let mark = self.cache.lock().mark();
-            let mut connection = self.database.get_share(&self.admission.secrets).await?;
+            let mut connection = self.database.get(Payer::Share(self.admission.secrets.clone())).await?;
             let asked_at = Moment::now();
             let found = authenticate(&mut connection, &hash).await?;
             let identity = connection.identity();

@@ -12,7 +12,7 @@ use crate::{
     db::{Connection, Database, Identified, Identity, read},
     error::{Error, Resource, Result},
     models::{
-        caller::{Provider, Viewer, Visibility},
+        caller::{Provider, Tenant, Viewer, Visibility},
         event::{Event, JobHead},
         job::JobKey,
         job_configuration::JobConfiguration,
@@ -109,9 +109,9 @@ impl JobCache {
     /// is looked up in the database.
     pub(crate) async fn find(&self, viewer: Viewer, key: &JobKey) -> Result<Arc<JobIdentity>> {
         let found = match (key, viewer.visibility()) {
-            (JobKey::Id(id), _) => self.find_by_id(*id).await?,
+            (JobKey::Id(id), _) => self.find_by_id(viewer.tenant(), *id).await?,
             (JobKey::ProviderJobId(name), Visibility::Provider(provider_id)) => {
-                read!(self.database, |conn| self.find_by_name(conn, provider_id, name))?
+                read!(self.database, viewer.tenant(), |conn| self.find_by_name(conn, provider_id, name))?
             }
             (JobKey::ProviderJobId(_), Visibility::Customer(_) | Visibility::Job(_)) => None,
         };
@@ -153,10 +153,10 @@ impl JobCache {
         Ok(found)
     }
 
-    async fn find_by_id(&self, id: Uuid) -> Result<Option<Arc<JobIdentity>>> {
+    async fn find_by_id(&self, tenant: Tenant, id: Uuid) -> Result<Option<Arc<JobIdentity>>> {
         match self.of_present().jobs.get(&id) {
             Some(job) => Ok(Some(job)),
-            None => Ok(read!(self.database, |conn| self.list(conn, &[id]))?.remove(&id)),
+            None => Ok(read!(self.database, tenant, |conn| self.list(conn, &[id]))?.remove(&id)),
         }
     }
 
@@ -175,12 +175,12 @@ impl JobCache {
         Ok(job)
     }
 
-    /// A configuration, which must be one that the caller may see.
-    pub(crate) async fn configuration(&self, id: Uuid) -> Result<Arc<Configuration>> {
+    /// A configuration, which must be one that the tenant may see.
+    pub(crate) async fn configuration(&self, tenant: Tenant, id: Uuid) -> Result<Arc<Configuration>> {
         if let Some(configuration) = self.of_present().configurations.get(&id) {
             return Ok(configuration);
         }
-        read!(self.database, |conn| self.read_configuration(conn, id))
+        read!(self.database, tenant, |conn| self.read_configuration(conn, id))
     }
 
     async fn read_configuration(&self, connection: &mut Connection, id: Uuid) -> Result<Arc<Configuration>> {

@@ -51,7 +51,7 @@ use crate::{
     error::{Error, Result},
     models::{
         audit_entry::{AuditAct, AuditEntry, Origin},
-        caller::Provider,
+        caller::{Provider, Tenant},
         job::JobKey,
         job_identity::JobIdentity,
     },
@@ -140,12 +140,13 @@ impl EventLog {
     /// behind it.
     pub(crate) async fn list(
         &self,
+        tenant: Tenant,
         job: &JobIdentity,
         after: i64,
         kinds: &[EventKind],
         limit: i64,
     ) -> Result<(Vec<Arc<LogEvent>>, Option<i64>)> {
-        list::list(&self.reader, job, after, kinds, limit).await
+        list::list(&self.reader, tenant, job, after, kinds, limit).await
     }
 
     /// Opens a watch; it ends with the credential and when the server drains.

@@ -6,6 +6,7 @@ use uuid::Uuid;
 
 use super::pg_enum::pg_enum;
 use crate::error::{Error, Result};
+pub use crate::tenant::Tenant;
 
 pg_enum! {
     /// The role of a user; it never changes.
@@ -61,13 +62,24 @@ pub enum Subject {
 #[derive(Clone, Debug)]
 pub struct Caller {
     subject: Subject,
+    tenant: Tenant,
     credential: CredentialId,
     scopes: Vec<KeyScope>,
 }
 
 impl Caller {
-    pub(super) fn new(subject: Subject, credential: CredentialId, scopes: Vec<KeyScope>) -> Self {
-        Self { subject, credential, scopes }
+    pub(super) fn new(
+        subject: Subject,
+        tenant: Tenant,
+        credential: CredentialId,
+        scopes: Vec<KeyScope>,
+    ) -> Self {
+        Self { subject, tenant, credential, scopes }
+    }
+
+    /// To whom the use of what all users share is counted.
+    pub fn tenant(&self) -> Tenant {
+        self.tenant
     }
 
     pub fn subject(&self) -> Subject {
@@ -102,11 +114,12 @@ impl Caller {
     /// with [`Error::ScopeRequired`].
     pub fn viewer(&self) -> Result<Viewer> {
         require(&self.scopes, &[KeyScope::Read])?;
-        Ok(match self.subject {
-            Subject::User { id, role: UserRole::Provider } => Viewer(Visibility::Provider(id)),
-            Subject::User { id, role: UserRole::Customer } => Viewer(Visibility::Customer(id)),
-            Subject::Job(id) => Viewer(Visibility::Job(id)),
-        })
+        let visibility = match self.subject {
+            Subject::User { id, role: UserRole::Provider } => Visibility::Provider(id),
+            Subject::User { id, role: UserRole::Customer } => Visibility::Customer(id),
+            Subject::Job(id) => Visibility::Job(id),
+        };
+        Ok(Viewer { visibility, tenant: self.tenant })
     }
 
     /// Returns the proof that the call is made with a session of the user. Fails with
@@ -145,11 +158,19 @@ impl Provider {
     pub fn id(self) -> Uuid {
         self.id
     }
+
+    /// See [`Caller::tenant`].
+    pub fn tenant(self) -> Tenant {
+        Tenant::of_user(self.id)
+    }
 }
 
 /// Proof of [`Caller::viewer`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Viewer(Visibility);
+pub struct Viewer {
+    visibility: Visibility,
+    tenant: Tenant,
+}
 
 /// The jobs that a viewer sees: those of a user, or one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -161,19 +182,24 @@ pub enum Visibility {
 
 impl Viewer {
     pub fn visibility(self) -> Visibility {
-        self.0
+        self.visibility
+    }
+
+    /// See [`Caller::tenant`].
+    pub fn tenant(self) -> Tenant {
+        self.tenant
     }
 
     /// The id of the user, or of the one job.
     pub fn id(self) -> Uuid {
-        match self.0 {
+        match self.visibility {
             Visibility::Provider(id) | Visibility::Customer(id) | Visibility::Job(id) => id,
         }
     }
 
     /// Whether the viewer sees a job of this id, provider and customer.
     pub fn sees(self, job_id: Uuid, provider_id: Uuid, customer_id: Uuid) -> bool {
-        match self.0 {
+        match self.visibility {
             Visibility::Provider(id) => id == provider_id,
             Visibility::Customer(id) => id == customer_id,
             Visibility::Job(id) => id == job_id,
@@ -183,7 +209,7 @@ impl Viewer {
 
 impl From<Provider> for Viewer {
     fn from(provider: Provider) -> Self {
-        Self(Visibility::Provider(provider.id))
+        Self { visibility: Visibility::Provider(provider.id), tenant: provider.tenant() }
     }
 }
 
@@ -201,6 +227,11 @@ impl Account {
 
     pub fn session_id(self) -> Uuid {
         self.session_id
+    }
+
+    /// See [`Caller::tenant`].
+    pub fn tenant(self) -> Tenant {
+        Tenant::of_user(self.user_id)
     }
 }
 
@@ -222,6 +253,11 @@ impl KeyManager {
         self.role
     }
 
+    /// See [`Caller::tenant`].
+    pub fn tenant(&self) -> Tenant {
+        Tenant::of_user(self.user_id)
+    }
+
     /// Fails with [`Error::ScopeRequired`] unless a new key may have these scopes.
     pub fn require(&self, scopes: &[KeyScope]) -> Result<()> {
         require(&self.scopes, scopes)
@@ -234,6 +270,7 @@ pub(crate) mod tests {
 
     /// A caller for tests of what caches credentials.
     pub(crate) fn caller(user_id: Uuid, credential: CredentialId) -> Caller {
-        Caller::new(Subject::User { id: user_id, role: UserRole::Customer }, credential, vec![KeyScope::Read])
+        let subject = Subject::User { id: user_id, role: UserRole::Customer };
+        Caller::new(subject, Tenant::of_user(user_id), credential, vec![KeyScope::Read])
     }
 }

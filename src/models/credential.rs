@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use self::view::credentials;
 use super::{
-    caller::{Caller, CredentialId, KeyScope, Subject, UserRole},
+    caller::{Caller, CredentialId, KeyScope, Subject, Tenant, UserRole},
     is_valid,
 };
 use crate::{
@@ -91,7 +91,8 @@ impl Row {
                 return Err(Error::internal("a watch token without a job"));
             }
         };
-        Ok(Caller::new(subject, id, scopes))
+        // The user of a watch token is the provider of its job.
+        Ok(Caller::new(subject, Tenant::of_user(self.user_id), id, scopes))
     }
 }
 

@@ -88,7 +88,8 @@ impl EventService for EventApi {
         let viewer = credential.caller().viewer()?;
         let query = ListQuery::parse(viewer.id(), request.into_inner())?;
         let job = self.0.log.jobs.find(viewer, &query.job).await?;
-        let (events, mut more) = self.0.log.list(&job, query.after(), &query.kinds, query.page.size).await?;
+        let (events, mut more) =
+            self.0.log.list(viewer.tenant(), &job, query.after(), &query.kinds, query.page.size).await?;
         let mut page = Page::default();
         for event in events {
             if !page.push(event.message()?) {

@@ -47,6 +47,7 @@ mod schema;
 mod sessions;
 mod settings;
 mod shared_connections;
+mod shares;
 mod silence;
 mod starts;
 mod support;

@@ -9,7 +9,7 @@ use crate::{
     db::{Identified as _, Identity},
     error::{Error, Result},
     event_log::{event::LogEvent, position::Position, reader::Reader, scope::Scope},
-    models::{event::Event, retention::Removed},
+    models::{caller::Tenant, event::Event, retention::Removed},
 };
 
 /// Most events that one page reads.
@@ -63,11 +63,12 @@ impl Past {
     pub(super) async fn read(
         &mut self,
         reader: &Reader,
+        tenant: Tenant,
         scope: &Scope,
         position: Position,
         caught_up: bool,
     ) -> Result<Option<Page>> {
-        let mut connection = reader.database.get().await?;
+        let mut connection = reader.database.get(tenant).await?;
         if connection.identity() != self.identity {
             return Ok(None);
         }

@@ -11,12 +11,13 @@ use bytes::Bytes;
 use diesel_async::SimpleAsyncConnection as _;
 use milepost::{
     config::{DatabaseSettings, SynchronousCommit},
-    db::Database,
+    db::{Database, Payer},
     error::Error,
     limits::{
         MESSAGE_BYTES, PASSWORD_MIN_BYTES, TEXT_CHARS, UNAUTHENTICATED_CALL_BYTES, UNAUTHENTICATED_CALLS,
     },
     pb::{self, ErrorReason, EventKind},
+    tenant::Tenant,
 };
 use prost::Message as _;
 use prost_types::Value;
@@ -119,8 +120,16 @@ const ELSEWHERE: [(&str, &str, &str); 40] = [
         "tests/it/limits/mod.rs",
         "statements_locks_and_idle_transactions_end_after_the_statement_timeout",
     ),
-    ("connect_timeout", "tests/it/limits/mod.rs", "the_wait_for_a_connection_ends_after_the_connect_timeout"),
-    ("connections", "tests/it/limits/mod.rs", "the_wait_for_a_connection_ends_after_the_connect_timeout"),
+    (
+        "connect_timeout",
+        "tests/it/limits/mod.rs",
+        "a_user_waits_for_a_connection_no_longer_than_the_connect_timeout_and_keeps_nobody_waiting",
+    ),
+    (
+        "connections",
+        "tests/it/limits/mod.rs",
+        "a_user_waits_for_a_connection_no_longer_than_the_connect_timeout_and_keeps_nobody_waiting",
+    ),
 ];
 
 /// A provider with a job, whose only step has a tag of the maximal length.
@@ -386,7 +395,7 @@ async fn database(connections: usize, statement_timeout: Duration) -> (TestDatab
 async fn statements_locks_and_idle_transactions_end_after_the_statement_timeout() {
     let (created, database) = database(2, Duration::from_millis(300)).await;
     let ended = async |sql: &str| {
-        let mut conn = database.get().await.unwrap();
+        let mut conn = database.get(Payer::Server).await.unwrap();
         let done = within_timeout("the timeout", conn.batch_execute(sql)).await;
         Error::from(done.unwrap_err())
     };
@@ -397,7 +406,7 @@ async fn statements_locks_and_idle_transactions_end_after_the_statement_timeout(
     let error = ended("SET statement_timeout = 0; SELECT 1 FROM users").await;
     assert!(matches!(error, Error::Unavailable(_)), "{error:?}");
 
-    let mut idle = database.get().await.unwrap();
+    let mut idle = database.get(Payer::Server).await.unwrap();
     idle.batch_execute("BEGIN").await.unwrap();
     let closed = async {
         let idle = "SELECT pid::text AS text FROM pg_stat_activity
@@ -410,13 +419,15 @@ async fn statements_locks_and_idle_transactions_end_after_the_statement_timeout(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_wait_for_a_connection_ends_after_the_connect_timeout() {
-    let (_created, database) = database(2, Duration::from_secs(5)).await;
-    let checked_out = (database.get().await.unwrap(), database.get().await.unwrap());
-    let refused = within_timeout("a refusal", database.get()).await;
-    assert!(matches!(refused, Err(Error::Unavailable(_))));
-    drop(checked_out);
-    drop(database.get().await.unwrap());
+async fn a_user_waits_for_a_connection_no_longer_than_the_connect_timeout_and_keeps_nobody_waiting() {
+    let (_created, database) = database(4, Duration::from_secs(5)).await;
+    let [flooding, other] = [(); 2].map(|()| Tenant::of_user(Uuid::now_v7()));
+    let half = (database.get(flooding).await.unwrap(), database.get(flooding).await.unwrap());
+    let refused = within_timeout("a refusal", database.get(flooding)).await;
+    assert!(matches!(refused, Err(Error::Overloaded { .. })), "{refused:?}");
+    let others = (database.get(other).await.unwrap(), database.get(other).await.unwrap());
+    drop(half);
+    drop((database.get(flooding).await.unwrap(), database.get(flooding).await.unwrap(), others));
 }
 
 #[tokio::test(flavor = "multi_thread")]
