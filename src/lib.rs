@@ -17,7 +17,7 @@
 //! | 10 | `server` | the router, authentication, limits, TLS, health, reflection, metrics, drain |
 //! | 9 | `services` | the four gRPC services: requests become values, results become messages |
 //! | 8 | `event_log` | appends, the tail of the log, watches, retention |
-//! | 7 | `auth` | a secret becomes a caller, and a signal of the credential's end; log-in |
+//! | 7 | `auth` | a secret becomes a caller, and a signal of the credential's end; log-in; what each user has in flight |
 //! | 7 | `proto_enums` | conversions between protobuf and the values of models |
 //! | 6 | `models` | rows, their queries, and the authorization to read and write them |
 //! | 5 | `db` | the pool, `Database::write`, migrations, embedded Postgres, notifications |

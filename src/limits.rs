@@ -6,6 +6,12 @@ use std::time::Duration;
 /// Largest message that a server reads, in bytes. Also the largest page or watch
 /// message that it sends, unless a single item is larger.
 pub const MESSAGE_BYTES: usize = 1024 * 1024;
+/// What a smaller message counts as among its user's bytes in flight, since it may take as
+/// much memory once it is decoded.
+pub const MESSAGE_CHARGE_BYTES: usize = 16 * 1024;
+/// Largest answer of a unary call that does not count among its user's bytes in flight while
+/// it is sent; of a larger one, what is beyond it counts.
+pub const ANSWER_BYTES: usize = 64 * 1024;
 /// Longest text, in Unicode scalar values.
 pub const TEXT_CHARS: usize = 256;
 /// Most metadata names of one event.

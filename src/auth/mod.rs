@@ -13,6 +13,7 @@ mod credential;
 mod log_in;
 pub mod password;
 mod streams;
+mod tenants;
 
 use std::{
     sync::{
@@ -32,6 +33,7 @@ pub use self::{
     credential::Credential,
     password::Passwords,
     streams::{OpenStream, StreamReset},
+    tenants::{HeldBytes, HeldMessages, OpenCall, Tenants},
 };
 use self::{
     cache::{Cache, Inserted},
@@ -64,6 +66,7 @@ struct Inner {
     admission: Admission,
     passwords: Passwords,
     streams: Streams,
+    tenants: Tenants,
     cache: Mutex<Cache>,
     /// When the last round of confirmation that succeeded began.
     confirmed_at: AtomicU64,
@@ -81,6 +84,7 @@ impl Auth {
         let inner = Arc::new(Inner {
             passwords: Passwords::new(bcrypt_cost, bcrypt_parallel),
             streams: Streams::new(settings.streams_per_user),
+            tenants: Tenants::new(settings.tenants),
             cache: Mutex::default(),
             confirmed_at: AtomicU64::new(Moment::now().0),
             notified: notified.clone(),
@@ -96,6 +100,10 @@ impl Auth {
 
     pub(crate) fn settings(&self) -> &AuthSettings {
         &self.inner.settings
+    }
+
+    pub(crate) fn tenants(&self) -> &Tenants {
+        &self.inner.tenants
     }
 
     pub(crate) fn admission(&self) -> &Admission {

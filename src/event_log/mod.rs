@@ -124,7 +124,8 @@ impl EventLog {
         let id = job.id;
         let (user_id, job_id) = (Some(provider.id()), Some(id));
         let audit = AuditEntry { user_id, job_id, ..origin.entry(AuditAct::JobClosed) };
-        let weights = Arc::clone(&self.jobs.configuration(job.configuration_id).await?.weights);
+        let weights =
+            Arc::clone(&self.jobs.configuration(provider.tenant(), job.configuration_id).await?.weights);
         let batch = Batch::close(job, weights, reason, audit);
         let answer = self.appender.submit(credential, batch, StreamOrder::default(), Box::new(())).await?;
         match answer.wait().await {

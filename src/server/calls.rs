@@ -35,6 +35,7 @@ use tower::Service;
 use tracing::{Instrument as _, Span, field};
 use uuid::Uuid;
 
+use super::in_flight::InFlight;
 use crate::{
     error::Error,
     services::{RequestId, status::reason_of},
@@ -145,6 +146,7 @@ struct Call {
     status: Option<Code>,
     method: Arc<Method>,
     trace: Option<CallSpan>,
+    in_flight: Option<InFlight>,
     _in_progress: TaskTrackerToken,
 }
 
@@ -166,6 +168,7 @@ impl Call {
             status: None,
             method: Arc::clone(known),
             trace,
+            in_flight: None,
             _in_progress: in_progress,
         }
     }
@@ -188,6 +191,7 @@ impl Call {
         draining: CancellationToken,
     ) -> Response<Body> {
         self.record_status(response.headers());
+        self.in_flight = response.extensions_mut().remove();
         if let Ok(mut id) = HeaderValue::try_from(id.to_string()) {
             // A sensitive value is not indexed (RFC 7541): a value that never recurs
             // would only evict others from the connection's header table.

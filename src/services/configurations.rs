@@ -60,9 +60,11 @@ impl ConfigurationService for ConfigurationApi {
         let credential = credential_of(&request)?;
         let viewer = credential.caller().user_viewer()?;
         let key = ConfigurationKey::try_from(request.into_inner())?;
-        let id = read!(self.0.database, viewer.tenant(), |conn| JobConfiguration::find_id(conn, viewer, &key))?
-            .ok_or_else(|| Error::not_found(Resource::JobConfiguration, &key))?;
-        let job_configuration = Some(self.0.log.jobs.configuration(viewer.tenant(), id).await?.tree.clone().into());
+        let id =
+            read!(self.0.database, viewer.tenant(), |conn| JobConfiguration::find_id(conn, viewer, &key))?
+                .ok_or_else(|| Error::not_found(Resource::JobConfiguration, &key))?;
+        let job_configuration =
+            Some(self.0.log.jobs.configuration(viewer.tenant(), id).await?.tree.clone().into());
         Ok(Response::new(pb::GetJobConfigurationResponse { job_configuration }))
     }
 

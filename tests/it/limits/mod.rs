@@ -33,7 +33,7 @@ use crate::support::{
 
 /// Limits of `src/limits.rs` and `src/config.rs` without a row in `rows.rs`: the
 /// limit, and the file and the name of its test.
-const ELSEWHERE: [(&str, &str, &str); 40] = [
+const ELSEWHERE: [(&str, &str, &str); 51] = [
     ("TEXT_CHARS", "tests/it/limits/texts.rs", "every_text_has_at_most_256_characters"),
     ("MESSAGE_BYTES", "tests/it/limits/mod.rs", "a_message_has_at_most_one_mebibyte"),
     ("MESSAGE_BYTES", "tests/it/limits/pages.rs", "no_page_of_events_is_larger_than_one_mebibyte"),
@@ -100,6 +100,37 @@ const ELSEWHERE: [(&str, &str, &str); 40] = [
         "streams_per_user",
         "tests/it/publish.rs",
         "a_publish_stream_beyond_the_limit_is_refused_until_another_one_closes",
+    ),
+    (
+        "calls_per_second",
+        "tests/it/in_flight.rs",
+        "calls_beyond_the_rate_of_their_user_are_refused_until_the_time_in_the_refusal",
+    ),
+    (
+        "calls_in_flight",
+        "tests/it/in_flight.rs",
+        "one_call_more_than_a_user_may_have_in_flight_is_refused_until_one_of_them_ends",
+    ),
+    (
+        "events_per_second",
+        "tests/it/in_flight.rs",
+        "events_beyond_the_rate_are_refused_in_calls_and_read_more_slowly_from_streams",
+    ),
+    (
+        "bytes_in_flight_mib",
+        "tests/it/in_flight.rs",
+        "a_batch_counts_until_the_log_does_not_hold_it_also_if_its_caller_has_left",
+    ),
+    ("total_bytes_in_flight_mib", "src/auth/tenants.rs", "bytes_are_held_by_tenant_and_in_all"),
+    ("MESSAGE_CHARGE_BYTES", "src/auth/tenants.rs", "bytes_are_held_by_tenant_and_in_all"),
+    ("ANSWER_BYTES", "src/server/in_flight.rs", "a_large_answer_counts_until_it_was_sent"),
+    ("JOB_STATUSES", "src/services/jobs.rs", "unknown_statuses_are_refused_and_repeated_ones_are_kept_once"),
+    ("UPDATE_MASK_PATHS", "tests/it/edges.rs", "every_invalid_path_of_an_update_mask_is_reported"),
+    ("API_KEY_SCOPES", "tests/it/limits/mod.rs", "an_api_key_is_asked_for_with_each_scope_once"),
+    (
+        "EVENT_KINDS",
+        "tests/it/limits/mod.rs",
+        "a_kinds_filter_has_at_most_as_many_entries_as_there_are_kinds",
     ),
     ("publish_window", "tests/it/publish.rs", "a_publish_stream_is_not_read_while_its_window_is_full"),
     (
@@ -443,5 +474,19 @@ async fn a_kinds_filter_has_at_most_as_many_entries_as_there_are_kinds() {
     for past in [past, far] {
         let refused = scene.provider.events.list_events(past).await;
         assert_violations(refused, &["kinds"]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_api_key_is_asked_for_with_each_scope_once() {
+    let mut scene = Scene::new().await;
+    let scopes = |count: usize| pb::CreateApiKeyRequest {
+        scopes: vec![pb::ApiKeyScope::Read.into(); count],
+        ..Default::default()
+    };
+    scene.provider.session.auth.create_api_key(scopes(3)).await.unwrap();
+    for past in [4, 900_000] {
+        let refused = scene.provider.session.auth.create_api_key(scopes(past)).await;
+        assert_violations(refused, &["scopes"]);
     }
 }

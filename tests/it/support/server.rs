@@ -10,7 +10,7 @@ use std::{
 use milepost::{
     config::{
         AuthSettings, BcryptSettings, DatabaseSettings, EventLogSettings, ServerSettings, SynchronousCommit,
-        TlsSettings,
+        TenantSettings, TlsSettings,
     },
     db::Database,
     server::{self, Tls},
@@ -78,6 +78,13 @@ impl TestServer {
         Setup { retention, ..Setup::of(database) }.serve(Clients::of).await
     }
 
+    /// Starts a server on a new database that allows each user this.
+    pub async fn with_tenants(change: impl FnOnce(&mut TenantSettings)) -> Self {
+        let mut setup = Setup::of(TestDatabase::migrated().await);
+        change(&mut setup.tenants);
+        setup.serve(Clients::of).await
+    }
+
     /// Starts a server that reaches its new database through a proxy.
     pub async fn through_proxy() -> (Self, Proxy) {
         let database = TestDatabase::migrated().await;
@@ -125,7 +132,16 @@ impl TestServer {
     }
 }
 
-fn settings(retention: Option<Duration>) -> ServerSettings {
+/// The defaults of `serve`.
+const TENANTS: TenantSettings = TenantSettings {
+    calls_per_second: 5_000,
+    calls_in_flight: 1_024,
+    events_per_second: 50_000,
+    bytes_in_flight_mib: 16,
+    total_bytes_in_flight_mib: 256,
+};
+
+fn settings(retention: Option<Duration>, tenants: TenantSettings) -> ServerSettings {
     ServerSettings {
         request_timeout: Duration::from_secs(10),
         drain_deadline: Duration::from_secs(5),
@@ -133,6 +149,7 @@ fn settings(retention: Option<Duration>) -> ServerSettings {
         auth: AuthSettings {
             sign_up_open: true,
             streams_per_user: STREAMS_PER_USER,
+            tenants,
             trusted_proxies: vec![TRUSTED_PROXY],
             session_lifetime: Duration::from_secs(60 * 60),
             // bcrypt's lowest cost, since almost every test signs up users.
@@ -150,6 +167,7 @@ struct Setup {
     /// The URL by which the server reaches `database`.
     url: String,
     retention: Option<Duration>,
+    tenants: TenantSettings,
     tls: Option<Tls>,
     telemetry: Telemetry,
 }
@@ -157,13 +175,13 @@ struct Setup {
 impl Setup {
     fn of(database: TestDatabase) -> Self {
         let url = database.url.clone();
-        Self { database, url, retention: None, tls: None, telemetry: Telemetry::default() }
+        Self { database, url, retention: None, tenants: TENANTS, tls: None, telemetry: Telemetry::default() }
     }
 
     async fn serve(self, clients: impl FnOnce(SocketAddr) -> Clients) -> TestServer {
         let [listener, metrics] = [bind().await, bind().await];
         let (address, metrics_address) = (listener.local_addr().unwrap(), metrics.local_addr().unwrap());
-        let settings = settings(self.retention);
+        let settings = settings(self.retention, self.tenants);
         let app = self.app(&settings).await;
         let serving_metrics = tokio::spawn(server::serve_metrics(metrics, app.clone()));
         let stop = CancellationToken::new();
