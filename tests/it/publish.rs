@@ -374,7 +374,7 @@ async fn a_batch_of_too_many_items_or_of_nested_metadata_is_refused_and_the_stre
     for _ in 0..50 {
         nested = Value { kind: Some(Kind::ListValue(prost_types::ListValue { values: vec![nested] })) };
     }
-    let names = (0..100_000).map(|name| (name.to_string(), Value::from(true)));
+    let names = (0..60_000).map(|name| (name.to_string(), Value::from(true)));
     let wide = NewEvent { metadata: Some(prost_types::Struct { fields: names.collect() }), ..info("wide") };
     for (batch_id, events, field) in [
         ("many", vec![NewEvent::default(); 400_000], "events"),
