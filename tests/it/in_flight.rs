@@ -90,7 +90,10 @@ async fn one_call_more_than_a_user_may_have_in_flight_is_refused_until_one_of_th
         let mut busy = busy.clone();
         calls.spawn(async move { busy.register(registration(version, &[("load", 1)])).await });
     }
-    within_timeout("a call too many", async { while who_am_i(&busy.key).await.is_ok() {} }).await;
+    within_timeout("both calls to wait for the lock", async {
+        while server.database.waiting_for_locks().await.len() < 2 {}
+    })
+    .await;
     assert_too_many(who_am_i(&busy.key).await, "calls of one user");
     assert_too_many(who_am_i(&busy.session).await, "calls of one user");
     who_am_i(&quiet.key).await.unwrap();
