@@ -28,11 +28,14 @@ fn main() -> Result<(), Box<dyn Error>> {
         }
     }
     debug_assert!(files.encoded_len() > 0);
+    // The codec knows the limits of requests by the names of their messages.
+    let mut config = prost_build::Config::new();
+    config.enable_type_names();
     tonic_prost_build::configure()
         .extern_path(".google.rpc.Status", "::tonic_types::Status")
         .codec_path("crate::codec::Codec")
         // The server sends bytes that were encoded once for all watchers.
         .extern_path(".milepost.v1.WatchedEvents", "crate::pb::WatchedEvents")
-        .compile_fds(files)?;
+        .compile_fds_with_config(files, config)?;
     Ok(())
 }

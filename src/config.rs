@@ -210,6 +210,13 @@ impl ServerSettings {
                  a user's excess stream on one connection would wait instead of being refused"
             ));
         }
+        let TenantSettings { bytes_in_flight_mib, total_bytes_in_flight_mib, .. } = self.auth.tenants;
+        if bytes_in_flight_mib > total_bytes_in_flight_mib {
+            return Err(format!(
+                "--bytes-in-flight-mib {bytes_in_flight_mib} must be at most --total-bytes-in-flight-mib \
+                 {total_bytes_in_flight_mib}, which all users share"
+            ));
+        }
         Ok(())
     }
 }
@@ -308,6 +315,15 @@ pub struct AuthSettings {
           value_parser = count(1..=99_999), help_heading = "Server")]
     pub streams_per_user: usize,
 
+    /// Most open streams per server of the watch tokens of all jobs of one provider
+    #[arg(long, env = "MILEPOST_TOKEN_STREAMS_PER_USER", default_value_t = 5_000, value_name = "COUNT",
+          value_parser = count(1..=1_000_000), help_heading = "Server")]
+    pub token_streams_per_user: usize,
+
+    /// What one user may have in flight, and how fast.
+    #[command(flatten)]
+    pub tenants: TenantSettings,
+
     /// IP addresses and CIDR ranges, separated by commas, of proxies whose x-forwarded-for header names a
     /// call's client address
     #[arg(long = "trusted-proxy", env = "MILEPOST_TRUSTED_PROXY", value_name = "ADDRESSES",
@@ -328,6 +344,39 @@ pub struct AuthSettings {
     /// Cost and parallelism of password hashing.
     #[command(flatten)]
     pub bcrypt: BcryptSettings,
+}
+
+/// What one user, or the watch tokens of the user's jobs, may have in flight on a server, and how
+/// fast.
+#[derive(Args, Clone, Copy, Debug)]
+#[command(next_help_heading = "Server")]
+pub struct TenantSettings {
+    /// Most calls a second of one user on a server, opened streams included; a second's worth at once
+    #[arg(long, env = "MILEPOST_CALLS_PER_SECOND", default_value_t = 5_000, value_name = "COUNT",
+          value_parser = value_parser!(u32).range(1..=1_000_000_000))]
+    pub calls_per_second: u32,
+
+    /// Most calls of one user under way at once on a server, without streams
+    #[arg(long, env = "MILEPOST_CALLS_IN_FLIGHT", default_value_t = 1_024, value_name = "COUNT",
+          value_parser = count(1..=1_000_000))]
+    pub calls_in_flight: usize,
+
+    /// Most events a second that one user may append on a server, a second's worth at once; AppendEvents is
+    /// refused beyond it, and a PublishEvents stream is read more slowly
+    #[arg(long, env = "MILEPOST_EVENTS_PER_SECOND", default_value_t = 50_000, value_name = "COUNT",
+          value_parser = value_parser!(u32).range(500..=1_000_000_000))]
+    pub events_per_second: u32,
+
+    /// Most bytes of unanswered messages of one user on a server, in MiB; a message counts as 16 KiB at
+    /// least. A unary call is refused beyond it, and a PublishEvents stream is read more slowly
+    #[arg(long, env = "MILEPOST_BYTES_IN_FLIGHT_MIB", default_value_t = 16, value_name = "MIB",
+          value_parser = count(1..=1_048_576))]
+    pub bytes_in_flight_mib: usize,
+
+    /// Most bytes of unanswered messages of all users on a server, in MiB; users who wait get them in turns
+    #[arg(long, env = "MILEPOST_TOTAL_BYTES_IN_FLIGHT_MIB", default_value_t = 256, value_name = "MIB",
+          value_parser = count(1..=1_048_576))]
+    pub total_bytes_in_flight_mib: usize,
 }
 
 /// Cost and parallelism of password hashing.

@@ -78,6 +78,14 @@ pub enum Error {
         /// Time until the next attempt is useful.
         retry_after: Duration,
     },
+    /// A user does more in a period than the settings allow.
+    #[error("too many {what}")]
+    RateExceeded {
+        /// The limited quantity, as a plural noun with its period.
+        what: &'static str,
+        /// Time until the same is allowed.
+        retry_after: Duration,
+    },
     /// Too many log-ins failed for this e-mail or address.
     #[error("too many failed log-ins")]
     LogInThrottled {

@@ -18,16 +18,17 @@
 //! | 9 | `services` | the four gRPC services: requests become values, results become messages |
 //! | 8 | `event_log` | appends, the tail of the log, watches, retention |
 //! | 7 | `usage` | counts appended events against the quotas of their providers |
-//! | 7 | `auth` | a secret becomes a caller, and a signal of the credential's end; log-in |
+//! | 7 | `auth` | a secret becomes a caller, and a signal of the credential's end; log-in; what each user has in flight |
 //! | 7 | `proto_enums` | conversions between protobuf and the values of models |
 //! | 6 | `models` | rows, their queries, and the authorization to read and write them |
 //! | 5 | `db` | the pool, `Database::write`, migrations, embedded Postgres, notifications |
 //! | 5 | `client` | the Rust client, whose watch resumes by itself |
 //! | 4 | `secret`, `telemetry` | secrets and passwords; the log, metrics and traces |
-//! | 3 | `config`, `error` | the settings; the one error type |
+//! | 3 | `config`, `error`, `pb` | the settings; the one error type; what `proto/` generates |
+//! | 2 | `codec` | the encoding of messages, and what is cut out of them before they are decoded |
 //! | 2 | `progress` | status and progress, a pure function of the events |
 //! | 2 | `quota` | what quotas count, and a quota that is used up |
-//! | 1 | `codec`, `limits`, `pb`, `schema`, `tenant`, `tls`, `turns` | modules without imports from this crate |
+//! | 1 | `limits`, `schema`, `tenant`, `tls`, `turns` | modules without imports from this crate |
 //!
 //! # Two calls
 //!

@@ -6,6 +6,12 @@ use std::time::Duration;
 /// Largest message that a server reads, in bytes. Also the largest page or watch
 /// message that it sends, unless a single item is larger.
 pub const MESSAGE_BYTES: usize = 1024 * 1024;
+/// What a smaller message counts as among its user's bytes in flight, since it may take as
+/// much memory once it is decoded.
+pub const MESSAGE_CHARGE_BYTES: usize = 16 * 1024;
+/// Largest answer of a unary call that does not count among its user's bytes in flight while
+/// it is sent; of a larger one, what is beyond it counts.
+pub const ANSWER_BYTES: usize = 64 * 1024;
 /// Longest text, in Unicode scalar values.
 pub const TEXT_CHARS: usize = 256;
 /// Most metadata names of one event.
@@ -20,6 +26,14 @@ pub const STEP_METADATA: usize = 64;
 pub const STEP_POINTS: i64 = 1_000_000;
 /// Most events of a batch.
 pub const BATCH_EVENTS: usize = 500;
+/// Most kinds in a filter of events: each kind once.
+pub const EVENT_KINDS: usize = 5;
+/// Most statuses in a filter of jobs: each status once.
+pub const JOB_STATUSES: usize = 5;
+/// Most scopes in a request for an API key: each scope once.
+pub const API_KEY_SCOPES: usize = 3;
+/// Most paths of an update mask. Two are valid; the others are reported as violations.
+pub const UPDATE_MASK_PATHS: usize = 64;
 /// Shortest password, in bytes.
 pub const PASSWORD_MIN_BYTES: usize = 8;
 /// Longest password, in bytes: bcrypt reads 72 bytes, including a closing NUL.

@@ -6,6 +6,7 @@ mod authentication;
 mod calls;
 mod connection;
 mod http;
+mod in_flight;
 mod incoming;
 mod metrics;
 mod reflection;

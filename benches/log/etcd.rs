@@ -29,6 +29,11 @@ struct PutResponse {
     header: Option<ResponseHeader>,
 }
 
+impl prost::Name for PutResponse {
+    const NAME: &'static str = "PutResponse";
+    const PACKAGE: &'static str = "etcdserverpb";
+}
+
 #[derive(Clone, PartialEq, prost::Message)]
 pub(crate) struct ResponseHeader {
     #[prost(int64, tag = "3")]
@@ -60,6 +65,11 @@ pub(crate) struct WatchResponse {
     pub(crate) canceled: bool,
     #[prost(message, repeated, tag = "11")]
     pub(crate) events: Vec<Event>,
+}
+
+impl prost::Name for WatchResponse {
+    const NAME: &'static str = "WatchResponse";
+    const PACKAGE: &'static str = "etcdserverpb";
 }
 
 #[derive(Clone, PartialEq, prost::Message)]

@@ -24,6 +24,11 @@ struct AppendEventsResponse {
     events: Vec<AppendedEvent>,
 }
 
+impl prost::Name for AppendEventsResponse {
+    const NAME: &'static str = "AppendEventsResponse";
+    const PACKAGE: &'static str = "milepost.v1";
+}
+
 #[derive(Clone, PartialEq, prost::Message)]
 struct AppendedEvent {
     #[prost(int64, tag = "2")]
@@ -39,6 +44,11 @@ pub(crate) struct WatchEventsResponse {
     pub(crate) caught_up: Option<CaughtUp>,
     #[prost(message, optional, tag = "4")]
     pub(crate) heartbeat: Option<Heartbeat>,
+}
+
+impl prost::Name for WatchEventsResponse {
+    const NAME: &'static str = "WatchEventsResponse";
+    const PACKAGE: &'static str = "milepost.v1";
 }
 
 #[derive(Clone, PartialEq, prost::Message)]

@@ -93,6 +93,12 @@ impl Harness {
             // between watches and appends.
             .env("MILEPOST_STREAMS_PER_CONNECTION", "100000")
             .env("MILEPOST_STREAMS_PER_USER", "99999")
+            // A row is a user, of whose limits none is to show.
+            .env("MILEPOST_CALLS_PER_SECOND", "1000000000")
+            .env("MILEPOST_CALLS_IN_FLIGHT", "1000000")
+            .env("MILEPOST_EVENTS_PER_SECOND", "1000000000")
+            .env("MILEPOST_BYTES_IN_FLIGHT_MIB", "4096")
+            .env("MILEPOST_TOTAL_BYTES_IN_FLIGHT_MIB", "4096")
             .stdout(Stdio::piped())
             .stderr(File::create(&log)?);
         let mut process = self.spawn(command, address)?;

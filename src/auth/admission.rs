@@ -18,7 +18,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::password::wait_for_permit;
 use crate::{
-    db::{Authority, Share},
+    db::{Authority, Payer, Share},
     error::{Error, Result},
     limits::{PASSWORD_WAIT, UNAUTHENTICATED_CALLS},
 };
@@ -87,8 +87,8 @@ impl Authority for Unauthenticated {
         Ok(())
     }
 
-    fn share(&self) -> Option<&Share> {
-        Some(&self.0)
+    fn payer(&self) -> Payer {
+        Payer::Share(self.0.clone())
     }
 }
 

@@ -16,7 +16,7 @@ use tokio::{sync::Notify, time::sleep};
 
 use super::StreamReset;
 use crate::{
-    db::Authority,
+    db::{Authority, Payer},
     error::{Error, Result},
     limits::CREDENTIAL_CONFIRMED_WITHIN,
     models::caller::Caller,
@@ -256,6 +256,10 @@ impl Credential {
 impl Authority for Arc<Credential> {
     fn check(&self) -> Result<()> {
         self.check_valid()
+    }
+
+    fn payer(&self) -> Payer {
+        self.caller.tenant().into()
     }
 }
 

@@ -104,7 +104,8 @@ impl Auth {
         origin: Origin,
     ) -> Result<(usize, i64)> {
         let account = credential.caller().account()?;
-        let (email, hash) = read!(self.inner.database, |conn| User::password_hash(conn, account))?;
+        let (email, hash) =
+            read!(self.inner.database, account.tenant(), |conn| User::password_hash(conn, account))?;
         // A wrong current password counts as a failed log-in.
         let (attempt, permit) = self.begin(Arc::clone(&credential), LogInClaim::new(email, origin)).await?;
         let auth = self.clone();
@@ -152,7 +153,7 @@ impl Auth {
         let mut user_id = None;
         // A second round, in case another log-in replaces the hash meanwhile.
         for _ in 0..2 {
-            let mut connection = database.get_share(&self.inner.admission.passwords).await?;
+            let mut connection = database.get(self.unauthenticated().payer()).await?;
             let found = User::find_by_email(&mut connection, email).await?;
             drop(connection);
             user_id = found.as_ref().map(|(user, _)| user.id);
@@ -244,7 +245,7 @@ impl Auth {
             {
                 return Ok(Verified::Right(changed));
             }
-            (_, hash) = read!(database, |conn| User::password_hash(conn, account))?;
+            (_, hash) = read!(database, account.tenant(), |conn| User::password_hash(conn, account))?;
         }
         Ok(Verified::Wrong(Some(account.user_id())))
     }

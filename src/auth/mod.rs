@@ -14,6 +14,7 @@ mod log_in;
 pub mod password;
 mod removal;
 mod streams;
+mod tenants;
 
 use std::{
     sync::{
@@ -33,6 +34,7 @@ pub use self::{
     credential::Credential,
     password::Passwords,
     streams::{OpenStream, StreamReset},
+    tenants::{HeldBytes, HeldMessages, OpenCall, Tenants},
 };
 use self::{
     cache::{Cache, Inserted},
@@ -43,7 +45,7 @@ pub(crate) use crate::config::AuthSettings;
 use crate::{
     config::BcryptSettings,
     db::{
-        Database, Identified as _,
+        Database, Identified as _, Payer,
         notifier::{Notification, Notifier},
     },
     error::{Error, Result},
@@ -67,6 +69,7 @@ struct Inner {
     admission: Admission,
     passwords: Passwords,
     streams: Streams,
+    tenants: Tenants,
     cache: Mutex<Cache>,
     /// When the last round of confirmation that succeeded began.
     confirmed_at: AtomicU64,
@@ -88,7 +91,8 @@ impl Auth {
         let admission = Admission::new(database.settings().connections, bcrypt_parallel);
         let inner = Arc::new(Inner {
             passwords: Passwords::new(bcrypt_cost, bcrypt_parallel),
-            streams: Streams::new(settings.streams_per_user),
+            streams: Streams::new(settings.streams_per_user, settings.token_streams_per_user),
+            tenants: Tenants::new(settings.tenants),
             cache: Mutex::default(),
             confirmed_at: AtomicU64::new(Moment::now().0),
             notified: notified.clone(),
@@ -106,6 +110,10 @@ impl Auth {
 
     pub(crate) fn settings(&self) -> &AuthSettings {
         &self.inner.settings
+    }
+
+    pub(crate) fn tenants(&self) -> &Tenants {
+        &self.inner.tenants
     }
 
     pub(crate) fn admission(&self) -> &Admission {
@@ -165,7 +173,7 @@ impl Inner {
         let _permit = self.admission.look_up()?;
         loop {
             let mark = self.cache.lock().mark();
-            let mut connection = self.database.get_share(&self.admission.secrets).await?;
+            let mut connection = self.database.get(Payer::Share(self.admission.secrets.clone())).await?;
             let asked_at = Moment::now();
             let found = authenticate(&mut connection, &hash).await?;
             let identity = connection.identity();

@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::Credential;
 use crate::{
     error::{Error, Result},
-    models::caller::Subject,
+    models::caller::{Caller, Subject, Tenant},
 };
 
 /// When a user with too many streams should try again.
@@ -39,53 +39,76 @@ impl Default for StreamReset {
     }
 }
 
-/// The numbers of open streams on this replica: by user, and by job for watch tokens.
+/// The numbers of open streams on this server.
 #[derive(Clone, Debug)]
 pub(super) struct Streams {
-    limit: usize,
-    open: Arc<Mutex<HashMap<Uuid, usize>>>,
+    per_user: usize,
+    tokens_per_user: usize,
+    open: Arc<Mutex<HashMap<Counted, usize>>>,
+}
+
+/// Whose streams are counted together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Counted {
+    User(Uuid),
+    /// The watch tokens of a job.
+    TokensOfJob(Uuid),
+    /// The watch tokens of all jobs of a provider, who can make any number of them.
+    TokensOf(Tenant),
 }
 
 /// A stream that is counted until this is dropped.
 #[derive(Debug)]
 pub struct OpenStream {
     streams: Streams,
-    subject_id: Uuid,
     credential: Arc<Credential>,
     number: u64,
 }
 
 impl Streams {
-    pub(super) fn new(limit: usize) -> Self {
-        Self { limit, open: Arc::default() }
+    pub(super) fn new(per_user: usize, tokens_per_user: usize) -> Self {
+        Self { per_user, tokens_per_user, open: Arc::default() }
     }
 
     /// Counts one more stream under this credential. The stream is reset if it is still
     /// open some time after the credential's end. [`Error::Overloaded`] at the limit.
     pub(super) fn open(&self, credential: Arc<Credential>, reset: StreamReset) -> Result<OpenStream> {
-        let subject_id = match credential.caller().subject() {
-            Subject::User { id, .. } | Subject::Job(id) => id,
-        };
         let mut open = self.open.lock();
-        let count = open.entry(subject_id).or_default();
-        if *count >= self.limit {
-            return Err(Error::Overloaded { what: "streams of one user", retry_after: RETRY_AFTER });
+        for counted in counted(credential.caller()) {
+            let (limit, what) = match counted {
+                Counted::User(_) => (self.per_user, "streams of one user"),
+                Counted::TokensOfJob(_) => (self.per_user, "streams of one job's watch tokens"),
+                Counted::TokensOf(_) => (self.tokens_per_user, "streams of one provider's watch tokens"),
+            };
+            if open.get(&counted).is_some_and(|count| *count >= limit) {
+                return Err(Error::Overloaded { what, retry_after: RETRY_AFTER });
+            }
         }
-        *count += 1;
+        counted(credential.caller()).for_each(|counted| *open.entry(counted).or_default() += 1);
         drop(open);
         let number = credential.opened(reset);
-        Ok(OpenStream { streams: self.clone(), subject_id, credential, number })
+        Ok(OpenStream { streams: self.clone(), credential, number })
     }
+}
+
+fn counted(caller: &Caller) -> impl Iterator<Item = Counted> {
+    let (own, tokens) = match caller.subject() {
+        Subject::User { id, .. } => (Counted::User(id), None),
+        Subject::Job(id) => (Counted::TokensOfJob(id), Some(Counted::TokensOf(caller.tenant()))),
+    };
+    [own].into_iter().chain(tokens)
 }
 
 impl Drop for OpenStream {
     fn drop(&mut self) {
         self.credential.closed(self.number);
         let mut open = self.streams.open.lock();
-        if let Some(count) = open.get_mut(&self.subject_id) {
-            *count -= 1;
-            if *count == 0 {
-                open.remove(&self.subject_id);
+        for counted in counted(self.credential.caller()) {
+            if let Some(count) = open.get_mut(&counted) {
+                *count -= 1;
+                if *count == 0 {
+                    open.remove(&counted);
+                }
             }
         }
     }

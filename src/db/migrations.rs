@@ -18,7 +18,7 @@ use diesel::{
 use diesel_async::{AsyncMigrationHarness, AsyncPgConnection, RunQueryDsl as _, SimpleAsyncConnection as _};
 use diesel_migrations::{EmbeddedMigrations, MigrationHarness as _, embed_migrations};
 
-use super::{Database, SESSION, connect::establish, embedded::OLDEST_MAJOR};
+use super::{Database, Payer, SESSION, connect::establish, embedded::OLDEST_MAJOR};
 use crate::{error::BoxError, schema::schema_compatibility};
 
 const MIGRATIONS: EmbeddedMigrations = embed_migrations!("migrations");
@@ -198,7 +198,7 @@ fn applied_versions(
 /// durable (unless `unsafe_database`), and its schema is neither older than this
 /// server's nor too new for it.
 pub async fn check(database: &Database, unsafe_database: bool) -> Result<(), SchemaError> {
-    let mut connection = database.get().await.map_err(SchemaError::Unavailable)?;
+    let mut connection = database.get(Payer::Server).await.map_err(SchemaError::Unavailable)?;
     let postgres: Postgres = sql_query(
         "SELECT current_setting('server_version_num')::integer / 10000 AS major, \
                 current_setting('fsync')::boolean AS fsync, \

@@ -33,19 +33,20 @@ use self::{
     availability::Availability,
     connect::{Dialled, Driver, dial_to},
     identity::Present,
-    pool::{Manager, Pool, cut_long_checkouts},
+    pool::{Manager, PayerKey, Pool, cut_long_checkouts, turns},
     pooler::refuse_pooler,
 };
 pub use self::{
     availability::{StartError, wait_until_available},
     connect::DialError,
     identity::{Identified, Identity},
-    pool::{Connection, Share},
+    pool::{Connection, Payer, Share},
     write::{Authority, OwnConnection, Transaction, Unconditional},
 };
 use crate::{
     config::{DatabaseSettings, DatabaseUrl},
     error::{BoxError, Error, Result},
+    turns::Turns,
 };
 
 /// What every session sets, whatever the role or the database sets otherwise. By the TCP
@@ -55,13 +56,13 @@ const SESSION: &str = "SET default_transaction_isolation = 'read committed'; \
     SET timezone = 'UTC'; SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 2; \
     SET tcp_keepalives_count = 3";
 
-/// Reads with a connection of the pool, and once more with a new one if the session of the
+/// Reads with a connection of the pool that is counted to the payer, and once more with a new one if the session of the
 /// first one is at fault.
 macro_rules! read {
-    ($database:expr, |$connection:ident| $read:expr) => {{
+    ($database:expr, $payer:expr, |$connection:ident| $read:expr) => {{
         let mut again = false;
         loop {
-            let mut connection = $database.get().await?;
+            let mut connection = $database.get($payer).await?;
             let $connection = &mut connection;
             let result: $crate::error::Result<_> = $read.await;
             again = result.is_err() && !again && $database.read_again(connection);
@@ -83,6 +84,8 @@ struct Target {
 #[derive(Clone)]
 pub struct Database {
     pool: Pool,
+    /// The turns in which payers get the connections of the pool.
+    turns: Turns<PayerKey>,
     target: Arc<Target>,
     availability: Arc<Availability>,
 }
@@ -106,7 +109,7 @@ impl Database {
             .timeouts(Timeouts { wait, create: wait, recycle: wait })
             .build()
             .map_err(Error::internal)?;
-        Ok(Self { pool, target, availability })
+        Ok(Self { pool, turns: turns(connections), target, availability })
     }
 
     /// Starts to watch the availability of the database, until the last clone is
@@ -124,12 +127,6 @@ impl Database {
         self.availability.subscribe()
     }
 
-    /// A connection to read with, within the connect timeout; refused at once while the
-    /// database is known to be unavailable.
-    pub async fn get(&self) -> Result<Connection> {
-        self.unless_unavailable(self.pool.get()).await
-    }
-
     /// Whether a read that failed may succeed over a new connection, since the session of its
     /// connection is at fault. Then the idle connections, which are as old, are closed.
     pub fn read_again(&self, connection: Connection) -> bool {
@@ -139,16 +136,6 @@ impl Database {
             self.pool.retain(|_, _| false);
         }
         again
-    }
-
-    /// As [`Self::get`], for callers that may use only a share of the pool.
-    /// [`Error::Overloaded`] if the share has no connection left within the timeout.
-    pub async fn get_share(&self, share: &Share) -> Result<Connection> {
-        let permit = timeout(self.settings().connect_timeout, Arc::clone(&share.permits).acquire_owned());
-        let permit = self.unless_unavailable(async { Ok::<_, BoxError>(permit.await) }).await?;
-        let overloaded = Error::Overloaded { what: share.callers, retry_after: Duration::from_secs(1) };
-        let permit = permit.map_err(|_| overloaded)?.map_err(Error::internal)?;
-        Ok(self.get().await?.with_permit(permit))
     }
 
     /// The database that the newest connection has reached; none before the first one.
@@ -212,7 +199,7 @@ impl Database {
 
     /// How many connections the pool has, and how many callers wait for one.
     pub fn status(&self) -> Status {
-        self.pool.status()
+        Status { waiting: self.turns.waiting(), ..self.pool.status() }
     }
 
     /// What the pool was made with.

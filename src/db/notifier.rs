@@ -12,7 +12,7 @@ use tokio::sync::Notify;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use uuid::Uuid;
 
-use super::{Database, DialError};
+use super::{Database, DialError, Payer};
 use crate::error::{Error, Result};
 
 /// Pause before the connection that listens is made again.
@@ -127,7 +127,7 @@ async fn send(database: Database, due: Arc<Notify>, payload: String) {
     loop {
         due.notified().await;
         let notify = async {
-            let mut connection = database.get().await?;
+            let mut connection = database.get(Payer::Server).await?;
             diesel::select(pg_notify("milepost", &payload)).execute(&mut connection).await?;
             Ok::<_, Error>(())
         };

@@ -30,32 +30,126 @@ use parking_lot::Mutex;
 use tokio::{
     runtime::Handle,
     sync::{OwnedSemaphorePermit, Semaphore},
+    time::timeout,
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Facts, Identified, Identity, Target, availability::Availability, connect};
-use crate::error::Failure;
+use super::{Database, Facts, Identified, Identity, Target, availability::Availability, connect};
+use crate::{
+    error::{BoxError, Error, Failure, Result},
+    tenant::Tenant,
+    turns::{Permits, Turns},
+};
 
 /// How often the pool checks for connections that are checked out for too long.
 const CHECK_EVERY: Duration = Duration::from_secs(1);
 /// How many times the statement timeout a connection may be checked out.
 const LONGEST_STATEMENTS: u32 = 2;
+/// The part of the pool that one payer may use at a time, as a divisor.
+const PART_OF_PAYER: usize = 2;
+/// When a caller whose payer used its part for too long should try again.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 pub(super) type Pool = managed::Pool<Manager, Connection>;
 pub(super) type WeakPool = managed::WeakPool<Manager>;
 
-/// A part of the pool, for a kind of callers that may be any number.
+/// To whom a connection is counted. Each payer uses at most half of the pool, and when several
+/// wait, connections are given to them in turns.
+#[derive(Clone, Debug)]
+pub enum Payer {
+    /// The user on whose behalf a call is made.
+    Tenant(Tenant),
+    /// Callers of a kind, who may be any number and are not known yet.
+    Share(Share),
+    /// The server, or its operator, on its own account.
+    Server,
+}
+
+impl From<Tenant> for Payer {
+    fn from(tenant: Tenant) -> Self {
+        Self::Tenant(tenant)
+    }
+}
+
+/// What the connections of a payer are counted by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum PayerKey {
+    Tenant(Tenant),
+    Share(&'static str),
+    Server,
+}
+
+impl Payer {
+    fn key(&self) -> PayerKey {
+        match self {
+            Self::Tenant(tenant) => PayerKey::Tenant(*tenant),
+            Self::Share(share) => PayerKey::Share(share.callers),
+            Self::Server => PayerKey::Server,
+        }
+    }
+
+    /// Of what there are too many if no connection becomes free in time, as an error names it.
+    fn overload(&self) -> &'static str {
+        match self {
+            Self::Tenant(_) => "calls of one user that wait for the database",
+            Self::Share(share) => share.callers,
+            Self::Server => "uses of the database by the server",
+        }
+    }
+}
+
+/// A part of the pool that is smaller than that of other payers, for a kind of callers that
+/// may be any number.
 #[derive(Clone, Debug)]
 pub struct Share {
-    pub(super) permits: Arc<Semaphore>,
+    permits: Arc<Semaphore>,
     /// The kind of callers, as an error names it.
-    pub(super) callers: &'static str,
+    callers: &'static str,
 }
 
 impl Share {
     /// A share of this many connections.
     pub fn new(connections: usize, callers: &'static str) -> Self {
         Self { permits: Arc::new(Semaphore::new(connections)), callers }
+    }
+}
+
+/// The turns in which a pool of this size gives its connections to payers.
+pub(super) fn turns(connections: usize) -> Turns<PayerKey> {
+    Turns::new(connections, (connections / PART_OF_PAYER).max(1))
+}
+
+/// What a connection that is checked out holds, beside itself.
+#[derive(Debug)]
+struct Held {
+    _turn: Permits<PayerKey>,
+    _share: Option<OwnedSemaphorePermit>,
+}
+
+impl Database {
+    /// A connection to read with, within the connect timeout; refused at once while the
+    /// database is known to be unavailable. [`Error::Overloaded`] if the payer's part of the
+    /// pool has no connection left in time.
+    pub async fn get(&self, payer: impl Into<Payer>) -> Result<Connection> {
+        let payer = payer.into();
+        let overloaded = |_| Error::Overloaded { what: payer.overload(), retry_after: RETRY_AFTER };
+        let held = timeout(self.settings().connect_timeout, self.wait_for(&payer));
+        let held = self.unless_unavailable(async { Ok::<_, BoxError>(held.await) }).await?;
+        let held = held.map_err(overloaded)??;
+        // As many turns as connections: this never waits for one that is in use.
+        let mut connection: Connection = self.unless_unavailable(self.pool.get()).await?;
+        connection.held = Some(held);
+        Ok(connection)
+    }
+
+    async fn wait_for(&self, payer: &Payer) -> Result<Held> {
+        let share = match payer {
+            Payer::Share(share) => {
+                Some(Arc::clone(&share.permits).acquire_owned().await.map_err(Error::internal)?)
+            }
+            Payer::Tenant(_) | Payer::Server => None,
+        };
+        Ok(Held { _turn: self.turns.acquire(payer.key()).await, _share: share })
     }
 }
 
@@ -95,16 +189,11 @@ struct Failed {
 /// would wait for that statement.
 pub struct Connection {
     pooled: Option<managed::Object<Manager>>,
-    permit: Option<OwnedSemaphorePermit>,
+    /// Given back after the connection.
+    held: Option<Held>,
 }
 
 impl Connection {
-    /// Keeps the permit of a share until the connection is back in the pool.
-    pub(super) fn with_permit(mut self, permit: OwnedSemaphorePermit) -> Self {
-        self.permit = Some(permit);
-        self
-    }
-
     /// Whether a query failed for a reason that lies in the session.
     pub(super) fn session_failed(&self) -> bool {
         self.pooled().failed.by_session.load(Relaxed)
@@ -213,13 +302,13 @@ fn now_ms() -> u64 {
 impl From<managed::Object<Manager>> for Connection {
     fn from(object: managed::Object<Manager>) -> Self {
         object.checkout.since_ms.store(now_ms(), Relaxed);
-        Self { pooled: Some(object), permit: None }
+        Self { pooled: Some(object), held: None }
     }
 }
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        let permit = self.permit.take();
+        let held = self.held.take();
         let Some(mut pooled) = self.pooled.take() else { return };
         let took_long = pooled.checkout.lasts().is_some_and(|lasts| lasts > CHECK_EVERY);
         match Handle::try_current() {
@@ -228,9 +317,12 @@ impl Drop for Connection {
                 // next checkout.
                 let _ = pooled.connection.batch_execute("SELECT 1").await;
                 pooled.checkout.since_ms.store(0, Relaxed);
-                drop((pooled, permit));
+                drop((pooled, held));
             })),
-            _ => pooled.checkout.since_ms.store(0, Relaxed),
+            _ => {
+                pooled.checkout.since_ms.store(0, Relaxed);
+                drop((pooled, held));
+            }
         }
     }
 }

@@ -15,7 +15,7 @@ use diesel_async::{AsyncConnection, AsyncPgConnection, TransactionManager as _};
 use futures_util::future::BoxFuture;
 use tracing::Instrument as _;
 
-use super::{Database, Facts, Identified, Identity, pool::Share};
+use super::{Database, Facts, Identified, Identity, Payer};
 use crate::error::{Error, Result};
 
 type Manager = <AsyncPgConnection as AsyncConnection>::TransactionManager;
@@ -26,11 +26,8 @@ pub trait Authority: Send + 'static {
     /// An error if nothing may be written any more.
     fn check(&self) -> Result<()>;
 
-    /// The share of the pool that the write takes its connection from; none for the
-    /// whole pool.
-    fn share(&self) -> Option<&Share> {
-        None
-    }
+    /// To whom the connection is counted.
+    fn payer(&self) -> Payer;
 }
 
 /// The authority of the operator, and of the server on its own account: there is nothing
@@ -41,6 +38,10 @@ pub struct Unconditional;
 impl Authority for Unconditional {
     fn check(&self) -> Result<()> {
         Ok(())
+    }
+
+    fn payer(&self) -> Payer {
+        Payer::Server
     }
 }
 
@@ -69,10 +70,7 @@ impl Database {
         T: Send + 'static,
         W: for<'a> FnOnce(&'a mut Transaction<'_>) -> BoxFuture<'a, Result<T>> + Send + 'static,
     {
-        let mut connection = match authority.share() {
-            Some(share) => self.get_share(share).await?,
-            None => self.get().await?,
-        };
+        let mut connection = self.get(authority.payer()).await?;
         let transaction = async move {
             authority.check()?;
             let (connection, facts) = connection.parts();

@@ -12,7 +12,7 @@ use crate::{
     db::{Connection, Database, Identified, Identity, read},
     error::{Error, Resource, Result},
     models::{
-        caller::{Provider, Viewer, Visibility},
+        caller::{Provider, Tenant, Viewer, Visibility},
         event::{Event, JobHead},
         job::JobKey,
         job_configuration::JobConfiguration,
@@ -112,7 +112,7 @@ impl JobCache {
         let found = match (key, viewer.visibility()) {
             (JobKey::Id(id), _) => self.find_by_id(viewer, *id).await?,
             (JobKey::ProviderJobId(name), Visibility::Provider(provider_id)) => {
-                read!(self.database, |conn| self.find_by_name(conn, provider_id, name))?
+                read!(self.database, viewer.tenant(), |conn| self.find_by_name(conn, provider_id, name))?
             }
             (JobKey::ProviderJobId(_), Visibility::Customer(_) | Visibility::Job(_)) => None,
         };
@@ -156,7 +156,7 @@ impl JobCache {
         let remembered = self.of_present().jobs.get(&id);
         match remembered.filter(|job| viewer.sees(job.id, job.provider_id, job.customer_id)) {
             Some(job) => Ok(Some(job)),
-            None => read!(self.database, |conn| self.load(conn, viewer, id)),
+            None => read!(self.database, viewer.tenant(), |conn| self.load(conn, viewer, id)),
         }
     }
 
@@ -185,12 +185,12 @@ impl JobCache {
         Ok(job)
     }
 
-    /// A configuration, which must be one that the caller may see.
-    pub(crate) async fn configuration(&self, id: Uuid) -> Result<Arc<Configuration>> {
+    /// A configuration, which must be one that the tenant may see.
+    pub(crate) async fn configuration(&self, tenant: Tenant, id: Uuid) -> Result<Arc<Configuration>> {
         if let Some(configuration) = self.of_present().configurations.get(&id) {
             return Ok(configuration);
         }
-        read!(self.database, |conn| self.read_configuration(conn, id))
+        read!(self.database, tenant, |conn| self.read_configuration(conn, id))
     }
 
     async fn read_configuration(&self, connection: &mut Connection, id: Uuid) -> Result<Arc<Configuration>> {

@@ -12,7 +12,7 @@ use super::{
 use crate::{
     db::read,
     error::{Error, Result},
-    models::{event::Event, job_identity::JobIdentity},
+    models::{caller::Tenant, event::Event, job_identity::JobIdentity},
     progress::EventKind,
 };
 
@@ -25,12 +25,13 @@ const SHORTEST_RETENTION: Duration = Duration::from_secs(1);
 /// See [`EventLog::list`](super::EventLog::list).
 pub(super) async fn list(
     reader: &Reader,
+    tenant: Tenant,
     job: &JobIdentity,
     after: i64,
     kinds: &[EventKind],
     limit: i64,
 ) -> Result<(Vec<Arc<LogEvent>>, Option<i64>)> {
-    read!(reader.database, |connection| async {
+    read!(reader.database, tenant, |connection| async {
         let since = Instant::now();
         let state = head(connection, job.id).await?.state();
         let end = state.last_sequence;

@@ -51,7 +51,7 @@ use crate::{
     error::{Error, Result},
     models::{
         audit_entry::{AuditAct, AuditEntry, Origin},
-        caller::Provider,
+        caller::{Provider, Tenant},
         job::JobKey,
         job_identity::JobIdentity,
     },
@@ -129,7 +129,8 @@ impl EventLog {
         let id = job.id;
         let (user_id, job_id) = (Some(provider.id()), Some(id));
         let audit = AuditEntry { user_id, job_id, ..origin.entry(AuditAct::JobClosed) };
-        let weights = Arc::clone(&self.jobs.configuration(job.configuration_id).await?.weights);
+        let weights =
+            Arc::clone(&self.jobs.configuration(provider.tenant(), job.configuration_id).await?.weights);
         let batch = Batch::close(job, weights, reason, audit);
         let answer = self.appender.submit(credential, batch, StreamOrder::default(), Box::new(())).await?;
         match answer.wait().await {
@@ -145,12 +146,13 @@ impl EventLog {
     /// behind it.
     pub(crate) async fn list(
         &self,
+        tenant: Tenant,
         job: &JobIdentity,
         after: i64,
         kinds: &[EventKind],
         limit: i64,
     ) -> Result<(Vec<Arc<LogEvent>>, Option<i64>)> {
-        list::list(&self.reader, job, after, kinds, limit).await
+        list::list(&self.reader, tenant, job, after, kinds, limit).await
     }
 
     /// Opens a watch; it ends with the credential and when the server drains.

@@ -93,8 +93,8 @@ impl Reader {
 
     /// Reads where the log of a scope ends, and finds there the position of a watch that has
     /// reached this much: [`Error::LogSetBack`] if a part of that is lost.
-    pub(super) async fn standing(&self, scope: &Scope, reached: Reached) -> Result<Standing> {
-        read!(self.database, |connection| Self::standing_on(connection, scope, reached))
+    pub(super) async fn standing(&self, tenant: Tenant, scope: &Scope, reached: Reached) -> Result<Standing> {
+        read!(self.database, tenant, |connection| Self::standing_on(connection, scope, reached))
     }
 
     async fn standing_on(connection: &mut Connection, scope: &Scope, reached: Reached) -> Result<Standing> {

@@ -81,7 +81,7 @@ impl Tail {
         metrics: Arc<Metrics>,
     ) -> Result<Arc<Self>> {
         let read_through = Instant::now();
-        let mut connection = database.get().await?;
+        let mut connection = database.connect().await?;
         let LogEnd { position: head, removals, history } = LogEnd::read(&mut connection).await?;
         let run = Run { identity: connection.identity(), history };
         drop(connection);

@@ -1,5 +1,6 @@
 //! Authenticates a call before its message is read, so that an unauthenticated caller's
-//! message takes no more memory than HTTP/2's flow control allows.
+//! message takes no more memory than HTTP/2's flow control allows. Then the call and its bytes
+//! are counted to its user, see [`Tenants`](crate::auth::Tenants).
 //!
 //! SignUp, LogIn, health and reflection need no credential. How many of these calls are
 //! open at once is limited by [`Admission`](crate::auth::Admission), and how many bytes
@@ -9,6 +10,7 @@ use std::{
     convert::Infallible,
     future::Future,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll},
 };
 
@@ -17,8 +19,12 @@ use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use tonic::{Status, body::Body, service::Routes};
 use tower::Service;
 
-use super::accepting;
+use super::{
+    accepting,
+    in_flight::{CountedBody, NoRoom, count_answer},
+};
 use crate::{
+    auth::{Credential, HeldMessages},
     limits::UNAUTHENTICATED_CALL_BYTES,
     pb::auth_service_server::AuthServiceServer,
     services::{App, auth::AuthApi},
@@ -27,6 +33,11 @@ use crate::{
 /// The methods that need a credential, except for the two below.
 const MILEPOST: &str = "/milepost.";
 const OPEN: [&str; 2] = ["/milepost.v1.AuthService/SignUp", "/milepost.v1.AuthService/LogIn"];
+/// The methods whose answers are streams; the requests of the first one are, too.
+const PUBLISH: &str = "/milepost.v1.EventService/PublishEvents";
+const WATCH: &str = "/milepost.v1.EventService/WatchEvents";
+/// A method whose answer is about as large as its message.
+const APPEND: &str = "/milepost.v1.EventService/AppendEvents";
 /// Never refused: an orchestrator must not take a server that is busy for one that fails.
 const HEALTH: &str = "/grpc.health.v1.Health/Check";
 
@@ -55,17 +66,14 @@ impl Service<Request<Body>> for Authentication {
         Service::<Request<Body>>::poll_ready(&mut self.routes, cx)
     }
 
-    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
         let Self { mut routes, mut open, app } = self.clone();
         Box::pin(async move {
             let path = request.uri().path();
             let milepost = path.starts_with(MILEPOST);
             if milepost && !OPEN.contains(&path) {
                 return match app.authenticate(request.headers()).await {
-                    Ok(credential) => {
-                        request.extensions_mut().insert(credential);
-                        routes.call(request).await
-                    }
+                    Ok(credential) => call_of_user(routes, &app, request, credential).await,
                     Err(error) => Ok(Status::from(error).into_http()),
                 };
             }
@@ -91,6 +99,37 @@ impl Service<Request<Body>> for Authentication {
             Ok(response.map(until_the_end))
         })
     }
+}
+
+/// Counts a call to its user and calls the service.
+async fn call_of_user(
+    mut routes: Routes,
+    app: &App,
+    mut request: Request<Body>,
+    credential: Arc<Credential>,
+) -> Result<Response<Body>, Infallible> {
+    let path = request.uri().path();
+    let (streams, publishes, appends) = ([PUBLISH, WATCH].contains(&path), path == PUBLISH, path == APPEND);
+    let (tenants, tenant) = (app.auth.tenants(), credential.caller().tenant());
+    let opened = if streams {
+        tenants.open_stream(tenant).map(|()| None)
+    } else {
+        tenants.open_call(tenant).map(Some)
+    };
+    let call = match opened {
+        Ok(call) => call,
+        Err(error) => return Ok(Status::from(error).into_http()),
+    };
+    let messages = HeldMessages::default();
+    request.extensions_mut().insert(credential);
+    request.extensions_mut().insert(messages.clone());
+    let no_room = if publishes { NoRoom::Wait } else { NoRoom::Refuse };
+    let request = request
+        .map(|body| Body::new(CountedBody::new(body, tenants.clone(), tenant, no_room, messages.clone())));
+    let response = routes.call(request).await?;
+    // The messages of a publish stream are counted by its handler, and those of a watch no more.
+    let Some(call) = call else { return Ok(response) };
+    Ok(count_answer(response, !appends, (tenants, tenant), (call, messages)).await)
 }
 
 /// gRPC's status for a message that is larger than the server reads.

@@ -35,6 +35,7 @@ use tower::Service;
 use tracing::{Instrument as _, Span, field};
 use uuid::Uuid;
 
+use super::in_flight::InFlight;
 use crate::{
     error::Error,
     services::{
@@ -153,6 +154,7 @@ struct Call {
     method: Arc<Method>,
     metrics: Arc<Metrics>,
     trace: Option<CallSpan>,
+    in_flight: Option<InFlight>,
     _in_progress: TaskTrackerToken,
 }
 
@@ -175,6 +177,7 @@ impl Call {
             method: Arc::clone(known),
             metrics: Arc::clone(&telemetry.metrics),
             trace,
+            in_flight: None,
             _in_progress: in_progress,
         }
     }
@@ -199,6 +202,7 @@ impl Call {
         draining: CancellationToken,
     ) -> Response<Body> {
         self.record_status(response.headers());
+        self.in_flight = response.extensions_mut().remove();
         if let Ok(mut id) = HeaderValue::try_from(id.to_string()) {
             // A sensitive value is not indexed (RFC 7541): a value that never recurs
             // would only evict others from the connection's header table.

@@ -80,7 +80,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
     ) -> Answer<pb::GetCurrentUserResponse> {
         let credential = credential_of(&request)?;
         let caller = credential.caller();
-        let (user, credential) = read!(self.0.database, |conn| current_user(conn, caller))?;
+        let (user, credential) = read!(self.0.database, caller.tenant(), |conn| current_user(conn, caller))?;
         Ok(Response::new(pb::GetCurrentUserResponse { user, credential: Some(credential) }))
     }
 
@@ -136,7 +136,12 @@ impl pb::auth_service_server::AuthService for AuthApi {
         let manager = credential.caller().key_manager()?;
         let mut request = request.into_inner();
         let page = Violations::check(|v| PageRequest::take(v, manager.user_id(), &mut request))?;
-        let mut keys = read!(self.0.database, |conn| ApiKey::list(conn, &manager, page.after, page.limit()))?;
+        let mut keys = read!(self.0.database, manager.tenant(), |conn| ApiKey::list(
+            conn,
+            &manager,
+            page.after,
+            page.limit()
+        ))?;
         let next_page_token = page.cut(&mut keys, ApiKey::cursor);
         // The largest page of the largest keys is 0.6 MiB.
         let api_keys = keys.into_iter().map(Into::into).collect();
@@ -237,7 +242,7 @@ impl pb::auth_service_server::AuthService for AuthApi {
             (page, job_key!(v, request.job, list_watch_tokens_request))
         })?;
         let job_id = self.0.log.jobs.find(provider.into(), &job).await?.id;
-        let mut tokens = read!(self.0.database, |conn| {
+        let mut tokens = read!(self.0.database, provider.tenant(), |conn| {
             WatchToken::list(conn, provider, job_id, page.after, page.limit())
         })?;
         let next_page_token = page.cut(&mut tokens, WatchToken::cursor);
@@ -272,8 +277,8 @@ impl pb::auth_service_server::AuthService for AuthApi {
     async fn get_usage(&self, request: Request<pb::GetUsageRequest>) -> Answer<pb::GetUsageResponse> {
         let credential = credential_of(&request)?;
         let viewer = credential.caller().user_viewer()?;
-        let usage = read!(self.0.database, |conn| Usage::of(conn, viewer))?;
-        Ok(Response::new(usage_message(usage, &self.0.quotas)))
+        let usage = read!(self.0.database, viewer.tenant(), |conn| Usage::of(conn, viewer))?;
+        Ok(Response::new(usage_message(usage, &self.0.quotas, self.0.auth.settings())))
     }
 }
 

@@ -16,9 +16,9 @@ use self::{
     batch::UncheckedBatch,
     publish::accept,
     requests::{ListQuery, UncheckedScope, watch_request},
-    submitted::Submitted,
+    submitted::{Found, Submitted},
 };
-use super::{Answer, App, Peer, credential_of, page::Page};
+use super::{Answer, App, Peer, credential_of, held_bytes, held_messages, page::Page};
 use crate::{
     error::{Error, Result},
     event_log::{AppendedEvent, Body, EndReason, Filter, Message, Scope, StreamOrder, Watch, WatchQuery},
@@ -45,9 +45,12 @@ impl EventService for EventApi {
     ) -> Answer<pb::AppendEventsResponse> {
         let credential = credential_of(&request)?;
         let provider = credential.caller().provider(KeyScope::Append)?;
+        let held = held_bytes(&request);
         let batch = UncheckedBatch::try_from(request.into_inner())?;
-        let submitted =
-            Submitted::new(&self.0.log, credential, provider, batch, StreamOrder::default()).await?;
+        self.0.auth.tenants().count_events(provider.tenant(), batch.len())?;
+        let order = StreamOrder::default();
+        let job = Found::by(&self.0.log, provider, &batch.job).await?;
+        let submitted = Submitted::new(&self.0.log, credential, provider, (job, batch), order, held).await?;
         Ok(Response::new(submitted.answer().await?.into()))
     }
 
@@ -63,18 +66,21 @@ impl EventService for EventApi {
         // The channel holds one less than the window, because the batch whose answer is
         // awaited has left it.
         let (accepted, answers) = mpsc::channel(self.0.log.settings.publish_window.max(2) - 1);
+        let held = held_messages(&request);
         let accepting =
-            accept(self.clone(), provider, Arc::clone(&credential), request.into_inner(), accepted);
+            accept(self.clone(), provider, Arc::clone(&credential), (request.into_inner(), held), accepted);
         // The batches are traced as part of this call.
         tokio::spawn(accepting.with_current_context());
         let metrics = &self.0.telemetry.metrics;
         let (counted, method) = (Open::of(&metrics.appends.streams), Arc::clone(metrics.method(PUBLISH)));
-        let answers = stream::unfold(Some((answers, credential, method)), |state| async move {
-            let (mut answers, credential, method) = state?;
-            let answer = answers.recv().await?.answer(&method).await;
+        let answers = stream::unfold(Some((answers, credential, method, None)), |state| async move {
+            let (mut answers, credential, method, taken) = state?;
+            // The transport asks for the next answer when it has taken the one before.
+            drop(taken);
+            let (answer, held) = answers.recv().await?.answer(&method).await;
             // No answer is sent under a credential that may have ended.
             match credential.confirmed().await.map_err(Status::from).and(answer) {
-                Ok(answer) => Some((Ok(answer), Some((answers, credential, method)))),
+                Ok(answer) => Some((Ok(answer), Some((answers, credential, method, held)))),
                 Err(status) => Some((Err(status), None)),
             }
         });
@@ -88,7 +94,8 @@ impl EventService for EventApi {
         let viewer = credential.caller().viewer()?;
         let query = ListQuery::parse(viewer.id(), request.into_inner())?;
         let job = self.0.log.jobs.find(viewer, &query.job).await?;
-        let (events, mut more) = self.0.log.list(&job, query.after(), &query.kinds, query.page.size).await?;
+        let (events, mut more) =
+            self.0.log.list(viewer.tenant(), &job, query.after(), &query.kinds, query.page.size).await?;
         let mut page = Page::default();
         for event in events {
             if !page.push(event.message()?) {

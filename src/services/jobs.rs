@@ -14,6 +14,7 @@ use super::{
 use crate::{
     db::read,
     error::{Error, Result, Violations},
+    limits::JOB_STATUSES,
     models::{
         CreationCursor,
         caller::{KeyScope, Viewer},
@@ -45,8 +46,8 @@ impl JobService for JobApi {
         let credential = credential_of(&request)?;
         let viewer = credential.caller().viewer()?;
         let key = Violations::check(|v| job_key!(v, request.into_inner().job, get_job_request))?;
-        let job = read!(self.0.database, |conn| Job::find(conn, viewer, &key))?;
-        let configuration = self.0.log.jobs.configuration(job.job_configuration_id).await?;
+        let job = read!(self.0.database, viewer.tenant(), |conn| Job::find(conn, viewer, &key))?;
+        let configuration = self.0.log.jobs.configuration(viewer.tenant(), job.job_configuration_id).await?;
         let job_configuration = Some(configuration.tree.clone().into());
         Ok(Response::new(pb::GetJobResponse { job: Some(job.into()), job_configuration }))
     }
@@ -55,8 +56,13 @@ impl JobService for JobApi {
         let credential = credential_of(&request)?;
         let viewer = credential.caller().user_viewer()?;
         let (filters, asked) = list(viewer, request.into_inner())?;
-        let JobPage { jobs, mut next } =
-            read!(self.0.database, |conn| Job::list(conn, viewer, &filters, asked.after, asked.size))?;
+        let JobPage { jobs, mut next } = read!(self.0.database, viewer.tenant(), |conn| Job::list(
+            conn,
+            viewer,
+            &filters,
+            asked.after,
+            asked.size
+        ))?;
         let mut page = Page::default();
         let mut last = None;
         for job in jobs {
@@ -78,7 +84,7 @@ impl JobService for JobApi {
         let (key, reason) = close(request.into_inner())?;
         let (id, existed) = self.0.log.close(credential, provider, &key, reason, &origin).await?;
         let key = JobKey::Id(id);
-        let job = read!(self.0.database, |conn| Job::find(conn, provider.into(), &key))?;
+        let job = read!(self.0.database, provider.tenant(), |conn| Job::find(conn, provider.into(), &key))?;
         Ok(Response::new(pb::CloseJobResponse { job: Some(job.into()), existed }))
     }
 }
@@ -167,9 +173,8 @@ fn list(
 }
 
 fn statuses(violations: &mut Violations, given: &[i32]) -> Vec<JobStatus> {
-    const STATUSES: usize = 5;
-    if given.len() > STATUSES {
-        violations.add("statuses", format!("{} must be at most {STATUSES}", given.len()));
+    if given.len() > JOB_STATUSES {
+        violations.add("statuses", format!("must be at most {JOB_STATUSES}"));
         return Vec::new();
     }
     parse::distinct(violations, "statuses", given, |given| {

@@ -22,7 +22,7 @@ use uuid::Uuid;
 
 use self::client_address::client_address;
 use crate::{
-    auth::{Auth, AuthSettings, Credential, StreamReset},
+    auth::{Auth, AuthSettings, Credential, HeldBytes, HeldMessages, StreamReset},
     config::QuotaSettings,
     db::{
         Database,
@@ -70,6 +70,16 @@ fn credential_of<T>(request: &Request<T>) -> Result<Arc<Credential>> {
     let credential = request.extensions().get::<Arc<Credential>>().ok_or(Error::CredentialInvalid)?;
     credential.check_valid()?;
     Ok(Arc::clone(credential))
+}
+
+/// What the messages of a call hold of its user's bytes in flight.
+fn held_messages<T>(request: &Request<T>) -> HeldMessages {
+    request.extensions().get().cloned().unwrap_or_default()
+}
+
+/// As [`held_messages`], of a unary call.
+fn held_bytes<T>(request: &Request<T>) -> Option<HeldBytes> {
+    request.extensions().get::<HeldMessages>()?.first()
 }
 
 /// What every service works with.

@@ -225,6 +225,9 @@ fn answer(error: &Error) -> Answer<'_> {
         Error::Overloaded { what, retry_after } => Answer::new(Code::ResourceExhausted, Reason::Overloaded)
             .quota(what, format!("too many {what} at once"))
             .retry(*retry_after),
+        Error::RateExceeded { what, retry_after } => Answer::new(Code::ResourceExhausted, Reason::Overloaded)
+            .quota(what, format!("too many {what}"))
+            .retry(*retry_after),
         Error::LogInThrottled { retry_after } => Answer::new(Code::ResourceExhausted, Reason::LogInThrottled)
             .quota("log-in failures", "too many failed log-ins".to_owned())
             .retry(*retry_after),
@@ -356,6 +359,7 @@ mod tests {
             (Error::LogSetBack, Code::OutOfRange, "LOG_SET_BACK"),
             (Error::EventsExpired { first_sequence: Some(3) }, Code::OutOfRange, "EVENTS_EXPIRED"),
             (Error::Overloaded { what: "log-ins", retry_after }, Code::ResourceExhausted, "OVERLOADED"),
+            (Error::RateExceeded { what: "calls", retry_after }, Code::ResourceExhausted, "OVERLOADED"),
             (used_up(Some(retry_after)), Code::ResourceExhausted, "QUOTA_EXCEEDED"),
             (Error::unavailable("SELECT secret"), Code::Unavailable, "DATABASE_UNAVAILABLE"),
             (Error::Draining, Code::Unavailable, "DRAINING"),

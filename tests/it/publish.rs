@@ -362,3 +362,35 @@ async fn a_publish_stream_beyond_the_limit_is_refused_until_another_one_closes()
     let freed = async { while provider.events.publish_events(empty()).await.is_err() {} };
     within_timeout("the closed stream no longer to be counted", freed).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_of_too_many_items_or_of_nested_metadata_is_refused_and_the_stream_stays_open() {
+    let server = TestServer::start().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[("load", 1)]).await;
+    let job = provider.job(&customer).await;
+    let mut publisher = Publisher::open(&mut provider).await;
+    let mut nested = Value::from("deep");
+    for _ in 0..50 {
+        nested = Value { kind: Some(Kind::ListValue(prost_types::ListValue { values: vec![nested] })) };
+    }
+    let names = (0..60_000).map(|name| (name.to_string(), Value::from(true)));
+    let wide = NewEvent { metadata: Some(prost_types::Struct { fields: names.collect() }), ..info("wide") };
+    for (batch_id, events, field) in [
+        ("many", vec![NewEvent::default(); 400_000], "events"),
+        ("nested", vec![with_metadata(info("nested"), [("list", nested)])], "events[0].metadata.list"),
+        ("wide", vec![wide], "events[0].metadata"),
+    ] {
+        publisher.send(batch(batch_id, &job, events)).await;
+        match publisher.answer(batch_id).await {
+            Outcome::Refused(refused) => {
+                let (code, details) = (Code::from(refused.code), prost::Message::encode_to_vec(&refused));
+                let status = Status::with_details(code, refused.message, details.into());
+                crate::support::assert_violations::<()>(Err(status), &[field]);
+            }
+            Outcome::Appended(_) => panic!("{batch_id} was appended"),
+        }
+    }
+    publisher.send(batch("valid", &job, [info("valid")])).await;
+    assert_eq!(publisher.appended("valid").await, [1]);
+}

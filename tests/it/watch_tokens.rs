@@ -6,7 +6,9 @@ use milepost::pb::{
 };
 use tonic::Code;
 
-use crate::support::{Caller, TestServer, User, Watch, assert_refused, assert_violations, info};
+use crate::support::{
+    Caller, TOKEN_STREAMS_PER_USER, TestServer, User, Watch, assert_refused, assert_violations, info,
+};
 
 fn token_request(job: &pb::Job) -> pb::CreateWatchTokenRequest {
     let job = Some(pb::create_watch_token_request::Job::JobId(job.id.clone()));
@@ -124,4 +126,25 @@ async fn watch_tokens_are_listed_in_pages() {
     let listed: Vec<_> =
         first.watch_tokens.into_iter().chain(second.watch_tokens).map(|token| token.id).collect();
     assert_eq!(listed, created_ids);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_watch_tokens_of_all_jobs_of_a_provider_have_a_limit_of_streams() {
+    let (server, mut provider, first) = fixture().await;
+    let customer = server.customer().await;
+    let jobs = [first, provider.job(&customer).await, provider.job(&customer).await];
+    let mut watches = Vec::new();
+    let mut viewers = Vec::new();
+    for job in &jobs {
+        viewers.push((server.with_secret(create_token(&mut provider, job).await.1), job.id.clone()));
+    }
+    while watches.len() < TOKEN_STREAMS_PER_USER {
+        let (viewer, job) = &mut viewers[watches.len() % 3];
+        watches.push(watch(viewer, Scope::JobId(job.clone())).await.unwrap());
+    }
+    let (viewer, job) = &mut viewers[0];
+    let beyond = watch(viewer, Scope::JobId(job.clone())).await;
+    assert_refused(beyond, Code::ResourceExhausted, ErrorReason::Overloaded);
+    // The provider's own streams are counted by themselves.
+    provider.watch_all().await.caught_up().await;
 }

@@ -123,7 +123,8 @@ impl Watch {
         let filter = Arc::new(filter);
         let subscription = reader.tail.subscribe(Arc::clone(&filter));
         let scope = &filter.scope;
-        let Standing { position, end, job, identity } = reader.standing(scope, reached).await?;
+        let Standing { position, end, job, identity } =
+            reader.standing(credential.caller().tenant(), scope, reached).await?;
         let watches = &reader.metrics.watches;
         let counted = Open::of(match scope {
             Scope::Job(_) => &watches.of_one_job,
@@ -170,8 +171,9 @@ impl Watch {
                 }
                 Err(Error::EventsExpired { .. }) => return Some(Ok(self.end(EndReason::EventsExpired))),
                 Err(Error::LogSetBack) => return Some(Ok(self.end(EndReason::LogSetBack))),
-                // The stream stays open and goes on when the database is available.
-                Err(Error::Unavailable(_)) => tokio::time::sleep(RETRY).await,
+                // The stream stays open and goes on when the database is available, or other
+                // calls of the user have left it a connection.
+                Err(Error::Unavailable(_) | Error::Overloaded { .. }) => tokio::time::sleep(RETRY).await,
                 Err(error) => {
                     self.phase = Phase::Ended;
                     return Some(Err(error));
@@ -253,7 +255,7 @@ impl Watch {
         let until = (!self.caught_up() && !self.heartbeat.is_due()).then_some(self.heartbeat.due_at);
         let (scope, tenant) = (&self.filter.scope, self.credential.caller().tenant());
         let Some(permit) = self.reader.permit(tenant, until).await else { return Ok(()) };
-        match self.past.read(&self.reader, scope, self.position, self.phase != Phase::Past).await {
+        match self.past.read(&self.reader, tenant, scope, self.position, self.phase != Phase::Past).await {
             Ok(None) => {
                 drop(permit);
                 self.read_log_end().await
@@ -267,7 +269,7 @@ impl Watch {
                 drop(permit);
                 // The job may have had more events before it was closed and removed.
                 if self.job.is_some() {
-                    self.job = self.reader.standing(scope, Reached::Everything).await?.job;
+                    self.job = self.reader.standing(tenant, scope, Reached::Everything).await?.job;
                 }
                 Err(expired)
             }
@@ -284,8 +286,9 @@ impl Watch {
     /// Reads where the log ends: the past reaches up to there. [`Error::LogSetBack`] if a part
     /// of what was sent or filtered is lost.
     async fn read_log_end(&mut self) -> Result<()> {
-        let permit = self.reader.permit(self.credential.caller().tenant(), None).await;
-        let standing = self.reader.standing(&self.filter.scope, Reached::Position(self.position)).await;
+        let (scope, tenant) = (&self.filter.scope, self.credential.caller().tenant());
+        let permit = self.reader.permit(tenant, None).await;
+        let standing = self.reader.standing(tenant, scope, Reached::Position(self.position)).await;
         drop(permit);
         if let Err(Error::NotFound { .. }) = standing {
             // The job itself is lost.

@@ -16,6 +16,7 @@ use crate::{
         scope::Scope,
     },
     models::{
+        caller::Tenant,
         event::Event,
         job::JobScope,
         retention::{Removed, Unread},
@@ -99,11 +100,12 @@ impl Past {
     pub(super) async fn read(
         &mut self,
         reader: &Reader,
+        tenant: Tenant,
         scope: &Scope,
         position: Position,
         caught_up: bool,
     ) -> Result<Option<Page>> {
-        let mut connection = reader.database.get().await?;
+        let mut connection = reader.database.get(tenant).await?;
         if connection.identity() != self.identity {
             return Ok(None);
         }

@@ -3,6 +3,7 @@
 use crate::{
     auth::NewAccount,
     error::{Error, Result, Violations, quoted},
+    limits::UPDATE_MASK_PATHS,
     models::{
         caller::UserRole,
         email::{Email, EmailKey},
@@ -14,9 +15,6 @@ use crate::{
     secret::Password,
     services::parse,
 };
-
-/// Most paths of an update mask. Two are valid; the others are reported as violations.
-const MASK_PATHS: usize = 64;
 
 impl TryFrom<pb::SignUpRequest> for NewAccount {
     type Error = Error;
@@ -83,9 +81,9 @@ impl TryFrom<pb::UpdateCurrentUserRequest> for Names {
             pb::User::default()
         });
         let mut paths = request.update_mask.unwrap_or_default().paths;
-        if paths.len() > MASK_PATHS {
-            violations.add("update_mask", format!("must have at most {MASK_PATHS} paths"));
-            paths.truncate(MASK_PATHS);
+        if paths.len() > UPDATE_MASK_PATHS {
+            violations.add("update_mask", format!("must have at most {UPDATE_MASK_PATHS} paths"));
+            paths.truncate(UPDATE_MASK_PATHS);
         }
         for path in paths.iter().filter(|path| !matches!(path.as_str(), "first_name" | "last_name")) {
             let description = format!("{} is neither first_name nor last_name", quoted(path));

@@ -4,6 +4,7 @@ use chrono::Utc;
 
 use crate::{
     error::{Result, Violations},
+    limits::API_KEY_SCOPES,
     models::{
         api_key::{ApiKey, NewApiKey},
         caller::{KeyManager, KeyScope, UserRole},
@@ -13,9 +14,6 @@ use crate::{
     secret::Secret,
     services::parse,
 };
-
-/// Most scopes in a request: each scope once.
-const SCOPES: usize = 3;
 
 /// Fails with [`Error::ScopeRequired`](crate::error::Error::ScopeRequired) if the manager
 /// lacks a requested scope, even if there are violations.
@@ -44,11 +42,11 @@ fn scopes(violations: &mut Violations, requested: &[i32], role: UserRole) -> Vec
             UserRole::Provider => vec![KeyScope::Read, KeyScope::Append],
         };
     }
-    if requested.len() > SCOPES {
-        violations.add("scopes", format!("must be at most {SCOPES}"));
+    if requested.len() > API_KEY_SCOPES {
+        violations.add("scopes", format!("must be at most {API_KEY_SCOPES}"));
     }
     let mut scopes = Vec::new();
-    for (index, scope) in requested.iter().take(SCOPES).enumerate() {
+    for (index, scope) in requested.iter().take(API_KEY_SCOPES).enumerate() {
         let field = format!("scopes[{index}]");
         match KeyScope::from_proto(*scope) {
             Some(KeyScope::Append) if role == UserRole::Customer => {

@@ -136,6 +136,11 @@ fn check_metadata(violations: &mut Violations, field: impl fmt::Display, metadat
 }
 
 impl UncheckedBatch {
+    /// How many events it has.
+    pub(super) fn len(&self) -> usize {
+        self.events.len()
+    }
+
     /// Checks the batch against the job's configuration. The violations go into the
     /// batch: the event log answers them only after its own checks of stored ids,
     /// `expected_sequence` and status.

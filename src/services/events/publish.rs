@@ -2,16 +2,20 @@
 
 use std::sync::Arc;
 
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::sleep};
 use tonic::{Status, Streaming};
 
-use super::{EventApi, batch::UncheckedBatch, submitted::Submitted};
+use super::{
+    EventApi,
+    batch::UncheckedBatch,
+    submitted::{Found, Submitted},
+};
 use crate::{
-    auth::Credential,
+    auth::{Credential, HeldBytes, HeldMessages},
     error::{Error, Result},
-    event_log::StreamOrder,
+    event_log::{EventLog, StreamOrder},
     limits::{ERROR_QUOTE_CHARS, TEXT_CHARS},
-    models::caller::Provider,
+    models::{caller::Provider, job::JobKey},
     pb,
     services::status::{reason, rpc_status},
     telemetry::metrics::Method,
@@ -21,6 +25,8 @@ use crate::{
 pub(super) struct Accepted {
     batch_id: String,
     outcome: Outcome,
+    /// What the batch holds of its user's bytes in flight, until its answer was taken.
+    held: Option<HeldBytes>,
 }
 
 enum Outcome {
@@ -32,9 +38,22 @@ enum Outcome {
 }
 
 impl Accepted {
-    /// Waits for the answer to the client. An error ends the stream.
-    pub(super) async fn answer(self, counted: &Method) -> Result<pb::PublishEventsResponse, Status> {
-        let outcome = match self.outcome {
+    /// Waits for the answer to the client, and returns with it what is held until the answer was
+    /// taken. An error ends the stream.
+    pub(super) async fn answer(
+        self,
+        counted: &Method,
+    ) -> (Result<pb::PublishEventsResponse, Status>, Option<HeldBytes>) {
+        let Self { batch_id, outcome, held } = self;
+        (Self::response(batch_id, outcome, counted).await, held)
+    }
+
+    async fn response(
+        batch_id: String,
+        outcome: Outcome,
+        counted: &Method,
+    ) -> Result<pb::PublishEventsResponse, Status> {
+        let outcome = match outcome {
             Outcome::Submitted(submitted) => submitted.answer().await,
             Outcome::Failed(error) => Err(error),
             Outcome::Broken(status) => return Err(status),
@@ -47,7 +66,7 @@ impl Accepted {
             }
             Err(error) => return Err(error.into()),
         };
-        Ok(pb::PublishEventsResponse { batch_id: self.batch_id, outcome: Some(outcome) })
+        Ok(pb::PublishEventsResponse { batch_id, outcome: Some(outcome) })
     }
 }
 
@@ -57,7 +76,7 @@ pub(super) async fn accept(
     api: EventApi,
     provider: Provider,
     credential: Arc<Credential>,
-    mut batches: Streaming<pb::PublishEventsRequest>,
+    (mut batches, held): (Streaming<pb::PublishEventsRequest>, HeldMessages),
     accepted: mpsc::Sender<Accepted>,
 ) {
     let stream_order = StreamOrder::default();
@@ -73,20 +92,30 @@ pub(super) async fn accept(
                 // The client has half-closed the stream.
                 Ok(None) => return,
                 Err(status) => {
-                    permit.send(Accepted { batch_id: String::new(), outcome: Outcome::Broken(status) });
+                    let outcome = Outcome::Broken(status);
+                    permit.send(Accepted { batch_id: String::new(), outcome, held: None });
                     return;
                 }
             },
         };
+        let held = held.pop();
         let (batch_id, outcome) = match batch {
             Err(error) => (String::new(), Err(error)),
             Ok(batch) => {
                 let batch_id = echo(&batch.batch_id);
                 let submitted = async {
-                    credential.confirmed().await?;
+                    // Before the wait for the credential, so that no message that is refused
+                    // waits with it.
                     let batch = UncheckedBatch::try_from(batch)?;
-                    let credential = Arc::clone(&credential);
-                    Submitted::new(&api.0.log, credential, provider, batch, stream_order.clone()).await
+                    credential.confirmed().await?;
+                    let pause = api.0.auth.tenants().pace_events(provider.tenant(), batch.len());
+                    if !pause.is_zero() {
+                        let draining = api.0.draining.run_until_cancelled(sleep(pause)).await;
+                        draining.ok_or(Error::Draining)?;
+                    }
+                    let (credential, order) = (Arc::clone(&credential), stream_order.clone());
+                    let job = find_patiently(&api.0.log, provider, &batch.job).await?;
+                    Submitted::new(&api.0.log, credential, provider, (job, batch), order, held.clone()).await
                 };
                 // Submitting may wait for the job's configuration and for the log.
                 let submitted = tokio::select! {
@@ -100,9 +129,20 @@ pub(super) async fn accept(
         };
         let ends = outcome.as_ref().is_err_and(|error| !error.is_about_content());
         let outcome = outcome.map_or_else(Outcome::Failed, Outcome::Submitted);
-        permit.send(Accepted { batch_id, outcome });
+        permit.send(Accepted { batch_id, outcome, held });
         if ends {
             return;
+        }
+    }
+}
+
+/// Finds the job of a batch. While other calls of the user take the user's part of the database
+/// connections, the stream waits.
+async fn find_patiently(log: &EventLog, provider: Provider, key: &JobKey) -> Result<Found> {
+    loop {
+        match Found::by(log, provider, key).await {
+            Err(Error::Overloaded { .. }) => {}
+            found => return found,
         }
     }
 }

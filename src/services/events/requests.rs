@@ -18,12 +18,9 @@ use crate::{
     },
 };
 
-/// Most kinds in a filter: each kind once.
-const KINDS: usize = 5;
-
 fn event_kinds(violations: &mut Violations, kinds: &[i32]) -> Vec<EventKind> {
-    if kinds.len() > KINDS {
-        violations.add("kinds", format!("must be at most {KINDS}"));
+    if kinds.len() > limits::EVENT_KINDS {
+        violations.add("kinds", format!("must be at most {}", limits::EVENT_KINDS));
         return Vec::new();
     }
     parse::distinct(violations, "kinds", kinds, |_| "is not a kind of event".to_owned())

@@ -4,11 +4,29 @@ use std::sync::Arc;
 
 use super::batch::UncheckedBatch;
 use crate::{
-    auth::Credential,
+    auth::{Credential, HeldBytes},
     error::{Error, Resource, Result},
     event_log::{AppendedEvent, EventLog, PendingAnswer, StreamOrder},
-    models::{caller::Provider, job::JobKey},
+    models::{
+        caller::Provider,
+        job::JobKey,
+        job_identity::{Configuration, JobIdentity},
+    },
 };
+
+/// The job of a batch, and its configuration.
+pub(super) struct Found {
+    job: Arc<JobIdentity>,
+    configuration: Arc<Configuration>,
+}
+
+impl Found {
+    pub(super) async fn by(log: &EventLog, provider: Provider, key: &JobKey) -> Result<Self> {
+        let job = log.jobs.find_to_append(provider, key).await?;
+        let configuration = log.jobs.configuration(provider.tenant(), job.configuration_id).await?;
+        Ok(Self { job, configuration })
+    }
+}
 
 pub(super) struct Submitted {
     answer: PendingAnswer,
@@ -23,24 +41,26 @@ struct Again {
     provider: Provider,
     batch: UncheckedBatch,
     stream_order: StreamOrder,
+    held: Option<HeldBytes>,
 }
 
 impl Submitted {
-    /// Submits a well-formed batch.
+    /// Submits a well-formed batch for the job that its key has found. `held` is kept by the log
+    /// until it does not hold the batch any more, also if the caller has left.
     pub(super) async fn new(
         log: &EventLog,
         credential: Arc<Credential>,
         provider: Provider,
-        batch: UncheckedBatch,
+        (Found { job, configuration }, batch): (Found, UncheckedBatch),
         stream_order: StreamOrder,
+        held: Option<HeldBytes>,
     ) -> Result<Self> {
-        let job = log.jobs.find_to_append(provider, &batch.job).await?;
-        let configuration = log.jobs.configuration(job.configuration_id).await?;
-        let for_job = batch.for_job(job, &configuration, log.usage.used_up(provider.id()));
+        let used_up = log.usage.used_up(provider.id());
+        let (to_append, order) = (batch.for_job(job, &configuration, used_up), stream_order.clone());
         let answer =
-            log.appender.submit(Arc::clone(&credential), for_job, stream_order.clone(), Box::new(())).await?;
+            log.appender.submit(Arc::clone(&credential), to_append, order, Box::new(held.clone())).await?;
         let again = matches!(batch.job, JobKey::ProviderJobId(_))
-            .then(|| Box::new(Again { log: log.clone(), credential, provider, batch, stream_order }));
+            .then(|| Box::new(Again { log: log.clone(), credential, provider, batch, stream_order, held }));
         Ok(Self { answer, again })
     }
 
@@ -55,10 +75,10 @@ impl Submitted {
 
 impl Again {
     async fn submit(self) -> Result<Vec<AppendedEvent>> {
-        let Self { log, credential, provider, batch, stream_order } = self;
+        let Self { log, credential, provider, batch, stream_order, held } = self;
         let job = log.jobs.find(provider.into(), &batch.job).await?;
-        let configuration = log.jobs.configuration(job.configuration_id).await?;
+        let configuration = log.jobs.configuration(provider.tenant(), job.configuration_id).await?;
         let for_job = batch.for_job(job, &configuration, log.usage.used_up(provider.id()));
-        log.appender.submit(credential, for_job, stream_order, Box::new(())).await?.wait().await
+        log.appender.submit(credential, for_job, stream_order, Box::new(held)).await?.wait().await
     }
 }

@@ -13,7 +13,7 @@ use diesel::{dsl::sql, sql_types::Text};
 use diesel_async::AsyncPgConnection;
 use milepost::{
     config::{DatabaseSettings, SynchronousCommit},
-    db::Database,
+    db::{Database, Payer},
     pb::{self, AppendedEvent, ErrorReason, Event, NewEvent, publish_events_response::Outcome},
 };
 use tokio::sync::mpsc;
@@ -213,7 +213,7 @@ async fn every_connection_sets_synchronous_commit_whatever_the_default_of_the_da
     let value_on = async |connection: &mut AsyncPgConnection| -> String {
         diesel_async::RunQueryDsl::get_result(diesel::select(sql::<Text>(setting)), connection).await.unwrap()
     };
-    assert_eq!(value_on(&mut *database.get().await.unwrap()).await, "on");
+    assert_eq!(value_on(&mut *database.get(Payer::Server).await.unwrap()).await, "on");
     assert_eq!(value_on(&mut database.connect().await.unwrap()).await, "on");
     assert_eq!(value_on(&mut database.connect_to_listen().await.unwrap().0).await, "on");
 }

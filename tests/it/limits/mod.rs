@@ -11,12 +11,13 @@ use bytes::Bytes;
 use diesel_async::SimpleAsyncConnection as _;
 use milepost::{
     config::{DatabaseSettings, SynchronousCommit},
-    db::Database,
+    db::{Database, Payer},
     error::Error,
     limits::{
         MESSAGE_BYTES, PASSWORD_MIN_BYTES, TEXT_CHARS, UNAUTHENTICATED_CALL_BYTES, UNAUTHENTICATED_CALLS,
     },
     pb::{self, ErrorReason, EventKind},
+    tenant::Tenant,
 };
 use prost::Message as _;
 use prost_types::Value;
@@ -32,7 +33,7 @@ use crate::support::{
 
 /// Limits of `src/limits.rs` and `src/config.rs` without a row in `rows.rs`: the
 /// limit, and the file and the name of its test.
-const ELSEWHERE: [(&str, &str, &str); 45] = [
+const ELSEWHERE: [(&str, &str, &str); 57] = [
     ("TEXT_CHARS", "tests/it/limits/texts.rs", "every_text_has_at_most_256_characters"),
     ("MESSAGE_BYTES", "tests/it/limits/mod.rs", "a_message_has_at_most_one_mebibyte"),
     ("MESSAGE_BYTES", "tests/it/limits/pages.rs", "no_page_of_events_is_larger_than_one_mebibyte"),
@@ -100,6 +101,42 @@ const ELSEWHERE: [(&str, &str, &str); 45] = [
         "tests/it/publish.rs",
         "a_publish_stream_beyond_the_limit_is_refused_until_another_one_closes",
     ),
+    (
+        "token_streams_per_user",
+        "tests/it/watch_tokens.rs",
+        "the_watch_tokens_of_all_jobs_of_a_provider_have_a_limit_of_streams",
+    ),
+    (
+        "calls_per_second",
+        "tests/it/in_flight.rs",
+        "calls_beyond_the_rate_of_their_user_are_refused_until_the_time_in_the_refusal",
+    ),
+    (
+        "calls_in_flight",
+        "tests/it/in_flight.rs",
+        "one_call_more_than_a_user_may_have_in_flight_is_refused_until_one_of_them_ends",
+    ),
+    (
+        "events_per_second",
+        "tests/it/in_flight.rs",
+        "events_beyond_the_rate_are_refused_in_calls_and_read_more_slowly_from_streams",
+    ),
+    (
+        "bytes_in_flight_mib",
+        "tests/it/in_flight.rs",
+        "a_batch_counts_until_the_log_does_not_hold_it_also_if_its_caller_has_left",
+    ),
+    ("total_bytes_in_flight_mib", "src/auth/tenants.rs", "bytes_are_held_by_tenant_and_in_all"),
+    ("MESSAGE_CHARGE_BYTES", "src/auth/tenants.rs", "bytes_are_held_by_tenant_and_in_all"),
+    ("ANSWER_BYTES", "src/server/in_flight.rs", "a_large_answer_counts_until_it_was_sent"),
+    ("JOB_STATUSES", "src/services/jobs.rs", "unknown_statuses_are_refused_and_repeated_ones_are_kept_once"),
+    ("UPDATE_MASK_PATHS", "tests/it/edges.rs", "every_invalid_path_of_an_update_mask_is_reported"),
+    ("API_KEY_SCOPES", "tests/it/limits/mod.rs", "an_api_key_is_asked_for_with_each_scope_once"),
+    (
+        "EVENT_KINDS",
+        "tests/it/limits/mod.rs",
+        "a_kinds_filter_has_at_most_as_many_entries_as_there_are_kinds",
+    ),
     ("publish_window", "tests/it/publish.rs", "a_publish_stream_is_not_read_while_its_window_is_full"),
     (
         "CONNECTIONS",
@@ -140,8 +177,16 @@ const ELSEWHERE: [(&str, &str, &str); 45] = [
         "tests/it/limits/mod.rs",
         "statements_locks_and_idle_transactions_end_after_the_statement_timeout",
     ),
-    ("connect_timeout", "tests/it/limits/mod.rs", "the_wait_for_a_connection_ends_after_the_connect_timeout"),
-    ("connections", "tests/it/limits/mod.rs", "the_wait_for_a_connection_ends_after_the_connect_timeout"),
+    (
+        "connect_timeout",
+        "tests/it/limits/mod.rs",
+        "a_user_waits_for_a_connection_no_longer_than_the_connect_timeout_and_keeps_nobody_waiting",
+    ),
+    (
+        "connections",
+        "tests/it/limits/mod.rs",
+        "a_user_waits_for_a_connection_no_longer_than_the_connect_timeout_and_keeps_nobody_waiting",
+    ),
 ];
 
 /// A provider with a job, whose only step has a tag of the maximal length.
@@ -407,7 +452,7 @@ async fn database(connections: usize, statement_timeout: Duration) -> (TestDatab
 async fn statements_locks_and_idle_transactions_end_after_the_statement_timeout() {
     let (created, database) = database(2, Duration::from_millis(300)).await;
     let ended = async |sql: &str| {
-        let mut conn = database.get().await.unwrap();
+        let mut conn = database.get(Payer::Server).await.unwrap();
         let done = within_timeout("the timeout", conn.batch_execute(sql)).await;
         Error::from(done.unwrap_err())
     };
@@ -418,7 +463,7 @@ async fn statements_locks_and_idle_transactions_end_after_the_statement_timeout(
     let error = ended("SET statement_timeout = 0; SELECT 1 FROM users").await;
     assert!(matches!(error, Error::Unavailable(_)), "{error:?}");
 
-    let mut idle = database.get().await.unwrap();
+    let mut idle = database.get(Payer::Server).await.unwrap();
     idle.batch_execute("BEGIN").await.unwrap();
     let closed = async {
         let idle = "SELECT pid::text AS text FROM pg_stat_activity
@@ -431,13 +476,15 @@ async fn statements_locks_and_idle_transactions_end_after_the_statement_timeout(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_wait_for_a_connection_ends_after_the_connect_timeout() {
-    let (_created, database) = database(2, Duration::from_secs(5)).await;
-    let checked_out = (database.get().await.unwrap(), database.get().await.unwrap());
-    let refused = within_timeout("a refusal", database.get()).await;
-    assert!(matches!(refused, Err(Error::Unavailable(_))));
-    drop(checked_out);
-    drop(database.get().await.unwrap());
+async fn a_user_waits_for_a_connection_no_longer_than_the_connect_timeout_and_keeps_nobody_waiting() {
+    let (_created, database) = database(4, Duration::from_secs(5)).await;
+    let [flooding, other] = [(); 2].map(|()| Tenant::of_user(Uuid::now_v7()));
+    let half = (database.get(flooding).await.unwrap(), database.get(flooding).await.unwrap());
+    let refused = within_timeout("a refusal", database.get(flooding)).await;
+    assert!(matches!(refused, Err(Error::Overloaded { .. })), "{refused:?}");
+    let others = (database.get(other).await.unwrap(), database.get(other).await.unwrap());
+    drop(half);
+    drop((database.get(flooding).await.unwrap(), database.get(flooding).await.unwrap(), others));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -453,5 +500,19 @@ async fn a_kinds_filter_has_at_most_as_many_entries_as_there_are_kinds() {
     for past in [past, far] {
         let refused = scene.provider.events.list_events(past).await;
         assert_violations(refused, &["kinds"]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_api_key_is_asked_for_with_each_scope_once() {
+    let mut scene = Scene::new().await;
+    let scopes = |count: usize| pb::CreateApiKeyRequest {
+        scopes: vec![pb::ApiKeyScope::Read.into(); count],
+        ..Default::default()
+    };
+    scene.provider.session.auth.create_api_key(scopes(3)).await.unwrap();
+    for past in [4, 900_000] {
+        let refused = scene.provider.session.auth.create_api_key(scopes(past)).await;
+        assert_violations(refused, &["scopes"]);
     }
 }

@@ -136,6 +136,22 @@ impl ServerProcess {
         .await;
     }
 
+    /// Sends a signal to every process of the embedded Postgres: STOP makes it silent, with all
+    /// its connections open.
+    pub async fn signal_postgres(&self, name: &str) {
+        let data = self.dir.path().join("cluster/data");
+        let works = |pid: &u32| fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd == data);
+        for pid in processes().filter(works) {
+            signal(name, &pid.to_string()).await;
+        }
+    }
+
+    /// The most memory that the server had so far, in bytes.
+    pub fn memory_peak_bytes(&self) -> usize {
+        let peak = status(self.pids()[0], "VmHWM").expect("a running server");
+        peak.trim_end_matches(" kB").parse::<usize>().expect("kilobytes") * 1024
+    }
+
     /// Waits until the server answers a call that needs its database. Repeats the
     /// call after the delay that RetryInfo gives.
     pub async fn ready(&self) {

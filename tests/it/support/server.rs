@@ -10,7 +10,7 @@ use std::{
 use milepost::{
     config::{
         AuthSettings, BcryptSettings, DatabaseSettings, EventLogSettings, QuotaSettings, ServerSettings,
-        SynchronousCommit, TlsSettings,
+        SynchronousCommit, TenantSettings, TlsSettings,
     },
     db::Database,
     server::{self, Tls},
@@ -34,6 +34,8 @@ pub const SIGN_UPS_PER_HOUR: i32 = 4;
 pub const CONNECTIONS: usize = 8;
 /// Most open streams of one user on one server.
 pub const STREAMS_PER_USER: usize = 40;
+/// Most open streams of one provider's watch tokens on one server.
+pub const TOKEN_STREAMS_PER_USER: usize = 60;
 /// Most open streams of one connection.
 pub const STREAMS_PER_CONNECTION: u32 = 1000;
 
@@ -85,6 +87,13 @@ impl TestServer {
         Setup { quotas, ..Setup::of(database) }.serve(Clients::of).await
     }
 
+    /// Starts a server on a new database that allows each user this.
+    pub async fn with_tenants(change: impl FnOnce(&mut TenantSettings)) -> Self {
+        let mut setup = Setup::of(TestDatabase::migrated().await);
+        change(&mut setup.tenants);
+        setup.serve(Clients::of).await
+    }
+
     /// Starts a server that reaches its new database through a proxy.
     pub async fn through_proxy() -> (Self, Proxy) {
         let database = TestDatabase::migrated().await;
@@ -132,7 +141,16 @@ impl TestServer {
     }
 }
 
-fn settings(retention: Option<Duration>) -> ServerSettings {
+/// The defaults of `serve`.
+const TENANTS: TenantSettings = TenantSettings {
+    calls_per_second: 5_000,
+    calls_in_flight: 1_024,
+    events_per_second: 50_000,
+    bytes_in_flight_mib: 16,
+    total_bytes_in_flight_mib: 256,
+};
+
+fn settings(retention: Option<Duration>, tenants: TenantSettings) -> ServerSettings {
     ServerSettings {
         request_timeout: Duration::from_secs(10),
         drain_deadline: Duration::from_secs(5),
@@ -140,6 +158,8 @@ fn settings(retention: Option<Duration>) -> ServerSettings {
         auth: AuthSettings {
             sign_up_open: true,
             streams_per_user: STREAMS_PER_USER,
+            token_streams_per_user: TOKEN_STREAMS_PER_USER,
+            tenants,
             trusted_proxies: vec![TRUSTED_PROXY.into()],
             session_lifetime: Duration::from_secs(60 * 60),
             sign_ups_per_hour: SIGN_UPS_PER_HOUR,
@@ -171,6 +191,7 @@ struct Setup {
     url: String,
     retention: Option<Duration>,
     quotas: QuotaSettings,
+    tenants: TenantSettings,
     tls: Option<Tls>,
     telemetry: Telemetry,
 }
@@ -178,13 +199,21 @@ struct Setup {
 impl Setup {
     fn of(database: TestDatabase) -> Self {
         let url = database.url.clone();
-        Self { database, url, retention: None, quotas: QUOTAS, tls: None, telemetry: Telemetry::default() }
+        Self {
+            database,
+            url,
+            retention: None,
+            quotas: QUOTAS,
+            tenants: TENANTS,
+            tls: None,
+            telemetry: Telemetry::default(),
+        }
     }
 
     async fn serve(self, clients: impl FnOnce(SocketAddr) -> Clients) -> TestServer {
         let [listener, metrics] = [bind().await, bind().await];
         let (address, metrics_address) = (listener.local_addr().unwrap(), metrics.local_addr().unwrap());
-        let settings = ServerSettings { quotas: self.quotas, ..settings(self.retention) };
+        let settings = ServerSettings { quotas: self.quotas, ..settings(self.retention, self.tenants) };
         let app = self.app(&settings).await;
         let serving_metrics = tokio::spawn(server::serve_metrics(metrics, app.clone()));
         let stop = CancellationToken::new();

@@ -3,11 +3,18 @@
 
 use diesel_async::{AsyncPgConnection, SimpleAsyncConnection as _};
 use futures_util::future::join_all;
-use milepost::{auth::Revocation, db::Connection, models::caller::CredentialId, pb};
+use milepost::{
+    auth::Revocation,
+    db::{Connection, Payer},
+    models::caller::CredentialId,
+    pb,
+    tenant::Tenant,
+};
 use prost::Message;
 use tokio::task::JoinHandle;
 use tonic::{Code, Status, transport::Channel};
 use tonic_types::StatusExt as _;
+use uuid::Uuid;
 
 use crate::support::{CONNECTIONS, PASSWORD, TestServer, User, info, raw, registration, within_timeout};
 
@@ -302,8 +309,9 @@ impl Held {
     }
 }
 
+/// Of the pool one user may take half, so each is taken by a user of its own.
 async fn take_connections(server: &TestServer, count: usize) -> Vec<Connection> {
-    let taken = join_all((0..count).map(|_| server.app.database.get())).await;
+    let taken = join_all((0..count).map(|_| server.app.database.get(Tenant::of_user(Uuid::now_v7())))).await;
     taken.into_iter().map(Result::unwrap).collect()
 }
 
@@ -395,7 +403,7 @@ async fn a_password_is_not_changed_if_the_session_ends_while_bcrypt_works() {
     // The call has the last connection; the test is the next to get it.
     let others = take_connections(server, CONNECTIONS - 1).await;
     let database = server.app.database.clone();
-    let last = tokio::spawn(async move { database.get().await });
+    let last = tokio::spawn(async move { database.get(Payer::Server).await });
     wait_for_connection(server).await;
     locker.batch_execute("ROLLBACK").await.unwrap();
     let last = within_timeout("the call's connection", last).await.unwrap().unwrap();

@@ -1,0 +1,346 @@
+//! Counts the bytes of messages in flight. The body of a request is read through
+//! [`CountedBody`], which knows the length of each message from the five bytes before it, and
+//! lets the message pass only when its user's bytes in flight have room for it.
+
+use std::{
+    future::ready,
+    pin::Pin,
+    sync::Arc,
+    task::{self, Context, Poll},
+};
+
+use bytes::Bytes;
+use http::Response;
+use http_body::{Body as _, Frame, SizeHint};
+use http_body_util::{BodyExt as _, Full};
+use tonic::{Status, body::Body};
+
+use crate::{
+    auth::{HeldBytes, HeldMessages, OpenCall, Tenants},
+    limits::{ANSWER_BYTES, MESSAGE_BYTES},
+    models::caller::Tenant,
+    turns::Acquire,
+};
+
+/// Bytes before each message: whether it is compressed, and its length (gRPC over HTTP/2,
+/// "Length-Prefixed-Message").
+const PREFIX_BYTES: usize = 5;
+
+/// What happens to a message for which there is no room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum NoRoom {
+    /// The call is refused.
+    Refuse,
+    /// The body is not read on, so that HTTP/2's flow control stops the client.
+    Wait,
+}
+
+/// The body of a request, whose messages are counted before they are read.
+#[derive(Debug)]
+pub(super) struct CountedBody {
+    inner: Body,
+    tenants: Tenants,
+    tenant: Tenant,
+    no_room: NoRoom,
+    held: HeldMessages,
+    messages: Messages,
+    /// What was received and may not pass yet.
+    waiting: Bytes,
+    acquiring: Option<Acquire<Tenant>>,
+}
+
+impl CountedBody {
+    /// What the messages hold goes to `held` in their order.
+    pub(super) fn new(
+        inner: Body,
+        tenants: Tenants,
+        tenant: Tenant,
+        no_room: NoRoom,
+        held: HeldMessages,
+    ) -> Self {
+        let (messages, waiting, acquiring) = (Messages::default(), Bytes::new(), None);
+        Self { inner, tenants, tenant, no_room, held, messages, waiting, acquiring }
+    }
+
+    /// Lets pass what may pass of what was received. None if nothing may; then `acquiring` is
+    /// set.
+    fn pass(&mut self) -> Result<Option<Bytes>, Status> {
+        let mut passed = 0;
+        while let Some(Begun { at, bytes }) = self.messages.advance(&self.waiting[passed..]) {
+            let end = passed + at;
+            match self.tenants.hold(self.tenant, bytes) {
+                Ok(held) => self.held.push(held),
+                Err(error) if self.no_room == NoRoom::Refuse => return Err(error.into()),
+                Err(_) => {
+                    self.acquiring = Some(self.tenants.wait_to_hold(self.tenant, bytes));
+                    // The last byte of the prefix waits: only with it is room made for the message.
+                    let before = self.waiting.split_to(end - 1);
+                    return Ok(Some(before).filter(|before| !before.is_empty()));
+                }
+            }
+            passed = end;
+        }
+        Ok(Some(std::mem::take(&mut self.waiting)))
+    }
+}
+
+impl http_body::Body for CountedBody {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let body = &mut *self;
+        loop {
+            if let Some(acquiring) = &mut body.acquiring {
+                let permits = task::ready!(Pin::new(acquiring).poll(cx));
+                body.acquiring = None;
+                body.held.push(permits.into());
+                // The last byte of the prefix, which `messages` has gone through.
+                let waited = body.waiting.split_to(1);
+                return Poll::Ready(Some(Ok(Frame::data(waited))));
+            }
+            if body.waiting.is_empty() {
+                match task::ready!(Pin::new(&mut body.inner).poll_frame(cx)) {
+                    Some(Ok(frame)) => match frame.into_data() {
+                        Ok(data) => body.waiting = data,
+                        Err(other) => return Poll::Ready(Some(Ok(other))),
+                    },
+                    end => return Poll::Ready(end),
+                }
+            }
+            if let Some(passed) = body.pass()? {
+                return Poll::Ready(Some(Ok(Frame::data(passed))));
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.waiting.is_empty() && self.acquiring.is_none() && self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
+}
+
+/// Finds the beginnings of messages in a stream of bytes.
+#[derive(Debug, Default)]
+struct Messages {
+    prefix: [u8; PREFIX_BYTES],
+    /// How much of the next prefix was seen.
+    seen: usize,
+    /// How many bytes of the message under way are still to come.
+    rest: usize,
+    /// The server refuses what follows: it needs no room.
+    refused: bool,
+}
+
+/// A message whose prefix ends at this place and that counts as this many bytes.
+#[derive(Debug, PartialEq, Eq)]
+struct Begun {
+    at: usize,
+    bytes: usize,
+}
+
+impl Messages {
+    /// Goes through bytes until a message begins; none if none begins in them.
+    fn advance(&mut self, bytes: &[u8]) -> Option<Begun> {
+        let mut at = 0;
+        while at < bytes.len() && !self.refused {
+            if self.rest > 0 {
+                let step = self.rest.min(bytes.len() - at);
+                (self.rest, at) = (self.rest - step, at + step);
+                continue;
+            }
+            let step = (PREFIX_BYTES - self.seen).min(bytes.len() - at);
+            self.prefix[self.seen..self.seen + step].copy_from_slice(&bytes[at..at + step]);
+            (self.seen, at) = (self.seen + step, at + step);
+            if self.seen < PREFIX_BYTES {
+                return None;
+            }
+            self.seen = 0;
+            let [compressed, length @ ..] = self.prefix;
+            let length = usize::try_from(u32::from_be_bytes(length)).unwrap_or(usize::MAX);
+            if length > MESSAGE_BYTES {
+                self.refused = true;
+                return None;
+            }
+            self.rest = length;
+            // How large a compressed message is, is known too late.
+            let bytes = if compressed == 0 { length } else { MESSAGE_BYTES };
+            return Some(Begun { at, bytes });
+        }
+        None
+    }
+}
+
+/// What a unary call holds until the last of its answer was sent.
+#[derive(Clone, Debug)]
+pub(super) struct InFlight(#[expect(dead_code, reason = "it is held until it is dropped")] Arc<Held>);
+
+#[derive(Debug)]
+struct Held {
+    _call: OpenCall,
+    _messages: HeldMessages,
+    _answer: Option<HeldBytes>,
+}
+
+/// Leaves with the response what its call holds. An answer that may be large is encoded now and
+/// counted: a client that does not read it would keep the server from freeing the message.
+pub(super) async fn count_answer(
+    response: Response<Body>,
+    may_be_large: bool,
+    (tenants, tenant): (&Tenants, Tenant),
+    (call, messages): (OpenCall, HeldMessages),
+) -> Response<Body> {
+    let (parts, body) = response.into_parts();
+    // A response without a body ends with its headers, and must go on to.
+    let (body, answer) = if may_be_large && !body.is_end_stream() {
+        let Ok(encoded) = body.collect().await else {
+            return Status::internal("the answer cannot be encoded").into_http();
+        };
+        let trailers = encoded.trailers().cloned().map(Ok);
+        let encoded = encoded.to_bytes();
+        let beyond = encoded.len().saturating_sub(ANSWER_BYTES);
+        match (beyond > 0).then(|| tenants.hold_answer(tenant, beyond)).transpose() {
+            Ok(answer) => (Body::new(Full::new(encoded).with_trailers(ready(trailers))), answer),
+            Err(error) => return Status::from(error).into_http(),
+        }
+    } else {
+        (body, None)
+    };
+    let mut response = Response::from_parts(parts, body);
+    let held = Held { _call: call, _messages: messages, _answer: answer };
+    response.extensions_mut().insert(InFlight(Arc::new(held)));
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::{BodyExt as _, StreamBody};
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::{config::TenantSettings, limits::MESSAGE_CHARGE_BYTES};
+
+    const MIB: usize = 1024 * 1024;
+
+    fn tenants() -> Tenants {
+        Tenants::new(TenantSettings {
+            calls_per_second: 10,
+            calls_in_flight: 3,
+            events_per_second: 1_000,
+            bytes_in_flight_mib: 1,
+            total_bytes_in_flight_mib: 4,
+        })
+    }
+
+    fn message(length: usize) -> Vec<u8> {
+        let mut message = vec![0];
+        message.extend_from_slice(&u32::try_from(length).expect("small").to_be_bytes());
+        message.resize(PREFIX_BYTES + length, 7);
+        message
+    }
+
+    /// A body that is received in frames of this many bytes.
+    fn body(bytes: &[u8], frame_bytes: usize) -> Body {
+        let frames: Vec<_> =
+            bytes.chunks(frame_bytes).map(|bytes| Ok(Frame::data(Bytes::copy_from_slice(bytes)))).collect();
+        Body::new(StreamBody::new(futures_util::stream::iter(
+            frames.into_iter().map(|frame: Result<_, Status>| frame),
+        )))
+    }
+
+    fn tenant() -> Tenant {
+        Tenant::of_user(Uuid::now_v7())
+    }
+
+    #[tokio::test]
+    async fn the_bytes_pass_unchanged_and_each_message_is_counted() {
+        let sent: Vec<u8> = [0, 1, 20_000, 0, 300_000, 5].map(message).concat();
+        for frame_bytes in [1, 4, 5, 6, 1_000, 16_384, 1_000_000] {
+            let (held, tenants) = (HeldMessages::default(), tenants());
+            let inner = body(&sent, frame_bytes);
+            let counted = CountedBody::new(inner, tenants.clone(), tenant(), NoRoom::Wait, held.clone());
+            let received = counted.collect().await.expect("no error").to_bytes();
+            assert_eq!(received, sent, "in frames of {frame_bytes} bytes");
+            assert_eq!(std::iter::from_fn(|| held.pop()).count(), 6);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_message_without_room_is_refused_or_waits_with_its_prefix() {
+        let sent = [message(MIB), message(10)].concat();
+        for frame_bytes in [3, 16_384, 2 * MIB] {
+            let (tenants, tenant) = (tenants(), tenant());
+            let read = |no_room, held: &HeldMessages| {
+                CountedBody::new(body(&sent, frame_bytes), tenants.clone(), tenant, no_room, held.clone())
+            };
+            let held = HeldMessages::default();
+            let refused = read(NoRoom::Refuse, &held).collect().await.expect_err("no room for the second");
+            assert_eq!(refused.code(), tonic::Code::ResourceExhausted);
+            drop(held);
+
+            let held = HeldMessages::default();
+            let mut waiting = read(NoRoom::Wait, &held);
+            let mut received = Vec::new();
+            loop {
+                tokio::select! {
+                    biased;
+                    frame = waiting.frame() => {
+                        let frame = frame.expect("it waits").expect("no error");
+                        received.extend_from_slice(&frame.into_data().expect("data"));
+                    }
+                    () = std::future::ready(()) => break,
+                }
+            }
+            // All of the first message, and of the second less than its prefix.
+            assert_eq!(received, sent[..PREFIX_BYTES + MIB + PREFIX_BYTES - 1], "{frame_bytes}");
+            drop(held.pop().expect("the first message"));
+            received.extend_from_slice(&waiting.collect().await.expect("room now").to_bytes());
+            assert_eq!(received, sent);
+            assert!(held.pop().is_some() && held.pop().is_none());
+            assert!(tenants.hold(tenant, MIB - MESSAGE_CHARGE_BYTES).is_ok(), "nothing is held any more");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_message_beyond_the_limit_is_left_to_tonic() {
+        let (tenants, held) = (tenants(), HeldMessages::default());
+        let sent = message(3 * MIB);
+        let counted = CountedBody::new(body(&sent, 16_384), tenants, tenant(), NoRoom::Refuse, held.clone());
+        assert_eq!(counted.collect().await.expect("no error").to_bytes(), sent);
+        assert!(held.pop().is_none());
+    }
+
+    #[tokio::test]
+    async fn a_large_answer_counts_until_it_was_sent() {
+        let (tenants, tenant) = (tenants(), tenant());
+        let answered = async |bytes: usize| {
+            let call = (tenants.open_call(tenant).expect("few calls"), HeldMessages::default());
+            let response = Response::new(body(&vec![7; bytes], MIB));
+            count_answer(response, true, (&tenants, tenant), call).await
+        };
+        let first = answered(MIB - MESSAGE_CHARGE_BYTES + ANSWER_BYTES).await;
+        let second = answered(ANSWER_BYTES).await;
+        assert!(tenants.hold(tenant, MESSAGE_CHARGE_BYTES).is_ok(), "an answer of this size takes nothing");
+        let refused = answered(ANSWER_BYTES + 2 * MESSAGE_CHARGE_BYTES).await;
+        let status = Status::from_header_map(refused.headers()).expect("a status");
+        assert_eq!(status.code(), tonic::Code::ResourceExhausted);
+        let sent = first.into_body().collect().await.expect("no error").to_bytes();
+        assert_eq!(sent.len(), MIB - MESSAGE_CHARGE_BYTES + ANSWER_BYTES);
+        drop(second);
+        assert!(tenants.hold(tenant, MIB).is_ok());
+    }
+
+    #[test]
+    fn a_compressed_message_counts_as_the_largest() {
+        let mut messages = Messages::default();
+        assert_eq!(messages.advance(&[1, 0, 0, 0, 9]), Some(Begun { at: 5, bytes: MESSAGE_BYTES }));
+        assert_eq!(messages.advance(&[0; 9]), None);
+        assert_eq!(messages.advance(&[0, 0, 0, 0, 9]), Some(Begun { at: 5, bytes: 9 }));
+    }
+}
