@@ -99,7 +99,8 @@ async fn least_growth(
     least
 }
 
-async fn metric(server: &TestServer, name: &str) -> usize {
+/// The value of a metric, named with its labels.
+pub async fn metric(server: &TestServer, name: &str) -> usize {
     let (_, text) = get(server.metrics_address, "/metrics").await;
     let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
     let value = line.unwrap_or_else(|| panic!("no {name}"));

@@ -347,10 +347,12 @@ async fn the_database_is_available_while_all_pooled_connections_are_in_use() {
     let job = provider.job(&customer).await;
     let mut locker = server.database.connect().await;
     locker.batch_execute("BEGIN; LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE").await.unwrap();
+    // Two users, since one of them uses half of the connections at most.
     let reading: Vec<_> = (0..2 * CONNECTIONS)
-        .map(|_| {
-            let (mut provider, job) = (provider.clone(), job.clone());
-            tokio::spawn(async move { provider.get(&job).await })
+        .map(|number| {
+            let (user, job) = (if number % 2 == 0 { &provider } else { &customer }, job.clone());
+            let mut user = user.clone();
+            tokio::spawn(async move { user.get(&job).await })
         })
         .collect();
     within_timeout("reads on all connections", async {
@@ -378,10 +380,12 @@ async fn watches_receive_events_while_calls_use_all_pooled_connections() {
     elsewhere.append(&job, [info("before")]).await;
     let mut watch = customer.clone().watch(&job).await;
     watch.caught_up().await;
+    // Two users, since one of them uses half of the connections at most.
+    let other = server.provider().await;
     let mut locker = server.database.connect().await;
     locker.batch_execute("BEGIN; LOCK TABLE job_configurations IN ACCESS EXCLUSIVE MODE").await.unwrap();
-    for _ in 0..2 * CONNECTIONS {
-        let mut provider = provider.clone();
+    for number in 0..2 * CONNECTIONS {
+        let mut provider = if number % 2 == 0 { provider.clone() } else { other.clone() };
         let request = pb::ListJobConfigurationsRequest::default();
         tokio::spawn(async move { provider.configurations.list_job_configurations(request).await });
     }
@@ -412,7 +416,7 @@ async fn many_watches_that_replay_leave_connections_for_calls() {
         watches.push(customer.clone().watch(&job).await);
     }
     within_timeout("replays that wait for the lock", async {
-        while server.database.waiting_for_locks().await.len() < 4 {}
+        while server.database.waiting_for_locks().await.len() < CONNECTIONS / 4 {}
     })
     .await;
     for _ in 0..20 {
@@ -443,7 +447,7 @@ async fn many_watches_that_read_the_end_of_the_log_leave_connections_for_calls()
     // check in the database whether it missed an event.
     server.database.execute("UPDATE event_log SET position = position + 1").await;
     within_timeout("watches that wait for the lock", async {
-        while server.database.waiting_for_locks().await.len() < CONNECTIONS / 2 {}
+        while server.database.waiting_for_locks().await.len() < CONNECTIONS / 4 {}
     })
     .await;
     for _ in 0..20 {

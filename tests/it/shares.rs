@@ -4,6 +4,7 @@
 use diesel_async::SimpleAsyncConnection as _;
 use milepost::pb::{self, ErrorReason};
 use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status};
 
 use crate::support::{
@@ -22,21 +23,28 @@ async fn waiting_for_steps(database: &TestDatabase) -> usize {
     database.texts(sql).await.len()
 }
 
-/// Calls that all need the steps of configurations.
-fn flood(caller: &Caller) -> JoinSet<Result<(), Status>> {
+/// Calls that all need the steps of configurations, each repeated until `stop`. Returns how
+/// many were served and the refusals.
+fn flood(caller: &Caller, stop: &CancellationToken) -> JoinSet<(usize, Vec<Status>)> {
     let mut calls = JoinSet::new();
-    for _ in 0..READS {
-        let mut caller = caller.clone();
+    for index in 0..READS + REGISTRATIONS {
+        let (mut caller, stop) = (caller.clone(), stop.clone());
         calls.spawn(async move {
-            let request = pb::ListJobConfigurationsRequest::default();
-            caller.configurations.list_job_configurations(request).await.map(drop)
-        });
-    }
-    for index in 0..REGISTRATIONS {
-        let mut caller = caller.clone();
-        calls.spawn(async move {
-            let request = registration(&format!("2.0.{index}"), &[("load", 1), ("scan", 2)]);
-            caller.configurations.register_job_configuration(request).await.map(drop)
+            let (mut served, mut refusals) = (0, Vec::new());
+            while !stop.is_cancelled() {
+                let answer = if index < READS {
+                    let request = pb::ListJobConfigurationsRequest::default();
+                    caller.configurations.list_job_configurations(request).await.map(drop)
+                } else {
+                    let request = registration(&format!("2.0.{index}"), &[("load", 1), ("scan", 2)]);
+                    caller.configurations.register_job_configuration(request).await.map(drop)
+                };
+                match answer {
+                    Ok(()) => served += 1,
+                    Err(refusal) => refusals.push(refusal),
+                }
+            }
+            (served, refusals)
         });
     }
     calls
@@ -54,7 +62,8 @@ async fn one_user_leaves_others_half_of_the_connections_to_the_database() {
     quiet.get(&job).await;
 
     let mut locker = server.database.connect().await;
-    let mut calls = flood(&flooding);
+    let stop = CancellationToken::new();
+    let mut calls = flood(&flooding, &stop);
     let half = CONNECTIONS / 2;
     // Several times, each shorter than a statement may wait for a lock.
     for _ in 0..5 {
@@ -70,14 +79,15 @@ async fn one_user_leaves_others_half_of_the_connections_to_the_database() {
         }
         locker.batch_execute("ROLLBACK").await.unwrap();
     }
+    stop.cancel();
     let mut served = 0;
-    while let Some(answer) = within_timeout("the flood to end", calls.join_next()).await {
-        match answer.unwrap() {
-            Ok(()) => served += 1,
-            refused => {
-                let refusal = assert_refused(refused, Code::ResourceExhausted, ErrorReason::Overloaded);
-                assert!(refusal.details.retry_info().is_some(), "{refusal:?}");
-            }
+    while let Some(ended) = within_timeout("the flood to end", calls.join_next()).await {
+        let (of_caller, refusals) = ended.unwrap();
+        served += of_caller;
+        for refusal in refusals {
+            let refusal =
+                assert_refused(Err::<(), _>(refusal), Code::ResourceExhausted, ErrorReason::Overloaded);
+            assert!(refusal.details.retry_info().is_some(), "{refusal:?}");
         }
     }
     assert!(served > 0);

@@ -28,9 +28,12 @@ use tokio::{
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Status, Streaming};
 
-use crate::support::{
-    Authority, Caller, Clients, Mode, PASSWORD, Proxy, TestServer, TlsFiles, User, Watch, assert_refused,
-    info, operate, with_metadata, within_timeout,
+use crate::{
+    fairness::metric,
+    support::{
+        Authority, Caller, Clients, Mode, PASSWORD, Proxy, TestServer, TlsFiles, User, Watch, assert_refused,
+        info, operate, with_metadata, within_timeout,
+    },
 };
 
 /// Longest until every replica refuses an ended credential.
@@ -519,15 +522,15 @@ async fn events_held_back_for_an_unconfirmed_credential_are_received_after_a_res
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_connection_is_closed_if_its_client_does_not_read_the_end_of_a_stream() {
-    assert_closed_if_end_is_unread(&TestServer::start().await).await;
+async fn a_stream_whose_client_does_not_read_its_end_is_reset() {
+    assert_reset_if_end_is_unread(&TestServer::start().await).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_tls_connection_is_closed_if_its_client_does_not_read_the_end_of_a_stream() {
+async fn a_stream_over_tls_whose_client_does_not_read_its_end_is_reset() {
     let authority = Authority::new();
     let files = TlsFiles::new(&authority);
-    assert_closed_if_end_is_unread(&TestServer::with_tls(&files.server(), &authority).await).await;
+    assert_reset_if_end_is_unread(&TestServer::with_tls(&files.server(), &authority).await).await;
 }
 
 /// Expires the key that the user calls with.
@@ -537,6 +540,12 @@ async fn expire_key(user: &mut User) {
     user.session.auth.expire_api_key(pb::ExpireApiKeyRequest { api_key_id: key.id }).await.unwrap();
 }
 
+/// Whether a message of a watch has an event of this name.
+fn has_event(response: &pb::WatchEventsResponse, name: &str) -> bool {
+    let Some(Message::Events(watched)) = &response.message else { return false };
+    watched.events.iter().any(|event| event.name == name)
+}
+
 /// A request with this secret as its credential.
 fn bearing<T>(secret: &str, message: T) -> Request<T> {
     let mut request = Request::new(message);
@@ -544,12 +553,12 @@ fn bearing<T>(secret: &str, message: T) -> Request<T> {
     request
 }
 
-async fn assert_closed_if_end_is_unread(server: &TestServer) {
+async fn assert_reset_if_end_is_unread(server: &TestServer) {
     let (mut provider, mut customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
     let job = provider.job(&customer).await;
     // Two streams on one connection. The test does not read the first, whose window
-    // is soon full; the second shows whether the connection is open.
+    // is soon full; the second shows that the connection stays open.
     let channel = server.endpoint.clone().initial_stream_window_size(4_096).connect().await.unwrap();
     let mut streams = Vec::new();
     for secret in [&customer.key_secret, &provider.key_secret] {
@@ -562,7 +571,11 @@ async fn assert_closed_if_end_is_unread(server: &TestServer) {
     }
 
     expire_key(&mut customer).await;
-    within_timeout("the connection to be closed", async { while other.message().await.is_ok() {} }).await;
+    let watches = async || metric(server, "milepost_watches{scope=\"job\"}").await;
+    within_timeout("the reset", async { while watches().await > 1 {} }).await;
+    provider.append(&job, [info("after")]).await;
+    let goes_on = async { while !has_event(&other.message().await.unwrap().unwrap(), "after") {} };
+    within_timeout("the other watch to go on", goes_on).await;
     let mut events = 0;
     let end = loop {
         match unread.message().await {
@@ -578,13 +591,13 @@ async fn assert_closed_if_end_is_unread(server: &TestServer) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_connection_is_closed_if_its_client_does_not_read_the_end_of_a_publish_stream() {
+async fn a_publish_stream_whose_client_does_not_read_its_end_is_reset() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
     let job = provider.job(&customer).await;
     // Two streams on one connection. The first answer already fills the window of
-    // the publish stream; the watch shows whether the connection is open.
+    // the publish stream; the watch shows that the connection stays open.
     let channel = server.endpoint.clone().initial_stream_window_size(4_096).connect().await.unwrap();
     let mut client = EventServiceClient::new(channel);
     let (batches, events) = (20, 100);
@@ -608,7 +621,12 @@ async fn a_connection_is_closed_if_its_client_does_not_read_the_end_of_a_publish
     sleep(PACE).await;
 
     expire_key(&mut provider).await;
-    within_timeout("the connection to be closed", async { while other.message().await.is_ok() {} }).await;
+    let streams = async || metric(&server, "milepost_publish_streams").await;
+    within_timeout("the reset", async { while streams().await > 0 {} }).await;
+    let mut session = User { key: provider.session.clone(), ..provider.clone() };
+    session.append(&job, [info("after")]).await;
+    let goes_on = async { while !has_event(&other.message().await.unwrap().unwrap(), "after") {} };
+    within_timeout("the watch to go on", goes_on).await;
     let mut answers = 0;
     let end = loop {
         match unread.message().await {
