@@ -34,7 +34,7 @@ impl<T, U> Default for Codec<T, U> {
     }
 }
 
-/// Decodes messages that were pruned, see [`prune`].
+/// Decodes messages that were pruned, see `codec/prune.rs`.
 #[derive(Debug)]
 pub struct Decoder<U>(PhantomData<U>);
 
