@@ -1,5 +1,5 @@
 DROP TABLE api_keys;
-DROP FUNCTION api_keys_count_usage();
+DROP FUNCTION count_usage();
 DROP TYPE api_key_scope;
 DROP TABLE sessions;
 DROP FUNCTION refuse_change_of_revocation;

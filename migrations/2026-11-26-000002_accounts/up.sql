@@ -272,27 +272,32 @@ CREATE TABLE api_keys (
 CREATE INDEX api_keys_user_id_idx ON api_keys (user_id, created_at, id);
 CREATE INDEX api_keys_ended_at_idx ON api_keys (least(revoked_at, expires_at));
 
-CREATE FUNCTION api_keys_count_usage() RETURNS trigger LANGUAGE plpgsql
+-- Counts the rows that a statement adds to a table or removes from it. The arguments of the
+-- trigger are the column of user_usage and the column with the user's id.
+CREATE FUNCTION count_usage() RETURNS trigger LANGUAGE plpgsql
 SET enable_seqscan = off
 SET enable_hashjoin = off
 SET enable_mergejoin = off
 AS $$
 BEGIN
     IF TG_OP = 'INSERT' THEN
-        UPDATE user_usage AS usage SET api_keys = usage.api_keys + counted.keys
-        FROM (SELECT user_id, count(*) AS keys FROM changed GROUP BY user_id) AS counted
-        WHERE usage.user_id = counted.user_id;
+        EXECUTE format(
+            'UPDATE user_usage AS usage SET %1$I = usage.%1$I + counted.rows
+            FROM (SELECT %2$I AS user_id, count(*) AS rows FROM changed GROUP BY 1) AS counted
+            WHERE usage.user_id = counted.user_id', TG_ARGV[0], TG_ARGV[1]);
     ELSE
-        INSERT INTO usage_changes (user_id, api_keys) SELECT user_id, -count(*) FROM changed GROUP BY user_id;
+        EXECUTE format(
+            'INSERT INTO usage_changes (user_id, %1$I) SELECT %2$I, -count(*) FROM changed GROUP BY 1',
+            TG_ARGV[0], TG_ARGV[1]);
     END IF;
     RETURN NULL;
 END;
 $$;
 
 CREATE TRIGGER api_keys_count_added AFTER INSERT ON api_keys REFERENCING NEW TABLE AS changed
-    FOR EACH STATEMENT EXECUTE FUNCTION api_keys_count_usage();
+    FOR EACH STATEMENT EXECUTE FUNCTION count_usage('api_keys', 'user_id');
 CREATE TRIGGER api_keys_count_removed AFTER DELETE ON api_keys REFERENCING OLD TABLE AS changed
-    FOR EACH STATEMENT EXECUTE FUNCTION api_keys_count_usage();
+    FOR EACH STATEMENT EXECUTE FUNCTION count_usage('api_keys', 'user_id');
 
 CREATE TRIGGER api_keys_set_updated_at BEFORE UPDATE ON api_keys
     FOR EACH ROW EXECUTE FUNCTION set_updated_at();

@@ -2,4 +2,3 @@ DROP TABLE metadata_configurations;
 DROP TYPE metadata_kind;
 DROP TABLE step_configurations;
 DROP TABLE job_configurations;
-DROP FUNCTION job_configurations_count_usage();

@@ -39,27 +39,10 @@ CREATE INDEX job_configurations_precedence_idx ON job_configurations
 CREATE TRIGGER job_configurations_refuse_update BEFORE UPDATE ON job_configurations
     FOR EACH STATEMENT EXECUTE FUNCTION refuse_update();
 
-CREATE FUNCTION job_configurations_count_usage() RETURNS trigger LANGUAGE plpgsql
-SET enable_seqscan = off
-SET enable_hashjoin = off
-SET enable_mergejoin = off
-AS $$
-BEGIN
-    IF TG_OP = 'INSERT' THEN
-        UPDATE user_usage AS usage SET configurations = usage.configurations + counted.versions
-        FROM (SELECT provider_id, count(*) AS versions FROM changed GROUP BY provider_id) AS counted
-        WHERE usage.user_id = counted.provider_id;
-    ELSE
-        INSERT INTO usage_changes (user_id, configurations) SELECT provider_id, -count(*) FROM changed GROUP BY provider_id;
-    END IF;
-    RETURN NULL;
-END;
-$$;
-
 CREATE TRIGGER job_configurations_count_added AFTER INSERT ON job_configurations REFERENCING NEW TABLE AS changed
-    FOR EACH STATEMENT EXECUTE FUNCTION job_configurations_count_usage();
+    FOR EACH STATEMENT EXECUTE FUNCTION count_usage('configurations', 'provider_id');
 CREATE TRIGGER job_configurations_count_removed AFTER DELETE ON job_configurations REFERENCING OLD TABLE AS changed
-    FOR EACH STATEMENT EXECUTE FUNCTION job_configurations_count_usage();
+    FOR EACH STATEMENT EXECUTE FUNCTION count_usage('configurations', 'provider_id');
 
 CREATE TABLE step_configurations (
     id uuid NOT NULL,

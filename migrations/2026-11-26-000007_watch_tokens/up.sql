@@ -27,27 +27,10 @@ CREATE INDEX watch_tokens_job_id_idx ON watch_tokens (job_id, created_at, id);
 CREATE INDEX watch_tokens_user_id_idx ON watch_tokens (user_id);
 CREATE INDEX watch_tokens_ended_at_idx ON watch_tokens (least(revoked_at, expires_at));
 
-CREATE FUNCTION watch_tokens_count_usage() RETURNS trigger LANGUAGE plpgsql
-SET enable_seqscan = off
-SET enable_hashjoin = off
-SET enable_mergejoin = off
-AS $$
-BEGIN
-    IF TG_OP = 'INSERT' THEN
-        UPDATE user_usage AS usage SET watch_tokens = usage.watch_tokens + counted.tokens
-        FROM (SELECT user_id, count(*) AS tokens FROM changed GROUP BY user_id) AS counted
-        WHERE usage.user_id = counted.user_id;
-    ELSE
-        INSERT INTO usage_changes (user_id, watch_tokens) SELECT user_id, -count(*) FROM changed GROUP BY user_id;
-    END IF;
-    RETURN NULL;
-END;
-$$;
-
 CREATE TRIGGER watch_tokens_count_added AFTER INSERT ON watch_tokens REFERENCING NEW TABLE AS changed
-    FOR EACH STATEMENT EXECUTE FUNCTION watch_tokens_count_usage();
+    FOR EACH STATEMENT EXECUTE FUNCTION count_usage('watch_tokens', 'user_id');
 CREATE TRIGGER watch_tokens_count_removed AFTER DELETE ON watch_tokens REFERENCING OLD TABLE AS changed
-    FOR EACH STATEMENT EXECUTE FUNCTION watch_tokens_count_usage();
+    FOR EACH STATEMENT EXECUTE FUNCTION count_usage('watch_tokens', 'user_id');
 
 CREATE TRIGGER watch_tokens_set_updated_at BEFORE UPDATE ON watch_tokens
     FOR EACH ROW EXECUTE FUNCTION set_updated_at();

@@ -57,7 +57,6 @@ async fn unapply_watch_tokens(database: &TestDatabase) {
                  EXECUTE format('ALTER DATABASE %I SET search_path = public, aside', current_database());
              END $$;
              ALTER VIEW credentials SET SCHEMA aside;
-             ALTER FUNCTION watch_tokens_count_usage SET SCHEMA aside;
              ALTER TABLE watch_tokens SET SCHEMA aside;
              DELETE FROM __diesel_schema_migrations WHERE version = '{WATCH_TOKENS}'"
         ))
