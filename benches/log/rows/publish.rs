@@ -209,14 +209,16 @@ async fn append_statement_rate(harness: &Harness, database: &str, first: i64) ->
 SELECT outcomes FROM append_events(
     ARRAY(SELECT {id} FROM generate_series(0, {last_job}) AS j ORDER BY j),
     array_fill((:after)::bigint, ARRAY[{SQL_JOBS}]),
+    ARRAY(SELECT CASE WHEN (:after)::bigint > 0 THEN {last_id} END FROM generate_series(0, {last_job}) AS j ORDER BY j),
     array_fill({BATCH}, ARRAY[{SQL_JOBS}]),
+    ARRAY(SELECT {new_last_id} FROM generate_series(0, {last_job}) AS j ORDER BY j),
     array_fill('running'::job_status, ARRAY[{SQL_JOBS}]),
     array_fill(5::bigint, ARRAY[{SQL_JOBS}]),
     array_fill(5::smallint, ARRAY[{SQL_JOBS}]),
     array_fill('\x01'::bytea, ARRAY[{SQL_JOBS}]),
     array_fill(false, ARRAY[{SQL_JOBS}]),
     ARRAY(SELECT e / {BATCH} + 1 FROM generate_series(0, {last_event}) AS e ORDER BY e),
-    ARRAY(SELECT gen_random_uuid() FROM generate_series(0, {last_event})),
+    ARRAY(SELECT {event_id} FROM generate_series(0, {last_event}) AS e ORDER BY e),
     array_fill(true, ARRAY[{events}]),
     ARRAY(SELECT (:after)::bigint + e % {BATCH} + 1 FROM generate_series(0, {last_event}) AS e ORDER BY e),
     array_fill('step'::event_kind, ARRAY[{events}]),
@@ -229,6 +231,9 @@ SELECT outcomes FROM append_events(
     array_fill(5::smallint, ARRAY[{events}]));
 ",
         id = job_id("(:first)::bigint + j"),
+        last_id = event_id("j", "(:after)::bigint"),
+        new_last_id = event_id("j", &format!("(:after)::bigint + {BATCH}")),
+        event_id = event_id(&format!("e / {BATCH}"), &format!("(:after)::bigint + e % {BATCH} + 1")),
         step = step_id(database).await?,
     );
     let script = harness.write_file("append.sql", &script)?;
@@ -265,6 +270,12 @@ SELECT outcomes FROM append_events(
 async fn step_id(database: &str) -> Result<String> {
     let client = connect(database).await?;
     Ok(client.query_one("SELECT min(id::text) FROM step_configurations", &[]).await?.get(0))
+}
+
+/// The id that the script gives the event of this sequence of its job with this number: the
+/// function compares the id of a job's last event.
+fn event_id(job: &str, sequence: &str) -> String {
+    format!("md5(((:first)::bigint + {job}) || ' ' || ({sequence}))::uuid")
 }
 
 /// The number of events of the jobs inserted from this number on, by their
