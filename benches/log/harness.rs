@@ -80,6 +80,21 @@ impl Harness {
     }
 
     pub(crate) async fn server_at(&self, database_url: &str, address: SocketAddr) -> Result<Process> {
+        self.start_server(database_url, address, None).await
+    }
+
+    /// Starts a server on this database; returns also the address of its metrics.
+    pub(crate) async fn server_with_metrics(&self, database_url: &str) -> Result<(Process, SocketAddr)> {
+        let metrics = free_address()?;
+        Ok((self.start_server(database_url, free_address()?, Some(metrics)).await?, metrics))
+    }
+
+    async fn start_server(
+        &self,
+        database_url: &str,
+        address: SocketAddr,
+        metrics: Option<SocketAddr>,
+    ) -> Result<Process> {
         let log = self.dir.borrow().path().join(format!("server-{}.log", self.number()));
         let mut command = Command::new(env!("CARGO_BIN_EXE_milepost"));
         command
@@ -99,6 +114,7 @@ impl Harness {
             .env("MILEPOST_EVENTS_PER_SECOND", "1000000000")
             .env("MILEPOST_BYTES_IN_FLIGHT_MIB", "4096")
             .env("MILEPOST_TOTAL_BYTES_IN_FLIGHT_MIB", "4096")
+            .envs(metrics.map(|metrics| ("MILEPOST_METRICS_LISTEN", metrics.to_string())))
             .stdout(Stdio::piped())
             .stderr(File::create(&log)?);
         let mut process = self.spawn(command, address)?;

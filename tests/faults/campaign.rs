@@ -9,14 +9,16 @@ use std::{
 use milepost::pb::{self, EventKind};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use tonic::Code;
+use tonic::{Code, transport::Channel};
 
 use crate::{
     checker::{self, Violation},
+    clients::UserClient,
     clock::Clock,
-    context::{Context, PROVIDERS, Pace, UserClient, within},
+    context::{Context, PROVIDERS, Pace, within},
     fault_injector::{FaultInjector, InjectedFault, RECOVERY_LIMIT},
-    history::{FaultWindow, FinalRead, History, Moment, Scope, UnexpectedAnswer},
+    history::{FaultWindow, FinalRead, History, MemoryPeak, Moment, Scope, UnexpectedAnswer},
+    hostile, memory,
     node::url,
     postgres::Postgres,
     print_line,
@@ -90,8 +92,9 @@ pub async fn run(seed: u64, seconds: u64) -> CampaignResult {
     let successes = [Successes::default(), Successes::default()];
 
     let stop_watching = CancellationToken::new();
-    let mut load = start_load(&context, &successes);
-    let mut watchers = start_watchers(&context, &stop_watching);
+    let shared = context.shared_channels();
+    let mut load = start_load(&context, &successes, &shared);
+    let mut watchers = start_watchers(&context, &stop_watching, &shared);
     let mut injector = FaultInjector {
         dir,
         postgres,
@@ -123,9 +126,12 @@ pub async fn run(seed: u64, seconds: u64) -> CampaignResult {
     print_line(format!("{:8.3} s  watchers have closed their streams", context.now().as_secs_f64()));
     let mut history = std::mem::take(&mut *context.history.lock().unwrap());
     history.resolve_missing_ids();
-    for replica in &injector.replicas {
+    for (number, replica) in injector.replicas.iter().enumerate() {
         record_logged_errors(&mut history, replica.logged_errors());
+        let peaks = replica.memory_peaks().into_iter();
+        history.memory_peaks.extend(peaks.map(|bytes| MemoryPeak { replica: number, bytes }));
     }
+    history.memory_bound_bytes = memory::bound_bytes();
     history.fault_windows = injected_faults.iter().map(InjectedFault::fault_window).collect();
     for (replica, restarts) in history.restarts.iter_mut().enumerate() {
         let of_replica = injected_faults.iter().filter(|injected| injected.replica == Some(replica));
@@ -162,8 +168,10 @@ async fn join(tasks: &mut JoinSet<()>) {
     }
 }
 
-fn start_load(context: &Arc<Context>, successes: &[Successes; 2]) -> JoinSet<()> {
+/// The connections of `shared` are also those of the hostile tenant.
+fn start_load(context: &Arc<Context>, successes: &[Successes; 2], shared: &[Channel; 2]) -> JoinSet<()> {
     let mut load = JoinSet::new();
+    hostile::start(context, shared, &mut load);
     for (provider, writers) in WRITERS.into_iter().enumerate() {
         let shared_jobs: Arc<SharedJobs> = Arc::new(Mutex::new(vec![None; SHARED_JOBS]));
         for n in 0..writers {
@@ -174,6 +182,8 @@ fn start_load(context: &Arc<Context>, successes: &[Successes; 2]) -> JoinSet<()>
             Writer::new(context, format!("writer without ids of provider {provider}"), provider);
         load.spawn(without_ids.write_without_ids());
     }
+    let writer = Writer::new(context, "writer over shared connections".to_owned(), 1);
+    load.spawn(writer.over(shared).write(Arc::new(Mutex::new(vec![None; SHARED_JOBS]))));
     for _ in 0..READERS {
         load.spawn(read_jobs(Arc::clone(context)));
     }
@@ -189,7 +199,7 @@ fn start_load(context: &Arc<Context>, successes: &[Successes; 2]) -> JoinSet<()>
     load
 }
 
-fn start_watchers(context: &Arc<Context>, stop: &CancellationToken) -> JoinSet<()> {
+fn start_watchers(context: &Arc<Context>, stop: &CancellationToken, shared: &[Channel; 2]) -> JoinSet<()> {
     let watcher = |name: &str, scope, behavior| Watcher::new(context, name, scope, behavior);
     let rare_kinds = [EventKind::Error, EventKind::Complete, EventKind::Close];
     let all = [
@@ -213,6 +223,7 @@ fn start_watchers(context: &Arc<Context>, stop: &CancellationToken) -> JoinSet<(
             Behavior::ReadSlowly,
         )
         .with_filter(Some(2), Some(0)),
+        watcher("provider 1, over shared connections", Scope::OfProvider(1), Behavior::Stay).over(shared),
     ];
     let mut watchers = JoinSet::new();
     for watcher in all {

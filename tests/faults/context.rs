@@ -14,54 +14,30 @@ use std::{
 
 use milepost::pb::{
     self, auth_service_client::AuthServiceClient, configuration_service_client::ConfigurationServiceClient,
-    event_service_client::EventServiceClient, job_service_client::JobServiceClient,
+    event_service_client::EventServiceClient,
 };
 use tokio::process::Command;
 use tokio_util::sync::CancellationToken;
-use tonic::{
-    Code, Request, Response, Status,
-    service::{Interceptor, interceptor::InterceptedService},
-    transport::{Channel, Endpoint},
-};
+use tonic::{Code, Response, Status, transport::Channel};
 use tonic_types::StatusExt as _;
 use uuid::Uuid;
 
-use crate::history::{
-    Close, Closed, Configuration, EventInterner, History, Job, Moment, Outcome, Refusal, UnexpectedAnswer,
-    UnknownReason,
+use crate::{
+    clients::{Bearer, Service, User, UserClient, channel, service, shared_channel, sign_up, slow_channel},
+    event_interner::EventInterner,
+    history::{
+        Close, Closed, Configuration, FailedCall, History, Job, Moment, Outcome, Refusal, UnexpectedAnswer,
+        UnknownReason,
+    },
 };
 
-/// How long a client waits for an answer before it sends the request again.
-const TIMEOUT: Duration = Duration::from_secs(3);
+/// How long a client waits for an answer before it sends the request again. While no fault
+/// affects the server, no call may take so long; a debug build beside the hostile tenant is
+/// slow.
+pub const TIMEOUT: Duration = Duration::from_secs(if cfg!(debug_assertions) { 5 } else { 3 });
 const TAG_PREFIX: &str = "faults";
-pub const PASSWORD: &str = "correct horse battery";
 pub const PROVIDERS: usize = 2;
 pub const CUSTOMERS: usize = 2;
-
-#[derive(Clone)]
-pub struct Bearer(String);
-
-impl Bearer {
-    pub fn new(secret: &str) -> Self {
-        Self(secret.to_owned())
-    }
-}
-
-impl Interceptor for Bearer {
-    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
-        request.metadata_mut().insert("authorization", format!("Bearer {}", self.0).parse().unwrap());
-        Ok(request)
-    }
-}
-
-type Service = InterceptedService<Channel, Bearer>;
-
-/// One user's generated clients, with one connection to one replica.
-#[derive(Clone)]
-pub struct UserClient {
-    pub events: EventServiceClient<Service>,
-    pub jobs: JobServiceClient<Service>,
-}
 
 /// Why a call returned no response.
 pub enum CallError {
@@ -77,14 +53,6 @@ pub fn append_outcome(answer: Result<pb::AppendEventsResponse, CallError>) -> Ou
         Err(CallError::Refused(refusal)) => Outcome::Refused(refusal),
         Err(CallError::Unknown(reason)) => Outcome::Unknown(reason),
     }
-}
-
-#[derive(Clone)]
-pub struct User {
-    pub id: String,
-    pub email: String,
-    /// Of an API key with all scopes that the user's role may have.
-    pub secret: String,
 }
 
 /// The load and the faults of a run, depending on its length.
@@ -107,6 +75,10 @@ pub struct Context {
     /// The provider whose credentials are made and ended, and the customer of its jobs.
     pub revoker: User,
     pub revoked_from: User,
+    /// The provider and the customer that ask for as much as the API allows. The customer has
+    /// no job.
+    pub hostile: User,
+    pub hostile_customer: User,
     pub history: Mutex<History>,
     pub interner: EventInterner,
     /// Once cancelled, the load starts no new job, batch or stream.
@@ -130,6 +102,8 @@ impl Context {
         }
         let revoker = sign_up(replicas[0], pb::UserRole::Provider).await;
         let revoked_from = sign_up(replicas[0], pb::UserRole::Customer).await;
+        let hostile = sign_up(replicas[0], pb::UserRole::Provider).await;
+        let hostile_customer = sign_up(replicas[0], pb::UserRole::Customer).await;
         let context = Self {
             began: Instant::now(),
             pace,
@@ -138,6 +112,8 @@ impl Context {
             customers,
             revoker,
             revoked_from,
+            hostile,
+            hostile_customer,
             history: Mutex::default(),
             interner: EventInterner::default(),
             finishing: CancellationToken::new(),
@@ -167,7 +143,7 @@ impl Context {
             version: "1.0.0".to_owned(),
             steps: steps.iter().map(step).collect(),
         };
-        for provider in self.providers.iter().chain([&self.revoker]) {
+        for provider in self.providers.iter().chain([&self.revoker, &self.hostile]) {
             let service = service(self.replicas[0], &provider.secret);
             let mut client = ConfigurationServiceClient::new(service);
             client.register_job_configuration(request.clone()).await.unwrap();
@@ -197,33 +173,44 @@ impl Context {
     }
 
     pub fn client(&self, replica: usize, user: &User) -> UserClient {
-        self.client_at(self.replicas[replica], user)
+        UserClient::new(replica, channel(self.replicas[replica]), user)
     }
 
+    /// Of a server that is none of the replicas; the checker knows its calls as replica 0's.
     pub fn client_at(&self, address: SocketAddr, user: &User) -> UserClient {
-        let service = service(address, &user.secret);
-        UserClient { events: EventServiceClient::new(service.clone()), jobs: JobServiceClient::new(service) }
+        UserClient::new(0, channel(address), user)
     }
 
     pub fn clients(&self, user: &User) -> [UserClient; 2] {
         [self.client(0, user), self.client(1, user)]
     }
 
+    /// A connection to each replica for the calls of several users.
+    pub fn shared_channels(&self) -> [Channel; 2] {
+        self.replicas.map(shared_channel)
+    }
+
     pub fn auth_client(&self, replica: usize, secret: &str) -> AuthServiceClient<Service> {
         AuthServiceClient::new(service(self.replicas[replica], secret))
     }
 
+    pub fn configuration_client(&self, replica: usize, user: &User) -> ConfigurationServiceClient<Service> {
+        ConfigurationServiceClient::new(service(self.replicas[replica], &user.secret))
+    }
+
+    pub fn service(&self, replica: usize, user: &User) -> Service {
+        service(self.replicas[replica], &user.secret)
+    }
+
     pub fn event_client(&self, replica: usize, bearer: Bearer) -> EventServiceClient<Service> {
-        EventServiceClient::with_interceptor(endpoint(self.replicas[replica]).connect_lazy(), bearer)
+        EventServiceClient::with_interceptor(channel(self.replicas[replica]), bearer)
     }
 
     /// A client with small HTTP/2 windows: while it does not read, the server can
     /// send it only 64 KiB.
     pub fn slow_client(&self, replica: usize, user: &User) -> EventServiceClient<Service> {
-        let window = 64 * 1024;
-        let endpoint = endpoint(self.replicas[replica]);
-        let endpoint = endpoint.initial_stream_window_size(window).initial_connection_window_size(window);
-        EventServiceClient::with_interceptor(endpoint.connect_lazy(), Bearer(user.secret.clone()))
+        let channel = slow_channel(self.replicas[replica]);
+        EventServiceClient::with_interceptor(channel, Bearer::new(&user.secret))
     }
 
     /// Awaits a call for at most [`TIMEOUT`].
@@ -233,6 +220,23 @@ impl Context {
         call: impl Future<Output = Result<Response<T>, Status>>,
     ) -> Result<T, CallError> {
         self.call_within(TIMEOUT, method, call).await
+    }
+
+    /// As [`Self::call`]; the checker judges whether the call may have failed.
+    pub async fn checked_call<T>(
+        &self,
+        replica: usize,
+        method: &'static str,
+        call: impl Future<Output = Result<Response<T>, Status>>,
+    ) -> Result<T, CallError> {
+        let sent_at = self.now();
+        let answer = self.call(method, call).await;
+        if let Err(CallError::Unknown(reason)) = &answer {
+            let failed =
+                FailedCall { replica, method, sent_at, ended_at: self.now(), reason: reason.clone() };
+            self.history.lock().unwrap().failed_calls.push(failed);
+        }
+        answer
     }
 
     pub async fn call_within<T>(
@@ -264,15 +268,16 @@ impl Context {
             Code::Unavailable | Code::DeadlineExceeded => CallError::Unknown(unknown),
             code if connection_broke || code == Code::Cancelled => CallError::Unknown(unknown),
             code => {
-                let what = format!("{method}: {code:?}: {}", status.message());
-                self.history
-                    .lock()
-                    .unwrap()
-                    .unexpected_answers
-                    .push(UnexpectedAnswer { at: self.now(), what });
+                self.record_unexpected(format!("{method}: {code:?}: {}", status.message()));
                 CallError::Unknown(unknown)
             }
         }
+    }
+
+    /// Records an answer that no fault excuses.
+    pub fn record_unexpected(&self, what: String) {
+        let unexpected = UnexpectedAnswer { at: self.now(), what };
+        self.history.lock().unwrap().unexpected_answers.push(unexpected);
     }
 
     /// Creates a job, with retries until the call is answered.
@@ -293,7 +298,8 @@ impl Context {
         };
         loop {
             let client = &mut clients[random.usize(..2)];
-            match self.call("CreateJob", client.jobs.create_job(request.clone())).await {
+            let call = client.jobs.create_job(request.clone());
+            match self.checked_call(client.replica, "CreateJob", call).await {
                 Ok(created) => {
                     let id = created.job.expect("the response has a job").id;
                     let mut history = self.history.lock().unwrap();
@@ -320,7 +326,8 @@ impl Context {
         let sent_at = self.now();
         let outcome = loop {
             let client = &mut clients[random.usize(..2)];
-            match self.call("CloseJob", client.jobs.close_job(request.clone())).await {
+            let call = client.jobs.close_job(request.clone());
+            match self.checked_call(client.replica, "CloseJob", call).await {
                 Ok(closed) => {
                     let last_sequence = closed.job.expect("the response has a job").last_sequence;
                     break Ok(Closed { last_sequence, existed: closed.existed });
@@ -362,33 +369,6 @@ pub fn refusal(status: &Status) -> Refusal {
     let last_sequence = info.as_ref().and_then(|info| info.metadata.get("last_sequence")?.parse().ok());
     let reason = info.map(|info| info.reason).unwrap_or_default();
     Refusal { code: status.code(), reason, message: status.message().to_owned(), last_sequence }
-}
-
-fn endpoint(address: SocketAddr) -> Endpoint {
-    Endpoint::from_shared(format!("http://{address}")).unwrap().connect_timeout(Duration::from_secs(1))
-}
-
-fn service(address: SocketAddr, secret: &str) -> Service {
-    InterceptedService::new(endpoint(address).connect_lazy(), Bearer(secret.to_owned()))
-}
-
-async fn sign_up(address: SocketAddr, role: pb::UserRole) -> User {
-    let email = format!("{}@example.com", Uuid::now_v7());
-    let request = pb::SignUpRequest {
-        role: role.into(),
-        email: email.clone(),
-        password: PASSWORD.to_owned(),
-        first_name: "Ada".to_owned(),
-        last_name: "Lovelace".to_owned(),
-    };
-    let mut unauthenticated = AuthServiceClient::new(endpoint(address).connect_lazy());
-    let signed_up = unauthenticated.sign_up(request).await.unwrap().into_inner();
-    let session = service(address, &signed_up.session.unwrap().secret);
-    let mut scopes = vec![pb::ApiKeyScope::Read.into(), pb::ApiKeyScope::Manage.into()];
-    scopes.extend((role == pb::UserRole::Provider).then_some(i32::from(pb::ApiKeyScope::Append)));
-    let request = pb::CreateApiKeyRequest { scopes, ..Default::default() };
-    let key = AuthServiceClient::new(session).create_api_key(request).await.unwrap().into_inner();
-    User { id: signed_up.user.unwrap().id, email, secret: key.secret }
 }
 
 /// Returns the result of `work`, or panics with `what` once `timeout` has passed.

@@ -13,7 +13,7 @@ use crate::{
     context::within,
     database_faults::SERVER_SESSIONS,
     fault_injector::{FaultInjector, TIMEOUT},
-    history::{LostLog, Moment, Outcome, SetBack, UnexpectedAnswer},
+    history::{LostLog, Moment, Outcome, SetBack},
     postgres::{set, texts},
     replica::Replica,
     writers::{Writer, event},
@@ -128,8 +128,7 @@ impl FaultInjector {
         if before != after {
             let what =
                 format!("events were appended to a former primary: position {before:?}, then {after:?}");
-            let unexpected = UnexpectedAnswer { at: self.context.now(), what };
-            self.context.history.lock().unwrap().unexpected_answers.push(unexpected);
+            self.context.record_unexpected(what);
         }
         self.postgres.other_mut().kill().await;
         format!(

@@ -3,12 +3,14 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    sync::{Arc, Mutex},
+    sync::Arc,
     time::Duration,
 };
 
 use milepost::pb;
 use tonic::Code;
+
+use crate::hostile::{Answers, Load};
 
 /// Time since the campaign began.
 pub type Moment = Duration;
@@ -229,6 +231,24 @@ pub struct JobRead {
     pub found: pb::Job,
 }
 
+/// A call, other than an append, that got no answer or one that leaves open whether it was
+/// executed.
+#[derive(Clone, Debug)]
+pub struct FailedCall {
+    pub replica: usize,
+    pub method: &'static str,
+    pub sent_at: Moment,
+    pub ended_at: Moment,
+    pub reason: UnknownReason,
+}
+
+/// The most memory that one process of a server had.
+#[derive(Clone, Copy, Debug)]
+pub struct MemoryPeak {
+    pub replica: usize,
+    pub bytes: u64,
+}
+
 /// A session, an API key or a watch token that a revoker made and ended.
 #[derive(Clone, Debug)]
 pub struct CredentialRecord {
@@ -340,7 +360,14 @@ pub struct History {
     pub watchers: Vec<WatcherRecord>,
     pub final_reads: Vec<FinalRead>,
     pub job_reads: Vec<JobRead>,
+    pub failed_calls: Vec<FailedCall>,
     pub credentials: Vec<CredentialRecord>,
+    /// What the hostile tenant was answered.
+    pub hostile: BTreeMap<Load, Answers>,
+    /// Of each process of the servers.
+    pub memory_peaks: Vec<MemoryPeak>,
+    /// The most memory that a server may have.
+    pub memory_bound_bytes: u64,
     /// When each server was killed or terminated, and forgot what it had refused.
     pub restarts: [Vec<Moment>; 2],
     pub set_backs: Vec<SetBack>,
@@ -364,26 +391,5 @@ impl History {
                 }
             }
         }
-    }
-}
-
-/// Keeps one copy of each event however often it is received, to save memory.
-/// Copies of one event whose content differs are kept apart.
-#[derive(Default)]
-pub struct EventInterner(Mutex<HashMap<JobSequence, Vec<Arc<pb::Event>>>>);
-
-/// A job's id and a sequence in its log.
-type JobSequence = (String, i64);
-
-impl EventInterner {
-    pub fn intern(&self, event: pb::Event) -> Arc<pb::Event> {
-        let mut all = self.0.lock().unwrap();
-        let known = all.entry((event.job_id.clone(), event.sequence)).or_default();
-        if let Some(same) = known.iter().find(|known| ***known == event) {
-            return Arc::clone(same);
-        }
-        let event = Arc::new(event);
-        known.push(Arc::clone(&event));
-        event
     }
 }

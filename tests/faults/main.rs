@@ -1,5 +1,5 @@
 //! The fault campaign: two replicas on one Postgres serve writers, readers and
-//! watchers while faults are injected. Afterwards a checker compares all
+//! watchers, and a hostile tenant, while faults are injected. Afterwards a checker compares all
 //! requests, answers and received events with the guarantees.
 //!
 //! `cargo test --test faults` is the short form. `MILEPOST_FAULTS_SECONDS` sets
@@ -17,16 +17,20 @@
 
 mod campaign;
 mod checker;
+mod clients;
 #[path = "../it/support/clock.rs"]
 mod clock;
 mod context;
 mod database_faults;
+mod event_interner;
 mod failovers;
 mod fault;
 mod fault_injector;
 mod history;
+mod hostile;
 #[path = "../it/support/installed.rs"]
 mod installed;
+mod memory;
 mod node;
 mod pooler;
 #[path = "../it/support/port.rs"]

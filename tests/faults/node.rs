@@ -30,7 +30,7 @@ const SETTINGS: [(&str, &str); 8] = [
     ("max_wal_size", "64MB"),
     ("min_wal_size", "32MB"),
     // A standby starts to stream some seconds after the copy that it begins with.
-    ("wal_keep_size", "96MB"),
+    ("wal_keep_size", "256MB"),
     ("checkpoint_timeout", "30s"),
 ];
 

@@ -30,7 +30,7 @@ impl Postgres {
     pub async fn start(dir: &TemporaryDir, seconds: u64) -> Self {
         let path = dir.path().join("disk");
         fs::create_dir(&path).unwrap();
-        let disk_size_mib = 768 + 8 * seconds;
+        let disk_size_mib = 2_048 + 8 * seconds;
         let options = format!("size={disk_size_mib}m,mode=0755");
         let arguments = ["-t", "tmpfs", "-o", &options, "milepost-faults"];
         let mount = Command::new("mount").args(arguments).arg(&path).output().await;

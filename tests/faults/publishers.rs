@@ -9,15 +9,15 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Streaming};
 
 use crate::{
-    context::{CallError, Context},
-    history::{Attempt, Batch, Moment, Outcome, Refusal, UnexpectedAnswer, UnknownReason},
+    context::{self, CallError, Context},
+    history::{Attempt, Batch, Moment, Outcome, Refusal, UnknownReason},
     writers::{Writer, complete, events},
 };
 
 /// Maximum of unanswered batches.
 const WINDOW: usize = 12;
 /// How long an answer may take before the publisher gives the stream up.
-const TIMEOUT: Duration = Duration::from_secs(4);
+const TIMEOUT: Duration = Duration::from_secs(context::TIMEOUT.as_secs() + 1);
 
 /// A job that only this publisher appends to.
 struct OwnJob {
@@ -162,9 +162,7 @@ impl Publisher {
     }
 
     fn record_unexpected(&self, context: &Context, what: &str) {
-        let what = format!("{}: {what}", self.writer.name);
-        let unexpected = UnexpectedAnswer { at: context.now(), what };
-        context.history.lock().unwrap().unexpected_answers.push(unexpected);
+        context.record_unexpected(format!("{}: {what}", self.writer.name));
     }
 
     /// A batch for one of the publisher's jobs. Half of the batches carry an

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use milepost::pb;
 
 use crate::{
-    context::{Context, UserClient},
+    clients::UserClient,
+    context::Context,
     history::{Body, JobFilter, JobRead, Message, Scope, Start, Stream, StreamEnd, WatcherRecord},
 };
 
@@ -32,7 +33,7 @@ async fn get_job(context: &Context, client: &mut UserClient, replica: usize, job
     let request = pb::GetJobRequest { job: Some(pb::get_job_request::Job::JobId(context.job_id(job))) };
     let sent_at = context.now();
     // A call without a response leaves nothing to check.
-    if let Ok(answer) = context.call("GetJob", client.jobs.get_job(request)).await {
+    if let Ok(answer) = context.checked_call(replica, "GetJob", client.jobs.get_job(request)).await {
         let found = answer.job.expect("the response has a job");
         let read = JobRead { replica, sent_at, ended_at: context.now(), found };
         context.history.lock().unwrap().job_reads.push(read);
@@ -42,7 +43,7 @@ async fn get_job(context: &Context, client: &mut UserClient, replica: usize, job
 async fn list_jobs(context: &Context, client: &mut UserClient, replica: usize) {
     let sent_at = context.now();
     let request = pb::ListJobsRequest::default();
-    if let Ok(page) = context.call("ListJobs", client.jobs.list_jobs(request)).await {
+    if let Ok(page) = context.checked_call(replica, "ListJobs", client.jobs.list_jobs(request)).await {
         let ended_at = context.now();
         let job_reads = page.jobs.into_iter().map(|found| JobRead { replica, sent_at, ended_at, found });
         context.history.lock().unwrap().job_reads.extend(job_reads);
@@ -61,7 +62,7 @@ async fn list_events(context: &Context, client: &mut UserClient, replica: usize,
     let mut messages = Vec::new();
     loop {
         let call = client.events.list_events(request.clone());
-        let Ok(page) = context.call("ListEvents", call).await else { return };
+        let Ok(page) = context.checked_call(replica, "ListEvents", call).await else { return };
         let events = page.events.into_iter().map(|event| context.interner.intern(event)).collect();
         messages.push(Message { received_at: context.now(), body: Body::Events(events) });
         if page.next_page_token.is_empty() {

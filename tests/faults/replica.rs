@@ -17,6 +17,7 @@ use tokio::{
 use crate::{
     clock::Clock,
     context::{send_signal, within},
+    memory,
     port::own_address,
     temporary::TemporaryDir,
 };
@@ -32,6 +33,8 @@ pub struct Replica {
     log: PathBuf,
     clock: Option<Clock>,
     child: Child,
+    /// The most memory of each process that has ended, in bytes.
+    ended_peaks: Vec<u64>,
 }
 
 impl Replica {
@@ -44,7 +47,7 @@ impl Replica {
         let address = own_address("127.0.0.1");
         let log = dir.path().join(format!("{name}.log"));
         let child = serve(address, &database_url, &log, clock.as_ref(), dir);
-        let mut replica = Self { address, database_url, log, clock, child };
+        let mut replica = Self { address, database_url, log, clock, child, ended_peaks: Vec::new() };
         replica.wait_until_listening().await;
         replica
     }
@@ -69,13 +72,26 @@ impl Replica {
 
     /// Sends SIGKILL and waits for the exit.
     pub async fn kill(&mut self) {
+        self.ended_peaks.push(self.memory_peak());
         self.child.kill().await.unwrap();
     }
 
     /// Sends SIGTERM and waits for the exit.
     pub async fn terminate(&mut self) -> ExitStatus {
+        self.ended_peaks.push(self.memory_peak());
         self.send_signal("TERM").await;
         within(Duration::from_secs(30), "a server to exit after SIGTERM", self.child.wait()).await.unwrap()
+    }
+
+    /// The most memory of each process so far, in bytes.
+    pub fn memory_peaks(&self) -> Vec<u64> {
+        let mut peaks = self.ended_peaks.clone();
+        peaks.push(self.memory_peak());
+        peaks
+    }
+
+    fn memory_peak(&self) -> u64 {
+        memory::peak_bytes(self.child.id().expect("the server runs"))
     }
 
     /// The last warnings and errors of the server's log.
@@ -117,6 +133,7 @@ fn serve(
         .env("MILEPOST_LISTEN", address.to_string())
         .env("MILEPOST_BCRYPT_COST", "4")
         .env("MILEPOST_DATABASE_CONNECTIONS", DATABASE_CONNECTIONS)
+        .envs(memory::settings().map(|(name, value)| (name, value.to_string())))
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(File::options().create(true).append(true).open(log).unwrap())

@@ -4,10 +4,11 @@ use std::{collections::BTreeMap, fmt::Write as _, time::Duration};
 
 use crate::{
     campaign::CampaignResult,
-    checker::{Guarantee, Violation, event_timeline},
+    checker::{Guarantee, Violation, event_timeline, is_fault_free},
     fault::Fault,
     fault_injector::{InjectedFault, RECOVERY_LIMIT},
     history::{Body, Outcome},
+    hostile::Answers,
 };
 
 /// How many violations of each guarantee are printed.
@@ -16,9 +17,47 @@ const MAX_PRINTED: usize = 5;
 pub fn report(result: &CampaignResult) -> String {
     let mut text = String::new();
     operations(result, &mut text);
+    hostile_tenant(result, &mut text);
     faults(result, &mut text);
     violations(result, &mut text);
     text
+}
+
+/// What the hostile tenant was answered, how long the appends of all others took meanwhile,
+/// and the memory of the servers.
+fn hostile_tenant(result: &CampaignResult, text: &mut String) {
+    let history = &result.history;
+    let _ = write!(
+        text,
+        "\n{:<40}{:>9} {:>9} {:>9} {:>11}\n",
+        "the hostile tenant", "accepted", "refused", "limited", "unanswered"
+    );
+    for (load, Answers { accepted, refused, limited, unanswered }) in &history.hostile {
+        let name = load.name();
+        let _ = writeln!(text, "{name:<40}{accepted:>9} {refused:>9} {limited:>9} {unanswered:>11}");
+    }
+    let appends = history.batches.iter().flat_map(|batch| &batch.attempts);
+    let answered = appends.filter(|attempt| matches!(attempt.outcome, Outcome::Appended(_)));
+    let undisturbed = answered
+        .filter(|attempt| is_fault_free(history, attempt.replica, attempt.sent_at, attempt.ended_at))
+        .map(|attempt| attempt.ended_at - attempt.sent_at);
+    let mut times: Vec<u128> = undisturbed.map(|time| time.as_millis()).collect();
+    times.sort_unstable();
+    let [median, late, longest] =
+        [500, 990, 1_000].map(|permille| times.get(times.len() * permille / 1_000).or(times.last()));
+    if let (Some(median), Some(late), Some(longest)) = (median, late, longest) {
+        let _ = writeln!(
+            text,
+            "appends of the others without a fault: median {median} ms, p99 {late} ms, longest {longest} ms"
+        );
+    }
+    let mib = |bytes: u64| bytes / 1024 / 1024;
+    for replica in 0..2 {
+        let peaks = history.memory_peaks.iter().filter(|peak| peak.replica == replica);
+        let peaks: Vec<String> = peaks.map(|peak| mib(peak.bytes).to_string()).collect();
+        let (peaks, bound) = (peaks.join(", "), mib(history.memory_bound_bytes));
+        let _ = writeln!(text, "memory of server {replica} at most, by process: {peaks} of {bound} MiB");
+    }
 }
 
 fn operations(result: &CampaignResult, text: &mut String) {

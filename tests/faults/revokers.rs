@@ -14,7 +14,8 @@ use tonic::{Code, Response, Status};
 use uuid::Uuid;
 
 use crate::{
-    context::{Bearer, Context, PASSWORD, configuration_tag},
+    clients::{Bearer, PASSWORD},
+    context::{Context, configuration_tag},
     history::{
         CredentialEnd, CredentialRecord, CredentialStream, CredentialStreamEnd, CredentialUse, Moment,
         UseOutcome,

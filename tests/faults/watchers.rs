@@ -9,10 +9,11 @@ use milepost::pb::{
     watch_events_response::Message as ResponseMessage,
 };
 use tokio_util::sync::CancellationToken;
-use tonic::Streaming;
+use tonic::{Streaming, transport::Channel};
 
 use crate::{
-    context::{CallError, Context, User, UserClient, configuration_tag},
+    clients::{User, UserClient},
+    context::{CallError, Context, configuration_tag},
     history::{Body, JobFilter, Message, Moment, Scope, Start, Stream, StreamEnd, WatcherRecord},
 };
 
@@ -44,6 +45,8 @@ pub struct Watcher {
     leave_at: Moment,
     /// Set if all streams go to one replica.
     only_replica: Option<usize>,
+    /// Set if the streams go over connections that other users share.
+    shared: Option<[Channel; 2]>,
     done: bool,
 }
 
@@ -68,12 +71,18 @@ impl Watcher {
             first_start: Start::Beginning,
             leave_at: Moment::MAX,
             only_replica: None,
+            shared: None,
             done: false,
         }
     }
 
     pub fn at(mut self, replica: usize) -> Self {
         self.only_replica = Some(replica);
+        self
+    }
+
+    pub fn over(mut self, channels: &[Channel; 2]) -> Self {
+        self.shared = Some(channels.clone());
         self
     }
 
@@ -101,7 +110,10 @@ impl Watcher {
     /// caught up. No event can follow then.
     pub async fn watch(mut self, stop: CancellationToken) {
         let user = self.user();
-        let mut clients = self.context.clients(&user);
+        let mut clients = match &self.shared {
+            Some(channels) => UserClient::over(channels, &user),
+            None => self.context.clients(&user),
+        };
         if self.behavior == Behavior::ReadSlowly {
             for (replica, client) in clients.iter_mut().enumerate() {
                 client.events = self.context.slow_client(replica, &user);

@@ -12,10 +12,12 @@ use std::{
 
 use milepost::pb::{self, EventKind};
 use prost_types::{Struct, Timestamp, Value, value::Kind};
+use tonic::transport::Channel;
 use uuid::Uuid;
 
 use crate::{
-    context::{Context, UserClient, append_outcome},
+    clients::UserClient,
+    context::{Context, append_outcome},
     history::{Attempt, Batch, Outcome},
 };
 
@@ -99,6 +101,12 @@ impl Writer {
     pub fn new(context: &Arc<Context>, name: String, provider: usize) -> Self {
         let clients = context.clients(&context.providers[provider]);
         Self { context: Arc::clone(context), name, random: context.random(), provider, clients }
+    }
+
+    /// Has the calls go over these connections.
+    pub fn over(mut self, channels: &[Channel; 2]) -> Self {
+        self.clients = UserClient::over(channels, &self.context.providers[self.provider]);
+        self
     }
 
     pub async fn create_job(&mut self) -> usize {

@@ -62,6 +62,7 @@ fn row_load(row: Row) -> RowLoad {
         | Row::GetCurrentUser
         | Row::Reconnect1000
         | Row::StalledWatchers100
+        | Row::Neighbour
         | Row::ReplicaDelay => default,
     }
 }

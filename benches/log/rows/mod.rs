@@ -4,6 +4,7 @@ mod append;
 mod calls;
 mod fan_out;
 mod flat;
+mod neighbour;
 mod publish;
 mod reconnect;
 mod replay;
@@ -60,6 +61,8 @@ pub(crate) enum Row {
     ReplicaDelay,
     /// AppendEvents through two replicas at the same time
     TwoReplicas,
+    /// A quiet provider's appends and watch beside a flood of another provider, compared with them alone
+    Neighbour,
 }
 
 impl Row {
@@ -83,6 +86,7 @@ impl Row {
             Self::Flat => flat::measure(harness).await,
             Self::Replay => replay::measure(harness, &name).await,
             Self::GetJob | Self::GetCurrentUser => calls::measure(harness, self).await,
+            Self::Neighbour => neighbour::measure(harness, &name).await,
             Self::Reconnect1000 => reconnect::measure(harness, &name).await,
         }
     }

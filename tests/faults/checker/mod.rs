@@ -1,6 +1,7 @@
 //! Checks a history against the guarantees. The checker knows the documented rules and
 //! shares only the protobuf types with the implementation.
 
+mod availability;
 mod credentials;
 mod log;
 mod losses;
@@ -113,6 +114,7 @@ pub fn check(history: &History) -> Vec<Violation> {
     reads::check(&indexed, &mut violations);
     streams::check(&indexed, &mut violations);
     credentials::check(&indexed, &mut violations);
+    availability::check(&indexed, &mut violations);
     for unexpected in &history.unexpected_answers {
         let at = unexpected.at.as_secs_f64();
         violations.add(Guarantee::Contract, None, format!("at {at:.3} s: {}", unexpected.what));
@@ -199,15 +201,19 @@ impl<'a> IndexedHistory<'a> {
         i64::try_from(count).unwrap()
     }
 
-    /// Whether no fault affected a replica in this time.
     fn is_fault_free(&self, replica: usize, from: Moment, to: Moment) -> bool {
-        let mut fault_windows = self.history.fault_windows.iter();
-        !fault_windows.any(|window| window.affects[replica] && window.from <= to && window.to >= from)
+        is_fault_free(self.history, replica, from, to)
     }
 
     fn replay(&self, job: usize) -> Replay<'a> {
         Replay::new(&self.history.configurations[self.history.jobs[job].configuration])
     }
+}
+
+/// Whether no fault affected a replica in this time.
+pub fn is_fault_free(history: &History, replica: usize, from: Moment, to: Moment) -> bool {
+    let mut fault_windows = history.fault_windows.iter();
+    !fault_windows.any(|window| window.affects[replica] && window.from <= to && window.to >= from)
 }
 
 /// When the request that appended an event was first sent; zero if it is unknown.

@@ -1,6 +1,7 @@
 //! Tests of the checker: a valid history has no violations, and each change to it that
 //! breaks a guarantee is detected.
 
+mod availability;
 mod credentials;
 mod set_backs;
 
