@@ -6,6 +6,8 @@
 //! for how long faults are injected. `MILEPOST_FAULTS_SEED` repeats the random
 //! choices of a run, but not the timing of the machine. `MILEPOST_FAULTS_ONLY` leaves out
 //! the faults whose name, as the report has it, does not contain this text.
+//! `MILEPOST_FAULTS_HOSTILE=1` has the hostile tenant take part, which it does by itself only
+//! with servers of a release build.
 
 #![allow(
     clippy::unwrap_used,
