@@ -56,8 +56,8 @@ const SESSION: &str = "SET default_transaction_isolation = 'read committed'; \
     SET timezone = 'UTC'; SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 2; \
     SET tcp_keepalives_count = 3";
 
-/// Reads with a connection of the pool that is counted to the payer, and once more with a new one if the session of the
-/// first one is at fault.
+/// Reads with a connection of the pool that is counted to the payer, and once more with a new
+/// one if the session of the first one is at fault.
 macro_rules! read {
     ($database:expr, $payer:expr, |$connection:ident| $read:expr) => {{
         let mut again = false;
@@ -207,10 +207,15 @@ impl Database {
         &self.target.settings
     }
 
-    /// How long a use of a connection may take that waits for one statement. After that
-    /// the connection is at fault, not the statement.
-    pub(crate) fn longest_use(&self) -> Duration {
-        self.settings().statement_timeout + Duration::from_secs(1)
+    /// The result of a use of a connection that waits for a few statements. After the time of
+    /// one statement the connection is at fault: [`Error::Unavailable`] says what took too long.
+    pub(crate) async fn in_time<T>(
+        &self,
+        work: impl Future<Output = Result<T>>,
+        too_long: &'static str,
+    ) -> Result<T> {
+        let limit = self.settings().statement_timeout + Duration::from_secs(1);
+        timeout(limit, work).await.unwrap_or_else(|_| Err(Error::unavailable(too_long)))
     }
 }
 

@@ -56,7 +56,7 @@ impl Mailboxes {
         }
     }
 
-    /// Has the watchers of this topic read the log whose scope passes `concerned`.
+    /// Has each watcher of this topic read the log whose scope is concerned.
     pub(crate) fn overflow(&self, topic: Uuid, concerned: impl Fn(&Scope) -> bool) {
         let by_topic = self.by_topic.lock();
         let of_topic = by_topic.range((topic, 0)..=(topic, u64::MAX)).map(|(_, mailbox)| mailbox);

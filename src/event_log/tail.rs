@@ -41,6 +41,8 @@ use crate::{
 const SWEEP: Duration = Duration::from_millis(500);
 /// How old the last read of the log's end may be for a heartbeat.
 const CURRENT: Duration = Duration::from_secs(1);
+/// Why the log could not be read, if a read does not end.
+const TOO_LONG: &str = "reading the log took too long";
 /// Most events read by one query.
 const PAGE: i64 = 1_000;
 
@@ -177,7 +179,8 @@ impl Tail {
     async fn catch_up(&self, kept: &mut Option<OwnConnection>, sweeps: bool) -> Result<()> {
         let at = Instant::now();
         let mut connection = self.database.kept_or_new(kept).await?;
-        let LogEnd { position: end, removals, .. } = self.within(self.enter(&mut connection)).await?;
+        let LogEnd { position: end, removals, .. } =
+            self.database.in_time(self.enter(&mut connection), TOO_LONG).await?;
         loop {
             let (head, page) = {
                 let mut state = self.state.lock();
@@ -189,12 +192,12 @@ impl Tail {
                 }
                 (state.head, state.page)
             };
-            match self.within(self.read_page(&mut connection, head, end, page)).await {
+            match self.database.in_time(self.read_page(&mut connection, head, end, page), TOO_LONG).await {
                 Ok((events, through)) => self.deliver_page(&events, head, through, sweeps, at),
                 // An event that cannot be read: the next pages are shorter, until it is alone.
                 Err(Error::Internal(_)) if page > 1 => self.state.lock().page = page / 2,
                 Err(Error::Internal(source)) => {
-                    self.within(self.skip(&mut connection, head + 1, &*source)).await?;
+                    self.database.in_time(self.skip(&mut connection, head + 1, &*source), TOO_LONG).await?;
                 }
                 // The database is away, or too slow for so long a page.
                 Err(error) => {
@@ -264,19 +267,13 @@ impl Tail {
                         self.mailboxes.overflow(topic, |scope| scope.contains(&job));
                     }
                 }
-                // A job without a row is nobody's, but for watches of it that are open.
+                // A job without a row belongs to nobody: only open watches of it need the event.
                 (Some(id), None) => self.mailboxes.overflow(id, |_| true),
                 (None, None) => self.mailboxes.overflow_all(),
             }
             state.head = position;
         }
         Ok(())
-    }
-
-    /// The result of work on the database that waits for a few statements at most.
-    async fn within<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
-        let within = tokio::time::timeout(self.database.longest_use(), work).await;
-        within.unwrap_or_else(|_| Err(Error::unavailable("reading the log took too long")))
     }
 
     /// Delivers an event, unless it was delivered before, and moves the head to it.

@@ -46,8 +46,8 @@ impl StepIdentity {
     }
 }
 
-/// A configuration, and what appends need of it. Whoever waits for something keeps the
-/// weights or a step and not the whole.
+/// A configuration, and what appends need of it. A batch that waits keeps the weights and
+/// its steps, and not the whole configuration.
 #[derive(Debug)]
 pub(crate) struct Configuration {
     pub(crate) tree: JobConfiguration,

@@ -17,16 +17,16 @@ use crate::support::{
 };
 
 /// Two servers on one database. The provider calls the first one, and `there` the second.
-struct Scene {
-    here: TestServer,
-    there: TestServer,
-    provider: User,
-    customer: User,
-    job: pb::Job,
+pub struct Scene {
+    pub here: TestServer,
+    pub there: TestServer,
+    pub provider: User,
+    pub customer: User,
+    pub job: pb::Job,
 }
 
 impl Scene {
-    async fn new(quotas: QuotaSettings) -> Self {
+    pub async fn new(quotas: QuotaSettings) -> Self {
         let database = TestDatabase::migrated().await;
         let here = TestServer::with_quotas(database.clone(), quotas).await;
         let there = TestServer::with_quotas(database, quotas).await;

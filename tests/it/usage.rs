@@ -11,41 +11,23 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status};
 
-use crate::support::{
-    PASSWORD, QUOTAS, ServerProcess, TestDatabase, TestServer, User, assert_refused, complete, info, step,
-    with_metadata, within_timeout,
+use crate::{
+    quotas::Scene,
+    support::{
+        PASSWORD, QUOTAS, ServerProcess, TestServer, User, assert_refused, complete, info, step,
+        with_metadata, within_timeout,
+    },
 };
 
 const DAY_S: u64 = 24 * 60 * 60;
 
-/// Two servers on one database, and a provider with a job.
-struct Scene {
-    here: TestServer,
-    there: TestServer,
-    provider: User,
-    customer: User,
-    job: pb::Job,
-}
-
-impl Scene {
-    async fn new(quotas: QuotaSettings) -> Self {
-        let database = TestDatabase::migrated().await;
-        let here = TestServer::with_quotas(database.clone(), quotas).await;
-        let there = TestServer::with_quotas(database, quotas).await;
-        let (mut provider, customer) = (here.provider().await, here.customer().await);
-        provider.configuration(&[("load", 1)]).await;
-        let job = provider.job(&customer).await;
-        Self { here, there, provider, customer, job }
-    }
-
-    /// The bytes of all events and jobs in the database.
-    async fn stored_bytes(&self) -> i64 {
-        let bytes = "SELECT (
-                (SELECT coalesce(sum(event_bytes(kind, name, event_metadata)), 0) FROM events)
-                + (SELECT sum(1024 + octet_length(provider_job_id) + octet_length(provider_job_name)) FROM jobs)
-            )::text AS text";
-        self.here.database.texts(bytes).await[0].parse().unwrap()
-    }
+/// The bytes of all events and jobs in the database.
+async fn stored_bytes(scene: &Scene) -> i64 {
+    let bytes = "SELECT (
+            (SELECT coalesce(sum(event_bytes(kind, name, event_metadata)), 0) FROM events)
+            + (SELECT sum(1024 + octet_length(provider_job_id) + octet_length(provider_job_name)) FROM jobs)
+        )::text AS text";
+    scene.here.database.texts(bytes).await[0].parse().unwrap()
 }
 
 async fn usage(user: &User) -> pb::GetUsageResponse {
@@ -173,7 +155,7 @@ async fn stored_bytes_are_limited_on_every_server_and_retention_gives_them_back(
         assert!(refusal.details.retry_info().is_none(), "waiting does not help");
     }
     // What both servers know of is written soon, and is what is stored.
-    let before = scene.stored_bytes().await;
+    let before = stored_bytes(&scene).await;
     wait_for_usage(&here, |usage| usage.stored_bytes.unwrap().used == before).await;
     let more = here.new_job(&scene.customer);
     let refused = there.jobs.create_job(more).await;
@@ -184,7 +166,7 @@ async fn stored_bytes_are_limited_on_every_server_and_retention_gives_them_back(
     for deleted in ["0", "40", "27", "0"] {
         assert_eq!(scene.here.database.texts(step).await, [deleted]);
     }
-    let left = scene.stored_bytes().await;
+    let left = stored_bytes(&scene).await;
     assert!(left < before - 1_000_000);
     assert_eq!(usage(&here).await.stored_bytes.unwrap().used, left);
     append_until_accepted(&mut here, &open).await;
@@ -214,7 +196,7 @@ async fn usage_has_what_the_user_has_and_the_quotas() {
     assert_eq!(used(seen.configurations), 1);
     assert_eq!(used(seen.open_jobs), 1);
     assert_eq!((used(seen.api_keys), used(seen.sessions), used(seen.watch_tokens)), (1, 2, 1));
-    assert_eq!(used(seen.stored_bytes), scene.stored_bytes().await);
+    assert_eq!(used(seen.stored_bytes), stored_bytes(&scene).await);
     let limit = |usage: Option<pb::QuotaUsage>| usage.unwrap().limit;
     assert_eq!(limit(seen.stored_bytes), QUOTAS.stored_mib_per_user * 1024 * 1024);
     assert_eq!(

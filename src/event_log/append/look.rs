@@ -4,7 +4,6 @@
 use std::{
     collections::{HashMap, HashSet},
     sync::Arc,
-    time::Duration,
 };
 
 use diesel_async::AsyncPgConnection;
@@ -15,7 +14,7 @@ use uuid::Uuid;
 use super::{
     request::{Knowledge, Request},
     round::Round,
-    task::{Sent, within},
+    task::Sent,
     waiting::jobs_of,
 };
 use crate::{
@@ -75,7 +74,6 @@ pub(super) async fn read_jobs(
     run: Run,
     mut kept: Option<OwnConnection>,
     mut requests: Vec<Request>,
-    limit: Duration,
 ) -> ReadJobs {
     let read = async {
         let mut connection = in_run(&database, run, &mut kept).await?;
@@ -84,7 +82,7 @@ pub(super) async fn read_jobs(
         read_stored(&connection, &mut requests).await?;
         Ok((heads.iter().map(|head| (head.id, head.state())).collect(), connection))
     };
-    let (states, connection) = match within(limit, read, "reading the jobs took too long").await {
+    let (states, connection) = match database.in_time(read, "reading the jobs took too long").await {
         Ok((states, connection)) => (Ok(states), Some(connection)),
         Err(error) => (Err(error), None),
     };
@@ -107,7 +105,6 @@ pub(super) async fn append_locked(
     run: Run,
     mut kept: Option<OwnConnection>,
     mut requests: Vec<Request>,
-    limit: Duration,
     (traces, metrics): (Traces, Arc<Metrics>),
 ) -> Locked {
     let mut round = Round::default();
@@ -123,7 +120,7 @@ pub(super) async fn append_locked(
         read_stored(locked.connection(), &mut requests).await?;
         Ok(locked)
     };
-    let locked = match within(limit, begin, "locking the job took too long").await {
+    let locked = match database.in_time(begin, "locking the job took too long").await {
         Ok(locked) => locked,
         Err(error) => {
             let error = Arc::new(error);
@@ -135,11 +132,11 @@ pub(super) async fn append_locked(
     let unplanned = round.plan_all(requests, &states, Knowledge::Locked);
     let appended = if round.order.is_empty() {
         let rolled_back = async { Ok((locked.roll_back().await?, Vec::new())) };
-        within(limit, rolled_back, "ending the transaction took too long").await
+        database.in_time(rolled_back, "ending the transaction took too long").await
     } else {
         round.start_span(&traces);
         let append = round.measured(&metrics, round.append_locked(locked));
-        within(limit, append, "the append took too long").await
+        database.in_time(append, "the append took too long").await
     };
     Locked { run, sent: (round, appended), unplanned }
 }

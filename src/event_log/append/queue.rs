@@ -24,7 +24,7 @@ pub(super) trait Item {
 
 impl Item for Request {
     fn provider_id(&self) -> Uuid {
-        self.batch.job.provider_id
+        Self::provider_id(self)
     }
 
     fn cost(&self) -> Cost {

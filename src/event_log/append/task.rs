@@ -7,10 +7,7 @@ use std::{
 };
 
 use moka::sync::Cache;
-use tokio::{
-    task::JoinHandle,
-    time::{sleep, timeout},
-};
+use tokio::{task::JoinHandle, time::sleep};
 use uuid::Uuid;
 
 use super::{
@@ -54,8 +51,6 @@ pub(super) struct Task {
     usage: EventUsage,
     metrics: Arc<Metrics>,
     traces: Traces,
-    /// Longest time that a round may take.
-    limit: Duration,
     /// The rounds' own connection, so that no reader keeps appends waiting; none while a
     /// round is under way.
     connection: Option<OwnConnection>,
@@ -98,7 +93,6 @@ impl Task {
         Telemetry { metrics, traces }: Telemetry,
     ) -> Self {
         Self {
-            limit: database.longest_use(),
             database,
             queue,
             tail,
@@ -201,7 +195,8 @@ impl Task {
         if self.next.groups.is_empty() && self.waiting.is_empty() {
             return;
         }
-        if let Err(error) = within(self.limit, self.connect(), "connecting took too long").await {
+        let database = self.database.clone();
+        if let Err(error) = database.in_time(self.connect(), "connecting took too long").await {
             let error = Arc::new(error);
             return self.take_all().into_iter().for_each(|request| request.fail(&error));
         }
@@ -259,22 +254,25 @@ impl Task {
     fn look(&mut self) {
         let Some(run) = self.run.filter(|_| !self.waiting.is_empty()) else { return };
         if self.reading.is_free() {
-            let mut waiting = std::mem::take(&mut self.waiting);
-            let requests = waiting.take_to_read(|job| self.is_free(job));
-            self.waiting = waiting;
-            let (database, limit) = (self.database.clone(), self.limit);
-            self.reading.begin(requests, |kept, requests| read_jobs(database, run, kept, requests, limit));
+            let requests = self.take_free(Waiting::take_to_read);
+            let database = self.database.clone();
+            self.reading.begin(requests, |kept, requests| read_jobs(database, run, kept, requests));
         }
         if self.locking.is_free() {
-            let mut waiting = std::mem::take(&mut self.waiting);
-            let requests = waiting.take_to_lock(|job| self.is_free(job));
-            self.waiting = waiting;
-            let (database, limit) = (self.database.clone(), self.limit);
+            let requests = self.take_free(Waiting::take_to_lock);
+            let database = self.database.clone();
             let telemetry = (self.traces.clone(), Arc::clone(&self.metrics));
-            self.locking.begin(requests, |kept, requests| {
-                append_locked(database, run, kept, requests, limit, telemetry)
-            });
+            self.locking
+                .begin(requests, |kept, requests| append_locked(database, run, kept, requests, telemetry));
         }
+    }
+
+    /// Takes requests that wait, of free jobs alone.
+    fn take_free(&mut self, take: fn(&mut Waiting, &dyn Fn(Uuid) -> bool) -> Vec<Request>) -> Vec<Request> {
+        let mut waiting = std::mem::take(&mut self.waiting);
+        let requests = take(&mut waiting, &|job| self.is_free(job));
+        self.waiting = waiting;
+        requests
     }
 
     fn send(&mut self, mut round: Round) {
@@ -291,7 +289,8 @@ impl Task {
         }
         self.sent_jobs = round.groups.keys().copied().collect();
         round.start_span(&self.traces);
-        self.under_way = Some(tokio::spawn(append(connection, round, self.limit, Arc::clone(&self.metrics))));
+        self.under_way =
+            Some(tokio::spawn(append(connection, round, self.database.clone(), Arc::clone(&self.metrics))));
     }
 
     /// Plans the requests whose jobs were read. Those that come to no new event are answered.
@@ -420,17 +419,9 @@ async fn finished<T>(task: &mut Option<JoinHandle<T>>) -> T {
     result.unwrap_or_else(|panicked| std::panic::resume_unwind(panicked.into_panic()))
 }
 
-pub(super) async fn within<T>(
-    limit: Duration,
-    work: impl Future<Output = Result<T>>,
-    too_long: &'static str,
-) -> Result<T> {
-    timeout(limit, work).await.unwrap_or_else(|_| Err(Error::unavailable(too_long)))
-}
-
 /// Appends a round.
-async fn append(connection: OwnConnection, round: Round, limit: Duration, metrics: Arc<Metrics>) -> Sent {
+async fn append(connection: OwnConnection, round: Round, database: Database, metrics: Arc<Metrics>) -> Sent {
     let appended = round.measured(&metrics, round.append(connection));
-    let result = within(limit, appended, "the append took too long").await;
+    let result = database.in_time(appended, "the append took too long").await;
     (round, result)
 }

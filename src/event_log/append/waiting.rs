@@ -56,7 +56,7 @@ impl Waiting {
 
     /// Takes the first requests of free jobs for a read, in turns of the providers, those that
     /// have waited longest first.
-    pub(super) fn take_to_read(&mut self, is_free: impl Fn(Uuid) -> bool) -> Vec<Request> {
+    pub(super) fn take_to_read(&mut self, is_free: &dyn Fn(Uuid) -> bool) -> Vec<Request> {
         let mut heads: Vec<_> = self.by_job.values().filter_map(|requests| requests.front()).collect();
         heads.retain(|request| request.needs < Knowledge::Locked && is_free(request.job_id()));
         heads.sort_by_key(|request| request.reply.since);
@@ -101,7 +101,7 @@ impl Waiting {
     }
 
     /// Takes the first requests of a free job whose row has to be locked.
-    pub(super) fn take_to_lock(&mut self, is_free: impl Fn(Uuid) -> bool) -> Vec<Request> {
+    pub(super) fn take_to_lock(&mut self, is_free: &dyn Fn(Uuid) -> bool) -> Vec<Request> {
         let heads = self.by_job.values().filter_map(|requests| requests.front());
         let locked = heads.filter(|head| head.needs == Knowledge::Locked && is_free(head.job_id()));
         let Some(job) = locked.min_by_key(|head| head.reply.since).map(Request::job_id) else {

@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use crate::{
     error::Result,
-    models::{CreationCursor, caller::Visibility},
+    models::{CreationCursor, caller::Visibility, visible_jobs},
     schema::jobs,
 };
 
@@ -66,11 +66,7 @@ impl<'a> JobScope<'a> {
     /// counterpart and a tag, jobs of other tags count too, since a walk looks at them.
     pub async fn has_more_than(self, connection: &mut AsyncPgConnection, jobs: i64) -> Result<bool> {
         let mut query = jobs::table.select(jobs::id).order((jobs::created_at, jobs::id)).into_boxed();
-        query = match self.visibility {
-            Visibility::Provider(id) => query.filter(jobs::provider_id.eq(id)),
-            Visibility::Customer(id) => query.filter(jobs::customer_id.eq(id)),
-            Visibility::Job(id) => query.filter(jobs::id.eq(id)),
-        };
+        query = visible_jobs!(query, self.visibility);
         query = match (self.counterpart_id, self.visibility, self.indexed_tag()) {
             (Some(id), Visibility::Provider(_), _) => query.filter(jobs::customer_id.eq(id)),
             (Some(id), Visibility::Customer(_) | Visibility::Job(_), _) => {
