@@ -32,7 +32,8 @@ FRAME_S = 0.2
 
 COLORS = {"31": "r", "32": "g", "33": "y", "36": "c", "38": "d"}
 CSS = """text{white-space:pre;fill:#c9d1d9}.b{font-weight:700}.c{fill:#56d4dd}.g{fill:#56d364}
-.r{fill:#ff7b72}.y{fill:#e3b341}.d{fill:#848d97}g g{visibility:hidden;animation:TIMEs step-end infinite}g .last{visibility:visible}
+.r{fill:#ff7b72}.y{fill:#e3b341}.d{fill:#848d97}
+g g{visibility:hidden;animation:TIMEs step-end infinite}g .last{visibility:visible}
 @media(prefers-reduced-motion:reduce){g g{animation:none!important}}"""
 
 
