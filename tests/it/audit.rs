@@ -8,9 +8,12 @@ use milepost::pb::{self, ErrorReason, UserRole};
 use serde_json::{Value, json};
 use tonic::{Code, Request, Response, Status};
 
-use crate::support::{
-    Caller, Clients, PASSWORD, ServerProcess, TRUSTED_PROXY, TestDatabase, TestServer, User, assert_refused,
-    blocks, complete, info, operate, within_timeout,
+use crate::{
+    documentation::blocks,
+    support::{
+        Caller, Clients, PASSWORD, ServerProcess, TRUSTED_PROXY, TestDatabase, TestServer, User,
+        assert_refused, complete, info, operate, within_timeout,
+    },
 };
 
 const NEW_PASSWORD: &str = "another horse battery";

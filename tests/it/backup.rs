@@ -8,7 +8,10 @@ use milepost::pb::{
 };
 use tonic::Code;
 
-use crate::support::{TemporaryDir, TestServer, assert_refused, blocks, complete, info, step};
+use crate::{
+    documentation::blocks,
+    support::{TemporaryDir, TestServer, assert_refused, complete, info, step},
+};
 
 fn run(command: &mut Command) {
     let Output { status, stderr, .. } = command.output().unwrap();

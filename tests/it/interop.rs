@@ -15,13 +15,16 @@ use tokio::{
     sync::OnceCell,
 };
 
-use crate::support::{Authority, ServerProcess, TestServer, TlsFiles, User, blocks, info};
+use crate::{
+    documentation::blocks,
+    support::{Authority, ServerProcess, TestServer, TlsFiles, User, info},
+};
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 const GRPCURL: &str = "github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.3";
 
-/// Timeout of one bash, grpcurl, pip or Python process.
-const TIMEOUT: Duration = Duration::from_secs(120);
+/// Timeout of one bash, grpcurl, pip or Python process. On a busy machine pip takes minutes.
+const TIMEOUT: Duration = Duration::from_secs(600);
 
 async fn output(command: &mut Command) -> Output {
     command.kill_on_drop(true).stdin(Stdio::null());
