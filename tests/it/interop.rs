@@ -61,13 +61,17 @@ async fn path_with_grpcurl() -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_tour_of_the_readme_and_docs_runs_from_sign_up_to_a_watch_token() {
+async fn the_tour_of_the_readme_and_docs_runs_from_sign_up_to_the_provider_in_python() {
     let server = TestServer::start().await;
-    let script = [blocks("README.md", "sh"), blocks("docs/tour.md", "sh")].concat().concat();
+    let provider = r#"MILEPOST_API_KEY=$KEY "$PYTHON" "$PROVIDER_PY" --pause-s 0 --provider-job-id scan-3 \
+        --customer-id "$(field id <<< "$CUSTOMER")""#;
+    let script = [blocks("README.md", "sh"), blocks("docs/tour.md", "sh")].concat().concat() + provider;
     let milepost = Path::new(env!("CARGO_BIN_EXE_milepost")).parent().unwrap();
     let mut bash = Command::new("bash");
     bash.args(["-euo", "pipefail", "-c", &script])
         .env("PATH", format!("{}:{}", milepost.display(), path_with_grpcurl().await))
+        .env("PYTHON", python().await)
+        .env("PROVIDER_PY", examples().join("provider.py"))
         .env("MILEPOST_SERVER", server.address.to_string());
     let stdout = succeeded(output(&mut bash).await);
 
@@ -83,7 +87,7 @@ async fn the_tour_of_the_readme_and_docs_runs_from_sign_up_to_a_watch_token() {
     assert!(caught_up < end && complete < end, "{stdout}");
     let jobs =
         server.database.texts("SELECT status || ' ' || last_sequence AS text FROM jobs ORDER BY id").await;
-    assert_eq!(jobs, ["complete 4", "complete 3"]);
+    assert_eq!(jobs, ["complete 4", "complete 3", "complete 8"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
