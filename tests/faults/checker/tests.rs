@@ -587,7 +587,7 @@ fn a_slow_reader_may_learn_late_that_its_stream_broke() {
     for (reads_promptly, fault_s, server, excused) in
         cases.into_iter().chain([(true, 7, 0, false), (true, 9, 0, true)])
     {
-        for (drained, guarantee) in [(false, Guarantee::Contract), (true, Guarantee::Terminating)] {
+        for (drained, guarantee) in [(false, Guarantee::InTime), (true, Guarantee::Terminating)] {
             let detected = violated(|history| {
                 history.watchers[0].reads_promptly = reads_promptly;
                 let stream = &mut history.watchers[0].streams[0];

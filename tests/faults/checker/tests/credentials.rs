@@ -117,7 +117,7 @@ fn an_end_that_was_lost_may_be_undone_on_a_server_that_has_not_refused() {
         record.streams.push(stream(1, 40, None));
     };
     // The commit was acknowledged at 20 s.
-    for (lost_from_s, expected) in [(20, vec![]), (21, vec![Guarantee::Confined])] {
+    for (lost_from_s, expected) in [(20, vec![]), (21, vec![Guarantee::Confined, Guarantee::InTime])] {
         let detected = violated(|history| {
             lost(history, lost_from_s);
             with(undone)(history);
