@@ -4,6 +4,9 @@
 
 The provider makes the id of every event. If the connection breaks, it sends the
 same events again with the same ids, and each event is stored once.
+
+The analysis takes a moment only. A pause before each event makes it long enough to
+be watched, and to see what happens if the server is killed meanwhile.
 """
 
 import argparse
@@ -50,7 +53,7 @@ def link(name: str) -> MetadataConfiguration:
 
 # The points of a step are its expected effort, relative to the other steps.
 CONFIGURATION = RegisterJobConfigurationRequest(
-    tag="ct-analysis",
+    tag="ct-slice-analysis",
     name="CT slice analysis",
     version="1.0.0",
     steps=[
@@ -102,12 +105,14 @@ def uuid7() -> str:
 class Report:
     """Appends events to the log of one job."""
 
-    def __init__(self, connection: Connection, job: Job) -> None:
+    def __init__(self, connection: Connection, job: Job, pause_s: float) -> None:
         self.connection = connection
         self.job = job
+        self.pause_s = pause_s
 
     def append(self, kind: int, name: str, step: str = "", measured: dict | None = None) -> AppendedEvent:
-        """Appends one event, which is durable when this returns."""
+        """Pauses and appends one event, which is durable when this returns."""
+        time.sleep(self.pause_s)
         event = NewEvent(id=uuid7(), kind=kind, name=name, step_tag=step, occurred_at=now())
         event.metadata.update(measured or {})
         request = AppendEventsRequest(job_id=self.job.id, events=[event])
@@ -146,6 +151,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Analyse a CT slice and report to milepost.")
     parser.add_argument("--provider-job-id", required=True, help="the provider's id of the job")
     parser.add_argument("--customer-id", required=True, help="the user id of the customer")
+    parser.add_argument("--pause-s", type=float, default=3.0, help="pause before each event (default: 3)")
     arguments = parser.parse_args()
 
     with Connection() as connection:
@@ -165,7 +171,7 @@ def main() -> int:
             if created.job.HasField("closed_at"):
                 print("was done before")
                 return 0
-            run(Report(connection, created.job))
+            run(Report(connection, created.job, arguments.pause_s))
         except grpc.RpcError as error:
             print(explain(error), file=sys.stderr)
             return 1

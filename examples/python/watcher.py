@@ -12,8 +12,9 @@ import sys
 from collections.abc import Iterator
 
 import grpc
-from connection import Connection, explain, pause
+from connection import Connection, detail, explain, pause
 from google.protobuf.struct_pb2 import Struct
+from google.rpc.error_details_pb2 import ErrorInfo
 from milepost.v1.events_pb2 import Event, EventKind, WatchEventsRequest, WatchEventsResponse
 from milepost.v1.jobs_pb2 import JOB_STATUS_COMPLETE, JobStatus, Progress
 
@@ -33,10 +34,18 @@ def watch(connection: Connection, request: WatchEventsRequest) -> Iterator[Watch
                 request.resume_token = message.resume_token
             return
         except grpc.RpcError as error:
-            if error.code() is not grpc.StatusCode.UNAVAILABLE:
+            if not is_broken(error, request):
                 raise
             attempt += 1
             pause(error, attempt)
+
+
+def is_broken(error: grpc.RpcError, request: WatchEventsRequest) -> bool:
+    """Whether the server or the connection failed, and not the watch. Whatever breaks a stream
+    that had sent messages has no ErrorInfo; its code depends on the client and on proxies."""
+    if error.code() is grpc.StatusCode.UNAVAILABLE:
+        return True
+    return bool(request.resume_token) and detail(error, ErrorInfo) is None
 
 
 def bar(progress: Progress) -> str:

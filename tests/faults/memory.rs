@@ -1,5 +1,5 @@
 //! The limits that the servers of the campaign are started with, and the most memory that a
-//! server may have with these: the sum of README's "Memory". Most of it is the part of the
+//! server may have with these: the sum in docs/limits.md. Most of it is the part of the
 //! hostile tenant, which fills its limits.
 
 use std::fs;

@@ -8,9 +8,12 @@ use milepost::pb::{self, ErrorReason, UserRole};
 use serde_json::{Value, json};
 use tonic::{Code, Request, Response, Status};
 
-use crate::support::{
-    Caller, Clients, PASSWORD, ServerProcess, TRUSTED_PROXY, TestDatabase, TestServer, User, assert_refused,
-    complete, info, operate, within_timeout,
+use crate::{
+    documentation::blocks,
+    support::{
+        Caller, Clients, PASSWORD, ServerProcess, TRUSTED_PROXY, TestDatabase, TestServer, User,
+        assert_refused, complete, info, operate, within_timeout,
+    },
 };
 
 const NEW_PASSWORD: &str = "another horse battery";
@@ -519,9 +522,8 @@ async fn audit_entries_are_immutable_unless_the_table_owner_disables_the_trigger
     }
     assert_eq!(entries(&server.database).await, before);
 
-    let readme = include_str!("../../README.md");
-    let prune = readme.split("```sql\n").find(|block| block.contains("DISABLE TRIGGER")).unwrap();
-    let prune = prune.split("```").next().unwrap();
+    let statements = blocks("docs/security.md", "sql");
+    let prune = statements.iter().find(|block| block.contains("DISABLE TRIGGER")).unwrap();
     server.database.execute(prune).await;
     assert_eq!(entries(&server.database).await, before, "entries younger than a year stay");
     server.database.execute(&prune.replace("1 year", "0 years")).await;

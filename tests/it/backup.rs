@@ -8,12 +8,18 @@ use milepost::pb::{
 };
 use tonic::Code;
 
-use crate::support::{TemporaryDir, TestDatabase, TestServer, assert_refused, complete, info, step};
+use crate::{
+    documentation::blocks,
+    support::{TemporaryDir, TestServer, assert_refused, complete, info, step},
+};
 
 fn run(command: &mut Command) {
     let Output { status, stderr, .. } = command.output().unwrap();
     assert!(status.success(), "{command:?}: {}", String::from_utf8_lossy(&stderr));
 }
+
+/// The role of milepost in the restored database. It may not create databases.
+const ROLE: &str = "restorer";
 
 fn watch_of_one(job: &pb::Job, start: Option<Start>) -> pb::WatchEventsRequest {
     pb::WatchEventsRequest { scope: Some(Scope::JobId(job.id.clone())), start, ..Default::default() }
@@ -31,19 +37,35 @@ async fn a_server_on_a_restored_dump_continues_its_jobs_and_watches() {
     let mut watch = customer.watch(&job).await;
     let (_, caught_up) = watch.caught_up().await;
 
-    let dir = TemporaryDir::new();
-    let dump = dir.path().join("milepost.dump");
+    let (dir, source) = (TemporaryDir::new(), &server.database);
+    source.execute(&format!("CREATE ROLE {ROLE}")).await;
+    let url = format!("{}/restored?options=-c%20role%3D{ROLE}", source.url.rsplit_once('/').unwrap().0);
+    let recipe = blocks("docs/backup.md", "sh");
+    let shell = |commands: &str| {
+        run(Command::new("bash")
+            .args([
+                "-euo",
+                "pipefail",
+                "-c",
+                &commands.replace("--owner=milepost", &format!("--owner={ROLE}")),
+            ])
+            .current_dir(dir.path())
+            .env("ADMIN_URL", &source.url)
+            .env("DATABASE_URL", &source.url)
+            .env("RESTORED_URL", &url));
+    };
+    let [dump, restore] = &recipe[..] else { panic!("a dump and a restore, not {recipe:?}") };
     // The dump is taken while the server runs.
-    run(Command::new("pg_dump").args(["--format=custom", "--file"]).arg(&dump).arg(&server.database.url));
+    shell(dump);
     provider.append(&job, [info("after the backup")]).await;
     let mut of_lost = customer.watch(&job).await;
     of_lost.caught_up().await;
     let lost = Some(Start::ResumeToken(of_lost.resume_token));
-    let restored = TestDatabase::empty().await;
-    run(Command::new("pg_restore")
-        .args(["--no-owner", "--exit-on-error", "--dbname"])
-        .arg(&restored.url)
-        .arg(&dump));
+    shell(restore);
+    let restored = source.through(url.clone());
+    let owners = "SELECT DISTINCT relowner::regrole::text AS text FROM pg_class
+        WHERE relnamespace = 'public'::regnamespace";
+    assert_eq!(restored.texts(owners).await, [ROLE]);
 
     let server = TestServer::on(restored).await;
     let (mut provider, mut customer) = (server.same(&provider), server.same(&customer));

@@ -1,22 +1,30 @@
-//! Clients in other languages: grpcurl as the README uses it, and the Python of
+//! Clients in other languages: grpcurl as the tour uses it, and the Python of
 //! `examples/python`.
 
 use std::{
     env, fs,
+    net::SocketAddr,
     path::{Path, PathBuf},
     process::{Output, Stdio},
     time::Duration,
 };
 
-use tokio::{process::Command, sync::OnceCell};
+use tokio::{
+    io::{AsyncBufReadExt as _, BufReader, Lines},
+    process::{Child, ChildStdout, Command},
+    sync::OnceCell,
+};
 
-use crate::support::{Authority, TestServer, TlsFiles, User, info};
+use crate::{
+    documentation::blocks,
+    support::{Authority, ServerProcess, TestServer, TlsFiles, User, info},
+};
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 const GRPCURL: &str = "github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.3";
 
-/// Timeout of one bash, grpcurl, pip or Python process.
-const TIMEOUT: Duration = Duration::from_secs(120);
+/// Timeout of one bash, grpcurl, pip or Python process. On a busy machine pip takes minutes.
+const TIMEOUT: Duration = Duration::from_secs(600);
 
 async fn output(command: &mut Command) -> Output {
     command.kill_on_drop(true).stdin(Stdio::null());
@@ -30,17 +38,6 @@ fn succeeded(output: Output) -> String {
     let (out, err) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{}\n{err}\n{out}", output.status);
     out
-}
-
-/// The fenced `sh` blocks of a section of the README, in order.
-fn shell_of_readme(heading: &str) -> String {
-    let readme = fs::read_to_string(Path::new(ROOT).join("README.md")).unwrap();
-    let section = readme
-        .split("\n## ")
-        .find(|section| section.starts_with(heading))
-        .expect("the README has this section");
-    let blocks = section.split("```sh\n").skip(1);
-    blocks.map(|block| block.split("```").next().unwrap()).collect()
 }
 
 /// A PATH with grpcurl. If neither PATH nor the default directory of `go install` has
@@ -64,16 +61,19 @@ async fn path_with_grpcurl() -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_readme_tour_runs_from_sign_up_to_the_end_of_a_watch() {
+async fn the_tour_of_the_readme_and_docs_runs_from_sign_up_to_a_watch_token() {
     let server = TestServer::start().await;
-    let script = shell_of_readme("A five-minute tour");
-    assert!(script.contains("WatchEvents"), "{script}");
+    let script = [blocks("README.md", "sh"), blocks("docs/tour.md", "sh")].concat().concat();
+    let milepost = Path::new(env!("CARGO_BIN_EXE_milepost")).parent().unwrap();
     let mut bash = Command::new("bash");
     bash.args(["-euo", "pipefail", "-c", &script])
-        .env("PATH", path_with_grpcurl().await)
-        .env("SERVER", server.address.to_string());
+        .env("PATH", format!("{}:{}", milepost.display(), path_with_grpcurl().await))
+        .env("MILEPOST_SERVER", server.address.to_string());
     let stdout = succeeded(output(&mut bash).await);
 
+    // Once by the customer in the README, once by the watch token in docs/tour.md.
+    assert_eq!(stdout.matches("complete at 100 %").count(), 2, "{stdout}");
+    assert_eq!(stdout.matches("\"existed\": true").count(), 1, "{stdout}");
     for service in ["AuthService", "ConfigurationService", "JobService", "EventService"] {
         assert!(stdout.contains(&format!("milepost.v1.{service}")), "{stdout}");
     }
@@ -81,9 +81,9 @@ async fn the_readme_tour_runs_from_sign_up_to_the_end_of_a_watch() {
     let complete = stdout.rfind("EVENT_KIND_COMPLETE").expect("the watch received `complete`");
     let end = stdout.rfind("WATCH_END_REASON_JOB_CLOSED").expect("the watch ended with the job");
     assert!(caught_up < end && complete < end, "{stdout}");
-    assert!(stdout.contains("\"percent\": 100"), "{stdout}");
-    let status = server.database.texts("SELECT status::text AS text FROM jobs").await;
-    assert_eq!(status, ["complete"]);
+    let jobs =
+        server.database.texts("SELECT status || ' ' || last_sequence AS text FROM jobs ORDER BY id").await;
+    assert_eq!(jobs, ["complete 4", "complete 3"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -142,15 +142,45 @@ pub fn examples() -> PathBuf {
 }
 
 /// A command that runs a Python script with the API key of this user.
-async fn script(server: &TestServer, user: &User, path: PathBuf) -> Command {
+async fn script(address: SocketAddr, user: &User, path: PathBuf) -> Command {
     let mut command = Command::new(python().await);
     command
         .arg(path)
         .env("PYTHONPATH", examples())
         .env("PYTHONIOENCODING", "utf-8")
-        .env("MILEPOST_SERVER", server.address.to_string())
+        .env("MILEPOST_SERVER", address.to_string())
         .env("MILEPOST_API_KEY", &user.key_secret);
     command
+}
+
+/// A process whose output is read line by line.
+struct Running {
+    child: Child,
+    lines: Lines<BufReader<ChildStdout>>,
+}
+
+impl Running {
+    fn start(mut command: Command) -> Self {
+        let mut child = command.stdout(Stdio::piped()).kill_on_drop(true).spawn().unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        Self { child, lines }
+    }
+
+    async fn line(&mut self) -> Option<String> {
+        tokio::time::timeout(TIMEOUT, self.lines.next_line()).await.expect("a line in time").unwrap()
+    }
+
+    async fn next_line(&mut self) -> String {
+        self.line().await.expect("the process is still running")
+    }
+
+    async fn read_to_end(&mut self) -> Vec<String> {
+        let mut lines = Vec::new();
+        while let Some(line) = self.line().await {
+            lines.push(line);
+        }
+        lines
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -159,15 +189,15 @@ async fn a_python_provider_is_watched_by_a_python_watcher() {
     let replica = server.replica().await;
     let (provider, customer) = (server.provider().await, server.customer().await);
     let run = async || {
-        let mut command = script(&server, &provider, examples().join("provider.py")).await;
-        command.args(["--provider-job-id", "scan-1", "--customer-id", &customer.id]);
+        let mut command = script(server.address, &provider, examples().join("provider.py")).await;
+        command.args(["--provider-job-id", "scan-1", "--customer-id", &customer.id, "--pause-s", "0"]);
         succeeded(output(&mut command).await)
     };
     let stdout = run().await;
     let job_id = stdout.lines().find_map(|line| line.strip_prefix("job ")).expect("the job's id").to_owned();
 
     // Another replica replays the events after the job is complete.
-    let mut watcher = script(&replica, &customer, examples().join("watcher.py")).await;
+    let mut watcher = script(replica.address, &customer, examples().join("watcher.py")).await;
     let replay = succeeded(output(watcher.args(["--job-id", &job_id])).await);
     for part in ["[", "0 %", "Load the slice", "Calibrate", "Segment", "Measure", "report", "bone 11.3"] {
         assert!(replay.contains(part), "{part:?} in\n{replay}");
@@ -183,30 +213,53 @@ async fn a_python_provider_is_watched_by_a_python_watcher() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_python_provider_and_a_python_watcher_go_on_after_kill_9_of_the_server() {
+    let mut server = ServerProcess::start().await;
+    let (provider, customer) = (server.provider().await, server.customer().await);
+    let mut provides = script(server.address, &provider, examples().join("provider.py")).await;
+    provides.args(["--provider-job-id", "scan-1", "--customer-id", &customer.id, "--pause-s", "0.3"]);
+    let mut provides = Running::start(provides);
+    let job_id = provides.next_line().await.strip_prefix("job ").expect("the job's id").to_owned();
+    let mut watches = script(server.address, &customer, examples().join("watcher.py")).await;
+    watches.args(["--job-id", &job_id]);
+    let mut watches = Running::start(watches);
+    let mut watched = Vec::new();
+    while !watched.iter().any(|line: &String| line.starts_with('[')) {
+        watched.push(watches.next_line().await);
+    }
+    server.kill().await;
+    server.restart().await;
+    watched.extend(watches.read_to_end().await);
+    assert!(provides.child.wait().await.unwrap().success());
+
+    let sequences: Vec<i64> = watched
+        .iter()
+        .filter_map(|line| {
+            line.strip_prefix('[')?.split_once(" %")?.1.split_whitespace().next()?.parse().ok()
+        })
+        .collect();
+    let stored = server.database().texts("SELECT last_sequence::text AS text FROM jobs").await;
+    assert_eq!(sequences, (1..=stored[0].parse().unwrap()).collect::<Vec<_>>(), "{watched:?}");
+    assert_eq!(watched.last().map(String::as_str), Some("complete"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_python_watcher_follows_a_job_live_and_exits_with_1_if_it_is_cancelled() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1)]).await;
     let job = provider.job(&customer).await;
-    let mut watcher = script(&server, &customer, examples().join("watcher.py")).await;
-    watcher.args(["--job-id", &job.id]).stdout(Stdio::piped()).kill_on_drop(true);
-    let mut watcher = watcher.spawn().unwrap();
-    let mut lines = {
-        use tokio::io::{AsyncBufReadExt as _, BufReader};
-        BufReader::new(watcher.stdout.take().unwrap()).lines()
-    };
-    let mut next = async || {
-        let line = tokio::time::timeout(TIMEOUT, lines.next_line()).await.expect("a line in time");
-        line.unwrap().expect("the watcher is still running")
-    };
+    let mut watcher = script(server.address, &customer, examples().join("watcher.py")).await;
+    watcher.args(["--job-id", &job.id]);
+    let mut watcher = Running::start(watcher);
 
-    assert_eq!(next().await, "--- live ---");
+    assert_eq!(watcher.next_line().await, "--- live ---");
     provider.append(&job, [info("hello")]).await;
-    assert!(next().await.contains("hello"));
+    assert!(watcher.next_line().await.contains("hello"));
     provider.close(&job).await.unwrap();
-    assert!(next().await.contains("close"));
-    assert_eq!(next().await, "cancelled");
-    assert_eq!(watcher.wait().await.unwrap().code(), Some(1));
+    assert!(watcher.next_line().await.contains("close"));
+    assert_eq!(watcher.next_line().await, "cancelled");
+    assert_eq!(watcher.child.wait().await.unwrap().code(), Some(1));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -216,7 +269,7 @@ async fn a_python_client_receives_the_error_details_of_500_invalid_events() {
     provider.configuration(&[("load", 1)]).await;
     let job = provider.job(&customer).await;
     let path = Path::new(ROOT).join("tests/it/invalid_events.py");
-    let mut command = script(&server, &provider, path).await;
+    let mut command = script(server.address, &provider, path).await;
     let stdout = succeeded(output(command.arg(&job.id)).await);
     assert!(stdout.starts_with("INVALID_ARGUMENT FIELD_INVALID"), "{stdout}");
     assert!(stdout.contains("events[0].name"), "{stdout}");
@@ -230,7 +283,7 @@ async fn a_python_client_appends_events_that_it_compresses() {
     provider.configuration(&[]).await;
     let job = provider.job(&customer).await;
     let path = Path::new(ROOT).join("tests/it/compressed.py");
-    let stdout = succeeded(output(script(&server, &provider, path).await.arg(&job.id)).await);
+    let stdout = succeeded(output(script(server.address, &provider, path).await.arg(&job.id)).await);
     assert_eq!(stdout, "appended\n".repeat(3));
     let names: Vec<String> = provider.list(&job).await.into_iter().map(|event| event.name).collect();
     assert_eq!(names, ["compressed"; 4]);

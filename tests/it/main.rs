@@ -19,6 +19,7 @@ mod clocks;
 mod compression;
 mod configurations;
 mod database_tls;
+mod documentation;
 mod drain;
 mod edges;
 mod emails;

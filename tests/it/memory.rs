@@ -1,4 +1,4 @@
-//! The memory of a server under a hostile load stays below the peak that README's "Memory"
+//! The memory of a server under a hostile load stays below the peak that docs/limits.md
 //! derives from the settings.
 
 use std::time::{Duration, Instant};
@@ -24,7 +24,7 @@ const STREAMS: usize = 500;
 const BYTES_IN_FLIGHT: usize = 16 * MIB;
 const CONNECTIONS: usize = 10;
 
-/// What README's "Memory" has for a byte in flight, a publish stream and a connection.
+/// What docs/limits.md has for a byte in flight, a publish stream and a connection.
 const OF_BYTE: usize = 16;
 const OF_STREAM: usize = 192 * 1024;
 const OF_CONNECTION: usize = 2 * MIB;

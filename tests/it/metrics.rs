@@ -39,7 +39,7 @@ async fn scrape(server: &TestServer) -> Samples {
 
 /// Scrapes until a sample satisfies `wanted`. A call is counted a moment after its
 /// answer.
-async fn wait_for_sample(server: &TestServer, series: &str, wanted: impl Fn(f64) -> bool) -> Samples {
+pub async fn wait_for_sample(server: &TestServer, series: &str, wanted: impl Fn(f64) -> bool) -> Samples {
     let mut last = None;
     let found = async {
         loop {

@@ -15,6 +15,39 @@ fn no_rows() -> Vec<String> {
     Vec::new()
 }
 
+/// The columns of `src/schema.rs`, each as `table.column Type`.
+fn declared_columns() -> Vec<String> {
+    let mut table = "";
+    let lines = include_str!("../../src/schema.rs").lines().map(str::trim);
+    lines
+        .filter_map(|line| {
+            if let Some((name, _)) = line.strip_suffix(") {").and_then(|line| line.split_once(" (")) {
+                table = name;
+            }
+            let (column, kind) = line.strip_suffix(',')?.split_once(" -> ")?;
+            Some(format!("{table}.{column} {kind}"))
+        })
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn schema_rs_declares_the_columns_of_the_migrated_database() {
+    let stored = texts(
+        "WITH types AS (SELECT oid, typname, typelem, replace(initcap(replace(typname, '_', ' ')), ' ', '') AS name
+                        FROM pg_type)
+         SELECT relname || '.' || attname || ' ' || CASE WHEN attnotnull THEN type ELSE 'Nullable<' || type || '>' END
+             AS text
+         FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid JOIN types ON types.oid = atttypid
+         LEFT JOIN types AS element ON element.oid = types.typelem AND types.typname = '_' || element.typname,
+         LATERAL (SELECT coalesce('Array<Nullable<' || element.name || '>>', types.name) AS type) AS named
+         WHERE relkind = 'r' AND relnamespace = 'public'::regnamespace
+         AND relname <> '__diesel_schema_migrations' AND attnum > 0 AND NOT attisdropped
+         ORDER BY relname COLLATE \"C\", attnum",
+    )
+    .await;
+    assert_eq!(declared_columns(), stored, "`diesel migration run` writes src/schema.rs");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn every_foreign_key_has_an_index() {
     // The further columns of a key that also binds a role are constants.
