@@ -298,11 +298,11 @@ BEGIN
             occurred_at, status, points_done, percent, ordinal)
         WHERE outcomes[given.job] = 0;
 
-        -- The closing time of a job is the time of its last event. The providers have
-        -- fewer open jobs: see user_usage.
+        -- A job is closed, and was last changed, at the time of its last event. The
+        -- providers have fewer open jobs: see user_usage.
         IF true = ANY (job_closed) THEN
             WITH closed AS (
-                UPDATE jobs SET closed_at = appended_at
+                UPDATE jobs SET closed_at = appended_at, updated_at = appended_at
                 FROM unnest(job_id, job_closed, outcomes) AS given (id, closed, outcome)
                 WHERE jobs.id = given.id AND given.closed AND given.outcome = 0
                 RETURNING jobs.provider_id)

@@ -281,6 +281,22 @@ async fn a_request_without_a_valid_job_key_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_closed_job_has_closed_at_and_updated_at_of_its_last_event() {
+    let server = TestServer::start().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[]).await;
+    let [completed, cancelled] = [provider.job(&customer).await, provider.job(&customer).await];
+    provider.append(&completed, [info("started"), complete()]).await;
+    provider.close(&cancelled).await.unwrap();
+    for job in [completed, cancelled] {
+        let last = provider.list(&job).await.pop().unwrap();
+        let closed = provider.get(&job).await;
+        assert!(closed.closed_at.is_some());
+        assert_eq!((closed.closed_at, closed.updated_at), (last.created_at, last.created_at));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_watch_of_all_jobs_delivers_the_events_of_the_callers_jobs_only() {
     let server = TestServer::start().await;
     let (mut ada, mut grace) = (server.customer().await, server.customer().await);
