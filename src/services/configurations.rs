@@ -153,7 +153,7 @@ impl TryFrom<pb::RegisterJobConfigurationRequest> for NewJobConfiguration {
         let mut violations = Violations::default();
         let tag = parse::key_text(&mut violations, "tag", request.tag);
         let name = parse::key_text(&mut violations, "name", request.name);
-        let version = required_version(&mut violations, "version", request.version);
+        let version = version(&mut violations, "version", request.version, "");
         let steps = new_steps(&mut violations, request.steps);
         violations.or(Self { tag, name, version, steps })
     }
@@ -223,22 +223,24 @@ impl UniqueTexts {
     }
 }
 
-/// Parses a version; 0.0.0 after a violation.
-fn required_version(violations: &mut Violations, field: &str, text: String) -> Version {
+/// The rule for a version, in an error text.
+const VERSION: &str = "must be a SemVer 2.0 version such as 1.10.0 or 2.0.0-rc.1, with numbers of at most 64 \
+                       bits and without leading zeros";
+
+/// Parses a version; 0.0.0 after a violation, which ends with `hint`.
+fn version(violations: &mut Violations, field: &str, text: String, hint: &str) -> Version {
     let before = violations.iter().len();
     let text = parse::key_text(violations, field, text);
-    if violations.iter().len() == before {
-        match version_order::parse(&text) {
-            Ok(version) => return version,
-            Err(description) => violations.add(field, format!("{} {description}", quoted(&text))),
-        }
+    let version = version_order::parse(&text);
+    if version.is_none() && violations.iter().len() == before {
+        violations.add(field, format!("{} {VERSION}{hint}", quoted(&text)));
     }
-    Version::new(0, 0, 0)
+    version.unwrap_or(Version::new(0, 0, 0))
 }
 
-/// As [`required_version`]; none for an empty text.
+/// As [`version`]; none for an empty text, which stands for the latest version.
 pub(super) fn optional_version(violations: &mut Violations, field: &str, text: String) -> Option<Version> {
-    (!text.is_empty()).then(|| required_version(violations, field, text))
+    (!text.is_empty()).then(|| version(violations, field, text, "; leave it empty for the latest version"))
 }
 
 impl From<JobConfiguration> for pb::JobConfiguration {
@@ -377,5 +379,9 @@ mod tests {
             ["version: must be empty when id is given"]
         );
         assert_eq!(violations(key(Some(Key::Tag(String::new())), "x")).len(), 2);
+        let latest = violations(key(tag(), "latest"));
+        assert_eq!(latest, [format!("version: \"latest\" {VERSION}; leave it empty for the latest version")]);
+        let latest = violations(NewJobConfiguration::try_from(request("latest", vec![])));
+        assert_eq!(latest, [format!("version: \"latest\" {VERSION}")]);
     }
 }

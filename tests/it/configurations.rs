@@ -202,3 +202,19 @@ async fn a_version_is_strict_semver() {
     }
     assert_eq!(latest(&mut provider).await, huge);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_refusal_of_the_version_latest_says_to_leave_it_empty() {
+    let server = TestServer::start().await;
+    let mut provider = server.provider().await;
+    let stored = provider.configuration(&[]).await;
+    let got = get(&mut provider, Key::Tag(stored.tag), "latest").await.map(drop);
+    let job = provider.new_job(&server.customer().await);
+    let job = pb::CreateJobRequest { configuration_version: "latest".to_owned(), ..job };
+    let created = provider.jobs.create_job(job).await.map(drop);
+    for (answer, field) in [(got, "version"), (created, "configuration_version")] {
+        let refusal = assert_violations(answer, &[field]);
+        let description = &refusal.details.bad_request().unwrap().field_violations[0].description;
+        assert!(description.ends_with("; leave it empty for the latest version"), "{description}");
+    }
+}
