@@ -17,7 +17,7 @@ use super::{
     version_order::latest_first,
 };
 use crate::{
-    error::Result,
+    error::{Error, Resource, Result},
     progress::Weights,
     schema::{job_configurations, jobs, metadata_configurations, step_configurations},
 };
@@ -151,8 +151,18 @@ impl JobConfiguration {
         Ok(query.first(conn).await.optional()?)
     }
 
+    /// Fails with [`Error::NotFound`] if a provider filters by a tag of which they have no
+    /// configuration. A customer may filter by any tag: there may be providers who have it.
+    pub async fn demand_tag(conn: &mut AsyncPgConnection, viewer: Viewer, tag: &str) -> Result<()> {
+        let Visibility::Provider(_) = viewer.visibility() else { return Ok(()) };
+        let key = ConfigurationKey::Latest { tag: tag.to_owned() };
+        let found = Self::find_id(conn, viewer, &key).await?;
+        found.map(drop).ok_or_else(|| Error::not_found(Resource::JobConfiguration, tag))
+    }
+
     /// Lists the ids of at most `limit` versions of a tag, highest precedence first,
-    /// beginning after the version with the id `after`.
+    /// beginning after the version with the id `after`. Fails with [`Error::NotFound`] if
+    /// there is no version of the tag.
     pub async fn list_versions(
         conn: &mut AsyncPgConnection,
         provider: Provider,
@@ -183,7 +193,11 @@ impl JobConfiguration {
                     precedence.lt(last_precedence).or(created_at.lt(last_created_at)).or(later_of_equal),
                 ));
         }
-        Ok(query.load(conn).await?)
+        let found: Vec<Uuid> = query.load(conn).await?;
+        if found.is_empty() {
+            Self::demand_tag(conn, provider.into(), tag).await?;
+        }
+        Ok(found)
     }
 
     /// Lists the ids of the latest versions of at most `limit` tags, ordered by tag,

@@ -78,8 +78,7 @@ impl ConfigurationService for ConfigurationApi {
         let mut request = request.into_inner();
         let (asked, tag) = Violations::check(|violations| {
             let page = PageRequest::<Uuid>::take(violations, provider.id(), &mut request);
-            let tag = Some(request.tag).filter(|tag| !tag.is_empty());
-            (page, tag.map(|tag| parse::key_text(violations, "tag", tag)))
+            (page, parse::optional_key_text(violations, "tag", request.tag))
         })?;
         let (page, last) =
             read!(self.0.database, provider.tenant(), |conn| list(conn, provider, tag.as_deref(), &asked))?;

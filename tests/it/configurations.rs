@@ -125,6 +125,17 @@ async fn the_latest_of_every_tag_is_listed_by_tag() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_versions_of_an_unknown_tag_are_not_found() {
+    let server = TestServer::start().await;
+    let mut provider = server.provider().await;
+    provider.configuration(&[]).await;
+    let request = pb::ListJobConfigurationsRequest { tag: "analysys".to_owned(), ..Default::default() };
+    let answer = provider.configurations.list_job_configurations(request).await;
+    let refusal = assert_refused(answer, Code::NotFound, ErrorReason::ResourceNotFound);
+    assert_eq!(refusal.details.resource_info().unwrap().resource_name, "analysys");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_page_token_is_valid_for_its_own_query_only() {
     let server = TestServer::start().await;
     let (mut provider, mut other_provider) = (server.provider().await, server.provider().await);

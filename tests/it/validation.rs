@@ -294,12 +294,16 @@ async fn an_invalid_watch_request_is_refused() {
     let all_jobs = || Some(Scope::AllJobs(pb::AllJobs::default()));
     let request = |scope, start| pb::WatchEventsRequest { scope, start, ..Default::default() };
 
-    let invalid: [(pb::WatchEventsRequest, &[&str]); 5] = [
+    let of_tag = |tag: &str| {
+        Some(Scope::AllJobs(pb::AllJobs { configuration_tag: tag.to_owned(), ..Default::default() }))
+    };
+    let invalid: [(pb::WatchEventsRequest, &[&str]); 6] = [
         (request(None, None), &["scope"]),
         (request(Some(Scope::JobId("x".to_owned())), None), &["job_id"]),
         (request(all_jobs(), Some(Start::AfterSequence(1))), &["after_sequence"]),
         (request(one_job(), Some(Start::AfterSequence(-1))), &["after_sequence"]),
         (request(one_job(), Some(Start::ResumeToken("nonsense".to_owned()))), &["resume_token"]),
+        (request(of_tag(" analysis"), None), &["all_jobs.configuration_tag"]),
     ];
     for (request, fields) in invalid {
         assert_violations(refused_watch(&mut provider, request).await, fields);
@@ -309,6 +313,8 @@ async fn an_invalid_watch_request_is_refused() {
     assert_refused(answer, Code::OutOfRange, ErrorReason::PositionBeyondLog);
     let mut other_customer = server.customer().await;
     let answer = refused_watch(&mut other_customer, request(one_job(), None)).await;
+    assert_refused(answer, Code::NotFound, ErrorReason::ResourceNotFound);
+    let answer = refused_watch(&mut provider, request(of_tag("analysys"), None)).await;
     assert_refused(answer, Code::NotFound, ErrorReason::ResourceNotFound);
 }
 
