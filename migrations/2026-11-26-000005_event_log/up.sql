@@ -45,7 +45,6 @@ CREATE TABLE events (
     CONSTRAINT events_position_key UNIQUE (position),
     CONSTRAINT events_sequence_check CHECK (sequence >= 1),
     CONSTRAINT events_name_check CHECK (char_length(name) <= 256),
-    CONSTRAINT events_step_check CHECK (kind <> 'step' OR step_configuration_id IS NOT NULL),
     CONSTRAINT events_event_metadata_check CHECK (octet_length(event_metadata) <= 16384),
     CONSTRAINT events_percent_check CHECK (percent BETWEEN 0 AND 100 AND (percent = 100) = (status = 'complete')),
     CONSTRAINT events_status_check CHECK (

@@ -95,9 +95,6 @@ fn unchecked_event(violations: &mut Violations, index: usize, event: pb::NewEven
     }
     let name = parse::text(violations, at("name"), event.name);
     let step_tag = parse::text(violations, at("step_tag"), event.step_tag);
-    if kind == EventKind::Step && step_tag.is_empty() {
-        violations.add(at("step_tag"), "is required for STEP");
-    }
     let metadata = event.metadata.unwrap_or_default();
     check_metadata(violations, at("metadata"), &metadata);
     let occurred_at = parse::timestamp(violations, at("occurred_at"), event.occurred_at);
