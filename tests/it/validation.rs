@@ -125,7 +125,8 @@ async fn metadata_keeps_its_values_and_their_types() {
         ("comment", Value::from("")),
         ("undeclared", Value::from(true)),
         ("tiny", Value::from(f64::MIN_POSITIVE)),
-        ("large", Value::from(9_007_199_254_740_993.0)),
+        ("largest exact integer", Value::from(9_007_199_254_740_992.0)),
+        ("larger integer", Value::from("9007199254740993")),
     ]);
     let event = NewEvent { metadata: Some(sent.clone()), ..step("load") };
     provider.append(&job, [event]).await;
