@@ -10,7 +10,7 @@ use diesel::{dsl::exists, pg::Pg, prelude::*};
 use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use uuid::Uuid;
 
-pub use self::register::{NewJobConfiguration, NewStepConfiguration};
+pub use self::register::{NewJobConfiguration, NewMetadataConfiguration, NewStepConfiguration};
 use super::{
     caller::{Provider, Viewer, Visibility},
     pg_enum::pg_enum,
@@ -33,7 +33,8 @@ pg_enum! {
     }
 }
 
-/// A version of a configuration, with its steps and their metadata.
+/// A version of a configuration, with its steps and their metadata. None of them ever
+/// changes, so that `updated_at` of their rows is `created_at`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct JobConfiguration {
     pub id: Uuid,
@@ -57,6 +58,7 @@ pub struct StepConfiguration {
     pub name: String,
     /// Weight of the step in the job's progress: 0 to [`crate::limits::STEP_POINTS`].
     pub points: i64,
+    pub created_at: DateTime<Utc>,
     /// In order; at most [`crate::limits::STEP_METADATA`].
     pub metadata: Vec<MetadataConfiguration>,
 }
@@ -65,12 +67,14 @@ pub struct StepConfiguration {
 #[derive(Clone, Debug, PartialEq, Eq, Queryable, Selectable)]
 #[diesel(table_name = metadata_configurations, check_for_backend(Pg))]
 pub struct MetadataConfiguration {
+    pub id: Uuid,
     /// Unique within its step.
     pub name: String,
     /// The kind that the value must have.
     pub kind: MetadataKind,
     /// The unit of a number, for people; may be empty.
     pub units: String,
+    pub created_at: DateTime<Utc>,
 }
 
 /// The key by which a request names a configuration.
@@ -266,12 +270,13 @@ impl JobConfiguration {
                 step_configurations::tag,
                 step_configurations::name,
                 step_configurations::points,
+                step_configurations::created_at,
             ))
-            .load::<(Uuid, Uuid, String, String, i32)>(conn)
+            .load::<(Uuid, Uuid, String, String, i32, DateTime<Utc>)>(conn)
             .await?;
-        for (configuration_id, id, tag, name, points) in rows {
+        for (configuration_id, id, tag, name, points, created_at) in rows {
             let metadata = metadata.remove(&id).unwrap_or_default();
-            let step = StepConfiguration { id, tag, name, points: points.into(), metadata };
+            let step = StepConfiguration { id, tag, name, points: points.into(), created_at, metadata };
             steps.entry(configuration_id).or_default().push(step);
         }
 

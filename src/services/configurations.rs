@@ -21,7 +21,7 @@ use crate::{
         caller::{KeyScope, Provider},
         job_configuration::{
             ConfigurationKey, JobConfiguration, MetadataConfiguration, MetadataKind, NewJobConfiguration,
-            NewStepConfiguration, StepConfiguration,
+            NewMetadataConfiguration, NewStepConfiguration, StepConfiguration,
         },
         version_order,
     },
@@ -185,7 +185,7 @@ fn new_metadata(
     violations: &mut Violations,
     step: &str,
     metadata: Vec<pb::MetadataConfiguration>,
-) -> Vec<MetadataConfiguration> {
+) -> Vec<NewMetadataConfiguration> {
     if metadata.len() > STEP_METADATA {
         let description = format!("must be at most {STEP_METADATA}");
         violations.add(format!("{step}.metadata"), description);
@@ -202,7 +202,7 @@ fn new_metadata(
             violations.add(format!("{field}.kind"), format!("{} is not a kind of metadata", metadata.kind));
         }
         let units = parse::text(violations, format!("{field}.units"), metadata.units);
-        parsed.push(MetadataConfiguration { name, kind: kind.unwrap_or(MetadataKind::Text), units });
+        parsed.push(NewMetadataConfiguration { name, kind: kind.unwrap_or(MetadataKind::Text), units });
     }
     parsed
 }
@@ -253,21 +253,37 @@ impl From<JobConfiguration> for pb::JobConfiguration {
             steps: steps.into_iter().map(Into::into).collect(),
             created_at: Some(timestamp(created_at)),
             provider_id: provider_id.to_string(),
+            updated_at: Some(timestamp(created_at)),
         }
     }
 }
 
 impl From<StepConfiguration> for pb::StepConfiguration {
     fn from(step: StepConfiguration) -> Self {
-        let StepConfiguration { id: _, tag, name, points, metadata } = step;
-        Self { tag, name, points, metadata: metadata.into_iter().map(Into::into).collect() }
+        let StepConfiguration { id, tag, name, points, created_at, metadata } = step;
+        Self {
+            tag,
+            name,
+            points,
+            metadata: metadata.into_iter().map(Into::into).collect(),
+            id: id.to_string(),
+            created_at: Some(timestamp(created_at)),
+            updated_at: Some(timestamp(created_at)),
+        }
     }
 }
 
 impl From<MetadataConfiguration> for pb::MetadataConfiguration {
     fn from(metadata: MetadataConfiguration) -> Self {
-        let MetadataConfiguration { name, kind, units } = metadata;
-        Self { name, kind: kind.to_proto(), units }
+        let MetadataConfiguration { id, name, kind, units, created_at } = metadata;
+        Self {
+            name,
+            kind: kind.to_proto(),
+            units,
+            id: id.to_string(),
+            created_at: Some(timestamp(created_at)),
+            updated_at: Some(timestamp(created_at)),
+        }
     }
 }
 
@@ -293,6 +309,7 @@ mod tests {
             name: "A step".to_owned(),
             points,
             metadata: metadata.collect(),
+            ..Default::default()
         }
     }
 

@@ -215,6 +215,7 @@ impl From<Job> for pb::Job {
             closed_at: job.closed_at.map(timestamp),
             created_at: Some(timestamp(job.created_at)),
             updated_at: Some(timestamp(job.updated_at)),
+            configuration_name: job.configuration_name,
         }
     }
 }

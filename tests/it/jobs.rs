@@ -44,7 +44,15 @@ async fn a_new_job_is_pending_and_visible_to_its_provider_and_its_customer() {
     assert_eq!(job.status(), JobStatus::Pending);
     assert_eq!(job.progress, Some(pb::Progress { points_done: 0, points_total: 40, percent: 0 }));
     assert_eq!((job.last_sequence, job.closed_at), (0, None));
-    assert_eq!(job.job_configuration_id, configuration.id);
+    assert_eq!(
+        (
+            &job.job_configuration_id,
+            &job.configuration_tag,
+            &job.configuration_version,
+            &job.configuration_name
+        ),
+        (&configuration.id, &configuration.tag, &configuration.version, &configuration.name)
+    );
     let party = |user: &User| pb::Party {
         id: user.id.clone(),
         first_name: "Ada".to_owned(),

@@ -22,3 +22,23 @@ fn every_file_has_the_options_with_which_protoc_generates_go_and_java() {
     assert_eq!(packages.len(), 1, "one Go package and one Java package: {packages:?}");
     assert_eq!(classes.len(), files().len(), "{classes:?}");
 }
+
+#[test]
+fn the_message_of_every_entity_has_id_created_at_and_updated_at() {
+    let messages: Vec<_> = files().iter().flat_map(FileDescriptor::messages).collect();
+    for name in [
+        "User",
+        "Session",
+        "ApiKey",
+        "WatchToken",
+        "JobConfiguration",
+        "StepConfiguration",
+        "MetadataConfiguration",
+        "Job",
+    ] {
+        let message = messages.iter().find(|message| message.name() == name).unwrap();
+        for field in ["id", "created_at", "updated_at"] {
+            assert!(message.get_field_by_name(field).is_some(), "{name}.{field}");
+        }
+    }
+}

@@ -28,7 +28,7 @@ async fn running_job(server: &TestServer) -> (User, pb::Job) {
         .map(|(name, kind)| pb::MetadataConfiguration {
             name: name.to_owned(),
             kind: kind.into(),
-            units: String::new(),
+            ..Default::default()
         })
         .to_vec();
     provider.register(request).await;

@@ -5,7 +5,7 @@ use diesel_async::RunQueryDsl as _;
 use semver::Version;
 use uuid::Uuid;
 
-use super::{ConfigurationKey, JobConfiguration, MetadataConfiguration, MetadataKind, StepConfiguration};
+use super::{ConfigurationKey, JobConfiguration, MetadataKind, StepConfiguration};
 use crate::{
     config::QuotaSettings,
     db::Transaction,
@@ -31,7 +31,15 @@ pub struct NewStepConfiguration {
     pub tag: String,
     pub name: String,
     pub points: i32,
-    pub metadata: Vec<MetadataConfiguration>,
+    pub metadata: Vec<NewMetadataConfiguration>,
+}
+
+/// A metadata name of a step to register.
+#[derive(Clone, Debug)]
+pub struct NewMetadataConfiguration {
+    pub name: String,
+    pub kind: MetadataKind,
+    pub units: String,
 }
 
 impl JobConfiguration {
@@ -212,9 +220,10 @@ fn places(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::models::job_configuration::MetadataConfiguration;
 
-    fn metadata(name: &str, kind: MetadataKind) -> MetadataConfiguration {
-        MetadataConfiguration { name: name.to_owned(), kind, units: "HU".to_owned() }
+    fn metadata(name: &str, kind: MetadataKind) -> NewMetadataConfiguration {
+        NewMetadataConfiguration { name: name.to_owned(), kind, units: "HU".to_owned() }
     }
 
     /// A version with these steps, of which each has 10 points and two names of metadata.
@@ -234,12 +243,21 @@ mod tests {
     }
 
     fn stored(new: NewJobConfiguration) -> JobConfiguration {
+        let created_at = chrono::Utc::now();
+        let metadata = |NewMetadataConfiguration { name, kind, units }| MetadataConfiguration {
+            id: Uuid::now_v7(),
+            name,
+            kind,
+            units,
+            created_at,
+        };
         let steps = new.steps.into_iter().map(|step| StepConfiguration {
             id: Uuid::now_v7(),
             tag: step.tag,
             name: step.name,
             points: step.points.into(),
-            metadata: step.metadata,
+            created_at,
+            metadata: step.metadata.into_iter().map(metadata).collect(),
         });
         JobConfiguration {
             id: Uuid::now_v7(),
@@ -247,7 +265,7 @@ mod tests {
             tag: new.tag,
             name: new.name,
             version: new.version.to_string(),
-            created_at: chrono::Utc::now(),
+            created_at,
             steps: steps.collect(),
         }
     }
