@@ -138,7 +138,7 @@ impl Context {
             tag: tag.clone(),
             name: format!("The {tag}"),
             points: *points,
-            metadata: Vec::new(),
+            ..Default::default()
         };
         let request = pb::RegisterJobConfigurationRequest {
             tag: configuration_tag(number),
