@@ -338,3 +338,24 @@ pub fn quoted(value: &str) -> String {
     let ellipsis = if value.chars().nth(ERROR_QUOTE_CHARS).is_some() { "…" } else { "" };
     format!("\"{quoted}{ellipsis}\"")
 }
+
+/// Most bytes of [`quoted_list`], unless the first value alone is longer.
+const QUOTED_LIST_BYTES: usize = 256;
+
+/// Quotes the first of these values for an error text, as many as there is room for; `none`
+/// if there are none.
+pub fn quoted_list<'a>(values: impl IntoIterator<Item = &'a str>) -> String {
+    let mut list = String::new();
+    for value in values.into_iter().map(quoted) {
+        if list.is_empty() {
+            list = value;
+        } else if list.len() + value.len() > QUOTED_LIST_BYTES {
+            list.push_str(", …");
+            break;
+        } else {
+            list.push_str(", ");
+            list.push_str(&value);
+        }
+    }
+    if list.is_empty() { "none".to_owned() } else { list }
+}

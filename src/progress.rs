@@ -38,7 +38,7 @@ impl JobStatus {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, AsExpression, FromSqlRow)]
 #[diesel(sql_type = sql_types::EventKind)]
 pub enum EventKind {
-    /// A step of the job is done.
+    /// A step of the job is done; without a step, it counts nothing.
     Step,
     /// The job failed; a later step event recovers it.
     Error,
@@ -289,6 +289,8 @@ mod tests {
     fn a_job_without_steps_has_zero_percent_until_complete() {
         let weights = weights(&[]);
         let state = job(&[(EventKind::Info, None)], &weights);
+        assert_eq!(state.progress, Progress { points_done: 0, points_total: 0, percent: 0 });
+        let state = job(&[(EventKind::Step, None)], &weights);
         assert_eq!(state.progress, Progress { points_done: 0, points_total: 0, percent: 0 });
         let state = job(&[(EventKind::Info, None), (EventKind::Complete, None)], &weights);
         assert_eq!(state.progress, Progress { points_done: 0, points_total: 0, percent: 100 });

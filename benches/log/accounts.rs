@@ -47,7 +47,7 @@ impl Accounts {
             tag: step_tag(number),
             name: format!("Step {number}"),
             points: 5,
-            metadata: Vec::new(),
+            ..StepConfiguration::default()
         };
         let request = RegisterJobConfigurationRequest {
             tag: TAG.to_owned(),

@@ -14,9 +14,12 @@ CREATE TABLE schema_compatibility (
 
 INSERT INTO schema_compatibility (oldest_server) VALUES ('20261126000011');
 
+-- The time of a change is that of its transaction, as are the defaults of created_at and
+-- updated_at and the time of a revocation: what one transaction sets is equal. A transaction
+-- that waited for the row's lock may have begun before the row's last change.
 CREATE FUNCTION set_updated_at() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    NEW.updated_at := clock_timestamp();
+    NEW.updated_at := greatest(now(), OLD.updated_at);
     RETURN NEW;
 END;
 $$;

@@ -16,8 +16,8 @@ CREATE TABLE users (
     first_name text NOT NULL,
     last_name text NOT NULL,
     disabled_at timestamptz,
-    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
-    updated_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    created_at timestamptz NOT NULL DEFAULT now(),
+    updated_at timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT users_pkey PRIMARY KEY (id),
     -- The target of foreign keys that admit users of one role only.
     CONSTRAINT users_id_role_key UNIQUE (id, role),
@@ -223,8 +223,8 @@ CREATE TABLE sessions (
     expires_at timestamptz NOT NULL,
     revoked_at timestamptz,
     last_used_at timestamptz,
-    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
-    updated_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    created_at timestamptz NOT NULL DEFAULT now(),
+    updated_at timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT sessions_pkey PRIMARY KEY (id),
     CONSTRAINT sessions_user_id_fkey FOREIGN KEY (user_id) REFERENCES users (id),
     CONSTRAINT sessions_secret_hash_key UNIQUE (secret_hash),
@@ -239,8 +239,10 @@ CREATE INDEX sessions_user_id_valid_idx ON sessions (user_id, expires_at) WHERE 
 -- For the removal of ended sessions. The earlier of the two times is when one ended.
 CREATE INDEX sessions_ended_at_idx ON sessions (least(revoked_at, expires_at));
 
+-- That a credential is used does not change it.
 CREATE TRIGGER sessions_set_updated_at BEFORE UPDATE ON sessions
-    FOR EACH ROW EXECUTE FUNCTION set_updated_at();
+    FOR EACH ROW WHEN (NEW.last_used_at IS NOT DISTINCT FROM OLD.last_used_at)
+    EXECUTE FUNCTION set_updated_at();
 
 CREATE TRIGGER sessions_keep_revocation BEFORE UPDATE OF revoked_at ON sessions
     FOR EACH ROW WHEN (OLD.revoked_at IS NOT NULL AND NEW.revoked_at IS DISTINCT FROM OLD.revoked_at)
@@ -258,8 +260,8 @@ CREATE TABLE api_keys (
     expires_at timestamptz,
     revoked_at timestamptz,
     last_used_at timestamptz,
-    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
-    updated_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    created_at timestamptz NOT NULL DEFAULT now(),
+    updated_at timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT api_keys_pkey PRIMARY KEY (id),
     CONSTRAINT api_keys_user_id_fkey FOREIGN KEY (user_id) REFERENCES users (id),
     CONSTRAINT api_keys_key_hash_key UNIQUE (key_hash),
@@ -300,7 +302,8 @@ CREATE TRIGGER api_keys_count_removed AFTER DELETE ON api_keys REFERENCING OLD T
     FOR EACH STATEMENT EXECUTE FUNCTION count_usage('api_keys', 'user_id');
 
 CREATE TRIGGER api_keys_set_updated_at BEFORE UPDATE ON api_keys
-    FOR EACH ROW EXECUTE FUNCTION set_updated_at();
+    FOR EACH ROW WHEN (NEW.last_used_at IS NOT DISTINCT FROM OLD.last_used_at)
+    EXECUTE FUNCTION set_updated_at();
 
 CREATE TRIGGER api_keys_keep_revocation BEFORE UPDATE OF revoked_at ON api_keys
     FOR EACH ROW WHEN (OLD.revoked_at IS NOT NULL AND NEW.revoked_at IS DISTINCT FROM OLD.revoked_at)

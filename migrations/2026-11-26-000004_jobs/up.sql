@@ -29,8 +29,8 @@ CREATE TABLE jobs (
     closed_at timestamptz,
     -- Set by retention, which then deletes the job's events.
     events_removed boolean NOT NULL DEFAULT false,
-    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
-    updated_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    created_at timestamptz NOT NULL DEFAULT now(),
+    updated_at timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT jobs_pkey PRIMARY KEY (id),
     CONSTRAINT jobs_provider_fkey FOREIGN KEY (provider_id, provider_role) REFERENCES users (id, role),
     CONSTRAINT jobs_customer_fkey FOREIGN KEY (customer_id, customer_role) REFERENCES users (id, role),

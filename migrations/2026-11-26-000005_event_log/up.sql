@@ -45,7 +45,6 @@ CREATE TABLE events (
     CONSTRAINT events_position_key UNIQUE (position),
     CONSTRAINT events_sequence_check CHECK (sequence >= 1),
     CONSTRAINT events_name_check CHECK (char_length(name) <= 256),
-    CONSTRAINT events_step_check CHECK (kind <> 'step' OR step_configuration_id IS NOT NULL),
     CONSTRAINT events_event_metadata_check CHECK (octet_length(event_metadata) <= 16384),
     CONSTRAINT events_percent_check CHECK (percent BETWEEN 0 AND 100 AND (percent = 100) = (status = 'complete')),
     CONSTRAINT events_status_check CHECK (
@@ -298,11 +297,11 @@ BEGIN
             occurred_at, status, points_done, percent, ordinal)
         WHERE outcomes[given.job] = 0;
 
-        -- The closing time of a job is the time of its last event. The providers have
-        -- fewer open jobs: see user_usage.
+        -- A job is closed, and was last changed, at the time of its last event. The
+        -- providers have fewer open jobs: see user_usage.
         IF true = ANY (job_closed) THEN
             WITH closed AS (
-                UPDATE jobs SET closed_at = appended_at
+                UPDATE jobs SET closed_at = appended_at, updated_at = appended_at
                 FROM unnest(job_id, job_closed, outcomes) AS given (id, closed, outcome)
                 WHERE jobs.id = given.id AND given.closed AND given.outcome = 0
                 RETURNING jobs.provider_id)

@@ -12,8 +12,8 @@ CREATE TABLE watch_tokens (
     expires_at timestamptz NOT NULL,
     revoked_at timestamptz,
     last_used_at timestamptz,
-    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
-    updated_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    created_at timestamptz NOT NULL DEFAULT now(),
+    updated_at timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT watch_tokens_pkey PRIMARY KEY (id),
     CONSTRAINT watch_tokens_job_id_fkey FOREIGN KEY (job_id) REFERENCES jobs (id),
     CONSTRAINT watch_tokens_user_id_fkey FOREIGN KEY (user_id) REFERENCES users (id),
@@ -33,7 +33,8 @@ CREATE TRIGGER watch_tokens_count_removed AFTER DELETE ON watch_tokens REFERENCI
     FOR EACH STATEMENT EXECUTE FUNCTION count_usage('watch_tokens', 'user_id');
 
 CREATE TRIGGER watch_tokens_set_updated_at BEFORE UPDATE ON watch_tokens
-    FOR EACH ROW EXECUTE FUNCTION set_updated_at();
+    FOR EACH ROW WHEN (NEW.last_used_at IS NOT DISTINCT FROM OLD.last_used_at)
+    EXECUTE FUNCTION set_updated_at();
 
 CREATE TRIGGER watch_tokens_keep_revocation BEFORE UPDATE OF revoked_at ON watch_tokens
     FOR EACH ROW WHEN (OLD.revoked_at IS NOT NULL AND NEW.revoked_at IS DISTINCT FROM OLD.revoked_at)

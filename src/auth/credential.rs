@@ -192,7 +192,7 @@ impl Credential {
 
     /// Ends the credential for good. Its streams send their `end`; those whose client does
     /// not read it are reset.
-    pub(super) fn end(self: &Arc<Self>) {
+    pub(crate) fn end(self: &Arc<Self>) {
         self.end_at(Moment::PAST);
         if !self.streams.lock().is_empty() {
             self.reset_streams_after_grace();

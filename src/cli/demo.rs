@@ -195,8 +195,10 @@ fn steps() -> Vec<StepConfiguration> {
                 name: name.to_owned(),
                 kind: kind.into(),
                 units: units.to_owned(),
+                ..MetadataConfiguration::default()
             })
             .collect(),
+        ..StepConfiguration::default()
     };
     vec![
         step(

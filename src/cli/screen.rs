@@ -59,7 +59,7 @@ impl Screen {
 
     /// Prints an event and moves the bar to its progress.
     pub(super) fn event(&mut self, event: &Event) -> io::Result<()> {
-        if event.kind() == EventKind::Step {
+        if event.kind() == EventKind::Step && !event.step_tag.is_empty() {
             self.done.insert(event.step_tag.clone());
         }
         let progress = event.progress.unwrap_or_default();
@@ -218,7 +218,8 @@ fn title(event: &Event) -> &str {
             EventKind::Complete => "complete",
             EventKind::Close => "closed",
             EventKind::Error => "error",
-            EventKind::Step | EventKind::Info | EventKind::Unspecified => "",
+            EventKind::Step => "step",
+            EventKind::Info | EventKind::Unspecified => "",
         },
         ("", step) => step,
         (name, _) => name,
@@ -239,6 +240,15 @@ mod tests {
     use prost_types::{Struct, Value};
 
     use super::*;
+
+    #[test]
+    fn a_step_event_without_a_step_tag_is_no_done_step() {
+        let mut screen = Screen { bar: None, units: HashMap::new(), steps: 0, done: BTreeSet::new() };
+        let event = Event { kind: EventKind::Step.into(), ..Event::default() };
+        screen.event(&event).expect("stdout");
+        assert!(screen.done.is_empty());
+        assert_eq!(title(&event), "step");
+    }
 
     #[test]
     fn a_plain_line_shows_the_whole_event_without_control_characters() {

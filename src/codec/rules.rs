@@ -66,6 +66,11 @@ const STRUCT: Rules = Rules(&[(1, Rule::Map(METADATA_NAMES, &STRUCT_ENTRY))]);
 const STRUCT_ENTRY: Rules = Rules(&[(2, Rule::Message(&STRUCT_VALUE))]);
 /// Metadata is flat.
 const STRUCT_VALUE: Rules = Rules(&[(5, Rule::Refused), (6, Rule::Refused)]);
-const STEP: Rules = Rules(&[(4, Rule::Messages(STEP_METADATA, &NOTHING))]);
+const STEP: Rules = Rules(&[
+    (4, Rule::Messages(STEP_METADATA, &METADATA)),
+    (6, Rule::Message(&NOTHING)),
+    (7, Rule::Message(&NOTHING)),
+]);
+const METADATA: Rules = Rules(&[(5, Rule::Message(&NOTHING)), (6, Rule::Message(&NOTHING))]);
 const USER: Rules = Rules(&[(6, Rule::Message(&NOTHING)), (7, Rule::Message(&NOTHING))]);
 const FIELD_MASK: Rules = Rules(&[(1, Rule::Texts(UPDATE_MASK_PATHS))]);

@@ -64,6 +64,8 @@ pub struct Job {
     pub configuration_tag: String,
     /// The version of that configuration.
     pub configuration_version: String,
+    /// The name of that configuration.
+    pub configuration_name: String,
     /// Status after the last event.
     pub status: JobStatus,
     /// Progress after the last event.
@@ -123,6 +125,7 @@ impl Job {
                 jobs::job_configuration_id,
                 job_configurations::tag,
                 job_configurations::version,
+                job_configurations::name,
                 jobs::status,
                 (jobs::points_done, jobs::points_total, jobs::percent),
                 jobs::last_sequence,

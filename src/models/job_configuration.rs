@@ -10,14 +10,14 @@ use diesel::{dsl::exists, pg::Pg, prelude::*};
 use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use uuid::Uuid;
 
-pub use self::register::{NewJobConfiguration, NewStepConfiguration};
+pub use self::register::{NewJobConfiguration, NewMetadataConfiguration, NewStepConfiguration};
 use super::{
     caller::{Provider, Viewer, Visibility},
     pg_enum::pg_enum,
     version_order::latest_first,
 };
 use crate::{
-    error::Result,
+    error::{Error, Resource, Result},
     progress::Weights,
     schema::{job_configurations, jobs, metadata_configurations, step_configurations},
 };
@@ -33,7 +33,8 @@ pg_enum! {
     }
 }
 
-/// A version of a configuration, with its steps and their metadata.
+/// A version of a configuration, with its steps and their metadata. None of them ever
+/// changes, so that `updated_at` of their rows is `created_at`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct JobConfiguration {
     pub id: Uuid,
@@ -57,6 +58,7 @@ pub struct StepConfiguration {
     pub name: String,
     /// Weight of the step in the job's progress: 0 to [`crate::limits::STEP_POINTS`].
     pub points: i64,
+    pub created_at: DateTime<Utc>,
     /// In order; at most [`crate::limits::STEP_METADATA`].
     pub metadata: Vec<MetadataConfiguration>,
 }
@@ -65,12 +67,14 @@ pub struct StepConfiguration {
 #[derive(Clone, Debug, PartialEq, Eq, Queryable, Selectable)]
 #[diesel(table_name = metadata_configurations, check_for_backend(Pg))]
 pub struct MetadataConfiguration {
+    pub id: Uuid,
     /// Unique within its step.
     pub name: String,
     /// The kind that the value must have.
     pub kind: MetadataKind,
     /// The unit of a number, for people; may be empty.
     pub units: String,
+    pub created_at: DateTime<Utc>,
 }
 
 /// The key by which a request names a configuration.
@@ -151,8 +155,18 @@ impl JobConfiguration {
         Ok(query.first(conn).await.optional()?)
     }
 
+    /// Fails with [`Error::NotFound`] if a provider filters by a tag of which they have no
+    /// configuration. A customer may filter by any tag: there may be providers who have it.
+    pub async fn demand_tag(conn: &mut AsyncPgConnection, viewer: Viewer, tag: &str) -> Result<()> {
+        let Visibility::Provider(_) = viewer.visibility() else { return Ok(()) };
+        let key = ConfigurationKey::Latest { tag: tag.to_owned() };
+        let found = Self::find_id(conn, viewer, &key).await?;
+        found.map(drop).ok_or_else(|| Error::not_found(Resource::JobConfiguration, tag))
+    }
+
     /// Lists the ids of at most `limit` versions of a tag, highest precedence first,
-    /// beginning after the version with the id `after`.
+    /// beginning after the version with the id `after`. Fails with [`Error::NotFound`] if
+    /// there is no version of the tag.
     pub async fn list_versions(
         conn: &mut AsyncPgConnection,
         provider: Provider,
@@ -183,7 +197,11 @@ impl JobConfiguration {
                     precedence.lt(last_precedence).or(created_at.lt(last_created_at)).or(later_of_equal),
                 ));
         }
-        Ok(query.load(conn).await?)
+        let found: Vec<Uuid> = query.load(conn).await?;
+        if found.is_empty() {
+            Self::demand_tag(conn, provider.into(), tag).await?;
+        }
+        Ok(found)
     }
 
     /// Lists the ids of the latest versions of at most `limit` tags, ordered by tag,
@@ -252,12 +270,13 @@ impl JobConfiguration {
                 step_configurations::tag,
                 step_configurations::name,
                 step_configurations::points,
+                step_configurations::created_at,
             ))
-            .load::<(Uuid, Uuid, String, String, i32)>(conn)
+            .load::<(Uuid, Uuid, String, String, i32, DateTime<Utc>)>(conn)
             .await?;
-        for (configuration_id, id, tag, name, points) in rows {
+        for (configuration_id, id, tag, name, points, created_at) in rows {
             let metadata = metadata.remove(&id).unwrap_or_default();
-            let step = StepConfiguration { id, tag, name, points: points.into(), metadata };
+            let step = StepConfiguration { id, tag, name, points: points.into(), created_at, metadata };
             steps.entry(configuration_id).or_default().push(step);
         }
 

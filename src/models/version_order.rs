@@ -14,10 +14,10 @@ pub(super) fn latest_first()
     (columns::release.desc(), columns::precedence.desc(), columns::created_at.desc(), columns::id.desc())
 }
 
-/// Parses a version. The error is a sentence without its full stop. Numbers beyond
-/// 64 bits are refused, although SemVer permits them.
-pub fn parse(text: &str) -> Result<Version, String> {
-    Version::parse(text).map_err(|error| format!("must be a SemVer 2.0 version such as 1.10.0: {error}"))
+/// Parses a version; none if the text is not strict SemVer 2.0, or has a number beyond 64
+/// bits, which SemVer permits.
+pub fn parse(text: &str) -> Option<Version> {
+    Version::parse(text).ok()
 }
 
 /// Encodes a version as bytes whose lexicographic order is the precedence of
@@ -151,13 +151,8 @@ mod tests {
             "١.٠.٠",
         ];
         for text in refused {
-            let reason = parse(text).expect_err(text);
-            assert!(reason.starts_with("must be a SemVer 2.0 version"), "{text}: {reason}");
+            assert_eq!(parse(text), None, "{text}");
         }
-        assert_eq!(
-            parse("18446744073709551616.0.0").expect_err("too large"),
-            "must be a SemVer 2.0 version such as 1.10.0: value of major version number exceeds u64::MAX"
-        );
         for text in ["0.0.0", "1.0.0-0a", "1.0.0--", "1.0.0+001", "1.0.0-x.7.z.92+exp.sha.5114f85"] {
             parse(text).expect(text);
         }

@@ -40,6 +40,7 @@ pub struct WatchToken {
     /// Written at most once a minute.
     pub last_used_at: Option<DateTime<Utc>>,
     pub created_at: DateTime<Utc>,
+    pub updated_at: DateTime<Utc>,
 }
 
 #[derive(Clone, Debug)]

@@ -16,7 +16,7 @@ use std::{
 
 use http::{Request, Response};
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
-use tonic::{Status, body::Body, service::Routes};
+use tonic::{Code, Status, body::Body, service::Routes};
 use tower::Service;
 
 use super::{
@@ -121,12 +121,18 @@ async fn call_of_user(
         Err(error) => return Ok(Status::from(error).into_http()),
     };
     let messages = HeldMessages::default();
-    request.extensions_mut().insert(credential);
+    request.extensions_mut().insert(Arc::clone(&credential));
     request.extensions_mut().insert(messages.clone());
     let no_room = if publishes { NoRoom::Wait } else { NoRoom::Refuse };
     let request = request
         .map(|body| Body::new(CountedBody::new(body, tenants.clone(), tenant, no_room, messages.clone())));
     let response = routes.call(request).await?;
+    let status = Status::from_header_map(response.headers());
+    if status.is_some_and(|status| status.code() == Code::Unauthenticated) {
+        // The database does not have the credential any more, perhaps after a failover that lost
+        // it. In the cache it would be accepted by calls that read nothing of it.
+        credential.end();
+    }
     // The messages of a publish stream are counted by its handler, and those of a watch no more.
     let Some(call) = call else { return Ok(response) };
     Ok(count_answer(response, !appends, (tenants, tenant), (call, messages)).await)

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use diesel_async::AsyncPgConnection;
 use futures_util::FutureExt as _;
 use semver::Version;
 use tonic::{Request, Response};
@@ -17,10 +18,10 @@ use crate::{
     error::{Error, Resource, Result, Violations, quoted},
     limits::{CONFIGURATION_STEPS, STEP_METADATA, STEP_POINTS},
     models::{
-        caller::KeyScope,
+        caller::{KeyScope, Provider},
         job_configuration::{
             ConfigurationKey, JobConfiguration, MetadataConfiguration, MetadataKind, NewJobConfiguration,
-            NewStepConfiguration, StepConfiguration,
+            NewMetadataConfiguration, NewStepConfiguration, StepConfiguration,
         },
         version_order,
     },
@@ -77,34 +78,41 @@ impl ConfigurationService for ConfigurationApi {
         let mut request = request.into_inner();
         let (asked, tag) = Violations::check(|violations| {
             let page = PageRequest::<Uuid>::take(violations, provider.id(), &mut request);
-            let tag = Some(request.tag).filter(|tag| !tag.is_empty());
-            (page, tag.map(|tag| parse::key_text(violations, "tag", tag)))
+            (page, parse::optional_key_text(violations, "tag", request.tag))
         })?;
-        let (database, after, limit) = (&self.0.database, asked.after, asked.limit());
-        let ids = match &tag {
-            Some(tag) => read!(database, provider.tenant(), |conn| JobConfiguration::list_versions(
-                conn, provider, tag, after, limit
-            ))?,
-            None => read!(database, provider.tenant(), |conn| JobConfiguration::list_latest(
-                conn, provider, after, limit
-            ))?,
-        };
-        let on_page = ids.len().min(usize::try_from(asked.size).unwrap_or(usize::MAX));
-        let mut page = Page::default();
-        'page: for ids in ids[..on_page].chunks(READ_AT_ONCE) {
-            for configuration in read!(database, provider.tenant(), |conn| JobConfiguration::load(conn, ids))?
-            {
-                if !page.push(configuration.into()) {
-                    break 'page;
-                }
-            }
-        }
-        let last = page.items.len().checked_sub(1).filter(|last| last + 1 < ids.len());
+        let (page, last) =
+            read!(self.0.database, provider.tenant(), |conn| list(conn, provider, tag.as_deref(), &asked))?;
         Ok(Response::new(pb::ListJobConfigurationsResponse {
             job_configurations: page.items,
-            next_page_token: asked.next_token(last.map(|last| &ids[last])),
+            next_page_token: asked.next_token(last.as_ref()),
         }))
     }
+}
+
+/// Reads a page, and returns it with the id of its last item if there is a next page. All of
+/// it over one connection: while a user's calls queue for the pool, a call that queued twice
+/// might read for nothing.
+async fn list(
+    conn: &mut AsyncPgConnection,
+    provider: Provider,
+    tag: Option<&str>,
+    asked: &PageRequest<Uuid>,
+) -> Result<(Page<pb::JobConfiguration>, Option<Uuid>)> {
+    let ids = match tag {
+        Some(tag) => JobConfiguration::list_versions(conn, provider, tag, asked.after, asked.limit()).await?,
+        None => JobConfiguration::list_latest(conn, provider, asked.after, asked.limit()).await?,
+    };
+    let on_page = ids.len().min(usize::try_from(asked.size).unwrap_or(usize::MAX));
+    let mut page = Page::default();
+    'page: for ids in ids[..on_page].chunks(READ_AT_ONCE) {
+        for configuration in JobConfiguration::load(conn, ids).await? {
+            if !page.push(configuration.into()) {
+                break 'page;
+            }
+        }
+    }
+    let last = page.items.len().checked_sub(1).filter(|last| last + 1 < ids.len());
+    Ok((page, last.map(|last| ids[last])))
 }
 
 impl TryFrom<pb::GetJobConfigurationRequest> for ConfigurationKey {
@@ -144,7 +152,7 @@ impl TryFrom<pb::RegisterJobConfigurationRequest> for NewJobConfiguration {
         let mut violations = Violations::default();
         let tag = parse::key_text(&mut violations, "tag", request.tag);
         let name = parse::key_text(&mut violations, "name", request.name);
-        let version = required_version(&mut violations, "version", request.version);
+        let version = version(&mut violations, "version", request.version, "");
         let steps = new_steps(&mut violations, request.steps);
         violations.or(Self { tag, name, version, steps })
     }
@@ -177,7 +185,7 @@ fn new_metadata(
     violations: &mut Violations,
     step: &str,
     metadata: Vec<pb::MetadataConfiguration>,
-) -> Vec<MetadataConfiguration> {
+) -> Vec<NewMetadataConfiguration> {
     if metadata.len() > STEP_METADATA {
         let description = format!("must be at most {STEP_METADATA}");
         violations.add(format!("{step}.metadata"), description);
@@ -194,7 +202,7 @@ fn new_metadata(
             violations.add(format!("{field}.kind"), format!("{} is not a kind of metadata", metadata.kind));
         }
         let units = parse::text(violations, format!("{field}.units"), metadata.units);
-        parsed.push(MetadataConfiguration { name, kind: kind.unwrap_or(MetadataKind::Text), units });
+        parsed.push(NewMetadataConfiguration { name, kind: kind.unwrap_or(MetadataKind::Text), units });
     }
     parsed
 }
@@ -214,22 +222,24 @@ impl UniqueTexts {
     }
 }
 
-/// Parses a version; 0.0.0 after a violation.
-fn required_version(violations: &mut Violations, field: &str, text: String) -> Version {
+/// The rule for a version, in an error text.
+const VERSION: &str = "must be a SemVer 2.0 version such as 1.10.0 or 2.0.0-rc.1, with numbers of at most 64 \
+                       bits and without leading zeros";
+
+/// Parses a version; 0.0.0 after a violation, which ends with `hint`.
+fn version(violations: &mut Violations, field: &str, text: String, hint: &str) -> Version {
     let before = violations.iter().len();
     let text = parse::key_text(violations, field, text);
-    if violations.iter().len() == before {
-        match version_order::parse(&text) {
-            Ok(version) => return version,
-            Err(description) => violations.add(field, format!("{} {description}", quoted(&text))),
-        }
+    let version = version_order::parse(&text);
+    if version.is_none() && violations.iter().len() == before {
+        violations.add(field, format!("{} {VERSION}{hint}", quoted(&text)));
     }
-    Version::new(0, 0, 0)
+    version.unwrap_or(Version::new(0, 0, 0))
 }
 
-/// As [`required_version`]; none for an empty text.
+/// As [`version`]; none for an empty text, which stands for the latest version.
 pub(super) fn optional_version(violations: &mut Violations, field: &str, text: String) -> Option<Version> {
-    (!text.is_empty()).then(|| required_version(violations, field, text))
+    (!text.is_empty()).then(|| version(violations, field, text, "; leave it empty for the latest version"))
 }
 
 impl From<JobConfiguration> for pb::JobConfiguration {
@@ -243,21 +253,37 @@ impl From<JobConfiguration> for pb::JobConfiguration {
             steps: steps.into_iter().map(Into::into).collect(),
             created_at: Some(timestamp(created_at)),
             provider_id: provider_id.to_string(),
+            updated_at: Some(timestamp(created_at)),
         }
     }
 }
 
 impl From<StepConfiguration> for pb::StepConfiguration {
     fn from(step: StepConfiguration) -> Self {
-        let StepConfiguration { id: _, tag, name, points, metadata } = step;
-        Self { tag, name, points, metadata: metadata.into_iter().map(Into::into).collect() }
+        let StepConfiguration { id, tag, name, points, created_at, metadata } = step;
+        Self {
+            tag,
+            name,
+            points,
+            metadata: metadata.into_iter().map(Into::into).collect(),
+            id: id.to_string(),
+            created_at: Some(timestamp(created_at)),
+            updated_at: Some(timestamp(created_at)),
+        }
     }
 }
 
 impl From<MetadataConfiguration> for pb::MetadataConfiguration {
     fn from(metadata: MetadataConfiguration) -> Self {
-        let MetadataConfiguration { name, kind, units } = metadata;
-        Self { name, kind: kind.to_proto(), units }
+        let MetadataConfiguration { id, name, kind, units, created_at } = metadata;
+        Self {
+            name,
+            kind: kind.to_proto(),
+            units,
+            id: id.to_string(),
+            created_at: Some(timestamp(created_at)),
+            updated_at: Some(timestamp(created_at)),
+        }
     }
 }
 
@@ -283,6 +309,7 @@ mod tests {
             name: "A step".to_owned(),
             points,
             metadata: metadata.collect(),
+            ..Default::default()
         }
     }
 
@@ -368,5 +395,9 @@ mod tests {
             ["version: must be empty when id is given"]
         );
         assert_eq!(violations(key(Some(Key::Tag(String::new())), "x")).len(), 2);
+        let latest = violations(key(tag(), "latest"));
+        assert_eq!(latest, [format!("version: \"latest\" {VERSION}; leave it empty for the latest version")]);
+        let latest = violations(NewJobConfiguration::try_from(request("latest", vec![])));
+        assert_eq!(latest, [format!("version: \"latest\" {VERSION}")]);
     }
 }

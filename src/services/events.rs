@@ -20,9 +20,12 @@ use self::{
 };
 use super::{Answer, App, Peer, credential_of, held_bytes, held_messages, page::Page};
 use crate::{
+    db::read,
     error::{Error, Result},
-    event_log::{AppendedEvent, Body, EndReason, Filter, Message, Scope, StreamOrder, Watch, WatchQuery},
-    models::caller::KeyScope,
+    event_log::{
+        AppendedEvent, Body, EndReason, Filter, Message, Scope, Start, StreamOrder, Watch, WatchQuery,
+    },
+    models::{caller::KeyScope, job_configuration::JobConfiguration},
     pb::{self, event_service_server::EventService},
     progress::JobState,
     proto_enums::ProtoEnum as _,
@@ -123,6 +126,12 @@ impl EventService for EventApi {
         let scope = match scope {
             UncheckedScope::Job(key) => Scope::Job(self.0.log.jobs.find(viewer, &key).await?),
             UncheckedScope::All { configuration_tag, counterpart_id } => {
+                // A token is bound to its tag, which was looked for when the watch began.
+                if !configuration_tag.is_empty() && !matches!(start, Start::Resume(_)) {
+                    read!(self.0.database, viewer.tenant(), |conn| {
+                        JobConfiguration::demand_tag(conn, viewer, &configuration_tag)
+                    })?;
+                }
                 Scope::All { viewer, configuration_tag, counterpart_id }
             }
         };

@@ -157,8 +157,7 @@ fn list(
     let filters = JobFilters {
         statuses: statuses(v, &request.statuses),
         open: open(v, request.openness),
-        configuration_tag: Some(parse::text(v, "configuration_tag", request.configuration_tag))
-            .filter(|tag| !tag.is_empty()),
+        configuration_tag: parse::optional_key_text(v, "configuration_tag", request.configuration_tag),
         counterpart_id: parse::optional_uuid(v, "counterpart_id", &request.counterpart_id),
         created_from: parse::timestamp(v, "created_from", request.created_from),
         created_before: parse::timestamp(v, "created_before", request.created_before),
@@ -169,6 +168,11 @@ fn list(
             request.provider_job_name_prefix,
         ),
     };
+    if let (Some(from), Some(before)) = (filters.created_from, filters.created_before)
+        && before < from
+    {
+        violations.add("created_before", "must not be before created_from");
+    }
     violations.or((filters, page))
 }
 
@@ -211,6 +215,7 @@ impl From<Job> for pb::Job {
             closed_at: job.closed_at.map(timestamp),
             created_at: Some(timestamp(job.created_at)),
             updated_at: Some(timestamp(job.updated_at)),
+            configuration_name: job.configuration_name,
         }
     }
 }

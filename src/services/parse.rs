@@ -42,6 +42,15 @@ pub(super) fn key_text(violations: &mut Violations, field: impl fmt::Display, va
     value
 }
 
+/// As [`key_text`]; none for an empty text.
+pub(super) fn optional_key_text(
+    violations: &mut Violations,
+    field: impl fmt::Display,
+    value: String,
+) -> Option<String> {
+    (!value.is_empty()).then(|| key_text(violations, field, value))
+}
+
 /// A UUID of any version in its hyphenated form, in any case; nil after a violation.
 pub(super) fn uuid(violations: &mut Violations, field: impl fmt::Display, value: &str) -> Uuid {
     // `parse_str` alone accepts other forms, such as one with braces.

@@ -32,7 +32,7 @@ pub fn event(context: &Context, random: &mut fastrand::Rng, job: usize) -> pb::N
     };
     let tag = if steps > 0 { format!("step-{}", random.usize(..steps)) } else { String::new() };
     let kind = match random.u32(..10) {
-        0..5 if steps > 0 => EventKind::Step,
+        0..5 => EventKind::Step,
         9 => EventKind::Error,
         _ => EventKind::Info,
     };

@@ -55,6 +55,7 @@ async fn a_sign_up_creates_a_user_and_a_session() {
     assert_eq!(user.role(), UserRole::Customer);
     let session = response.session.unwrap();
     assert!(session.expires_at.unwrap().seconds > user.created_at.unwrap().seconds);
+    assert_eq!((session.created_at, session.updated_at), (user.created_at, user.updated_at));
 
     let me = current_user(&mut server.with_secret(session.secret)).await.unwrap();
     assert_eq!(me.user.unwrap(), user);
@@ -259,6 +260,7 @@ async fn an_expired_key_is_refused_at_once_and_stays_in_the_list() {
     let expired = user.session.auth.expire_api_key(request.clone()).await.unwrap().into_inner();
     let expired = expired.api_key.unwrap();
     assert!(expired.revoked_at.is_some() && expired.expires_at.is_none());
+    assert_eq!((first.updated_at, expired.updated_at), (first.created_at, expired.revoked_at));
     assert_refused(current_user(&mut user.key).await, Code::Unauthenticated, ErrorReason::CredentialInvalid);
     let again = user.session.auth.expire_api_key(request).await;
     assert_refused(again, Code::FailedPrecondition, ErrorReason::ApiKeyAlreadyExpired);

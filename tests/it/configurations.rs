@@ -3,6 +3,7 @@
 
 use milepost::pb::{self, ErrorReason, MetadataKind, get_job_configuration_request::Key};
 use tonic::{Code, Status};
+use uuid::Uuid;
 
 use crate::support::{TestServer, User, assert_refused, assert_violations, registration};
 
@@ -41,6 +42,7 @@ async fn a_configuration_is_found_by_id_by_version_and_by_tag() {
             name: "mean".to_owned(),
             kind: MetadataKind::Number.into(),
             units: "HU".to_owned(),
+            ..Default::default()
         },
         pb::MetadataConfiguration { name: "comment".to_owned(), ..Default::default() },
     ];
@@ -48,12 +50,60 @@ async fn a_configuration_is_found_by_id_by_version_and_by_tag() {
     assert_eq!(stored.provider_id, provider.id);
     assert_eq!((&stored.tag, &stored.name, &stored.version), (&request.tag, &request.name, &request.version));
     request.steps[1].metadata[1].kind = MetadataKind::Text.into();
-    assert_eq!(stored.steps, request.steps, "steps keep their order, and a missing kind becomes TEXT");
+    let sent = as_sent(stored.steps.clone());
+    assert_eq!(sent, request.steps, "steps keep their order, and a missing kind becomes TEXT");
 
     let tag = Key::Tag(stored.tag.clone());
     for (key, version) in [(Key::Id(stored.id.clone()), ""), (tag.clone(), "1.0.0"), (tag, "")] {
         assert_eq!(get(&mut provider, key, version).await.unwrap(), stored);
     }
+}
+
+/// The steps without what the server sets.
+fn as_sent(mut steps: Vec<pb::StepConfiguration>) -> Vec<pb::StepConfiguration> {
+    for step in &mut steps {
+        for metadata in &mut step.metadata {
+            (metadata.id, metadata.created_at, metadata.updated_at) = (String::new(), None, None);
+        }
+        (step.id, step.created_at, step.updated_at) = (String::new(), None, None);
+    }
+    steps
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn steps_and_metadata_have_ids_and_times_which_a_registration_ignores() {
+    let server = TestServer::start().await;
+    let mut provider = server.provider().await;
+    let mut request = registration("1.0.0", &[("load", 1), ("report", 1)]);
+    request.steps[0].metadata = ["mean", "median"]
+        .map(|name| pb::MetadataConfiguration { name: name.to_owned(), ..Default::default() })
+        .to_vec();
+    let stored = provider.register(request.clone()).await;
+    let at = stored.created_at;
+    assert!(at.is_some() && stored.updated_at == at);
+    let mut ids = std::collections::BTreeSet::from([stored.id.clone()]);
+    for step in &stored.steps {
+        assert_eq!((step.created_at, step.updated_at), (at, at));
+        ids.insert(step.id.clone());
+        for metadata in &step.metadata {
+            assert_eq!((metadata.created_at, metadata.updated_at), (at, at));
+            ids.insert(metadata.id.clone());
+        }
+    }
+    assert!(ids.len() == 5 && ids.iter().all(|id| Uuid::parse_str(id).is_ok()), "{ids:?}");
+
+    // What was read may be registered again, and as another version.
+    request.steps.clone_from(&stored.steps);
+    let again =
+        provider.configurations.register_job_configuration(request.clone()).await.unwrap().into_inner();
+    assert!(again.existed && again.job_configuration.as_ref() == Some(&stored));
+    request.version = "1.1.0".to_owned();
+    let later = provider.register(request).await;
+    assert_eq!(as_sent(later.steps.clone()), as_sent(stored.steps.clone()));
+    assert!(
+        later.steps[0].id != stored.steps[0].id
+            && later.steps[0].metadata[0].id != stored.steps[0].metadata[0].id
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -122,6 +172,17 @@ async fn the_latest_of_every_tag_is_listed_by_tag() {
         let found: Vec<_> = found.iter().map(|found| (found.tag.as_str(), found.version.as_str())).collect();
         assert_eq!(found, [("a", "1.0.0"), ("b", "1.1.0"), ("c", "0.1.0-x")]);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_versions_of_an_unknown_tag_are_not_found() {
+    let server = TestServer::start().await;
+    let mut provider = server.provider().await;
+    provider.configuration(&[]).await;
+    let request = pb::ListJobConfigurationsRequest { tag: "analysys".to_owned(), ..Default::default() };
+    let answer = provider.configurations.list_job_configurations(request).await;
+    let refusal = assert_refused(answer, Code::NotFound, ErrorReason::ResourceNotFound);
+    assert_eq!(refusal.details.resource_info().unwrap().resource_name, "analysys");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -201,4 +262,20 @@ async fn a_version_is_strict_semver() {
         assert!(answer.is_ok(), "{version}: {answer:?}");
     }
     assert_eq!(latest(&mut provider).await, huge);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_refusal_of_the_version_latest_says_to_leave_it_empty() {
+    let server = TestServer::start().await;
+    let mut provider = server.provider().await;
+    let stored = provider.configuration(&[]).await;
+    let got = get(&mut provider, Key::Tag(stored.tag), "latest").await.map(drop);
+    let job = provider.new_job(&server.customer().await);
+    let job = pb::CreateJobRequest { configuration_version: "latest".to_owned(), ..job };
+    let created = provider.jobs.create_job(job).await.map(drop);
+    for (answer, field) in [(got, "version"), (created, "configuration_version")] {
+        let refusal = assert_violations(answer, &[field]);
+        let description = &refusal.details.bad_request().unwrap().field_violations[0].description;
+        assert!(description.ends_with("; leave it empty for the latest version"), "{description}");
+    }
 }

@@ -44,7 +44,15 @@ async fn a_new_job_is_pending_and_visible_to_its_provider_and_its_customer() {
     assert_eq!(job.status(), JobStatus::Pending);
     assert_eq!(job.progress, Some(pb::Progress { points_done: 0, points_total: 40, percent: 0 }));
     assert_eq!((job.last_sequence, job.closed_at), (0, None));
-    assert_eq!(job.job_configuration_id, configuration.id);
+    assert_eq!(
+        (
+            &job.job_configuration_id,
+            &job.configuration_tag,
+            &job.configuration_version,
+            &job.configuration_name
+        ),
+        (&configuration.id, &configuration.tag, &configuration.version, &configuration.name)
+    );
     let party = |user: &User| pb::Party {
         id: user.id.clone(),
         first_name: "Ada".to_owned(),
@@ -228,6 +236,46 @@ async fn jobs_are_listed_newest_first_and_filters_combine() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_list_by_an_unknown_configuration_tag_is_not_found_for_a_provider_and_empty_for_a_customer() {
+    let server = TestServer::start().await;
+    let (mut provider, mut customer) = (server.provider().await, server.customer().await);
+    let of_tag = |tag: &str| pb::ListJobsRequest { configuration_tag: tag.to_owned(), ..Default::default() };
+    let stored = provider.configuration(&[]).await;
+    assert_eq!(list(&mut provider, of_tag(&stored.tag)).await, Vec::<String>::new(), "no job of the tag yet");
+    let job = provider.job(&customer).await;
+    assert_eq!(list(&mut provider, of_tag(&stored.tag)).await, [job.provider_job_id]);
+
+    let refusal = assert_refused(
+        provider.jobs.list_jobs(of_tag("analysys")).await,
+        Code::NotFound,
+        ErrorReason::ResourceNotFound,
+    );
+    let resource = refusal.details.resource_info().unwrap().clone();
+    assert_eq!(
+        (resource.resource_type.as_str(), resource.resource_name.as_str()),
+        ("milepost.v1.JobConfiguration", "analysys")
+    );
+    assert_eq!(list(&mut customer, of_tag("analysys")).await, Vec::<String>::new());
+    for user in [&mut provider, &mut customer] {
+        assert_violations(user.jobs.list_jobs(of_tag("analysis ")).await, &["configuration_tag"]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reversed_creation_time_range_is_refused() {
+    let server = TestServer::start().await;
+    let mut customer = server.customer().await;
+    let at = |seconds| Some(prost_types::Timestamp { seconds, nanos: 0 });
+    let range = |from, before| pb::ListJobsRequest {
+        created_from: at(from),
+        created_before: at(before),
+        ..Default::default()
+    };
+    assert_violations(customer.jobs.list_jobs(range(2, 1)).await, &["created_before"]);
+    assert_eq!(list(&mut customer, range(2, 2)).await, Vec::<String>::new(), "a range may be empty");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn closing_a_job_cancels_it_unless_it_has_failed() {
     let server = TestServer::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
@@ -254,6 +302,22 @@ async fn closing_a_job_cancels_it_unless_it_has_failed() {
         let refusal = assert_refused(refused, Code::FailedPrecondition, ErrorReason::JobClosed);
         assert_eq!(refusal.metadata["status"], status.as_str_name().trim_start_matches("JOB_STATUS_"));
         assert!(refusal.details.precondition_failure().is_some());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_closed_job_has_closed_at_and_updated_at_of_its_last_event() {
+    let server = TestServer::start().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[]).await;
+    let [completed, cancelled] = [provider.job(&customer).await, provider.job(&customer).await];
+    provider.append(&completed, [info("started"), complete()]).await;
+    provider.close(&cancelled).await.unwrap();
+    for job in [completed, cancelled] {
+        let last = provider.list(&job).await.pop().unwrap();
+        let closed = provider.get(&job).await;
+        assert!(closed.closed_at.is_some());
+        assert_eq!((closed.closed_at, closed.updated_at), (last.created_at, last.created_at));
     }
 }
 

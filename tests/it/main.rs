@@ -48,6 +48,7 @@ mod past;
 mod plans;
 mod poolers;
 mod progress;
+mod protos;
 mod publish;
 mod quotas;
 mod reflection;

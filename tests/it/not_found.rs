@@ -6,7 +6,7 @@ use prost::Message;
 use tonic::Code;
 use uuid::Uuid;
 
-use crate::support::{PASSWORD, TestDatabase, TestServer, User, raw, within_timeout};
+use crate::support::{PASSWORD, TestDatabase, TestServer, User, raw, registration, within_timeout};
 
 /// The statements that look for what a request names. Those of the server's own tasks, which
 /// run at any time, have other texts.
@@ -227,6 +227,34 @@ async fn configurations_credentials_and_customers_of_others_are_looked_for_as_un
         ("a disabled customer", named(disabled.id)),
     ];
     world.assert_alike(&provider.key_secret, "JobService/CreateJob", Code::NotFound, messages).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_filter_by_a_configuration_tag_of_somebody_else_is_looked_for_as_an_unknown_one() {
+    let mut world = World::new().await;
+    let mut provider = world.server.provider().await;
+    provider.configuration(&[]).await;
+    remember(&world.server, &provider.key_secret).await;
+    let of_owner = pb::RegisterJobConfigurationRequest { tag: unknown(), ..registration("1.0.0", &[]) };
+    let foreign = world.owner.register(of_owner).await.tag;
+    let methods: [(&str, Named); 3] = [
+        ("ConfigurationService/ListJobConfigurations", |tag| {
+            pb::ListJobConfigurationsRequest { tag, ..Default::default() }.encode_to_vec()
+        }),
+        ("JobService/ListJobs", |configuration_tag| {
+            pb::ListJobsRequest { configuration_tag, ..Default::default() }.encode_to_vec()
+        }),
+        ("EventService/WatchEvents", |configuration_tag| {
+            let all = pb::AllJobs { configuration_tag, ..Default::default() };
+            let scope = Some(pb::watch_events_request::Scope::AllJobs(all));
+            pb::WatchEventsRequest { scope, ..Default::default() }.encode_to_vec()
+        }),
+    ];
+    for (method, named) in methods {
+        let foreign = ("a tag of somebody else", named(foreign.clone()));
+        let messages = vec![("an unknown tag", named(unknown())), foreign];
+        world.assert_alike(&provider.key_secret, method, Code::NotFound, messages).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -3,7 +3,7 @@
 
 use milepost::pb::{self, JobStatus};
 
-use crate::support::{TestServer, complete, error, info, step};
+use crate::support::{TestServer, complete, error, info, registration, step};
 
 fn percents(appended: &[pb::AppendedEvent]) -> Vec<i32> {
     appended.iter().map(|event| event.progress.unwrap().percent).collect()
@@ -38,6 +38,32 @@ async fn a_configuration_without_steps_works_from_creation_to_100_percent() {
     assert_eq!(watched.events.len(), 2);
     assert_eq!(watched.end.job.unwrap().progress, Some(pb::Progress { percent: 100, ..nothing }));
     assert_eq!(customer.get(&job).await.status(), JobStatus::Complete);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_step_event_without_a_step_tag_counts_nothing_and_recovers_a_failed_job() {
+    let server = TestServer::start().await;
+    let (mut provider, mut customer) = (server.provider().await, server.customer().await);
+    for (version, steps) in [("1.0.0", &[][..]), ("2.0.0", &[("load", 1), ("report", 3)])] {
+        let total =
+            provider.register(registration(version, steps)).await.steps.iter().map(|step| step.points).sum();
+        let job = provider.job(&customer).await;
+        let batch = [step(""), error("lost"), step(""), step("")];
+        let appended = provider.append(&job, batch.clone()).await;
+        use JobStatus::{Failed, Running};
+        let statuses: Vec<_> = appended.iter().map(pb::AppendedEvent::status).collect();
+        assert_eq!(statuses, [Running, Failed, Running, Running]);
+        let nothing = pb::Progress { points_done: 0, points_total: total, percent: 0 };
+        assert!(appended.iter().all(|event| event.progress == Some(nothing)), "{appended:?}");
+        assert!(provider.append(&job, batch).await.iter().all(|event| event.existed));
+
+        let first = customer.watch(&job).await.events(1).await.remove(0);
+        assert_eq!(
+            (first.kind(), first.step_tag, first.step_name),
+            (pb::EventKind::Step, String::new(), String::new())
+        );
+        provider.append(&job, [complete()]).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -234,15 +234,13 @@ async fn a_resume_token_is_refused_if_unread_events_of_its_scope_were_removed() 
     let server = TestServer::start().await;
     let (mut provider, mut other) = (server.provider().await, server.provider().await);
     let (mut customer, mut other_customer) = (server.customer().await, server.customer().await);
-    provider.configuration(&[("load", 1)]).await;
-    provider
-        .register(pb::RegisterJobConfigurationRequest {
-            tag: "other".to_owned(),
-            ..registration("1.0.0", &[("load", 1)])
-        })
-        .await;
-    other.configuration(&[("load", 1)]).await;
-    let tag = registration("1.0.0", &[]).tag;
+    let of_tag = registration("1.0.0", &[("load", 1)]);
+    let tag = of_tag.tag.clone();
+    let of_other_tag = pb::RegisterJobConfigurationRequest { tag: "other".to_owned(), ..of_tag.clone() };
+    for provider in [&mut provider, &mut other] {
+        provider.register(of_tag.clone()).await;
+        provider.register(of_other_tag.clone()).await;
+    }
 
     let job = provider.job(&customer).await;
     provider.append(&job, [info("read before the removal")]).await;

@@ -1,8 +1,11 @@
 //! Invariants of the schema, read from the catalogs of Postgres.
 
-use milepost::db::migrations;
+use milepost::{
+    db::migrations,
+    pb::{self, create_watch_token_request::Job},
+};
 
-use crate::support::{TestDatabase, TestServer, complete, step};
+use crate::support::{TestDatabase, TestServer, complete, registration, step};
 
 /// Tables that hold no entities.
 const BOOKKEEPING: &str = "('schema_compatibility', 'event_log', 'retention', 'removed_logs', 'log_in_attempts', 'sign_up_windows', 'histories', 'user_usage', 'usage_changes', 'event_usage', 'credential_removal', '__diesel_schema_migrations')";
@@ -76,6 +79,58 @@ async fn every_entity_has_id_created_at_and_updated_at() {
     ))
     .await;
     assert_eq!(missing, no_rows());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_database_sets_updated_at_of_every_entity() {
+    // append_events sets that of a job.
+    let unset = texts(&format!(
+        "SELECT relname::text AS text FROM pg_class
+         WHERE relkind = 'r' AND relnamespace = 'public'::regnamespace
+         AND relname NOT IN {BOOKKEEPING} AND relname <> 'jobs'
+         AND NOT EXISTS (
+             SELECT FROM pg_trigger
+             WHERE tgrelid = pg_class.oid AND tgfoid = 'set_updated_at'::regproc AND tgenabled = 'O')
+         AND NOT EXISTS (
+             SELECT FROM pg_attribute
+             WHERE attrelid = pg_class.oid AND attname = 'updated_at' AND attgenerated = 's')",
+    ))
+    .await;
+    assert_eq!(unset, no_rows());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_times_that_one_transaction_sets_in_a_row_are_equal() {
+    let server = TestServer::start().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    let mut request = registration("1.0.0", &[("load", 1)]);
+    request.steps[0].metadata =
+        vec![pb::MetadataConfiguration { name: "mean".to_owned(), ..Default::default() }];
+    provider.register(request).await;
+    let job = Some(Job::JobId(provider.job(&customer).await.id));
+    let create = pb::CreateWatchTokenRequest { job, ..Default::default() };
+    let token = provider.auth.create_watch_token(create).await.unwrap().into_inner().watch_token.unwrap();
+
+    let rows = async |table: &str, condition: &str| server.count(&format!("{table} WHERE {condition}")).await;
+    let credentials = ["sessions", "api_keys", "watch_tokens"];
+    for table in credentials {
+        // Use is no change.
+        server.database.execute(&format!("UPDATE {table} SET last_used_at = clock_timestamp()")).await;
+    }
+    let others = ["users", "job_configurations", "step_configurations", "metadata_configurations", "jobs"];
+    for table in credentials.into_iter().chain(others) {
+        assert_eq!(rows(table, "created_at <> updated_at").await, 0, "{table}");
+        assert!(rows(table, "true").await > 0, "{table}");
+    }
+
+    let keys = &mut provider.session.auth;
+    let listed = keys.list_api_keys(pb::ListApiKeysRequest::default()).await.unwrap().into_inner().api_keys;
+    keys.expire_watch_token(pb::ExpireWatchTokenRequest { watch_token_id: token.id }).await.unwrap();
+    keys.expire_api_key(pb::ExpireApiKeyRequest { api_key_id: listed[0].id.clone() }).await.unwrap();
+    keys.log_out(pb::LogOutRequest {}).await.unwrap();
+    for table in credentials {
+        assert_eq!(rows(table, "revoked_at = updated_at AND updated_at > created_at").await, 1, "{table}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -28,7 +28,7 @@ async fn running_job(server: &TestServer) -> (User, pb::Job) {
         .map(|(name, kind)| pb::MetadataConfiguration {
             name: name.to_owned(),
             kind: kind.into(),
-            units: String::new(),
+            ..Default::default()
         })
         .to_vec();
     provider.register(request).await;
@@ -57,7 +57,6 @@ async fn an_invalid_event_is_refused_with_its_fields_and_no_event_of_its_batch_i
         (with_kind(EventKind::Unspecified.into()), &["events[1].kind"]),
         (with_kind(EventKind::Close.into()), &["events[1].kind"]),
         (with_kind(77), &["events[1].kind"]),
-        (NewEvent { step_tag: String::new(), ..step("load") }, &["events[1].step_tag"]),
         (NewEvent { step_tag: "lo\0ad".to_owned(), ..step("load") }, &["events[1].step_tag"]),
         (step("no-such-step"), &["events[1].step_tag"]),
         (NewEvent { step_tag: "no-such-step".to_owned(), ..info("x") }, &["events[1].step_tag"]),
@@ -126,7 +125,8 @@ async fn metadata_keeps_its_values_and_their_types() {
         ("comment", Value::from("")),
         ("undeclared", Value::from(true)),
         ("tiny", Value::from(f64::MIN_POSITIVE)),
-        ("large", Value::from(9_007_199_254_740_993.0)),
+        ("largest exact integer", Value::from(9_007_199_254_740_992.0)),
+        ("larger integer", Value::from("9007199254740993")),
     ]);
     let event = NewEvent { metadata: Some(sent.clone()), ..step("load") };
     provider.append(&job, [event]).await;
@@ -294,12 +294,16 @@ async fn an_invalid_watch_request_is_refused() {
     let all_jobs = || Some(Scope::AllJobs(pb::AllJobs::default()));
     let request = |scope, start| pb::WatchEventsRequest { scope, start, ..Default::default() };
 
-    let invalid: [(pb::WatchEventsRequest, &[&str]); 5] = [
+    let of_tag = |tag: &str| {
+        Some(Scope::AllJobs(pb::AllJobs { configuration_tag: tag.to_owned(), ..Default::default() }))
+    };
+    let invalid: [(pb::WatchEventsRequest, &[&str]); 6] = [
         (request(None, None), &["scope"]),
         (request(Some(Scope::JobId("x".to_owned())), None), &["job_id"]),
         (request(all_jobs(), Some(Start::AfterSequence(1))), &["after_sequence"]),
         (request(one_job(), Some(Start::AfterSequence(-1))), &["after_sequence"]),
         (request(one_job(), Some(Start::ResumeToken("nonsense".to_owned()))), &["resume_token"]),
+        (request(of_tag(" analysis"), None), &["all_jobs.configuration_tag"]),
     ];
     for (request, fields) in invalid {
         assert_violations(refused_watch(&mut provider, request).await, fields);
@@ -309,6 +313,8 @@ async fn an_invalid_watch_request_is_refused() {
     assert_refused(answer, Code::OutOfRange, ErrorReason::PositionBeyondLog);
     let mut other_customer = server.customer().await;
     let answer = refused_watch(&mut other_customer, request(one_job(), None)).await;
+    assert_refused(answer, Code::NotFound, ErrorReason::ResourceNotFound);
+    let answer = refused_watch(&mut provider, request(of_tag("analysys"), None)).await;
     assert_refused(answer, Code::NotFound, ErrorReason::ResourceNotFound);
 }
 

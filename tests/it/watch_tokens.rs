@@ -70,6 +70,7 @@ async fn an_expired_watch_token_is_refused_and_its_streams_end() {
     let expired = provider.auth.expire_watch_token(request.clone()).await.unwrap().into_inner();
     let expired = expired.watch_token.unwrap();
     assert!(expired.revoked_at.is_some() && expired.expires_at == token.expires_at);
+    assert_eq!((token.updated_at, expired.updated_at), (token.created_at, expired.revoked_at));
     let refused = viewer.auth.get_current_user(pb::GetCurrentUserRequest {}).await;
     assert_refused(refused, Code::Unauthenticated, ErrorReason::CredentialInvalid);
     let Some(Message::End(end)) = watching.next().await.unwrap() else { panic!("no end") };

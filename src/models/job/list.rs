@@ -19,6 +19,7 @@ use crate::{
     models::{
         CreationCursor,
         caller::{Viewer, Visibility},
+        job_configuration::JobConfiguration,
         visible_jobs,
     },
     progress::JobStatus,
@@ -63,7 +64,8 @@ impl Job {
 
     /// Lists at most `limit` jobs that the viewer may see, newest first, beginning with
     /// those older than `after`. A page may have fewer jobs, or none, before the end of
-    /// the list.
+    /// the list. Fails with [`Error::NotFound`](crate::error::Error::NotFound) if no job
+    /// matches and the viewer may not filter by the configuration tag.
     pub async fn list(
         conn: &mut AsyncPgConnection,
         viewer: Viewer,
@@ -77,6 +79,9 @@ impl Job {
             Some(found) => found,
             None => query.by_creation(conn, &conditions).await?,
         };
+        if let (true, Some(tag)) = (keys.is_empty(), &filters.configuration_tag) {
+            JobConfiguration::demand_tag(conn, viewer, tag).await?;
+        }
         let mut next = rest;
         if let Ok(limit) = usize::try_from(limit)
             && keys.len() > limit

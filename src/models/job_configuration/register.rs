@@ -5,11 +5,11 @@ use diesel_async::RunQueryDsl as _;
 use semver::Version;
 use uuid::Uuid;
 
-use super::{ConfigurationKey, JobConfiguration, MetadataConfiguration, MetadataKind};
+use super::{ConfigurationKey, JobConfiguration, MetadataKind, StepConfiguration};
 use crate::{
     config::QuotaSettings,
     db::Transaction,
-    error::{Error, Resource, Result, Violations},
+    error::{Error, Resource, Result, Violations, quoted, quoted_list},
     models::{caller::Provider, usage, version_order},
     quota::Quota,
     schema::{job_configurations, metadata_configurations, step_configurations},
@@ -31,7 +31,15 @@ pub struct NewStepConfiguration {
     pub tag: String,
     pub name: String,
     pub points: i32,
-    pub metadata: Vec<MetadataConfiguration>,
+    pub metadata: Vec<NewMetadataConfiguration>,
+}
+
+/// A metadata name of a step to register.
+#[derive(Clone, Debug)]
+pub struct NewMetadataConfiguration {
+    pub name: String,
+    pub kind: MetadataKind,
+    pub units: String,
 }
 
 impl JobConfiguration {
@@ -151,59 +159,105 @@ impl NewJobConfiguration {
     fn differences(&self, stored: &JobConfiguration) -> Violations {
         let mut differences = Violations::default();
         differences.add_if_different("name", &self.name, &stored.name);
-        if self.steps.len() != stored.steps.len() {
-            differences.add("steps", format!("{} are stored", stored.steps.len()));
-        }
-        for (i, (step, stored)) in self.steps.iter().zip(&stored.steps).enumerate() {
-            differences.add_if_different(format!("steps[{i}].tag"), &step.tag, &stored.tag);
-            differences.add_if_different(format!("steps[{i}].name"), &step.name, &stored.name);
-            if i64::from(step.points) != stored.points {
-                differences.add(format!("steps[{i}].points"), format!("is stored as {}", stored.points));
-            }
-            if step.metadata.len() != stored.metadata.len() {
-                differences
-                    .add(format!("steps[{i}].metadata"), format!("{} are stored", stored.metadata.len()));
-            }
-            for (j, (metadata, stored)) in step.metadata.iter().zip(&stored.metadata).enumerate() {
-                let path = format!("steps[{i}].metadata[{j}]");
-                differences.add_if_different(format!("{path}.name"), &metadata.name, &stored.name);
-                if metadata.kind != stored.kind {
-                    let kind = stored.kind.label().to_uppercase();
-                    differences.add(format!("{path}.kind"), format!("is stored as {kind}"));
-                }
-                differences.add_if_different(format!("{path}.units"), &metadata.units, &stored.units);
+        let tags = (keys(&self.steps, |step| &step.tag), keys(&stored.steps, |step| &step.tag));
+        for (i, place) in places(&mut differences, "steps", &tags).into_iter().enumerate() {
+            let (path, step) = (format!("steps[{i}]"), &self.steps[i]);
+            match place {
+                Some(place) => step.add_differences(&mut differences, &path, &stored.steps[place]),
+                None => differences.add(path, format!("{} is not stored", quoted(&step.tag))),
             }
         }
         differences
     }
 }
 
+impl NewStepConfiguration {
+    fn add_differences(&self, differences: &mut Violations, path: &str, stored: &StepConfiguration) {
+        differences.add_if_different(format!("{path}.name"), &self.name, &stored.name);
+        if i64::from(self.points) != stored.points {
+            differences.add(format!("{path}.points"), format!("is stored as {}", stored.points));
+        }
+        let path = format!("{path}.metadata");
+        let names = (keys(&self.metadata, |item| &item.name), keys(&stored.metadata, |item| &item.name));
+        for (i, place) in places(differences, &path, &names).into_iter().enumerate() {
+            let (path, metadata) = (format!("{path}[{i}]"), &self.metadata[i]);
+            let Some(stored) = place.map(|place| &stored.metadata[place]) else {
+                differences.add(path, format!("{} is not stored", quoted(&metadata.name)));
+                continue;
+            };
+            if metadata.kind != stored.kind {
+                let kind = stored.kind.label().to_uppercase();
+                differences.add(format!("{path}.kind"), format!("is stored as {kind}"));
+            }
+            differences.add_if_different(format!("{path}.units"), &metadata.units, &stored.units);
+        }
+    }
+}
+
+fn keys<T>(items: &[T], key: impl Fn(&T) -> &String) -> Vec<&str> {
+    items.iter().map(|item| key(item).as_str()).collect()
+}
+
+/// Compares a given and a stored list by the keys of their items, which are unique in each.
+/// Adds which items the given list lacks, and whether the others have another order. Returns
+/// the place of each given item in the stored list; none if it is not stored.
+fn places(
+    differences: &mut Violations,
+    field: &str,
+    (given, stored): &(Vec<&str>, Vec<&str>),
+) -> Vec<Option<usize>> {
+    for key in stored.iter().filter(|key| !given.contains(key)) {
+        differences.add(field, format!("{} is stored and missing here", quoted(key)));
+    }
+    let places: Vec<_> = given.iter().map(|key| stored.iter().position(|stored| stored == key)).collect();
+    if !places.iter().flatten().is_sorted() {
+        let stored = quoted_list(stored.iter().copied());
+        differences.add(field, format!("the order differs; stored are {stored}"));
+    }
+    places
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::models::job_configuration::StepConfiguration;
+    use crate::models::job_configuration::MetadataConfiguration;
 
-    fn metadata(kind: MetadataKind) -> MetadataConfiguration {
-        MetadataConfiguration { name: "mean".to_owned(), kind, units: "HU".to_owned() }
+    fn metadata(name: &str, kind: MetadataKind) -> NewMetadataConfiguration {
+        NewMetadataConfiguration { name: name.to_owned(), kind, units: "HU".to_owned() }
     }
 
-    fn new(points: i32, metadata: Vec<MetadataConfiguration>) -> NewJobConfiguration {
-        let (tag, name) = ("load".to_owned(), "Load".to_owned());
+    /// A version with these steps, of which each has 10 points and two names of metadata.
+    fn new(tags: &[&str]) -> NewJobConfiguration {
+        let step = |tag: &&str| NewStepConfiguration {
+            tag: (*tag).to_owned(),
+            name: "A step".to_owned(),
+            points: 10,
+            metadata: vec![metadata("mean", MetadataKind::Number), metadata("source", MetadataKind::Link)],
+        };
         NewJobConfiguration {
             tag: "ct".to_owned(),
             name: "CT".to_owned(),
             version: Version::new(1, 0, 0),
-            steps: vec![NewStepConfiguration { tag, name, points, metadata }],
+            steps: tags.iter().map(step).collect(),
         }
     }
 
     fn stored(new: NewJobConfiguration) -> JobConfiguration {
+        let created_at = chrono::Utc::now();
+        let metadata = |NewMetadataConfiguration { name, kind, units }| MetadataConfiguration {
+            id: Uuid::now_v7(),
+            name,
+            kind,
+            units,
+            created_at,
+        };
         let steps = new.steps.into_iter().map(|step| StepConfiguration {
             id: Uuid::now_v7(),
             tag: step.tag,
             name: step.name,
             points: step.points.into(),
-            metadata: step.metadata,
+            created_at,
+            metadata: step.metadata.into_iter().map(metadata).collect(),
         });
         JobConfiguration {
             id: Uuid::now_v7(),
@@ -211,34 +265,56 @@ mod tests {
             tag: new.tag,
             name: new.name,
             version: new.version.to_string(),
-            created_at: chrono::Utc::now(),
+            created_at,
             steps: steps.collect(),
         }
     }
 
+    fn listed(new: &NewJobConfiguration, stored: &JobConfiguration) -> Vec<String> {
+        let differences = new.differences(stored);
+        differences.iter().map(|v| format!("{}: {}", v.field, v.description)).collect()
+    }
+
     #[test]
     fn every_difference_is_listed_by_its_field_path() {
-        let before = stored(new(10, vec![metadata(MetadataKind::Number), metadata(MetadataKind::Link)]));
-        let same = new(10, vec![metadata(MetadataKind::Number), metadata(MetadataKind::Link)]);
-        assert!(same.differences(&before).is_empty());
+        let before = stored(new(&["load", "report"]));
+        assert_eq!(listed(&new(&["load", "report"]), &before), [""; 0]);
 
-        let mut other = new(11, vec![metadata(MetadataKind::Text)]);
+        let mut other = new(&["load", "archive"]);
         other.name = "CT scan".to_owned();
+        other.steps[0].points = 11;
+        other.steps[0].metadata =
+            vec![metadata("mean", MetadataKind::Text), metadata("median", MetadataKind::Text)];
         other.steps[0].metadata[0].units = String::new();
-        other.steps.push(other.steps[0].clone());
-        let differences = other.differences(&before);
-        let listed: Vec<String> =
-            differences.iter().map(|v| format!("{} {}", v.field, v.description)).collect();
         assert_eq!(
-            listed,
+            listed(&other, &before),
             [
-                "name is stored as \"CT\"",
-                "steps 1 are stored",
-                "steps[0].points is stored as 10",
-                "steps[0].metadata 2 are stored",
-                "steps[0].metadata[0].kind is stored as NUMBER",
-                "steps[0].metadata[0].units is stored as \"HU\"",
+                r#"name: is stored as "CT""#,
+                r#"steps: "report" is stored and missing here"#,
+                "steps[0].points: is stored as 10",
+                r#"steps[0].metadata: "source" is stored and missing here"#,
+                "steps[0].metadata[0].kind: is stored as NUMBER",
+                r#"steps[0].metadata[0].units: is stored as "HU""#,
+                r#"steps[0].metadata[1]: "median" is not stored"#,
+                r#"steps[1]: "archive" is not stored"#,
             ]
         );
+    }
+
+    #[test]
+    fn another_order_is_one_difference_and_an_added_item_moves_none_of_the_others() {
+        let before = stored(new(&["load", "segment", "report"]));
+        assert_eq!(
+            listed(&new(&["load", "report", "segment"]), &before),
+            [r#"steps: the order differs; stored are "load", "segment", "report""#]
+        );
+        let mut of_metadata = new(&["load", "segment", "report"]);
+        of_metadata.steps[1].metadata.swap(0, 1);
+        assert_eq!(
+            listed(&of_metadata, &before),
+            [r#"steps[1].metadata: the order differs; stored are "mean", "source""#]
+        );
+        let added = new(&["load", "archive", "segment", "report"]);
+        assert_eq!(listed(&added, &before), [r#"steps[1]: "archive" is not stored"#]);
     }
 }

@@ -115,6 +115,11 @@ impl From<User> for pb::User {
 
 /// `secret` is empty except in the answer that creates the session.
 pub(super) fn session_message(secret: String, session: &Session) -> pb::Session {
-    let expires_at = Some(timestamp(session.expires_at));
-    pb::Session { id: session.id.to_string(), secret, expires_at }
+    pb::Session {
+        id: session.id.to_string(),
+        secret,
+        expires_at: Some(timestamp(session.expires_at)),
+        created_at: Some(timestamp(session.created_at)),
+        updated_at: Some(timestamp(session.updated_at)),
+    }
 }

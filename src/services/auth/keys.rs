@@ -76,6 +76,7 @@ impl From<ApiKey> for pb::ApiKey {
             last_used_at: key.last_used_at.map(timestamp),
             created_at: Some(timestamp(key.created_at)),
             revoked_at: key.revoked_at.map(timestamp),
+            updated_at: Some(timestamp(key.updated_at)),
         }
     }
 }

@@ -13,6 +13,7 @@ impl From<WatchToken> for pb::WatchToken {
             last_used_at: token.last_used_at.map(timestamp),
             created_at: Some(timestamp(token.created_at)),
             revoked_at: token.revoked_at.map(timestamp),
+            updated_at: Some(timestamp(token.updated_at)),
         }
     }
 }

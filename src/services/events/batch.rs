@@ -5,7 +5,7 @@ use std::{collections::HashSet, fmt, sync::Arc};
 use prost::Message as _;
 
 use crate::{
-    error::{Error, Result, Violations, quoted},
+    error::{Error, Result, Violations, quoted, quoted_list},
     event_log::{Batch, NewEvent, Step},
     limits,
     models::{
@@ -95,9 +95,6 @@ fn unchecked_event(violations: &mut Violations, index: usize, event: pb::NewEven
     }
     let name = parse::text(violations, at("name"), event.name);
     let step_tag = parse::text(violations, at("step_tag"), event.step_tag);
-    if kind == EventKind::Step && step_tag.is_empty() {
-        violations.add(at("step_tag"), "is required for STEP");
-    }
     let metadata = event.metadata.unwrap_or_default();
     check_metadata(violations, at("metadata"), &metadata);
     let occurred_at = parse::timestamp(violations, at("occurred_at"), event.occurred_at);
@@ -185,28 +182,10 @@ impl UncheckedBatch {
     }
 }
 
-/// Most bytes of known tags in a description, unless the first tag alone is longer.
-const KNOWN_TAGS_BYTES: usize = 256;
-
 /// Describes an unknown step tag, with the first of the known ones.
 fn unknown_step(tag: &str, configuration: &Configuration) -> String {
     let tree = &configuration.tree;
-    let mut known = String::new();
-    for step in &tree.steps {
-        let tag = quoted(&step.tag);
-        if known.is_empty() {
-            known = tag;
-        } else if known.len() + tag.len() > KNOWN_TAGS_BYTES {
-            known.push_str(", …");
-            break;
-        } else {
-            known.push_str(", ");
-            known.push_str(&tag);
-        }
-    }
-    if known.is_empty() {
-        known.push_str("none");
-    }
+    let known = quoted_list(tree.steps.iter().map(|step| step.tag.as_str()));
     format!("{} is not a step of {} {}; known: {known}", quoted(tag), quoted(&tree.tag), tree.version)
 }
 

@@ -69,7 +69,12 @@ pub(super) fn watch_request(
         Some(RawScope::JobId(id)) => UncheckedScope::Job(job_id(v, &id)),
         Some(RawScope::ProviderJobId(id)) => UncheckedScope::Job(provider_job_id(v, id)),
         Some(RawScope::AllJobs(all)) => UncheckedScope::All {
-            configuration_tag: parse::text(v, "all_jobs.configuration_tag", all.configuration_tag),
+            configuration_tag: parse::optional_key_text(
+                v,
+                "all_jobs.configuration_tag",
+                all.configuration_tag,
+            )
+            .unwrap_or_default(),
             counterpart_id: parse::optional_uuid(v, "all_jobs.counterpart_id", &all.counterpart_id),
         },
         None => UncheckedScope::Job(no_job(v, "scope")),

@@ -37,7 +37,7 @@ impl<'a> Replay<'a> {
     }
 
     pub fn apply(&mut self, kind: EventKind, step_tag: &str) {
-        if kind == EventKind::Step && self.steps_done.insert(step_tag.to_owned()) {
+        if kind == EventKind::Step && !step_tag.is_empty() && self.steps_done.insert(step_tag.to_owned()) {
             self.progress.points_done += self.weight(step_tag);
         }
         let failed = self.status == JobStatus::Failed;

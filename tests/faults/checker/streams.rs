@@ -33,7 +33,7 @@ impl Cursor {
 
 pub fn check(indexed: &IndexedHistory<'_>, violations: &mut Violations) {
     for record in &indexed.history.watchers {
-        WatcherCheck { indexed, record, live_since: None }.check(violations);
+        WatcherCheck { indexed, record, live_since: None, checked: HashMap::new() }.check(violations);
     }
 }
 
@@ -43,6 +43,8 @@ pub(super) struct WatcherCheck<'a> {
     /// For a watch from now: when it first caught up. It must receive all events that
     /// were sent later.
     live_since: Option<Moment>,
+    /// Up to which sequence of each job the current stream was found to have everything.
+    checked: HashMap<usize, i64>,
 }
 
 impl WatcherCheck<'_> {
@@ -103,6 +105,7 @@ impl WatcherCheck<'_> {
         resumed_after: &[usize],
         violations: &mut Violations,
     ) -> (HashMap<usize, Cursor>, Cursor) {
+        self.checked.clear();
         let mut kept = HashMap::new();
         let (mut caught_up, mut ended) = (false, false);
         for (number, message) in stream.messages.iter().enumerate() {
@@ -140,6 +143,7 @@ impl WatcherCheck<'_> {
                     }
                     if self.started_from_now() {
                         self.live_since.get_or_insert(message.received_at);
+                        self.checked.clear();
                     }
                     self.check_state(stream, state.as_ref(), &mut cursor, violations);
                 }
@@ -194,7 +198,7 @@ impl WatcherCheck<'_> {
                         since.as_secs_f64(),
                         if caught_up { "after" } else { "before" },
                     );
-                    violations.add(Guarantee::Complete, None, what);
+                    violations.add(Guarantee::InTime, None, what);
                 }
             }
             StreamEnd::Broken(why) if self.was_fault_free_at_end(stream, stream.ended_at) => {
@@ -203,7 +207,7 @@ impl WatcherCheck<'_> {
                     "{}: broke at {ended_s:.3} s although no fault affected the server: {why}",
                     self.label(stream)
                 );
-                violations.add(Guarantee::Contract, None, what);
+                violations.add(Guarantee::InTime, None, what);
             }
             StreamEnd::Ok | StreamEnd::ClosedByWatcher | StreamEnd::Broken(_) => {}
         }
@@ -213,7 +217,7 @@ impl WatcherCheck<'_> {
     /// A heartbeat after `caught_up` means that all earlier events were sent. Any
     /// heartbeat means that the job is not closed.
     fn check_heartbeat(
-        &self,
+        &mut self,
         stream: &Stream,
         message: &Message,
         caught_up: bool,
@@ -222,7 +226,9 @@ impl WatcherCheck<'_> {
     ) {
         if caught_up && self.record.reads_promptly {
             let before = message.received_at.saturating_sub(HEARTBEAT_TOLERANCE);
-            self.check_acknowledged(stream, cursor, before, "a heartbeat came", violations);
+            let mut late = Violations::default();
+            self.check_acknowledged(stream, cursor, before, "a heartbeat came", &mut late);
+            violations.add_late(late);
         }
         if let Scope::Job(job) = self.record.scope
             && let Some(last) = self.log(cursor, job).last().filter(|event| is_closing(event))
@@ -310,9 +316,13 @@ impl WatcherCheck<'_> {
         self.live_since.is_none_or(|live_since| sent_at <= live_since)
     }
 
+    fn jobs_in_scope(&self) -> Vec<usize> {
+        (0..self.indexed.logs.len()).filter(|&job| self.is_in_scope(job)).collect()
+    }
+
     /// Checks that all events acknowledged before this moment were received.
     fn check_acknowledged(
-        &self,
+        &mut self,
         stream: &Stream,
         cursor: &Cursor,
         before: Moment,
@@ -323,7 +333,7 @@ impl WatcherCheck<'_> {
         if cursor.lost.is_some() {
             return;
         }
-        for job in (0..self.indexed.logs.len()).filter(|&job| self.is_in_scope(job)) {
+        for job in self.jobs_in_scope() {
             let through = self.indexed.acknowledged_before(job, before);
             self.check_received_through(stream, job, cursor, through, milestone, violations);
         }
@@ -332,7 +342,7 @@ impl WatcherCheck<'_> {
     /// Checks that all events of a job through this sequence were received, except
     /// those that the filter of kinds excludes.
     fn check_received_through(
-        &self,
+        &mut self,
         stream: &Stream,
         job: usize,
         cursor: &Cursor,
@@ -341,7 +351,8 @@ impl WatcherCheck<'_> {
         violations: &mut Violations,
     ) {
         let (log, last) = (self.log(cursor, job), cursor.last(job));
-        for index in last.unwrap_or(0)..through {
+        let checked = self.checked.insert(job, through).unwrap_or_default();
+        for index in last.unwrap_or(0).max(checked)..through {
             let index = usize::try_from(index).unwrap();
             let Some(event) = log.get(index) else { return };
             if self.wants(event) && (last.is_some() || !self.may_be_past(cursor, job, index)) {
@@ -387,7 +398,7 @@ impl WatcherCheck<'_> {
     }
 
     fn check_end(
-        &self,
+        &mut self,
         stream: &Stream,
         message: &Message,
         reason: WatchEndReason,
@@ -447,7 +458,7 @@ impl WatcherCheck<'_> {
 
     /// Checks that a watcher that read to the end received all events and, for a closed
     /// job, the message `end`.
-    fn check_read_to_end(&self, cursor: &Cursor, violations: &mut Violations) {
+    fn check_read_to_end(&mut self, cursor: &Cursor, violations: &mut Violations) {
         let Some(stream) = self.record.streams.last() else { return };
         let last = stream.messages.last().map(|message| &message.body);
         let is_closed = matches!(last, Some(Body::End(WatchEndReason::JobClosed, _)));
@@ -458,7 +469,7 @@ impl WatcherCheck<'_> {
             }
             return;
         }
-        for job in (0..self.indexed.logs.len()).filter(|&job| self.is_in_scope(job)) {
+        for job in self.jobs_in_scope() {
             let length = i64::try_from(self.indexed.logs[job].events.len()).unwrap();
             self.check_received_through(
                 stream,

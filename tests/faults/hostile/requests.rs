@@ -54,13 +54,14 @@ pub fn large_configuration(tag: &str, version: &str) -> pb::RegisterJobConfigura
     let metadata = |number: usize| pb::MetadataConfiguration {
         name: format!("{number:02}"),
         kind: pb::MetadataKind::Text.into(),
-        units: String::new(),
+        ..Default::default()
     };
     let step = |number: usize| pb::StepConfiguration {
         tag: format!("step-{number}"),
         name: "A step".to_owned(),
         points: 1,
         metadata: (0..STEP_METADATA).map(metadata).collect(),
+        ..Default::default()
     };
     pb::RegisterJobConfigurationRequest {
         tag: tag.to_owned(),

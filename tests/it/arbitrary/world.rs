@@ -155,7 +155,7 @@ async fn check(checker: &mut User, listed: &pb::Job) -> Result<(), String> {
 }
 
 fn declared(name: &str, kind: MetadataKind) -> pb::MetadataConfiguration {
-    pb::MetadataConfiguration { name: name.to_owned(), kind: kind.into(), units: String::new() }
+    pb::MetadataConfiguration { name: name.to_owned(), kind: kind.into(), ..Default::default() }
 }
 
 /// Id and secret of a new key.

@@ -636,3 +636,17 @@ async fn a_publish_stream_whose_client_does_not_read_its_end_is_reset() {
     };
     assert!(end.is_err() && answers < batches, "{end:?} after {answers} answers");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_credential_that_one_call_finds_lost_is_refused_to_every_later_call() {
+    let server = TestServer::start().await;
+    let mut provider = server.provider().await;
+    provider.session.jobs.list_jobs(pb::ListJobsRequest::default()).await.unwrap();
+    // As a failover does that loses the log-in.
+    server.database.execute(&format!("DELETE FROM sessions WHERE user_id = '{}'", provider.id)).await;
+    let found = provider.session.auth.get_current_user(pb::GetCurrentUserRequest {}).await;
+    assert_refused(found, Code::Unauthenticated, ErrorReason::CredentialInvalid);
+    // This call reads no row of the session.
+    let later = provider.session.jobs.list_jobs(pb::ListJobsRequest::default()).await;
+    assert_refused(later, Code::Unauthenticated, ErrorReason::CredentialInvalid);
+}

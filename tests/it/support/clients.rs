@@ -170,7 +170,7 @@ pub fn registration(version: &str, steps: &[(&str, i64)]) -> pb::RegisterJobConf
         tag: tag.to_owned(),
         name: format!("The step {tag}"),
         points,
-        metadata: Vec::new(),
+        ..Default::default()
     };
     pb::RegisterJobConfigurationRequest {
         tag: TAG.to_owned(),
