@@ -1,6 +1,8 @@
 //! A client in Rust: the generated clients over one connection and with one
 //! credential, and a watch that resumes after interruptions.
 
+mod greeting;
+
 use std::{fmt, net::IpAddr, time::Duration};
 
 use http::{
@@ -46,9 +48,17 @@ pub enum ClientError {
     /// The TLS settings or files cannot be used.
     #[error(transparent)]
     Tls(#[from] TlsError),
-    /// The connection or its TLS handshake failed.
+    /// The connection failed.
     #[error("cannot connect to the server at {0}")]
-    Connect(String, #[source] tonic::transport::Error),
+    Connect(String, #[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The server speaks another protocol than the client, or its certificate is not trusted.
+    #[error("the server at {server} {answer}")]
+    Answer {
+        /// The server's address, as it was given.
+        server: String,
+        /// What the server does, and what to do about it.
+        answer: String,
+    },
     /// The secret contains characters that gRPC metadata cannot carry.
     #[error("the credential contains characters that no milepost credential has: copy it again")]
     Credential,
@@ -84,6 +94,7 @@ fn url(server: &str, tls: &ClientTls) -> Option<Uri> {
         return known.then_some(url);
     }
     let authority: Authority = server.parse().ok()?;
+    authority.port()?;
     let host = authority.host().trim_start_matches('[').trim_end_matches(']');
     let loopback = host == "localhost" || host.parse().is_ok_and(|address: IpAddr| address.is_loopback());
     let scheme = if loopback && *tls == ClientTls::default() { Scheme::HTTP } else { Scheme::HTTPS };
@@ -119,20 +130,22 @@ impl Client {
         Self::connect_with(server, &ClientTls::default()).await
     }
 
-    /// Connects without a credential. Connecting and the TLS handshake may each
-    /// take 5 s. `server` is `https://HOST:PORT`, encrypted; `http://HOST:PORT`,
-    /// unencrypted, so that the network can read the credential; or `HOST:PORT`,
-    /// encrypted unless the host is loopback and `tls` is its default.
+    /// Connects without a credential. Connecting, the TLS handshake and the first
+    /// answer of the server may each take 5 s. `server` is `https://HOST:PORT`,
+    /// encrypted; `http://HOST:PORT`, unencrypted, so that the network can read the
+    /// credential; or `HOST:PORT`, encrypted unless the host is loopback and `tls` is
+    /// its default.
     pub async fn connect_with(server: &str, tls: &ClientTls) -> Result<Self, ClientError> {
         let url = url(server, tls).ok_or_else(|| ClientError::Address(server.to_owned()))?;
         let encrypted = url.scheme() == Some(&Scheme::HTTPS);
-        let mut endpoint = Endpoint::from(url);
+        let mut endpoint = Endpoint::from(url.clone());
         if encrypted {
             let tls = client_tls(tls).await?;
             endpoint = endpoint
                 .tls_config(tls)
                 .map_err(|error| TlsError(format!("cannot use TLS: {}", cause(&error))))?;
         }
+        greeting::expect_http2(server, &url, tls).await?;
         let channel = endpoint
             .connect_timeout(CONNECT_TIMEOUT)
             .http2_keep_alive_interval(KEEPALIVE)
@@ -141,7 +154,7 @@ impl Client {
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
             .connect()
             .await
-            .map_err(|error| ClientError::Connect(server.to_owned(), error))?;
+            .map_err(|error| ClientError::Connect(server.to_owned(), error.into()))?;
         Ok(Self { channel, bearer: Bearer::default() })
     }
 
@@ -318,6 +331,7 @@ mod tests {
             ("http://10.0.0.1:50051", &own, Some("http://10.0.0.1:50051/")),
             ("https://127.0.0.1:50051", &system, Some("https://127.0.0.1:50051/")),
             ("HTTPS://a:1", &system, Some("https://a:1/")),
+            ("localhost", &system, None),
             ("ftp://a:1", &system, None),
             ("unix:///a", &system, None),
             ("a b", &system, None),

@@ -2,24 +2,15 @@
 //! unit. Parsed once, on the command line; the modules take these structs.
 
 mod quotas;
+mod values;
 
-use std::{
-    env, fmt,
-    net::{IpAddr, SocketAddr},
-    ops::RangeInclusive,
-    path::PathBuf,
-    thread,
-    time::Duration,
-};
+use std::{env, fmt, net::SocketAddr, path::PathBuf, thread, time::Duration};
 
-use clap::{
-    Args, ValueEnum,
-    builder::{RangedI64ValueParser, TypedValueParser},
-    value_parser,
-};
+use clap::{Args, ValueEnum, value_parser};
 use ipnet::IpNet;
 
 pub use self::quotas::QuotaSettings;
+use self::values::{count, listen_address, log_filter, network, seconds, share};
 
 /// All settings of `serve`.
 #[derive(Args, Clone, Debug)]
@@ -122,7 +113,8 @@ pub struct DatabaseSettings {
 #[command(next_help_heading = "Server")]
 pub struct StartSettings {
     /// Address to listen on; port 0 takes any free port
-    #[arg(long, env = "MILEPOST_LISTEN", default_value = "127.0.0.1:50051", value_name = "IP:PORT")]
+    #[arg(long, env = "MILEPOST_LISTEN", default_value = "127.0.0.1:50051", value_name = "IP:PORT",
+          value_parser = listen_address)]
     pub listen: SocketAddr,
 
     /// Allow --listen beyond loopback without TLS; calls and their credentials are then sent unencrypted
@@ -402,7 +394,7 @@ pub struct BcryptSettings {
 pub struct MonitoringSettings {
     /// Address that serves Prometheus metrics at /metrics, over HTTP without encryption or credentials; off
     /// by default
-    #[arg(long, env = "MILEPOST_METRICS_LISTEN", value_name = "IP:PORT")]
+    #[arg(long, env = "MILEPOST_METRICS_LISTEN", value_name = "IP:PORT", value_parser = listen_address)]
     pub metrics_listen: Option<SocketAddr>,
 
     /// Allow --metrics-listen beyond loopback, where every client that reaches the address can read the
@@ -440,37 +432,9 @@ impl TraceSettings {
     }
 }
 
-/// Parses whole seconds within a range.
-fn seconds(range: RangeInclusive<u64>) -> impl TypedValueParser<Value = Duration> {
-    value_parser!(u64).range(range).map(Duration::from_secs)
-}
-
-/// Parses a count within a range.
-fn count(range: RangeInclusive<i64>) -> RangedI64ValueParser<usize> {
-    RangedI64ValueParser::new().range(range)
-}
-
 /// Half of the processors, rounded up, within the range of `--bcrypt-parallel`.
 fn half_of_processors() -> usize {
     thread::available_parallelism().map_or(1, usize::from).div_ceil(2).min(1024)
-}
-
-/// Parses an IP address or a CIDR range; IPv4-mapped IPv6 addresses become IPv4 addresses.
-fn network(text: &str) -> Result<IpNet, String> {
-    let malformed = || "must be an IP address, or a range as 10.0.0.0/8".to_owned();
-    let network = match text.parse::<IpAddr>() {
-        Ok(address) => IpNet::from(address),
-        Err(_) => text.parse().map_err(|_| malformed())?,
-    };
-    let address = network.addr().to_canonical();
-    let mapped_bits = network.max_prefix_len() - IpNet::from(address).max_prefix_len();
-    let prefix = network.prefix_len().checked_sub(mapped_bits).ok_or_else(malformed)?;
-    IpNet::new(address, prefix).map_err(|_| malformed())
-}
-
-fn share(text: &str) -> Result<f64, String> {
-    let share = text.parse().ok().filter(|share| (0.0..=1.0).contains(share));
-    share.ok_or_else(|| "must be a number from 0 to 1".to_owned())
 }
 
 /// Format and filter of the log on stderr.
@@ -488,9 +452,9 @@ pub struct TelemetrySettings {
     )]
     pub log_format: LogFormat,
 
-    /// Lowest level that is logged: error, warn, info, debug or trace, also by target, such as
+    /// Lowest level that is logged: error, warn, info, debug, trace or off, also by target, such as
     /// info,milepost::server=warn [default: info for serve, error for demo, warn for the other commands]
-    #[arg(long, env = "MILEPOST_LOG_LEVEL", value_name = "FILTER", global = true)]
+    #[arg(long, env = "MILEPOST_LOG_LEVEL", value_name = "FILTER", value_parser = log_filter, global = true)]
     pub log_level: Option<String>,
 }
 
@@ -575,29 +539,4 @@ pub enum LogFormat {
     Text,
     /// One JSON object per line
     Json,
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_trusted_proxy_is_an_address_or_a_range_in_its_ipv4_form_if_it_has_one() {
-        for (text, range) in [
-            ("10.0.0.1", "10.0.0.1/32"),
-            ("10.0.0.0/8", "10.0.0.0/8"),
-            ("2001:db8::1", "2001:db8::1/128"),
-            ("2001:db8::/32", "2001:db8::/32"),
-            ("::ffff:10.0.0.1", "10.0.0.1/32"),
-            ("::ffff:10.0.0.0/104", "10.0.0.0/8"),
-            ("0.0.0.0/0", "0.0.0.0/0"),
-            ("::/0", "::/0"),
-        ] {
-            assert_eq!(network(text).map(|parsed| parsed.to_string()).as_deref(), Ok(range), "{text}");
-        }
-        for text in ["", "10.0.0.1:80", "10.0.0.0/33", "10.0.0.0/", "::ffff:10.0.0.0/95", "proxy.example.com"]
-        {
-            assert!(network(text).is_err(), "{text}");
-        }
-    }
 }

@@ -6,7 +6,7 @@ CREATE TYPE audit_act AS ENUM (
     'sign_up', 'log_in', 'log_in_failed', 'log_out', 'session_ended', 'password_changed',
     'api_key_created', 'api_key_rotated', 'api_key_expired',
     'watch_token_created', 'watch_token_expired', 'job_closed',
-    'user_created', 'password_set', 'user_disabled');
+    'user_created', 'password_set', 'user_disabled', 'user_enabled');
 
 -- How the caller was authenticated. An operator works on the database itself.
 CREATE TYPE audit_actor AS ENUM ('anonymous', 'session', 'api_key', 'watch_token', 'operator');

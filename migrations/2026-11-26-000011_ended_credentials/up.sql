@@ -1,5 +1,6 @@
 -- Ended sessions, API keys and watch tokens are kept for 30 days, so that their owners can
--- list them, and then removed. Audit entries keep their ids.
+-- list them, and then removed. Audit entries keep their ids. Those of a disabled user stay
+-- ended when the user is enabled.
 
 -- One row, which a transaction that removes locks. The columns are those of retention.
 CREATE TABLE credential_removal (
@@ -66,3 +67,19 @@ BEGIN
     RETURN removed + step;
 END;
 $$;
+
+-- The credentials of a disabled user are refused because of users.disabled_at. When that is
+-- taken back, they must not become valid again: servers and clients have seen them end. The
+-- condition asks no clock, by which a credential may only seem to have expired.
+CREATE FUNCTION revoke_credentials_of_enabled_user() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    UPDATE sessions SET revoked_at = OLD.disabled_at WHERE user_id = OLD.id AND revoked_at IS NULL;
+    UPDATE api_keys SET revoked_at = OLD.disabled_at WHERE user_id = OLD.id AND revoked_at IS NULL;
+    UPDATE watch_tokens SET revoked_at = OLD.disabled_at WHERE user_id = OLD.id AND revoked_at IS NULL;
+    RETURN NULL;
+END;
+$$;
+
+CREATE TRIGGER users_revoke_credentials AFTER UPDATE OF disabled_at ON users
+    FOR EACH ROW WHEN (OLD.disabled_at IS NOT NULL AND NEW.disabled_at IS NULL)
+    EXECUTE FUNCTION revoke_credentials_of_enabled_user();

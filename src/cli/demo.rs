@@ -1,9 +1,9 @@
 //! `milepost demo`: acts as the provider of a sample job, and shows the job as its
 //! customer sees it.
 
-use std::{io, net::SocketAddr, process::ExitCode, time::Duration};
+use std::{env, io, net::SocketAddr, process::ExitCode, time::Duration};
 
-use clap::Args;
+use clap::{Args, builder::Resettable};
 use console::style;
 use prost_types::{Struct, Timestamp, Value};
 use tokio::net::TcpListener;
@@ -13,7 +13,7 @@ use super::{
     database::{OpenDatabase, data_dir},
     print_line, refused,
     serve::{Server, bind, start_tls},
-    watch::{exit_code, follow},
+    watch::{EXIT_CODES, exit_code, follow},
 };
 use crate::{
     client::{Client, is_transient},
@@ -30,12 +30,17 @@ use crate::{
 /// Pause before the provider sends an unanswered event again.
 const RETRY_PAUSE: Duration = Duration::from_millis(200);
 
-/// The server and the length of the demo.
+/// Variables that name the database and the server of other commands, and the demo's flags for
+/// the same. The demo creates users and a job, and does so only where a flag says.
+const NOT_READ: [(&str, &str); 2] = [("DATABASE_URL", "--database-url"), ("MILEPOST_SERVER", "--server")];
+
+/// The server and the length of the demo. Its `--database-url` is read from no variable.
 #[derive(Args, Clone, Debug)]
+#[command(mut_arg("url", |url| url.env(Resettable::Reset)), after_help = EXIT_CODES)]
 pub(super) struct Demo {
     /// Address of the server to use, as for `watch`; without it, the server of the data directory or a new
-    /// one
-    #[arg(long, env = "MILEPOST_SERVER", value_name = "HOST:PORT")]
+    /// one. The demo reads neither MILEPOST_SERVER nor DATABASE_URL
+    #[arg(long, value_name = "HOST:PORT")]
     server: Option<String>,
 
     /// About how long the job takes, in seconds
@@ -68,6 +73,7 @@ impl Demo {
             return Ok((server.clone(), None));
         }
         if self.config.database.url().is_none() {
+            note_unused_variables()?;
             let dir = data_dir(&self.config.database).await?;
             match Served::of(&dir) {
                 Served::At(address) => return Ok((self.url(address)?, None)),
@@ -130,6 +136,18 @@ impl Demo {
         ))?;
         Ok(exit_code(status))
     }
+}
+
+/// Says that the demo does not read variables that are set.
+fn note_unused_variables() -> io::Result<()> {
+    for (variable, flag) in NOT_READ {
+        if env::var_os(variable).is_some_and(|value| !value.is_empty()) {
+            let note =
+                format!("{variable} is set and not used: the demo creates users, for which it needs {flag}");
+            print_line(&format!("  {}", style(note).dim()))?;
+        }
+    }
+    Ok(())
 }
 
 /// A user created for the demo.

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use clap::Args;
+use clap::{Args, builder::RangedI64ValueParser};
 
 use super::{database::OpenDatabase, print_line};
 use crate::{config::DatabaseSource, db::migrations, error::BoxError};
@@ -10,9 +10,14 @@ use crate::{config::DatabaseSource, db::migrations, error::BoxError};
 /// Applies the missing migrations, or reverts the newest ones.
 #[derive(Args, Clone, Debug)]
 pub(super) struct Migrate {
-    /// Revert this many of the newest migrations; data that only their schema can hold is lost
-    #[arg(long, value_name = "COUNT")]
+    /// Revert this many of the newest migrations. Refused without --yes while servers are connected, and if
+    /// the database has users: data that only these migrations can hold is lost
+    #[arg(long, value_name = "COUNT", value_parser = RangedI64ValueParser::<usize>::new().range(1..))]
     revert: Option<usize>,
+
+    /// Revert although data is lost or servers are connected
+    #[arg(long, requires = "revert")]
+    yes: bool,
 
     #[command(flatten)]
     database: DatabaseSource,
@@ -25,7 +30,7 @@ impl Migrate {
         let (url, ca) = (database.url.reveal(), self.database.settings.ca.as_deref());
         let migrated = match self.revert {
             None => migrations::migrate(url, ca).await,
-            Some(count) => migrations::revert(url, ca, count).await,
+            Some(count) => migrations::revert(url, ca, count, self.yes).await,
         };
         database.close().await?;
         let migrated = migrated?;

@@ -7,6 +7,7 @@ mod migrate;
 mod screen;
 mod serve;
 mod user;
+mod variables;
 mod watch;
 
 use std::{
@@ -15,7 +16,7 @@ use std::{
     process::ExitCode,
 };
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, Parser, Subcommand, error::ErrorKind};
 use tonic::Status;
 
 pub use self::init::run_as_init;
@@ -47,9 +48,9 @@ enum Command {
     Serve(Config),
     /// Apply the database's missing migrations, or revert the newest ones
     Migrate(migrate::Migrate),
-    /// Create users, set their passwords and disable them, directly in the database
+    /// Create users, set their passwords, disable and enable them, directly in the database
     User(user::User),
-    /// Watch a job in the terminal until it is closed; exits with 0 if the job completed, otherwise with 2
+    /// Watch a job in the terminal until it is closed
     Watch(watch::Watch),
     /// Show a sample job: acts as its provider and its customer, on a running server or one that it starts
     Demo(demo::Demo),
@@ -62,9 +63,11 @@ pub async fn run(cli: Cli) -> Result<ExitCode, BoxError> {
         Command::Serve(_) => "info",
         Command::Migrate(_) | Command::User(_) | Command::Watch(_) => "warn",
         // Warnings of its own server would break up the progress bar.
-        Command::Demo(_) => "error",
+        Command::Demo(_) => "error,milepost::cli=warn",
     };
-    telemetry::init(cli.telemetry.log_format, cli.telemetry.log_level.as_deref().unwrap_or(default_level))?;
+    let log_level = cli.telemetry.log_level.as_deref().filter(|filter| !filter.is_empty());
+    telemetry::init(cli.telemetry.log_format, log_level.unwrap_or(default_level))?;
+    variables::warn_of_unknown(&Cli::command());
     match command {
         Command::Serve(config) => serve::run(&config).await,
         Command::Migrate(command) => command.run().await,
@@ -72,6 +75,19 @@ pub async fn run(cli: Cli) -> Result<ExitCode, BoxError> {
         Command::Watch(command) => command.run().await,
         Command::Demo(command) => command.run().await,
     }
+}
+
+/// Prints an error of the command line with the usage of this subcommand, as clap does.
+/// Returns its exit code.
+fn usage_error(subcommand: &str, message: &str) -> ExitCode {
+    let mut command = Cli::command();
+    command.build();
+    let of_subcommand = command.find_subcommand_mut(subcommand);
+    let error =
+        of_subcommand.unwrap_or(&mut Cli::command()).error(ErrorKind::MissingRequiredArgument, message);
+    // As clap's own errors: without stderr, the exit code alone tells.
+    let _printed = error.print();
+    u8::try_from(error.exit_code()).map_or(ExitCode::FAILURE, ExitCode::from)
 }
 
 /// An error and its causes as one line, for the terminal.
@@ -107,7 +123,11 @@ fn clean(text: &str) -> String {
     text.chars().map(|c| if is_unsafe(c) { '\u{fffd}' } else { c }).collect()
 }
 
-/// A server's refusal as an error for the terminal: its message and its code.
+/// A server's refusal as an error for the terminal: its message and its code. Or what broke
+/// the connection, which is a source that no status of a server has.
 fn refused(status: &Status) -> BoxError {
-    format!("{} ({:?})", status.message(), status.code()).into()
+    match status.source() {
+        Some(broken) => format!("the connection to the server broke: {}", one_line(broken)).into(),
+        None => format!("{} ({:?})", status.message(), status.code()).into(),
+    }
 }

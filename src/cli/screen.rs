@@ -1,25 +1,33 @@
-//! A job in the terminal: its events, and below them a progress bar. Without a
-//! terminal, plain lines.
+//! A job in the terminal: its events, and below them a progress bar. Plain lines without a
+//! terminal, and on one that cannot move its cursor (`TERM=dumb`).
 
 use std::{
     collections::{BTreeSet, HashMap},
+    fmt::Display,
     io,
     time::Duration,
 };
 
 use chrono::{DateTime, Local, SecondsFormat, Utc};
-use console::{Style, Term};
+use console::{Style, Term, is_dumb, measure_text_width};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use prost_types::value::Kind;
 
 use super::{clean, print_line};
 use crate::pb::{Event, EventKind, Job, JobConfiguration, JobState, JobStatus, Progress};
 
+/// Columns of the bar's line beside the bar and the message: `  ⠋ ` and ` 100 %  `.
+const FRAME_COLUMNS: usize = 12;
+/// Least and most columns of the bar.
+const BAR_COLUMNS: (usize, usize) = (10, 40);
+
 /// Shows one job on stdout.
 #[derive(Debug)]
 pub(super) struct Screen {
-    /// None if stdout is no terminal.
+    /// None if stdout is no terminal, or one that cannot move its cursor.
     bar: Option<ProgressBar>,
+    /// Columns of the longest message beside the bar.
+    message_columns: usize,
     /// By the step's tag and the name of its metadata.
     units: HashMap<(String, String), String>,
     steps: usize,
@@ -29,9 +37,13 @@ pub(super) struct Screen {
 impl Screen {
     /// On a terminal, starts the bar at 0 %.
     pub(super) fn new(configuration: &JobConfiguration) -> Self {
-        let bar = Term::stdout().is_term().then(|| {
+        let (steps, points) = (configuration.steps.len(), configuration.steps.iter().map(|step| step.points));
+        let points = points.sum();
+        let all = Progress { points_done: points, points_total: points, percent: 100 };
+        let message_columns = measure_text_width(&format!("cancelled  {}", done(steps, steps, all)));
+        let bar = (Term::stdout().is_term() && !is_dumb()).then(|| {
             let bar = ProgressBar::with_draw_target(Some(100), ProgressDrawTarget::stdout());
-            bar.set_style(bar_style(JobStatus::Pending));
+            bar.set_style(bar_style(JobStatus::Pending, bar_columns(message_columns)));
             bar.set_message("waiting for the first event");
             bar.enable_steady_tick(Duration::from_millis(100));
             bar
@@ -39,7 +51,7 @@ impl Screen {
         let units = configuration.steps.iter().flat_map(|step| {
             step.metadata.iter().map(|name| ((step.tag.clone(), name.name.clone()), name.units.clone()))
         });
-        Self { bar, units: units.collect(), steps: configuration.steps.len(), done: BTreeSet::new() }
+        Self { bar, message_columns, units: units.collect(), steps, done: BTreeSet::new() }
     }
 
     /// Prints the job's name and its configuration.
@@ -98,22 +110,19 @@ impl Screen {
 
     /// Shows the job's final status and progress.
     pub(super) fn end(&self, state: &JobState) -> io::Result<()> {
-        let progress = state.progress.unwrap_or_default();
-        let events = state.last_sequence;
-        let (status, ..) = look(state.status());
-        let line = format!("{status} at {} % after {events} events", progress.percent);
         match &self.bar {
             Some(bar) => {
-                self.move_bar(bar, state.status(), progress);
-                bar.finish();
+                self.move_bar(bar, state.status(), state.progress.unwrap_or_default());
+                // `finish` would move the bar to 100 %.
+                bar.abandon();
                 print_line("")
             }
-            None => print_line(&line),
+            None => print_line(&last_line(state)),
         }
     }
 
     fn move_bar(&self, bar: &ProgressBar, status: JobStatus, progress: Progress) {
-        bar.set_style(bar_style(status));
+        bar.set_style(bar_style(status, bar_columns(self.message_columns)));
         bar.set_position(u64::try_from(progress.percent).unwrap_or(0));
         bar.set_message(self.message(status, progress));
     }
@@ -124,10 +133,7 @@ impl Screen {
         if self.steps == 0 {
             return status.to_string();
         }
-        let (done, of) = (self.done.len(), self.steps);
-        let points =
-            format!("{done} of {of} steps · {} of {} points", progress.points_done, progress.points_total);
-        format!("{status}  {}", dim(&points))
+        format!("{status}  {}", dim(&done(self.done.len(), self.steps, progress)))
     }
 
     fn colored_line(&self, event: &Event) -> String {
@@ -202,13 +208,42 @@ fn look(status: JobStatus) -> (&'static str, &'static str, &'static str) {
     }
 }
 
-fn bar_style(status: JobStatus) -> ProgressStyle {
+/// The columns that the bar has beside the longest message, on the terminal as wide as it is now.
+fn bar_columns(message_columns: usize) -> usize {
+    let (_, columns) = Term::stdout().size();
+    let (least, most) = BAR_COLUMNS;
+    usize::from(columns).saturating_sub(FRAME_COLUMNS + message_columns).clamp(least, most)
+}
+
+/// The message is cut where the terminal ends: a line that wraps would not be drawn over.
+fn bar_style(status: JobStatus, columns: usize) -> ProgressStyle {
     let (_, color, end) = look(status);
-    let template = format!("\n  {{spinner:.{color}}} {{bar:40.{color}/238}} {{percent:>3.bold}} %  {{msg}}");
+    let template =
+        format!("\n  {{spinner:.{color}}} {{bar:{columns}.{color}/238}} {{percent:>3.bold}} %  {{wide_msg}}");
     ProgressStyle::with_template(&template)
         .unwrap_or_else(|_| ProgressStyle::default_bar())
         .progress_chars("━╸─")
         .tick_strings(&["⠋", "⠙", "⠹", "⠸", "⠼", "⠴", "⠦", "⠧", "⠇", "⠏", end])
+}
+
+/// How many steps and points are done, of how many.
+fn done(steps: usize, of_steps: usize, progress: Progress) -> String {
+    let Progress { points_done, points_total, .. } = progress;
+    let (of_steps, of_points) = (count(of_steps, "step"), count(points_total, "point"));
+    format!("{steps} of {of_steps} · {points_done} of {of_points}")
+}
+
+/// A number with its noun, in the plural unless it is 1.
+fn count<N: Copy + Display + PartialEq + From<u8>>(number: N, noun: &str) -> String {
+    let plural = if number == N::from(1) { "" } else { "s" };
+    format!("{number} {noun}{plural}")
+}
+
+/// The end of a job without a bar.
+fn last_line(state: &JobState) -> String {
+    let (status, ..) = look(state.status());
+    let percent = state.progress.unwrap_or_default().percent;
+    format!("{status} at {percent} % after {}", count(state.last_sequence, "event"))
 }
 
 /// The event's name, or its step's name, or a word for its kind.
@@ -243,7 +278,8 @@ mod tests {
 
     #[test]
     fn a_step_event_without_a_step_tag_is_no_done_step() {
-        let mut screen = Screen { bar: None, units: HashMap::new(), steps: 0, done: BTreeSet::new() };
+        let mut screen =
+            Screen { bar: None, message_columns: 0, units: HashMap::new(), steps: 0, done: BTreeSet::new() };
         let event = Event { kind: EventKind::Step.into(), ..Event::default() };
         screen.event(&event).expect("stdout");
         assert!(screen.done.is_empty());
@@ -266,6 +302,7 @@ mod tests {
         };
         let screen = Screen {
             bar: None,
+            message_columns: 0,
             units: [(("measure".to_owned(), "mean".to_owned()), "HU".to_owned())].into(),
             steps: 2,
             done: BTreeSet::new(),
@@ -274,5 +311,24 @@ mod tests {
             screen.plain_line(&event, event.progress.unwrap_or_default()),
             " #3  40 % running: step Measure\u{fffd}[2J; mean = -412.5 HU"
         );
+    }
+
+    #[test]
+    fn the_end_of_a_cancelled_job_leaves_the_bar_at_its_progress_and_counts_one_event() {
+        let progress = Some(Progress { points_done: 2, points_total: 5, percent: 40 });
+        let state = JobState { status: JobStatus::Cancelled.into(), last_sequence: 1, progress };
+        let bar = ProgressBar::hidden();
+        bar.set_length(100);
+        let screen = Screen {
+            bar: Some(bar.clone()),
+            message_columns: 0,
+            units: HashMap::new(),
+            steps: 1,
+            done: BTreeSet::new(),
+        };
+        screen.end(&state).expect("stdout");
+        assert_eq!((bar.position(), bar.is_finished()), (40, true));
+        assert_eq!(last_line(&state), "cancelled at 40 % after 1 event");
+        assert_eq!(done(0, 1, state.progress.unwrap_or_default()), "0 of 1 step · 2 of 5 points");
     }
 }

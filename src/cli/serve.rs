@@ -88,6 +88,8 @@ async fn bind_metrics(config: &MonitoringSettings) -> Result<Option<TcpListener>
 pub(super) struct Server {
     pub(super) address: SocketAddr,
     database: OpenDatabase,
+    /// What the server works with.
+    connections: Database,
     stop: CancellationToken,
     serving: JoinHandle<Result<()>>,
     /// Cancelled when `serving` has ended.
@@ -112,6 +114,7 @@ impl Server {
         let database = OpenDatabase::to_serve(&config.database).await?;
         match Self::prepare(config, &listener, &database, telemetry.clone()).await {
             Ok((address, app)) => {
+                let connections = app.database.clone();
                 let metrics = metrics.map(|listener| {
                     AbortOnDropHandle::new(tokio::spawn(serve_metrics(listener, app.clone())))
                 });
@@ -124,7 +127,7 @@ impl Server {
                     let _guard = guard;
                     serve(listener, tls, app, &settings, stopped).await
                 });
-                Ok(Self { address, database, stop, serving, ended, telemetry, metrics })
+                Ok(Self { address, database, connections, stop, serving, ended, telemetry, metrics })
             }
             Err(error) => {
                 database.close().await?;
@@ -145,6 +148,7 @@ impl Server {
         }
         let database = Database::new(open.url.clone(), config.database.settings.clone())?;
         migrations::check(&database, config.start.unsafe_database).await?;
+        database.warn_of_too_many_connections().await?;
         let ServerSettings { auth, log, quotas, .. } = config.server.clone();
         let auth = AuthSettings { sign_up_open: config.start.sign_up.is_open(address), ..auth };
         let app = App::start(database, auth, log, quotas, telemetry).await?;
@@ -169,6 +173,7 @@ impl Server {
         let served = self.serving.await;
         self.telemetry.traces.stop().await;
         drop(self.metrics);
+        self.connections.stop_background_tasks();
         self.database.close().await?;
         Ok(served??)
     }

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 
-use super::{refused, screen::Screen};
+use super::{refused, screen::Screen, usage_error};
 use crate::{
     client::Client,
     config::ClientTls,
@@ -15,11 +15,21 @@ use crate::{
     },
 };
 
-/// Exit code for a job that was closed without being complete.
-const NOT_COMPLETE: u8 = 2;
+/// Exit codes for jobs that were closed without being complete. 1 is an error, 2 a wrong
+/// command line.
+const FAILED: u8 = 3;
+const CANCELLED: u8 = 4;
+/// The exit codes in `--help`.
+pub(super) const EXIT_CODES: &str = "Exit codes:
+  0  the job is complete
+  1  an error, such as an invalid credential or a job that does not exist
+  2  a wrong command line
+  3  the job was closed while it was failed
+  4  the job was closed before it was complete (cancelled)";
 
 /// The job, the server and the credential of a watch.
 #[derive(Args, Clone, Debug)]
+#[command(after_help = EXIT_CODES)]
 pub(super) struct Watch {
     /// Id of the job
     job: String,
@@ -43,9 +53,10 @@ pub(super) struct Watch {
 /// The caller's secret, in a type of its own whose `Debug` does not print it.
 #[derive(Args, Clone)]
 struct Credential {
-    /// Secret of an API key with the scope READ, of a session or of a watch token
+    /// Secret of an API key with the scope READ, of a session or of a watch token; required. All users of
+    /// this machine can read the arguments of a process: prefer the variable
     #[arg(long, env = "MILEPOST_API_KEY", hide_env_values = true, value_name = "SECRET")]
-    api_key: String,
+    api_key: Option<String>,
 }
 
 impl std::fmt::Debug for Credential {
@@ -56,8 +67,16 @@ impl std::fmt::Debug for Credential {
 
 impl Watch {
     pub(super) async fn run(&self) -> Result<ExitCode, BoxError> {
+        // A variable of a container or a unit file is often set to nothing instead of unset.
+        let Some(secret) = self.credential.api_key.as_ref().filter(|secret| !secret.is_empty()) else {
+            return Ok(usage_error(
+                "watch",
+                "no credential: set the variable MILEPOST_API_KEY (or --api-key) to the secret of an API key with \
+                 the scope READ, of a session or of a watch token",
+            ));
+        };
         let client = Client::connect_with(&self.server, &self.tls).await?;
-        let client = client.with_credential(&self.credential.api_key)?;
+        let client = client.with_credential(secret)?;
         let job = if self.provider_job_id {
             get_job_request::Job::ProviderJobId(self.job.clone())
         } else {
@@ -67,9 +86,15 @@ impl Watch {
     }
 }
 
-/// Success for a complete job, 2 otherwise.
+/// The exit code for a job that was closed with this status; see [`EXIT_CODES`].
 pub(super) fn exit_code(status: JobStatus) -> ExitCode {
-    if status == JobStatus::Complete { ExitCode::SUCCESS } else { ExitCode::from(NOT_COMPLETE) }
+    match status {
+        JobStatus::Complete => ExitCode::SUCCESS,
+        JobStatus::Failed => ExitCode::from(FAILED),
+        JobStatus::Cancelled => ExitCode::from(CANCELLED),
+        // No closed job has these.
+        JobStatus::Unspecified | JobStatus::Pending | JobStatus::Running => ExitCode::FAILURE,
+    }
 }
 
 /// Shows a job from its first event until it is closed, and returns its last status.

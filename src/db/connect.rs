@@ -39,6 +39,7 @@ use tokio_rustls::rustls::{
 };
 
 use super::{
+    embedded::OLDEST_MAJOR,
     identity::{self, Identity},
     url,
 };
@@ -254,8 +255,8 @@ fn name_of_host(config: &Config) -> String {
     }
 }
 
-/// Connects to the one host, checks that it is a primary with the encoding UTF8, and runs
-/// `session` there.
+/// Connects to the one host, checks that it is a primary of a supported version with the
+/// encoding UTF8, and runs `session` there.
 async fn dial_host(config: Config, tls: MakeRustlsConnect, session: &str) -> Result<Dialled, DialError> {
     let (client, mut driver) = config.connect(tls).await.map_err(DialError::Postgres)?;
     // milepost's tables are in the schema `public`, unless the URL itself names another one.
@@ -263,7 +264,8 @@ async fn dial_host(config: Config, tls: MakeRustlsConnect, session: &str) -> Res
     let search_path = if named { "" } else { "SET search_path = public" };
     let identity = identity::COLUMNS;
     let facts = format!(
-        "{search_path}; {session}; SELECT pg_is_in_recovery(), current_setting('server_encoding'), {identity}"
+        "{search_path}; {session}; SELECT pg_is_in_recovery(), \
+         current_setting('server_version_num')::integer / 10000, current_setting('server_encoding'), {identity}"
     );
     let facts = {
         let mut facts = pin!(client.simple_query(&facts));
@@ -286,7 +288,13 @@ async fn dial_host(config: Config, tls: MakeRustlsConnect, session: &str) -> Res
     if column(0) != Some("f") {
         return Err(DialError::Standby);
     }
-    match column(1) {
+    let major = column(1).unwrap_or("of an unknown version");
+    if !major.parse().is_ok_and(|major: u32| major >= OLDEST_MAJOR) {
+        return Err(DialError::Settings(format!(
+            "the database is Postgres {major}, and milepost needs {OLDEST_MAJOR} or later"
+        )));
+    }
+    match column(2) {
         Some("UTF8") => {}
         encoding => {
             return Err(DialError::Settings(format!(
@@ -295,7 +303,7 @@ async fn dial_host(config: Config, tls: MakeRustlsConnect, session: &str) -> Res
             )));
         }
     }
-    let identity = Identity::parse(std::array::from_fn(|index| column(index + 2)));
+    let identity = Identity::parse(std::array::from_fn(|index| column(index + 3)));
     let unidentified = || DialError::Settings("the server does not tell which database it is".to_owned());
     Ok(Dialled { identity: identity.ok_or_else(unidentified)?, client, driver })
 }

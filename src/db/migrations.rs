@@ -1,6 +1,8 @@
 //! Applies and reverts the migrations of `migrations/`, and checks whether this
 //! server may serve a database.
 
+mod revert;
+
 use std::{
     collections::BTreeSet,
     path::Path,
@@ -13,12 +15,13 @@ use diesel::{
     pg::Pg,
     result::Error as DieselError,
     sql_query,
-    sql_types::{BigInt, Bool, Integer, Text},
+    sql_types::{BigInt, Bool, Text},
 };
 use diesel_async::{AsyncMigrationHarness, AsyncPgConnection, RunQueryDsl as _, SimpleAsyncConnection as _};
 use diesel_migrations::{EmbeddedMigrations, MigrationHarness as _, embed_migrations};
 
-use super::{Database, Payer, SESSION, connect::establish, embedded::OLDEST_MAJOR};
+pub use self::revert::revert;
+use super::{Database, Payer, SESSION, connect::establish};
 use crate::{error::BoxError, schema::schema_compatibility};
 
 const MIGRATIONS: EmbeddedMigrations = embed_migrations!("migrations");
@@ -78,9 +81,20 @@ pub enum SchemaError {
         /// The newest migration of this server.
         known: String,
     },
-    /// The major version of Postgres is too old; holds it.
-    #[error("the database is Postgres {0}; milepost needs {OLDEST_MAJOR} or later")]
-    OldPostgres(i32),
+    /// Fewer migrations are applied than are to be reverted.
+    #[error(
+        "{count} migrations cannot be reverted: the database has {applied}, and all of them stay applied"
+    )]
+    Count { count: usize, applied: usize },
+    /// A migration that is to be reverted is one of a newer version; holds it.
+    #[error(
+        "nothing was reverted: migration {0} is not known to this version of milepost, and only a version that \
+         knows it can revert it"
+    )]
+    Unknown(String),
+    /// A revert that was not confirmed would lose data, or servers would fail; holds why.
+    #[error("nothing was reverted: {0}. With --yes it is reverted all the same")]
+    Loss(String),
     /// Acknowledged events could be lost in a crash; holds the name of the setting.
     #[error(
         "the database has {0}=off: a crash could lose acknowledged events or the whole database; set it to on, or \
@@ -101,20 +115,6 @@ pub async fn migrate(url: &str, ca: Option<&Path>) -> Result<Vec<String>, Schema
         );
     }
     Ok(applied)
-}
-
-/// Reverts the newest `count` migrations, or all if there are fewer, and returns
-/// their versions, newest first. Needs tokio's multi-thread runtime.
-pub async fn revert(url: &str, ca: Option<&Path>, count: usize) -> Result<Vec<String>, SchemaError> {
-    let mut harness = lock(url, ca).await?;
-    let applied = applied_versions(&mut harness)?.len();
-    let mut reverted = Vec::new();
-    for _ in 0..count.min(applied) {
-        reverted.push(
-            retry_locked_tables(|| harness.revert_last_migration(MIGRATIONS).map(|v| v.to_string())).await?,
-        );
-    }
-    Ok(reverted)
 }
 
 /// Runs `step` again, for a limited time, while another transaction has locked a
@@ -194,14 +194,12 @@ fn applied_versions(
     Ok(applied.iter().map(ToString::to_string).collect())
 }
 
-/// Checks that this server may serve the database: its Postgres is new enough and
-/// durable (unless `unsafe_database`), and its schema is neither older than this
-/// server's nor too new for it.
+/// Checks that this server may serve the database: its Postgres is durable (unless
+/// `unsafe_database`), and its schema is neither older than this server's nor too new for it.
 pub async fn check(database: &Database, unsafe_database: bool) -> Result<(), SchemaError> {
     let mut connection = database.get(Payer::Server).await.map_err(SchemaError::Unavailable)?;
     let postgres: Postgres = sql_query(
-        "SELECT current_setting('server_version_num')::integer / 10000 AS major, \
-                current_setting('fsync')::boolean AS fsync, \
+        "SELECT current_setting('fsync')::boolean AS fsync, \
                 current_setting('full_page_writes')::boolean AS full_page_writes, \
                 to_regclass('__diesel_schema_migrations') IS NOT NULL \
                     AND to_regclass('schema_compatibility') IS NOT NULL AS migrated",
@@ -224,11 +222,9 @@ pub async fn check(database: &Database, unsafe_database: bool) -> Result<(), Sch
     check_versions(&known, &applied.into_iter().map(|row| row.version).collect(), &oldest_server)
 }
 
-/// Version and settings of Postgres, and whether the database was ever migrated.
+/// Settings of Postgres, and whether the database was ever migrated.
 #[derive(QueryableByName)]
 struct Postgres {
-    #[diesel(sql_type = Integer)]
-    major: i32,
     #[diesel(sql_type = Bool)]
     fsync: bool,
     #[diesel(sql_type = Bool)]
@@ -245,9 +241,6 @@ struct Applied {
 
 impl Postgres {
     fn check(&self, unsafe_database: bool) -> Result<(), SchemaError> {
-        if !u32::try_from(self.major).is_ok_and(|major| major >= OLDEST_MAJOR) {
-            return Err(SchemaError::OldPostgres(self.major));
-        }
         match (self.fsync, self.full_page_writes) {
             (true, true) => Ok(()),
             _ if unsafe_database => Ok(()),
@@ -334,15 +327,13 @@ mod tests {
 
     #[test]
     fn a_database_that_could_lose_events_is_refused_by_default() {
-        let postgres = Postgres { major: 15, fsync: true, full_page_writes: true, migrated: true };
+        let postgres = Postgres { fsync: true, full_page_writes: true, migrated: true };
         assert!(postgres.check(false).is_ok());
         let lossy = Postgres { fsync: false, ..postgres };
         assert!(matches!(lossy.check(false), Err(SchemaError::Unsafe("fsync"))));
         assert!(lossy.check(true).is_ok());
         let torn = Postgres { fsync: true, full_page_writes: false, ..lossy };
         assert!(matches!(torn.check(false), Err(SchemaError::Unsafe("full_page_writes"))));
-        let old = Postgres { major: 14, full_page_writes: true, ..torn };
-        assert!(matches!(old.check(true), Err(SchemaError::OldPostgres(14))));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! embedded server, and notifications between replicas.
 
 mod availability;
+mod capacity;
 mod connect;
 pub mod embedded;
 mod identity;
@@ -88,6 +89,8 @@ pub struct Database {
     turns: Turns<PayerKey>,
     target: Arc<Target>,
     availability: Arc<Availability>,
+    /// See [`Database::stop_background_tasks`].
+    stopped: CancellationToken,
 }
 
 impl fmt::Debug for Database {
@@ -109,7 +112,7 @@ impl Database {
             .timeouts(Timeouts { wait, create: wait, recycle: wait })
             .build()
             .map_err(Error::internal)?;
-        Ok(Self { pool, turns: turns(connections), target, availability })
+        Ok(Self { pool, turns: turns(connections), target, availability, stopped: CancellationToken::new() })
     }
 
     /// Starts to watch the availability of the database, until the last clone is
@@ -118,7 +121,19 @@ impl Database {
     pub fn watch_availability(&self) {
         tokio::spawn(cut_long_checkouts(self.pool.weak(), self.settings().statement_timeout));
         let availability = Arc::downgrade(&self.availability);
-        tokio::spawn(availability::watch(Arc::clone(&self.target), availability));
+        let watching = availability::watch(Arc::clone(&self.target), availability);
+        tokio::spawn(self.stopped.clone().run_until_cancelled_owned(watching));
+    }
+
+    /// Ends what watches the availability and listens to other servers, which would report
+    /// that the database does not answer: it is about to be stopped.
+    pub fn stop_background_tasks(&self) {
+        self.stopped.cancel();
+    }
+
+    /// Cancelled by [`Database::stop_background_tasks`].
+    fn stopped(&self) -> CancellationToken {
+        self.stopped.clone()
     }
 
     /// Whether the database is available, and each change of that; none before the first

@@ -77,7 +77,8 @@ impl Notifier {
     /// and for both kinds whenever listening begins, since some may have been missed.
     pub fn listen(&self, received: impl Fn(Notification) + Send + Sync + 'static) {
         let (database, replica) = (self.database.clone(), Arc::clone(&self.replica));
-        tokio::spawn(self.ended.clone().run_until_cancelled_owned(async move {
+        let (ended, stopped) = (self.ended.clone(), database.stopped());
+        let listening = async move {
             let mut logged = Logged::default();
             loop {
                 let listening = listen(&database, &replica, &received, &mut logged);
@@ -85,7 +86,8 @@ impl Notifier {
                 logged.log(&error);
                 tokio::time::sleep(RECONNECT).await;
             }
-        }));
+        };
+        tokio::spawn(ended.run_until_cancelled_owned(stopped.run_until_cancelled_owned(listening)));
     }
 
     fn due(&self, notification: Notification) -> &Arc<Notify> {

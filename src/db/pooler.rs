@@ -25,7 +25,7 @@ use super::connect::{DialError, Dialled, dial};
 use crate::config::DatabaseSettings;
 
 /// Behind a load balancer over fewer poolers, two of these connections have the same one.
-const CONNECTIONS: usize = 4;
+pub(super) const CONNECTIONS: usize = 4;
 /// How often transactions are begun: other clients of a busy pool may take the backend that
 /// would have been proof.
 const ROUNDS: usize = 2;

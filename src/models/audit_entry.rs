@@ -47,6 +47,7 @@ pg_enum! {
         UserCreated = "user_created",
         PasswordSet = "password_set",
         UserDisabled = "user_disabled",
+        UserEnabled = "user_enabled",
     }
 }
 

@@ -8,7 +8,7 @@ use diesel::{
     prelude::*,
     sql_types::Timestamptz,
 };
-use diesel_async::{AsyncPgConnection, RunQueryDsl};
+use diesel_async::{AsyncPgConnection, RunQueryDsl, SimpleAsyncConnection as _};
 use uuid::Uuid;
 
 use crate::{
@@ -221,6 +221,31 @@ impl User {
             .await
             .optional()?;
         Self::end_sessions(tx, user, email, AuditAct::UserDisabled).await
+    }
+
+    /// Lets a disabled user log in again, for an operator; returns the user and whether they
+    /// were disabled. A trigger revokes every credential from before. Fails with
+    /// [`Error::NotFound`] if no user has the e-mail.
+    pub async fn enable(tx: &mut Transaction<'_>, email: &EmailKey) -> Result<(Self, bool)> {
+        // A provider may have a million watch tokens.
+        tx.batch_execute("SET LOCAL statement_timeout = 0").await?;
+        let of_email = users::email_key.eq(email.as_str());
+        let enabled = diesel::update(users::table)
+            .filter(of_email)
+            .filter(users::disabled_at.is_not_null())
+            .set(users::disabled_at.eq(None::<DateTime<Utc>>))
+            .returning(Self::as_returning())
+            .get_result(tx)
+            .await
+            .optional()?;
+        if let Some(user) = enabled {
+            let entry = Origin::OPERATOR.entry(AuditAct::UserEnabled);
+            AuditEntry { user_id: Some(user.id), ..entry }.insert(tx).await?;
+            return Ok((user, true));
+        }
+        let found =
+            users::table.filter(of_email).select(Self::as_select()).get_result(tx).await.optional()?;
+        Ok((found.ok_or_else(|| Error::not_found(Resource::User, email.as_str()))?, false))
     }
 
     async fn end_sessions(

@@ -1,4 +1,4 @@
-//! Serves `GET /metrics` to Prometheus, over HTTP/1.1 on a listener of its own, so that
+//! Serves `GET /metrics` (and HEAD) to Prometheus, over HTTP/1.1 on a listener of its own, so that
 //! neither calls nor the drain delay a scrape. A scrape reads only this process's
 //! memory, and so works during an outage of the database.
 
@@ -45,7 +45,8 @@ pub async fn serve_metrics(listener: TcpListener, app: App) -> Infallible {
 fn answer(app: &App, request: &Request<Incoming>) -> http::Result<Response<String>> {
     let response = Response::builder();
     match (request.method(), request.uri().path()) {
-        (&Method::GET, "/metrics") => {
+        // Of an answer to HEAD, hyper sends the head alone.
+        (&Method::GET | &Method::HEAD, "/metrics") => {
             response.header(CONTENT_TYPE, metrics::CONTENT_TYPE).body(app.measure())
         }
         _ => response

@@ -53,6 +53,10 @@ impl Traces {
     /// queue are dropped. An error for an endpoint that cannot be used.
     pub fn start(settings: &TraceSettings) -> Result<Self, BoxError> {
         let Some(endpoint) = settings.endpoint() else { return Ok(Self::default()) };
+        // The exporter takes a URL without a scheme, and then loses every span without an error.
+        if !["http://", "https://"].iter().any(|scheme| endpoint.starts_with(scheme)) {
+            return Err(format!("{endpoint:?} must be http://HOST:PORT or https://HOST:PORT").into());
+        }
         let exporter = SpanExporter::builder().with_tonic().with_endpoint(&endpoint);
         let exporter = if endpoint.starts_with("https:") {
             exporter.with_tls_config(ClientTlsConfig::new().with_native_roots()).build()?

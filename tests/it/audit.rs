@@ -200,8 +200,12 @@ async fn each_act_writes_one_audit_entry_and_one_log_line_without_secrets() {
     operate(&database, &["set-password", "ops@example.com"], "operator's second").await;
     secrets.extend(hashes(&database).await);
     operate(&database, &["disable", "ops@example.com"], "").await;
-    expected
-        .extend(["user_created", "password_set", "user_disabled"].map(|act| by_operator(act, created_id)));
+    // The second command changes nothing.
+    for _ in 0..2 {
+        operate(&database, &["enable", "ops@example.com"], "").await;
+    }
+    let acts = ["user_created", "password_set", "user_disabled", "user_enabled"];
+    expected.extend(acts.map(|act| by_operator(act, created_id)));
     secrets.extend(["operator's first".to_owned(), "operator's second".to_owned()]);
 
     // A log-in that the throttle refuses is logged, but writes no entry: it must stay

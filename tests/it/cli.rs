@@ -9,12 +9,17 @@ use tokio::{
 };
 
 use crate::support::{
-    ServerProcess, TemporaryDir, TestDatabase, TestServer, complete, info, named, step, within_timeout,
+    ServerProcess, TemporaryDir, TestDatabase, TestServer, complete, error, info, named, step, within_timeout,
 };
 
 fn milepost(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_milepost"));
-    command.args(arguments).env_remove("DATABASE_URL").stdin(Stdio::null()).kill_on_drop(true);
+    command
+        .args(arguments)
+        .env_remove("DATABASE_URL")
+        .env("MILEPOST_BCRYPT_COST", "4")
+        .stdin(Stdio::null())
+        .kill_on_drop(true);
     command
 }
 
@@ -34,6 +39,55 @@ async fn the_demo_shows_a_job_up_to_its_completion() {
     assert_eq!(code, 0, "{text}");
     for line in ["Load the slice", "Segment the lungs", "Analysis complete", "100 %"] {
         assert!(text.contains(line), "{line:?} is not in {text}");
+    }
+}
+
+/// The output of the demo in a terminal of this type and width, which `script` makes.
+async fn demo_in_terminal(term: &str, columns: usize) -> String {
+    let dir = TemporaryDir::new();
+    let demo =
+        format!("stty cols {columns} rows 40; exec {} demo --seconds 1", env!("CARGO_BIN_EXE_milepost"));
+    let mut command = Command::new("script");
+    command
+        .args(["--quiet", "--return", "--command", &demo, "/dev/null"])
+        .env_remove("DATABASE_URL")
+        .env("MILEPOST_BCRYPT_COST", "4")
+        .env("MILEPOST_DATA_DIR", dir.path())
+        .env("TERM", term)
+        .stdin(Stdio::null())
+        .kill_on_drop(true);
+    let (code, text) = output(command).await;
+    assert_eq!(code, 0, "{text}");
+    text
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn on_a_dumb_terminal_the_demo_prints_each_event_as_a_plain_line() {
+    let text = demo_in_terminal("dumb", 80).await;
+    for line in ["step Load the slice", "complete Analysis complete", "complete at 100 % after 9 events"] {
+        assert!(text.contains(line), "{line:?} is not in {text}");
+    }
+    assert!(!text.contains('\u{1b}'), "{text:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_line_of_the_progress_bar_is_no_wider_than_the_terminal() {
+    // What the bar's line begins with: two spaces and one of these characters.
+    let begins = ['⠋', '⠙', '⠹', '⠸', '⠼', '⠴', '⠦', '⠧', '⠇', '⠏', '★'];
+    for columns in [60, 100] {
+        let text = demo_in_terminal("xterm-256color", columns).await;
+        let text = console::strip_ansi_codes(&text);
+        // The line ends with a line break, or where spaces fill it up.
+        let lines = || {
+            let lines = text.split(begins).skip(1).filter(|line| line.contains(" %  "));
+            lines.filter_map(|line| line.split(['\r', '\n']).next()?.split("   ").next())
+        };
+        for status in ["running", "complete"] {
+            assert!(lines().any(|line| line.contains(status)), "{status} is not in {text}");
+        }
+        for line in lines() {
+            assert!(3 + console::measure_text_width(line) <= columns, "{columns} columns: {line:?}");
+        }
     }
 }
 
@@ -62,7 +116,10 @@ async fn watch_resumes_after_a_restart_of_the_server_and_exits_by_the_status_of_
     let mut server = ServerProcess::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[("load", 1), ("report", 3)]).await;
-    for (last, expected) in [(Some(complete()), 0), (None, 2)] {
+    // The last event, whether the provider then closes the job, and the exit code.
+    for (last, closed, expected) in
+        [(Some(complete()), false, 0), (Some(error("broken")), true, 3), (None, true, 4)]
+    {
         let job = provider.job(&customer).await;
         let named = |event: NewEvent, name: &str| named(event, format!("{name} {}", job.id));
         provider.append(&job, [named(step("load"), "first")]).await;
@@ -82,9 +139,11 @@ async fn watch_resumes_after_a_restart_of_the_server_and_exits_by_the_status_of_
         server.restart().await;
         provider = server.other_clients().same(&provider);
         provider.append(&job, [named(info("x"), "second")]).await;
-        match last {
-            Some(event) => drop(provider.append(&job, [event]).await),
-            None => drop(provider.close(&job).await.unwrap()),
+        if let Some(event) = last {
+            provider.append(&job, [event]).await;
+        }
+        if closed {
+            provider.close(&job).await.unwrap();
         }
         while let Some(line) = within_timeout("a line", lines.next_line()).await.unwrap() {
             seen.push(line);
@@ -97,13 +156,50 @@ async fn watch_resumes_after_a_restart_of_the_server_and_exits_by_the_status_of_
     }
 }
 
+#[tokio::test]
+async fn watch_without_a_credential_is_a_usage_error_that_names_the_variable() {
+    for (arguments, variable, words) in [
+        (&["watch", "JOB"][..], None, "MILEPOST_API_KEY"),
+        (&["watch", "JOB"], Some(""), "MILEPOST_API_KEY"),
+        (&["watch", "JOB", "--wrong"], Some("mpk_"), "--wrong"),
+        (&["watch"], Some("mpk_"), "<JOB>"),
+    ] {
+        let mut command = milepost(arguments);
+        command.env_remove("MILEPOST_API_KEY").envs(variable.map(|secret| ("MILEPOST_API_KEY", secret)));
+        let (code, text) = output(command).await;
+        assert_eq!(code, 2, "{arguments:?}: {text}");
+        assert!(text.contains(words) && text.contains("Usage: milepost watch"), "{arguments:?}: {text}");
+    }
+    let (code, help) = output(milepost(&["watch", "--help"])).await;
+    assert!(code == 0 && help.contains("3  the job was closed while it was failed"), "{help}");
+}
+
+/// The demo creates users, so that a variable that is set for other commands is not enough.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_user_command_creates_a_user_sets_a_password_and_disables_the_user() {
+async fn the_demo_plays_into_another_database_only_if_a_flag_names_it() {
+    let (dir, database) = (TemporaryDir::new(), TestDatabase::migrated().await);
+    for (flags, users) in [(&[][..], 0), (&["--database-url", &database.url], 2)] {
+        let mut command = milepost(&[&["demo", "--seconds", "0"], flags].concat());
+        command
+            .env("DATABASE_URL", &database.url)
+            .env("MILEPOST_SERVER", "milepost.example:1")
+            .env("MILEPOST_DATA_DIR", dir.path())
+            .env("MILEPOST_UNSAFE_DATABASE", "true");
+        let (code, text) = output(command).await;
+        assert_eq!(code, 0, "{text}");
+        assert_eq!(database.texts("SELECT id::text AS text FROM users").await.len(), users, "{text}");
+        let noted = ["DATABASE_URL is set and not used", "MILEPOST_SERVER is set and not used"];
+        assert_eq!(noted.map(|note| text.contains(note)), [users == 0; 2], "{text}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_user_command_creates_a_user_sets_a_password_disables_and_enables_the_user() {
     let mut server = ServerProcess::start().await;
     let dir = server.data_dir();
     let user = |arguments: &[&str], password: Option<&str>| {
         let mut command = milepost(&[&["user"], arguments].concat());
-        command.env("MILEPOST_DATA_DIR", &dir).env("MILEPOST_BCRYPT_COST", "4");
+        command.env("MILEPOST_DATA_DIR", &dir);
         if let Some(password) = password {
             let file = dir.join(format!("password-{}", uuid::Uuid::now_v7()));
             std::fs::write(&file, password).unwrap();
@@ -131,6 +227,35 @@ async fn the_user_command_creates_a_user_sets_a_password_and_disables_the_user()
     assert!(log_in("second password").await);
     assert_eq!(user(&["disable", "ops@example.com"], None).await.0, 0);
     assert!(!log_in("second password").await);
+    let (code, text) = user(&["set-password", "ops@example.com"], Some("third password")).await;
+    assert!(code == 0 && text.contains("stays disabled") && text.contains("user enable"), "{text}");
+    assert!(!log_in("third password").await);
+    assert_eq!(user(&["enable", "ops@example.com"], None).await.0, 0);
+    assert!(log_in("third password").await);
+    let (code, text) = user(&["enable", "ops@example.com"], None).await;
+    assert!(code == 0 && text.contains("is not disabled"), "{text}");
+
+    let long = "x".repeat(257);
+    for (arguments, password, expected, words) in [
+        (
+            &["create", "new@example.com", "--role", "customer"][..],
+            "short",
+            1,
+            "the password must have 8 to 71 bytes",
+        ),
+        (&["set-password", "ops@example.com"], "short", 1, "the password must have 8 to 71 bytes"),
+        (
+            &["create", "new.example.com", "--role", "customer"],
+            "long enough",
+            1,
+            "the e-mail \"new.example.com\"",
+        ),
+        (&["create", "new@example.com", "--role", "customer", "--last-name", &long], "long enough", 2, "256"),
+        (&["enable", "nobody@example.com"], "", 1, "no such user: \"nobody@example.com\""),
+    ] {
+        let (code, text) = user(arguments, Some(password).filter(|password| !password.is_empty())).await;
+        assert!(code == expected && text.contains(words), "{arguments:?}: {text}");
+    }
     server.kill().await;
 }
 

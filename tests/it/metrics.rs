@@ -20,10 +20,16 @@ use crate::support::{
 /// The samples of one scrape. The keys are names with labels as scraped.
 pub type Samples = BTreeMap<String, f64>;
 
-/// The head and the body of an HTTP/1.1 response.
+/// The head and the body of the response to GET.
 pub async fn get(address: SocketAddr, path: &str) -> (String, String) {
+    request("GET", address, path).await
+}
+
+/// The head and the body of an HTTP/1.1 response.
+async fn request(method: &str, address: SocketAddr, path: &str) -> (String, String) {
     let mut stream = TcpStream::connect(address).await.unwrap();
-    stream.write_all(format!("GET {path} HTTP/1.1\r\nhost: {address}\r\n\r\n").as_bytes()).await.unwrap();
+    let request = format!("{method} {path} HTTP/1.1\r\nhost: {address}\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
     let mut answer = String::new();
     within_timeout("the whole response", stream.read_to_string(&mut answer)).await.unwrap();
     let (head, body) = answer.split_once("\r\n\r\n").unwrap();
@@ -415,6 +421,19 @@ async fn metrics_are_served_during_an_outage_and_while_the_server_drains() {
     server.stop();
     let samples = wait_for_sample(&server, "milepost_draining", |draining| draining == 1.0).await;
     assert_eq!(samples["milepost_ready"], 0.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn head_is_answered_like_get_without_a_body() {
+    let server = TestServer::start().await;
+    let (head, body) = request("HEAD", server.metrics_address, "/metrics").await;
+    assert!(
+        head.starts_with("HTTP/1.1 200 ") && head.contains("content-type: application/openmetrics"),
+        "{head}"
+    );
+    assert_eq!(body, "");
+    let (head, body) = request("HEAD", server.metrics_address, "/").await;
+    assert!(head.starts_with("HTTP/1.1 404 ") && body.is_empty(), "{head}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

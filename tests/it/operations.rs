@@ -188,6 +188,16 @@ async fn on_sigterm_health_becomes_not_serving_first_and_calls_in_flight_finish(
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_stop_of_a_server_and_its_embedded_postgres_logs_no_warning() {
+    let mut server = ServerProcess::start().await;
+    server.logged("the database answers", 1).await;
+    server.terminate().await;
+    assert_eq!(server.exit().await.code(), Some(0));
+    let log = server.log();
+    assert!(log.contains("draining") && !log.contains("WARN") && !log.contains("ERROR"), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn after_sigkill_a_restarted_server_has_all_acknowledged_events() {
     let mut server = ServerProcess::start().await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);

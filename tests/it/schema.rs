@@ -274,7 +274,7 @@ async fn all_migrations_can_be_reverted_and_applied_again() {
     let up = database.texts(SHAPE).await;
     assert_eq!(up, texts(SHAPE).await);
 
-    let mut reverted = migrations::revert(&database.url, None, applied.len()).await.unwrap();
+    let mut reverted = migrations::revert(&database.url, None, applied.len(), false).await.unwrap();
     reverted.reverse();
     assert_eq!(reverted, applied);
     let mut left = database.texts(SHAPE).await;

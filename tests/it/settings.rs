@@ -26,8 +26,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Status, Streaming};
 
 use crate::support::{
-    Clients, PASSWORD, ServerProcess, TestServer, User, assert_refused, complete, info, own_address,
-    with_metadata, within_timeout,
+    Clients, PASSWORD, ServerProcess, TestDatabase, TestServer, User, assert_refused, complete, info,
+    own_address, with_metadata, within_timeout,
 };
 
 /// Value names of settings that have no default.
@@ -84,6 +84,58 @@ async fn serve_does_not_start_unless_streams_per_user_is_less_than_streams_per_c
         stderr.contains("--streams-per-user 7 must be less than") && stderr.lines().count() == 1,
         "{stderr}"
     );
+}
+
+#[tokio::test]
+async fn an_invalid_value_is_a_usage_error_that_says_what_to_write() {
+    for (setting, value, words) in [
+        ("--log-level", "warning", "write error, warn, info, debug, trace or off"),
+        ("--log-level", "info,milepost", "milepost is not a level"),
+        ("--listen", "localhost:0", "127.0.0.1:0 or [::1]:0"),
+        ("--listen", ":50051", "0.0.0.0:50051"),
+        ("--metrics-listen", "localhost", "127.0.0.1:PORT"),
+    ] {
+        let mut serve = Command::new(env!("CARGO_BIN_EXE_milepost"));
+        let serve = serve.args(["serve", setting, value]).stdin(Stdio::null()).kill_on_drop(true).output();
+        let output = within_timeout("a refusal", serve).await.unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{setting} {value}: {stderr}");
+        assert!(stderr.contains(setting) && stderr.contains(words), "{words} in {stderr}");
+    }
+}
+
+/// A server on a new database, with one more environment variable.
+async fn configured(variable: &'static str, value: &str) -> ServerProcess {
+    let database = TestDatabase::migrated().await;
+    let settings =
+        [("DATABASE_URL", database.url.as_str()), ("MILEPOST_UNSAFE_DATABASE", "true"), (variable, value)];
+    let settings = settings.map(|(name, value)| (name, value.to_owned())).to_vec();
+    ServerProcess::start_with("127.0.0.1", settings).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_variable_that_is_no_setting_is_warned_of_with_the_nearest_setting() {
+    let server = configured("MILEPOST_RETENTION", "3600").await;
+    let log = server.log();
+    let warning: Vec<&str> = log.lines().filter(|line| line.contains("no setting has this name")).collect();
+    assert_eq!(warning.len(), 1, "{log}");
+    for word in ["WARN", "\"MILEPOST_RETENTION\"", "\"MILEPOST_RETENTION_S\""] {
+        assert!(warning[0].contains(word), "{word} in {warning:?}");
+    }
+}
+
+/// The tests' Postgres has a max_connections of 500, of which 3 are reserved. The server uses
+/// up to eleven connections outside of the pool.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pool_beyond_max_connections_is_warned_of_with_the_numbers() {
+    let warning = "lower --database-connections to";
+    let server = configured("MILEPOST_DATABASE_CONNECTIONS", "487").await;
+    let log = server.log();
+    for words in [warning, "to 486 or raise", "\"max_connections\":500", "\"database_connections\":487"] {
+        assert!(log.contains(words), "{words} in {log}");
+    }
+    let server = configured("MILEPOST_DATABASE_CONNECTIONS", "486").await;
+    assert!(!server.log().contains(warning), "{}", server.log());
 }
 
 /// `configured` has settings other than the defaults. `server` shares its database and

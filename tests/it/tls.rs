@@ -29,7 +29,7 @@ use tonic::{Code, Status, transport::ClientTlsConfig};
 
 use crate::support::{
     Authority, Clients, PASSWORD, ServerProcess, TestDatabase, TestServer, TlsFiles, assert_refused,
-    complete, info, step, within_timeout,
+    complete, info, own_address, step, within_timeout,
 };
 
 /// The answer to GetCurrentUser without a credential.
@@ -72,10 +72,42 @@ async fn a_tls_server_serves_calls_over_tls_and_none_in_plaintext() {
 
     let status = get_current_user(&Clients::of(server.address)).await.unwrap_err();
     assert_ne!(status.code(), Code::Unauthenticated, "{status:?}");
-    assert!(Client::connect(&server.address.to_string()).await.is_ok(), "the TCP connection succeeds");
-    let plain = Client::connect(&format!("http://{}", server.address)).await.unwrap();
-    let refused = plain.auth().get_current_user(pb::GetCurrentUserRequest {}).await.unwrap_err();
-    assert_ne!(refused.code(), Code::Unauthenticated, "{refused:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_client_says_what_a_server_speaks_and_what_to_do_if_that_is_not_what_it_expects() {
+    let (authority, clients) = (Authority::new(), Authority::new());
+    let files = TlsFiles::new(&authority);
+    let (encrypted, plain) =
+        (TestServer::with_tls(&files.server(), &authority).await, TestServer::start().await);
+    let other_files = TlsFiles::new(&authority);
+    let closed = TestServer::with_tls(&other_files.server_with_client_ca(&clients), &authority).await;
+    let (system, own) = (ClientTls::default(), files.client());
+    let https = |address: SocketAddr| format!("https://{address}");
+    for (server, tls, words) in [
+        (encrypted.address.to_string(), &system, ["speaks TLS", &https(encrypted.address), "--tls-ca"]),
+        (
+            format!("http://{}", encrypted.address),
+            &own,
+            ["speaks TLS", &https(encrypted.address), "--tls-ca"],
+        ),
+        (https(encrypted.address), &system, ["certificate", "unknown authority", "--tls-ca"]),
+        (
+            format!("https://localhost:{}", encrypted.address.port()),
+            &own,
+            ["certificate", "other names", "127.0.0.1"],
+        ),
+        (https(plain.address), &own, ["does not speak TLS", "unencrypted", "http://"]),
+        (plain.metrics_address.to_string(), &system, ["not speak HTTP/2", "--listen", "--metrics-listen"]),
+        (https(plain.metrics_address), &own, ["does not speak TLS", "unencrypted", "http://"]),
+        (own_address("127.0.0.1").to_string(), &system, ["cannot connect", "127.0.0.1", "refused"]),
+        (https(closed.address), &own, ["client certificate", "--tls-client-cert", "--tls-client-key"]),
+    ] {
+        let error = milepost::cli::one_line(&Client::connect_with(&server, tls).await.unwrap_err());
+        for word in words {
+            assert!(error.contains(word), "{server}: {word:?} is not in {error:?}");
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -120,6 +120,16 @@ fn appending(job: &pb::Job, events: Vec<pb::NewEvent>) -> pb::AppendEventsReques
 const APPEND: &str = "milepost.v1.EventService/AppendEvents";
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_endpoint_that_is_no_url_is_refused_with_the_form_of_one() {
+    for endpoint in ["localhost:4317", "ftp://localhost:4317", "http://"] {
+        let settings = TraceSettings { otlp_endpoint: Some(endpoint.to_owned()), trace_share: 1.0 };
+        let error = Traces::start(&settings).unwrap_err().to_string();
+        assert!(error.contains(endpoint), "{error}");
+        assert!(endpoint == "http://" || error.contains("https://HOST:PORT"), "{error}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_call_continues_its_callers_trace_and_is_linked_to_its_transaction() {
     let (collector, endpoint) = Collector::start().await;
     let (server, traces) = traced(&endpoint, 0.0).await;

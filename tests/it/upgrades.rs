@@ -18,7 +18,7 @@ use tokio::{
     time::{Instant, sleep},
 };
 
-use crate::support::{ServerProcess, TestDatabase, TestServer, User, info, within_timeout};
+use crate::support::{ServerProcess, TestDatabase, TestServer, User, info, operate, within_timeout};
 
 const APPLIED: &str = "SELECT version AS text FROM __diesel_schema_migrations ORDER BY version";
 const COLUMNS: &str = "SELECT table_name || '.' || column_name AS text FROM information_schema.columns
@@ -181,12 +181,85 @@ async fn every_command_refuses_a_database_of_an_unreleased_version_in_one_line()
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn migrate_revert_without_yes_is_refused_while_servers_are_connected_and_if_the_database_has_users() {
+    let (served, used) = (TestDatabase::migrated().await, TestDatabase::migrated().await);
+    let applied = served.texts(APPLIED).await;
+    let server = TestServer::on(served.clone()).await;
+    operate(&used, &["create", "ops@example.com", "--role", "provider"], "some password").await;
+    let revert = async |database: &TestDatabase, arguments: &[&str]| {
+        let output = milepost(database, &[&["migrate"], arguments].concat()).output();
+        let output = within_timeout("the end of milepost migrate", output).await.unwrap();
+        (output.status.code(), String::from_utf8([output.stdout, output.stderr].concat()).unwrap())
+    };
+    let too_many = (applied.len() + 1).to_string();
+    for (database, arguments, words) in [
+        (
+            &served,
+            &["--revert", "1"][..],
+            &["servers are connected", "milepost: ", "a Unix socket", "--yes"][..],
+        ),
+        (&used, &["--revert", "1"], &["users: 1", "make a back-up", "--yes"]),
+        (&used, &["--revert", &too_many, "--yes"], &[&too_many, &applied.len().to_string()]),
+    ] {
+        let (code, refusal) = revert(database, arguments).await;
+        assert_eq!((code, refusal.lines().count()), (Some(1), 1), "{arguments:?}: {refusal}");
+        assert!(words.iter().all(|word| refusal.contains(word)), "{words:?} in {refusal}");
+        assert_eq!(database.texts(APPLIED).await, applied, "{arguments:?}");
+    }
+    for arguments in [&["--revert", "0"][..], &["--yes"]] {
+        assert_eq!(revert(&used, arguments).await.0, Some(2), "{arguments:?}");
+    }
+    let newest = applied.last().unwrap();
+    for database in [&served, &used] {
+        let (code, reverted) = revert(database, &["--revert", "1", "--yes"]).await;
+        assert_eq!((code, reverted), (Some(0), format!("reverted {newest}\n")));
+    }
+    drop(server);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_migration_of_a_newer_version_is_not_reverted() {
+    let database = TestDatabase::migrated().await;
+    database.execute(&format!("INSERT INTO __diesel_schema_migrations (version) VALUES ('{NEXT}')")).await;
+    let error = migrations::revert(&database.url, None, 2, true).await.unwrap_err().to_string();
+    assert!(error.contains(NEXT) && error.contains("not known"), "{error}");
+    assert!(database.texts(APPLIED).await.contains(&NEXT.to_owned()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_oldest_server_mark_is_the_version_of_a_migration() {
     let mark = "SELECT oldest_server AS text FROM schema_compatibility";
     let database = TestDatabase::migrated().await;
     let marked = database.texts(mark).await;
     assert_eq!(marked.len(), 1);
     assert!(database.texts(APPLIED).await.contains(&marked[0]), "{marked:?}");
+}
+
+/// The schema `old`, which comes before `pg_catalog` here, lets Postgres claim another version.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_command_refuses_a_postgres_below_15_in_one_line() {
+    let mut database = TestDatabase::empty().await;
+    let claim = "CREATE SCHEMA old;
+        CREATE FUNCTION old.current_setting(name text) RETURNS text LANGUAGE sql AS $$
+            SELECT CASE name WHEN 'server_version_num' THEN '140010' ELSE pg_catalog.current_setting(name) END
+        $$";
+    database.execute(claim).await;
+    let real = database.clone();
+    database.url.push_str("?options=-csearch_path%3Dold,pg_catalog,public");
+    for arguments in [
+        &["serve"][..],
+        &["serve", "--migrate"],
+        &["migrate"],
+        &["migrate", "--revert", "1", "--yes"],
+        &["user", "disable", "ops@example.com"],
+    ] {
+        let output = within_timeout("the refusal", milepost(&database, arguments).output()).await.unwrap();
+        let refusal = String::from_utf8(output.stderr).unwrap();
+        assert_eq!((output.status.code(), refusal.lines().count()), (Some(1), 1), "{arguments:?}: {refusal}");
+        let expected = ["Postgres 14", "15 or later"];
+        assert!(expected.iter().all(|text| refusal.contains(text)), "{arguments:?}: {refusal}");
+    }
+    assert_eq!(real.texts(COLUMNS).await, Vec::<String>::new());
 }
 
 /// A task that appends to one job, watches, reads and lists it until it is stopped.

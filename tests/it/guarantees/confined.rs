@@ -353,6 +353,46 @@ async fn sessions_and_keys_are_refused_everywhere_after_the_user_is_disabled() {
     assert_refused(answer, Code::Unauthenticated, ErrorReason::LogInFailed);
 }
 
+/// The session that expires in an hour seems to have expired when the user is disabled, as by
+/// a clock that is ahead then.
+#[tokio::test(flavor = "multi_thread")]
+async fn credentials_of_a_disabled_user_stay_refused_everywhere_after_the_user_is_enabled() {
+    let mut scene = Scene::new().await;
+    let email = scene.provider.email.clone();
+    let token = scene.watch_token(None).await.secret;
+    let (session, expired) = (scene.session().await, scene.session().await);
+    let move_expiry = async |expires_at: &str| {
+        let newest = "SELECT max(created_at) FROM sessions";
+        let sql = format!("UPDATE sessions SET expires_at = {expires_at} WHERE created_at = ({newest})");
+        scene.server.database.execute(&sql).await;
+    };
+    move_expiry("now() - interval '1 hour'").await;
+    for command in ["disable", "enable"] {
+        operate(&scene.server.database, &[command, &email], "").await;
+    }
+    move_expiry("now() + interval '1 hour'").await;
+
+    let fresh = scene.server.replica().await;
+    for secret in [session, expired, scene.provider.key_secret.clone(), token] {
+        for server in [&scene.server, &fresh] {
+            let mut caller = server.with_secret(&secret);
+            let refused = within_timeout("a refusal", async {
+                let request =
+                    || pb::GetJobRequest { job: Some(pb::get_job_request::Job::JobId(scene.job.id.clone())) };
+                loop {
+                    match caller.jobs.get_job(request()).await {
+                        Ok(_) => sleep(PACE).await,
+                        refused => break refused,
+                    }
+                }
+            });
+            assert_refused(refused.await, Code::Unauthenticated, ErrorReason::CredentialInvalid);
+        }
+    }
+    let request = pb::LogInRequest { email, password: PASSWORD.to_owned() };
+    fresh.anonymous().auth.log_in(request).await.unwrap();
+}
+
 /// Waits until the replica can no longer confirm the credential. The credential is
 /// checked first, so a malformed request is then not answered INVALID_ARGUMENT.
 async fn wait_until_unconfirmed(uses: &Uses) {
