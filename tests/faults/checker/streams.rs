@@ -351,7 +351,7 @@ impl WatcherCheck<'_> {
         violations: &mut Violations,
     ) {
         let (log, last) = (self.log(cursor, job), cursor.last(job));
-        let checked = self.checked.insert(job, through).unwrap_or_default();
+        let checked = self.checked.get(&job).copied().unwrap_or_default();
         for index in last.unwrap_or(0).max(checked)..through {
             let index = usize::try_from(index).unwrap();
             let Some(event) = log.get(index) else { return };
@@ -364,6 +364,8 @@ impl WatcherCheck<'_> {
                 return violations.add(Guarantee::Complete, Some(&event.id), what);
             }
         }
+        // Only without a violation: the check at the end must find again what a heartbeat lacked.
+        self.checked.insert(job, through);
     }
 
     /// Checks the job state in a message against the log at the same sequence.
