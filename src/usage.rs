@@ -77,7 +77,7 @@ impl EventUsage {
     pub(crate) fn start(database: Database, quotas: QuotaSettings) -> Self {
         let (tallies, writing) = Default::default();
         let inner = Arc::new(Inner { database, quotas, tallies, writing });
-        tokio::spawn(write_each_period(Arc::downgrade(&inner)));
+        inner.database.spawn(write_each_period(Arc::downgrade(&inner)));
         Self(inner)
     }
 

@@ -102,9 +102,9 @@ impl Auth {
             sessions_per_user,
             admission,
         });
-        tokio::spawn(confirmation::keep_confirmed(Arc::downgrade(&inner), notified));
+        inner.database.spawn(confirmation::keep_confirmed(Arc::downgrade(&inner), notified));
         tokio::spawn(confirmation::end_expired(Arc::downgrade(&inner)));
-        tokio::spawn(removal::remove_ended(Arc::downgrade(&inner)));
+        inner.database.spawn(removal::remove_ended(Arc::downgrade(&inner)));
         Self { inner }
     }
 

@@ -173,7 +173,7 @@ impl Server {
         let served = self.serving.await;
         self.telemetry.traces.stop().await;
         drop(self.metrics);
-        self.connections.stop_background_tasks();
+        self.connections.stop_tasks();
         self.database.close().await?;
         Ok(served??)
     }

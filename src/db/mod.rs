@@ -89,7 +89,7 @@ pub struct Database {
     turns: Turns<PayerKey>,
     target: Arc<Target>,
     availability: Arc<Availability>,
-    /// See [`Database::stop_background_tasks`].
+    /// See [`Database::stop_tasks`].
     stopped: CancellationToken,
 }
 
@@ -119,21 +119,23 @@ impl Database {
     /// dropped. All connections are cut when the database does not answer, and single
     /// ones that do not answer.
     pub fn watch_availability(&self) {
-        tokio::spawn(cut_long_checkouts(self.pool.weak(), self.settings().statement_timeout));
+        self.spawn(cut_long_checkouts(self.pool.weak(), self.settings().statement_timeout));
         let availability = Arc::downgrade(&self.availability);
-        let watching = availability::watch(Arc::clone(&self.target), availability);
-        tokio::spawn(self.stopped.clone().run_until_cancelled_owned(watching));
+        self.spawn(availability::watch(Arc::clone(&self.target), availability));
     }
 
-    /// Ends what watches the availability and listens to other servers, which would report
-    /// that the database does not answer: it is about to be stopped.
-    pub fn stop_background_tasks(&self) {
+    /// Spawns a task that uses the database by itself, which [`Self::stop_tasks`] ends.
+    pub fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let task = self.stopped.clone().run_until_cancelled_owned(task);
+        tokio::spawn(async move {
+            let _ended = task.await;
+        });
+    }
+
+    /// Ends all tasks of [`Self::spawn`], since the database is stopped next: they would report
+    /// an outage.
+    pub fn stop_tasks(&self) {
         self.stopped.cancel();
-    }
-
-    /// Cancelled by [`Database::stop_background_tasks`].
-    fn stopped(&self) -> CancellationToken {
-        self.stopped.clone()
     }
 
     /// Whether the database is available, and each change of that; none before the first

@@ -77,7 +77,7 @@ impl Notifier {
     /// and for both kinds whenever listening begins, since some may have been missed.
     pub fn listen(&self, received: impl Fn(Notification) + Send + Sync + 'static) {
         let (database, replica) = (self.database.clone(), Arc::clone(&self.replica));
-        let (ended, stopped) = (self.ended.clone(), database.stopped());
+        let ended = self.ended.clone();
         let listening = async move {
             let mut logged = Logged::default();
             loop {
@@ -87,7 +87,9 @@ impl Notifier {
                 tokio::time::sleep(RECONNECT).await;
             }
         };
-        tokio::spawn(ended.run_until_cancelled_owned(stopped.run_until_cancelled_owned(listening)));
+        self.database.spawn(async move {
+            let _ended = ended.run_until_cancelled_owned(listening).await;
+        });
     }
 
     fn due(&self, notification: Notification) -> &Arc<Notify> {

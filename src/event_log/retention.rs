@@ -28,7 +28,7 @@ const IDLE: Duration = Duration::from_secs(60);
 /// Removes the events of jobs that closed longer ago than `age`, for as long as the
 /// tail is used.
 pub(super) fn start(database: Database, age: Duration, tail: Weak<Tail>) {
-    tokio::spawn(async move {
+    database.clone().spawn(async move {
         let idle = (age / 10).clamp(PAUSE, IDLE);
         let mut failing = false;
         while tail.strong_count() > 0 {

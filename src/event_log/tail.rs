@@ -96,7 +96,7 @@ impl Tail {
             metrics,
         });
         let follower = Arc::downgrade(&tail);
-        tokio::spawn(abort_on_panic(async move {
+        tail.database.spawn(abort_on_panic(async move {
             // A connection of the tail's own: all watchers wait for the tail, which
             // must not wait for a connection of the pool behind calls.
             let mut kept = None;

@@ -96,8 +96,13 @@ async fn an_invalid_value_is_a_usage_error_that_says_what_to_write() {
         ("--metrics-listen", "localhost", "127.0.0.1:PORT"),
     ] {
         let mut serve = Command::new(env!("CARGO_BIN_EXE_milepost"));
-        let serve = serve.args(["serve", setting, value]).stdin(Stdio::null()).kill_on_drop(true).output();
-        let output = within_timeout("a refusal", serve).await.unwrap();
+        serve
+            .args(["serve", setting, value])
+            .env_remove("DATABASE_URL")
+            .env("MILEPOST_DATA_DIR", "/dev/null/nowhere")
+            .stdin(Stdio::null())
+            .kill_on_drop(true);
+        let output = within_timeout("a refusal", serve.output()).await.unwrap();
         let stderr = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(2), "{setting} {value}: {stderr}");
         assert!(stderr.contains(setting) && stderr.contains(words), "{words} in {stderr}");
