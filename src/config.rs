@@ -10,7 +10,7 @@ use clap::{Args, ValueEnum, value_parser};
 use ipnet::IpNet;
 
 pub use self::quotas::QuotaSettings;
-use self::values::{count, listen_address, log_filter, network, seconds, share};
+use self::values::{count, listen_address, log_filter, network, origin, seconds, share};
 
 /// All settings of `serve`.
 #[derive(Args, Clone, Debug)]
@@ -166,6 +166,12 @@ pub struct ServerSettings {
     #[arg(long, env = "MILEPOST_STREAMS_PER_CONNECTION", default_value_t = 10_000, value_name = "COUNT",
           value_parser = value_parser!(u32).range(2..=100_000))]
     pub streams_per_connection: u32,
+
+    /// Origins, as https://app.example.com and separated by commas, whose pages may call this server from a
+    /// browser, beside those of this server itself
+    #[arg(long = "allow-origin", env = "MILEPOST_ALLOW_ORIGIN", value_name = "ORIGINS", value_delimiter = ',',
+          value_parser = origin)]
+    pub allowed_origins: Vec<String>,
 
     /// Sign-up, sessions, passwords and callers.
     #[command(flatten)]

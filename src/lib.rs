@@ -24,6 +24,7 @@
 //! | 5 | `db` | the pool, `Database::write`, migrations, embedded Postgres, notifications |
 //! | 5 | `client` | the Rust client, whose watch resumes by itself |
 //! | 4 | `secret`, `telemetry` | secrets and passwords; the log, metrics and traces |
+//! | 4 | `json` | messages as JSON, by their descriptors |
 //! | 3 | `config`, `error`, `pb` | the settings; the one error type; what `proto/` generates |
 //! | 2 | `codec` | the encoding of messages, and what is cut out of them before they are decoded |
 //! | 2 | `progress` | status and progress, a pure function of the events |
@@ -60,6 +61,7 @@ pub mod db;
 pub mod error;
 #[doc(hidden)]
 pub mod event_log;
+mod json;
 #[doc(hidden)]
 pub mod limits;
 #[doc(hidden)]

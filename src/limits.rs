@@ -83,8 +83,13 @@ pub const CREDENTIAL_CONFIRMED_WITHIN: Duration = Duration::from_secs(5);
 /// Most open connections of a server; one more is closed.
 pub const CONNECTIONS: usize = 10_000;
 /// Longest time for the TLS handshake, after it for the HTTP/2 preface, and for the head of
-/// an HTTP/1.1 request.
+/// an HTTP/1.1 request from its first byte on.
 pub const HANDSHAKE: Duration = Duration::from_secs(10);
+/// Longest time that an HTTP/1.1 connection is idle between two requests.
+pub const IDLE: Duration = Duration::from_secs(60);
+/// Most HTTP/1.1 connections of one client address (for IPv6, of one /64 network); one more is
+/// closed. A client needs one for each watch.
+pub const HTTP1_CONNECTIONS_PER_ADDRESS: usize = 1000;
 /// Most TLS handshakes under way at once; one more aborts the oldest.
 pub const HANDSHAKES: usize = 1000;
 /// Most sign-ups and log-ins under way, most open streams of reflection and health, and

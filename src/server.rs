@@ -4,16 +4,21 @@
 
 mod authentication;
 mod calls;
+mod connect;
 mod connection;
 mod http;
 mod in_flight;
 mod incoming;
 mod metrics;
+mod origins;
+mod plain;
 mod reflection;
 mod tls;
+mod unread;
 
 use std::{error::Error as StdError, pin::pin, sync::Arc, time::Duration};
 
+use prost_reflect::DescriptorPool;
 use tokio::{
     net::TcpListener,
     time::{sleep, timeout},
@@ -25,14 +30,17 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 use self::{
     authentication::Authentication,
     calls::Calls,
-    connection::Connections,
+    connect::{Connect, Methods, Transcoder},
+    connection::{Connections, Http1Limits},
     incoming::incoming,
+    origins::Origins,
     reflection::{Budgeted, Budgets},
 };
 pub use self::{metrics::serve_metrics, tls::Tls};
 use crate::{
     config::ServerSettings,
     error::{Error, Result},
+    json::DESCRIPTORS,
     limits,
     pb::{
         self, auth_service_server::AuthServiceServer,
@@ -40,7 +48,7 @@ use crate::{
         job_service_server::JobServiceServer,
     },
     services::{App, auth::AuthApi, configurations::ConfigurationApi, events::EventApi, jobs::JobApi},
-    telemetry::metrics::Metrics,
+    telemetry::{Telemetry, metrics::Metrics},
 };
 
 /// The health service name that reports on the process rather than on its database.
@@ -83,7 +91,7 @@ pub async fn serve(
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
     let (draining, usage) = (app.draining.clone(), app.log.usage.clone());
-    let connections = Connections::new(limits::CONNECTIONS, limits::HANDSHAKE);
+    let connections = Connections::new(limits::CONNECTIONS, limits::HANDSHAKE, http1_limits(settings));
     let calls = TaskTracker::new();
     let stopping = CancellationToken::new();
     let (reporter, health) = tonic_health::server::health_reporter();
@@ -110,6 +118,7 @@ pub async fn serve(
         .prepare();
     let services = Authentication::new(routes, app);
     let services = Calls::new(services, settings.request_timeout, draining.clone(), calls.clone(), telemetry);
+    let services = every_protocol(services, &DESCRIPTORS, settings);
     let incoming = incoming(listener, tls, connections.clone());
     let mut serving = pin!(http::serve(incoming, services, settings, draining.clone()));
 
@@ -142,6 +151,42 @@ pub async fn serve(
         tracing::warn!("the drain deadline passed with calls in progress: cutting their connections");
     }
     Ok(())
+}
+
+/// Serves other services with the same connections and protocols, until `draining` is cancelled
+/// and all connections are closed: for the conformance suite of Connect. `descriptors` are those
+/// of the services.
+#[doc(hidden)]
+pub async fn serve_routes(
+    listener: TcpListener,
+    tls: Option<Tls>,
+    routes: Routes,
+    descriptors: &DescriptorPool,
+    settings: &ServerSettings,
+    draining: CancellationToken,
+) {
+    let connections = Connections::new(limits::CONNECTIONS, limits::HANDSHAKE, http1_limits(settings));
+    let services = Transcoder::new(routes.prepare());
+    let (calls, telemetry) = (TaskTracker::new(), Telemetry::default());
+    let services = Calls::new(services, settings.request_timeout, draining.clone(), calls, telemetry);
+    let services = every_protocol(services, descriptors, settings);
+    http::serve(incoming(listener, tls, connections), services, settings, draining).await;
+}
+
+/// Lets services that speak gRPC be called by Connect too, and by the pages that may.
+fn every_protocol<S>(services: S, descriptors: &DescriptorPool, settings: &ServerSettings) -> Origins<Connect<S>> {
+    let services = Connect::new(services, Arc::new(Methods::of(descriptors)));
+    Origins::new(services, &settings.allowed_origins)
+}
+
+/// HTTP/1.1 has no PING, so that the system's time limit takes its place.
+fn http1_limits(settings: &ServerSettings) -> Http1Limits {
+    Http1Limits {
+        head: limits::HANDSHAKE,
+        silence: settings.keepalive_interval + settings.keepalive_timeout,
+        per_address: limits::HTTP1_CONNECTIONS_PER_ADDRESS,
+        trusted_proxies: settings.auth.trusted_proxies.clone(),
+    }
 }
 
 /// Returns once no call is in progress and no connection has read or written a byte

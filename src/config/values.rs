@@ -10,6 +10,7 @@ use clap::{
     builder::{RangedI64ValueParser, TypedValueParser},
     value_parser,
 };
+use http::{Uri, uri::Scheme};
 use ipnet::IpNet;
 use tracing_subscriber::{EnvFilter, filter::LevelFilter};
 
@@ -34,6 +35,23 @@ pub(super) fn network(text: &str) -> Result<IpNet, String> {
     let mapped_bits = network.max_prefix_len() - IpNet::from(address).max_prefix_len();
     let prefix = network.prefix_len().checked_sub(mapped_bits).ok_or_else(malformed)?;
     IpNet::new(address, prefix).map_err(|_| malformed())
+}
+
+/// Parses the origin of a web page, and writes it as browsers do (RFC 6454, 6.2).
+pub(super) fn origin(text: &str) -> Result<String, String> {
+    let malformed = || "must be an origin, as https://app.example.com or http://localhost:3000".to_owned();
+    let uri: Uri = text.parse().map_err(|_| malformed())?;
+    let (scheme, authority) = uri.scheme().zip(uri.authority()).ok_or_else(malformed)?;
+    let written = format!("{scheme}://{authority}").to_ascii_lowercase();
+    if authority.as_str().contains('@') || !text.eq_ignore_ascii_case(&written) {
+        return Err(malformed());
+    }
+    let default_port = match scheme {
+        scheme if *scheme == Scheme::HTTP => ":80",
+        scheme if *scheme == Scheme::HTTPS => ":443",
+        _ => return Err(malformed()),
+    };
+    Ok(written.strip_suffix(default_port).unwrap_or(&written).to_owned())
 }
 
 pub(super) fn share(text: &str) -> Result<f64, String> {
@@ -89,6 +107,22 @@ mod tests {
         for text in ["", "10.0.0.1:80", "10.0.0.0/33", "10.0.0.0/", "::ffff:10.0.0.0/95", "proxy.example.com"]
         {
             assert!(network(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn an_origin_is_written_as_browsers_write_it() {
+        for (text, written) in [
+            ("https://app.example.com", "https://app.example.com"),
+            ("HTTPS://App.Example.com:443", "https://app.example.com"),
+            ("http://localhost:80", "http://localhost"),
+            ("http://localhost:3000", "http://localhost:3000"),
+            ("http://[::1]:3000", "http://[::1]:3000"),
+        ] {
+            assert_eq!(origin(text).as_deref(), Ok(written), "{text}");
+        }
+        for text in ["", "*", "null", "app.example.com", "https://app.example.com/", "https://a@b", "ftp://a"] {
+            assert!(origin(text).is_err(), "{text}");
         }
     }
 

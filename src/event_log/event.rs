@@ -1,6 +1,6 @@
 //! A row of the event log, encoded once for all its watchers.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use bytes::{Bytes, BytesMut};
 use prost::{
@@ -13,6 +13,7 @@ use uuid::Uuid;
 use super::scope::Scope;
 use crate::{
     error::{Error, Result},
+    json,
     models::{
         event::Event,
         job_identity::{JobIdentity, StepIdentity},
@@ -44,6 +45,8 @@ pub(crate) struct LogEvent {
     /// A whole field `events` of [`WatchedEvents`]: its key, its length, and the
     /// encoded `milepost.v1.Event`.
     pub(crate) encoded: Bytes,
+    /// As `encoded`, with the event as JSON; none until the first watcher wants it.
+    json: OnceLock<Bytes>,
     /// When this process learned of the commit; none for an event that was read as
     /// the past.
     pub(crate) received: Option<Received>,
@@ -61,6 +64,7 @@ impl LogEvent {
             status: row.status,
             progress,
             encoded: encode(row, progress, job, step.as_deref()),
+            json: OnceLock::new(),
             job: Arc::clone(job),
             received,
         }
@@ -77,6 +81,15 @@ impl LogEvent {
             Scope::Job(_) => self.sequence,
             Scope::All { .. } => self.position,
         }
+    }
+
+    /// As `encoded`, with the event as JSON. It is made once, for all watchers that want it.
+    pub(crate) fn json(&self) -> Result<Bytes> {
+        if let Some(json) = self.json.get() {
+            return Ok(json.clone());
+        }
+        let json = json::event_field_to_json(&self.encoded).map_err(Error::internal)?;
+        Ok(self.json.get_or_init(|| json.into()).clone())
     }
 
     /// The event as a message, for a page of ListEvents.

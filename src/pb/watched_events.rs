@@ -22,7 +22,7 @@ pub struct WatchedEvents {
 
 impl WatchedEvents {
     /// A message to send. Each element is a whole field `events`: its key, its
-    /// length and the encoded event.
+    /// length and the encoded event, or the event as JSON (see [`json`](crate::json)).
     pub(crate) fn from_encoded(encoded: Vec<Bytes>) -> Self {
         Self { events: Vec::new(), encoded }
     }

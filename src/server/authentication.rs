@@ -21,6 +21,7 @@ use tower::Service;
 
 use super::{
     accepting,
+    connect::Transcoder,
     in_flight::{CountedBody, NoRoom, count_answer},
 };
 use crate::{
@@ -44,16 +45,17 @@ const HEALTH: &str = "/grpc.health.v1.Health/Check";
 /// All services, behind the check of the credential.
 #[derive(Clone, Debug)]
 pub(super) struct Authentication {
-    routes: Routes,
+    routes: Transcoder<Routes>,
     /// For SignUp and LogIn, whose messages have a lower limit than those of other methods.
-    open: AuthServiceServer<AuthApi>,
+    open: Transcoder<AuthServiceServer<AuthApi>>,
     app: App,
 }
 
 impl Authentication {
     pub(super) fn new(routes: Routes, app: App) -> Self {
         let open = AuthServiceServer::new(AuthApi(app.clone()));
-        Self { routes, open: accepting!(open, UNAUTHENTICATED_CALL_BYTES), app }
+        let open = Transcoder::new(accepting!(open, UNAUTHENTICATED_CALL_BYTES));
+        Self { routes: Transcoder::new(routes), open, app }
     }
 }
 
@@ -103,7 +105,7 @@ impl Service<Request<Body>> for Authentication {
 
 /// Counts a call to its user and calls the service.
 async fn call_of_user(
-    mut routes: Routes,
+    mut routes: Transcoder<Routes>,
     app: &App,
     mut request: Request<Body>,
     credential: Arc<Credential>,
@@ -121,11 +123,13 @@ async fn call_of_user(
         Err(error) => return Ok(Status::from(error).into_http()),
     };
     let messages = HeldMessages::default();
+    let encoding = request.extensions().get().copied().unwrap_or_default();
     request.extensions_mut().insert(Arc::clone(&credential));
     request.extensions_mut().insert(messages.clone());
     let no_room = if publishes { NoRoom::Wait } else { NoRoom::Refuse };
-    let request = request
-        .map(|body| Body::new(CountedBody::new(body, tenants.clone(), tenant, no_room, messages.clone())));
+    let held = (messages.clone(), encoding);
+    let request =
+        request.map(|body| Body::new(CountedBody::new(body, tenants.clone(), tenant, no_room, held)));
     let response = routes.call(request).await?;
     let status = Status::from_header_map(response.headers());
     if status.is_some_and(|status| status.code() == Code::Unauthenticated) {

@@ -44,7 +44,7 @@ use crate::{
     },
     telemetry::{
         Telemetry,
-        metrics::{Method, Metrics},
+        metrics::{Method, Metrics, Protocol},
         traces::CallSpan,
     },
 };
@@ -152,6 +152,7 @@ struct Call {
     infrastructure: bool,
     status: Option<Code>,
     method: Arc<Method>,
+    protocol: Protocol,
     metrics: Arc<Metrics>,
     trace: Option<CallSpan>,
     in_flight: Option<InFlight>,
@@ -162,7 +163,8 @@ impl Call {
     fn new(id: Uuid, request: &Request<Body>, telemetry: &Telemetry, in_progress: TaskTrackerToken) -> Self {
         let path = request.uri().path();
         let known = telemetry.metrics.method(path);
-        let trace = telemetry.traces.call(request.headers(), known.name());
+        let protocol = request.extensions().get().copied().unwrap_or_default();
+        let trace = telemetry.traces.call(request.headers(), known.name(), protocol);
         let method = path.get(..METHOD_BYTES).unwrap_or(path).trim_start_matches('/');
         // An error span is enabled at every log level, so that each line has a request id.
         let span = tracing::error_span!("call", request_id = %id, method, trace_id = field::Empty);
@@ -175,6 +177,7 @@ impl Call {
             infrastructure: method.starts_with("grpc."),
             status: None,
             method: Arc::clone(known),
+            protocol,
             metrics: Arc::clone(&telemetry.metrics),
             trace,
             in_flight: None,
@@ -222,7 +225,7 @@ impl Drop for Call {
     fn drop(&mut self) {
         // Without a status, the client cancelled the call.
         let status = self.status.unwrap_or(Code::Cancelled);
-        self.method.finished(status, self.started.into_std());
+        self.method.finished(self.protocol, status, self.started.into_std());
         if let Some(trace) = &self.trace {
             trace.end(status);
         }

@@ -10,27 +10,34 @@
 //! service finds the reset of its own stream in the task that polls it, so that no other
 //! stream's can be taken for it.
 //!
-//! **HTTP/1.1** is recognised by its first bytes. A request over it is refused, because gRPC
-//! needs HTTP/2.
+//! **HTTP/1.1** is recognised by its first bytes. Its connections are tasks in the same way:
+//! a reset closes the connection, which carries one request at a time.
 
-use std::{convert::Infallible, net::SocketAddr, pin::Pin, pin::pin, sync::Arc};
-
-use futures_util::{Stream, StreamExt as _};
-use http::{
-    HeaderValue, Request, Response, StatusCode, Version,
-    header::{CONNECTION, CONTENT_TYPE},
+use std::{
+    convert::Infallible,
+    net::SocketAddr,
+    pin::{Pin, pin},
+    sync::Arc,
+    task::{Context, Poll},
 };
-use http_body_util::Full;
+
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt as _};
+use http::{Request, Response, Version};
+use http_body::{Frame, SizeHint};
 use hyper::{body::Incoming, rt::Executor, service::Service};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
     server::conn::auto,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tonic::body::Body;
+use tonic::{Status, body::Body};
 use tower::ServiceExt as _;
 
-use super::{authentication::Authentication, calls::Calls, connection::Connection};
+use super::{
+    connection::{Connection, Exchange, UnderWay},
+    unread::ReadOn,
+};
 use crate::{auth::StreamReset, config::ServerSettings, limits, services::Peer};
 
 /// Longest head of an HTTP/1.1 request, in bytes: as long as hyper's limit of the headers of
@@ -38,13 +45,6 @@ use crate::{auth::StreamReset, config::ServerSettings, limits, services::Peer};
 const HEAD_BYTES: usize = 16 * 1024;
 /// The largest flow-control window that HTTP/2 has (RFC 9113, 6.9.1).
 const LARGEST_WINDOW_BYTES: u32 = (1 << 31) - 1;
-/// The answer to a request over HTTP/1.1.
-const NEEDS_HTTP2: &str = "milepost speaks gRPC, which needs HTTP/2: use a gRPC client, or a proxy that speaks \
-                           HTTP/2 to milepost\n";
-
-/// All services, behind their layers.
-pub(super) type Services = Calls<Authentication>;
-
 tokio::task_local! {
     /// The reset of the stream whose task this is.
     static RESET: StreamReset;
@@ -52,9 +52,9 @@ tokio::task_local! {
 
 /// Serves connections until `draining` is cancelled, and then those that are open until their
 /// calls have ended. An end of `incoming` ends it in the same way.
-pub(super) async fn serve(
+pub(super) async fn serve<S: Serves>(
     incoming: impl Stream<Item = Connection>,
-    services: Services,
+    services: S,
     settings: &ServerSettings,
     draining: CancellationToken,
 ) {
@@ -64,7 +64,8 @@ pub(super) async fn serve(
         // Dropped before the wait for the connections, which closes the listener.
         let mut incoming = pin!(incoming.take_until(draining.cancelled()));
         while let Some(connection) = incoming.next().await {
-            let requests = Requests { services: services.clone(), address: connection.address() };
+            let (address, exchange) = (connection.address(), connection.exchange());
+            let requests = Requests { services: services.clone(), address, exchange };
             let (builder, draining) = (Arc::clone(&builder), draining.child_token());
             connections.spawn(serve_connection(builder, connection, requests, draining));
         }
@@ -78,8 +79,9 @@ fn builder(settings: &ServerSettings) -> auto::Builder<StreamTasks> {
     builder
         .http1()
         .timer(TokioTimer::new())
-        // It also ends a connection that is idle between two requests.
-        .header_read_timeout(limits::HANDSHAKE)
+        // From the end of the answer before: most of it is the time of an idle connection. The
+        // time from the first byte of a head on is limited by the connection.
+        .header_read_timeout(limits::IDLE)
         .max_buf_size(HEAD_BYTES);
     let streams = settings.streams_per_connection;
     let connection_window = limits::STREAM_WINDOW_BYTES.saturating_mul(streams).min(LARGEST_WINDOW_BYTES);
@@ -96,23 +98,28 @@ fn builder(settings: &ServerSettings) -> auto::Builder<StreamTasks> {
     builder
 }
 
-async fn serve_connection(
+async fn serve_connection<S: Serves>(
     builder: Arc<auto::Builder<StreamTasks>>,
     connection: Connection,
-    requests: Requests,
+    requests: Requests<S>,
     draining: CancellationToken,
 ) {
-    let mut serving = pin!(builder.serve_connection(TokioIo::new(connection), requests));
-    let served = tokio::select! {
-        served = &mut serving => served,
-        () = draining.cancelled() => {
-            serving.as_mut().graceful_shutdown();
-            serving.await
+    let serving = async {
+        let mut serving = pin!(builder.serve_connection(TokioIo::new(connection), requests));
+        tokio::select! {
+            served = &mut serving => served,
+            () = draining.cancelled() => {
+                serving.as_mut().graceful_shutdown();
+                serving.await
+            }
         }
     };
-    if let Err(error) = served {
+    // Only a request over HTTP/1.1 is polled by this task.
+    let (serving, reset) = StreamReset::of(serving);
+    match RESET.scope(reset, serving).await {
         // Of level debug: every client can cause these.
-        tracing::debug!(%error, "a connection failed");
+        Ok(Err(error)) => tracing::debug!(%error, "a connection failed"),
+        Ok(Ok(())) | Err(_) => {}
     }
 }
 
@@ -131,42 +138,82 @@ where
     }
 }
 
+/// All services, behind their layers.
+pub(super) trait Serves:
+    tower::Service<Request<Body>, Response = Response<Body>, Error = Infallible, Future: Send>
+    + Clone
+    + Send
+    + 'static
+{
+}
+
+impl<S> Serves for S where
+    S: tower::Service<Request<Body>, Response = Response<Body>, Error = Infallible, Future: Send>
+        + Clone
+        + Send
+        + 'static
+{
+}
+
 /// The requests of one connection.
 #[derive(Clone, Debug)]
-struct Requests {
-    services: Services,
+struct Requests<S> {
+    services: S,
     address: Option<SocketAddr>,
+    exchange: Exchange,
 }
 
 /// In a box, since hyper keeps room for it as long as the stream is open.
 type Answering = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
 
-impl Service<Request<Incoming>> for Requests {
+impl<S: Serves> Service<Request<Incoming>> for Requests<S> {
     type Response = Response<Body>;
     type Error = Infallible;
     type Future = Answering;
 
     fn call(&self, request: Request<Incoming>) -> Answering {
-        if request.version() != Version::HTTP_2 {
-            return Box::pin(std::future::ready(Ok(needs_http2())));
-        }
-        let Self { services, address } = self.clone();
+        let http1 = request.version() < Version::HTTP_2;
+        let under_way = http1.then(|| self.exchange.begin());
+        let Self { services, address, .. } = self.clone();
         Box::pin(async move {
-            let mut request = request.map(Body::new);
+            let mut request = request.map(|body| if http1 { Body::new(ReadOn::new(body)) } else { Body::new(body) });
             // This is polled by the stream's task alone.
             let reset = RESET.with(StreamReset::clone);
             request.extensions_mut().insert(Peer { address, reset });
-            services.oneshot(request).await
+            let response = services.oneshot(request).await?;
+            Ok(match under_way {
+                None => response,
+                Some(under_way) => {
+                    response.map(|inner| Body::new(Http1Body { inner, _under_way: under_way }))
+                }
+            })
         })
     }
 }
 
-/// Closes the connection too: nothing else can be had over it.
-fn needs_http2() -> Response<Body> {
-    let mut response = Response::new(Body::new(Full::from(NEEDS_HTTP2)));
-    *response.status_mut() = StatusCode::HTTP_VERSION_NOT_SUPPORTED;
-    let headers = response.headers_mut();
-    headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
-    headers.insert(CONNECTION, HeaderValue::from_static("close"));
-    response
+/// The body of an answer over HTTP/1.1, with which its request ends.
+#[derive(Debug)]
+struct Http1Body {
+    inner: Body,
+    _under_way: UnderWay,
+}
+
+impl http_body::Body for Http1Body {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        Pin::new(&mut self.inner).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
 }

@@ -19,12 +19,17 @@ use crate::{
     auth::{HeldBytes, HeldMessages, OpenCall, Tenants},
     limits::{ANSWER_BYTES, MESSAGE_BYTES},
     models::caller::Tenant,
+    services::Encoding,
     turns::Acquire,
 };
 
 /// Bytes before each message: whether it is compressed, and its length (gRPC over HTTP/2,
 /// "Length-Prefixed-Message").
 const PREFIX_BYTES: usize = 5;
+
+/// How many bytes of protobuf a byte of JSON may become: six bytes, as in `"a":1,`, become an
+/// entry of metadata of sixteen.
+const JSON_FACTOR: usize = 3;
 
 /// What happens to a message for which there is no room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +48,8 @@ pub(super) struct CountedBody {
     tenant: Tenant,
     no_room: NoRoom,
     held: HeldMessages,
+    /// What a byte counts as.
+    factor: usize,
     messages: Messages,
     /// What was received and may not pass yet.
     waiting: Bytes,
@@ -56,10 +63,14 @@ impl CountedBody {
         tenants: Tenants,
         tenant: Tenant,
         no_room: NoRoom,
-        held: HeldMessages,
+        (held, encoding): (HeldMessages, Encoding),
     ) -> Self {
+        let factor = match encoding {
+            Encoding::Protobuf => 1,
+            Encoding::Json => JSON_FACTOR,
+        };
         let (messages, waiting, acquiring) = (Messages::default(), Bytes::new(), None);
-        Self { inner, tenants, tenant, no_room, held, messages, waiting, acquiring }
+        Self { inner, tenants, tenant, no_room, held, factor, messages, waiting, acquiring }
     }
 
     /// Lets pass what may pass of what was received. None if nothing may; then `acquiring` is
@@ -67,7 +78,7 @@ impl CountedBody {
     fn pass(&mut self) -> Result<Option<Bytes>, Status> {
         let mut passed = 0;
         while let Some(Begun { at, bytes }) = self.messages.advance(&self.waiting[passed..]) {
-            let end = passed + at;
+            let (end, bytes) = (passed + at, bytes.saturating_mul(self.factor));
             match self.tenants.hold(self.tenant, bytes) {
                 Ok(held) => self.held.push(held),
                 Err(error) if self.no_room == NoRoom::Refuse => return Err(error.into()),
@@ -264,7 +275,7 @@ mod tests {
         for frame_bytes in [1, 4, 5, 6, 1_000, 16_384, 1_000_000] {
             let (held, tenants) = (HeldMessages::default(), tenants());
             let inner = body(&sent, frame_bytes);
-            let counted = CountedBody::new(inner, tenants.clone(), tenant(), NoRoom::Wait, held.clone());
+            let counted = CountedBody::new(inner, tenants.clone(), tenant(), NoRoom::Wait, (held.clone(), Encoding::Protobuf));
             let received = counted.collect().await.expect("no error").to_bytes();
             assert_eq!(received, sent, "in frames of {frame_bytes} bytes");
             assert_eq!(std::iter::from_fn(|| held.pop()).count(), 6);
@@ -277,7 +288,8 @@ mod tests {
         for frame_bytes in [3, 16_384, 2 * MIB] {
             let (tenants, tenant) = (tenants(), tenant());
             let read = |no_room, held: &HeldMessages| {
-                CountedBody::new(body(&sent, frame_bytes), tenants.clone(), tenant, no_room, held.clone())
+                let (body, held) = (body(&sent, frame_bytes), (held.clone(), Encoding::Protobuf));
+                CountedBody::new(body, tenants.clone(), tenant, no_room, held)
             };
             let held = HeldMessages::default();
             let refused = read(NoRoom::Refuse, &held).collect().await.expect_err("no room for the second");
@@ -311,7 +323,8 @@ mod tests {
     async fn a_message_beyond_the_limit_is_left_to_tonic() {
         let (tenants, held) = (tenants(), HeldMessages::default());
         let sent = message(3 * MIB);
-        let counted = CountedBody::new(body(&sent, 16_384), tenants, tenant(), NoRoom::Refuse, held.clone());
+        let (body, kept) = (body(&sent, 16_384), (held.clone(), Encoding::Protobuf));
+        let counted = CountedBody::new(body, tenants, tenant(), NoRoom::Refuse, kept);
         assert_eq!(counted.collect().await.expect("no error").to_bytes(), sent);
         assert!(held.pop().is_none());
     }
@@ -334,6 +347,16 @@ mod tests {
         assert_eq!(sent.len(), MIB - MESSAGE_CHARGE_BYTES + ANSWER_BYTES);
         drop(second);
         assert!(tenants.hold(tenant, MIB).is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_message_in_json_counts_as_the_bytes_that_it_may_become() {
+        let (tenants, tenant, held) = (tenants(), tenant(), HeldMessages::default());
+        let inner = body(&message(MIB / 4), 16_384);
+        let counted =
+            CountedBody::new(inner, tenants.clone(), tenant, NoRoom::Refuse, (held, Encoding::Json));
+        counted.collect().await.expect("no error");
+        assert!(tenants.hold(tenant, MIB / 4).is_err(), "the message is dropped");
     }
 
     #[test]

@@ -121,7 +121,7 @@ mod tests {
     use tokio_rustls::rustls::{ServerConfig, server::ResolvesServerCertUsingSni};
 
     use super::*;
-    use crate::tls::provider;
+    use crate::{server::connection::Http1Limits, tls::provider};
 
     #[tokio::test]
     async fn one_handshake_too_many_ends_the_oldest() {
@@ -137,7 +137,7 @@ mod tests {
         let _handshakes = AbortOnDropHandle::new(tokio::spawn(run_handshakes(
             accepted(listener),
             move || acceptor.clone(),
-            Connections::new(2, limits::HANDSHAKE),
+            Connections::new(2, limits::HANDSHAKE, Http1Limits::of_a_test()),
             ready,
             2,
         )));
@@ -160,7 +160,8 @@ mod tests {
     async fn a_connection_beyond_the_limit_is_closed_and_a_missing_preface_times_out() {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address: SocketAddr = listener.local_addr().expect("an address");
-        let mut incoming = pin!(incoming(listener, None, Connections::new(1, Duration::from_millis(50))));
+        let connections = Connections::new(1, Duration::from_millis(50), Http1Limits::of_a_test());
+        let mut incoming = pin!(incoming(listener, None, connections));
         let connect = move || async move { TcpStream::connect(address).await.expect("the server listens") };
         let mut first = connect().await;
         let mut accepted = incoming.next().await.expect("a connection");

@@ -22,9 +22,9 @@ use crate::{
 /// How often the files are read. A change is recognised by their contents, however the
 /// files are replaced.
 const RELOAD_INTERVAL: Duration = Duration::from_secs(3);
-/// The only protocol that is negotiated: HTTP/2, because gRPC needs it. A client that offers
-/// HTTP/1.1 alone is refused in the handshake; one that negotiates nothing may speak either.
-const ALPN: &[u8] = b"h2";
+/// The protocols that are negotiated: HTTP/2 where the client has it, because gRPC needs it. A
+/// client that negotiates nothing may speak either.
+const ALPN: [&[u8]; 2] = [b"h2", b"http/1.1"];
 
 /// The TLS configuration of a server. It follows the files until the last clone is
 /// dropped.
@@ -124,6 +124,6 @@ async fn load(settings: &TlsSettings) -> Result<Loaded, TlsError> {
             let (certificate, key) = (certificate_path.display(), key_path.display());
             TlsError(format!("the certificate of {certificate} does not go with the key of {key}: {error}"))
         })?;
-    server.alpn_protocols = vec![ALPN.to_vec()];
+    server.alpn_protocols = ALPN.map(<[u8]>::to_vec).to_vec();
     Ok(Loaded { config: Arc::new(server), hash: hash.finalize().into() })
 }

@@ -18,7 +18,7 @@ use self::{
     requests::{ListQuery, UncheckedScope, watch_request},
     submitted::{Found, Submitted},
 };
-use super::{Answer, App, Peer, credential_of, held_bytes, held_messages, page::Page};
+use super::{Answer, App, Encoding, Peer, credential_of, held_bytes, held_messages, page::Page};
 use crate::{
     db::read,
     error::{Error, Result},
@@ -121,7 +121,7 @@ impl EventService for EventApi {
             Some(pb::watch_events_request::Scope::AllJobs(_)) => credential.caller().user_viewer()?,
             _ => credential.caller().viewer()?,
         };
-        let peer = Peer::of(&request);
+        let (peer, encoding) = (Peer::of(&request), Encoding::of(&request));
         let (scope, kinds, start, heartbeat) = watch_request(request.into_inner())?;
         let scope = match scope {
             UncheckedScope::Job(key) => Scope::Job(self.0.log.jobs.find(viewer, &key).await?),
@@ -138,7 +138,7 @@ impl EventService for EventApi {
         let query = WatchQuery { filter: Filter::new(scope, kinds), start, heartbeat };
         let open = self.0.auth.open_stream(Arc::clone(&credential), peer.reset)?;
         let watch = self.0.log.watch(query, credential, self.0.draining.clone()).await?;
-        let messages = stream::unfold(Watching::Open(Box::new(watch)), watch_next);
+        let messages = stream::unfold((Watching::Open(Box::new(watch)), encoding), watch_next);
         // The stream counts as open until tonic has taken the last message.
         let messages = messages.inspect(move |_| _ = &open);
         Ok(Response::new(Box::pin(messages)))
@@ -151,17 +151,20 @@ enum Watching {
     Ending(Option<Error>),
 }
 
-async fn watch_next(watching: Watching) -> Option<(Result<pb::WatchEventsResponse, Status>, Watching)> {
+async fn watch_next(
+    (watching, encoding): (Watching, Encoding),
+) -> Option<(Result<pb::WatchEventsResponse, Status>, (Watching, Encoding))> {
+    let ending = |error| (Watching::Ending(error), encoding);
     let mut watch = match watching {
         Watching::Open(watch) => watch,
-        Watching::Ending(error) => return error.map(|error| (Err(error.into()), Watching::Ending(None))),
+        Watching::Ending(error) => return error.map(|error| (Err(error.into()), ending(None))),
     };
     let message = match watch.next().await? {
         Ok(message) => message,
-        Err(error) => return Some((Err(error.into()), Watching::Ending(None))),
+        Err(error) => return Some((Err(error.into()), ending(None))),
     };
     let next = match &message.body {
-        Body::End(reason, job) => Watching::Ending(match reason {
+        Body::End(reason, job) => ending(match reason {
             EndReason::JobClosed => None,
             EndReason::Draining => Some(Error::Draining),
             EndReason::CredentialEnded => Some(Error::CredentialInvalid),
@@ -170,34 +173,38 @@ async fn watch_next(watching: Watching) -> Option<(Result<pb::WatchEventsRespons
                 Some(Error::EventsExpired { first_sequence: job.map(|job| job.last_sequence + 1) })
             }
         }),
-        Body::Events(_) | Body::CaughtUp(_) | Body::Heartbeat => Watching::Open(watch),
+        Body::Events(_) | Body::CaughtUp(_) | Body::Heartbeat => (Watching::Open(watch), encoding),
     };
-    Some((Ok(message.into()), next))
+    Some(match watch_response(message, encoding) {
+        Ok(response) => (Ok(response), next),
+        Err(error) => (Err(error.into()), ending(None)),
+    })
 }
 
-impl From<Message> for pb::WatchEventsResponse {
-    fn from(message: Message) -> Self {
-        use pb::watch_events_response::Message as Kind;
-        let kind = match message.body {
-            Body::Events(events) => {
-                let encoded = events.iter().map(|event| event.encoded.clone()).collect();
-                Kind::Events(pb::WatchedEvents::from_encoded(encoded))
-            }
-            Body::CaughtUp(job) => Kind::CaughtUp(pb::CaughtUp { job: job.map(Into::into) }),
-            Body::Heartbeat => Kind::Heartbeat(pb::Heartbeat {}),
-            Body::End(reason, job) => {
-                let reason = match reason {
-                    EndReason::JobClosed => pb::WatchEndReason::JobClosed,
-                    EndReason::Draining => pb::WatchEndReason::Draining,
-                    EndReason::CredentialEnded => pb::WatchEndReason::CredentialEnded,
-                    EndReason::EventsExpired => pb::WatchEndReason::EventsExpired,
-                    EndReason::LogSetBack => pb::WatchEndReason::LogSetBack,
-                };
-                Kind::End(pb::WatchEnd { reason: reason.into(), job: job.map(Into::into) })
-            }
-        };
-        Self { resume_token: message.resume_token, message: Some(kind) }
-    }
+fn watch_response(message: Message, encoding: Encoding) -> Result<pb::WatchEventsResponse> {
+    use pb::watch_events_response::Message as Kind;
+    let kind = match message.body {
+        Body::Events(events) => {
+            let encoded: Result<_> = match encoding {
+                Encoding::Protobuf => Ok(events.iter().map(|event| event.encoded.clone()).collect()),
+                Encoding::Json => events.iter().map(|event| event.json()).collect(),
+            };
+            Kind::Events(pb::WatchedEvents::from_encoded(encoded?))
+        }
+        Body::CaughtUp(job) => Kind::CaughtUp(pb::CaughtUp { job: job.map(Into::into) }),
+        Body::Heartbeat => Kind::Heartbeat(pb::Heartbeat {}),
+        Body::End(reason, job) => {
+            let reason = match reason {
+                EndReason::JobClosed => pb::WatchEndReason::JobClosed,
+                EndReason::Draining => pb::WatchEndReason::Draining,
+                EndReason::CredentialEnded => pb::WatchEndReason::CredentialEnded,
+                EndReason::EventsExpired => pb::WatchEndReason::EventsExpired,
+                EndReason::LogSetBack => pb::WatchEndReason::LogSetBack,
+            };
+            Kind::End(pb::WatchEnd { reason: reason.into(), job: job.map(Into::into) })
+        }
+    };
+    Ok(pb::WatchEventsResponse { resume_token: message.resume_token, message: Some(kind) })
 }
 
 impl From<JobState> for pb::JobState {
@@ -230,7 +237,7 @@ mod tests {
     /// A server may have tens of thousands of open watches.
     #[test]
     fn a_waiting_watch_takes_little_memory() {
-        fn size<F>(_: fn(Watching) -> F) -> usize {
+        fn size<F>(_: fn((Watching, Encoding)) -> F) -> usize {
             size_of::<F>()
         }
         let bytes = size(watch_next) + size_of::<Watch>();

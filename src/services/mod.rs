@@ -53,6 +53,22 @@ impl Peer {
     }
 }
 
+/// How the messages of a call travel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Encoding {
+    #[default]
+    Protobuf,
+    /// By the Connect protocol alone. What the services send may then have elements that are
+    /// JSON already, see [`json`](crate::json).
+    Json,
+}
+
+impl Encoding {
+    fn of<T>(request: &Request<T>) -> Self {
+        request.extensions().get().copied().unwrap_or_default()
+    }
+}
+
 /// A call's id, as in its answer and in the log.
 #[derive(Clone, Copy, Debug)]
 pub struct RequestId(pub Uuid);

@@ -45,6 +45,25 @@ const DESCRIPTORS: [&[u8]; 4] = [
 /// The label `method` of calls to unknown paths.
 const OTHER: &str = "other";
 
+/// How a client calls.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Protocol {
+    #[default]
+    Grpc,
+    Connect,
+}
+
+impl Protocol {
+    const ALL: [Self; 2] = [Self::Grpc, Self::Connect];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Grpc => "grpc",
+            Self::Connect => "connect",
+        }
+    }
+}
+
 /// The names of the gRPC codes, by number.
 const CODES: [&str; 17] = [
     "OK",
@@ -136,8 +155,8 @@ pub struct Metrics {
 metrics! {
     /// Metrics of finished calls and of refusals.
     struct CallFamilies {
-        /// Finished calls, by method and status code
-        answered: Family<Labels<2>, Counter> = plain("calls", Family::default()),
+        /// Finished calls, by method, status code and protocol
+        answered: Family<Labels<3>, Counter> = plain("calls", Family::default()),
         /// Refused calls and refused batches of publish streams, by method and reason
         refused: Family<Labels<2>, Counter> = plain("refusals", Family::default()),
         /// Time from the request headers of a unary call to the end of its response, by method
@@ -308,9 +327,9 @@ pub(crate) struct Method {
     name: Arc<str>,
     /// None for a stream, whose length says nothing about the server.
     duration: Option<Histogram>,
-    /// By code; a counter is created by the first call that ends with its code.
-    answered: [OnceLock<Counter>; CODES.len()],
-    answered_family: Family<Labels<2>, Counter>,
+    /// By protocol and code; a counter is created by the first call that ends with its code.
+    answered: [[OnceLock<Counter>; CODES.len()]; Protocol::ALL.len()],
+    answered_family: Family<Labels<3>, Counter>,
     /// By reason; a counter is created by the first refusal for its reason.
     refused: Box<[OnceLock<Counter>]>,
     refused_family: Family<Labels<2>, Counter>,
@@ -343,10 +362,14 @@ impl Method {
     }
 
     /// Counts a finished call.
-    pub(crate) fn finished(&self, code: Code, started: Instant) {
+    pub(crate) fn finished(&self, protocol: Protocol, code: Code, started: Instant) {
         let index = code as usize;
-        let counter = self.answered[index].get_or_init(|| {
-            let labels = [("method", Arc::clone(&self.name)), ("code", CODES[index].into())];
+        let counter = self.answered[protocol as usize][index].get_or_init(|| {
+            let labels = [
+                ("method", Arc::clone(&self.name)),
+                ("code", CODES[index].into()),
+                ("protocol", protocol.name().into()),
+            ];
             self.answered_family.get_or_create_owned(&labels)
         });
         counter.inc();

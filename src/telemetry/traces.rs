@@ -28,7 +28,7 @@ use opentelemetry_sdk::{
 };
 use tonic::{Code, transport::ClientTlsConfig};
 
-use super::metrics::gauge_value;
+use super::metrics::{Protocol, gauge_value};
 use crate::{config::TraceSettings, error::BoxError};
 
 /// The service's name, unless OTEL_SERVICE_NAME is set.
@@ -96,14 +96,24 @@ impl Traces {
 
     /// The span of a call, if the call is sampled; `method` is
     /// `package.Service/Method`.
-    pub(crate) fn call(&self, headers: &HeaderMap, method: &Arc<str>) -> Option<CallSpan> {
+    pub(crate) fn call(
+        &self,
+        headers: &HeaderMap,
+        method: &Arc<str>,
+        protocol: Protocol,
+    ) -> Option<CallSpan> {
         let exporting = self.0.as_deref()?;
         let caller = exporting.propagator.extract_with_context(&Context::new(), &Headers(headers));
         let (service, name) = method.split_once('/').unwrap_or_default();
+        // The names of OpenTelemetry's conventions.
+        let system = match protocol {
+            Protocol::Grpc => "grpc",
+            Protocol::Connect => "connect_rpc",
+        };
         let span = SpanBuilder::from_name(method.to_string())
             .with_kind(SpanKind::Server)
             .with_attributes([
-                KeyValue::new("rpc.system", "grpc"),
+                KeyValue::new("rpc.system", system),
                 KeyValue::new("rpc.service", service.to_owned()),
                 KeyValue::new("rpc.method", name.to_owned()),
             ])

@@ -31,8 +31,8 @@ pub use proxy::{Mode, Proxy};
 pub use refused::{assert_refused, assert_violations};
 pub use replication::Replication;
 pub use server::{
-    CONNECTIONS, QUOTAS, SIGN_UPS_PER_HOUR, STREAMS_PER_CONNECTION, STREAMS_PER_USER, TOKEN_STREAMS_PER_USER,
-    TRUSTED_PROXY, TestServer,
+    ALLOWED_ORIGIN, CONNECTIONS, QUOTAS, SIGN_UPS_PER_HOUR, STREAMS_PER_CONNECTION, STREAMS_PER_USER,
+    TOKEN_STREAMS_PER_USER, TRUSTED_PROXY, TestServer,
 };
 pub use temporary::TemporaryDir;
 pub use watch::Watch;

@@ -36,6 +36,8 @@ pub const CONNECTIONS: usize = 8;
 pub const STREAMS_PER_USER: usize = 40;
 /// Most open streams of one provider's watch tokens on one server.
 pub const TOKEN_STREAMS_PER_USER: usize = 60;
+/// The only origin beside the server's own whose pages may call it.
+pub const ALLOWED_ORIGIN: &str = "https://app.example.com";
 /// Most open streams of one connection.
 pub const STREAMS_PER_CONNECTION: u32 = 1000;
 
@@ -155,6 +157,7 @@ fn settings(retention: Option<Duration>, tenants: TenantSettings) -> ServerSetti
         request_timeout: Duration::from_secs(10),
         drain_deadline: Duration::from_secs(5),
         streams_per_connection: STREAMS_PER_CONNECTION,
+        allowed_origins: vec![ALLOWED_ORIGIN.to_owned()],
         auth: AuthSettings {
             sign_up_open: true,
             streams_per_user: STREAMS_PER_USER,

@@ -10,13 +10,14 @@
 //! **Connections can be cut**, all of them at the end of the drain.
 //!
 //! **Connections are limited** in number, and in the time until their version of HTTP is
-//! known: HTTP/2's keepalive watches a connection only from the preface on, and HTTP/1.1's
-//! time limit for the head of a request begins with the first byte that is not of the
-//! preface.
+//! known: HTTP/2's keepalive watches a connection only from the preface on, and the limits of
+//! [`http1`] begin with the first byte that is not of the preface.
+
+mod http1;
 
 use std::{
     io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     pin::Pin,
     sync::{
         Arc,
@@ -38,6 +39,9 @@ use tokio_util::{
     sync::{CancellationToken, WaitForCancellationFutureOwned},
 };
 
+use self::http1::{Addresses, Http1};
+pub(super) use self::http1::{Exchange, Http1Limits, UnderWay};
+
 /// Size of a write, in bytes, from which the next one is not delayed for batching, as
 /// in the replay of a log.
 const LARGE_WRITE_BYTES: usize = 4 * 1024;
@@ -55,14 +59,16 @@ pub(super) struct Connections {
     activity: Arc<AtomicUsize>,
     permits: Arc<Semaphore>,
     preface_timeout: Duration,
+    http1: Addresses,
 }
 
 impl Connections {
     /// At most `most` connections; each must send its preface, or begin with another
     /// version of HTTP, within `preface_timeout`.
-    pub(super) fn new(most: usize, preface_timeout: Duration) -> Self {
+    pub(super) fn new(most: usize, preface_timeout: Duration, http1: Http1Limits) -> Self {
         let permits = Arc::new(Semaphore::new(most));
-        Self { cut: CancellationToken::new(), activity: Arc::default(), permits, preface_timeout }
+        let http1 = Addresses::new(http1);
+        Self { cut: CancellationToken::new(), activity: Arc::default(), permits, preface_timeout, http1 }
     }
 
     /// A connection over this stream, or none if the limit is reached.
@@ -71,10 +77,7 @@ impl Connections {
             tracing::warn!("the limit of open connections is reached: closing a new connection");
             return None;
         };
-        let address = match &stream {
-            Either::Left(plain) => plain.peer_addr(),
-            Either::Right(encrypted) => encrypted.get_ref().0.peer_addr(),
-        };
+        let address = tcp(&stream).peer_addr();
         let timeout = Box::pin(sleep(self.preface_timeout));
         Some(Connection {
             stream,
@@ -82,7 +85,9 @@ impl Connections {
             activity: Arc::clone(&self.activity),
             yielded: false,
             large: false,
-            preface: Some(Preface { missing: PREFACE, timeout }),
+            version: Version::Unknown(Preface { missing: PREFACE, timeout }),
+            exchange: Exchange::default(),
+            addresses: self.http1.clone(),
             cancelled: Box::pin(self.cut.child_token().cancelled_owned()),
             _permit: permit,
         })
@@ -108,31 +113,75 @@ pub(super) struct Connection {
     yielded: bool,
     /// The last write had at least [`LARGE_WRITE_BYTES`].
     large: bool,
-    /// None once the client has sent its preface, or something else.
-    preface: Option<Preface>,
+    version: Version,
+    /// The request of HTTP/1.1 that is under way.
+    exchange: Exchange,
+    addresses: Addresses,
     /// Completes when the connection is cut.
     cancelled: Pin<Box<WaitForCancellationFutureOwned>>,
     _permit: OwnedSemaphorePermit,
 }
 
+/// The version of HTTP, as far as it is known.
+#[derive(Debug)]
+enum Version {
+    /// So far, the client has sent the beginning of the preface of HTTP/2.
+    Unknown(Preface),
+    Http1(Http1),
+    Http2,
+}
+
 #[derive(Debug)]
 struct Preface {
-    /// The part that the client has not sent yet; empty once the version is known.
+    /// The part that the client has not sent yet.
     missing: &'static [u8],
     timeout: Pin<Box<Sleep>>,
 }
 
 impl Preface {
-    fn read(&mut self, bytes: &[u8]) {
+    /// Whether the client goes on with the preface.
+    fn goes_on(&mut self, bytes: &[u8]) -> bool {
         let expected = bytes.len().min(self.missing.len());
         let (expected, missing) = self.missing.split_at(expected);
-        self.missing = if bytes.starts_with(expected) { missing } else { &[] };
+        self.missing = missing;
+        bytes.starts_with(expected)
+    }
+}
+
+fn tcp(stream: &Stream) -> &TcpStream {
+    match stream {
+        Either::Left(plain) => plain,
+        Either::Right(encrypted) => encrypted.get_ref().0,
     }
 }
 
 impl Connection {
     pub(super) fn address(&self) -> Option<SocketAddr> {
         self.address
+    }
+
+    pub(super) fn exchange(&self) -> Exchange {
+        self.exchange.clone()
+    }
+
+    /// Takes note of what was read; an error if the client takes too long or may not connect.
+    fn note(&mut self, bytes: &[u8], cx: &mut Context<'_>) -> io::Result<()> {
+        if let Version::Unknown(preface) = &mut self.version {
+            if !preface.goes_on(bytes) {
+                let address: Option<IpAddr> = self.address.map(|address| address.ip());
+                let exchange = self.exchange.clone();
+                self.version =
+                    Version::Http1(self.addresses.connected(tcp(&self.stream), address, exchange)?);
+            } else if preface.missing.is_empty() {
+                self.version = Version::Http2;
+            } else if preface.timeout.as_mut().poll(cx).is_ready() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+        }
+        match &mut self.version {
+            Version::Http1(http1) => http1.read(!bytes.is_empty(), cx),
+            Version::Unknown(_) | Version::Http2 => Ok(()),
+        }
     }
 
     /// Pending, or an error once the connection is cut. A task that waits for a write
@@ -154,14 +203,7 @@ impl AsyncRead for Connection {
         }
         let before = buf.filled().len();
         let read = Pin::new(&mut self.stream).poll_read(cx, buf);
-        if let Some(preface) = &mut self.preface {
-            preface.read(&buf.filled()[before..]);
-            if preface.missing.is_empty() {
-                self.preface = None;
-            } else if preface.timeout.as_mut().poll(cx).is_ready() {
-                return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
-            }
-        }
+        self.note(&buf.filled()[before..], cx)?;
         ready!(read)?;
         self.activity.fetch_add(1, Relaxed);
         Poll::Ready(Ok(()))
@@ -213,7 +255,7 @@ mod tests {
         let _client =
             TcpStream::connect(listener.local_addr().expect("an address")).await.expect("a connection");
         let (stream, _) = listener.accept().await.expect("a connection");
-        let connections = Connections::new(1, Duration::from_secs(60));
+        let connections = Connections::new(1, Duration::from_secs(60), Http1Limits::of_a_test());
         let mut connection = connections.open(Either::Left(stream)).expect("a free permit");
         let chunk = vec![0; 64 * 1024];
         let activity = Arc::clone(&connection.activity);
