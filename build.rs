@@ -5,6 +5,8 @@ use std::{env, error::Error, fs, path::PathBuf};
 
 use prost::Message as _;
 
+const CONFORMANCE: &str = "tests/conformance/proto";
+
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");
     println!("cargo:rerun-if-changed=migrations");
@@ -37,5 +39,19 @@ fn main() -> Result<(), Box<dyn Error>> {
         // The server sends bytes that were encoded once for all watchers.
         .extern_path(".milepost.v1.WatchedEvents", "crate::pb::WatchedEvents")
         .compile_fds_with_config(files, config)?;
+    conformance_suite()
+}
+
+/// The protos of Connect's conformance suite, for the test target `conformance`.
+fn conformance_suite() -> Result<(), Box<dyn Error>> {
+    println!("cargo:rerun-if-changed={CONFORMANCE}");
+    let mut compiler = protox::Compiler::new([CONFORMANCE])?;
+    compiler.include_imports(true).open_files([
+        "connectrpc/conformance/v1/server_compat.proto",
+        "connectrpc/conformance/v1/service.proto",
+    ])?;
+    let descriptors = PathBuf::from(env::var("OUT_DIR")?).join("conformance.bin");
+    fs::write(descriptors, compiler.encode_file_descriptor_set())?;
+    tonic_prost_build::configure().compile_fds(compiler.file_descriptor_set())?;
     Ok(())
 }

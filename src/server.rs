@@ -16,16 +16,18 @@ mod reflection;
 mod tls;
 mod unread;
 
-use std::{error::Error as StdError, pin::pin, sync::Arc, time::Duration};
+use std::{convert::Infallible, error::Error as StdError, pin::pin, sync::Arc, time::Duration};
 
+use ::http::{Request, Response};
 use prost_reflect::DescriptorPool;
 use tokio::{
     net::TcpListener,
     time::{sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tonic::service::Routes;
+use tonic::{body::Body, service::Routes};
 use tonic_health::{ServingStatus, server::HealthReporter};
+use tower::Service;
 
 use self::{
     authentication::Authentication,
@@ -157,24 +159,32 @@ pub async fn serve(
 /// and all connections are closed: for the conformance suite of Connect. `descriptors` are those
 /// of the services.
 #[doc(hidden)]
-pub async fn serve_routes(
+pub async fn serve_others<S>(
     listener: TcpListener,
     tls: Option<Tls>,
-    routes: Routes,
+    services: S,
     descriptors: &DescriptorPool,
     settings: &ServerSettings,
     draining: CancellationToken,
-) {
+) where
+    S: Service<Request<Body>, Response = Response<Body>, Error = Infallible, Future: Send + 'static>
+        + Clone
+        + Send
+        + 'static,
+{
     let connections = Connections::new(limits::CONNECTIONS, limits::HANDSHAKE, http1_limits(settings));
-    let services = Transcoder::new(routes.prepare());
-    let (calls, telemetry) = (TaskTracker::new(), Telemetry::default());
+    let (services, calls, telemetry) = (Transcoder::new(services), TaskTracker::new(), Telemetry::default());
     let services = Calls::new(services, settings.request_timeout, draining.clone(), calls, telemetry);
     let services = every_protocol(services, descriptors, settings);
     http::serve(incoming(listener, tls, connections), services, settings, draining).await;
 }
 
 /// Lets services that speak gRPC be called by Connect too, and by the pages that may.
-fn every_protocol<S>(services: S, descriptors: &DescriptorPool, settings: &ServerSettings) -> Origins<Connect<S>> {
+fn every_protocol<S>(
+    services: S,
+    descriptors: &DescriptorPool,
+    settings: &ServerSettings,
+) -> Origins<Connect<S>> {
     let services = Connect::new(services, Arc::new(Methods::of(descriptors)));
     Origins::new(services, &settings.allowed_origins)
 }

@@ -121,7 +121,8 @@ mod tests {
         ] {
             assert_eq!(origin(text).as_deref(), Ok(written), "{text}");
         }
-        for text in ["", "*", "null", "app.example.com", "https://app.example.com/", "https://a@b", "ftp://a"] {
+        for text in ["", "*", "null", "app.example.com", "https://app.example.com/", "https://a@b", "ftp://a"]
+        {
             assert!(origin(text).is_err(), "{text}");
         }
     }

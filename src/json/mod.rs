@@ -23,11 +23,11 @@ use std::sync::LazyLock;
 use prost::encoding::{decode_key, decode_varint};
 use prost_reflect::{DescriptorPool, MessageDescriptor};
 
+use self::read::put;
 pub(crate) use self::{
     read::from_json,
     write::{Malformed, to_json},
 };
-use self::read::put;
 use crate::pb;
 
 /// See "JSON that is made once".
@@ -42,8 +42,11 @@ const WELL_KNOWN: &str = "google.protobuf";
 /// The descriptors of the API, of health, and of the details of errors.
 pub(crate) static DESCRIPTORS: LazyLock<DescriptorPool> = LazyLock::new(|| {
     let mut pool = DescriptorPool::new();
-    let sets =
-        [pb::FILE_DESCRIPTOR_SET, tonic_health::pb::FILE_DESCRIPTOR_SET, tonic_types::pb::FILE_DESCRIPTOR_SET];
+    let sets = [
+        pb::FILE_DESCRIPTOR_SET,
+        tonic_health::pb::FILE_DESCRIPTOR_SET,
+        tonic_types::pb::FILE_DESCRIPTOR_SET,
+    ];
     for set in sets {
         if let Err(error) = pool.decode_file_descriptor_set(set) {
             unreachable!("the build scripts wrote these descriptors: {error}");

@@ -14,8 +14,12 @@ use prost::{
     Message as _,
     encoding::{self, WireType, encode_key, encode_varint},
 };
-use prost_reflect::{DeserializeOptions, DynamicMessage, EnumDescriptor, FieldDescriptor, Kind, MessageDescriptor};
-use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Unexpected, Visitor};
+use prost_reflect::{
+    DeserializeOptions, DynamicMessage, EnumDescriptor, FieldDescriptor, Kind, MessageDescriptor,
+};
+use serde::de::{
+    DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Unexpected, Visitor,
+};
 
 use super::{
     LIST_VALUE, STRUCT, VALUE, WELL_KNOWN,
@@ -53,8 +57,7 @@ impl<'de> DeserializeSeed<'de> for Object<'_> {
             LIST_VALUE => json.deserialize_seq(ListValues(self.to)),
             _ if self.message.package_name() == WELL_KNOWN => {
                 let options = DeserializeOptions::new().deny_unknown_fields(false);
-                let decoded =
-                    DynamicMessage::deserialize_with_options(self.message.clone(), json, &options)?;
+                let decoded = DynamicMessage::deserialize_with_options(self.message.clone(), json, &options)?;
                 decoded.encode(self.to).map_err(Error::custom)
             }
             _ => json.deserialize_map(self),
@@ -188,7 +191,9 @@ impl<'de> Visitor<'de> for Entries<'_> {
             match (key.kind, &*name) {
                 (Kind::Bool, "true") => key.visit_bool(true)?,
                 (Kind::Bool, "false") => key.visit_bool(false)?,
-                (Kind::Bool, other) => return Err(Error::invalid_value(Unexpected::Str(other), &"true or false")),
+                (Kind::Bool, other) => {
+                    return Err(Error::invalid_value(Unexpected::Str(other), &"true or false"));
+                }
                 (_, name) => key.visit_str(name)?,
             }
             map.next_value_seed(Item { kind: &value.kind(), number: value.number(), to: &mut content })?;

@@ -226,11 +226,7 @@ fn write_value(mut bytes: &[u8], json: &mut Vec<u8>) -> Result<(), Malformed> {
 }
 
 /// Writes a message by decoding it.
-fn write_decoded(
-    message: &MessageDescriptor,
-    bytes: &[u8],
-    json: &mut Vec<u8>,
-) -> Result<(), Malformed> {
+fn write_decoded(message: &MessageDescriptor, bytes: &[u8], json: &mut Vec<u8>) -> Result<(), Malformed> {
     let decoded = DynamicMessage::decode(message.clone(), bytes)?;
     decoded.serialize(&mut serde_json::Serializer::new(json)).map_err(|_| Malformed)
 }

@@ -176,7 +176,8 @@ impl<S: Serves> Service<Request<Incoming>> for Requests<S> {
         let under_way = http1.then(|| self.exchange.begin());
         let Self { services, address, .. } = self.clone();
         Box::pin(async move {
-            let mut request = request.map(|body| if http1 { Body::new(ReadOn::new(body)) } else { Body::new(body) });
+            let mut request =
+                request.map(|body| if http1 { Body::new(ReadOn::new(body)) } else { Body::new(body) });
             // This is polled by the stream's task alone.
             let reset = RESET.with(StreamReset::clone);
             request.extensions_mut().insert(Peer { address, reset });

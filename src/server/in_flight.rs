@@ -275,7 +275,13 @@ mod tests {
         for frame_bytes in [1, 4, 5, 6, 1_000, 16_384, 1_000_000] {
             let (held, tenants) = (HeldMessages::default(), tenants());
             let inner = body(&sent, frame_bytes);
-            let counted = CountedBody::new(inner, tenants.clone(), tenant(), NoRoom::Wait, (held.clone(), Encoding::Protobuf));
+            let counted = CountedBody::new(
+                inner,
+                tenants.clone(),
+                tenant(),
+                NoRoom::Wait,
+                (held.clone(), Encoding::Protobuf),
+            );
             let received = counted.collect().await.expect("no error").to_bytes();
             assert_eq!(received, sent, "in frames of {frame_bytes} bytes");
             assert_eq!(std::iter::from_fn(|| held.pop()).count(), 6);

@@ -65,7 +65,8 @@ fn families(text: &str) -> BTreeSet<&str> {
 async fn monitoring_md_names_the_metrics_that_a_server_exports_and_its_alerts_no_others() {
     let server = TestServer::start().await;
     server.customer().await;
-    let sign_up = "milepost_calls_total{method=\"milepost.v1.AuthService/SignUp\",code=\"OK\"}";
+    let sign_up =
+        "milepost_calls_total{method=\"milepost.v1.AuthService/SignUp\",code=\"OK\",protocol=\"grpc\"}";
     let samples = wait_for_sample(&server, sign_up, |calls| calls > 0.0).await;
     let series = samples.into_keys().collect::<Vec<_>>().join("\n");
     assert_eq!(families(&page("docs/monitoring.md")), families(&series));

@@ -18,6 +18,7 @@ mod cli;
 mod clocks;
 mod compression;
 mod configurations;
+mod connect;
 mod database_tls;
 mod documentation;
 mod drain;

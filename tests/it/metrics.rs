@@ -225,11 +225,11 @@ async fn calls_and_refusals_are_counted_by_method() {
     let method = "method=\"milepost.v1.EventService/AppendEvents\"";
     let samples = wait_for_sample(
         &server,
-        &format!("milepost_calls_total{{{method},code=\"PERMISSION_DENIED\"}}"),
+        &format!("milepost_calls_total{{{method},code=\"PERMISSION_DENIED\",protocol=\"grpc\"}}"),
         |n| n == 1.0,
     )
     .await;
-    assert_eq!(samples[&format!("milepost_calls_total{{{method},code=\"OK\"}}")], 1.0);
+    assert_eq!(samples[&format!("milepost_calls_total{{{method},code=\"OK\",protocol=\"grpc\"}}")], 1.0);
     assert_eq!(samples[&format!("milepost_refusals_total{{{method},reason=\"ROLE_REQUIRED\"}}")], 1.0);
     assert_eq!(samples[&format!("milepost_call_duration_seconds_count{{{method}}}")], 2.0);
     assert!(samples[&format!("milepost_call_duration_seconds_sum{{{method}}}")] > 0.0);
@@ -267,7 +267,7 @@ async fn batches_refused_on_a_publish_stream_count_as_refusals() {
     let samples = wait_for_sample(&server, &refused, |count| count == 1.0).await;
     assert_eq!(samples["milepost_publish_streams"], 1.0);
     assert_eq!(samples["milepost_append_duration_seconds_count"], 1.0, "a refused batch is not an append");
-    let ended_ok = format!("milepost_calls_total{{{method},code=\"OK\"}}");
+    let ended_ok = format!("milepost_calls_total{{{method},code=\"OK\",protocol=\"grpc\"}}");
     assert!(!samples.contains_key(&ended_ok), "the stream is still open");
     drop(batches);
     assert_eq!(answers.message().await.unwrap(), None);
@@ -291,7 +291,7 @@ async fn calls_to_unknown_paths_add_no_series() {
         grpc.unary(request, path, codec).await.unwrap_err().code()
     };
     assert_eq!(call_unknown("/secret/path".to_owned()).await, Code::Unimplemented);
-    let series = "milepost_calls_total{method=\"other\",code=\"UNIMPLEMENTED\"}";
+    let series = "milepost_calls_total{method=\"other\",code=\"UNIMPLEMENTED\",protocol=\"grpc\"}";
     let before = wait_for_sample(&server, series, |count| count == 1.0).await;
     for n in 0..20 {
         for path in [format!("/secret/path{n}"), format!("/milepost.v1.EventService/Append{n}")] {

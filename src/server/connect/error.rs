@@ -47,7 +47,8 @@ pub(super) fn end_of_stream(status: &Status, trailers: &HeaderMap) -> Value {
         end.insert("error".to_owned(), error_json(status));
     }
     if !trailers.is_empty() {
-        let values = |name| trailers.get_all(name).iter().map(|value| String::from_utf8_lossy(value.as_bytes()));
+        let values =
+            |name| trailers.get_all(name).iter().map(|value| String::from_utf8_lossy(value.as_bytes()));
         let metadata: Map<_, _> =
             trailers.keys().map(|name| (name.to_string(), values(name).collect())).collect();
         end.insert("metadata".to_owned(), metadata.into());

@@ -35,8 +35,8 @@ use http::{
 use tonic::body::Body;
 use tower::Service;
 
-pub(super) use self::{methods::Methods, transcode::Transcoder};
 use self::{methods::Method, request::Format};
+pub(super) use self::{methods::Methods, transcode::Transcoder};
 use super::plain::plain;
 
 /// The answer to a request over HTTP/1.1 that needs HTTP/2.

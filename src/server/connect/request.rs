@@ -19,12 +19,7 @@ use super::{
     methods::Method,
     transcode::{COMPRESSED, MessageFormat, UNTIL_THE_END},
 };
-use crate::{
-    limits::MESSAGE_BYTES,
-    server::plain::plain,
-    services::Encoding,
-    telemetry::metrics::Protocol,
-};
+use crate::{limits::MESSAGE_BYTES, server::plain::plain, services::Encoding, telemetry::metrics::Protocol};
 
 const PROTOCOL_VERSION: &str = "connect-protocol-version";
 const TIMEOUT: &str = "connect-timeout-ms";

@@ -158,7 +158,9 @@ impl RequestBody {
         let message = match flags {
             0 => message,
             COMPRESSED if self.format.gzip => decompressed(&message)?,
-            COMPRESSED => return Err(Status::internal("the message is compressed, but by what was not said")),
+            COMPRESSED => {
+                return Err(Status::internal("the message is compressed, but by what was not said"));
+            }
             _ => return Err(Status::invalid_argument("the flags of a message are unknown")),
         };
         match self.format.encoding {

@@ -67,9 +67,8 @@ impl Addresses {
         exchange: Exchange,
     ) -> io::Result<Http1> {
         let address = address.map(|address| address.to_canonical());
-        let counted = address.filter(|address| {
-            !self.limits.trusted_proxies.iter().any(|trusted| trusted.contains(address))
-        });
+        let counted = address
+            .filter(|address| !self.limits.trusted_proxies.iter().any(|trusted| trusted.contains(address)));
         let permit = counted.map(|address| self.enter(network(address))).transpose()?;
         let silence_ms = u32::try_from(self.limits.silence.as_millis()).unwrap_or(u32::MAX);
         set_tcp_user_timeout(stream, silence_ms)?;
