@@ -14,7 +14,7 @@
 //! |---|---|---|
 //! | 12 | `main` | the command line and the exit code |
 //! | 11 | `cli` | serve, migrate, demo, watch, user |
-//! | 10 | `server` | the router, authentication, limits, TLS, health, reflection, metrics, drain |
+//! | 10 | `server` | the router, authentication, limits, the Connect protocol, TLS, health, reflection, metrics, drain |
 //! | 9 | `services` | the four gRPC services: requests become values, results become messages |
 //! | 8 | `event_log` | appends, the tail of the log, watches, retention |
 //! | 7 | `usage` | counts appended events against the quotas of their providers |

@@ -220,4 +220,18 @@ mod tests {
             assert_eq!(message.provider_job_id, "scan-1");
         }
     }
+
+    #[test]
+    fn the_json_of_an_event_is_made_once() {
+        let event = LogEvent::new(&CommittedEvent { row: row(), job: job(), step: Some(step()) }, None);
+        let first = event.json().expect("JSON");
+        let text = String::from_utf8_lossy(&first);
+        for part in
+            ["\"sequence\":\"300\"", "\"stepTag\":\"load\"", "\"createdAt\":\"2023-11-14T22:13:20.123456Z\""]
+        {
+            assert!(text.contains(part), "{text}");
+        }
+        let second = event.json().expect("JSON");
+        assert_eq!((first.as_ptr(), first.len()), (second.as_ptr(), second.len()));
+    }
 }

@@ -20,8 +20,12 @@ mod tests;
 
 use std::sync::LazyLock;
 
-use prost::encoding::{decode_key, decode_varint};
+use prost::{
+    Message as _,
+    encoding::{decode_key, decode_varint},
+};
 use prost_reflect::{DescriptorPool, MessageDescriptor};
+use prost_types::FileDescriptorSet;
 
 use self::read::put;
 pub(crate) use self::{
@@ -41,15 +45,25 @@ const WELL_KNOWN: &str = "google.protobuf";
 
 /// The descriptors of the API, of health, and of the details of errors.
 pub(crate) static DESCRIPTORS: LazyLock<DescriptorPool> = LazyLock::new(|| {
-    let mut pool = DescriptorPool::new();
     let sets = [
         pb::FILE_DESCRIPTOR_SET,
         tonic_health::pb::FILE_DESCRIPTOR_SET,
         tonic_types::pb::FILE_DESCRIPTOR_SET,
     ];
-    for set in sets {
-        if let Err(error) = pool.decode_file_descriptor_set(set) {
-            unreachable!("the build scripts wrote these descriptors: {error}");
+    let files = sets.into_iter().flat_map(|set| match FileDescriptorSet::decode(set) {
+        Ok(set) => set.file,
+        Err(error) => unreachable!("build scripts wrote these descriptors: {error}"),
+    });
+    let mut pool = DescriptorPool::new();
+    for file in files {
+        // Both the first and the last set have google.rpc.Status, from files of different names.
+        let mut names =
+            file.message_type.iter().map(|message| format!("{}.{}", file.package(), message.name()));
+        if names.any(|name| pool.get_message_by_name(&name).is_some()) {
+            continue;
+        }
+        if let Err(error) = pool.add_file_descriptor_proto(file) {
+            unreachable!("each file stands behind those that it imports: {error}");
         }
     }
     pool

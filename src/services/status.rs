@@ -313,7 +313,7 @@ fn log(error: &Error) {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use uuid::Uuid;
 
     use super::*;
@@ -323,7 +323,7 @@ mod tests {
         Error::QuotaExceeded(QuotaUsed { quota: Quota::OpenJobs, limit: 3, used: 4, retry_after })
     }
 
-    fn one_of_each() -> Vec<(Error, Code, &'static str)> {
+    pub(crate) fn one_of_each() -> Vec<(Error, Code, &'static str)> {
         let mut differences = Violations::default();
         differences.add("name", "is \"a\", was \"b\"");
         let differs =

@@ -6,6 +6,7 @@ use std::{
 };
 
 use milepost::{limits, pb};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpSocket, TcpStream},
@@ -61,6 +62,13 @@ async fn a_request_that_http_1_cannot_carry_or_that_is_no_call_is_told_so() {
         (
             "POST /grpc.health.v1.Health/Check HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n\
              connection: close\r\ncontent-length: 2\r\n\r\n{}",
+            "200",
+            "{\"status\":\"SERVING\"}",
+        ),
+        // Without its length.
+        (
+            "POST /grpc.health.v1.Health/Check HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n\
+             connection: close\r\ntransfer-encoding: chunked\r\n\r\n1\r\n{\r\n1\r\n}\r\n0\r\n\r\n",
             "200",
             "{\"status\":\"SERVING\"}",
         ),
@@ -166,6 +174,9 @@ async fn an_answer_before_the_body_was_read_arrives() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn one_address_has_a_limited_number_of_connections_and_others_have_their_own() {
+    // Both ends of each connection are in this process.
+    let files = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: files.maximum, ..files }).unwrap();
     let server = TestServer::start().await;
     let connect = async |last: u8| {
         let socket = TcpSocket::new_v4().unwrap();
@@ -184,7 +195,6 @@ async fn one_address_has_a_limited_number_of_connections_and_others_have_their_o
     let end = within_timeout("the end", refused.read(&mut [0])).await;
     assert!(matches!(end, Ok(0) | Err(_)), "{end:?}");
     ask(&mut connect(51).await).await;
-    // A trusted proxy carries the connections of many clients.
     drop(open);
     let freed = async {
         loop {

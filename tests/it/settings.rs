@@ -31,7 +31,7 @@ use crate::support::{
 };
 
 /// Value names of settings that have no default.
-const OPTIONAL: [&str; 3] = ["FILE", "URL", "ADDRESSES"];
+const OPTIONAL: [&str; 4] = ["FILE", "URL", "ADDRESSES", "ORIGINS"];
 
 #[tokio::test]
 async fn help_lists_every_setting_with_its_flag_its_variable_and_its_default_or_unit() {
@@ -94,6 +94,7 @@ async fn an_invalid_value_is_a_usage_error_that_says_what_to_write() {
         ("--listen", "localhost:0", "127.0.0.1:0 or [::1]:0"),
         ("--listen", ":50051", "0.0.0.0:50051"),
         ("--metrics-listen", "localhost", "127.0.0.1:PORT"),
+        ("--allow-origin", "https://app.example.com/", "https://app.example.com or"),
     ] {
         let mut serve = Command::new(env!("CARGO_BIN_EXE_milepost"));
         serve
@@ -178,6 +179,7 @@ impl Fixture {
             ("MILEPOST_SESSION_LIFETIME_S", "77"),
             ("MILEPOST_BCRYPT_COST", "5"),
             ("MILEPOST_TRUSTED_PROXY", "127.0.0.8,127.0.0.9"),
+            ("MILEPOST_ALLOW_ORIGIN", "https://one.example,https://two.example"),
             ("MILEPOST_STREAMS_PER_CONNECTION", "7"),
             ("MILEPOST_STREAMS_PER_USER", "2"),
             ("MILEPOST_PUBLISH_WINDOW", "2"),
@@ -286,6 +288,22 @@ impl Fixture {
         let address = "SELECT host(client_address) AS text FROM audit_entries
             ORDER BY created_at DESC LIMIT 1";
         assert_eq!(self.texts(address).await, ["10.1.2.3"]);
+    }
+
+    async fn origins(&self) {
+        for (origin, status) in
+            [("https://one.example", "204"), ("https://two.example", "204"), ("null", "403")]
+        {
+            let mut stream = TcpStream::connect(self.configured.address).await.unwrap();
+            let request = format!(
+                "OPTIONS / HTTP/1.1\r\nhost: x\r\norigin: {origin}\r\nconnection: close\r\n\
+                 access-control-request-method: POST\r\n\r\n"
+            );
+            stream.write_all(request.as_bytes()).await.unwrap();
+            let mut answer = String::new();
+            within_timeout("an answer", stream.read_to_string(&mut answer)).await.unwrap();
+            assert_eq!(answer.split(' ').nth(1), Some(status), "{origin}: {answer}");
+        }
     }
 
     async fn quotas(&self) {
@@ -459,6 +477,7 @@ async fn every_setting_takes_effect() {
     let fixture = Fixture::start().await;
     fixture.sign_up().await;
     fixture.log_in().await;
+    fixture.origins().await;
     fixture.quotas().await;
     fixture.streams().await;
     fixture.waits().await;

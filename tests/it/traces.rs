@@ -14,7 +14,12 @@ use opentelemetry_proto::tonic::{
     common::v1::{KeyValue, any_value::Value},
     trace::v1::{Span, span::SpanKind},
 };
-use tokio::{net::TcpListener, process::Command, sync::mpsc};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream},
+    process::Command,
+    sync::mpsc,
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{
     Request, Response, Status,
@@ -178,6 +183,34 @@ async fn a_call_continues_its_callers_trace_and_is_linked_to_its_transaction() {
     for private in [&provider.email, &provider.key_secret, "a private name", PASSWORD, "Bearer"] {
         assert!(!sent.contains(private), "{private}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_span_of_a_call_by_connect_says_so_and_continues_its_callers_trace() {
+    let (collector, endpoint) = Collector::start().await;
+    let (server, traces) = traced(&endpoint, 0.0).await;
+    let mut stream = TcpStream::connect(server.address).await.unwrap();
+    let request = format!(
+        "POST /milepost.v1.JobService/GetJob HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n\
+         traceparent: 00-{}-{}-01\r\nconnection: close\r\ncontent-length: 2\r\n\r\n{{}}",
+        "ab".repeat(16),
+        "cd".repeat(8)
+    );
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    within_timeout("the whole answer", stream.read_to_string(&mut answer)).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 401 "), "{answer}");
+    within_timeout("the call's end", async {
+        while collector.spans().is_empty() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    traces.stop().await;
+    let spans = collector.spans();
+    let call = only(&spans, "milepost.v1.JobService/GetJob");
+    assert_eq!((call.trace_id.as_slice(), call.parent_span_id.as_slice()), (&TRACE[..], &CALLER[..]));
+    assert_eq!(attribute(&call.attributes, "rpc.system").unwrap(), "connect_rpc");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -97,3 +97,31 @@ pub(super) fn http_status(code: Code) -> StatusCode {
         Code::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::services::status::tests::one_of_each;
+
+    #[test]
+    fn every_error_is_json_with_all_of_its_details() {
+        for (error, code, reason) in one_of_each() {
+            let status = Status::from(error);
+            let json = error_json(&status);
+            assert_eq!(json["code"], code_name(code), "{reason}");
+            assert_eq!(json["message"], status.message(), "{reason}");
+            assert!(http_status(code).is_client_error() || http_status(code).is_server_error(), "{reason}");
+            let sent = RpcStatus::decode(status.details()).expect("details").details;
+            let details = json["details"].as_array().expect("details");
+            assert_eq!(details.len(), sent.len(), "{reason}");
+            for (detail, sent) in details.iter().zip(&sent) {
+                let name = detail["type"].as_str().expect("a name");
+                assert_eq!(sent.type_url, format!("type.googleapis.com/{name}"));
+                let value = detail["value"].as_str().expect("base64");
+                assert_eq!(STANDARD_NO_PAD.decode(value).expect("base64"), sent.value, "{reason}");
+                assert!(detail["debug"].is_object(), "{reason}: {detail}");
+            }
+            assert_eq!(details[0]["debug"]["reason"], reason);
+        }
+    }
+}
