@@ -71,7 +71,8 @@ export class VirtualList {
 		this.#make = make;
 		this.#heights = new Heights(estimate);
 		box.addEventListener("scroll", () => {
-			if (this.stick && box.scrollTop < this.#set - 4) left();
+			// The first step of a smooth scroll may be less than a pixel.
+			if (this.stick && box.scrollTop < this.#set && box.scrollHeight - box.scrollTop - box.clientHeight > 0.5) left();
 			this.#draw();
 		}, { passive: true });
 		this.resize = new ResizeObserver(() => {
