@@ -108,7 +108,7 @@ export class Events {
 		for (const kind of Object.keys(FAMILIES)) setText($(`[data-kind=${kind}]`, root), number(counts[kind] ?? 0));
 		setText($("#events-none", root), this.#found.length ? "" : entries.length ? "No event is like that." : "Nothing yet. Events show here as they come.");
 		setText($("#events-n", root), sifted ? `${number(this.#found.length)} found` : entries.length ? `${number(entries.length)}, newest at the bottom` : "");
-		setAttribute($("#follow", root), "aria-checked", this.#list.stick);
+		setAttribute($("#follow", root), "aria-checked", `${this.#list.stick}`);
 		if (this.#list.stick) this.#unseen = 0;
 		$("#latest", root).hidden = !this.#unseen;
 		setText($("#latest", root), `${number(this.#unseen)} new`);
