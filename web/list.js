@@ -1,5 +1,5 @@
 // A list of any length of which only what is in sight stands in the document. Rows have different heights: a row counts
-// with an estimate until it was in sight, and the padding of the list stands for the rows that are left out.
+// with an estimate until it was in sight, and empty boxes above and below stand for the rows that are left out.
 
 const WHOLE = 200;
 const MOST_PRINTED = 10_000;
@@ -149,17 +149,17 @@ export class VirtualList {
 			range = next;
 			this.#place(...range);
 		}
-		this.#pad("paddingTop", this.#heights.above(range[0]));
-		this.#pad("paddingBottom", this.#heights.above(count) - this.#heights.above(range[1]));
+		this.#space("--above", this.#heights.above(range[0]));
+		this.#space("--below", this.#heights.above(count) - this.#heights.above(range[1]));
 		const top = this.stick ? box.scrollHeight - box.clientHeight : this.#heights.above(anchor) + offset;
 		if (Math.abs(box.scrollTop - top) >= 1) box.scrollTop = top;
 		this.#set = box.scrollTop;
 		for (const row of this.#rows.values()) row.ariaSetSize = count;
 	}
 
-	#pad(side, height) {
+	#space(side, height) {
 		const text = `${Math.round(height * 100) / 100}px`;
-		if (this.#box.style[side] !== text) this.#box.style[side] = text;
+		if (this.#box.style.getPropertyValue(side) !== text) this.#box.style.setProperty(side, text);
 	}
 
 	#range(top) {

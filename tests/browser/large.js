@@ -7,9 +7,9 @@ import { assertShowsAll, waitForCount } from "./support/dom.js";
 import { withPage, world } from "./support/world.js";
 
 const BATCH = 500;
-// A high window shows many rows at once, so that the whole log is scrolled through in little time.
-const HIGH = { viewport: { width: 1100, height: 8000 } };
-const MOST_ROWS = 400;
+// A high window shows many rows at once, so that the whole log is scrolled through in few steps.
+const HIGH = { viewport: { width: 1100, height: 3000 } };
+const MOST_ROWS = 200;
 
 const batch = (from, count) => Array.from({ length: count }, (_, i) => ({ kind: (from + i) % 50 ? "info" : "error", name: `event ${from + i}`, metadata: (from + i) % 7 ? undefined : { Volume: from + i, Unit: "mL" } }));
 
