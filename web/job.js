@@ -183,7 +183,7 @@ class JobView {
 			add(status, error.name || "Failed", [`Failed at ${clock(error.at)}${step ? `, in step ${step.n}` : ""}. The job is still open: it recovers with the next step that is done.`]);
 		}
 		const { name, error } = this.#connection;
-		if (name === "offline") add(name, "No connection", [`${log.last ? `What you see is from ${clock(this.#seenAt)}. ` : ""}Nothing is lost: the page goes on from there.`]);
+		if (name === "offline") add(name, error?.code === "resource_exhausted" ? "The server is busy" : "No connection", [`${log.last ? `What you see is from ${clock(this.#seenAt)}. ` : ""}Nothing is lost: the page goes on from there.`]);
 		else this.#seenAt = now();
 		if (name === "expired") add("look", "The events of this job were removed", ["They were kept for a set time after the job was closed. The job’s end stays."]);
 		if (name === "ended") {

@@ -94,7 +94,7 @@ export class Watch {
 		const longest = Math.min(LONGEST_PAUSE_S, 2 ** this.#failures++) * 1000;
 		// A random part, so that the pages of a server that was started again do not come all at once.
 		const ms = Math.max(error?.retryMs ?? 0, longest * (0.5 + Math.random() / 2));
-		this.#report("offline", { at: Date.now() + ms });
+		this.#report("offline", { at: Date.now() + ms, error });
 		await this.#pause(ms);
 		return false;
 	}

@@ -197,3 +197,49 @@ test("the provider sees Share, and the customer does not", withPage(async page =
   assert.ok(!await other.locator("#share").isVisible());
   await finish(other);
 }));
+
+test("a log that was set back is forgotten and read again from its beginning", withPage(async page => {
+  const { job, url } = await sharedJob(3);
+  const requests = [];
+  // The service says so to a watch that goes on by its token.
+  await page.route("**/WatchEvents", route => {
+    const body = route.request().postDataBuffer(), { resumeToken } = JSON.parse(body.subarray(5));
+    requests.push(Boolean(resumeToken));
+    if (!resumeToken) return route.continue();
+    const reason = Buffer.concat([Buffer.from([10, 12]), Buffer.from("LOG_SET_BACK")]).toString("base64");
+    const error = Buffer.from(JSON.stringify({ error: { code: "out_of_range", message: "set back", details: [{ type: "google.rpc.ErrorInfo", value: reason }] } }));
+    const head = Buffer.alloc(5);
+    head[0] = 2;
+    head.writeUInt32BE(error.length, 1);
+    return route.fulfill({ status: 200, contentType: "application/connect+json", body: Buffer.concat([head, error]) });
+  });
+  await page.goto(url);
+  await connection(page, "live");
+  await page.evaluate(() => {
+    for (const hidden of [true, false]) {
+      Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
+      document.dispatchEvent(new Event("visibilitychange"));
+    }
+  });
+  await page.waitForRequest(request => request.url().endsWith("WatchEvents") && !request.postDataBuffer().includes("resumeToken"));
+  await connection(page, "live");
+  assert.deepEqual(requests, [false, true, false]);
+  await assertShowsAll(page, await world.provider.listEvents(job));
+  assert.equal(await page.locator("#percent").textContent(), "13");
+}));
+
+test("a job whose events were removed shows how it ended", async () => {
+  const server = await Server.start(["--retention-s", "1"]), page = await world.browser.page();
+  const customer = await server.grpc.signUp("customer"), provider = await server.grpc.signUp("provider");
+  await provider.register(STEPS);
+  const job = await provider.createJob(customer), { secret } = await provider.share(job, 3600);
+  await provider.append(job, ...story(STEPS.length));
+  while (await provider.listEvents(job).then(() => true, () => false)) await new Promise(resolve => setTimeout(resolve, 200));
+  await page.goto(jobUrl(server.origin, job, secret));
+  await connection(page, "expired");
+  assert.equal(await page.locator("#status").textContent(), "Complete");
+  assert.equal(await page.locator("#percent").textContent(), "100");
+  await page.getByText("The events of this job were removed").waitFor();
+  await finish(page);
+  await server.stop();
+});

@@ -4,6 +4,7 @@ import "./access.js";
 import "./account.js";
 import "./hostile.js";
 import "./job.js";
+import "./jobs.js";
 import "./large.js";
 import "./policy.js";
 import "./proxy.js";

@@ -34,7 +34,7 @@ async function main() {
   await provider.register(STEPS);
   const name = "CT chest, follow-up after 12 months";
   const job = await provider.createJob(customer, { id: "2026-11-26/ct-004711", name }), { secret } = await provider.share(job, 86_400);
-  const options = { viewport: { width: 1280, height: 860 }, reducedMotion: "reduce" };
+  const options = { viewport: { width: 1340, height: 820 }, reducedMotion: "reduce" };
   const light = await browser.page(options), dark = await browser.page({ ...options, colorScheme: "dark" }), phone = await browser.page({ viewport: { width: 360, height: 780 }, reducedMotion: "reduce" });
   const list = await browser.page(options);
   await signIn(list, server.origin, customer, PASSWORD);
