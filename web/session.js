@@ -1,0 +1,51 @@
+// The credential of this tab. It is in session storage alone: it ends with the tab, and no other tab reads it.
+
+import { Client } from "./api.js";
+
+const KEY = "milepost.secret";
+// Frames of other sites may have no storage: then the credential lasts as long as the document.
+let memory = null;
+
+function read() {
+	try {
+		return sessionStorage.getItem(KEY);
+	} catch {
+		return memory;
+	}
+}
+
+function write(secret) {
+	memory = secret;
+	try {
+		if (secret) sessionStorage.setItem(KEY, secret);
+		else sessionStorage.removeItem(KEY);
+	} catch {
+		// Held in memory.
+	}
+}
+
+let known = null;
+
+export const signedIn = () => read() !== null;
+
+/** A client with the tab's credential, or without one. */
+export const client = () => new Client(read());
+
+/** Who the tab's credential belongs to, as GetCurrentUser answers; asked once. */
+export async function whoAmI() {
+	const secret = read();
+	if (known?.secret !== secret) known = { secret, answer: await client().call("AuthService/GetCurrentUser") };
+	return known.answer;
+}
+
+export function keep(secret) {
+	known = null;
+	write(secret);
+}
+
+/** Forgets the credential. */
+export const forget = () => keep(null);
+
+/** Whether the caller may make links to jobs that it provides. */
+export const mayShare = who => Boolean(who.session) || Boolean(who.apiKey?.scopes?.includes("API_KEY_SCOPE_APPEND"));
+export const mayManageKeys = who => Boolean(who.session) || Boolean(who.apiKey?.scopes?.includes("API_KEY_SCOPE_MANAGE"));
