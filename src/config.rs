@@ -18,8 +18,10 @@ use clap::{
     value_parser,
 };
 use ipnet::IpNet;
+use tonic::transport::{ClientTlsConfig, Identity};
 
 pub use self::quotas::QuotaSettings;
+use crate::tls::{self, TlsError};
 
 /// All settings of `serve`.
 #[derive(Args, Clone, Debug)]
@@ -298,6 +300,27 @@ pub struct ClientTls {
     /// PEM file of the client certificate's private key
     #[arg(long, env = "MILEPOST_TLS_CLIENT_KEY", value_name = "FILE")]
     pub tls_client_key: Option<PathBuf>,
+}
+
+impl ClientTls {
+    /// Reads the files; none if no flag is set.
+    pub async fn load(&self) -> Result<Option<ClientTlsConfig>, TlsError> {
+        if *self == Self::default() {
+            return Ok(None);
+        }
+        let trusted = tls::trusted(self.tls_ca.as_deref()).await?;
+        let config = ClientTlsConfig::new().trust_anchors(trusted.roots.iter().cloned());
+        match (&self.tls_client_cert, &self.tls_client_key) {
+            (Some(certificate), Some(key)) => {
+                let identity = Identity::from_pem(tls::read(certificate).await?, tls::read(key).await?);
+                Ok(Some(config.identity(identity)))
+            }
+            (None, None) => Ok(Some(config)),
+            (Some(_), None) | (None, Some(_)) => {
+                Err(TlsError("--tls-client-cert and --tls-client-key need each other".to_owned()))
+            }
+        }
+    }
 }
 
 /// Settings of sign-up, callers, sessions and passwords.

@@ -3,8 +3,8 @@
 use std::net::SocketAddr;
 
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
-use milepost::{
-    client::Client,
+use milepost_client::{
+    Client,
     pb::{self, RegisterJobConfigurationRequest, SignUpRequest, StepConfiguration, UserRole},
 };
 

@@ -5,16 +5,14 @@ use std::net::SocketAddr;
 
 use bytes::Bytes;
 use http::uri::PathAndQuery;
-use milepost::{
-    codec::Codec,
-    pb::{self, AppendEventsRequest, WatchEventsRequest, watch_events_request},
-};
+use milepost_client::pb::{self, AppendEventsRequest, WatchEventsRequest, watch_events_request};
 use tonic::{
     Request, Streaming,
     client::Grpc,
     metadata::{Ascii, MetadataValue},
     transport::{Channel, Endpoint},
 };
+use tonic_prost::ProstCodec;
 
 use crate::Result;
 
@@ -22,11 +20,6 @@ use crate::Result;
 struct AppendEventsResponse {
     #[prost(message, repeated, tag = "1")]
     events: Vec<AppendedEvent>,
-}
-
-impl prost::Name for AppendEventsResponse {
-    const NAME: &'static str = "AppendEventsResponse";
-    const PACKAGE: &'static str = "milepost.v1";
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -44,11 +37,6 @@ pub(crate) struct WatchEventsResponse {
     pub(crate) caught_up: Option<CaughtUp>,
     #[prost(message, optional, tag = "4")]
     pub(crate) heartbeat: Option<Heartbeat>,
-}
-
-impl prost::Name for WatchEventsResponse {
-    const NAME: &'static str = "WatchEventsResponse";
-    const PACKAGE: &'static str = "milepost.v1";
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -105,7 +93,7 @@ impl Connection {
         let mut grpc = Grpc::new(self.channel.clone());
         grpc.ready().await?;
         let path = PathAndQuery::from_static("/milepost.v1.EventService/AppendEvents");
-        let codec = Codec::<AppendEventsRequest, AppendEventsResponse>::default();
+        let codec = ProstCodec::<AppendEventsRequest, AppendEventsResponse>::default();
         let response = grpc.unary(self.request(request), path, codec).await?.into_inner();
         Ok(response.events.first().ok_or("an answer without an event")?.sequence)
     }
@@ -121,7 +109,7 @@ impl Connection {
         let mut grpc = Grpc::new(self.channel.clone());
         grpc.ready().await?;
         let path = PathAndQuery::from_static("/milepost.v1.EventService/WatchEvents");
-        let codec = Codec::<WatchEventsRequest, WatchEventsResponse>::default();
+        let codec = ProstCodec::<WatchEventsRequest, WatchEventsResponse>::default();
         let mut responses = grpc.server_streaming(self.request(request), path, codec).await?.into_inner();
         let first = responses.message().await?.ok_or("a watch ended before it caught up")?;
         match first.caught_up.and_then(|caught_up| caught_up.job) {

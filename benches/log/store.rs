@@ -5,8 +5,8 @@
 use std::{net::SocketAddr, sync::Arc, time::Instant};
 
 use bytes::Bytes;
-use milepost::{
-    client::Client,
+use milepost_client::{
+    Client,
     pb::{
         self, NewEvent, WatchEventsRequest, WatchEventsResponse, append_events_request,
         watch_events_request::{self, Start},

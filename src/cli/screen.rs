@@ -10,10 +10,10 @@ use std::{
 use chrono::{DateTime, Local, SecondsFormat, Utc};
 use console::{Style, Term};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use milepost_client::pb::{Event, EventKind, Job, JobConfiguration, JobState, JobStatus, Progress};
 use prost_types::value::Kind;
 
 use super::{clean, print_line};
-use crate::pb::{Event, EventKind, Job, JobConfiguration, JobState, JobStatus, Progress};
 
 /// Shows one job on stdout.
 #[derive(Debug)]

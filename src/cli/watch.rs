@@ -3,17 +3,16 @@
 use std::process::ExitCode;
 
 use clap::Args;
-
-use super::{refused, screen::Screen};
-use crate::{
-    client::Client,
-    config::ClientTls,
-    error::BoxError,
+use milepost_client::{
+    Client,
     pb::{
         GetJobRequest, JobStatus, WatchEventsRequest, get_job_request, watch_events_request::Scope,
         watch_events_response::Message,
     },
 };
+
+use super::{connect, refused, screen::Screen};
+use crate::{config::ClientTls, error::BoxError};
 
 /// Exit code for a job that was closed without being complete.
 const NOT_COMPLETE: u8 = 2;
@@ -56,7 +55,7 @@ impl std::fmt::Debug for Credential {
 
 impl Watch {
     pub(super) async fn run(&self) -> Result<ExitCode, BoxError> {
-        let client = Client::connect_with(&self.server, &self.tls).await?;
+        let client = connect(&self.server, &self.tls).await?;
         let client = client.with_credential(&self.credential.api_key)?;
         let job = if self.provider_job_id {
             get_job_request::Job::ProviderJobId(self.job.clone())

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use milepost::pb::{self, EventKind};
+use milepost_client::pb::{self, EventKind};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, transport::Channel};

@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use milepost::pb::{
+use milepost_client::pb::{
     self, auth_service_client::AuthServiceClient, event_service_client::EventServiceClient,
     job_service_client::JobServiceClient,
 };

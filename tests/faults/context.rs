@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use milepost::pb::{
+use milepost_client::pb::{
     self, auth_service_client::AuthServiceClient, configuration_service_client::ConfigurationServiceClient,
     event_service_client::EventServiceClient,
 };

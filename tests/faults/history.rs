@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use milepost::pb;
+use milepost_client::pb;
 use tonic::Code;
 
 use crate::hostile::{Answers, Load};

@@ -3,7 +3,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use milepost::pb::{
+use milepost_client::pb::{
     self, WatchEndReason,
     watch_events_request::{Scope, Start},
     watch_events_response::Message,

@@ -3,7 +3,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use milepost::pb::{
+use milepost_client::pb::{
     self, EventKind,
     watch_events_request::{Scope as RequestScope, Start as RequestStart},
     watch_events_response::Message as ResponseMessage,

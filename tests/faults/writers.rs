@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use milepost::pb::{self, EventKind};
+use milepost_client::pb::{self, EventKind};
 use prost_types::{Struct, Timestamp, Value, value::Kind};
 use tonic::transport::Channel;
 use uuid::Uuid;

@@ -5,10 +5,8 @@ use std::{collections::BTreeMap, time::Duration};
 
 use diesel_async::SimpleAsyncConnection as _;
 use futures_util::future::join;
-use milepost::{
-    pb::{self, ApiKeyScope},
-    secret::{Secret, SecretKind},
-};
+use milepost::secret::{Secret, SecretKind};
+use milepost_client::pb::{self, ApiKeyScope};
 use prost::Message;
 use tokio::{net::TcpStream, time::timeout};
 use tonic::{Code, Status, transport::Channel};

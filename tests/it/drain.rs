@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use milepost::pb::{self, event_service_client::EventServiceClient};
+use milepost_client::pb::{self, event_service_client::EventServiceClient};
 use tokio::{io::AsyncWriteExt as _, net::TcpStream, time::Instant};
 use tonic::{Request, transport::Endpoint};
 

@@ -7,10 +7,8 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 use futures_util::future::join_all;
 use h2::{RecvStream, SendStream, client::SendRequest};
 use http::Request;
-use milepost::{
-    limits::{BATCH_EVENTS, MESSAGE_BYTES, METADATA_NAMES},
-    pb::{self, NewEvent},
-};
+use milepost::limits::{BATCH_EVENTS, MESSAGE_BYTES, METADATA_NAMES};
+use milepost_client::pb::{self, NewEvent};
 use prost::Message as _;
 use prost_types::{Struct, Value};
 use tokio::{net::TcpStream, time::sleep};

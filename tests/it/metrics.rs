@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, net::SocketAddr};
 
-use milepost::pb::{self, ErrorReason, EventKind, watch_events_request::Scope};
+use milepost_client::pb::{self, ErrorReason, EventKind, watch_events_request::Scope};
 use prost_types::{Value, value::Kind};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},

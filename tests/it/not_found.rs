@@ -1,7 +1,7 @@
 //! What belongs to somebody else is answered as what does not exist, and in as many steps:
 //! neither the answer nor its time reveals that it exists.
 
-use milepost::pb;
+use milepost_client::pb;
 use prost::Message;
 use tonic::Code;
 use uuid::Uuid;

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use diesel_async::SimpleAsyncConnection as _;
-use milepost::pb;
+use milepost_client::pb;
 use tokio::time::timeout;
 use tokio_stream::StreamExt as _;
 use tonic_health::pb::{

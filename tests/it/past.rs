@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use diesel_async::SimpleAsyncConnection as _;
-use milepost::pb::{
+use milepost_client::pb::{
     self, ErrorReason, WatchEndReason,
     watch_events_request::{Scope, Start},
     watch_events_response::Message,

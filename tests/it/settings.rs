@@ -10,10 +10,8 @@ use std::{
 use clap::CommandFactory as _;
 use diesel_async::{AsyncPgConnection, SimpleAsyncConnection as _};
 use futures_util::future::join_all;
-use milepost::{
-    cli::Cli,
-    pb::{self, ErrorReason, NewEvent, publish_events_request::Job},
-};
+use milepost::cli::Cli;
+use milepost_client::pb::{self, ErrorReason, NewEvent, publish_events_request::Job};
 use prost_types::{Value, value::Kind};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},

@@ -10,9 +10,9 @@ use std::{
     sync::Arc,
 };
 
-use milepost::{
-    client::{Client, ClientError},
-    config::{ClientTls, TlsSettings},
+use milepost::config::{ClientTls, TlsSettings};
+use milepost_client::{
+    Client, ClientError,
     pb::{self, ErrorReason},
 };
 use tokio::{io::AsyncReadExt as _, net::TcpStream, process::Command};
@@ -25,7 +25,10 @@ use tokio_rustls::{
         pki_types::{CertificateDer, ServerName, pem::PemObject as _},
     },
 };
-use tonic::{Code, Status, transport::ClientTlsConfig};
+use tonic::{
+    Code, Status,
+    transport::{ClientTlsConfig, Identity},
+};
 
 use crate::support::{
     Authority, Clients, PASSWORD, ServerProcess, TestDatabase, TestServer, TlsFiles, assert_refused,
@@ -84,7 +87,9 @@ async fn the_client_connects_only_to_a_server_whose_certificate_it_can_verify() 
     let files = TlsFiles::new(&authority);
     let server = TestServer::with_tls(&files.server(), &authority).await;
     let url = format!("https://{}", server.address);
-    let connect = async |server: &str, tls: &ClientTls| Client::connect_with(server, tls).await;
+    let connect = async |server: &str, tls: &ClientTls| {
+        Client::connect_with_tls(server, tls.load().await.unwrap().unwrap()).await
+    };
 
     let client = connect(&url, &files.client()).await.unwrap();
     let answer = client.auth().get_current_user(pb::GetCurrentUserRequest {}).await;
@@ -99,8 +104,12 @@ async fn the_client_connects_only_to_a_server_whose_certificate_it_can_verify() 
         ..ClientTls::default()
     };
     let other_name = format!("https://localhost:{}", server.address.port());
-    for (url, tls) in [(&url, &foreign), (&url, &ClientTls::default()), (&other_name, &files.client())] {
-        let error = connect(url, tls).await.unwrap_err();
+    for connecting in [
+        connect(&url, &foreign).await,
+        connect(&other_name, &files.client()).await,
+        Client::connect(&url).await,
+    ] {
+        let error = connecting.unwrap_err();
         let message = milepost::cli::one_line(&error);
         assert!(message.contains("certificate"), "{message}");
     }
@@ -108,10 +117,17 @@ async fn the_client_connects_only_to_a_server_whose_certificate_it_can_verify() 
     let no_file = ClientTls { tls_ca: Some(files.path("missing.pem")), ..ClientTls::default() };
     let no_certificate = ClientTls { tls_ca: Some(files.path("server.key")), ..ClientTls::default() };
     let half = ClientTls { tls_client_cert: Some(files.path("server.pem")), ..files.client() };
-    for tls in [no_file, no_certificate, half] {
-        let error = connect(&url, &tls).await.unwrap_err();
-        assert!(matches!(error, ClientError::Tls(_)), "{error:?}");
+    for (tls, why) in [
+        (no_file, "cannot read"),
+        (no_certificate, "holds no certificate"),
+        (half, "--tls-client-cert and --tls-client-key need each other"),
+    ] {
+        let error = tls.load().await.unwrap_err().to_string();
+        assert!(error.contains(why), "{error}");
     }
+    let no_key = ClientTlsConfig::new().identity(Identity::from_pem("", ""));
+    let error = Client::connect_with_tls(&url, no_key).await.unwrap_err();
+    assert!(matches!(error, ClientError::Tls(_)), "{error:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -135,7 +151,8 @@ async fn a_server_with_a_client_ca_refuses_connections_without_a_valid_certifica
         tls_client_key: Some(files.write("client.key", &valid.key)),
         ..files.client()
     };
-    let client = Client::connect_with(&format!("https://{}", server.address), &tls).await.unwrap();
+    let tls = tls.load().await.unwrap().unwrap();
+    let client = Client::connect_with_tls(&format!("https://{}", server.address), tls).await.unwrap();
     let answer = client.auth().get_current_user(pb::GetCurrentUserRequest {}).await;
     assert_refused(answer, Code::Unauthenticated, ErrorReason::CredentialInvalid);
 

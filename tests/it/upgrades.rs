@@ -10,7 +10,8 @@ use std::{
 };
 
 use diesel_async::SimpleAsyncConnection as _;
-use milepost::{db::migrations, pb};
+use milepost::db::migrations;
+use milepost_client::pb;
 use tokio::{
     io::{AsyncBufReadExt as _, BufReader},
     process::Command,

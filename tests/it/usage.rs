@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use milepost::{
-    config::QuotaSettings,
-    pb::{self, ErrorReason, NewEvent, publish_events_request, publish_events_response::Outcome},
+use milepost::config::QuotaSettings;
+use milepost_client::pb::{
+    self, ErrorReason, NewEvent, publish_events_request, publish_events_response::Outcome,
 };
 use prost_types::{Value, value::Kind};
 use tokio::sync::mpsc;

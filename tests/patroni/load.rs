@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use milepost::pb::{self, watch_events_request::Scope, watch_events_response::Message};
+use milepost_client::pb::{self, watch_events_request::Scope, watch_events_response::Message};
 use tokio::{
     sync::watch,
     task::JoinSet,

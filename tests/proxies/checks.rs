@@ -2,10 +2,8 @@
 
 use std::{fs, net::Ipv4Addr};
 
-use milepost::{
-    limits::{BATCH_EVENTS, ERROR_DETAILS_BYTES, MESSAGE_BYTES},
-    pb::{self, publish_events_response::Outcome, watch_events_response::Message},
-};
+use milepost::limits::{BATCH_EVENTS, ERROR_DETAILS_BYTES, MESSAGE_BYTES};
+use milepost_client::pb::{self, publish_events_response::Outcome, watch_events_response::Message};
 use prost::Message as _;
 use prost_types::value::Kind as Value;
 use tonic::{Code, Status, Streaming};

@@ -1,7 +1,7 @@
 //! `GetJob` and `GetCurrentUser`, compared with a method that does nothing.
 
-use milepost::{
-    client::Client,
+use milepost_client::{
+    Client,
     pb::{GetCurrentUserRequest, GetJobRequest, get_job_request},
 };
 use tonic::{client::Grpc, transport::Channel, transport::Endpoint};

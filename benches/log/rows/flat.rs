@@ -6,8 +6,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use milepost::{
-    client::Client,
+use milepost_client::{
+    Client,
     pb::{
         AllJobs, FromNow, GetJobRequest, ListEventsRequest, ListJobsRequest, get_job_request,
         list_events_request,

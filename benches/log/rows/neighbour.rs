@@ -8,8 +8,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use milepost::{
-    client::Client,
+use milepost_client::{
+    Client,
     pb::{AppendEventsRequest, NewEvent},
 };
 use prost_types::{Struct, Value, value::Kind};

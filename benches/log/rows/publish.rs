@@ -5,8 +5,8 @@ use std::{collections::VecDeque, process::Stdio, sync::Arc, time::Instant};
 
 use bytes::Bytes;
 use futures_util::SinkExt as _;
-use milepost::{
-    client::Client,
+use milepost_client::{
+    Client,
     pb::{
         PublishEventsRequest, PublishEventsResponse, publish_events_request,
         publish_events_response::Outcome as Answer,

@@ -6,8 +6,8 @@ use std::{
 };
 
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
-use milepost::{
-    client::Client,
+use milepost_client::{
+    Client,
     pb::{
         WatchEventsRequest,
         watch_events_request::{Scope, Start},
@@ -64,7 +64,7 @@ async fn watch_and_close(
     let provider = &accounts::connect(server, &accounts.provider_key, 1).await?[0];
     let watch_one = |(number, job): (usize, String)| async move {
         let scope = Scope::JobId(job.clone());
-        let start = Start::FromNow(milepost::pb::FromNow {});
+        let start = Start::FromNow(milepost_client::pb::FromNow {});
         let (stream, token, _) = watch(&customers[number % CONNECTIONS], scope, start).await?;
         provider.events().append_events(append_request(job.clone(), vec![new_event(number, 0)])).await?;
         drop(stream);

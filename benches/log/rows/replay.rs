@@ -4,7 +4,7 @@
 use std::time::Instant;
 
 use futures_util::StreamExt as _;
-use milepost::pb::{
+use milepost_client::pb::{
     WatchEventsRequest,
     watch_events_request::{Scope, Start},
     watch_events_response::Message,

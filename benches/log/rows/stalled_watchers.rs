@@ -3,7 +3,7 @@
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
-use milepost::pb::{
+use milepost_client::pb::{
     AllJobs, FromNow, WatchEventsRequest, WatchEventsResponse,
     event_service_client::EventServiceClient,
     watch_events_request::{Scope, Start},

@@ -1,7 +1,7 @@
 //! A client in Rust: the generated clients over one connection and with one
 //! credential, and a watch that resumes after interruptions.
 
-use std::{fmt, net::IpAddr, time::Duration};
+use std::{error::Error, fmt, net::IpAddr, time::Duration};
 
 use http::{
     Uri,
@@ -11,17 +11,13 @@ use tonic::{
     Code, Request, Status, Streaming,
     metadata::{Ascii, MetadataValue},
     service::{Interceptor, interceptor::InterceptedService},
-    transport::{Channel, ClientTlsConfig, Endpoint, Identity},
+    transport::{Channel, ClientTlsConfig, Endpoint},
 };
 
-use crate::{
-    config::ClientTls,
-    pb::{
-        WatchEndReason, WatchEventsRequest, WatchEventsResponse, auth_service_client::AuthServiceClient,
-        configuration_service_client::ConfigurationServiceClient, event_service_client::EventServiceClient,
-        job_service_client::JobServiceClient, watch_events_request::Start, watch_events_response::Message,
-    },
-    tls::{self, TlsError},
+use crate::pb::{
+    WatchEndReason, WatchEventsRequest, WatchEventsResponse, auth_service_client::AuthServiceClient,
+    configuration_service_client::ConfigurationServiceClient, event_service_client::EventServiceClient,
+    job_service_client::JobServiceClient, watch_events_request::Start, watch_events_response::Message,
 };
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -43,9 +39,9 @@ pub enum ClientError {
     /// The server's address cannot be parsed.
     #[error("{0:?} is not a server address: write HOST:PORT, https://HOST:PORT or http://HOST:PORT")]
     Address(String),
-    /// The TLS settings or files cannot be used.
-    #[error(transparent)]
-    Tls(#[from] TlsError),
+    /// The certificates or the key of the TLS settings cannot be used.
+    #[error("cannot use TLS: {}", cause(.0))]
+    Tls(tonic::transport::Error),
     /// The connection or its TLS handshake failed.
     #[error("cannot connect to the server at {0}")]
     Connect(String, #[source] tonic::transport::Error),
@@ -75,9 +71,10 @@ impl Interceptor for Bearer {
     }
 }
 
-/// The URL of a server's address, or none if the address cannot be parsed. See
-/// [`Client::connect_with`] for the scheme.
-fn url(server: &str, tls: &ClientTls) -> Option<Uri> {
+/// The URL of a server's address, or none if the address cannot be parsed. An address
+/// without a scheme is encrypted, except for a loopback address unless it
+/// `is_encrypted` by TLS settings.
+fn url(server: &str, is_encrypted: bool) -> Option<Uri> {
     if server.contains("://") {
         let url: Uri = server.parse().ok()?;
         let known = url.scheme() == Some(&Scheme::HTTP) || url.scheme() == Some(&Scheme::HTTPS);
@@ -86,26 +83,11 @@ fn url(server: &str, tls: &ClientTls) -> Option<Uri> {
     let authority: Authority = server.parse().ok()?;
     let host = authority.host().trim_start_matches('[').trim_end_matches(']');
     let loopback = host == "localhost" || host.parse().is_ok_and(|address: IpAddr| address.is_loopback());
-    let scheme = if loopback && *tls == ClientTls::default() { Scheme::HTTP } else { Scheme::HTTPS };
+    let scheme = if loopback && !is_encrypted { Scheme::HTTP } else { Scheme::HTTPS };
     Uri::builder().scheme(scheme).authority(authority).path_and_query("/").build().ok()
 }
 
-async fn client_tls(files: &ClientTls) -> Result<ClientTlsConfig, TlsError> {
-    let trusted = tls::trusted(files.tls_ca.as_deref()).await?;
-    let config = ClientTlsConfig::new().trust_anchors(trusted.roots.iter().cloned()).timeout(CONNECT_TIMEOUT);
-    match (&files.tls_client_cert, &files.tls_client_key) {
-        (Some(certificate), Some(key)) => {
-            let identity = Identity::from_pem(tls::read(certificate).await?, tls::read(key).await?);
-            Ok(config.identity(identity))
-        }
-        (None, None) => Ok(config),
-        (Some(_), None) | (None, Some(_)) => {
-            Err(TlsError("--tls-client-cert and --tls-client-key need each other".to_owned()))
-        }
-    }
-}
-
-fn cause(error: &dyn std::error::Error) -> String {
+fn cause(error: &dyn Error) -> String {
     error.source().map_or_else(|| error.to_string(), ToString::to_string)
 }
 
@@ -113,25 +95,28 @@ type OnInterruption = dyn FnMut(&Status, Duration) + Send;
 type Service = InterceptedService<Channel, Bearer>;
 
 impl Client {
-    /// Connects as [`Client::connect_with`] does, verifying the server by the
+    /// Connects without a credential. Connecting and the TLS handshake may each take
+    /// 5 s. `server` is `https://HOST:PORT`, encrypted; `http://HOST:PORT`,
+    /// unencrypted, so that the network can read the credential; or `HOST:PORT`,
+    /// encrypted unless the host is loopback. The server is verified by the
     /// authorities of this system.
     pub async fn connect(server: &str) -> Result<Self, ClientError> {
-        Self::connect_with(server, &ClientTls::default()).await
+        Self::connect_by(server, None).await
     }
 
-    /// Connects without a credential. Connecting and the TLS handshake may each
-    /// take 5 s. `server` is `https://HOST:PORT`, encrypted; `http://HOST:PORT`,
-    /// unencrypted, so that the network can read the credential; or `HOST:PORT`,
-    /// encrypted unless the host is loopback and `tls` is its default.
-    pub async fn connect_with(server: &str, tls: &ClientTls) -> Result<Self, ClientError> {
-        let url = url(server, tls).ok_or_else(|| ClientError::Address(server.to_owned()))?;
+    /// Connects as [`Client::connect`] does, but verifies the server by these
+    /// settings, and encrypts each address except for `http://HOST:PORT`.
+    pub async fn connect_with_tls(server: &str, tls: ClientTlsConfig) -> Result<Self, ClientError> {
+        Self::connect_by(server, Some(tls)).await
+    }
+
+    async fn connect_by(server: &str, tls: Option<ClientTlsConfig>) -> Result<Self, ClientError> {
+        let url = url(server, tls.is_some()).ok_or_else(|| ClientError::Address(server.to_owned()))?;
         let encrypted = url.scheme() == Some(&Scheme::HTTPS);
         let mut endpoint = Endpoint::from(url);
         if encrypted {
-            let tls = client_tls(tls).await?;
-            endpoint = endpoint
-                .tls_config(tls)
-                .map_err(|error| TlsError(format!("cannot use TLS: {}", cause(&error))))?;
+            let tls = tls.unwrap_or_else(|| ClientTlsConfig::new().with_native_roots());
+            endpoint = endpoint.tls_config(tls.timeout(CONNECT_TIMEOUT)).map_err(ClientError::Tls)?;
         }
         let channel = endpoint
             .connect_timeout(CONNECT_TIMEOUT)
@@ -142,7 +127,13 @@ impl Client {
             .connect()
             .await
             .map_err(|error| ClientError::Connect(server.to_owned(), error))?;
-        Ok(Self { channel, bearer: Bearer::default() })
+        Ok(Self::new(channel))
+    }
+
+    /// A client without a credential over a channel that is set up otherwise than
+    /// [`Client::connect`] does it.
+    pub fn new(channel: Channel) -> Self {
+        Self { channel, bearer: Bearer::default() }
     }
 
     /// The same connection with the secret of a session, an API key or a watch
@@ -272,7 +263,7 @@ impl Watch {
 /// error source, which no status sent by a server has.
 pub fn is_transient(status: &Status) -> bool {
     let code = status.code();
-    let broken = std::error::Error::source(status).is_some();
+    let broken = status.source().is_some();
     matches!(code, Code::Unavailable | Code::ResourceExhausted | Code::DeadlineExceeded)
         || (broken && matches!(code, Code::Unknown | Code::Internal | Code::Cancelled))
 }
@@ -303,27 +294,25 @@ mod tests {
 
     #[test]
     fn only_loopback_and_explicit_http_addresses_are_unencrypted() {
-        let system = ClientTls::default();
-        let own = ClientTls { tls_ca: Some("ca.pem".into()), ..ClientTls::default() };
-        for (server, tls, expected) in [
-            ("127.0.0.1:50051", &system, Some("http://127.0.0.1:50051/")),
-            ("127.9.9.9:1", &system, Some("http://127.9.9.9:1/")),
-            ("[::1]:50051", &system, Some("http://[::1]:50051/")),
-            ("localhost:50051", &system, Some("http://localhost:50051/")),
-            ("localhost:50051", &own, Some("https://localhost:50051/")),
-            ("localhost.example.com:50051", &system, Some("https://localhost.example.com:50051/")),
-            ("127.0.0.1.example.com:50051", &system, Some("https://127.0.0.1.example.com:50051/")),
-            ("10.0.0.1:50051", &system, Some("https://10.0.0.1:50051/")),
-            ("[2001:db8::1]:50051", &system, Some("https://[2001:db8::1]:50051/")),
-            ("http://10.0.0.1:50051", &own, Some("http://10.0.0.1:50051/")),
-            ("https://127.0.0.1:50051", &system, Some("https://127.0.0.1:50051/")),
-            ("HTTPS://a:1", &system, Some("https://a:1/")),
-            ("ftp://a:1", &system, None),
-            ("unix:///a", &system, None),
-            ("a b", &system, None),
-            ("", &system, None),
+        for (server, is_encrypted, expected) in [
+            ("127.0.0.1:50051", false, Some("http://127.0.0.1:50051/")),
+            ("127.9.9.9:1", false, Some("http://127.9.9.9:1/")),
+            ("[::1]:50051", false, Some("http://[::1]:50051/")),
+            ("localhost:50051", false, Some("http://localhost:50051/")),
+            ("localhost:50051", true, Some("https://localhost:50051/")),
+            ("localhost.example.com:50051", false, Some("https://localhost.example.com:50051/")),
+            ("127.0.0.1.example.com:50051", false, Some("https://127.0.0.1.example.com:50051/")),
+            ("10.0.0.1:50051", false, Some("https://10.0.0.1:50051/")),
+            ("[2001:db8::1]:50051", false, Some("https://[2001:db8::1]:50051/")),
+            ("http://10.0.0.1:50051", true, Some("http://10.0.0.1:50051/")),
+            ("https://127.0.0.1:50051", false, Some("https://127.0.0.1:50051/")),
+            ("HTTPS://a:1", false, Some("https://a:1/")),
+            ("ftp://a:1", false, None),
+            ("unix:///a", false, None),
+            ("a b", false, None),
+            ("", false, None),
         ] {
-            let url = url(server, tls).map(|url| url.to_string());
+            let url = url(server, is_encrypted).map(|url| url.to_string());
             assert_eq!(url.as_deref(), expected, "{server}");
         }
     }

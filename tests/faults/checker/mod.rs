@@ -18,7 +18,7 @@ use std::{
     sync::Arc,
 };
 
-use milepost::pb;
+use milepost_client::pb;
 
 use self::{
     losses::{is_lost, losses},

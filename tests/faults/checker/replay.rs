@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use milepost::pb::{EventKind, JobStatus, Progress};
+use milepost_client::pb::{EventKind, JobStatus, Progress};
 
 use crate::history::Configuration;
 

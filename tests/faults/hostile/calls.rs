@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use milepost::pb::{self, get_job_request, list_events_request};
+use milepost_client::pb::{self, get_job_request, list_events_request};
 use tokio::time::timeout;
 use tonic::Code;
 

@@ -1,7 +1,7 @@
 //! Configurations of 200 steps with 64 metadata names each.
 
 use futures_util::future::join_all;
-use milepost::pb::{
+use milepost_client::pb::{
     self, configuration_service_client::ConfigurationServiceClient, get_job_configuration_request::Key,
 };
 use tonic::Code;

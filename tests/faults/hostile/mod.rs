@@ -16,7 +16,7 @@ mod watches;
 
 use std::{error::Error as _, sync::Arc, time::Duration};
 
-use milepost::pb;
+use milepost_client::pb;
 use tokio::{task::JoinSet, time::timeout};
 use tonic::{Code, Response, Status, transport::Channel};
 use uuid::Uuid;

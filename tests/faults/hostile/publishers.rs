@@ -4,10 +4,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::uri::PathAndQuery;
-use milepost::{
-    limits::MESSAGE_BYTES,
-    pb::{self, publish_events_response::Outcome},
-};
+use milepost::limits::MESSAGE_BYTES;
+use milepost_client::pb::{self, publish_events_response::Outcome};
 use tokio::{sync::mpsc, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming, client::Grpc};

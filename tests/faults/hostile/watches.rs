@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use milepost::pb::{
+use milepost_client::pb::{
     self, AllJobs, event_service_client::EventServiceClient, watch_events_request::Scope,
     watch_events_response::Message,
 };

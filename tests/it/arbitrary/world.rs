@@ -1,9 +1,7 @@
 //! Two providers and two customers, whose resources arbitrary messages name.
 
-use milepost::{
-    pb::{self, ApiKeyScope, MetadataKind, watch_events_request::Start},
-    progress::{EventKind, JobState, Weights},
-};
+use milepost::progress::{EventKind, JobState, Progress, Weights};
+use milepost_client::pb::{self, ApiKeyScope, MetadataKind, watch_events_request::Start};
 use uuid::Uuid;
 
 use super::generate::{Known, Random};
@@ -141,17 +139,25 @@ async fn check(checker: &mut User, listed: &pb::Job) -> Result<(), String> {
         state
             .apply(Uuid::nil(), kind, step, &weights)
             .map_err(|closed| format!("{closed:?} before this event: {event:?}"))?;
-        let expected = (state.last_sequence, pb::JobStatus::from(state.status), Some(state.progress.into()));
+        let expected = expected_of(&state);
         if (event.sequence, event.status(), event.progress) != expected {
             return Err(format!("{event:?} should have {expected:?}"));
         }
     }
-    let expected = (state.last_sequence, pb::JobStatus::from(state.status), Some(state.progress.into()));
+    let expected = expected_of(&state);
     if (job.last_sequence, job.status(), job.progress) != expected || job.closed_at.is_some() != state.closed
     {
         return Err(format!("{job:?} should have {expected:?}"));
     }
     Ok(())
+}
+
+/// The last sequence, the status and the progress as answers have them.
+fn expected_of(state: &JobState) -> (i64, pb::JobStatus, Option<pb::Progress>) {
+    let status = milepost::pb::JobStatus::from(state.status);
+    let Progress { points_done, points_total, percent } = state.progress;
+    let progress = pb::Progress { points_done, points_total, percent: percent.into() };
+    (state.last_sequence, pb::JobStatus::try_from(i32::from(status)).unwrap(), Some(progress))
 }
 
 fn declared(name: &str, kind: MetadataKind) -> pb::MetadataConfiguration {

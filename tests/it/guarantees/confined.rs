@@ -12,7 +12,7 @@ use futures_util::{
     future::join_all,
     stream::{self, StreamExt as _},
 };
-use milepost::pb::{
+use milepost_client::pb::{
     self, ErrorReason, WatchEndReason,
     event_service_client::EventServiceClient,
     get_current_user_response::Credential,

@@ -5,7 +5,7 @@ use std::{
     ops::{Deref, DerefMut},
 };
 
-use milepost::pb::{
+use milepost_client::pb::{
     self, auth_service_client::AuthServiceClient, configuration_service_client::ConfigurationServiceClient,
     event_service_client::EventServiceClient, job_service_client::JobServiceClient, watch_events_request,
 };

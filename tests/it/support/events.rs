@@ -1,6 +1,6 @@
 //! Builders of events, each with a new id.
 
-use milepost::pb::{EventKind, NewEvent};
+use milepost_client::pb::{EventKind, NewEvent};
 use prost_types::{Struct, Value};
 use uuid::Uuid;
 

@@ -15,7 +15,8 @@ use tokio::{
     process::{Child, Command},
 };
 
-use milepost::{db::embedded::Embedded, pb::LogInRequest};
+use milepost::db::embedded::Embedded;
+use milepost_client::pb::LogInRequest;
 use tonic::Code;
 use tonic_types::StatusExt as _;
 

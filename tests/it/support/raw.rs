@@ -4,7 +4,6 @@
 use bytes::{Buf as _, BufMut as _, Bytes};
 use futures_util::stream;
 use http::uri::PathAndQuery;
-use milepost::pb;
 use prost_reflect::{DescriptorPool, MethodDescriptor};
 use tonic::{
     Request, Status, Streaming,
@@ -79,7 +78,7 @@ pub async fn open(
 
 /// Every method of the API.
 pub fn methods() -> Vec<MethodDescriptor> {
-    let pool = DescriptorPool::decode(pb::FILE_DESCRIPTOR_SET).unwrap();
+    let pool = DescriptorPool::decode(milepost::pb::FILE_DESCRIPTOR_SET).unwrap();
     let services = pool.services().filter(|service| service.package_name() == "milepost.v1");
     services.flat_map(|service| service.methods().collect::<Vec<_>>()).collect()
 }

@@ -2,7 +2,8 @@
 
 use std::collections::HashMap;
 
-use milepost::{limits, pb::ErrorReason};
+use milepost::limits;
+use milepost_client::pb::ErrorReason;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 

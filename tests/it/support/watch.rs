@@ -1,6 +1,6 @@
 //! A watch, read message by message.
 
-use milepost::pb::{self, watch_events_response::Message};
+use milepost_client::pb::{self, watch_events_response::Message};
 use tonic::{Status, Streaming};
 
 use super::within_timeout;

@@ -1,6 +1,6 @@
 //! Tests of the checks of what everybody is promised beside the hostile tenant.
 
-use milepost::pb::EventKind;
+use milepost_client::pb::EventKind;
 
 use super::{OTHER_JOB, at, attempt, batch, new_event, violated};
 use crate::{

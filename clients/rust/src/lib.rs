@@ -1,0 +1,9 @@
+#![doc = include_str!("../README.md")]
+
+mod client;
+pub mod pb;
+
+pub use prost_types;
+pub use tonic;
+
+pub use self::client::{Bearer, Client, ClientError, Watch, is_transient};
