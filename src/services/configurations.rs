@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use diesel_async::AsyncPgConnection;
 use futures_util::FutureExt as _;
 use semver::Version;
 use tonic::{Request, Response};
@@ -17,7 +18,7 @@ use crate::{
     error::{Error, Resource, Result, Violations, quoted},
     limits::{CONFIGURATION_STEPS, STEP_METADATA, STEP_POINTS},
     models::{
-        caller::KeyScope,
+        caller::{KeyScope, Provider},
         job_configuration::{
             ConfigurationKey, JobConfiguration, MetadataConfiguration, MetadataKind, NewJobConfiguration,
             NewStepConfiguration, StepConfiguration,
@@ -80,31 +81,39 @@ impl ConfigurationService for ConfigurationApi {
             let tag = Some(request.tag).filter(|tag| !tag.is_empty());
             (page, tag.map(|tag| parse::key_text(violations, "tag", tag)))
         })?;
-        let (database, after, limit) = (&self.0.database, asked.after, asked.limit());
-        let ids = match &tag {
-            Some(tag) => read!(database, provider.tenant(), |conn| JobConfiguration::list_versions(
-                conn, provider, tag, after, limit
-            ))?,
-            None => read!(database, provider.tenant(), |conn| JobConfiguration::list_latest(
-                conn, provider, after, limit
-            ))?,
-        };
-        let on_page = ids.len().min(usize::try_from(asked.size).unwrap_or(usize::MAX));
-        let mut page = Page::default();
-        'page: for ids in ids[..on_page].chunks(READ_AT_ONCE) {
-            for configuration in read!(database, provider.tenant(), |conn| JobConfiguration::load(conn, ids))?
-            {
-                if !page.push(configuration.into()) {
-                    break 'page;
-                }
-            }
-        }
-        let last = page.items.len().checked_sub(1).filter(|last| last + 1 < ids.len());
+        let (page, last) =
+            read!(self.0.database, provider.tenant(), |conn| list(conn, provider, tag.as_deref(), &asked))?;
         Ok(Response::new(pb::ListJobConfigurationsResponse {
             job_configurations: page.items,
-            next_page_token: asked.next_token(last.map(|last| &ids[last])),
+            next_page_token: asked.next_token(last.as_ref()),
         }))
     }
+}
+
+/// Reads a page, and returns it with the id of its last item if there is a next page. All of
+/// it over one connection: while a user's calls queue for the pool, a call that queued twice
+/// might read for nothing.
+async fn list(
+    conn: &mut AsyncPgConnection,
+    provider: Provider,
+    tag: Option<&str>,
+    asked: &PageRequest<Uuid>,
+) -> Result<(Page<pb::JobConfiguration>, Option<Uuid>)> {
+    let ids = match tag {
+        Some(tag) => JobConfiguration::list_versions(conn, provider, tag, asked.after, asked.limit()).await?,
+        None => JobConfiguration::list_latest(conn, provider, asked.after, asked.limit()).await?,
+    };
+    let on_page = ids.len().min(usize::try_from(asked.size).unwrap_or(usize::MAX));
+    let mut page = Page::default();
+    'page: for ids in ids[..on_page].chunks(READ_AT_ONCE) {
+        for configuration in JobConfiguration::load(conn, ids).await? {
+            if !page.push(configuration.into()) {
+                break 'page;
+            }
+        }
+    }
+    let last = page.items.len().checked_sub(1).filter(|last| last + 1 < ids.len());
+    Ok((page, last.map(|last| ids[last])))
 }
 
 impl TryFrom<pb::GetJobConfigurationRequest> for ConfigurationKey {

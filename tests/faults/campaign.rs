@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Code, transport::Channel};
 
 use crate::{
-    checker::{self, Violation},
+    checker::{self, Guarantee, Violation},
     clients::UserClient,
     clock::Clock,
     context::{Context, PROVIDERS, Pace, within},
@@ -45,10 +45,10 @@ const SHARED_JOBS: usize = 3;
 /// Jobs that are watched from the beginning after the campaign, at each replica.
 const JOBS_WATCHED_AGAIN: usize = 20;
 /// Limit of each step after the last fault has been healed.
-const TIMEOUT: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(300);
 /// A run longer than this uses the pace [`LONG`], so that the history for the
 /// checker fits into memory.
-const LONG_RUN_S: u64 = 300;
+pub const LONG_RUN_S: u64 = 300;
 const SHORT: Pace = Pace { pause_factor: 1, max_rest_ms: 100, max_fault_ms: 2_500 };
 const LONG: Pace = Pace { pause_factor: 3, max_rest_ms: 4_000, max_fault_ms: 8_000 };
 
@@ -57,9 +57,16 @@ pub struct CampaignResult {
     pub injected_faults: Vec<InjectedFault>,
     pub messages: u64,
     pub violations: Vec<Violation>,
+    strict: bool,
 }
 
 impl CampaignResult {
+    /// Whether the run has found a fault.
+    pub fn has_failed(&self) -> bool {
+        let counts = |violation: &Violation| self.strict || violation.guarantee != Guarantee::InTime;
+        self.violations.iter().any(counts) || (self.strict && !self.slow_recoveries().is_empty())
+    }
+
     /// Database faults after which a replica did not append again within
     /// [`RECOVERY_LIMIT`].
     pub fn slow_recoveries(&self) -> Vec<&InjectedFault> {
@@ -71,7 +78,8 @@ impl CampaignResult {
     }
 }
 
-pub async fn run(seed: u64, seconds: u64) -> CampaignResult {
+/// A strict run fails, too, if something took too long.
+pub async fn run(seed: u64, seconds: u64, strict: bool) -> CampaignResult {
     let mut random = fastrand::Rng::with_seed(seed);
     let mut dir = TemporaryDir::new();
     let clock = Clock::new(dir.path());
@@ -88,7 +96,7 @@ pub async fn run(seed: u64, seconds: u64) -> CampaignResult {
     ];
     let addresses = [replicas[0].address, replicas[1].address];
     let pace = if seconds > LONG_RUN_S { LONG } else { SHORT };
-    let context = Arc::new(Context::new(addresses, random.u64(..), pace).await);
+    let context = Arc::new(Context::new(addresses, random.u64(..), pace, strict).await);
     let successes = [Successes::default(), Successes::default()];
 
     let stop_watching = CancellationToken::new();
@@ -113,12 +121,12 @@ pub async fn run(seed: u64, seconds: u64) -> CampaignResult {
     print_line(format!("{:8.3} s  all requests are answered", answered.as_secs_f64()));
     let jobs = context.history.lock().unwrap().jobs.len();
     for replica in 0..2 {
-        within(TIMEOUT * 5, "every job to be read", read_all_jobs(&context, replica, jobs)).await;
+        within(TIMEOUT, "every job to be read", read_all_jobs(&context, replica, jobs)).await;
         watch_again(&context, replica, jobs, &stop_watching, &mut watchers);
     }
     let read = context.now();
     print_line(format!("{:8.3} s  every job is read", read.as_secs_f64()));
-    within(TIMEOUT * 5, "watchers to receive all events", until_no_events_arrive(&context)).await;
+    within(TIMEOUT, "watchers to receive all events", until_no_events_arrive(&context)).await;
     print_line(format!("{:8.3} s  watchers have received all events", context.now().as_secs_f64()));
     stop_watching.cancel();
     within(TIMEOUT, "watchers to close their streams", join(&mut watchers)).await;
@@ -147,6 +155,7 @@ pub async fn run(seed: u64, seconds: u64) -> CampaignResult {
         injected_faults,
         messages: context.messages_received.load(Ordering::Relaxed),
         violations,
+        strict,
     }
 }
 

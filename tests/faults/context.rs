@@ -69,6 +69,8 @@ pub struct Pace {
 pub struct Context {
     began: Instant,
     pub pace: Pace,
+    /// See [`crate::campaign::run`].
+    pub strict: bool,
     replicas: [SocketAddr; 2],
     pub providers: Vec<User>,
     pub customers: Vec<User>,
@@ -92,7 +94,7 @@ pub struct Context {
 
 impl Context {
     /// Signs the users up and registers the configurations.
-    pub async fn new(replicas: [SocketAddr; 2], seed: u64, pace: Pace) -> Self {
+    pub async fn new(replicas: [SocketAddr; 2], seed: u64, pace: Pace, strict: bool) -> Self {
         let (mut providers, mut customers) = (Vec::new(), Vec::new());
         for _ in 0..PROVIDERS {
             providers.push(sign_up(replicas[0], pb::UserRole::Provider).await);
@@ -107,6 +109,7 @@ impl Context {
         let context = Self {
             began: Instant::now(),
             pace,
+            strict,
             replicas,
             providers,
             customers,

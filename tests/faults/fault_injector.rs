@@ -17,7 +17,7 @@ use crate::{
 
 /// The campaign is aborted if a replica does not append within this time after a
 /// fault.
-pub const TIMEOUT: Duration = Duration::from_secs(30);
+pub const TIMEOUT: Duration = Duration::from_secs(180);
 /// For so long after a fault has been healed it still excuses failed calls.
 const SETTLING: Duration = Duration::from_secs(3);
 /// One pause in so many is a long one. A stream without messages in a long pause is

@@ -7,7 +7,8 @@
 //! choices of a run, but not the timing of the machine. `MILEPOST_FAULTS_ONLY` leaves out
 //! the faults whose name, as the report has it, does not contain this text.
 //! `MILEPOST_FAULTS_HOSTILE=1` has the hostile tenant take part, which it does by itself only
-//! with servers of a release build.
+//! with servers of a release build. `MILEPOST_FAULTS_STRICT=1` has the run fail, too, if
+//! something took too long; a run of more than five minutes does so by itself.
 
 #![allow(
     clippy::unwrap_used,
@@ -56,7 +57,7 @@ use std::{env, io::Write as _, str::FromStr, time::Duration};
 /// some fault has not been injected by then.
 const SECONDS: u64 = 45;
 /// A run is aborted after twice the time for which faults are injected, plus this.
-const SLACK: Duration = Duration::from_secs(400);
+const SLACK: Duration = Duration::from_secs(1_200);
 
 /// Writes to stdout directly: the test harness captures `println!`.
 fn print_line(line: impl AsRef<str>) {
@@ -86,10 +87,9 @@ async fn guarantees_hold_while_faults_are_injected() {
     let seconds = number_from_env("MILEPOST_FAULTS_SECONDS").unwrap_or(SECONDS);
     print_line(format!("\nMILEPOST_FAULTS_SEED={seed} MILEPOST_FAULTS_SECONDS={seconds}"));
     exit_after(Duration::from_secs(seconds * 2) + SLACK);
-    let result = campaign::run(seed, seconds).await;
+    let strict =
+        number_from_env("MILEPOST_FAULTS_STRICT").unwrap_or(u8::from(seconds > campaign::LONG_RUN_S));
+    let result = campaign::run(seed, seconds, strict > 0).await;
     print_line(report::report(&result));
-    assert!(
-        result.violations.is_empty() && result.slow_recoveries().is_empty(),
-        "guarantees were violated or the service recovered too slowly: see the report above"
-    );
+    assert!(!result.has_failed(), "guarantees were violated, or a strict run was slow: see the report above");
 }

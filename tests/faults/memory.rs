@@ -20,10 +20,10 @@ const CONFIGURATIONS_PER_USER: u64 = 100;
 /// The provider and the customer.
 const HOSTILE_USERS: u64 = 2;
 /// Open at a time to one server.
-const HOSTILE_CONNECTIONS: u64 = 48;
+const HOSTILE_CONNECTIONS: u64 = 32;
 /// What a server takes with nothing to do, and for the load of all others, which is far from
 /// their limits.
-const ORDINARY_MIB: u64 = 96;
+const ORDINARY_MIB: u64 = 64;
 
 /// The environment variables of these settings.
 pub fn settings() -> [(&'static str, u64); 7] {

@@ -17,7 +17,7 @@ use crate::{
     installed::{give_to_postgres, make_postgres_dir, newest_postgres, postgres_command},
 };
 
-const TIMEOUT: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(120);
 /// Few, so that the fault injector can use them up.
 pub const MAX_CONNECTIONS: usize = 40;
 const SETTINGS: [(&str, &str); 8] = [

@@ -41,7 +41,7 @@ impl Pooler {
         pgbouncer.arg(path).arg("pgbouncer").arg(&file).kill_on_drop(true);
         pgbouncer.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         let child = pgbouncer.spawn().unwrap();
-        within(Duration::from_secs(10), "pgbouncer (Debian: apt-get install pgbouncer)", async {
+        within(Duration::from_secs(60), "pgbouncer (Debian: apt-get install pgbouncer)", async {
             while UnixStream::connect(dir.join(".s.PGSQL.5432")).await.is_err() {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }

@@ -13,7 +13,7 @@ use tokio_postgres::{Client, SimpleQueryMessage};
 
 use crate::{clock::Clock, context::within, node::Node, temporary::TemporaryDir};
 
-const TIMEOUT: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(120);
 
 pub struct Postgres {
     pub nodes: [Node; 2],

@@ -60,7 +60,7 @@ impl Replica {
     /// Waits for the server's first line on stdout, which says that it listens.
     pub async fn wait_until_listening(&mut self) {
         let mut lines = BufReader::new(self.child.stdout.take().unwrap()).lines();
-        let line = within(Duration::from_secs(30), "a server to listen", lines.next_line()).await.unwrap();
+        let line = within(Duration::from_secs(120), "a server to listen", lines.next_line()).await.unwrap();
         let log = || fs::read_to_string(&self.log).unwrap();
         assert!(
             line.is_some(),
@@ -80,7 +80,7 @@ impl Replica {
     pub async fn terminate(&mut self) -> ExitStatus {
         self.ended_peaks.push(self.memory_peak());
         self.send_signal("TERM").await;
-        within(Duration::from_secs(30), "a server to exit after SIGTERM", self.child.wait()).await.unwrap()
+        within(Duration::from_secs(120), "a server to exit after SIGTERM", self.child.wait()).await.unwrap()
     }
 
     /// The most memory of each process so far, in bytes.

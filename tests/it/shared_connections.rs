@@ -14,7 +14,7 @@ use tokio::{net::TcpStream, time::timeout};
 
 use crate::{
     http2::{framed, request, status},
-    support::{PASSWORD, TestServer, User, info, named, within_timeout},
+    support::{CONNECTIONS, PASSWORD, TestServer, User, info, named, within_timeout},
 };
 
 /// How many bytes of an answer the client takes before it has read them.
@@ -218,4 +218,24 @@ async fn a_publish_stream_that_the_server_does_not_read_holds_up_no_other_call()
     // No signal tells when the client may send no more.
     assert!(timeout(Duration::from_secs(3), sending).await.is_err());
     fixture.assert_unharmed().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_watch_that_is_not_read_keeps_no_turn_to_read_the_past() {
+    let Fixture { connection, provider, customer, .. } = &mut Fixture::new().await;
+    let job = &provider.job(customer).await;
+    // Messages of a page each that are so small that a second read begins before the first
+    // message is sent and uses up the window.
+    for _ in 0..2 {
+        provider.append(job, (0..500).map(|_| info("x"))).await;
+    }
+    let mut unread = Vec::new();
+    // More than one user may have read the past at a time.
+    for _ in 0..CONNECTIONS {
+        let mut watch = connection.watch(&provider.key_secret, job).await;
+        fill_window(&mut watch.body).await;
+        unread.push(watch);
+    }
+    let mut watch = connection.watch(&provider.key_secret, job).await;
+    within_timeout("the past of one that is read", watch.caught_up()).await;
 }

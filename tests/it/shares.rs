@@ -1,6 +1,8 @@
 //! What all users share is shared in turns: however much one user asks for, the others get
 //! their part of it.
 
+use std::time::Duration;
+
 use diesel_async::SimpleAsyncConnection as _;
 use milepost_client::pb::{self, ErrorReason};
 use tokio::task::JoinSet;
@@ -41,7 +43,11 @@ fn flood(caller: &Caller, stop: &CancellationToken) -> JoinSet<(usize, Vec<Statu
                 };
                 match answer {
                     Ok(()) => served += 1,
-                    Err(refusal) => refusals.push(refusal),
+                    Err(refusal) => {
+                        refusals.push(refusal);
+                        // Without a pause, the refused calls use up the processor.
+                        tokio::time::sleep(Duration::from_millis(20)).await;
+                    }
                 }
             }
             (served, refusals)

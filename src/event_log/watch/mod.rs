@@ -24,7 +24,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 pub(crate) use self::message::{Body, EndReason, Message, Start, WatchQuery};
 use self::past::{PAGE_BYTES, Page, Past};
@@ -39,6 +39,7 @@ use crate::{
     auth::Credential,
     error::{Error, Result},
     limits::{MESSAGE_BYTES, METADATA_BYTES},
+    models::caller::Tenant,
     progress::JobState,
     telemetry::metrics::Open,
 };
@@ -253,23 +254,30 @@ impl Watch {
         // While a heartbeat is still to come, other watches must not keep this one from
         // sending it.
         let until = (!self.caught_up() && !self.heartbeat.is_due()).then_some(self.heartbeat.due_at);
-        let (scope, tenant) = (&self.filter.scope, self.credential.caller().tenant());
-        let Some(permit) = self.reader.permit(tenant, until).await else { return Ok(()) };
-        match self.past.read(&self.reader, tenant, scope, self.position, self.phase != Phase::Past).await {
-            Ok(None) => {
-                drop(permit);
-                self.read_log_end().await
-            }
+        let (reader, filter) = (Arc::clone(&self.reader), Arc::clone(&self.filter));
+        let (tenant, position, caught_up) = (self.tenant(), self.position, self.caught_up());
+        let mut past = self.past.take();
+        let (past, page) = apart(async move {
+            let page = match reader.permit(tenant, until).await {
+                Some(_permit) => Some(past.read(&reader, tenant, &filter.scope, position, caught_up).await),
+                None => None,
+            };
+            (past, page)
+        })
+        .await?;
+        self.past = past;
+        let Some(page) = page else { return Ok(()) };
+        match page {
+            Ok(None) => self.read_log_end().await,
             Ok(Some(Page { events, read_to, walk, removals })) => {
                 self.pending = Pending { events: events.into(), read_to, walk };
                 self.position.removals = removals;
                 Ok(())
             }
             Err(expired @ Error::EventsExpired { .. }) => {
-                drop(permit);
                 // The job may have had more events before it was closed and removed.
                 if self.job.is_some() {
-                    self.job = self.reader.standing(tenant, scope, Reached::Everything).await?.job;
+                    self.job = self.standing(Reached::Everything).await?.job;
                 }
                 Err(expired)
             }
@@ -286,10 +294,7 @@ impl Watch {
     /// Reads where the log ends: the past reaches up to there. [`Error::LogSetBack`] if a part
     /// of what was sent or filtered is lost.
     async fn read_log_end(&mut self) -> Result<()> {
-        let (scope, tenant) = (&self.filter.scope, self.credential.caller().tenant());
-        let permit = self.reader.permit(tenant, None).await;
-        let standing = self.reader.standing(tenant, scope, Reached::Position(self.position)).await;
-        drop(permit);
+        let standing = self.standing(Reached::Position(self.position)).await;
         if let Err(Error::NotFound { .. }) = standing {
             // The job itself is lost.
             return Err(Error::LogSetBack);
@@ -303,6 +308,21 @@ impl Watch {
             self.phase = Phase::Behind;
         }
         Ok(())
+    }
+
+    /// See [`Reader::standing`].
+    async fn standing(&self, reached: Reached) -> Result<Standing> {
+        let (reader, filter, tenant) = (Arc::clone(&self.reader), Arc::clone(&self.filter), self.tenant());
+        apart(async move {
+            let _permit = reader.permit(tenant, None).await;
+            reader.standing(tenant, &filter.scope, reached).await
+        })
+        .await?
+    }
+
+    /// Whose permits and connections the watch uses.
+    fn tenant(&self) -> Tenant {
+        self.credential.caller().tenant()
     }
 
     /// Waits for the next delivery; whether a heartbeat is due instead.
@@ -454,4 +474,11 @@ impl Watch {
     fn message(&self, body: Body) -> Message {
         Message { resume_token: ResumeToken::new(&self.filter, self.position).encode(), body }
     }
+}
+
+/// Does a read in a task of its own, which ends when this is dropped. The transport does not
+/// poll a body for which the client has left no window: a read within the body would then hold
+/// its permit and its connection until the client reads on.
+async fn apart<T: Send + 'static>(read: impl Future<Output = T> + Send + 'static) -> Result<T> {
+    AbortOnDropHandle::new(tokio::spawn(read)).await.map_err(Error::internal)
 }

@@ -66,6 +66,12 @@ impl Past {
         Self { end, identity, page: PAGE, from_beginning, scan_to: 0, piece: None }
     }
 
+    /// This past, to be read elsewhere and put back then. What is left serves as well, and
+    /// reads anew what was read of a walk.
+    pub(super) fn take(&mut self) -> Self {
+        Self { piece: self.piece.take(), ..*self }
+    }
+
     /// See [`Self::end`].
     pub(super) fn end(&self) -> i64 {
         self.end

@@ -37,7 +37,7 @@ fn check_appends(indexed: &IndexedHistory<'_>, violations: &mut Violations) {
                     attempt.replica,
                 );
                 let first = batch.events.first().map(|event| event.id.as_str());
-                violations.add(Guarantee::Contract, first, what);
+                violations.add(Guarantee::InTime, first, what);
             }
         }
     }
@@ -52,7 +52,7 @@ fn check_calls(indexed: &IndexedHistory<'_>, violations: &mut Violations) {
                 sent_at.as_secs_f64(),
                 ended_at.saturating_sub(*sent_at).as_secs_f64(),
             );
-            violations.add(Guarantee::Contract, None, what);
+            violations.add(Guarantee::InTime, None, what);
         }
     }
 }

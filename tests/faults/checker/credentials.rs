@@ -40,6 +40,10 @@ impl CredentialCheck<'_> {
                     &format!("a watch of server {replica}, opened at {opened_s:.3} s, {what}"),
                     violations,
                 );
+            } else if let Some(what) = self.late_stream(stream) {
+                let mut late = Violations::default();
+                self.add(&format!("a watch of server {}, {what}", stream.replica), &mut late);
+                violations.add_late(late);
             }
         }
     }
@@ -79,6 +83,11 @@ impl CredentialCheck<'_> {
                 return Some("ended with CREDENTIAL_ENDED although the credential was valid".to_owned());
             }
         }
+        None
+    }
+
+    /// How a stream outlived its credential.
+    fn late_stream(&self, stream: &CredentialStream) -> Option<String> {
         let due_at = self.accepted_until(stream.replica)?.max(stream.opened_at) + TOLERANCE;
         if let Some(last) = stream.last_message_at.filter(|last| *last > due_at) {
             return Some(format!("received a message at {:.3} s", last.as_secs_f64()));

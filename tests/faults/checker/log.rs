@@ -190,7 +190,7 @@ fn check_batch(indexed: &IndexedHistory<'_>, batch: &Batch, violations: &mut Vio
                 if indexed.is_fault_free(attempt.replica, attempt.sent_at, attempt.ended_at) =>
             {
                 let what = format!("an append failed although no fault affected the server: {why}");
-                violations.add(Guarantee::Contract, first, what);
+                violations.add(Guarantee::InTime, first, what);
             }
             Outcome::Unknown(_) => {}
         }

@@ -43,6 +43,9 @@ pub enum Guarantee {
     /// What the API promises beyond the nine: `expected_sequence`, refusals, status
     /// codes, availability.
     Contract,
+    /// What fails or takes too long although no fault affects it. Only a strict run fails for
+    /// this, since a busy machine explains it.
+    InTime,
 }
 
 #[derive(Clone, Debug)]
@@ -60,6 +63,11 @@ impl Violations {
     fn add(&mut self, guarantee: Guarantee, event: Option<&str>, what: impl Into<String>) {
         self.0.push(Violation { guarantee, what: what.into(), event: event.map(str::to_owned) });
     }
+
+    /// Adds violations that a busy machine explains.
+    fn add_late(&mut self, Self(late): Self) {
+        self.0.extend(late.into_iter().map(|late| Violation { guarantee: Guarantee::InTime, ..late }));
+    }
 }
 
 impl fmt::Display for Guarantee {
@@ -67,6 +75,7 @@ impl fmt::Display for Guarantee {
         match self {
             Self::LostCommits => f.write_str("when commits are lost"),
             Self::Contract => f.write_str("contract"),
+            Self::InTime => f.write_str("in time"),
             numbered => write!(f, "guarantee {} ({numbered:?})", *numbered as u8),
         }
     }

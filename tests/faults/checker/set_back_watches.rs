@@ -101,18 +101,18 @@ impl<'a> WatcherCheck<'a> {
             })
         };
         let goes_on = match &message.body {
-            Body::Events(events) => is_late || events.iter().any(is_new),
-            Body::CaughtUp(_) | Body::Heartbeat => is_late,
-            Body::End(..) | Body::ListEnd => false,
+            Body::Events(events) if events.iter().any(is_new) => Some(Guarantee::LostCommits),
+            Body::Events(_) | Body::CaughtUp(_) | Body::Heartbeat => is_late.then_some(Guarantee::InTime),
+            Body::End(..) | Body::ListEnd => None,
         };
-        if goes_on {
+        if let Some(guarantee) = goes_on {
             let what = format!(
                 "{}: went on at {:.3} s after it had received events that were lost by {:.3} s",
                 self.label(stream),
                 message.received_at.as_secs_f64(),
                 set_back.until.as_secs_f64(),
             );
-            violations.add(Guarantee::LostCommits, None, what);
+            violations.add(guarantee, None, what);
         }
     }
 

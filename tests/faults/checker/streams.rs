@@ -194,7 +194,7 @@ impl WatcherCheck<'_> {
                         since.as_secs_f64(),
                         if caught_up { "after" } else { "before" },
                     );
-                    violations.add(Guarantee::Complete, None, what);
+                    violations.add(Guarantee::InTime, None, what);
                 }
             }
             StreamEnd::Broken(why) if self.was_fault_free_at_end(stream, stream.ended_at) => {
@@ -203,7 +203,7 @@ impl WatcherCheck<'_> {
                     "{}: broke at {ended_s:.3} s although no fault affected the server: {why}",
                     self.label(stream)
                 );
-                violations.add(Guarantee::Contract, None, what);
+                violations.add(Guarantee::InTime, None, what);
             }
             StreamEnd::Ok | StreamEnd::ClosedByWatcher | StreamEnd::Broken(_) => {}
         }
@@ -222,7 +222,9 @@ impl WatcherCheck<'_> {
     ) {
         if caught_up && self.record.reads_promptly {
             let before = message.received_at.saturating_sub(HEARTBEAT_TOLERANCE);
-            self.check_acknowledged(stream, cursor, before, "a heartbeat came", violations);
+            let mut late = Violations::default();
+            self.check_acknowledged(stream, cursor, before, "a heartbeat came", &mut late);
+            violations.add_late(late);
         }
         if let Scope::Job(job) = self.record.scope
             && let Some(last) = self.log(cursor, job).last().filter(|event| is_closing(event))

@@ -554,9 +554,9 @@ fn a_silent_watch_without_a_fault_is_detected() {
         (stream.end, stream.ended_at) = (StreamEnd::Silent, at(20));
         history.watchers[0].read_to_end = false;
     };
-    assert_detects(Guarantee::Complete, silence);
+    assert_detects(Guarantee::InTime, silence);
     let fault_window = |server| FaultWindow { from: at(15), to: at(16), affects: [server == 0, server == 1] };
-    for (server, expected) in [(0, vec![]), (1, vec![Guarantee::Complete])] {
+    for (server, expected) in [(0, vec![]), (1, vec![Guarantee::InTime])] {
         let detected = violated(|history| {
             silence(history);
             history.fault_windows.push(fault_window(server));
@@ -567,10 +567,10 @@ fn a_silent_watch_without_a_fault_is_detected() {
 
 #[test]
 fn a_failure_without_a_fault_is_detected() {
-    assert_detects(Guarantee::Contract, |history| {
+    assert_detects(Guarantee::InTime, |history| {
         history.watchers[0].streams[1].end = StreamEnd::Broken("UNAVAILABLE".to_owned());
     });
-    assert_detects(Guarantee::Contract, |history| {
+    assert_detects(Guarantee::InTime, |history| {
         let lost = Outcome::Unknown(UnknownReason::Broken("UNAVAILABLE".to_owned()));
         history.batches[3].attempts.insert(0, attempt(4, 5, lost));
     });
@@ -612,7 +612,7 @@ fn a_wrong_heartbeat_is_detected() {
     let heartbeat = |seconds| message(seconds, Body::Heartbeat);
     assert_eq!(violated(|history| history.watchers[1].streams[0].messages.insert(2, heartbeat(6))), []);
     assert_eq!(violated(|history| history.watchers[1].streams[0].messages.insert(0, heartbeat(20))), []);
-    assert_detects(Guarantee::Complete, |history| {
+    assert_detects(Guarantee::InTime, |history| {
         history.watchers[1].streams[0].messages.insert(2, heartbeat(20));
     });
     assert_detects(Guarantee::Terminating, |history| {

@@ -27,7 +27,7 @@ fn a_call_may_fail_only_while_a_fault_affects_the_server() {
             reason: UnknownReason::Abandoned,
         });
     };
-    assert_eq!(violated(fail), [Guarantee::Contract]);
+    assert_eq!(violated(fail), [Guarantee::InTime]);
     let excused = violated(|history| {
         fail(history);
         fault(history, 102, 102);
@@ -42,7 +42,7 @@ fn an_append_may_wait_long_only_while_a_fault_affects_the_server() {
         history.batches.push(batch(OTHER_JOB, vec![new_event("z", EventKind::Info, "")], vec![attempt]));
     };
     assert_eq!(violated(|history| wait(history, 101)), NOTHING);
-    assert_eq!(violated(|history| wait(history, 106)), [Guarantee::Contract]);
+    assert_eq!(violated(|history| wait(history, 106)), [Guarantee::InTime]);
     let excused = violated(|history| {
         wait(history, 106);
         fault(history, 99, 100);

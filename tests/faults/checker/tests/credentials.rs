@@ -156,19 +156,19 @@ fn an_end_that_was_lost_may_be_undone_on_a_server_that_has_not_refused() {
 fn a_watch_that_does_not_end_with_its_credential_is_detected() {
     let told = |seconds| Some((seconds, CredentialStreamEnd::Told));
     let other = Some((20, CredentialStreamEnd::Other("OK".to_owned())));
+    // An end for another reason, a message, no end in time, no end at all.
     let open = [
-        // A message, no end in time, no end at all, an end for another reason.
-        stream(0, 24, told(24)),
-        stream(1, 29, told(29)),
-        stream(0, 19, told(24)),
-        stream(1, 20, None),
-        stream(0, 19, other),
+        (Guarantee::Confined, stream(0, 19, other)),
+        (Guarantee::InTime, stream(0, 24, told(24))),
+        (Guarantee::InTime, stream(1, 29, told(29))),
+        (Guarantee::InTime, stream(0, 19, told(24))),
+        (Guarantee::InTime, stream(1, 20, None)),
     ];
-    for stream in open {
-        assert_detects(Guarantee::Confined, with(|record| record.streams.push(stream)));
+    for (guarantee, stream) in open {
+        assert_detects(guarantee, with(|record| record.streams.push(stream)));
     }
     // A server that could not ask the database sends nothing, and ends the watch later.
-    for (last_s, expected) in [(20, vec![]), (29, vec![Guarantee::Confined])] {
+    for (last_s, expected) in [(20, vec![]), (29, vec![Guarantee::InTime])] {
         let detected = violated(|history| {
             with(|record| record.streams.push(stream(1, last_s, told(40))))(history);
             let window = FaultWindow { from: at(18), to: at(40), affects: [false, true] };

@@ -192,10 +192,11 @@ fn an_event_with_a_state_from_before_the_loss_is_detected() {
 #[test]
 fn a_watch_that_goes_on_after_lost_events_is_detected() {
     // Without an event between, with the next event of the new log, and much later.
-    for (seconds, body) in
-        [(9, Body::Events(vec![set_back().final_reads[0].log[4].clone()])), (20, Body::Heartbeat)]
+    let next = Body::Events(vec![set_back().final_reads[0].log[4].clone()]);
+    for (guarantee, seconds, body) in
+        [(Guarantee::LostCommits, 9, next), (Guarantee::InTime, 20, Body::Heartbeat)]
     {
-        assert_detects(Guarantee::LostCommits, |history| {
+        assert_detects(guarantee, |history| {
             let stream = &mut streams(history)[0];
             stream.messages[2] = message(seconds, body);
             stream.end = StreamEnd::ClosedByWatcher;
