@@ -29,6 +29,9 @@
 //! | 2 | `quota` | what quotas count, and a quota that is used up |
 //! | 1 | `limits`, `schema`, `tenant`, `tls`, `turns` | modules without imports from this crate |
 //!
+//! `cli` calls servers by the package `milepost-client` of `clients/rust`, which shares
+//! nothing with this crate except the protos.
+//!
 //! # Two calls
 //!
 //! **AppendEvents.** `server` authenticates the caller before the message is read, and

@@ -14,7 +14,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Code;
 
 use crate::support::{
-    PASSWORD, TestDatabase, TestServer, assert_refused, complete, info, step, with_metadata, within_timeout,
+    PASSWORD, TestDatabase, TestServer, assert_refused, complete, http, info, step, with_metadata,
+    within_timeout,
 };
 
 /// The samples of one scrape. The keys are names with labels as scraped.
@@ -22,12 +23,7 @@ pub type Samples = BTreeMap<String, f64>;
 
 /// The head and the body of an HTTP/1.1 response.
 pub async fn get(address: SocketAddr, path: &str) -> (String, String) {
-    let mut stream = TcpStream::connect(address).await.unwrap();
-    stream.write_all(format!("GET {path} HTTP/1.1\r\nhost: {address}\r\n\r\n").as_bytes()).await.unwrap();
-    let mut answer = String::new();
-    within_timeout("the whole response", stream.read_to_string(&mut answer)).await.unwrap();
-    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
-    (head.to_owned(), body.to_owned())
+    within_timeout("the whole response", http(address, &format!("GET {path}"), "")).await.unwrap()
 }
 
 async fn scrape(server: &TestServer) -> Samples {

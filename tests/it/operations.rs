@@ -132,7 +132,7 @@ async fn on_sigterm_watches_end_with_draining_and_the_exit_code_is_0() {
     let mut watch = customer.watch(&job).await;
     watch.caught_up().await;
 
-    server.terminate().await;
+    server.terminate();
     let last = watch.next().await.unwrap();
     let Some(pb::watch_events_response::Message::End(end)) = last else { panic!("{last:?}") };
     assert_eq!(end.reason(), pb::WatchEndReason::Draining);
@@ -173,7 +173,7 @@ async fn on_sigterm_health_becomes_not_serving_first_and_calls_in_flight_finish(
     })
     .await;
 
-    server.terminate().await;
+    server.terminate();
     let update =
         within_timeout("a change of health", statuses.next()).await.expect("the health stream stays open");
     assert_eq!(update.expect("health changes before the stream ends").status(), ServingStatus::NotServing);

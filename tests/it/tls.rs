@@ -221,16 +221,16 @@ async fn on_sighup_a_certificate_and_a_key_that_do_not_match_are_logged_and_not_
 
     let pair = new.server(&["127.0.0.1"]);
     files.write("server.pem", &pair.certificate);
-    server.hang_up().await;
+    server.hang_up();
     server.logged("the certificate in use stays", 1).await;
     assert!(reaches(address, old.client_tls()).await);
     files.write("server.pem", "-----BEGIN CERTIFICATE-----\nhalf of a fi");
-    server.hang_up().await;
+    server.hang_up();
     server.logged("is no PEM file", 1).await;
     assert!(reaches(address, old.client_tls()).await);
 
     files.replace_server_certificate(&pair);
-    server.hang_up().await;
+    server.hang_up();
     wait_until(address, &new.client_tls(), true).await;
     assert!(!reaches(address, old.client_tls()).await);
 }
@@ -242,12 +242,12 @@ async fn every_sighup_reads_the_files_and_logs_the_outcome() {
     let (server, _) = process(&files).await;
     // The periodic reads log nothing about unchanged files.
     for times in [1, 2] {
-        server.hang_up().await;
+        server.hang_up();
         server.logged("the certificate is the one in use already", times).await;
     }
     files.write("server.pem", "");
     for times in [1, 2] {
-        server.hang_up().await;
+        server.hang_up();
         server.logged("the certificate in use stays", times).await;
     }
 }
@@ -367,7 +367,7 @@ async fn silent_connections_do_not_delay_the_exit_of_a_server() {
     let _before = TcpStream::connect(address).await.unwrap();
     let _after = handshaken(address, &authority).await;
     assert!(reaches(address, authority.client_tls()).await);
-    server.terminate().await;
+    server.terminate();
     assert_eq!(server.exit().await.code(), Some(0));
 }
 

@@ -17,7 +17,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, Streaming};
 
-use crate::support::{Clients, User, info};
+use milepost_testing::{Clients, User, info};
 
 /// Pause of a writer between two batches.
 const PAUSE: Duration = Duration::from_millis(20);

@@ -92,7 +92,8 @@ fn cause(error: &dyn Error) -> String {
 }
 
 type OnInterruption = dyn FnMut(&Status, Duration) + Send;
-type Service = InterceptedService<Channel, Bearer>;
+/// A connection that adds a credential to each call.
+pub type Service = InterceptedService<Channel, Bearer>;
 
 impl Client {
     /// Connects without a credential. Connecting and the TLS handshake may each take
@@ -145,24 +146,30 @@ impl Client {
         Ok(Self { channel: self.channel.clone(), bearer: Bearer(Some(value)) })
     }
 
+    /// The connection with the credential, for any other generated client, such as that
+    /// of the health service.
+    pub fn service(&self) -> Service {
+        Service::new(self.channel.clone(), self.bearer.clone())
+    }
+
     /// The generated client for users, sessions, API keys and watch tokens.
     pub fn auth(&self) -> AuthServiceClient<Service> {
-        AuthServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone())
+        AuthServiceClient::new(self.service())
     }
 
     /// The generated client for job configurations.
     pub fn configurations(&self) -> ConfigurationServiceClient<Service> {
-        ConfigurationServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone())
+        ConfigurationServiceClient::new(self.service())
     }
 
     /// The generated client for jobs.
     pub fn jobs(&self) -> JobServiceClient<Service> {
-        JobServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone())
+        JobServiceClient::new(self.service())
     }
 
     /// The generated client for events.
     pub fn events(&self) -> EventServiceClient<Service> {
-        EventServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone())
+        EventServiceClient::new(self.service())
     }
 
     /// A watch that starts as the request says and goes on until its job is

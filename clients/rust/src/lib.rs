@@ -6,4 +6,4 @@ pub mod pb;
 pub use prost_types;
 pub use tonic;
 
-pub use self::client::{Bearer, Client, ClientError, Watch, is_transient};
+pub use self::client::{Bearer, Client, ClientError, Service, Watch, is_transient};

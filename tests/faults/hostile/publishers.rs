@@ -83,7 +83,7 @@ pub async fn leave_answers_unread(mut hostile: Hostile) {
         };
         let mut client = hostile.context.slow_client(hostile.replica, &hostile.context.hostile);
         let (batches, receiver) = mpsc::channel(1);
-        let answers = hostile.call(client.publish_events(ReceiverStream::new(receiver))).await;
+        let answers = hostile.call(client.events.publish_events(ReceiverStream::new(receiver))).await;
         for _ in 0..UNREAD_BATCHES {
             let sent = timeout(STUCK, batches.send(request.clone())).await;
             if answers.is_err() || !matches!(sent, Ok(Ok(()))) || hostile.is_finishing() {

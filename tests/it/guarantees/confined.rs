@@ -195,9 +195,7 @@ impl Scene {
 
     /// Logs in; returns the secret of the new session.
     async fn session(&self) -> String {
-        let request = pb::LogInRequest { email: self.provider.email.clone(), password: PASSWORD.to_owned() };
-        let answer = self.server.anonymous().auth.log_in(request).await.unwrap().into_inner();
-        answer.session.unwrap().secret
+        self.server.log_in(&self.provider).await
     }
 
     async fn key(&mut self, request: pb::CreateApiKeyRequest) -> pb::CreateApiKeyResponse {

@@ -12,7 +12,7 @@ use rcgen::{
 };
 use tonic::transport::{Certificate, ClientTlsConfig, Identity};
 
-use super::TemporaryDir;
+use crate::TemporaryDir;
 
 /// A certificate authority (CA).
 pub struct Authority {

@@ -5,18 +5,21 @@ use std::{
     ops::{Deref, DerefMut},
 };
 
-use milepost_client::pb::{
-    self, auth_service_client::AuthServiceClient, configuration_service_client::ConfigurationServiceClient,
-    event_service_client::EventServiceClient, job_service_client::JobServiceClient, watch_events_request,
+use milepost_client::{
+    Client, Service,
+    pb::{
+        self, auth_service_client::AuthServiceClient,
+        configuration_service_client::ConfigurationServiceClient, event_service_client::EventServiceClient,
+        job_service_client::JobServiceClient, watch_events_request,
+    },
 };
 use tonic::{
-    Request, Status,
-    service::{Interceptor, interceptor::InterceptedService},
+    Status,
     transport::{Channel, ClientTlsConfig, Endpoint},
 };
 use uuid::Uuid;
 
-use super::Watch;
+use crate::Watch;
 
 /// The password of every user that [`Clients`] signs up.
 pub const PASSWORD: &str = "correct horse battery";
@@ -24,28 +27,24 @@ pub const PASSWORD: &str = "correct horse battery";
 /// The tag of every configuration that [`registration`] makes.
 const TAG: &str = "analysis";
 
-/// Adds the secret, if any, to each call as `authorization: Bearer SECRET`.
-#[derive(Clone, Debug)]
-pub struct Bearer(Option<String>);
-
-impl Interceptor for Bearer {
-    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
-        if let Some(secret) = &self.0 {
-            request.metadata_mut().insert("authorization", format!("Bearer {secret}").parse().unwrap());
-        }
-        Ok(request)
-    }
-}
-
-type Authorized = InterceptedService<Channel, Bearer>;
-
 /// Clients of the four services that share one credential.
 #[derive(Clone, Debug)]
 pub struct Caller {
-    pub auth: AuthServiceClient<Authorized>,
-    pub configurations: ConfigurationServiceClient<Authorized>,
-    pub jobs: JobServiceClient<Authorized>,
-    pub events: EventServiceClient<Authorized>,
+    pub auth: AuthServiceClient<Service>,
+    pub configurations: ConfigurationServiceClient<Service>,
+    pub jobs: JobServiceClient<Service>,
+    pub events: EventServiceClient<Service>,
+}
+
+impl Caller {
+    fn of(client: &Client) -> Self {
+        Self {
+            auth: client.auth(),
+            configurations: client.configurations(),
+            jobs: client.jobs(),
+            events: client.events(),
+        }
+    }
 }
 
 /// Makes [`Caller`]s of one server. The channel connects on first use, and
@@ -66,7 +65,7 @@ impl Clients {
         Self::at(endpoint.tls_config(tls).unwrap())
     }
 
-    fn at(endpoint: Endpoint) -> Self {
+    pub fn at(endpoint: Endpoint) -> Self {
         Self { channel: endpoint.connect_lazy(), endpoint }
     }
 
@@ -81,34 +80,30 @@ impl Clients {
     }
 
     pub fn anonymous(&self) -> Caller {
-        self.bearing(None)
+        Caller::of(&self.client())
     }
 
-    pub fn with_secret(&self, secret: impl Into<String>) -> Caller {
-        self.bearing(Some(secret.into()))
+    pub fn with_secret(&self, secret: impl AsRef<str>) -> Caller {
+        Caller::of(&self.client().with_credential(secret.as_ref()).unwrap())
     }
 
-    fn bearing(&self, secret: Option<String>) -> Caller {
-        let (channel, bearer) = (self.channel.clone(), Bearer(secret));
-        Caller {
-            auth: AuthServiceClient::with_interceptor(channel.clone(), bearer.clone()),
-            configurations: ConfigurationServiceClient::with_interceptor(channel.clone(), bearer.clone()),
-            jobs: JobServiceClient::with_interceptor(channel.clone(), bearer.clone()),
-            events: EventServiceClient::with_interceptor(channel, bearer),
-        }
+    /// The client that users have, without a credential.
+    pub fn client(&self) -> Client {
+        Client::new(self.channel.clone())
     }
 
     /// Signs up a new provider.
     pub async fn provider(&self) -> User {
-        self.user(pb::UserRole::Provider).await
+        self.sign_up(pb::UserRole::Provider, &[]).await
     }
 
     /// Signs up a new customer.
     pub async fn customer(&self) -> User {
-        self.user(pb::UserRole::Customer).await
+        self.sign_up(pb::UserRole::Customer, &[]).await
     }
 
-    async fn user(&self, role: pb::UserRole) -> User {
+    /// Signs up a new user, whose API key has these scopes; without any, the default ones.
+    pub async fn sign_up(&self, role: pb::UserRole, scopes: &[pb::ApiKeyScope]) -> User {
         let email = format!("{}@example.com", Uuid::now_v7());
         let request = pb::SignUpRequest {
             role: role.into(),
@@ -119,15 +114,15 @@ impl Clients {
         };
         let signed_up = self.anonymous().auth.sign_up(request).await.unwrap().into_inner();
         let mut session = self.with_secret(signed_up.session.unwrap().secret);
-        let created =
-            session.auth.create_api_key(pb::CreateApiKeyRequest::default()).await.unwrap().into_inner();
-        User {
-            id: signed_up.user.unwrap().id,
-            email,
-            session,
-            key: self.with_secret(&created.secret),
-            key_secret: created.secret,
-        }
+        let (_, key_secret) = create_key(&mut session, scopes).await;
+        let key = self.with_secret(&key_secret);
+        User { id: signed_up.user.unwrap().id, email, session, key, key_secret }
+    }
+
+    /// The secret of a new session.
+    pub async fn log_in(&self, user: &User) -> String {
+        let request = pb::LogInRequest { email: user.email.clone(), password: PASSWORD.to_owned() };
+        self.anonymous().auth.log_in(request).await.unwrap().into_inner().session.unwrap().secret
     }
 
     /// The same user with the same API key, calling this server instead: for
@@ -137,6 +132,14 @@ impl Clients {
     }
 }
 
+/// Id and secret of a new API key.
+async fn create_key(session: &mut Caller, scopes: &[pb::ApiKeyScope]) -> (String, String) {
+    let scopes = scopes.iter().map(|scope| i32::from(*scope)).collect();
+    let request = pb::CreateApiKeyRequest { scopes, ..Default::default() };
+    let created = session.auth.create_api_key(request).await.unwrap().into_inner();
+    (created.api_key.unwrap().id, created.secret)
+}
+
 /// A provider or a customer. It dereferences to the caller with the API key.
 #[derive(Clone, Debug)]
 pub struct User {
@@ -144,7 +147,7 @@ pub struct User {
     pub email: String,
     /// Calls with the session of the sign-up.
     pub session: Caller,
-    /// Calls with an API key of default scopes.
+    /// Calls with an API key.
     pub key: Caller,
     pub key_secret: String,
 }
@@ -189,6 +192,19 @@ impl User {
     pub async fn register(&mut self, request: pb::RegisterJobConfigurationRequest) -> pb::JobConfiguration {
         let response = self.configurations.register_job_configuration(request).await.unwrap();
         response.into_inner().job_configuration.unwrap()
+    }
+
+    /// Id and secret of a new API key with these scopes; without any, with the default ones.
+    pub async fn create_key(&mut self, scopes: &[pb::ApiKeyScope]) -> (String, String) {
+        create_key(&mut self.session, scopes).await
+    }
+
+    /// Id and secret of a new watch token.
+    pub async fn create_watch_token(&mut self, job: &pb::Job) -> (String, String) {
+        let job = Some(pb::create_watch_token_request::Job::JobId(job.id.clone()));
+        let request = pb::CreateWatchTokenRequest { job, ..Default::default() };
+        let created = self.auth.create_watch_token(request).await.unwrap().into_inner();
+        (created.watch_token.unwrap().id, created.secret)
     }
 
     /// A request for a job of the latest configuration.

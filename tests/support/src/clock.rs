@@ -35,12 +35,14 @@ impl Clock {
     }
 
     /// The environment of a process with this clock.
-    pub fn variables(&self) -> [(&'static str, &str); 3] {
+    pub fn variables(&self) -> [(&'static str, &str); 4] {
         [
             ("LD_PRELOAD", self.library.to_str().unwrap()),
             ("FAKETIME_TIMESTAMP_FILE", self.file.to_str().unwrap()),
             // Timeouts use the monotonic clock, which stays real.
             ("FAKETIME_DONT_FAKE_MONOTONIC", "1"),
+            // How often the offset is read again, in seconds.
+            ("FAKETIME_CACHE_DURATION", "1"),
         ]
     }
 }

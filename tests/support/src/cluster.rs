@@ -19,7 +19,7 @@ use milepost::{
 use tokio::sync::OnceCell;
 use uuid::Uuid;
 
-use super::temporary::TemporaryDir;
+use crate::TemporaryDir;
 
 const TEMPLATE: &str = "template_milepost";
 

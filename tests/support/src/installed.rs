@@ -1,12 +1,22 @@
-//! The installed Postgres, whose programs a test runs by itself, and the user that they run as.
+//! The programs that tests run: those of the installed Postgres, the user that they run as,
+//! and programs in environments of Python.
 
 use std::{
+    env,
+    ffi::OsStr,
     fs,
     os::unix::fs::{MetadataExt as _, chown},
     path::{Path, PathBuf},
+    process::Stdio,
+    time::Duration,
 };
 
 use tokio::process::Command;
+
+use crate::within;
+
+/// Longest that a program may run, such as one that installs others.
+const PROGRAM: Duration = Duration::from_secs(1_200);
 
 /// Whether the tests run as root, which some of them need.
 pub fn is_root() -> bool {
@@ -39,12 +49,47 @@ pub fn give_to_postgres(path: &Path) {
     }
 }
 
-/// A command that runs as the user as whom Postgres runs.
-pub fn postgres_command(program: &Path) -> Command {
+/// A command that is also found where Debian has those of administrators.
+pub fn command(program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new(program);
+    command.env("PATH", format!("{}:/usr/sbin", env::var("PATH").unwrap_or_default()));
+    command
+}
+
+/// The same command as the user as whom Postgres runs.
+pub fn postgres_command(program: impl AsRef<OsStr>) -> Command {
     if !is_root() {
-        return Command::new(program);
+        return command(program);
     }
-    let mut command = Command::new("setpriv");
+    let mut command = command("setpriv");
     command.args(["--reuid=postgres", "--regid=postgres", "--init-groups"]).arg(program);
     command
+}
+
+/// Runs a command to its end, which must be a success, and returns its standard output.
+pub async fn succeed(command: &mut Command) -> String {
+    let running = command.kill_on_drop(true).stdin(Stdio::null()).output();
+    let output = within(PROGRAM, "the end of a program", running).await;
+    let output = output.unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let [stdout, stderr] =
+        [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
+    assert!(output.status.success(), "{command:?}: {}: {stdout}{stderr}", output.status);
+    stdout
+}
+
+/// Makes an environment of Python with these packages, unless the directory has it already.
+/// Returns its `python`.
+pub async fn python_with(interpreter: &str, packages: &[&str], venv: &Path) -> PathBuf {
+    let python = venv.join("bin/python");
+    // Written last, so that an interrupted installation is repeated.
+    let marker = venv.join("packages");
+    let wanted = packages.join("\n");
+    if fs::read_to_string(&marker).ok().as_ref() != Some(&wanted) {
+        succeed(Command::new(interpreter).args(["-m", "venv", "--clear"]).arg(venv)).await;
+        let mut pip = Command::new(&python);
+        pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]).args(packages);
+        succeed(&mut pip).await;
+        fs::write(&marker, wanted).unwrap();
+    }
+    python
 }

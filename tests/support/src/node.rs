@@ -1,50 +1,40 @@
-//! One server of Postgres, with durable settings and a clock that the fault injector can
-//! move.
+//! One server of Postgres in a process of its own, which can be killed, frozen, and
+//! copied to a standby.
 
 use std::{
     fs::{self, File},
     path::{Path, PathBuf},
     process::Stdio,
-    time::Duration,
 };
 
-use tokio::process::{Child, Command};
-use tokio_postgres::{Client, NoTls};
+use tokio::process::Child;
+use tokio_postgres::{Client, NoTls, SimpleQueryMessage};
 
 use crate::{
-    clock::Clock,
-    context::{is_running, send_signal, within},
-    installed::{give_to_postgres, make_postgres_dir, newest_postgres, postgres_command},
+    TIMEOUT,
+    installed::{give_to_postgres, make_postgres_dir, newest_postgres, postgres_command, succeed},
+    processes::{self, Signal, signal, signal_those_that_run},
+    until, within_timeout,
 };
-
-const TIMEOUT: Duration = Duration::from_secs(120);
-/// Few, so that the fault injector can use them up.
-pub const MAX_CONNECTIONS: usize = 40;
-const SETTINGS: [(&str, &str); 8] = [
-    ("listen_addresses", ""),
-    // The checker reads what survives a crash, so commits must be durable.
-    ("fsync", "on"),
-    ("full_page_writes", "on"),
-    // Each server sets it to `on` for its own sessions.
-    ("synchronous_commit", "off"),
-    ("max_wal_size", "64MB"),
-    ("min_wal_size", "32MB"),
-    // A standby starts to stream some seconds after the copy that it begins with.
-    ("wal_keep_size", "256MB"),
-    ("checkpoint_timeout", "30s"),
-];
 
 /// A data directory, and the Postgres that runs on it or does not.
 pub struct Node {
     /// Has the data and, while it runs, the socket.
     dir: PathBuf,
-    clock: Clock,
+    settings: Vec<(&'static str, String)>,
+    environment: Vec<(&'static str, String)>,
     child: Option<Child>,
 }
 
 impl Node {
-    pub fn new(dir: PathBuf, clock: Clock) -> Self {
-        Self { dir, clock, child: None }
+    /// A node that will run with these settings and environment variables, in a directory
+    /// that a watchdog guards.
+    pub fn new(
+        dir: PathBuf,
+        settings: Vec<(&'static str, String)>,
+        environment: Vec<(&'static str, String)>,
+    ) -> Self {
+        Self { dir, settings, environment, child: None }
     }
 
     /// Empties the directory.
@@ -56,96 +46,107 @@ impl Node {
     /// Makes an empty cluster.
     pub async fn create(&self) {
         self.clear();
-        let data = self.data();
-        let arguments = ["--auth=trust", "--username=milepost", "--encoding=UTF8", "--locale=C.UTF-8", "-D"];
-        self.run("initdb", &[&arguments[..], &[&data]].concat()).await;
+        let arguments = ["--auth=trust", "--username=milepost", "--encoding=UTF8", "--locale=C.UTF-8"];
+        self.make_data("initdb", &arguments).await;
     }
 
     /// Copies the data of a primary, to be its standby.
     pub async fn copy(&self, primary: &Self) {
         self.clear();
-        let (host, data) = (primary.dir.display().to_string(), self.data());
-        let arguments = ["--write-recovery-conf", "--checkpoint=fast", "-U", "milepost", "-h", &host, "-D"];
-        self.run("pg_basebackup", &[&arguments[..], &[&data]].concat()).await;
+        let host = primary.dir.display().to_string();
+        let arguments = ["--write-recovery-conf", "--checkpoint=fast", "-U", "milepost", "-h", &host];
+        self.make_data("pg_basebackup", &arguments).await;
+    }
+
+    /// Runs a program of Postgres that makes the data directory.
+    async fn make_data(&self, program: &str, arguments: &[&str]) {
+        let mut command = postgres_command(newest_postgres().join(program));
+        command.args(arguments).args(["--no-sync", "-D"]).arg(self.data()).current_dir(&self.dir);
+        succeed(&mut command).await;
     }
 
     /// Has this node, whose data is that of a former primary, start as a standby.
     pub fn follow(&self, primary: &Self) {
-        let data = PathBuf::from(self.data());
-        let conninfo = format!("primary_conninfo = 'host={} user=milepost'\n", primary.dir.display());
+        let data = self.data();
         let settings = data.join("postgresql.auto.conf");
         let former = fs::read_to_string(&settings).unwrap();
-        fs::write(settings, former + &conninfo).unwrap();
+        fs::write(settings, format!("{former}primary_conninfo = '{}'\n", primary.conninfo())).unwrap();
         let signal = data.join("standby.signal");
         fs::write(&signal, "").unwrap();
         give_to_postgres(&signal);
     }
 
+    /// What a standby of this node connects by.
+    pub fn conninfo(&self) -> String {
+        format!("host={} user=milepost", self.dir.display())
+    }
+
     /// Starts Postgres; does not wait until it accepts connections.
     pub fn start(&mut self) {
-        let dir = self.dir.display().to_string();
+        self.start_with_socket_in(&self.dir.clone());
+    }
+
+    /// Starts Postgres with its socket where nobody looks for it.
+    pub fn start_hidden(&mut self) {
+        let dir = self.hidden_dir();
+        let _ = fs::create_dir(&dir);
+        give_to_postgres(&dir);
         self.start_with_socket_in(&dir);
     }
 
-    /// Starts Postgres where no server of the campaign finds it.
-    pub fn start_hidden(&mut self) {
-        let dir = self.dir.join("hidden");
-        let _ = fs::create_dir(&dir);
-        give_to_postgres(&dir);
-        self.start_with_socket_in(&dir.display().to_string());
-    }
-
-    fn start_with_socket_in(&mut self, socket_dir: &str) {
+    fn start_with_socket_in(&mut self, socket_dir: &Path) {
         let log = File::options().create(true).append(true).open(self.dir.join("log")).unwrap();
-        let mut command = postgres_command(Path::new("env"));
-        command.args(self.clock.variables().map(|(name, value)| format!("{name}={value}")));
-        // libfaketime reads the offset again once a second.
-        command.arg("FAKETIME_CACHE_DURATION=1").arg(newest_postgres().join("postgres"));
-        command.args(["-D", &self.data(), "-k", socket_dir]);
-        let connections = MAX_CONNECTIONS.to_string();
-        for (name, value) in SETTINGS.into_iter().chain([("max_connections", connections.as_str())]) {
+        let mut command = postgres_command(newest_postgres().join("postgres"));
+        command.arg("-D").arg(self.data()).arg("-k").arg(socket_dir);
+        for (name, value) in &self.settings {
             command.arg("-c").arg(format!("{name}={value}"));
         }
-        let (out, err) = (log.try_clone().unwrap(), log);
-        command.current_dir(&self.dir).stdin(Stdio::null()).stdout(out).stderr(err).process_group(0);
+        command.envs(self.environment.iter().cloned()).current_dir(&self.dir).process_group(0);
+        command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
         self.child = Some(command.spawn().unwrap());
+    }
+
+    /// Returns once Postgres executes a query.
+    pub async fn wait_until_ready(&self) {
+        let url = self.url("postgres");
+        let is_ready = async || match connect(&url).await {
+            Ok(client) => client.simple_query("SELECT 1").await.is_ok(),
+            Err(_) => false,
+        };
+        until(TIMEOUT, "Postgres to execute a query", is_ready).await;
     }
 
     /// Stops Postgres by a fast shutdown: a standby has all commits then.
     pub async fn stop(&mut self) {
-        send_signal("INT", &self.postmaster()).await;
+        signal(self.postmaster(), Signal::INT);
         self.reap().await;
     }
 
     /// Sends SIGKILL to the postmaster and its children; returns once none of them runs.
     pub async fn kill(&mut self) {
-        let (pid, children) = (self.postmaster(), self.children());
-        send_signal("KILL", &pid).await;
-        signal_those_that_run("KILL", &children).await;
+        let (postmaster, children) = (self.postmaster(), self.children());
+        signal(postmaster, Signal::KILL);
+        signal_those_that_run(&children, Signal::KILL);
         self.reap().await;
-        within(TIMEOUT, "the killed Postgres to exit", async {
-            while children.iter().any(|child| is_running(child)) {
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
-        })
-        .await;
+        let ended = async || !children.iter().any(|child| processes::runs(*child));
+        until(TIMEOUT, "the killed Postgres to exit", ended).await;
     }
 
     /// Stops the postmaster and its children from running until [`Self::wake`].
-    pub async fn freeze(&self) {
+    pub fn freeze(&self) {
         // First the postmaster, which then starts no further process.
-        send_signal("STOP", &self.postmaster()).await;
-        signal_those_that_run("STOP", &self.children()).await;
+        signal(self.postmaster(), Signal::STOP);
+        signal_those_that_run(&self.children(), Signal::STOP);
     }
 
-    pub async fn wake(&self) {
-        signal_those_that_run("CONT", &self.children()).await;
-        send_signal("CONT", &self.postmaster()).await;
+    pub fn wake(&self) {
+        signal_those_that_run(&self.children(), Signal::CONT);
+        signal(self.postmaster(), Signal::CONT);
     }
 
     async fn reap(&mut self) {
         let mut child = self.child.take().expect("Postgres was started");
-        within(TIMEOUT, "Postgres to exit", child.wait()).await.unwrap();
+        within_timeout("Postgres to exit", child.wait()).await.unwrap();
     }
 
     /// Whether the postmaster runs.
@@ -153,41 +154,26 @@ impl Node {
         self.child.as_mut().is_some_and(|child| child.try_wait().unwrap().is_none())
     }
 
-    fn postmaster(&self) -> String {
-        self.child.as_ref().and_then(Child::id).expect("Postgres runs").to_string()
+    fn postmaster(&self) -> u32 {
+        self.child.as_ref().and_then(Child::id).expect("Postgres runs")
     }
 
-    fn children(&self) -> Vec<String> {
-        let pid = self.postmaster();
-        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-        children.split_whitespace().map(str::to_owned).collect()
+    fn children(&self) -> Vec<u32> {
+        processes::children(self.postmaster())
     }
 
     /// Connects directly, not through a proxy.
-    pub async fn try_connect(&self) -> Result<Client, tokio_postgres::Error> {
-        connect(&self.url("milepost")).await
-    }
-
     pub async fn connect(&self) -> Client {
-        self.try_connect().await.unwrap()
-    }
-
-    /// Connects to the database that initdb makes.
-    pub async fn connect_to_postgres(&self) -> Client {
-        connect(&self.url("postgres")).await.unwrap()
-    }
-
-    /// Connects to a node that was started hidden.
-    pub async fn try_connect_hidden(&self) -> Result<Client, tokio_postgres::Error> {
-        connect(&self.hidden_url()).await
-    }
-
-    pub fn hidden_url(&self) -> String {
-        url(&[&self.dir.join("hidden")], "milepost")
+        connect(&self.url("milepost")).await.unwrap()
     }
 
     pub fn url(&self, database: &str) -> String {
         url(&[&self.dir], database)
+    }
+
+    /// The URL of a node that was started hidden.
+    pub fn hidden_url(&self) -> String {
+        url(&[&self.hidden_dir()], "milepost")
     }
 
     /// The directory of the socket.
@@ -195,19 +181,12 @@ impl Node {
         &self.dir
     }
 
-    fn data(&self) -> String {
-        self.dir.join("data").display().to_string()
+    fn hidden_dir(&self) -> PathBuf {
+        self.dir.join("hidden")
     }
 
-    /// Runs a program of Postgres to its end.
-    async fn run(&self, program: &str, arguments: &[&str]) {
-        let output = postgres_command(&newest_postgres().join(program))
-            .args(arguments)
-            .current_dir(&self.dir)
-            .output()
-            .await;
-        let output = output.unwrap();
-        assert!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr));
+    fn data(&self) -> PathBuf {
+        self.dir.join("data")
     }
 }
 
@@ -218,15 +197,33 @@ pub fn url(socket_dirs: &[&Path], database: &str) -> String {
     format!("postgresql://milepost@{}/{database}", hosts.collect::<Vec<_>>().join(","))
 }
 
-async fn connect(url: &str) -> Result<Client, tokio_postgres::Error> {
+pub async fn connect(url: &str) -> Result<Client, tokio_postgres::Error> {
     let (client, connection) = tokio_postgres::connect(url, NoTls).await?;
     // Calls of the client report the connection's error.
     tokio::spawn(connection);
     Ok(client)
 }
 
-/// Sends a signal to those of the processes that run.
-async fn signal_those_that_run(name: &str, pids: &[String]) {
-    // A process that has exited already makes `kill` fail, after it has signalled the others.
-    let _ = Command::new("kill").args(["-s", name]).args(pids).output().await;
+/// Changes a setting of a whole server.
+pub async fn set(client: &Client, name: &str, value: &str) {
+    client.batch_execute(&format!("ALTER SYSTEM SET {name} = '{value}'")).await.unwrap();
+    client.batch_execute("SELECT pg_reload_conf()").await.unwrap();
+}
+
+/// The first column of each row.
+pub async fn texts(client: &Client, sql: &str) -> Vec<String> {
+    first_column(client.simple_query(sql).await.unwrap())
+}
+
+/// As [`texts`]; nothing if the query fails.
+pub(crate) async fn try_texts(client: &Client, sql: &str) -> Vec<String> {
+    client.simple_query(sql).await.map(first_column).unwrap_or_default()
+}
+
+fn first_column(messages: Vec<SimpleQueryMessage>) -> Vec<String> {
+    let row = |message| match message {
+        SimpleQueryMessage::Row(row) => row.get(0).map(str::to_owned),
+        _ => None,
+    };
+    messages.into_iter().filter_map(row).collect()
 }

@@ -1,23 +1,23 @@
-//! pgbouncer between a server and the tests' Postgres.
+//! pgbouncer between a server and Postgres.
 
-use std::{
-    fs::{self, File},
-    net::{SocketAddr, TcpStream},
-    path::Path,
-    process::{Child, Command, Stdio},
-};
+use std::{fs, path::Path};
 
+use tokio::{net::UnixStream, process::Child};
 use tokio_postgres::config::Host;
 
-use super::{is_root, own_address, temporary::TemporaryDir, within_timeout};
+use crate::{
+    TIMEOUT, TemporaryDir,
+    installed::{give_to_postgres, postgres_command},
+    until, url,
+};
 
 /// A pgbouncer that runs until it is dropped, or until the test process ends.
 #[derive(Debug)]
 pub struct PgBouncer {
     /// The database's URL through this pgbouncer.
     pub url: String,
-    address: SocketAddr,
-    socket_dir: String,
+    /// The directory of the socket of Postgres.
+    postgres: String,
     child: Child,
     dir: TemporaryDir,
 }
@@ -25,58 +25,43 @@ pub struct PgBouncer {
 impl PgBouncer {
     /// Starts a pgbouncer for the database of this URL, whose host is a Unix socket, with
     /// these settings, such as `pool_mode=session`.
-    pub async fn start(url: &str, settings: &[&str]) -> Self {
-        let config: tokio_postgres::Config = url.parse().unwrap();
-        let [Host::Unix(socket_dir)] = config.get_hosts() else { panic!("{:?}", config.get_hosts()) };
-        let socket_dir = socket_dir.to_str().unwrap().to_owned();
-        let (address, dir) = (own_address("127.0.0.1"), TemporaryDir::new());
-        let url = format!("postgresql://milepost@{address}/{}", config.get_dbname().unwrap());
-        let child = run(address, &socket_dir, dir.path(), settings).await;
-        Self { url, address, socket_dir, child, dir }
+    pub async fn start(database: &str, settings: &[&str]) -> Self {
+        let config: tokio_postgres::Config = database.parse().unwrap();
+        let [Host::Unix(postgres)] = config.get_hosts() else { panic!("{:?}", config.get_hosts()) };
+        let (postgres, dir) = (postgres.display().to_string(), TemporaryDir::new());
+        // pgbouncer refuses to run as root, as Postgres does. Postgres lets this user connect.
+        give_to_postgres(dir.path());
+        let child = run(&dir, &postgres, settings).await;
+        Self { url: url(&[dir.path()], config.get_dbname().unwrap()), postgres, child, dir }
     }
 
     /// Ends this pgbouncer, and starts one with other settings in its place.
     pub async fn replace(&mut self, settings: &[&str]) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-        self.child = run(self.address, &self.socket_dir, self.dir.path(), settings).await;
+        self.child.kill().await.unwrap();
+        self.child = run(&self.dir, &self.postgres, settings).await;
+    }
+
+    /// The directory of its socket.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
     }
 }
 
-async fn run(address: SocketAddr, socket_dir: &str, dir: &Path, settings: &[&str]) -> Child {
-    let file = dir.join("pgbouncer.ini");
+async fn run(dir: &TemporaryDir, postgres: &str, settings: &[&str]) -> Child {
     let ini = format!(
-        "[databases]\n* = host={socket_dir} user=milepost\n\n[pgbouncer]\nlisten_addr = {}\nlisten_port = {}\n\
-         unix_socket_dir =\nauth_type = any\n{}\n",
-        address.ip(),
-        address.port(),
+        "[databases]\n* = host={postgres} user=milepost\n\n[pgbouncer]\nlisten_port = 5432\n\
+         unix_socket_dir = {}\nauth_type = any\n{}\n",
+        dir.path().display(),
         settings.join("\n"),
     );
-    fs::write(&file, ini).unwrap();
-    let log = File::create(dir.join("pgbouncer.log")).unwrap();
-    let mut command = Command::new("setpriv");
-    command.args(["--pdeathsig", "KILL"]);
-    // pgbouncer refuses to run as root, as Postgres does. Postgres lets this user connect.
-    if is_root() {
-        command.args(["--reuid=postgres", "--regid=postgres", "--init-groups"]);
-    }
-    // Debian has it in a directory for administrators.
-    let path = format!("{}:/usr/sbin", std::env::var("PATH").unwrap());
-    command.arg("pgbouncer").arg(&file).env("PATH", path);
-    let child =
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().expect("setpriv is installed");
-    within_timeout("pgbouncer (apt-get install pgbouncer)", async {
-        while TcpStream::connect(address).is_err() {
-            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
-        }
-    })
-    .await;
+    fs::write(dir.path().join("pgbouncer.ini"), ini).unwrap();
+    // One that was killed leaves its socket behind.
+    let socket = dir.path().join(".s.PGSQL.5432");
+    let _ = fs::remove_file(&socket);
+    let mut command = postgres_command("pgbouncer");
+    command.arg("pgbouncer.ini");
+    let child = dir.run(command, "pgbouncer.log");
+    let listens = async || UnixStream::connect(&socket).await.is_ok();
+    until(TIMEOUT, "pgbouncer (Debian: apt-get install pgbouncer)", listens).await;
     child
-}
-
-impl Drop for PgBouncer {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }

@@ -2,26 +2,30 @@
 //! database unless the test gives it another.
 
 use std::{
-    fs::{self, File},
+    fs,
     net::SocketAddr,
     ops::Deref,
-    path::Path,
+    path::{Path, PathBuf},
     process::{ExitStatus, Stdio},
     time::Duration,
 };
 
-use tokio::{
-    io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader},
-    process::{Child, Command},
-};
-
 use milepost::db::embedded::Embedded;
 use milepost_client::pb::LogInRequest;
+use tokio::{
+    io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader},
+    process::{Child, ChildStdout, Command},
+};
 use tonic::Code;
 use tonic_types::StatusExt as _;
 
-use super::{Clients, PASSWORD, TestDatabase, own_address, temporary::TemporaryDir, within_timeout};
+use crate::{
+    Clients, PASSWORD, TIMEOUT, TemporaryDir, TestDatabase, binary, own_address,
+    processes::{self, Signal, parent, runs, signal, signal_those_that_run},
+    until, within_timeout,
+};
 
+const LOG: &str = "server.log";
 /// The drain deadline of every server process.
 pub const DRAIN_DEADLINE: Duration = Duration::from_secs(6);
 
@@ -33,6 +37,8 @@ pub struct ServerProcess {
     clients: Clients,
     // Before `dir`, so that the process ends before its directory is removed.
     child: Child,
+    /// Kept open, so that the process can write to it.
+    _stdout: ChildStdout,
     dir: TemporaryDir,
     wrapper: Vec<String>,
     settings: Vec<(&'static str, String)>,
@@ -73,15 +79,15 @@ impl ServerProcess {
 
     async fn start_by(wrapper: &[&str], host: &str, settings: Vec<(&'static str, String)>) -> Self {
         let address = own_address(host);
-        let mut dir = TemporaryDir::new();
+        let dir = TemporaryDir::new();
         let wrapper: Vec<String> = wrapper.iter().map(|&argument| argument.to_owned()).collect();
-        let child = serve(&wrapper, address, &mut dir, &settings).await;
-        Self { address, clients: Clients::of(address), child, dir, wrapper, settings }
+        let (child, stdout) = serve(&wrapper, address, &dir, &settings).await;
+        Self { address, clients: Clients::of(address), child, _stdout: stdout, dir, wrapper, settings }
     }
 
     /// Starts the server again with the same directory, address, wrapper and settings.
     pub async fn restart(&mut self) {
-        self.child = serve(&self.wrapper, self.address, &mut self.dir, &self.settings).await;
+        (self.child, self._stdout) = serve(&self.wrapper, self.address, &self.dir, &self.settings).await;
     }
 
     /// Starts the server again by another wrapper.
@@ -98,17 +104,26 @@ impl ServerProcess {
     /// The embedded Postgres of this server: each process that works on the cluster and
     /// is not the child of another one.
     pub fn postmasters(&self) -> Vec<u32> {
+        self.postgres_processes()
+            .filter(|pid| !parent(*pid).is_some_and(|pid| self.is_postgres(pid)))
+            .collect()
+    }
+
+    fn postgres_processes(&self) -> impl Iterator<Item = u32> {
+        processes::all().filter(|pid| self.is_postgres(*pid))
+    }
+
+    fn is_postgres(&self, pid: u32) -> bool {
         let data = self.dir.path().join("cluster/data");
-        let works = |pid: u32| fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd == data);
-        processes().filter(|pid| works(*pid) && !parent(*pid).is_some_and(works)).collect()
+        fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd == data)
     }
 
     /// The server's log, over all restarts.
     pub fn log(&self) -> String {
-        fs::read_to_string(self.dir.path().join("server.log")).unwrap()
+        fs::read_to_string(self.dir.path().join(LOG)).unwrap()
     }
 
-    pub fn data_dir(&self) -> std::path::PathBuf {
+    pub fn data_dir(&self) -> PathBuf {
         self.dir.path().to_owned()
     }
 
@@ -127,30 +142,33 @@ impl ServerProcess {
     pub async fn kill_postgres(&self) {
         let postmasters = self.postmasters();
         let [pid] = postmasters[..] else { panic!("one Postgres runs, not {postmasters:?}") };
-        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
-        signal("KILL", &pid.to_string()).await;
-        within_timeout("the end of Postgres", async {
-            while runs(pid) || children.split_whitespace().any(|child| runs(child.parse().unwrap())) {
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
+        let children = processes::children(pid);
+        signal(pid, Signal::KILL);
+        until(TIMEOUT, "the end of Postgres", async || {
+            !runs(pid) && !children.iter().any(|child| runs(*child))
         })
         .await;
     }
 
     /// Sends a signal to every process of the embedded Postgres: STOP makes it silent, with all
     /// its connections open.
-    pub async fn signal_postgres(&self, name: &str) {
-        let data = self.dir.path().join("cluster/data");
-        let works = |pid: &u32| fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd == data);
-        for pid in processes().filter(works) {
-            signal(name, &pid.to_string()).await;
-        }
+    pub fn signal_postgres(&self, signal: Signal) {
+        signal_those_that_run(&self.postgres_processes().collect::<Vec<_>>(), signal);
+    }
+
+    /// Sends a signal to the process itself.
+    pub fn signal(&self, signal: Signal) {
+        processes::signal(self.pids()[0], signal);
+    }
+
+    /// The memory that the server has now, in bytes.
+    pub fn resident_bytes(&self) -> usize {
+        processes::resident_bytes(self.pids()[0])
     }
 
     /// The most memory that the server had so far, in bytes.
     pub fn memory_peak_bytes(&self) -> usize {
-        let peak = status(self.pids()[0], "VmHWM").expect("a running server");
-        peak.trim_end_matches(" kB").parse::<usize>().expect("kilobytes") * 1024
+        processes::peak_bytes(self.pids()[0])
     }
 
     /// Waits until the server answers a call that needs its database. Repeats the
@@ -178,7 +196,7 @@ impl ServerProcess {
 
     /// The same with more flags.
     pub async fn refused_with(database_url: &str, flags: &[&str]) -> String {
-        let serving = Command::new(env!("CARGO_BIN_EXE_milepost"))
+        let serving = Command::new(binary())
             .arg("serve")
             .args(flags)
             .env("DATABASE_URL", database_url)
@@ -192,24 +210,19 @@ impl ServerProcess {
     }
 
     /// Sends SIGTERM without waiting for the exit.
-    pub async fn terminate(&self) {
-        signal("TERM", &self.pids()[0].to_string()).await;
+    pub fn terminate(&self) {
+        self.signal(Signal::TERM);
     }
 
     /// Sends SIGHUP.
-    pub async fn hang_up(&self) {
-        signal("HUP", &self.child.id().expect("the server is running").to_string()).await;
+    pub fn hang_up(&self) {
+        self.signal(Signal::HUP);
     }
 
     /// Waits until the log contains `words` at least `times` times.
     pub async fn logged(&self, words: &str, times: usize) {
-        let log = self.dir.path().join("server.log");
-        within_timeout(format!("{words:?} in the log"), async {
-            while fs::read_to_string(&log).unwrap().matches(words).count() < times {
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-        })
-        .await;
+        let count = || self.log().matches(words).count();
+        until(TIMEOUT, format!("{words:?} in the log"), async || count() >= times).await;
     }
 
     /// Waits for the exit.
@@ -221,7 +234,7 @@ impl ServerProcess {
 /// Runs `milepost user …` on this database, with `password` on its standard
 /// input; returns its standard output.
 pub async fn operate(database: &TestDatabase, arguments: &[&str], password: &str) -> String {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_milepost"));
+    let mut command = Command::new(binary());
     command.arg("user").args(arguments).env("DATABASE_URL", &database.url).env("MILEPOST_BCRYPT_COST", "4");
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true).spawn().unwrap();
     // Not every command reads the password, so the pipe may be closed.
@@ -231,37 +244,12 @@ pub async fn operate(database: &TestDatabase, arguments: &[&str], password: &str
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Whether the process runs; a zombie does not.
-pub fn runs(pid: u32) -> bool {
-    status(pid, "State").is_some_and(|state| !state.starts_with('Z'))
-}
-
-/// Those children of the process that have ended and that it has not waited for.
-pub fn zombies_of(pid: u32) -> Vec<u32> {
-    processes().filter(|child| parent(*child) == Some(pid) && !runs(*child)).collect()
-}
-
-pub fn parent(pid: u32) -> Option<u32> {
-    status(pid, "PPid")?.parse().ok()
-}
-
-/// A line of `/proc/PID/status`.
-fn status(pid: u32, name: &str) -> Option<String> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let mut lines = status.lines().filter_map(|line| line.split_once(':'));
-    lines.find(|(found, _)| *found == name).map(|(_, value)| value.trim().to_owned())
-}
-
-fn processes() -> impl Iterator<Item = u32> {
-    fs::read_dir("/proc").unwrap().filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok())
-}
-
 /// The servers whose data directory this is. A parent has a lower id than its child.
 fn servers(data_dir: &Path) -> Vec<u32> {
     let variable = format!("MILEPOST_DATA_DIR={}", data_dir.display());
-    let mut servers: Vec<u32> = processes()
+    let binary = binary();
+    let mut servers: Vec<u32> = processes::all()
         .filter(|pid| {
-            let binary = Path::new(env!("CARGO_BIN_EXE_milepost"));
             let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
             fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe == binary)
                 && environment.split(|byte| *byte == 0).any(|found| found == variable.as_bytes())
@@ -271,22 +259,17 @@ fn servers(data_dir: &Path) -> Vec<u32> {
     servers
 }
 
-async fn signal(name: &str, pid: &str) {
-    let status = Command::new("kill").args(["-s", name, pid]).status().await.unwrap();
-    assert!(status.success(), "kill -s {name} {pid}");
-}
-
 /// Starts the binary and waits until it prints the address on which it listens.
 async fn serve(
     wrapper: &[String],
     address: SocketAddr,
-    dir: &mut TemporaryDir,
+    dir: &TemporaryDir,
     settings: &[(&'static str, String)],
-) -> Child {
-    let log = dir.path().join("server.log");
-    let binary = env!("CARGO_BIN_EXE_milepost").to_owned();
+) -> (Child, ChildStdout) {
+    let binary = binary().display().to_string();
     let mut command_line = wrapper.iter().chain([&binary]);
-    let mut child = Command::new(command_line.next().unwrap())
+    let mut command = Command::new(command_line.next().unwrap());
+    command
         .args(command_line)
         .arg("serve")
         .env_remove("DATABASE_URL")
@@ -296,23 +279,18 @@ async fn serve(
         .env("MILEPOST_BCRYPT_COST", "4")
         .env("MILEPOST_LOG_LEVEL", "info,milepost=trace")
         .envs(settings.iter().cloned())
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(File::options().create(true).append(true).open(&log).unwrap())
-        .kill_on_drop(true)
-        .spawn()
-        .unwrap();
-    dir.guard(child.id().expect("the server is running"));
-    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-    let line = within_timeout("the server to listen", lines.next_line()).await.unwrap();
-    let log = || fs::read_to_string(&log).unwrap();
+        .stdout(Stdio::piped());
+    let mut child = dir.spawn(command, LOG);
+    let mut stdout = BufReader::new(child.stdout.take().unwrap());
+    let mut line = String::new();
+    within_timeout("the server to listen", stdout.read_line(&mut line)).await.unwrap();
     assert!(
-        line.is_some_and(|line| line.contains(&address.to_string())),
+        line.contains(&address.to_string()),
         "the server did not listen on {address}:\n{}",
-        log()
+        fs::read_to_string(dir.path().join(LOG)).unwrap()
     );
     for server in servers(dir.path()) {
         dir.guard(server);
     }
-    child
+    (child, stdout.into_inner())
 }

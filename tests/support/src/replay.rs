@@ -4,11 +4,10 @@ use std::collections::HashSet;
 
 use milepost_client::pb::{EventKind, JobStatus, Progress};
 
-use crate::history::Configuration;
-
 /// A job's state after the events applied so far.
 pub struct Replay<'a> {
-    steps: &'a Configuration,
+    /// The tag and the points of each step.
+    steps: &'a [(String, i64)],
     steps_done: HashSet<String>,
     pub status: JobStatus,
     pub progress: Progress,
@@ -16,7 +15,7 @@ pub struct Replay<'a> {
 }
 
 impl<'a> Replay<'a> {
-    pub fn new(steps: &'a Configuration) -> Self {
+    pub fn new(steps: &'a [(String, i64)]) -> Self {
         let mut replay = Self {
             steps,
             steps_done: HashSet::new(),
@@ -30,10 +29,9 @@ impl<'a> Replay<'a> {
 
     /// The points of a step; 1 each if no step of the configuration has points.
     fn weight(&self, tag: &str) -> i64 {
-        if self.steps.iter().all(|(_, points)| *points == 0) {
-            return 1;
-        }
-        self.steps.iter().find(|(known, _)| known == tag).map_or(0, |(_, points)| *points)
+        let weighs_one = self.steps.iter().all(|(_, points)| *points == 0);
+        let step = self.steps.iter().find(|(known, _)| known == tag);
+        step.map_or(0, |(_, points)| if weighs_one { 1 } else { *points })
     }
 
     pub fn apply(&mut self, kind: EventKind, step_tag: &str) {

@@ -23,7 +23,7 @@ use tokio_util::{
     task::AbortOnDropHandle,
 };
 
-use super::{Authority, Clients, Proxy, cluster::TestDatabase};
+use crate::{Authority, Clients, Proxy, TestDatabase};
 
 /// The only address whose `x-forwarded-for` the server trusts. Other clients do
 /// not call from it.

@@ -3,7 +3,7 @@
 use milepost_client::pb::{self, watch_events_response::Message};
 use tonic::{Status, Streaming};
 
-use super::within_timeout;
+use crate::within_timeout;
 
 /// An open stream of WatchEvents.
 #[derive(Debug)]
