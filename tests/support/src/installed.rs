@@ -82,8 +82,8 @@ pub async fn succeed(command: &mut Command) -> String {
 pub async fn python_with(interpreter: &str, packages: &[&str], venv: &Path) -> PathBuf {
     let python = venv.join("bin/python");
     // Written last, so that an interrupted installation is repeated.
-    let marker = venv.join("packages");
-    let wanted = packages.join("\n");
+    let marker = venv.join("made-from.txt");
+    let wanted: String = packages.iter().map(|package| format!("{package}\n")).collect();
     if fs::read_to_string(&marker).ok().as_ref() != Some(&wanted) {
         succeed(Command::new(interpreter).args(["-m", "venv", "--clear"]).arg(venv)).await;
         let mut pip = Command::new(&python);
