@@ -22,13 +22,15 @@
 //! | 7 | `proto_enums` | conversions between protobuf and the values of models |
 //! | 6 | `models` | rows, their queries, and the authorization to read and write them |
 //! | 5 | `db` | the pool, `Database::write`, migrations, embedded Postgres, notifications |
-//! | 5 | `client` | the Rust client, whose watch resumes by itself |
 //! | 4 | `secret`, `telemetry` | secrets and passwords; the log, metrics and traces |
 //! | 3 | `config`, `error`, `pb` | the settings; the one error type; what `proto/` generates |
 //! | 2 | `codec` | the encoding of messages, and what is cut out of them before they are decoded |
 //! | 2 | `progress` | status and progress, a pure function of the events |
 //! | 2 | `quota` | what quotas count, and a quota that is used up |
 //! | 1 | `limits`, `schema`, `tenant`, `tls`, `turns` | modules without imports from this crate |
+//!
+//! `cli` calls servers by the package `milepost-client` of `clients/rust`, which shares
+//! nothing with this crate except the protos.
 //!
 //! # Two calls
 //!
@@ -49,7 +51,6 @@
 pub mod auth;
 #[doc(hidden)]
 pub mod cli;
-pub mod client;
 #[doc(hidden)]
 pub mod codec;
 #[doc(hidden)]
@@ -64,6 +65,7 @@ pub mod event_log;
 pub mod limits;
 #[doc(hidden)]
 pub mod models;
+#[doc(hidden)]
 pub mod pb;
 #[doc(hidden)]
 pub mod progress;
@@ -80,6 +82,7 @@ pub mod services;
 pub mod telemetry;
 #[doc(hidden)]
 pub mod tenant;
+#[doc(hidden)]
 pub mod tls;
 #[doc(hidden)]
 pub mod turns;

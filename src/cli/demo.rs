@@ -5,26 +5,29 @@ use std::{env, io, net::SocketAddr, process::ExitCode, time::Duration};
 
 use clap::{Args, builder::Resettable};
 use console::style;
+use milepost_client::{
+    Client, is_transient,
+    pb::{
+        AppendEventsRequest, CreateJobRequest, EventKind, MetadataConfiguration, MetadataKind, NewEvent,
+        RegisterJobConfigurationRequest, SignUpRequest, StepConfiguration, UserRole, append_events_request,
+        get_job_request,
+    },
+};
 use prost_types::{Struct, Timestamp, Value};
 use tokio::net::TcpListener;
 use uuid::Uuid;
 
 use super::{
+    connect,
     database::{OpenDatabase, data_dir},
     print_line, refused,
     serve::{Server, bind, start_tls},
     watch::{EXIT_CODES, exit_code, follow},
 };
 use crate::{
-    client::{Client, is_transient},
     config::{ClientTls, Config},
     db::embedded::Served,
     error::BoxError,
-    pb::{
-        AppendEventsRequest, CreateJobRequest, EventKind, MetadataConfiguration, MetadataKind, NewEvent,
-        RegisterJobConfigurationRequest, SignUpRequest, StepConfiguration, UserRole, append_events_request,
-        get_job_request,
-    },
 };
 
 /// Pause before the provider sends an unanswered event again.
@@ -107,7 +110,7 @@ impl Demo {
     }
 
     async fn play(&self, address: &str, own: bool) -> Result<ExitCode, BoxError> {
-        let anonymous = Client::connect_with(address, &self.tls).await?;
+        let anonymous = connect(address, &self.tls).await?;
         let provider = DemoUser::sign_up(&anonymous, UserRole::Provider, "Ada", "Radiology").await?;
         let customer = DemoUser::sign_up(&anonymous, UserRole::Customer, "Grace", "Hospital").await?;
         let job_id = create_job(&provider.client, &customer.id).await?;

@@ -17,11 +17,12 @@ use std::{
 };
 
 use clap::{CommandFactory as _, Parser, Subcommand, error::ErrorKind};
+use milepost_client::Client;
 use tonic::Status;
 
 pub use self::init::run_as_init;
 use crate::{
-    config::{Config, TelemetrySettings},
+    config::{ClientTls, Config, TelemetrySettings},
     error::BoxError,
     telemetry,
 };
@@ -121,6 +122,14 @@ fn clean(text: &str) -> String {
             || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
     };
     text.chars().map(|c| if is_unsafe(c) { '\u{fffd}' } else { c }).collect()
+}
+
+/// Connects to the server of a command's flags.
+pub async fn connect(server: &str, tls: &ClientTls) -> Result<Client, BoxError> {
+    Ok(match tls.load().await? {
+        None => Client::connect(server).await?,
+        Some(tls) => Client::connect_with_tls(server, tls).await?,
+    })
 }
 
 /// A server's refusal as an error for the terminal: its message and its code. Or what broke

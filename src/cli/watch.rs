@@ -3,17 +3,16 @@
 use std::process::ExitCode;
 
 use clap::Args;
-
-use super::{refused, screen::Screen, usage_error};
-use crate::{
-    client::Client,
-    config::ClientTls,
-    error::BoxError,
+use milepost_client::{
+    Client,
     pb::{
         GetJobRequest, JobStatus, WatchEventsRequest, get_job_request, watch_events_request::Scope,
         watch_events_response::Message,
     },
 };
+
+use super::{connect, refused, screen::Screen, usage_error};
+use crate::{config::ClientTls, error::BoxError};
 
 /// Exit codes for jobs that were closed without being complete. 1 is an error, 2 a wrong
 /// command line.
@@ -75,7 +74,7 @@ impl Watch {
                  the scope READ, of a session or of a watch token",
             ));
         };
-        let client = Client::connect_with(&self.server, &self.tls).await?;
+        let client = connect(&self.server, &self.tls).await?;
         let client = client.with_credential(secret)?;
         let job = if self.provider_job_id {
             get_job_request::Job::ProviderJobId(self.job.clone())
