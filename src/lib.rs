@@ -13,12 +13,12 @@
 //! | floor | module | what it has |
 //! |---|---|---|
 //! | 12 | `main` | the command line and the exit code |
-//! | 11 | `cli` | serve, migrate, demo, watch, user |
+//! | 11 | `cli` | serve, migrate, demo, watch, user; what milepost does as PID 1 |
 //! | 10 | `server` | the router, authentication, limits, TLS, health, reflection, metrics, drain |
 //! | 9 | `services` | the four gRPC services: requests become values, results become messages |
 //! | 8 | `event_log` | appends, the tail of the log, watches, retention |
 //! | 7 | `usage` | counts appended events against the quotas of their providers |
-//! | 7 | `auth` | a secret becomes a caller, and a signal of the credential's end; log-in; what each user has in flight |
+//! | 7 | `auth` | a secret becomes a caller, and a signal of the credential's end; log-in; the removal of ended credentials; what each user has in flight |
 //! | 7 | `proto_enums` | conversions between protobuf and the values of models |
 //! | 6 | `models` | rows, their queries, and the authorization to read and write them |
 //! | 5 | `db` | the pool, `Database::write`, migrations, embedded Postgres, notifications |

@@ -20,7 +20,7 @@ const FAILED: u8 = 3;
 const CANCELLED: u8 = 4;
 /// The exit codes in `--help`.
 pub(super) const EXIT_CODES: &str = "Exit codes:
-  0  the job is complete
+  0  the job is complete, or the reader of the output closed it, as `head` does
   1  an error, such as an invalid credential or a job that does not exist
   2  a wrong command line
   3  the job was closed while it was failed
