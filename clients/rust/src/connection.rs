@@ -150,7 +150,7 @@ async fn dial(
             Box::new(in_time(handshake).await?)
         }
     };
-    let greeting = greeting.map(|tell| Greeting { first: Vec::new(), encrypted, tell });
+    let greeting = greeting.map(|tell| Greeting { first: Vec::new(), encrypted, tell: Some(tell) });
     Ok(TokioIo::new(Stream { io, greeting }))
 }
 
@@ -178,31 +178,43 @@ struct Stream {
     greeting: Option<Greeting>,
 }
 
+/// The server's first bytes. When it is dropped, it tells what they say.
 struct Greeting {
-    /// What was received until now.
     first: Vec<u8>,
     encrypted: bool,
-    tell: oneshot::Sender<Result<(), BoxError>>,
+    tell: Option<oneshot::Sender<Result<(), BoxError>>>,
+}
+
+impl Greeting {
+    fn tell(&mut self, told: Result<(), BoxError>) {
+        if let Some(tell) = self.tell.take() {
+            // Nobody waits any more if the client was dropped.
+            let _unheard = tell.send(told);
+        }
+    }
+}
+
+impl Drop for Greeting {
+    fn drop(&mut self) {
+        let unexpected = unexpected(&self.first, self.encrypted);
+        self.tell(unexpected.map_or(Ok(()), |why| Err(Unexpected(why.into()).into())));
+    }
 }
 
 impl Stream {
-    /// Takes in what a read has brought, until that is enough to tell.
+    /// Takes in what a read has brought, until the first frame's header is complete.
     fn received(&mut self, read: &mut io::Result<()>, bytes: &[u8]) {
         let Some(mut greeting) = self.greeting.take() else { return };
         greeting.first.extend_from_slice(bytes);
-        let told = match read {
-            Err(error) if !is_closed(error) => Err(refusal(std::mem::replace(error, error.kind().into()))),
+        match read {
             Ok(()) if !bytes.is_empty() && greeting.first.len() < FRAME_HEADER_BYTES => {
                 self.greeting = Some(greeting);
-                return;
             }
-            _ => match unexpected(&greeting.first, greeting.encrypted) {
-                None => Ok(()),
-                Some(why) => Err(Unexpected(why.into()).into()),
-            },
-        };
-        // Nobody waits any more if the client was dropped.
-        let _unheard = greeting.tell.send(told);
+            Err(error) if !is_closed(error) => {
+                greeting.tell(Err(refusal(std::mem::replace(error, error.kind().into()))));
+            }
+            Ok(()) | Err(_) => {}
+        }
     }
 
     /// What a server has sent before it closed the connection can still be read, so that
