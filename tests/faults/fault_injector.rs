@@ -84,6 +84,10 @@ impl FaultInjector {
             );
             faults.retain(|&fault| fault != Fault::FillDisk);
         }
+        if !self.postgres.has_own_clock() {
+            print_line("libfaketime is not installed: the two faults \"clock moved\" are left out");
+            faults.retain(|fault| !matches!(fault, Fault::MoveClock | Fault::MoveDatabaseClock));
+        }
         let mut injected_faults = Vec::new();
         self.random.shuffle(&mut faults);
         let mut each_once = faults.clone().into_iter();

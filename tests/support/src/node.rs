@@ -96,12 +96,14 @@ impl Node {
 
     fn start_with_socket_in(&mut self, socket_dir: &Path) {
         let log = File::options().create(true).append(true).open(self.dir.join("log")).unwrap();
-        let mut command = postgres_command(newest_postgres().join("postgres"));
-        command.arg("-D").arg(self.data()).arg("-k").arg(socket_dir);
+        // The program that changes to the user of Postgres must not have the variables.
+        let mut command = postgres_command("env");
+        command.args(self.environment.iter().map(|(name, value)| format!("{name}={value}")));
+        command.arg(newest_postgres().join("postgres")).arg("-D").arg(self.data()).arg("-k").arg(socket_dir);
         for (name, value) in &self.settings {
             command.arg("-c").arg(format!("{name}={value}"));
         }
-        command.envs(self.environment.iter().cloned()).current_dir(&self.dir).process_group(0);
+        command.current_dir(&self.dir).process_group(0);
         command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
         self.child = Some(command.spawn().unwrap());
     }
