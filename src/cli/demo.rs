@@ -20,8 +20,9 @@ use uuid::Uuid;
 use super::{
     connect,
     database::{OpenDatabase, data_dir},
-    print_line, refused,
+    page, print_line, refused,
     serve::{Server, bind, start_tls},
+    share::link,
     watch::{EXIT_CODES, exit_code, follow},
 };
 use crate::{
@@ -115,12 +116,16 @@ impl Demo {
         let customer = DemoUser::sign_up(&anonymous, UserRole::Customer, "Grace", "Hospital").await?;
         let job_id = create_job(&provider.client, &customer.id).await?;
 
+        let id = || get_job_request::Job::JobId(job_id.clone());
+        let page = page(address, &self.tls);
+        let link = link(&provider.client, &page, id(), Duration::from_secs(60 * 60), "demo").await?;
         let origin = if own { "started for this demo, stopped after it" } else { "found running" };
         print_line("")?;
         for (label, value, note) in [
             ("server", address, origin),
             ("provider", &provider.email, "creates a job and appends its events"),
             ("customer", &customer.email, "watches the job, as shown below"),
+            ("browser", &link, ""),
         ] {
             print_line(&format!(
                 "  {}  {value}  {}",
@@ -129,7 +134,7 @@ impl Demo {
             ))?;
         }
 
-        let watched = follow(&customer.client, get_job_request::Job::JobId(job_id.clone()));
+        let watched = follow(&customer.client, id());
         let appended = append_events(&provider.client, &job_id, Duration::from_secs(self.seconds.into()));
         let (status, ()) = tokio::try_join!(watched, appended)?;
         print_line(&format!(

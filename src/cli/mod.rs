@@ -3,9 +3,11 @@
 mod database;
 mod demo;
 mod init;
+mod job;
 mod migrate;
 mod screen;
 mod serve;
+mod share;
 mod user;
 mod variables;
 mod watch;
@@ -17,7 +19,7 @@ use std::{
 };
 
 use clap::{CommandFactory as _, Parser, Subcommand, error::ErrorKind};
-use milepost_client::Client;
+use milepost_client::{Client, server_url};
 use tonic::Status;
 
 pub use self::init::run_as_init;
@@ -53,6 +55,8 @@ enum Command {
     User(user::User),
     /// Watch a job in the terminal until it is closed
     Watch(watch::Watch),
+    /// Make a link that shows a job in a browser, to whoever has the link
+    Share(share::Share),
     /// Show a sample job: acts as its provider and its customer, on a running server or one that it starts
     Demo(demo::Demo),
 }
@@ -62,7 +66,7 @@ pub async fn run(cli: Cli) -> Result<ExitCode, BoxError> {
     let command = cli.command.unwrap_or(Command::Serve(cli.serve));
     let default_level = match &command {
         Command::Serve(_) => "info",
-        Command::Migrate(_) | Command::User(_) | Command::Watch(_) => "warn",
+        Command::Migrate(_) | Command::User(_) | Command::Watch(_) | Command::Share(_) => "warn",
         // Warnings of its own server would break up the progress bar.
         Command::Demo(_) => "error,milepost::cli=warn",
     };
@@ -74,6 +78,7 @@ pub async fn run(cli: Cli) -> Result<ExitCode, BoxError> {
         Command::Migrate(command) => command.run().await,
         Command::User(command) => command.run().await,
         Command::Watch(command) => command.run().await,
+        Command::Share(command) => command.run().await,
         Command::Demo(command) => command.run().await,
     }
 }
@@ -130,6 +135,11 @@ pub async fn connect(server: &str, tls: &ClientTls) -> Result<Client, BoxError> 
         None => Client::connect(server).await?,
         Some(tls) => Client::connect_with_tls(server, tls).await?,
     })
+}
+
+/// The URL of a server's page.
+fn page(server: &str, tls: &ClientTls) -> String {
+    server_url(server, *tls != ClientTls::default()).map_or_else(|| server.to_owned(), |url| url.to_string())
 }
 
 /// A server's refusal as an error for the terminal: its message and its code. Or what broke

@@ -75,10 +75,10 @@ impl Interceptor for Bearer {
     }
 }
 
-/// The URL of a server's address, or none if the address cannot be parsed. An address
-/// without a scheme is encrypted, except for a loopback address unless it
-/// `is_encrypted` by TLS settings.
-fn url(server: &str, is_encrypted: bool) -> Option<Uri> {
+/// The URL of a server's address, as [`Client::connect`] understands it; none if the address
+/// cannot be parsed. An address without a scheme is encrypted, except for a loopback address
+/// unless the client `has_tls_settings`.
+pub fn server_url(server: &str, has_tls_settings: bool) -> Option<Uri> {
     if server.contains("://") {
         let url: Uri = server.parse().ok()?;
         let known = url.scheme() == Some(&Scheme::HTTP) || url.scheme() == Some(&Scheme::HTTPS);
@@ -88,7 +88,7 @@ fn url(server: &str, is_encrypted: bool) -> Option<Uri> {
     authority.port()?;
     let host = authority.host().trim_start_matches('[').trim_end_matches(']');
     let loopback = host == "localhost" || host.parse().is_ok_and(|address: IpAddr| address.is_loopback());
-    let scheme = if loopback && !is_encrypted { Scheme::HTTP } else { Scheme::HTTPS };
+    let scheme = if loopback && !has_tls_settings { Scheme::HTTP } else { Scheme::HTTPS };
     Uri::builder().scheme(scheme).authority(authority).path_and_query("/").build().ok()
 }
 
@@ -113,7 +113,7 @@ impl Client {
     }
 
     async fn connect_by(server: &str, tls: Option<ClientConfig>) -> Result<Self, ClientError> {
-        let url = url(server, tls.is_some()).ok_or_else(|| ClientError::Address(server.to_owned()))?;
+        let url = server_url(server, tls.is_some()).ok_or_else(|| ClientError::Address(server.to_owned()))?;
         Ok(Self::new(connect(server, &url, tls).await?))
     }
 
@@ -306,7 +306,7 @@ mod tests {
             ("a b", false, None),
             ("", false, None),
         ] {
-            let url = url(server, is_encrypted).map(|url| url.to_string());
+            let url = server_url(server, is_encrypted).map(|url| url.to_string());
             assert_eq!(url.as_deref(), expected, "{server}");
         }
     }

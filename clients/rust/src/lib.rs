@@ -8,4 +8,4 @@ pub use prost_types;
 pub use tokio_rustls::rustls;
 pub use tonic;
 
-pub use self::client::{Bearer, Client, ClientError, Service, Watch, is_transient};
+pub use self::client::{Bearer, Client, ClientError, Service, Watch, is_transient, server_url};
