@@ -24,7 +24,7 @@ const BUFFER_BYTES: usize = 1024;
 /// Encoded bytes after which a buffer is sent; tonic's own default.
 const YIELD_BYTES: usize = 32 * 1024;
 
-/// The codec of the generated clients and servers.
+/// The codec of the generated services.
 #[derive(Debug)]
 pub struct Codec<T, U>(PhantomData<(T, U)>);
 

@@ -8,9 +8,11 @@ use std::{env, fmt, net::SocketAddr, path::PathBuf, thread, time::Duration};
 
 use clap::{Args, ValueEnum, value_parser};
 use ipnet::IpNet;
+use tokio_rustls::rustls::{self, ClientConfig};
 
 pub use self::quotas::QuotaSettings;
 use self::values::{count, listen_address, log_filter, network, origin, seconds, share};
+use crate::tls::{self, TlsError};
 
 /// All settings of `serve`.
 #[derive(Args, Clone, Debug)]
@@ -173,6 +175,10 @@ pub struct ServerSettings {
           value_parser = origin)]
     pub allowed_origins: Vec<String>,
 
+    /// Origins, separated by commas, whose pages may show this server's page in a frame
+    #[arg(long, env = "MILEPOST_FRAME_ANCESTORS", value_name = "ORIGINS", value_delimiter = ',', value_parser = origin)]
+    pub frame_ancestors: Vec<String>,
+
     /// Sign-up, sessions, passwords and callers.
     #[command(flatten)]
     pub auth: AuthSettings,
@@ -296,6 +302,31 @@ pub struct ClientTls {
     /// PEM file of the client certificate's private key
     #[arg(long, env = "MILEPOST_TLS_CLIENT_KEY", value_name = "FILE")]
     pub tls_client_key: Option<PathBuf>,
+}
+
+impl ClientTls {
+    /// Reads the files; none if no flag is set.
+    pub async fn load(&self) -> Result<Option<ClientConfig>, TlsError> {
+        if *self == Self::default() {
+            return Ok(None);
+        }
+        let unusable = |error: rustls::Error| TlsError(format!("cannot use TLS: {error}"));
+        let config = ClientConfig::builder_with_provider(tls::provider())
+            .with_safe_default_protocol_versions()
+            .map_err(unusable)?
+            .with_root_certificates(tls::trusted(self.tls_ca.as_deref()).await?);
+        match (&self.tls_client_cert, &self.tls_client_key) {
+            (Some(certificate), Some(key)) => {
+                let chain = tls::certificates(certificate, &tls::read(certificate).await?)?;
+                let key = tls::private_key(key, &tls::read(key).await?)?;
+                config.with_client_auth_cert(chain, key).map(Some).map_err(unusable)
+            }
+            (None, None) => Ok(Some(config.with_no_client_auth())),
+            (Some(_), None) | (None, Some(_)) => {
+                Err(TlsError("--tls-client-cert and --tls-client-key need each other".to_owned()))
+            }
+        }
+    }
 }
 
 /// Settings of sign-up, callers, sessions and passwords.

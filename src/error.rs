@@ -6,7 +6,11 @@ use std::{error::Error as StdError, fmt, time::Duration};
 use diesel::result::{DatabaseErrorKind, Error as DieselError};
 use uuid::Uuid;
 
-use crate::{limits::ERROR_QUOTE_CHARS, progress::JobStatus, quota::QuotaUsed};
+use crate::{
+    limits::{ERROR_QUOTE_CHARS, TEXT_CHARS},
+    progress::JobStatus,
+    quota::QuotaUsed,
+};
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -329,6 +333,19 @@ impl Violations {
     fn first(&self) -> String {
         self.violations.first().map_or_else(String::new, |v| format!("{}: {}", v.field, v.description))
     }
+}
+
+/// The rule of every text: at most [`TEXT_CHARS`] Unicode scalar values without NUL, which
+/// Postgres cannot store. The error describes the violation.
+pub fn check_text(text: &str) -> Result<(), String> {
+    // The length in bytes comes first: it bounds the work of counting characters.
+    if text.len() > 4 * TEXT_CHARS || text.chars().count() > TEXT_CHARS {
+        return Err(format!("{} must have at most {TEXT_CHARS} characters", quoted(text)));
+    }
+    if text.contains('\0') {
+        return Err(format!("{} must not contain NUL", quoted(text)));
+    }
+    Ok(())
 }
 
 /// Quotes `value` for an error text: cuts it to [`ERROR_QUOTE_CHARS`] and escapes control

@@ -13,16 +13,15 @@
 //! | floor | module | what it has |
 //! |---|---|---|
 //! | 12 | `main` | the command line and the exit code |
-//! | 11 | `cli` | serve, migrate, demo, watch, user |
+//! | 11 | `cli` | serve, migrate, demo, watch, share, user; what milepost does as PID 1 |
 //! | 10 | `server` | the router, authentication, limits, the Connect protocol, TLS, health, reflection, metrics, drain |
 //! | 9 | `services` | the four gRPC services: requests become values, results become messages |
 //! | 8 | `event_log` | appends, the tail of the log, watches, retention |
 //! | 7 | `usage` | counts appended events against the quotas of their providers |
-//! | 7 | `auth` | a secret becomes a caller, and a signal of the credential's end; log-in; what each user has in flight |
+//! | 7 | `auth` | a secret becomes a caller, and a signal of the credential's end; log-in; the removal of ended credentials; what each user has in flight |
 //! | 7 | `proto_enums` | conversions between protobuf and the values of models |
 //! | 6 | `models` | rows, their queries, and the authorization to read and write them |
 //! | 5 | `db` | the pool, `Database::write`, migrations, embedded Postgres, notifications |
-//! | 5 | `client` | the Rust client, whose watch resumes by itself |
 //! | 4 | `secret`, `telemetry` | secrets and passwords; the log, metrics and traces |
 //! | 4 | `json` | messages as JSON, by their descriptors |
 //! | 3 | `config`, `error`, `pb` | the settings; the one error type; what `proto/` generates |
@@ -30,6 +29,9 @@
 //! | 2 | `progress` | status and progress, a pure function of the events |
 //! | 2 | `quota` | what quotas count, and a quota that is used up |
 //! | 1 | `limits`, `schema`, `tenant`, `tls`, `turns` | modules without imports from this crate |
+//!
+//! `cli` calls servers by the package `milepost-client` of `clients/rust`, which shares
+//! nothing with this crate except the protos.
 //!
 //! # Two calls
 //!
@@ -50,7 +52,6 @@
 pub mod auth;
 #[doc(hidden)]
 pub mod cli;
-pub mod client;
 #[doc(hidden)]
 pub mod codec;
 #[doc(hidden)]
@@ -66,6 +67,7 @@ mod json;
 pub mod limits;
 #[doc(hidden)]
 pub mod models;
+#[doc(hidden)]
 pub mod pb;
 #[doc(hidden)]
 pub mod progress;
@@ -82,6 +84,7 @@ pub mod services;
 pub mod telemetry;
 #[doc(hidden)]
 pub mod tenant;
+#[doc(hidden)]
 pub mod tls;
 #[doc(hidden)]
 pub mod turns;

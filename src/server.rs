@@ -11,6 +11,7 @@ mod in_flight;
 mod incoming;
 mod metrics;
 mod origins;
+mod page;
 mod plain;
 mod reflection;
 mod tls;
@@ -36,6 +37,7 @@ use self::{
     connection::{Connections, Http1Limits},
     incoming::incoming,
     origins::Origins,
+    page::Page,
     reflection::{Budgeted, Budgets},
 };
 pub use self::{metrics::serve_metrics, tls::Tls};
@@ -120,7 +122,8 @@ pub async fn serve(
         .prepare();
     let services = Authentication::new(routes, app);
     let services = Calls::new(services, settings.request_timeout, draining.clone(), calls.clone(), telemetry);
-    let services = every_protocol(services, &DESCRIPTORS, settings);
+    let services = Page::new(every_protocol(services, &DESCRIPTORS), &settings.frame_ancestors)?;
+    let services = Origins::new(services, &settings.allowed_origins);
     let incoming = incoming(listener, tls, connections.clone());
     let mut serving = pin!(http::serve(incoming, services, settings, draining.clone()));
 
@@ -175,18 +178,13 @@ pub async fn serve_others<S>(
     let connections = Connections::new(limits::CONNECTIONS, limits::HANDSHAKE, http1_limits(settings));
     let (services, calls, telemetry) = (Transcoder::new(services), TaskTracker::new(), Telemetry::default());
     let services = Calls::new(services, settings.request_timeout, draining.clone(), calls, telemetry);
-    let services = every_protocol(services, descriptors, settings);
+    let services = Origins::new(every_protocol(services, descriptors), &settings.allowed_origins);
     http::serve(incoming(listener, tls, connections), services, settings, draining).await;
 }
 
-/// Lets services that speak gRPC be called by Connect too, and by the pages that may.
-fn every_protocol<S>(
-    services: S,
-    descriptors: &DescriptorPool,
-    settings: &ServerSettings,
-) -> Origins<Connect<S>> {
-    let services = Connect::new(services, Arc::new(Methods::of(descriptors)));
-    Origins::new(services, &settings.allowed_origins)
+/// Lets services that speak gRPC be called by Connect too.
+fn every_protocol<S>(services: S, descriptors: &DescriptorPool) -> Connect<S> {
+    Connect::new(services, Arc::new(Methods::of(descriptors)))
 }
 
 /// HTTP/1.1 has no PING, so that the system's time limit takes its place.

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
-use milepost::{client::Client, pb};
+use milepost_client::{Client, pb};
 use uuid::Uuid;
 
 use crate::{Result, store::Acked};

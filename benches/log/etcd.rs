@@ -6,12 +6,12 @@ use std::{net::SocketAddr, process::Command};
 use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
 use http::uri::PathAndQuery;
-use milepost::codec::Codec;
 use tonic::{
     Request, Streaming,
     client::Grpc,
     transport::{Channel, Endpoint},
 };
+use tonic_prost::ProstCodec;
 
 use crate::Result;
 
@@ -27,11 +27,6 @@ struct PutRequest {
 struct PutResponse {
     #[prost(message, optional, tag = "1")]
     header: Option<ResponseHeader>,
-}
-
-impl prost::Name for PutResponse {
-    const NAME: &'static str = "PutResponse";
-    const PACKAGE: &'static str = "etcdserverpb";
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -67,11 +62,6 @@ pub(crate) struct WatchResponse {
     pub(crate) events: Vec<Event>,
 }
 
-impl prost::Name for WatchResponse {
-    const NAME: &'static str = "WatchResponse";
-    const PACKAGE: &'static str = "etcdserverpb";
-}
-
 #[derive(Clone, PartialEq, prost::Message)]
 pub(crate) struct Event {
     #[prost(message, optional, tag = "2")]
@@ -93,7 +83,7 @@ pub(crate) struct KeyValue {
 pub(crate) async fn put(grpc: &mut Grpc<Channel>, key: Bytes, value: Bytes) -> Result<i64> {
     grpc.ready().await?;
     let path = PathAndQuery::from_static("/etcdserverpb.KV/Put");
-    let codec = Codec::<PutRequest, PutResponse>::default();
+    let codec = ProstCodec::<PutRequest, PutResponse>::default();
     let response = grpc.unary(Request::new(PutRequest { key, value }), path, codec).await?;
     Ok(response.into_inner().header.ok_or("an answer without a header")?.revision)
 }
@@ -111,7 +101,7 @@ pub(crate) async fn watch(
     // The stream of requests stays open: its end would end the watch.
     let requests = stream::once(async move { create }).chain(stream::pending());
     let path = PathAndQuery::from_static("/etcdserverpb.Watch/Watch");
-    let codec = Codec::<WatchRequest, WatchResponse>::default();
+    let codec = ProstCodec::<WatchRequest, WatchResponse>::default();
     let mut responses = grpc.streaming(Request::new(requests), path, codec).await?.into_inner();
     match responses.message().await? {
         Some(response) if response.created && !response.canceled => Ok(responses),

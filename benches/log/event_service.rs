@@ -5,16 +5,13 @@ use std::net::SocketAddr;
 
 use bytes::Bytes;
 use http::uri::PathAndQuery;
-use milepost::{
-    codec::Codec,
+use milepost_client::{
+    Client, Service,
     pb::{self, AppendEventsRequest, WatchEventsRequest, watch_events_request},
 };
-use tonic::{
-    Request, Streaming,
-    client::Grpc,
-    metadata::{Ascii, MetadataValue},
-    transport::{Channel, Endpoint},
-};
+use milepost_testing::User;
+use tonic::{Request, Streaming, client::Grpc, transport::Endpoint};
+use tonic_prost::ProstCodec;
 
 use crate::Result;
 
@@ -22,11 +19,6 @@ use crate::Result;
 struct AppendEventsResponse {
     #[prost(message, repeated, tag = "1")]
     events: Vec<AppendedEvent>,
-}
-
-impl prost::Name for AppendEventsResponse {
-    const NAME: &'static str = "AppendEventsResponse";
-    const PACKAGE: &'static str = "milepost.v1";
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -44,11 +36,6 @@ pub(crate) struct WatchEventsResponse {
     pub(crate) caught_up: Option<CaughtUp>,
     #[prost(message, optional, tag = "4")]
     pub(crate) heartbeat: Option<Heartbeat>,
-}
-
-impl prost::Name for WatchEventsResponse {
-    const NAME: &'static str = "WatchEventsResponse";
-    const PACKAGE: &'static str = "milepost.v1";
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -89,24 +76,19 @@ pub(crate) fn endpoint(server: SocketAddr) -> Result<Endpoint> {
 
 /// A connection with an API key for its calls.
 #[derive(Clone)]
-pub(crate) struct Connection {
-    channel: Channel,
-    bearer: MetadataValue<Ascii>,
-}
+pub(crate) struct Connection(Service);
 
 impl Connection {
-    pub(crate) async fn open(server: SocketAddr, key: &str) -> Result<Self> {
-        let channel = endpoint(server)?.connect().await?;
-        Ok(Self { channel, bearer: format!("Bearer {key}").parse()? })
+    pub(crate) async fn open(server: SocketAddr, user: &User) -> Result<Self> {
+        let client = Client::new(endpoint(server)?.connect().await?);
+        Ok(Self(client.with_credential(&user.key_secret)?.service()))
     }
 
     /// Appends one event and returns its sequence.
     pub(crate) async fn append(&self, request: AppendEventsRequest) -> Result<i64> {
-        let mut grpc = Grpc::new(self.channel.clone());
-        grpc.ready().await?;
         let path = PathAndQuery::from_static("/milepost.v1.EventService/AppendEvents");
-        let codec = Codec::<AppendEventsRequest, AppendEventsResponse>::default();
-        let response = grpc.unary(self.request(request), path, codec).await?.into_inner();
+        let codec = ProstCodec::<AppendEventsRequest, AppendEventsResponse>::default();
+        let response = self.ready().await?.unary(Request::new(request), path, codec).await?.into_inner();
         Ok(response.events.first().ok_or("an answer without an event")?.sequence)
     }
 
@@ -118,11 +100,10 @@ impl Connection {
             start: Some(watch_events_request::Start::FromNow(pb::FromNow {})),
             ..Default::default()
         };
-        let mut grpc = Grpc::new(self.channel.clone());
-        grpc.ready().await?;
         let path = PathAndQuery::from_static("/milepost.v1.EventService/WatchEvents");
-        let codec = Codec::<WatchEventsRequest, WatchEventsResponse>::default();
-        let mut responses = grpc.server_streaming(self.request(request), path, codec).await?.into_inner();
+        let codec = ProstCodec::<WatchEventsRequest, WatchEventsResponse>::default();
+        let responses = self.ready().await?.server_streaming(Request::new(request), path, codec).await?;
+        let mut responses = responses.into_inner();
         let first = responses.message().await?.ok_or("a watch ended before it caught up")?;
         match first.caught_up.and_then(|caught_up| caught_up.job) {
             Some(job) => Ok((responses, job.last_sequence)),
@@ -130,9 +111,9 @@ impl Connection {
         }
     }
 
-    fn request<T>(&self, message: T) -> Request<T> {
-        let mut request = Request::new(message);
-        request.metadata_mut().insert("authorization", self.bearer.clone());
-        request
+    async fn ready(&self) -> Result<Grpc<Service>> {
+        let mut grpc = Grpc::new(self.0.clone());
+        grpc.ready().await?;
+        Ok(grpc)
     }
 }

@@ -1,54 +1,43 @@
 //! Starts and stops the processes of the rows: a durable Postgres, servers and peers,
 //! all on loopback.
 
-use std::{
-    cell::{Cell, RefCell},
-    env,
-    fs::{self, File},
-    net::{SocketAddr, TcpListener},
-    process::Stdio,
-    time::Duration,
-};
+use std::{cell::Cell, env, net::SocketAddr, process::Stdio};
 
 use milepost::db::embedded::{Embedded, EmbeddedSettings};
-use tokio::{
-    io::{AsyncBufReadExt as _, BufReader},
-    process::{Child, ChildStdout, Command},
-    time::{Instant, sleep, timeout},
+use milepost_testing::{
+    ServerProcess, TIMEOUT, TemporaryDir, connect, own_address, processes, start_etcd, until,
 };
-use tokio_postgres::NoTls;
+use tokio::{
+    net::TcpStream,
+    process::{Child, Command},
+};
 
-use crate::{Options, Result, etcd, temporary_dir::TemporaryDir};
+use crate::{Options, Result, etcd};
 
-/// Limit for each start and stop of a process.
-const TIMEOUT: Duration = Duration::from_secs(60);
-
-/// The Postgres of all rows and the directory of all processes. Processes that still run
+/// The Postgres of all rows and the directory of all peers. Processes that still run
 /// when it is dropped are ended.
 pub(crate) struct Harness {
     pub(crate) options: Options,
     admin: tokio_postgres::Client,
     embedded: Embedded,
-    dir: RefCell<TemporaryDir>,
+    dir: TemporaryDir,
     next_number: Cell<u32>,
 }
 
-/// A server or a peer. Its process is killed when dropped.
-pub(crate) struct Process {
+/// A peer. Its process is killed when dropped.
+pub(crate) struct Peer {
     child: Child,
     pub(crate) address: SocketAddr,
-    // Kept open, so that the process can write to its stdout.
-    _stdout: Option<ChildStdout>,
 }
 
 impl Harness {
     pub(crate) async fn start(options: Options) -> Result<Self> {
-        let dir = TemporaryDir::new()?;
+        let dir = TemporaryDir::new();
         let settings =
             EmbeddedSettings { data_dir: dir.path().join("postgres"), extra_options: options.set.clone() };
         let embedded = Embedded::start(settings).await?;
         let admin = connect(&embedded.url("postgres")).await?;
-        Ok(Self { options, admin, embedded, dir: RefCell::new(dir), next_number: Cell::new(0) })
+        Ok(Self { options, admin, embedded, dir, next_number: Cell::new(0) })
     }
 
     /// Shuts Postgres down. Servers and peers have ended with their rows.
@@ -74,136 +63,32 @@ impl Harness {
         Ok(self.admin.batch_execute("CHECKPOINT").await?)
     }
 
-    /// Starts a server on this database, at a free address.
-    pub(crate) async fn server(&self, database_url: &str) -> Result<Process> {
-        self.server_at(database_url, free_address()?).await
-    }
-
-    pub(crate) async fn server_at(&self, database_url: &str, address: SocketAddr) -> Result<Process> {
-        self.start_server(database_url, address, None).await
-    }
-
-    /// Starts a server on this database; returns also the address of its metrics.
-    pub(crate) async fn server_with_metrics(&self, database_url: &str) -> Result<(Process, SocketAddr)> {
-        let metrics = free_address()?;
-        Ok((self.start_server(database_url, free_address()?, Some(metrics)).await?, metrics))
-    }
-
-    async fn start_server(
-        &self,
-        database_url: &str,
-        address: SocketAddr,
-        metrics: Option<SocketAddr>,
-    ) -> Result<Process> {
-        let log = self.dir.borrow().path().join(format!("server-{}.log", self.number()));
-        let mut command = Command::new(env!("CARGO_BIN_EXE_milepost"));
-        command
-            .arg("serve")
-            .env("DATABASE_URL", database_url)
-            .env("MILEPOST_MIGRATE", "true")
-            .env("MILEPOST_LISTEN", address.to_string())
-            .env("MILEPOST_LOG_LEVEL", "warn")
-            .env("MILEPOST_BCRYPT_COST", "4")
-            // Some rows open 10,000 streams of one user, and some share a connection
-            // between watches and appends.
-            .env("MILEPOST_STREAMS_PER_CONNECTION", "100000")
-            .env("MILEPOST_STREAMS_PER_USER", "99999")
-            // A row is a user, of whose limits none is to show.
-            .env("MILEPOST_CALLS_PER_SECOND", "1000000000")
-            .env("MILEPOST_CALLS_IN_FLIGHT", "1000000")
-            .env("MILEPOST_EVENTS_PER_SECOND", "1000000000")
-            .env("MILEPOST_BYTES_IN_FLIGHT_MIB", "4096")
-            .env("MILEPOST_TOTAL_BYTES_IN_FLIGHT_MIB", "4096")
-            .envs(metrics.map(|metrics| ("MILEPOST_METRICS_LISTEN", metrics.to_string())))
-            .stdout(Stdio::piped())
-            .stderr(File::create(&log)?);
-        let mut process = self.spawn(command, address)?;
-        let mut stdout = BufReader::new(process.child.stdout.take().ok_or("stdout is piped")?);
-        let mut line = String::new();
-        timeout(TIMEOUT, stdout.read_line(&mut line)).await??;
-        if !line.contains("listens on") {
-            return Err(format!(
-                "the server did not start to listen; its log:\n{}",
-                fs::read_to_string(log)?
-            )
-            .into());
-        }
-        process._stdout = Some(stdout.into_inner());
-        Ok(process)
-    }
-
     /// Starts an etcd with a new data directory, or returns none if etcd is not
     /// installed.
-    pub(crate) async fn etcd(&self) -> Result<Option<Process>> {
+    pub(crate) async fn etcd(&self) -> Result<Option<Peer>> {
         if etcd::version().is_none() {
             return self.report_missing_peer("etcd (Debian: etcd-server)").map(|()| None);
         }
-        let (address, peer) = (free_address()?, free_address()?);
-        let (client, peer) = (format!("http://{address}"), format!("http://{peer}"));
-        let dir = self.dir.borrow().path().join(format!("etcd-{}", self.number()));
-        let mut command = Command::new("etcd");
-        command.arg("--data-dir").arg(&dir).args([
-            "--listen-client-urls",
-            &client,
-            "--advertise-client-urls",
-            &client,
-            "--listen-peer-urls",
-            &peer,
-            "--initial-advertise-peer-urls",
-            &peer,
-            "--initial-cluster",
-            &format!("default={peer}"),
-            // The default of 2 GB is reached in a long run.
-            "--quota-backend-bytes",
-            "8589934592",
-            "--log-level",
-            "error",
-        ]);
-        command.stdout(Stdio::null()).stderr(File::create(dir.with_extension("log"))?);
-        let process = self.spawn(command, address)?;
-        let give_up_at = Instant::now() + TIMEOUT;
-        while let Err(error) = etcd::probe(address).await {
-            if Instant::now() > give_up_at {
-                return Err(error);
-            }
-            sleep(Duration::from_millis(100)).await;
-        }
-        Ok(Some(process))
+        let address = own_address("127.0.0.1");
+        let child = start_etcd(&self.dir, &format!("etcd-{}", self.number()), address);
+        until(TIMEOUT, "etcd to answer", async || etcd::probe(address).await.is_ok()).await;
+        Ok(Some(Peer { child, address }))
     }
 
     /// Starts a tonic server of one empty method.
-    pub(crate) async fn empty(&self) -> Result<Process> {
-        let address = free_address()?;
+    pub(crate) async fn empty(&self) -> Result<Peer> {
+        let address = own_address("127.0.0.1");
         let mut command = Command::new(env::current_exe()?);
         command.arg("--serve-empty").arg(address.to_string()).stdout(Stdio::null());
-        let process = self.spawn(command, address)?;
-        let give_up_at = Instant::now() + TIMEOUT;
-        while let Err(error) = tokio::net::TcpStream::connect(address).await {
-            if Instant::now() > give_up_at {
-                return Err(error.into());
-            }
-            sleep(Duration::from_millis(20)).await;
-        }
-        Ok(process)
-    }
-
-    /// Runs a command to its end and returns its stdout.
-    pub(crate) async fn run(&self, mut command: Command) -> Result<String> {
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
-        let child = command.spawn()?;
-        self.guard(&child)?;
-        let output = child.wait_with_output().await?;
-        if !output.status.success() {
-            let stderr = String::from_utf8_lossy(&output.stderr);
-            return Err(format!("{:?}: {}: {stderr}", command.as_std().get_program(), output.status).into());
-        }
-        Ok(String::from_utf8(output.stdout)?)
+        let child = self.dir.spawn(command, "empty.log");
+        until(TIMEOUT, "the empty method", async || TcpStream::connect(address).await.is_ok()).await;
+        Ok(Peer { child, address })
     }
 
     /// Writes a file in the temporary directory and returns its path.
     pub(crate) fn write_file(&self, name: &str, text: &str) -> Result<std::path::PathBuf> {
-        let path = self.dir.borrow().path().join(name);
-        fs::write(&path, text)?;
+        let path = self.dir.path().join(name);
+        std::fs::write(&path, text)?;
         Ok(path)
     }
 
@@ -216,52 +101,52 @@ impl Harness {
         Ok(())
     }
 
-    fn spawn(&self, mut command: Command, address: SocketAddr) -> Result<Process> {
-        let child = command.stdin(Stdio::null()).kill_on_drop(true).spawn()?;
-        self.guard(&child)?;
-        Ok(Process { child, address, _stdout: None })
-    }
-
-    fn guard(&self, child: &Child) -> Result<()> {
-        self.dir.borrow_mut().guard(child.id().ok_or("the process has already ended")?)
-    }
-
     /// Counts up from 0, to name databases, logs and directories.
     fn number(&self) -> u32 {
         self.next_number.replace(self.next_number.get() + 1)
     }
 }
 
-impl Process {
-    /// The resident memory of the process, in bytes.
-    pub(crate) fn resident_bytes(&self) -> Result<u64> {
-        let pid = self.child.id().ok_or("the process has already ended")?;
-        let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-        let line = status
-            .lines()
-            .find_map(|line| line.strip_prefix("VmRSS:"))
-            .ok_or("/proc/PID/status has no VmRSS")?;
-        let kib: u64 = line.trim().trim_end_matches(" kB").parse()?;
-        Ok(kib * 1024)
-    }
-
-    /// Sends SIGTERM and waits for the exit.
-    pub(crate) async fn stop(mut self) -> Result<()> {
-        let pid = self.child.id().ok_or("the process has already ended")?;
-        Command::new("kill").arg(pid.to_string()).status().await?;
-        timeout(TIMEOUT, self.child.wait()).await??;
-        Ok(())
+impl Peer {
+    pub(crate) fn resident_bytes(&self) -> Result<usize> {
+        Ok(processes::resident_bytes(self.child.id().ok_or("the process has already ended")?))
     }
 }
 
-/// Opens a connection to Postgres for the benchmark itself.
-pub(crate) async fn connect(url: &str) -> Result<tokio_postgres::Client> {
-    let (client, connection) = tokio_postgres::connect(url, NoTls).await?;
-    tokio::spawn(connection);
-    Ok(client)
+/// Starts a server on this database.
+pub(crate) async fn serve(database_url: &str) -> ServerProcess {
+    serve_with(database_url, Vec::new()).await
 }
 
-/// An address whose port is free now. Another process may take it before it is used.
-fn free_address() -> Result<SocketAddr> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?)
+/// Starts a server on this database; returns also the address of its metrics.
+pub(crate) async fn serve_with_metrics(database_url: &str) -> (ServerProcess, SocketAddr) {
+    let metrics = own_address("127.0.0.1");
+    let settings = vec![("MILEPOST_METRICS_LISTEN", metrics.to_string())];
+    (serve_with(database_url, settings).await, metrics)
+}
+
+async fn serve_with(database_url: &str, mut settings: Vec<(&'static str, String)>) -> ServerProcess {
+    let common = [
+        ("DATABASE_URL", database_url),
+        ("MILEPOST_MIGRATE", "true"),
+        ("MILEPOST_LOG_LEVEL", "warn"),
+        // Some rows open 10,000 streams of one user, and some share a connection
+        // between watches and appends.
+        ("MILEPOST_STREAMS_PER_CONNECTION", "100000"),
+        ("MILEPOST_STREAMS_PER_USER", "99999"),
+        // A row is a user, of whose limits none is to show.
+        ("MILEPOST_CALLS_PER_SECOND", "1000000000"),
+        ("MILEPOST_CALLS_IN_FLIGHT", "1000000"),
+        ("MILEPOST_EVENTS_PER_SECOND", "1000000000"),
+        ("MILEPOST_BYTES_IN_FLIGHT_MIB", "4096"),
+        ("MILEPOST_TOTAL_BYTES_IN_FLIGHT_MIB", "4096"),
+    ];
+    settings.extend(common.map(|(name, value)| (name, value.to_owned())));
+    ServerProcess::start_with("127.0.0.1", settings).await
+}
+
+/// Sends SIGTERM and waits for the exit.
+pub(crate) async fn stop(server: &mut ServerProcess) {
+    server.terminate();
+    server.exit().await;
 }

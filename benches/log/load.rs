@@ -48,11 +48,10 @@ pub(crate) fn latency(latencies: &[Duration]) -> [f64; 3] {
     })
 }
 
-/// Runs the workers for a round. Before it they warm up for a fifth of its time, at most
-/// 3 s, which is not measured. Returns the workers once all calls are answered.
+/// Runs the workers for a round. Before it they warm up, which is not measured. Returns the workers once all calls are answered.
 pub(crate) async fn drive<W: Worker>(workers: Vec<W>, options: &Options) -> Result<(Vec<W>, Calls)> {
     let window = options.round();
-    let from = Instant::now() + (window / 5).min(Duration::from_secs(3));
+    let from = Instant::now() + options.warm_up();
     let until = from + window;
     let mut running = JoinSet::new();
     for mut worker in workers {

@@ -13,15 +13,15 @@ mod etcd;
 mod event_service;
 mod harness;
 mod load;
-mod machine;
 mod report;
 mod rows;
 mod store;
-mod temporary_dir;
 
-use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
+use std::{net::SocketAddr, panic::AssertUnwindSafe, path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Parser, ValueEnum as _};
+use futures_util::FutureExt as _;
+use milepost_testing::machine;
 
 use self::{harness::Harness, rows::Row};
 
@@ -73,6 +73,11 @@ impl Options {
     fn round(&self) -> Duration {
         Duration::from_secs(self.seconds)
     }
+
+    /// The time before a round in which its load runs already and is not measured.
+    fn warm_up(&self) -> Duration {
+        (self.round() / 5).min(Duration::from_secs(3))
+    }
 }
 
 fn setting(text: &str) -> Result<(String, String), String> {
@@ -108,13 +113,10 @@ async fn run(options: Options) -> Result<()> {
         measured = measure(&harness, &rows) => measured,
         interrupted = tokio::signal::ctrl_c() => interrupted.map_err(Error::from).and(Err("interrupted".into())),
     };
-    let described = match harness.postgres_version().await {
-        Ok(version) => machine::describe(&version),
-        Err(error) => Err(error),
-    };
+    let described = harness.postgres_version().await.map(|version| versions(&version));
     harness.stop().await?;
     let (outcomes, failed) = measured?;
-    println!("\n{}{conditions}", described?);
+    println!("\n{}\n{}\n{conditions}", machine(), described?);
     println!("{}", report::table(&outcomes));
     if let Some(path) = json {
         std::fs::write(path, report::json(&outcomes))?;
@@ -122,12 +124,20 @@ async fn run(options: Options) -> Result<()> {
     if failed.is_empty() { Ok(()) } else { Err(failed.join("\n").into()) }
 }
 
+/// The versions that were measured.
+fn versions(postgres: &str) -> String {
+    let etcd = etcd::version().unwrap_or_else(|| "not installed".to_owned());
+    format!("milepost {}, Postgres {postgres}, etcd {etcd}", env!("CARGO_PKG_VERSION"))
+}
+
 /// The outcomes of the rows, and the errors of those that failed. A row that fails does
 /// not stop the others.
 async fn measure(harness: &Harness, rows: &[Row]) -> Result<(Vec<report::Outcome>, Vec<String>)> {
     let (mut outcomes, mut failed) = (Vec::new(), Vec::new());
     for row in rows {
-        match row.measure(harness).await {
+        // What starts servers and signs up users panics where it fails.
+        let measured = AssertUnwindSafe(row.measure(harness)).catch_unwind().await;
+        match measured.unwrap_or_else(|_| Err("a panic, see above".into())) {
             Ok(measured) => outcomes.extend(measured),
             Err(error) => {
                 let name = row.name();

@@ -2,18 +2,24 @@
 //! log is a job in milepost. In etcd it is a key, and the versions of its value are the
 //! events.
 
-use std::{net::SocketAddr, sync::Arc, time::Instant};
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
-use milepost::{
-    client::Client,
+use milepost_client::{
+    Client,
     pb::{
         self, NewEvent, WatchEventsRequest, WatchEventsResponse, append_events_request,
         watch_events_request::{self, Start},
         watch_events_response::Message,
     },
 };
+use milepost_testing::User;
 use prost::Message as _;
+use tokio::sync::watch;
 use tonic::{Streaming, client::Grpc, transport::Channel};
 use uuid::Uuid;
 
@@ -74,16 +80,16 @@ pub(crate) struct ReceivedEvent {
 }
 
 impl Store {
-    /// The jobs of a milepost server, called with an API key.
+    /// The jobs of a milepost server, called with the API key of a user.
     pub(crate) async fn milepost(
         server: SocketAddr,
-        key: &str,
+        user: &User,
         logs: Arc<[String]>,
         connections: usize,
     ) -> Result<Self> {
         let mut open = Vec::new();
         for _ in 0..connections {
-            open.push(Connection::open(server, key).await?);
+            open.push(Connection::open(server, user).await?);
         }
         Ok(Self { connections: Connections::Milepost(open), logs })
     }
@@ -254,6 +260,41 @@ impl SequenceCheck {
                 Err(format!("a watch received event {} after event {last}", event.sequence).into())
             }
             _ => Ok(()),
+        }
+    }
+}
+
+/// Reads a watch until it has received each event once and in order. `total` says how many
+/// these are, after the last append. Returns the delays of the events that were sent `from`
+/// this time after `started` on.
+pub(crate) async fn delays(
+    mut stream: EventStream,
+    mut order: SequenceCheck,
+    started: Instant,
+    from: Duration,
+    mut total: watch::Receiver<Option<usize>>,
+) -> Result<Vec<Duration>> {
+    let (mut count, mut delays) = (0, Vec::new());
+    loop {
+        let received = tokio::select! {
+            received = stream.next() => received?,
+            changed = total.changed() => { changed?; Vec::new() }
+        };
+        let now = started.elapsed();
+        for event in received {
+            order.check(event)?;
+            count += 1;
+            let sent = Duration::from_nanos(event.stamp);
+            if sent >= from {
+                delays.push(now.saturating_sub(sent));
+            }
+        }
+        match *total.borrow() {
+            Some(total) if count == total => return Ok(delays),
+            Some(total) if count > total => {
+                return Err(format!("a watcher received {count} events of {total}").into());
+            }
+            _ => {}
         }
     }
 }

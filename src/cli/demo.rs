@@ -5,26 +5,30 @@ use std::{env, io, net::SocketAddr, process::ExitCode, time::Duration};
 
 use clap::{Args, builder::Resettable};
 use console::style;
-use prost_types::{Struct, Timestamp, Value};
-use tokio::net::TcpListener;
-use uuid::Uuid;
-
-use super::{
-    database::{OpenDatabase, data_dir},
-    print_line, refused,
-    serve::{Server, bind, start_tls},
-    watch::{EXIT_CODES, exit_code, follow},
-};
-use crate::{
-    client::{Client, is_transient},
-    config::{ClientTls, Config},
-    db::embedded::Served,
-    error::BoxError,
+use milepost_client::{
+    Client, is_transient,
     pb::{
         AppendEventsRequest, CreateJobRequest, EventKind, MetadataConfiguration, MetadataKind, NewEvent,
         RegisterJobConfigurationRequest, SignUpRequest, StepConfiguration, UserRole, append_events_request,
         get_job_request,
     },
+};
+use prost_types::{Struct, Timestamp, Value};
+use tokio::net::TcpListener;
+use uuid::Uuid;
+
+use super::{
+    connect,
+    database::{OpenDatabase, data_dir},
+    page, print_line, refused,
+    serve::{Server, bind, start_tls},
+    share::link,
+    watch::{EXIT_CODES, exit_code, follow},
+};
+use crate::{
+    config::{ClientTls, Config},
+    db::embedded::Served,
+    error::BoxError,
 };
 
 /// Pause before the provider sends an unanswered event again.
@@ -107,17 +111,21 @@ impl Demo {
     }
 
     async fn play(&self, address: &str, own: bool) -> Result<ExitCode, BoxError> {
-        let anonymous = Client::connect_with(address, &self.tls).await?;
+        let anonymous = connect(address, &self.tls).await?;
         let provider = DemoUser::sign_up(&anonymous, UserRole::Provider, "Ada", "Radiology").await?;
         let customer = DemoUser::sign_up(&anonymous, UserRole::Customer, "Grace", "Hospital").await?;
         let job_id = create_job(&provider.client, &customer.id).await?;
 
+        let id = || get_job_request::Job::JobId(job_id.clone());
+        let page = page(address, &self.tls);
+        let link = link(&provider.client, &page, id(), Duration::from_secs(60 * 60), "demo").await?;
         let origin = if own { "started for this demo, stopped after it" } else { "found running" };
         print_line("")?;
         for (label, value, note) in [
             ("server", address, origin),
             ("provider", &provider.email, "creates a job and appends its events"),
             ("customer", &customer.email, "watches the job, as shown below"),
+            ("browser", &link, ""),
         ] {
             print_line(&format!(
                 "  {}  {value}  {}",
@@ -126,7 +134,7 @@ impl Demo {
             ))?;
         }
 
-        let watched = follow(&customer.client, get_job_request::Job::JobId(job_id.clone()));
+        let watched = follow(&customer.client, id());
         let appended = append_events(&provider.client, &job_id, Duration::from_secs(self.seconds.into()));
         let (status, ()) = tokio::try_join!(watched, appended)?;
         print_line(&format!(

@@ -3,9 +3,11 @@
 mod database;
 mod demo;
 mod init;
+mod job;
 mod migrate;
 mod screen;
 mod serve;
+mod share;
 mod user;
 mod variables;
 mod watch;
@@ -17,11 +19,12 @@ use std::{
 };
 
 use clap::{CommandFactory as _, Parser, Subcommand, error::ErrorKind};
+use milepost_client::{Client, server_url};
 use tonic::Status;
 
 pub use self::init::run_as_init;
 use crate::{
-    config::{Config, TelemetrySettings},
+    config::{ClientTls, Config, TelemetrySettings},
     error::BoxError,
     telemetry,
 };
@@ -52,6 +55,8 @@ enum Command {
     User(user::User),
     /// Watch a job in the terminal until it is closed
     Watch(watch::Watch),
+    /// Make a link that shows a job in a browser, to whoever has the link
+    Share(share::Share),
     /// Show a sample job: acts as its provider and its customer, on a running server or one that it starts
     Demo(demo::Demo),
 }
@@ -61,7 +66,7 @@ pub async fn run(cli: Cli) -> Result<ExitCode, BoxError> {
     let command = cli.command.unwrap_or(Command::Serve(cli.serve));
     let default_level = match &command {
         Command::Serve(_) => "info",
-        Command::Migrate(_) | Command::User(_) | Command::Watch(_) => "warn",
+        Command::Migrate(_) | Command::User(_) | Command::Watch(_) | Command::Share(_) => "warn",
         // Warnings of its own server would break up the progress bar.
         Command::Demo(_) => "error,milepost::cli=warn",
     };
@@ -73,6 +78,7 @@ pub async fn run(cli: Cli) -> Result<ExitCode, BoxError> {
         Command::Migrate(command) => command.run().await,
         Command::User(command) => command.run().await,
         Command::Watch(command) => command.run().await,
+        Command::Share(command) => command.run().await,
         Command::Demo(command) => command.run().await,
     }
 }
@@ -121,6 +127,19 @@ fn clean(text: &str) -> String {
             || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
     };
     text.chars().map(|c| if is_unsafe(c) { '\u{fffd}' } else { c }).collect()
+}
+
+/// Connects to the server of a command's flags.
+pub async fn connect(server: &str, tls: &ClientTls) -> Result<Client, BoxError> {
+    Ok(match tls.load().await? {
+        None => Client::connect(server).await?,
+        Some(tls) => Client::connect_with_tls(server, tls).await?,
+    })
+}
+
+/// The URL of a server's page.
+fn page(server: &str, tls: &ClientTls) -> String {
+    server_url(server, *tls != ClientTls::default()).map_or_else(|| server.to_owned(), |url| url.to_string())
 }
 
 /// A server's refusal as an error for the terminal: its message and its code. Or what broke

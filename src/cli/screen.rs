@@ -11,10 +11,10 @@ use std::{
 use chrono::{DateTime, Local, SecondsFormat, Utc};
 use console::{Style, Term, is_dumb, measure_text_width};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use milepost_client::pb::{Event, EventKind, Job, JobConfiguration, JobState, JobStatus, Progress};
 use prost_types::value::Kind;
 
 use super::{clean, print_line};
-use crate::pb::{Event, EventKind, Job, JobConfiguration, JobState, JobStatus, Progress};
 
 /// Columns of the bar's line beside the bar and the message: `  ⠋ ` and ` 100 %  `.
 const FRAME_COLUMNS: usize = 12;

@@ -15,8 +15,7 @@ use crate::{
     auth::Passwords,
     config::{BcryptSettings, DatabaseSource},
     db::{Database, Transaction, Unconditional, migrations},
-    error::{BoxError, Result},
-    limits::TEXT_CHARS,
+    error::{BoxError, Result, check_text},
     models::{
         caller::UserRole,
         email::{Email, EmailKey},
@@ -215,8 +214,7 @@ fn valid(password: String) -> Result<Password, BoxError> {
 
 /// Parses a name of a user.
 fn name(text: &str) -> Result<String, String> {
-    let fits = text.chars().count() <= TEXT_CHARS;
-    if fits { Ok(text.to_owned()) } else { Err(format!("must have at most {TEXT_CHARS} characters")) }
+    check_text(text).map(|()| text.to_owned())
 }
 
 #[cfg(test)]
@@ -231,6 +229,14 @@ mod tests {
         });
         let asked = asked.map(|password| password.as_bytes().to_vec()).map_err(|error| error.to_string());
         (asked, answers.len() - given.len())
+    }
+
+    #[test]
+    fn a_name_of_a_user_keeps_to_the_rule_of_every_text() {
+        assert_eq!(name("Ada"), Ok("Ada".to_owned()));
+        for bad in ["a\0b", &"x".repeat(257)] {
+            assert!(name(bad).is_err(), "{bad:?}");
+        }
     }
 
     #[test]

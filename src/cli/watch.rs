@@ -3,17 +3,16 @@
 use std::process::ExitCode;
 
 use clap::Args;
-
-use super::{refused, screen::Screen, usage_error};
-use crate::{
-    client::Client,
-    config::ClientTls,
-    error::BoxError,
+use milepost_client::{
+    Client,
     pb::{
         GetJobRequest, JobStatus, WatchEventsRequest, get_job_request, watch_events_request::Scope,
         watch_events_response::Message,
     },
 };
+
+use super::{job::JobArguments, refused, screen::Screen, usage_error};
+use crate::error::BoxError;
 
 /// Exit codes for jobs that were closed without being complete. 1 is an error, 2 a wrong
 /// command line.
@@ -21,68 +20,31 @@ const FAILED: u8 = 3;
 const CANCELLED: u8 = 4;
 /// The exit codes in `--help`.
 pub(super) const EXIT_CODES: &str = "Exit codes:
-  0  the job is complete
+  0  the job is complete, or the reader of the output closed it, as `head` does
   1  an error, such as an invalid credential or a job that does not exist
   2  a wrong command line
   3  the job was closed while it was failed
   4  the job was closed before it was complete (cancelled)";
 
-/// The job, the server and the credential of a watch.
+/// The job of a watch.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = EXIT_CODES)]
 pub(super) struct Watch {
-    /// Id of the job
-    job: String,
-
-    /// Take JOB as the provider_job_id, the provider's own id of the job
-    #[arg(long)]
-    provider_job_id: bool,
-
-    /// Address of the server; https:// encrypts, http:// does not; without either, milepost encrypts unless
-    /// the address is loopback and no TLS flag is set
-    #[arg(long, env = "MILEPOST_SERVER", default_value = "127.0.0.1:50051", value_name = "HOST:PORT")]
-    server: String,
-
     #[command(flatten)]
-    credential: Credential,
-
-    #[command(flatten)]
-    tls: ClientTls,
-}
-
-/// The caller's secret, in a type of its own whose `Debug` does not print it.
-#[derive(Args, Clone)]
-struct Credential {
-    /// Secret of an API key with the scope READ, of a session or of a watch token; required. All users of
-    /// this machine can read the arguments of a process: prefer the variable
-    #[arg(long, env = "MILEPOST_API_KEY", hide_env_values = true, value_name = "SECRET")]
-    api_key: Option<String>,
-}
-
-impl std::fmt::Debug for Credential {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Credential(…)")
-    }
+    job: JobArguments,
 }
 
 impl Watch {
     pub(super) async fn run(&self) -> Result<ExitCode, BoxError> {
-        // A variable of a container or a unit file is often set to nothing instead of unset.
-        let Some(secret) = self.credential.api_key.as_ref().filter(|secret| !secret.is_empty()) else {
+        let Some(secret) = self.job.secret() else {
             return Ok(usage_error(
                 "watch",
                 "no credential: set the variable MILEPOST_API_KEY (or --api-key) to the secret of an API key with \
                  the scope READ, of a session or of a watch token",
             ));
         };
-        let client = Client::connect_with(&self.server, &self.tls).await?;
-        let client = client.with_credential(secret)?;
-        let job = if self.provider_job_id {
-            get_job_request::Job::ProviderJobId(self.job.clone())
-        } else {
-            get_job_request::Job::JobId(self.job.clone())
-        };
-        Ok(exit_code(follow(&client, job).await?))
+        let client = self.job.connect(secret).await?;
+        Ok(exit_code(follow(&client, self.job.job()).await?))
     }
 }
 

@@ -4,7 +4,10 @@ use unicode_case_mapping::case_folded;
 use unicode_general_category::{GeneralCategory, get_general_category};
 use unicode_normalization::UnicodeNormalization as _;
 
-use crate::{error::quoted, limits::TEXT_CHARS};
+use crate::{
+    error::{check_text, quoted},
+    limits::TEXT_CHARS,
+};
 
 /// Unicode never changes how an assigned character folds or is normalized
 /// (<https://www.unicode.org/policies/stability_policy.html>). A key therefore stays the
@@ -39,9 +42,7 @@ pub struct EmailKey(String);
 impl Email {
     /// Refuses any other shape. The error describes the violation.
     pub fn new(text: String) -> Result<Self, String> {
-        if text.len() > 4 * TEXT_CHARS || text.chars().count() > TEXT_CHARS {
-            return Err(format!("{} must have at most {TEXT_CHARS} characters", quoted(&text)));
-        }
+        check_text(&text)?;
         let mut inner = text.chars();
         inner.next();
         inner.next_back();

@@ -1,5 +1,5 @@
-//! What `proto/` generates: messages, clients and servers of `milepost.v1`.
-//! Their comments are those of the proto files.
+//! What `proto/` generates for the server: its messages and services. Those of clients
+//! are in the package `milepost-client`.
 
 #![allow(
     missing_docs,

@@ -9,8 +9,8 @@ use prost_types::Timestamp;
 use uuid::Uuid;
 
 use crate::{
-    error::{Violations, quoted},
-    limits::{PAGE_DEFAULT, PAGE_MAX, TEXT_CHARS},
+    error::{Violations, check_text, quoted},
+    limits::{PAGE_DEFAULT, PAGE_MAX},
     proto_enums::ProtoEnum,
 };
 
@@ -18,14 +18,10 @@ use crate::{
 /// `google.protobuf.Timestamp`.
 const TIMESTAMP_SECONDS: std::ops::RangeInclusive<i64> = -62_135_596_800..=253_402_300_799;
 
-/// A text of at most [`TEXT_CHARS`] Unicode scalar values without NUL, which Postgres
-/// cannot store. It may be empty.
+/// A text by the rule of [`check_text`]. It may be empty.
 pub(super) fn text(violations: &mut Violations, field: impl fmt::Display, value: String) -> String {
-    // The length in bytes comes first: it bounds the work of counting characters.
-    if value.len() > 4 * TEXT_CHARS || value.chars().count() > TEXT_CHARS {
-        violations.add(field, format!("{} must have at most {TEXT_CHARS} characters", quoted(&value)));
-    } else if value.contains('\0') {
-        violations.add(field, format!("{} must not contain NUL", quoted(&value)));
+    if let Err(description) = check_text(&value) {
+        violations.add(field, description);
     }
     value
 }

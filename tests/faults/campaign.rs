@@ -6,29 +6,25 @@ use std::{
     time::Duration,
 };
 
-use milepost::pb::{self, EventKind};
+use milepost_client::pb::{self, EventKind};
+use milepost_testing::{Clients, Clock, Node, Proxy, TemporaryDir, print_line, url, within};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, transport::Channel};
+use tonic::Code;
 
 use crate::{
     checker::{self, Guarantee, Violation},
     clients::UserClient,
-    clock::Clock,
-    context::{Context, PROVIDERS, Pace, within},
+    context::{Context, PROVIDERS, Pace},
     fault_injector::{FaultInjector, InjectedFault, RECOVERY_LIMIT},
     history::{FaultWindow, FinalRead, History, MemoryPeak, Moment, Scope, UnexpectedAnswer},
     hostile, memory,
-    node::url,
     postgres::Postgres,
-    print_line,
     probes::{Successes, probe},
-    proxy::Proxy,
     publishers::publish,
     readers::read_jobs,
     replica::Replica,
     revokers::revoke,
-    temporary::TemporaryDir,
     watchers::{Behavior, Watcher, watch_from_now, watch_jobs},
     writers::{SharedJobs, Writer},
 };
@@ -81,18 +77,15 @@ impl CampaignResult {
 /// A strict run fails, too, if something took too long.
 pub async fn run(seed: u64, seconds: u64, strict: bool) -> CampaignResult {
     let mut random = fastrand::Rng::with_seed(seed);
-    let mut dir = TemporaryDir::new();
-    let clock = Clock::new(dir.path());
+    let dir = TemporaryDir::new();
+    let clock = Clock::if_installed(dir.path());
     let postgres = Postgres::start(&dir, seconds).await;
-    let proxy = |name: &str, node: usize| Proxy::start(dir.path().join(name), postgres.nodes[node].dir());
-    let proxies = [vec![proxy("proxy-0", 0)], vec![proxy("proxy-1a", 0), proxy("proxy-1b", 1)]];
-    let [first, second] = [0, 1].map(|server: usize| {
-        let dirs: Vec<_> = proxies[server].iter().map(Proxy::dir).collect();
-        url(&dirs, "milepost")
-    });
+    let [at_0, at_1a, at_1b] = ["proxy-0", "proxy-1a", "proxy-1b"].map(|name| dir.path().join(name));
+    let [a, b] = postgres.nodes().each_ref().map(Node::dir);
+    let proxies = [vec![Proxy::at(&at_0, a)], vec![Proxy::at(&at_1a, a), Proxy::at(&at_1b, b)]];
     let replicas = [
-        Replica::start("server-0", first, &mut dir, None).await,
-        Replica::start("server-1", second, &mut dir, Some(clock)).await,
+        Replica::start(url(&[&at_0], "milepost"), None).await,
+        Replica::start(url(&[&at_1a, &at_1b], "milepost"), clock).await,
     ];
     let addresses = [replicas[0].address, replicas[1].address];
     let pace = if seconds > LONG_RUN_S { LONG } else { SHORT };
@@ -100,11 +93,11 @@ pub async fn run(seed: u64, seconds: u64, strict: bool) -> CampaignResult {
     let successes = [Successes::default(), Successes::default()];
 
     let stop_watching = CancellationToken::new();
-    let shared = context.shared_channels();
+    let shared = context.shared_connections();
     let mut load = start_load(&context, &successes, &shared);
     let mut watchers = start_watchers(&context, &stop_watching, &shared);
     let mut injector = FaultInjector {
-        dir,
+        _dir: dir,
         postgres,
         proxies,
         replicas,
@@ -178,7 +171,7 @@ async fn join(tasks: &mut JoinSet<()>) {
 }
 
 /// The connections of `shared` are also those of the hostile tenant.
-fn start_load(context: &Arc<Context>, successes: &[Successes; 2], shared: &[Channel; 2]) -> JoinSet<()> {
+fn start_load(context: &Arc<Context>, successes: &[Successes; 2], shared: &[Clients; 2]) -> JoinSet<()> {
     let mut load = JoinSet::new();
     hostile::start(context, shared, &mut load);
     for (provider, writers) in WRITERS.into_iter().enumerate() {
@@ -208,7 +201,7 @@ fn start_load(context: &Arc<Context>, successes: &[Successes; 2], shared: &[Chan
     load
 }
 
-fn start_watchers(context: &Arc<Context>, stop: &CancellationToken, shared: &[Channel; 2]) -> JoinSet<()> {
+fn start_watchers(context: &Arc<Context>, stop: &CancellationToken, shared: &[Clients; 2]) -> JoinSet<()> {
     let watcher = |name: &str, scope, behavior| Watcher::new(context, name, scope, behavior);
     let rare_kinds = [EventKind::Error, EventKind::Complete, EventKind::Close];
     let all = [

@@ -1,19 +1,15 @@
-//! The users of the load, and their clients.
+//! The connections of the load's users.
 
-use std::{net::SocketAddr, time::Duration};
-
-use milepost::pb::{
-    self, auth_service_client::AuthServiceClient, event_service_client::EventServiceClient,
-    job_service_client::JobServiceClient,
+use std::{
+    net::SocketAddr,
+    ops::{Deref, DerefMut},
+    time::Duration,
 };
-use tonic::{
-    Request, Status,
-    service::{Interceptor, interceptor::InterceptedService},
-    transport::{Channel, Endpoint},
-};
-use uuid::Uuid;
 
-pub const PASSWORD: &str = "correct horse battery";
+use milepost_client::pb::{ApiKeyScope, UserRole};
+use milepost_testing::{Caller, Clients, User};
+use tonic::transport::Endpoint;
+
 /// HTTP/2 window of a slow client, in bytes: while it does not read, the server can send it
 /// no more than this.
 const SMALL_WINDOW: u32 = 64 * 1024;
@@ -21,50 +17,35 @@ const SMALL_WINDOW: u32 = 64 * 1024;
 /// have, so that only the unread streams stand still.
 const SHARED_WINDOW: u32 = 16 * 1024 * 1024;
 
-#[derive(Clone)]
-pub struct Bearer(String);
-
-impl Bearer {
-    pub fn new(secret: &str) -> Self {
-        Self(secret.to_owned())
-    }
-}
-
-impl Interceptor for Bearer {
-    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
-        request.metadata_mut().insert("authorization", format!("Bearer {}", self.0).parse().unwrap());
-        Ok(request)
-    }
-}
-
-pub type Service = InterceptedService<Channel, Bearer>;
-
-#[derive(Clone)]
-pub struct User {
-    pub id: String,
-    pub email: String,
-    /// Of an API key with all scopes that the user's role may have.
-    pub secret: String,
-}
-
 /// One user's generated clients, over one connection to one replica.
 #[derive(Clone)]
 pub struct UserClient {
     pub replica: usize,
-    pub events: EventServiceClient<Service>,
-    pub jobs: JobServiceClient<Service>,
+    caller: Caller,
+}
+
+impl Deref for UserClient {
+    type Target = Caller;
+
+    fn deref(&self) -> &Caller {
+        &self.caller
+    }
+}
+
+impl DerefMut for UserClient {
+    fn deref_mut(&mut self) -> &mut Caller {
+        &mut self.caller
+    }
 }
 
 impl UserClient {
-    pub fn new(replica: usize, channel: Channel, user: &User) -> Self {
-        let service = InterceptedService::new(channel, Bearer::new(&user.secret));
-        let (events, jobs) = (EventServiceClient::new(service.clone()), JobServiceClient::new(service));
-        Self { replica, events, jobs }
+    pub fn new(replica: usize, clients: &Clients, user: &User) -> Self {
+        Self { replica, caller: clients.with_secret(&user.key_secret) }
     }
 
     /// Over a connection to each replica that may be shared with other users.
-    pub fn over(channels: &[Channel; 2], user: &User) -> [Self; 2] {
-        [0, 1].map(|replica| Self::new(replica, channels[replica].clone(), user))
+    pub fn over(shared: &[Clients; 2], user: &User) -> [Self; 2] {
+        [0, 1].map(|replica| Self::new(replica, &shared[replica], user))
     }
 }
 
@@ -73,45 +54,27 @@ fn endpoint(address: SocketAddr) -> Endpoint {
 }
 
 /// A connection to a server, made by its first call.
-pub fn channel(address: SocketAddr) -> Channel {
-    endpoint(address).connect_lazy()
+pub fn connection(address: SocketAddr) -> Clients {
+    Clients::at(endpoint(address))
 }
 
 /// The same with small windows.
-pub fn slow_channel(address: SocketAddr) -> Channel {
-    endpoint(address)
-        .initial_stream_window_size(SMALL_WINDOW)
-        .initial_connection_window_size(SMALL_WINDOW)
-        .connect_lazy()
+pub fn slow_connection(address: SocketAddr) -> Clients {
+    let endpoint = endpoint(address).initial_stream_window_size(SMALL_WINDOW);
+    Clients::at(endpoint.initial_connection_window_size(SMALL_WINDOW))
 }
 
 /// The same as a gateway makes it, which sends the calls of many users over one connection.
-pub fn shared_channel(address: SocketAddr) -> Channel {
-    endpoint(address)
-        .initial_stream_window_size(SMALL_WINDOW)
-        .initial_connection_window_size(SHARED_WINDOW)
-        .connect_lazy()
+pub fn shared_connection(address: SocketAddr) -> Clients {
+    let endpoint = endpoint(address).initial_stream_window_size(SMALL_WINDOW);
+    Clients::at(endpoint.initial_connection_window_size(SHARED_WINDOW))
 }
 
-pub fn service(address: SocketAddr, secret: &str) -> Service {
-    InterceptedService::new(channel(address), Bearer::new(secret))
-}
-
-pub async fn sign_up(address: SocketAddr, role: pb::UserRole) -> User {
-    let email = format!("{}@example.com", Uuid::now_v7());
-    let request = pb::SignUpRequest {
-        role: role.into(),
-        email: email.clone(),
-        password: PASSWORD.to_owned(),
-        first_name: "Ada".to_owned(),
-        last_name: "Lovelace".to_owned(),
+/// A new user, whose API key has all scopes that the role may have.
+pub async fn sign_up(address: SocketAddr, role: UserRole) -> User {
+    let scopes: &[ApiKeyScope] = match role {
+        UserRole::Provider => &[ApiKeyScope::Read, ApiKeyScope::Manage, ApiKeyScope::Append],
+        _ => &[ApiKeyScope::Read, ApiKeyScope::Manage],
     };
-    let mut unauthenticated = AuthServiceClient::new(channel(address));
-    let signed_up = unauthenticated.sign_up(request).await.unwrap().into_inner();
-    let session = service(address, &signed_up.session.unwrap().secret);
-    let mut scopes = vec![pb::ApiKeyScope::Read.into(), pb::ApiKeyScope::Manage.into()];
-    scopes.extend((role == pb::UserRole::Provider).then_some(i32::from(pb::ApiKeyScope::Append)));
-    let request = pb::CreateApiKeyRequest { scopes, ..Default::default() };
-    let key = AuthServiceClient::new(session).create_api_key(request).await.unwrap().into_inner();
-    User { id: signed_up.user.unwrap().id, email, secret: key.secret }
+    connection(address).sign_up(role, scopes).await
 }

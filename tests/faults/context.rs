@@ -3,7 +3,6 @@
 
 use std::{
     fmt::Display,
-    fs,
     net::SocketAddr,
     sync::{
         Mutex,
@@ -12,18 +11,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use milepost::pb::{
-    self, auth_service_client::AuthServiceClient, configuration_service_client::ConfigurationServiceClient,
-    event_service_client::EventServiceClient,
-};
-use tokio::process::Command;
+use milepost_client::{Service, pb};
+use milepost_testing::{Caller, Clients, User};
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, Response, Status, transport::Channel};
+use tonic::{Code, Response, Status};
 use tonic_types::StatusExt as _;
 use uuid::Uuid;
 
 use crate::{
-    clients::{Bearer, Service, User, UserClient, channel, service, shared_channel, sign_up, slow_channel},
+    clients::{UserClient, connection, shared_connection, sign_up, slow_connection},
     event_interner::EventInterner,
     history::{
         Close, Closed, Configuration, FailedCall, History, Job, Moment, Outcome, Refusal, UnexpectedAnswer,
@@ -147,8 +143,7 @@ impl Context {
             steps: steps.iter().map(step).collect(),
         };
         for provider in self.providers.iter().chain([&self.revoker, &self.hostile]) {
-            let service = service(self.replicas[0], &provider.secret);
-            let mut client = ConfigurationServiceClient::new(service);
+            let mut client = self.client(0, provider).configurations.clone();
             client.register_job_configuration(request.clone()).await.unwrap();
         }
         self.history.lock().unwrap().configurations.push(steps);
@@ -176,44 +171,38 @@ impl Context {
     }
 
     pub fn client(&self, replica: usize, user: &User) -> UserClient {
-        UserClient::new(replica, channel(self.replicas[replica]), user)
+        UserClient::new(replica, &connection(self.replicas[replica]), user)
     }
 
     /// Of a server that is none of the replicas; the checker knows its calls as replica 0's.
     pub fn client_at(&self, address: SocketAddr, user: &User) -> UserClient {
-        UserClient::new(0, channel(address), user)
+        UserClient::new(0, &connection(address), user)
     }
 
     pub fn clients(&self, user: &User) -> [UserClient; 2] {
         [self.client(0, user), self.client(1, user)]
     }
 
-    /// A connection to each replica for the calls of several users.
-    pub fn shared_channels(&self) -> [Channel; 2] {
-        self.replicas.map(shared_channel)
-    }
-
-    pub fn auth_client(&self, replica: usize, secret: &str) -> AuthServiceClient<Service> {
-        AuthServiceClient::new(service(self.replicas[replica], secret))
-    }
-
-    pub fn configuration_client(&self, replica: usize, user: &User) -> ConfigurationServiceClient<Service> {
-        ConfigurationServiceClient::new(service(self.replicas[replica], &user.secret))
-    }
-
-    pub fn service(&self, replica: usize, user: &User) -> Service {
-        service(self.replicas[replica], &user.secret)
-    }
-
-    pub fn event_client(&self, replica: usize, bearer: Bearer) -> EventServiceClient<Service> {
-        EventServiceClient::with_interceptor(channel(self.replicas[replica]), bearer)
-    }
-
     /// A client with small HTTP/2 windows: while it does not read, the server can
     /// send it only 64 KiB.
-    pub fn slow_client(&self, replica: usize, user: &User) -> EventServiceClient<Service> {
-        let channel = slow_channel(self.replicas[replica]);
-        EventServiceClient::with_interceptor(channel, Bearer::new(&user.secret))
+    pub fn slow_client(&self, replica: usize, user: &User) -> UserClient {
+        UserClient::new(replica, &slow_connection(self.replicas[replica]), user)
+    }
+
+    /// A connection to each replica for the calls of several users.
+    pub fn shared_connections(&self) -> [Clients; 2] {
+        self.replicas.map(shared_connection)
+    }
+
+    /// A connection with the key of a user, for calls with another codec.
+    pub fn service(&self, replica: usize, user: &User) -> Service {
+        let client = connection(self.replicas[replica]).client();
+        client.with_credential(&user.key_secret).unwrap().service()
+    }
+
+    /// The clients with any secret, over a connection of their own.
+    pub fn caller(&self, replica: usize, secret: &str) -> Caller {
+        connection(self.replicas[replica]).with_secret(secret)
     }
 
     /// Awaits a call for at most [`TIMEOUT`].
@@ -262,12 +251,7 @@ impl Context {
         let connection_broke = std::error::Error::source(status).is_some();
         let unknown = UnknownReason::Broken(format!("{:?}: {}", status.code(), status.message()));
         match status.code() {
-            Code::InvalidArgument
-            | Code::NotFound
-            | Code::AlreadyExists
-            | Code::FailedPrecondition
-            | Code::Aborted
-            | Code::OutOfRange => CallError::Refused(refusal(status)),
+            code if is_refusal(code) => CallError::Refused(refusal(status)),
             Code::Unavailable | Code::DeadlineExceeded => CallError::Unknown(unknown),
             code if connection_broke || code == Code::Cancelled => CallError::Unknown(unknown),
             code => {
@@ -301,8 +285,8 @@ impl Context {
         };
         loop {
             let client = &mut clients[random.usize(..2)];
-            let call = client.jobs.create_job(request.clone());
-            match self.checked_call(client.replica, "CreateJob", call).await {
+            let (replica, call) = (client.replica, client.jobs.create_job(request.clone()));
+            match self.checked_call(replica, "CreateJob", call).await {
                 Ok(created) => {
                     let id = created.job.expect("the response has a job").id;
                     let mut history = self.history.lock().unwrap();
@@ -329,8 +313,8 @@ impl Context {
         let sent_at = self.now();
         let outcome = loop {
             let client = &mut clients[random.usize(..2)];
-            let call = client.jobs.close_job(request.clone());
-            match self.checked_call(client.replica, "CloseJob", call).await {
+            let (replica, call) = (client.replica, client.jobs.close_job(request.clone()));
+            match self.checked_call(replica, "CloseJob", call).await {
                 Ok(closed) => {
                     let last_sequence = closed.job.expect("the response has a job").last_sequence;
                     break Ok(Closed { last_sequence, existed: closed.existed });
@@ -367,28 +351,22 @@ pub fn configuration_tag(configuration: usize) -> String {
     format!("{TAG_PREFIX}-{configuration}")
 }
 
+/// Whether the code says that the request was not executed, and why.
+pub fn is_refusal(code: Code) -> bool {
+    matches!(
+        code,
+        Code::InvalidArgument
+            | Code::NotFound
+            | Code::AlreadyExists
+            | Code::FailedPrecondition
+            | Code::Aborted
+            | Code::OutOfRange
+    )
+}
+
 pub fn refusal(status: &Status) -> Refusal {
     let info = status.get_details_error_info();
     let last_sequence = info.as_ref().and_then(|info| info.metadata.get("last_sequence")?.parse().ok());
     let reason = info.map(|info| info.reason).unwrap_or_default();
     Refusal { code: status.code(), reason, message: status.message().to_owned(), last_sequence }
-}
-
-/// Returns the result of `work`, or panics with `what` once `timeout` has passed.
-pub async fn within<T>(timeout: Duration, what: impl Display, work: impl Future<Output = T>) -> T {
-    match tokio::time::timeout(timeout, work).await {
-        Ok(result) => result,
-        Err(_) => panic!("waited {timeout:?} for {what} without success"),
-    }
-}
-
-pub async fn send_signal(name: &str, pid: &str) {
-    let status = Command::new("kill").args(["-s", name, pid]).status().await.unwrap();
-    assert!(status.success(), "kill -s {name} {pid} failed: {status}");
-}
-
-/// Whether a process exists and is no zombie.
-pub fn is_running(pid: &str) -> bool {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    status.lines().any(|line| line.starts_with("State:") && !line.contains('Z'))
 }

@@ -2,15 +2,17 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use milepost_testing::{
+    PgBouncer, connect,
+    processes::{Signal, signal},
+    texts, within,
+};
 use uuid::Uuid;
 
 use crate::{
     campaign::read_job,
-    context::{send_signal, within},
     fault_injector::{FaultInjector, TIMEOUT},
-    node::MAX_CONNECTIONS,
-    pooler::Pooler,
-    postgres::texts,
+    postgres::MAX_CONNECTIONS,
 };
 
 /// libfaketime reads the offset of a clock once a second.
@@ -76,9 +78,10 @@ impl FaultInjector {
         );
         let pids = texts(&admin, &sql).await;
         let Some(pid) = pids.get(self.random.usize(..pids.len().max(1))) else { return "none".to_owned() };
-        send_signal("STOP", pid).await;
+        let pid = pid.parse().unwrap();
+        signal(pid, Signal::STOP);
         tokio::time::sleep(duration).await;
-        send_signal("CONT", pid).await;
+        signal(pid, Signal::CONT);
         format!("for {duration:?}")
     }
 
@@ -89,7 +92,7 @@ impl FaultInjector {
         self.postgres.fill_disk().await;
         tokio::time::sleep(duration / 2).await;
         self.postgres.free_disk().await;
-        let has_exited = !self.postgres.is_running();
+        let has_exited = !self.postgres.primary_mut().is_running();
         if has_exited {
             self.postgres.start_again().await;
         }
@@ -104,7 +107,7 @@ impl FaultInjector {
         let until = self.context.now() + duration;
         let terminates = self.random.bool();
         while self.context.now() < until {
-            match self.postgres.primary().try_connect().await {
+            match connect(&self.postgres.primary().url("milepost")).await {
                 Ok(client) if taken.len() < MAX_CONNECTIONS => taken.push(client),
                 Ok(_) => {}
                 Err(_) => {
@@ -191,15 +194,15 @@ impl FaultInjector {
 
     /// Leads server 0 through a pooler for a while.
     pub async fn insert_pooler(&mut self, duration: Duration) -> String {
-        let dir = self.dir.path().join("pooler");
-        let pooler = Pooler::start(dir, self.postgres.primary().dir()).await;
-        self.lead_server_0_to(&pooler.dir, true);
+        let settings = ["pool_mode=session", "default_pool_size=400"];
+        let pooler = PgBouncer::start(&self.postgres.primary().url("milepost"), &settings).await;
+        self.lead_server_0_to(pooler.dir(), true);
         let led_at = self.context.now();
         self.wait_for_append(0, led_at).await;
         tokio::time::sleep(duration).await;
         let dir = self.postgres.primary().dir().to_owned();
         self.lead_server_0_to(&dir, true);
-        pooler.stop().await;
+        drop(pooler);
         format!("for {duration:?}")
     }
 }

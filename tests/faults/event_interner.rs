@@ -5,7 +5,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use milepost::pb;
+use milepost_client::pb;
 
 /// Keeps one copy of each event however often it is received, to save memory.
 /// Copies of one event whose content differs are kept apart.

@@ -7,14 +7,13 @@ use std::{
 };
 
 use futures_util::{StreamExt as _, future::join_all, stream};
+use milepost_testing::{connect, set, texts, within};
 
 use crate::{
     campaign::read_job,
-    context::within,
     database_faults::SERVER_SESSIONS,
     fault_injector::{FaultInjector, TIMEOUT},
     history::{LostLog, Moment, Outcome, SetBack},
-    postgres::{set, texts},
     replica::Replica,
     writers::{Writer, event},
 };
@@ -28,7 +27,7 @@ impl FaultInjector {
     /// The primary is killed, and a standby promoted that has every acknowledged commit.
     pub async fn promote_synchronous(&mut self, duration: Duration) -> String {
         tokio::time::sleep(duration / 4).await;
-        self.postgres.kill().await;
+        self.postgres.stop_primary().await;
         self.promote(true).await;
         String::new()
     }
@@ -42,7 +41,7 @@ impl FaultInjector {
             tempted.push((writer, job));
         }
         self.append_to_all(&mut tempted, 0, 1).await;
-        self.postgres.wait_until_in_step().await;
+        self.postgres.in_step().await;
         let lost_from = self.context.now();
         self.postgres.part().await;
         let standby = self.postgres.other().connect().await;
@@ -51,7 +50,7 @@ impl FaultInjector {
         drop(standby);
         self.append_to_all(&mut tempted, 0, 3).await;
         tokio::time::sleep(Duration::from_millis(300) + duration / 2).await;
-        self.postgres.kill().await;
+        self.postgres.stop_primary().await;
         let until = self.context.now();
         self.promote(true).await;
         let noticed_at = self.context.now();
@@ -87,7 +86,7 @@ impl FaultInjector {
 
     /// The primary is stopped, the standby promoted, and the former primary follows it.
     pub async fn switch_over(&mut self, duration: Duration) -> String {
-        self.postgres.stop().await;
+        self.postgres.primary_mut().stop().await;
         self.promote(true).await;
         self.postgres.return_as_standby().await;
         let misleads = self.random.bool();
@@ -102,11 +101,11 @@ impl FaultInjector {
     /// The primary stops to run, a standby is promoted, and the former primary wakes and
     /// would take commits.
     pub async fn freeze_primary(&mut self, duration: Duration) -> String {
-        self.postgres.primary().freeze().await;
+        self.postgres.primary().freeze();
         tokio::time::sleep(Duration::from_millis(500) + duration / 2).await;
         let (cuts, misleads) = (self.random.bool(), self.random.bool());
         self.promote(cuts).await;
-        self.postgres.other().wake().await;
+        self.postgres.other().wake();
         let former = self.postgres.other().connect().await;
         // Without a standby its commits would wait.
         set(&former, "synchronous_standby_names", "").await;
@@ -147,7 +146,7 @@ impl FaultInjector {
     }
 
     pub fn lead_server_0_to(&mut self, dir: &Path, cuts: bool) {
-        let [proxy] = &mut self.proxies[0][..] else { panic!("server 0 has one proxy") };
+        let [proxy] = &self.proxies[0][..] else { panic!("server 0 has one proxy") };
         proxy.lead_to(dir);
         if cuts {
             proxy.cut();
@@ -174,7 +173,7 @@ impl FaultInjector {
         self.postgres.other_mut().start_hidden();
         let former = within(TIMEOUT, "the killed primary to start again", async {
             loop {
-                if let Ok(client) = self.postgres.other().try_connect_hidden().await
+                if let Ok(client) = connect(&self.postgres.other().hidden_url()).await
                     && client.simple_query("SELECT 1").await.is_ok()
                 {
                     return client;
@@ -196,7 +195,7 @@ impl FaultInjector {
         let gone: HashSet<&str> =
             former_jobs.iter().map(String::as_str).filter(|&id| !kept_jobs.contains(id)).collect();
         let url = self.postgres.other().hidden_url();
-        let mut server = Replica::start("server-of-former-primary", url, &mut self.dir, None).await;
+        let mut server = Replica::start(url, None).await;
         let clients: Vec<_> =
             self.context.providers.iter().map(|user| self.context.client_at(server.address, user)).collect();
         let jobs = self.context.history.lock().unwrap().jobs.clone();
@@ -220,7 +219,7 @@ impl FaultInjector {
     /// Notes that the database is available from now on, and returns once both servers have
     /// appended since.
     pub async fn note_available(&mut self) {
-        self.postgres.wait_until_ready().await;
+        self.postgres.primary().wait_until_ready().await;
         let now = self.context.now();
         self.available_at.push(now);
         for replica in 0..2 {

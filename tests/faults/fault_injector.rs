@@ -3,16 +3,15 @@
 
 use std::{env, sync::Arc, time::Duration};
 
+use milepost_testing::{Mode, Proxy, TemporaryDir, print_line, processes::Signal};
+
 use crate::{
     context::Context,
     fault::Fault,
     history::{FaultWindow, Moment},
     postgres::Postgres,
-    print_line,
     probes::Successes,
-    proxy::{Flow, Proxy},
     replica::Replica,
-    temporary::TemporaryDir,
 };
 
 /// The campaign is aborted if a replica does not append within this time after a
@@ -59,7 +58,7 @@ pub struct Outage {
 
 /// The parts of the campaign that faults strike.
 pub struct FaultInjector {
-    pub dir: TemporaryDir,
+    pub _dir: TemporaryDir,
     pub postgres: Postgres,
     /// Server 0 has one proxy, which leads to the primary as HAProxy does. Server 1 knows both
     /// nodes and has a proxy to each.
@@ -85,6 +84,10 @@ impl FaultInjector {
             );
             faults.retain(|&fault| fault != Fault::FillDisk);
         }
+        if !self.postgres.has_own_clock() {
+            print_line("libfaketime is not installed: the two faults \"clock moved\" are left out");
+            faults.retain(|fault| !matches!(fault, Fault::MoveClock | Fault::MoveDatabaseClock));
+        }
         let mut injected_faults = Vec::new();
         self.random.shuffle(&mut faults);
         let mut each_once = faults.clone().into_iter();
@@ -107,7 +110,7 @@ impl FaultInjector {
         let began_at = self.context.now();
         let (what, replica) = self.inject(fault).await;
         let undone_at = self.context.now();
-        self.postgres.wait_until_ready().await;
+        self.postgres.primary().wait_until_ready().await;
         let healed_at = self.context.now();
         self.available_at.push(healed_at);
         let mut outages = [Outage { longest_gap: Duration::ZERO, until_recovered: Duration::ZERO }; 2];
@@ -198,32 +201,30 @@ impl FaultInjector {
             Fault::KillServer => {
                 self.replicas[struck].kill().await;
                 tokio::time::sleep(duration / 4).await;
-                self.replicas[struck].start_again(&mut self.dir);
-                self.replicas[struck].wait_until_listening().await;
+                self.replicas[struck].start_again().await;
                 format!("server {struck}")
             }
             Fault::TerminateServer => {
                 let exit = self.replicas[struck].terminate().await;
                 assert!(exit.success(), "server {struck} ended with {exit} after SIGTERM");
-                self.replicas[struck].start_again(&mut self.dir);
-                self.replicas[struck].wait_until_listening().await;
+                self.replicas[struck].start_again().await;
                 format!("server {struck}")
             }
             Fault::StopServer => {
-                self.replicas[struck].send_signal("STOP").await;
+                self.replicas[struck].signal(Signal::STOP);
                 tokio::time::sleep(duration).await;
-                self.replicas[struck].send_signal("CONT").await;
+                self.replicas[struck].signal(Signal::CONT);
                 format!("server {struck} for {duration:?}")
             }
             Fault::MoveClock => self.move_clock(duration).await,
             Fault::KillPostgres => {
-                self.postgres.kill().await;
+                self.postgres.stop_primary().await;
                 tokio::time::sleep(duration / 2).await;
                 self.postgres.start_again().await;
                 format!("for {:?}", duration / 2)
             }
             Fault::RestartPostgres => {
-                self.postgres.stop().await;
+                self.postgres.primary_mut().stop().await;
                 self.postgres.start_again().await;
                 String::new()
             }
@@ -253,18 +254,15 @@ impl FaultInjector {
         if matches!(fault, Fault::CutConnections | Fault::RefuseConnections) {
             // Bytes must be waiting in the proxy when it cuts the connections.
             let delayed = servers().flat_map(|server| &self.proxies[server]);
-            delayed.for_each(|proxy| proxy.set_flow(Flow::Delayed(delay)));
+            delayed.for_each(|proxy| proxy.set(Mode::Jitter(delay)));
             tokio::time::sleep(delay * 2).await;
         }
-        let disturbed = self.proxies.iter_mut().enumerate().filter(|(server, _)| which[*server]);
+        let disturbed = self.proxies.iter().enumerate().filter(|(server, _)| which[*server]);
         for proxy in disturbed.flat_map(|(_, proxies)| proxies) {
             match fault {
-                Fault::RefuseConnections => {
-                    proxy.refuse();
-                    proxy.cut();
-                }
-                Fault::DelayBytes => proxy.set_flow(Flow::Delayed(delay)),
-                Fault::HoldBytes => proxy.set_flow(Flow::Held),
+                Fault::RefuseConnections => proxy.set(Mode::Refuse),
+                Fault::DelayBytes => proxy.set(Mode::Jitter(delay)),
+                Fault::HoldBytes => proxy.set(Mode::Hold),
                 _ => proxy.cut(),
             }
         }
@@ -276,12 +274,9 @@ impl FaultInjector {
         if fault != Fault::CutConnections {
             tokio::time::sleep(duration).await;
         }
-        let disturbed = self.proxies.iter_mut().enumerate().filter(|(server, _)| which[*server]);
+        let disturbed = self.proxies.iter().enumerate().filter(|(server, _)| which[*server]);
         for proxy in disturbed.flat_map(|(_, proxies)| proxies) {
-            if fault == Fault::RefuseConnections {
-                proxy.accept();
-            }
-            proxy.set_flow(Flow::Free);
+            proxy.set(Mode::Pass);
         }
         let which: Vec<String> = servers().map(|server| server.to_string()).collect();
         let servers = which.join(" and ");

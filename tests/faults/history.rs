@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use milepost::pb;
+use milepost_client::pb;
 use tonic::Code;
 
 use crate::hostile::{Answers, Load};
@@ -246,7 +246,7 @@ pub struct FailedCall {
 #[derive(Clone, Copy, Debug)]
 pub struct MemoryPeak {
     pub replica: usize,
-    pub bytes: u64,
+    pub bytes: usize,
 }
 
 /// A session, an API key or a watch token that a revoker made and ended.
@@ -367,7 +367,7 @@ pub struct History {
     /// Of each process of the servers.
     pub memory_peaks: Vec<MemoryPeak>,
     /// The most memory that a server may have.
-    pub memory_bound_bytes: u64,
+    pub memory_bound_bytes: usize,
     /// When each server was killed or terminated, and forgot what it had refused.
     pub restarts: [Vec<Moment>; 2],
     pub set_backs: Vec<SetBack>,

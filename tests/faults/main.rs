@@ -21,8 +21,6 @@
 mod campaign;
 mod checker;
 mod clients;
-#[path = "../it/support/clock.rs"]
-mod clock;
 mod context;
 mod database_faults;
 mod event_interner;
@@ -31,39 +29,26 @@ mod fault;
 mod fault_injector;
 mod history;
 mod hostile;
-#[path = "../it/support/installed.rs"]
-mod installed;
 mod memory;
-mod node;
-mod pooler;
-#[path = "../it/support/port.rs"]
-mod port;
 mod postgres;
 mod probes;
-mod proxy;
 mod publishers;
 mod readers;
 mod replica;
 mod report;
 mod revokers;
-#[path = "../it/support/temporary.rs"]
-mod temporary;
 mod watchers;
 mod writers;
 
-use std::{env, io::Write as _, str::FromStr, time::Duration};
+use std::{env, str::FromStr, time::Duration};
+
+use milepost_testing::print_line;
 
 /// Default for how long faults are injected, in seconds. A run takes longer if
 /// some fault has not been injected by then.
 const SECONDS: u64 = 45;
 /// A run is aborted after twice the time for which faults are injected, plus this.
 const SLACK: Duration = Duration::from_secs(1_200);
-
-/// Writes to stdout directly: the test harness captures `println!`.
-fn print_line(line: impl AsRef<str>) {
-    // A closed stdout does not fail the campaign.
-    let _ = writeln!(std::io::stdout(), "{}", line.as_ref());
-}
 
 fn number_from_env<T: FromStr>(name: &str) -> Option<T> {
     let value = env::var(name).ok()?;

@@ -2,31 +2,29 @@
 //! server may have with these: the sum in docs/limits.md. Most of it is the part of the
 //! hostile tenant, which fills its limits.
 
-use std::fs;
-
-const KIB: u64 = 1024;
-const MIB: u64 = 1024 * KIB;
+const KIB: usize = 1024;
+const MIB: usize = 1024 * KIB;
 
 /// Small, so that the bound is near, and so that the hostile tenant meets its limits. Nobody
 /// else does.
-const BYTES_IN_FLIGHT_MIB: u64 = 4;
-const TOTAL_BYTES_IN_FLIGHT_MIB: u64 = 12;
-const CACHE_MIB: u64 = 4;
-const CALLS_IN_FLIGHT: u64 = 64;
-const STREAMS_PER_USER: u64 = 48;
-const EVENTS_PER_SECOND: u64 = 10_000;
-const CONFIGURATIONS_PER_USER: u64 = 100;
+const BYTES_IN_FLIGHT_MIB: usize = 4;
+const TOTAL_BYTES_IN_FLIGHT_MIB: usize = 12;
+const CACHE_MIB: usize = 4;
+const CALLS_IN_FLIGHT: usize = 64;
+const STREAMS_PER_USER: usize = 48;
+const EVENTS_PER_SECOND: usize = 10_000;
+const CONFIGURATIONS_PER_USER: usize = 100;
 
 /// The provider and the customer.
-const HOSTILE_USERS: u64 = 2;
+const HOSTILE_USERS: usize = 2;
 /// Open at a time to one server.
-const HOSTILE_CONNECTIONS: u64 = 32;
+const HOSTILE_CONNECTIONS: usize = 32;
 /// What a server takes with nothing to do, and for the load of all others, which is far from
 /// their limits.
-const ORDINARY_MIB: u64 = 64;
+const ORDINARY_MIB: usize = 64;
 
 /// The environment variables of these settings.
-pub fn settings() -> [(&'static str, u64); 7] {
+pub fn settings() -> [(&'static str, usize); 7] {
     [
         ("MILEPOST_BYTES_IN_FLIGHT_MIB", BYTES_IN_FLIGHT_MIB),
         ("MILEPOST_TOTAL_BYTES_IN_FLIGHT_MIB", TOTAL_BYTES_IN_FLIGHT_MIB),
@@ -39,15 +37,7 @@ pub fn settings() -> [(&'static str, u64); 7] {
 }
 
 /// The most memory that a server may have, in bytes.
-pub fn bound_bytes() -> u64 {
+pub fn bound_bytes() -> usize {
     let of_user = 16 * BYTES_IN_FLIGHT_MIB * MIB + CALLS_IN_FLIGHT * 128 * KIB + STREAMS_PER_USER * MIB;
     (ORDINARY_MIB + CACHE_MIB) * MIB + HOSTILE_USERS * of_user + HOSTILE_CONNECTIONS * 2 * MIB
-}
-
-/// The most memory that a running process has had so far, in bytes.
-pub fn peak_bytes(pid: u32) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    let kib: u64 = peak.and_then(|peak| peak.trim().strip_suffix(" kB")?.parse().ok()).unwrap();
-    kib * KIB
 }

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use milepost::pb;
+use milepost_client::pb;
 
 use crate::{
     context::{Context, append_outcome},

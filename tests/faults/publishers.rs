@@ -3,7 +3,7 @@
 
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 
-use milepost::pb::{self, publish_events_response::Outcome as Answer};
+use milepost_client::pb::{self, publish_events_response::Outcome as Answer};
 use tokio::{sync::mpsc, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Streaming};

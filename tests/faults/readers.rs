@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use milepost::pb;
+use milepost_client::pb;
 
 use crate::{
     clients::UserClient,

@@ -51,7 +51,7 @@ fn hostile_tenant(result: &CampaignResult, text: &mut String) {
             "appends of the others without a fault: median {median} ms, p99 {late} ms, longest {longest} ms"
         );
     }
-    let mib = |bytes: u64| bytes / 1024 / 1024;
+    let mib = |bytes: usize| bytes / 1024 / 1024;
     for replica in 0..2 {
         let peaks = history.memory_peaks.iter().filter(|peak| peak.replica == replica);
         let peaks: Vec<String> = peaks.map(|peak| mib(peak.bytes).to_string()).collect();

@@ -3,18 +3,18 @@
 
 use std::{sync::Arc, time::Duration};
 
-use milepost::pb::{
+use milepost_client::pb::{
     self, WatchEndReason,
     watch_events_request::{Scope, Start},
     watch_events_response::Message,
 };
+use milepost_testing::PASSWORD;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Response, Status};
 use uuid::Uuid;
 
 use crate::{
-    clients::{Bearer, PASSWORD},
     context::{Context, configuration_tag},
     history::{
         CredentialEnd, CredentialRecord, CredentialStream, CredentialStreamEnd, CredentialUse, Moment,
@@ -122,7 +122,7 @@ async fn append(context: &Context, random: &mut fastrand::Rng, job: &str) {
         expected_sequence: None,
         events: vec![event],
     };
-    let mut client = context.client(random.usize(..2), &context.revoker).events;
+    let mut client = context.client(random.usize(..2), &context.revoker).events.clone();
     let _ = within(client.append_events(request)).await;
 }
 
@@ -133,7 +133,7 @@ async fn within<T>(call: impl Future<Output = Result<Response<T>, Status>>) -> R
 
 async fn create(context: &Context, random: &mut fastrand::Rng, job: &str) -> Result<Credential, Status> {
     let replica = random.usize(..2);
-    let mut auth = context.auth_client(replica, &context.revoker.secret);
+    let mut auth = context.caller(replica, &context.revoker.key_secret).auth;
     let kind = [Kind::Session, Kind::ApiKey, Kind::WatchToken][random.usize(..3)];
     let (id, secret) = match kind {
         Kind::Session => {
@@ -188,10 +188,10 @@ async fn end(
 }
 
 async fn end_once(context: &Context, replica: usize, credential: &Credential) -> Result<(), Status> {
-    let mut auth = context.auth_client(replica, &context.revoker.secret);
+    let mut auth = context.caller(replica, &context.revoker.key_secret).auth;
     match credential.kind {
         Kind::Session => {
-            let mut auth = context.auth_client(replica, &credential.secret);
+            let mut auth = context.caller(replica, &credential.secret).auth;
             within(auth.log_out(pb::LogOutRequest {})).await.map(drop)
         }
         Kind::ApiKey => {
@@ -221,7 +221,7 @@ async fn call(
     mut random: fastrand::Rng,
     stop: CancellationToken,
 ) -> Findings {
-    let mut auth = context.auth_client(replica, &secret);
+    let mut auth = context.caller(replica, &secret).auth;
     let mut findings = Findings::default();
     while !stop.is_cancelled() {
         let sent_at = context.now();
@@ -241,7 +241,7 @@ async fn watch(
     job: String,
     stop: CancellationToken,
 ) -> Findings {
-    let mut client = context.event_client(replica, Bearer::new(&secret));
+    let mut client = context.caller(replica, &secret).events;
     let mut findings = Findings::default();
     while !stop.is_cancelled() {
         let request = pb::WatchEventsRequest {

@@ -3,16 +3,17 @@
 
 use std::{sync::Arc, time::Duration};
 
-use milepost::pb::{
+use milepost_client::pb::{
     self, EventKind,
     watch_events_request::{Scope as RequestScope, Start as RequestStart},
     watch_events_response::Message as ResponseMessage,
 };
+use milepost_testing::{Clients, User};
 use tokio_util::sync::CancellationToken;
-use tonic::{Streaming, transport::Channel};
+use tonic::Streaming;
 
 use crate::{
-    clients::{User, UserClient},
+    clients::UserClient,
     context::{CallError, Context, configuration_tag},
     history::{Body, JobFilter, Message, Moment, Scope, Start, Stream, StreamEnd, WatcherRecord},
 };
@@ -46,7 +47,7 @@ pub struct Watcher {
     /// Set if all streams go to one replica.
     only_replica: Option<usize>,
     /// Set if the streams go over connections that other users share.
-    shared: Option<[Channel; 2]>,
+    shared: Option<[Clients; 2]>,
     done: bool,
 }
 
@@ -81,8 +82,8 @@ impl Watcher {
         self
     }
 
-    pub fn over(mut self, channels: &[Channel; 2]) -> Self {
-        self.shared = Some(channels.clone());
+    pub fn over(mut self, shared: &[Clients; 2]) -> Self {
+        self.shared = Some(shared.clone());
         self
     }
 
@@ -111,13 +112,11 @@ impl Watcher {
     pub async fn watch(mut self, stop: CancellationToken) {
         let user = self.user();
         let mut clients = match &self.shared {
-            Some(channels) => UserClient::over(channels, &user),
+            Some(shared) => UserClient::over(shared, &user),
             None => self.context.clients(&user),
         };
         if self.behavior == Behavior::ReadSlowly {
-            for (replica, client) in clients.iter_mut().enumerate() {
-                client.events = self.context.slow_client(replica, &user);
-            }
+            clients = [0, 1].map(|replica| self.context.slow_client(replica, &user));
         }
         let mut replica = self.random.usize(..2);
         while !self.done {

@@ -10,9 +10,9 @@ use std::{
     time::Duration,
 };
 
-use milepost::pb::{self, EventKind};
+use milepost_client::pb::{self, EventKind};
+use milepost_testing::Clients;
 use prost_types::{Struct, Timestamp, Value, value::Kind};
-use tonic::transport::Channel;
 use uuid::Uuid;
 
 use crate::{
@@ -104,8 +104,8 @@ impl Writer {
     }
 
     /// Has the calls go over these connections.
-    pub fn over(mut self, channels: &[Channel; 2]) -> Self {
-        self.clients = UserClient::over(channels, &self.context.providers[self.provider]);
+    pub fn over(mut self, shared: &[Clients; 2]) -> Self {
+        self.clients = UserClient::over(shared, &self.context.providers[self.provider]);
         self
     }
 

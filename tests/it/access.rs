@@ -5,10 +5,8 @@ use std::{collections::BTreeMap, time::Duration};
 
 use diesel_async::SimpleAsyncConnection as _;
 use futures_util::future::join;
-use milepost::{
-    pb::{self, ApiKeyScope},
-    secret::{Secret, SecretKind},
-};
+use milepost::secret::{Secret, SecretKind};
+use milepost_client::pb::{self, ApiKeyScope};
 use prost::Message;
 use tokio::{net::TcpStream, time::timeout};
 use tonic::{Code, Status, transport::Channel};
@@ -89,8 +87,8 @@ impl World {
         other_provider.configuration(&[("load", 1)]).await;
         let job = provider.job(&customer).await;
         let other_job = other_provider.job(&other_customer).await;
-        let watch_token = watch_token_of(&mut provider, &job).await;
-        let (_, other_watch_token) = watch_token_of(&mut other_provider, &other_job).await;
+        let watch_token = provider.create_watch_token(&job).await;
+        let (_, other_watch_token) = other_provider.create_watch_token(&other_job).await;
         Self {
             server,
             provider,
@@ -111,19 +109,19 @@ impl World {
             "no credential" => return None,
             "a malformed secret" => "mpk_garbage".to_owned(),
             "an expired key" => {
-                let (id, secret) = key(provider, &[ApiKeyScope::Read]).await;
+                let (id, secret) = provider.create_key(&[ApiKeyScope::Read]).await;
                 let past =
                     format!("UPDATE api_keys SET expires_at = now() - interval '1 s' WHERE id = '{id}'");
                 self.server.database.execute(&past).await;
                 secret
             }
             "a revoked key" => {
-                let (api_key_id, secret) = key(provider, &[ApiKeyScope::Read]).await;
+                let (api_key_id, secret) = provider.create_key(&[ApiKeyScope::Read]).await;
                 provider.session.auth.expire_api_key(pb::ExpireApiKeyRequest { api_key_id }).await.unwrap();
                 secret
             }
             "a logged-out session" => {
-                let secret = session(&self.server, provider).await;
+                let secret = self.server.log_in(provider).await;
                 self.server.with_secret(&secret).auth.log_out(pb::LogOutRequest {}).await.unwrap();
                 secret
             }
@@ -150,14 +148,14 @@ impl World {
                     }
                     _ => &[ApiKeyScope::Read, ApiKeyScope::Manage],
                 };
-                key(provider, scopes).await.1
+                provider.create_key(scopes).await.1
             }
             "a watch token of the job" => self.watch_token.1.clone(),
             "a watch token of another job" => self.other_watch_token.clone(),
-            "the customer" => session(&self.server, &self.customer).await,
-            "another customer" => session(&self.server, &self.other_customer).await,
-            "the provider" => session(&self.server, &self.provider).await,
-            "another provider" => session(&self.server, &self.other_provider).await,
+            "the customer" => self.server.log_in(&self.customer).await,
+            "another customer" => self.server.log_in(&self.other_customer).await,
+            "the provider" => self.server.log_in(&self.provider).await,
+            "another provider" => self.server.log_in(&self.other_provider).await,
             other => panic!("{other}"),
         })
     }
@@ -193,11 +191,11 @@ impl World {
             }
             .encode_to_vec(),
             "ExpireApiKey" => {
-                let (api_key_id, _) = key(owner, &[ApiKeyScope::Read]).await;
+                let (api_key_id, _) = owner.create_key(&[ApiKeyScope::Read]).await;
                 pb::ExpireApiKeyRequest { api_key_id }.encode_to_vec()
             }
             "RotateApiKey" => {
-                let (api_key_id, _) = key(owner, &[ApiKeyScope::Read]).await;
+                let (api_key_id, _) = owner.create_key(&[ApiKeyScope::Read]).await;
                 pb::RotateApiKeyRequest { api_key_id, overlap: None }.encode_to_vec()
             }
             "CreateWatchToken" => {
@@ -209,7 +207,7 @@ impl World {
                 pb::ListWatchTokensRequest { job, ..Default::default() }.encode_to_vec()
             }
             "ExpireWatchToken" => {
-                let (watch_token_id, _) = watch_token_of(&mut self.provider, &self.job).await;
+                let (watch_token_id, _) = self.provider.create_watch_token(&self.job).await;
                 pb::ExpireWatchTokenRequest { watch_token_id }.encode_to_vec()
             }
             "RegisterJobConfiguration" => registration("2.0.0", &[("load", 1)]).encode_to_vec(),
@@ -249,28 +247,6 @@ impl World {
             other => panic!("no request for {other} is defined here"),
         }
     }
-}
-
-/// Id and secret of a new key.
-async fn key(user: &mut User, scopes: &[ApiKeyScope]) -> (String, String) {
-    let scopes = scopes.iter().map(|scope| i32::from(*scope)).collect();
-    let request = pb::CreateApiKeyRequest { scopes, ..Default::default() };
-    let created = user.session.auth.create_api_key(request).await.unwrap().into_inner();
-    (created.api_key.unwrap().id, created.secret)
-}
-
-/// Id and secret of a new watch token.
-async fn watch_token_of(provider: &mut User, job: &pb::Job) -> (String, String) {
-    let job = Some(pb::create_watch_token_request::Job::JobId(job.id.clone()));
-    let request = pb::CreateWatchTokenRequest { job, ..Default::default() };
-    let created = provider.auth.create_watch_token(request).await.unwrap().into_inner();
-    (created.watch_token.unwrap().id, created.secret)
-}
-
-/// The secret of a new session.
-async fn session(server: &TestServer, user: &User) -> String {
-    let request = pb::LogInRequest { email: user.email.clone(), password: PASSWORD.to_owned() };
-    server.anonymous().auth.log_in(request).await.unwrap().into_inner().session.unwrap().secret
 }
 
 /// The call's code: OK once a first message arrives.

@@ -4,7 +4,7 @@
 use std::net::Ipv4Addr;
 
 use diesel_async::SimpleAsyncConnection as _;
-use milepost::pb::{self, ErrorReason, UserRole};
+use milepost_client::pb::{self, ErrorReason, UserRole};
 use serde_json::{Value, json};
 use tonic::{Code, Request, Response, Status};
 

@@ -3,10 +3,8 @@
 use std::time::Duration;
 
 use diesel_async::SimpleAsyncConnection as _;
-use milepost::{
-    pb::{self, ApiKeyScope, ErrorReason, UserRole, get_current_user_response::Credential},
-    secret::{Secret, SecretKind},
-};
+use milepost::secret::{Secret, SecretKind};
+use milepost_client::pb::{self, ApiKeyScope, ErrorReason, UserRole, get_current_user_response::Credential};
 use prost_types::{FieldMask, Timestamp};
 use tokio::time::timeout;
 use tonic::{Code, Status};

@@ -2,7 +2,7 @@
 
 use std::process::{Command, Output};
 
-use milepost::pb::{
+use milepost_client::pb::{
     self, ErrorReason,
     watch_events_request::{Scope, Start},
 };

@@ -2,7 +2,7 @@
 
 use std::process::{Output, Stdio};
 
-use milepost::pb::NewEvent;
+use milepost_client::pb::NewEvent;
 use tokio::{
     io::{AsyncBufReadExt as _, BufReader},
     process::Command,
@@ -210,7 +210,7 @@ async fn the_user_command_creates_a_user_sets_a_password_disables_and_enables_th
     let log_in = |password: &'static str| {
         let mut caller = server.anonymous();
         async move {
-            let request = milepost::pb::LogInRequest {
+            let request = milepost_client::pb::LogInRequest {
                 email: "OPS@example.com".to_owned(),
                 password: password.to_owned(),
             };

@@ -9,7 +9,7 @@ use std::{
 };
 
 use diesel_async::SimpleAsyncConnection as _;
-use milepost::pb::{self, ErrorReason, create_watch_token_request::Job};
+use milepost_client::pb::{self, ErrorReason, create_watch_token_request::Job};
 use tonic::{Code, Status};
 
 use crate::support::{

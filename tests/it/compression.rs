@@ -5,10 +5,8 @@ use std::{fs, io::Write as _};
 use bytes::Bytes;
 use flate2::{Compress, Compression, FlushCompress, write::GzEncoder};
 use http_body_util::{BodyExt as _, Full};
-use milepost::{
-    limits::{MESSAGE_BYTES, UNAUTHENTICATED_CALL_BYTES},
-    pb,
-};
+use milepost::limits::{MESSAGE_BYTES, UNAUTHENTICATED_CALL_BYTES};
+use milepost_client::pb;
 use prost::Message as _;
 use prost_types::value::Kind;
 use tonic::{Code, Status, body::Body, codec::CompressionEncoding::Gzip};

@@ -1,7 +1,7 @@
 //! Job configurations: registered once per version, visible to their provider and
 //! to the customers of their jobs.
 
-use milepost::pb::{self, ErrorReason, MetadataKind, get_job_configuration_request::Key};
+use milepost_client::pb::{self, ErrorReason, MetadataKind, get_job_configuration_request::Key};
 use tonic::{Code, Status};
 use uuid::Uuid;
 

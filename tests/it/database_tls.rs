@@ -28,7 +28,7 @@ use tokio::{
 use uuid::Uuid;
 
 use crate::support::{
-    Authority, ServerProcess, TIMEOUT, TemporaryDir, TestDatabase, TestServer, TlsFiles, complete, database,
+    AT_ONCE, Authority, ServerProcess, TemporaryDir, TestDatabase, TestServer, TlsFiles, complete, database,
     step, within_timeout,
 };
 
@@ -181,7 +181,7 @@ async fn the_tls_parameters_of_libpq_are_understood() {
     ] {
         let started = Instant::now();
         let refusal = ServerProcess::refused_on(&url(user)).await;
-        assert!(started.elapsed() < TIMEOUT / 2, "the server did not exit at once");
+        assert!(started.elapsed() < AT_ONCE, "the server did not exit at once");
         let address = format!("{}:5432: ", postgres.address);
         assert!(refusal.contains(&address) && refusal.contains(words), "{refusal}");
         assert!(refusal.lines().count() == 1 && !refusal.contains("secret"), "{refusal}");

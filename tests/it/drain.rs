@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use milepost::pb::{self, event_service_client::EventServiceClient};
+use milepost_client::pb::{self, event_service_client::EventServiceClient};
 use tokio::{io::AsyncWriteExt as _, net::TcpStream, time::Instant};
 use tonic::{Request, transport::Endpoint};
 
@@ -31,7 +31,7 @@ async fn idle_and_silent_connections_do_not_delay_the_exit() {
         connect_and_send(&server, &[PREFACE, SETTINGS].concat()).await,
     ];
     let started = Instant::now();
-    server.terminate().await;
+    server.terminate();
     assert_eq!(server.exit().await.code(), Some(0));
     assert!(started.elapsed() < DRAIN_DEADLINE, "the exit took the whole deadline");
     assert!(!server.log().contains("deadline passed"), "{}", server.log());
@@ -66,7 +66,7 @@ async fn a_watcher_that_does_not_read_delays_the_exit_until_the_deadline() {
     tokio::time::sleep(Duration::from_millis(500)).await;
 
     let started = Instant::now();
-    server.terminate().await;
+    server.terminate();
     assert_eq!(server.exit().await.code(), Some(0));
     // The server stops its embedded Postgres after the drain.
     assert!(started.elapsed() < DRAIN_DEADLINE * 2, "{:?}", started.elapsed());

@@ -7,7 +7,7 @@ use std::{
 };
 
 use diesel_async::{AsyncPgConnection, SimpleAsyncConnection as _};
-use milepost::pb::{
+use milepost_client::pb::{
     self, ApiKeyScope, ErrorReason, WatchEndReason, publish_events_response::Outcome,
     watch_events_request::Scope, watch_events_response::Message,
 };

@@ -2,7 +2,7 @@
 
 use std::net::Ipv4Addr;
 
-use milepost::pb::{self, ErrorReason};
+use milepost_client::pb::{self, ErrorReason};
 use tonic::{Code, Status};
 
 use crate::support::{Clients, PASSWORD, TestDatabase, TestServer, assert_refused, assert_violations};

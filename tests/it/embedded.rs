@@ -15,8 +15,9 @@ use tokio::{
 };
 
 use crate::support::{
-    ServerProcess, TemporaryDir, TestDatabase, info, is_root, own_address, parent, runs, within_timeout,
-    zombies_of,
+    ServerProcess, TemporaryDir, TestDatabase, info, is_root, own_address,
+    processes::{parent, runs, zombies_of},
+    within_timeout,
 };
 
 /// As in a container without an init: PID 1, and without the capability to look at
@@ -77,7 +78,7 @@ async fn as_pid_1_a_server_restarts_a_killed_postgres_and_leaves_no_zombies() {
         }
     })
     .await;
-    server.terminate().await;
+    server.terminate();
     assert_eq!(server.exit().await.code(), Some(0));
 }
 
@@ -200,7 +201,7 @@ async fn the_user_that_runs_a_server_and_root_may_use_its_database() {
     if skipped() {
         return;
     }
-    let mut dir = TemporaryDir::new();
+    let dir = TemporaryDir::new();
     let (code, uid) = output(&[], &["id", "-u", "postgres"], dir.path()).await;
     assert_eq!(code, Some(0), "{uid}");
     let data_dir = dir.path().join("data");

@@ -1,6 +1,6 @@
 //! Sessions, API keys and watch tokens that ended 30 days ago are removed.
 
-use milepost::pb::{self, ErrorReason};
+use milepost_client::pb::{self, ErrorReason};
 use tonic::Code;
 
 use crate::support::{PASSWORD, TestServer, User, assert_refused, within_timeout};

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use milepost::pb::{self, ErrorReason};
+use milepost_client::pb::{self, ErrorReason};
 use tonic::{Code, Status};
 
 use crate::support::{PASSWORD, TestServer, assert_refused, info, within_timeout};

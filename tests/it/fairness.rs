@@ -5,7 +5,7 @@ use std::sync::{
     atomic::{AtomicUsize, Ordering::Relaxed},
 };
 
-use milepost::pb::{self, NewEvent};
+use milepost_client::pb::{self, NewEvent};
 use tokio::task::JoinSet;
 
 use crate::{

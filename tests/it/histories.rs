@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use milepost::pb::{
+use milepost_client::pb::{
     self, ErrorReason, EventKind, JobStatus, NewEvent, WatchEndReason,
     watch_events_request::{Scope, Start},
     watch_events_response::Message,

@@ -10,10 +10,8 @@ use h2::{
     client::{Connection, ResponseFuture, SendRequest},
 };
 use http::{HeaderMap, Request};
-use milepost::{
-    limits,
-    pb::{self, ErrorReason},
-};
+use milepost::limits;
+use milepost_client::pb::{self, ErrorReason};
 use prost::Message;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},

@@ -1,6 +1,6 @@
 //! A repeated write with a natural key takes effect once, and its answer sets `existed`.
 
-use milepost::pb::{self, ErrorReason, NewEvent};
+use milepost_client::pb::{self, ErrorReason, NewEvent};
 use prost_types::{Timestamp, Value};
 use tonic::{Code, Request};
 

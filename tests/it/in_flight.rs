@@ -4,10 +4,8 @@ use std::time::{Duration, Instant};
 
 use diesel_async::{AsyncPgConnection, SimpleAsyncConnection as _};
 use futures_util::future::join_all;
-use milepost::{
-    limits::{BATCH_EVENTS, MESSAGE_CHARGE_BYTES},
-    pb::{self, ErrorReason, publish_events_response::Outcome},
-};
+use milepost::limits::{BATCH_EVENTS, MESSAGE_CHARGE_BYTES};
+use milepost_client::pb::{self, ErrorReason, publish_events_response::Outcome};
 use tokio::task::JoinSet;
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;

@@ -6,7 +6,6 @@ use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
     process::{Output, Stdio},
-    time::Duration,
 };
 
 use tokio::{
@@ -17,27 +16,19 @@ use tokio::{
 
 use crate::{
     documentation::blocks,
-    support::{Authority, ServerProcess, TestServer, TlsFiles, User, info},
+    support::{
+        Authority, ServerProcess, TestServer, TlsFiles, User, info,
+        installed::{python_with, succeed},
+        within_timeout,
+    },
 };
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 const GRPCURL: &str = "github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.3";
 
-/// Timeout of one bash, grpcurl, pip or Python process. On a busy machine pip takes minutes.
-const TIMEOUT: Duration = Duration::from_secs(600);
-
 async fn output(command: &mut Command) -> Output {
     command.kill_on_drop(true).stdin(Stdio::null());
-    let shown = format!("{command:?}");
-    let running = tokio::time::timeout(TIMEOUT, command.output());
-    running.await.unwrap_or_else(|_| panic!("{shown} did not end within {TIMEOUT:?}")).unwrap()
-}
-
-#[track_caller]
-fn succeeded(output: Output) -> String {
-    let (out, err) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8_lossy(&output.stderr));
-    assert!(output.status.success(), "{}\n{err}\n{out}", output.status);
-    out
+    within_timeout("the end of grpcurl", command.output()).await.unwrap()
 }
 
 /// A PATH with grpcurl. If neither PATH nor the default directory of `go install` has
@@ -73,7 +64,7 @@ async fn the_tour_of_the_readme_and_docs_runs_from_sign_up_to_the_provider_in_py
         .env("PYTHON", python().await)
         .env("PROVIDER_PY", examples().join("provider.py"))
         .env("MILEPOST_SERVER", server.address.to_string());
-    let stdout = succeeded(output(&mut bash).await);
+    let stdout = succeed(&mut bash).await;
 
     // Once by the customer in the README, once by the watch token in docs/tour.md.
     assert_eq!(stdout.matches("complete at 100 %").count(), 2, "{stdout}");
@@ -102,8 +93,8 @@ async fn grpcurl_connects_only_with_the_ca_certificate_of_the_server() {
         command
     };
     let address = server.address.to_string();
-    let listed = output(grpcurl().arg("-cacert").arg(files.path("ca.pem")).args([&address, "list"])).await;
-    assert!(succeeded(listed).contains("milepost.v1.EventService"));
+    let listed = succeed(grpcurl().arg("-cacert").arg(files.path("ca.pem")).args([&address, "list"])).await;
+    assert!(listed.contains("milepost.v1.EventService"), "{listed}");
     let foreign = files.write("foreign.pem", &Authority::new().pem());
     let refused = output(grpcurl().arg("-cacert").arg(foreign).args([&address, "list"])).await;
     assert!(!refused.status.success());
@@ -120,24 +111,13 @@ pub async fn python() -> PathBuf {
 
 async fn make_python() -> PathBuf {
     let (examples, venv) = (examples(), Path::new(env!("CARGO_TARGET_TMPDIR")).join("python"));
-    let python = venv.join("bin/python");
-    let requirements = examples.join("requirements.txt");
-    let wanted = fs::read_to_string(&requirements).unwrap();
-    // Written last, so that an interrupted installation is repeated.
-    let marker = venv.join("made-from.txt");
-    if fs::read_to_string(&marker).ok().as_ref() != Some(&wanted) {
-        let venv_command = output(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&venv)).await;
-        assert!(
-            venv_command.status.success(),
-            "no venv (on Debian: apt-get install python3-venv): {}",
-            String::from_utf8_lossy(&venv_command.stderr)
-        );
-        let mut pip = Command::new(&python);
-        pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r"]).arg(requirements);
-        succeeded(output(&mut pip).await);
-        fs::write(&marker, wanted).unwrap();
-    }
-    succeeded(output(Command::new(&python).arg(examples.join("generate.py"))).await);
+    let requirements = fs::read_to_string(examples.join("requirements.txt")).unwrap();
+    let packages =
+        requirements.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+    let python = python_with("python3", &packages.collect::<Vec<_>>(), &venv).await;
+    let mut generate = Command::new(&python);
+    generate.arg(examples.join("generate.py"));
+    succeed(&mut generate).await;
     python
 }
 
@@ -171,7 +151,7 @@ impl Running {
     }
 
     async fn line(&mut self) -> Option<String> {
-        tokio::time::timeout(TIMEOUT, self.lines.next_line()).await.expect("a line in time").unwrap()
+        within_timeout("a line", self.lines.next_line()).await.unwrap()
     }
 
     async fn next_line(&mut self) -> String {
@@ -195,14 +175,14 @@ async fn a_python_provider_is_watched_by_a_python_watcher() {
     let run = async || {
         let mut command = script(server.address, &provider, examples().join("provider.py")).await;
         command.args(["--provider-job-id", "scan-1", "--customer-id", &customer.id, "--pause-s", "0"]);
-        succeeded(output(&mut command).await)
+        succeed(&mut command).await
     };
     let stdout = run().await;
     let job_id = stdout.lines().find_map(|line| line.strip_prefix("job ")).expect("the job's id").to_owned();
 
     // Another replica replays the events after the job is complete.
     let mut watcher = script(replica.address, &customer, examples().join("watcher.py")).await;
-    let replay = succeeded(output(watcher.args(["--job-id", &job_id])).await);
+    let replay = succeed(watcher.args(["--job-id", &job_id])).await;
     for part in ["[", "0 %", "Load the slice", "Calibrate", "Segment", "Measure", "report", "bone 11.3"] {
         assert!(replay.contains(part), "{part:?} in\n{replay}");
     }
@@ -274,7 +254,7 @@ async fn a_python_client_receives_the_error_details_of_500_invalid_events() {
     let job = provider.job(&customer).await;
     let path = Path::new(ROOT).join("tests/it/invalid_events.py");
     let mut command = script(server.address, &provider, path).await;
-    let stdout = succeeded(output(command.arg(&job.id)).await);
+    let stdout = succeed(command.arg(&job.id)).await;
     assert!(stdout.starts_with("INVALID_ARGUMENT FIELD_INVALID"), "{stdout}");
     assert!(stdout.contains("events[0].name"), "{stdout}");
     assert_eq!(provider.get(&job).await.last_sequence, 0);
@@ -287,7 +267,7 @@ async fn a_python_client_appends_events_that_it_compresses() {
     provider.configuration(&[]).await;
     let job = provider.job(&customer).await;
     let path = Path::new(ROOT).join("tests/it/compressed.py");
-    let stdout = succeeded(output(script(server.address, &provider, path).await.arg(&job.id)).await);
+    let stdout = succeed(script(server.address, &provider, path).await.arg(&job.id)).await;
     assert_eq!(stdout, "appended\n".repeat(3));
     let names: Vec<String> = provider.list(&job).await.into_iter().map(|event| event.name).collect();
     assert_eq!(names, ["compressed"; 4]);

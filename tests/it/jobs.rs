@@ -1,6 +1,6 @@
 //! Creating, finding, listing and closing jobs.
 
-use milepost::pb::{
+use milepost_client::pb::{
     self, ErrorReason, JobOpenness, JobStatus, close_job_request, get_job_request::Job as ByKey,
 };
 use tonic::{Code, Status};

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use milepost::pb::{self, ApiKeyScope};
+use milepost_client::pb::{self, ApiKeyScope};
 use prost_types::Timestamp;
 
 use crate::support::{Caller, TestServer, assert_violations};

@@ -4,7 +4,7 @@ use std::{net::Ipv4Addr, time::Duration};
 
 use diesel_async::SimpleAsyncConnection as _;
 use futures_util::future::{join, join_all};
-use milepost::pb::{self, ErrorReason};
+use milepost_client::pb::{self, ErrorReason};
 use tonic::{Code, Request, Status};
 
 use crate::support::{Clients, PASSWORD, TRUSTED_PROXY, TestServer, assert_refused, within_timeout};

@@ -9,6 +9,8 @@
     reason = "a test fails by a panic, and the other lints do not help in test code"
 )]
 
+use milepost_testing as support;
+
 mod access;
 mod arbitrary;
 mod audit;
@@ -62,7 +64,6 @@ mod shared_connections;
 mod shares;
 mod silence;
 mod starts;
-mod support;
 mod synchronous;
 mod tail;
 mod throttle;

@@ -7,16 +7,14 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 use futures_util::future::join_all;
 use h2::{RecvStream, SendStream, client::SendRequest};
 use http::Request;
-use milepost::{
-    limits::{BATCH_EVENTS, MESSAGE_BYTES, METADATA_NAMES},
-    pb::{self, NewEvent},
-};
+use milepost::limits::{BATCH_EVENTS, MESSAGE_BYTES, METADATA_NAMES};
+use milepost_client::pb::{self, NewEvent};
 use prost::Message as _;
 use prost_types::{Struct, Value};
 use tokio::{net::TcpStream, time::sleep};
 use tonic::Code;
 
-use crate::support::{ServerProcess, User, info, within_timeout};
+use crate::support::{ServerProcess, User, info, processes::Signal, within_timeout};
 
 const MIB: usize = 1024 * 1024;
 /// The defaults of `--streams-per-user` and `--bytes-in-flight-mib`.
@@ -115,7 +113,7 @@ async fn the_memory_of_a_server_stays_below_the_documented_peak_under_a_hostile_
         });
         streams.extend(join_all(opened).await);
     }
-    server.signal_postgres("STOP").await;
+    server.signal_postgres(Signal::STOP);
     // Longer than a credential counts as confirmed.
     sleep(Duration::from_secs(6)).await;
     let messages = hostile_messages(&jobs[0]);
@@ -138,7 +136,7 @@ async fn the_memory_of_a_server_stays_below_the_documented_peak_under_a_hostile_
             (last, since) = (now, Instant::now());
         }
     }
-    server.signal_postgres("CONT").await;
+    server.signal_postgres(Signal::CONT);
     within_timeout("an append of another user", async {
         while let Err(status) = honest.try_append(&jobs[1], [info("second")]).await {
             assert_eq!(status.code(), Code::Unavailable, "{status:?}");

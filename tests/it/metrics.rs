@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, net::SocketAddr};
 
-use milepost::pb::{self, ErrorReason, EventKind, watch_events_request::Scope};
+use milepost_client::pb::{self, ErrorReason, EventKind, watch_events_request::Scope};
 use prost_types::{Value, value::Kind};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -14,7 +14,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Code;
 
 use crate::support::{
-    PASSWORD, TestDatabase, TestServer, assert_refused, complete, info, step, with_metadata, within_timeout,
+    PASSWORD, TestDatabase, TestServer, assert_refused, complete, http, info, step, with_metadata,
+    within_timeout,
 };
 
 /// The samples of one scrape. The keys are names with labels as scraped.
@@ -22,18 +23,7 @@ pub type Samples = BTreeMap<String, f64>;
 
 /// The head and the body of the response to GET.
 pub async fn get(address: SocketAddr, path: &str) -> (String, String) {
-    request("GET", address, path).await
-}
-
-/// The head and the body of an HTTP/1.1 response.
-async fn request(method: &str, address: SocketAddr, path: &str) -> (String, String) {
-    let mut stream = TcpStream::connect(address).await.unwrap();
-    let request = format!("{method} {path} HTTP/1.1\r\nhost: {address}\r\n\r\n");
-    stream.write_all(request.as_bytes()).await.unwrap();
-    let mut answer = String::new();
-    within_timeout("the whole response", stream.read_to_string(&mut answer)).await.unwrap();
-    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
-    (head.to_owned(), body.to_owned())
+    within_timeout("the whole response", http(address, &format!("GET {path}"), "")).await.unwrap()
 }
 
 async fn scrape(server: &TestServer) -> Samples {
@@ -426,13 +416,13 @@ async fn metrics_are_served_during_an_outage_and_while_the_server_drains() {
 #[tokio::test(flavor = "multi_thread")]
 async fn head_is_answered_like_get_without_a_body() {
     let server = TestServer::start().await;
-    let (head, body) = request("HEAD", server.metrics_address, "/metrics").await;
+    let (head, body) = http(server.metrics_address, "HEAD /metrics", "").await.unwrap();
     assert!(
         head.starts_with("HTTP/1.1 200 ") && head.contains("content-type: application/openmetrics"),
         "{head}"
     );
     assert_eq!(body, "");
-    let (head, body) = request("HEAD", server.metrics_address, "/").await;
+    let (head, body) = http(server.metrics_address, "HEAD /", "").await.unwrap();
     assert!(head.starts_with("HTTP/1.1 404 ") && body.is_empty(), "{head}");
 }
 

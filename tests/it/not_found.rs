@@ -1,12 +1,12 @@
 //! What belongs to somebody else is answered as what does not exist, and in as many steps:
 //! neither the answer nor its time reveals that it exists.
 
-use milepost::pb;
+use milepost_client::pb;
 use prost::Message;
 use tonic::Code;
 use uuid::Uuid;
 
-use crate::support::{PASSWORD, TestDatabase, TestServer, User, raw, registration, within_timeout};
+use crate::support::{TestDatabase, TestServer, User, raw, registration, within_timeout};
 
 /// The statements that look for what a request names. Those of the server's own tasks, which
 /// run at any time, have other texts.
@@ -121,19 +121,11 @@ const OF_PROVIDERS: [(&str, Named); 5] = [
     }),
 ];
 
-async fn watch_token(provider: &mut User, job: &pb::Job) -> (String, String) {
-    let job = Some(pb::create_watch_token_request::Job::JobId(job.id.clone()));
-    let request = pb::CreateWatchTokenRequest { job, ..Default::default() };
-    let created = provider.auth.create_watch_token(request).await.unwrap().into_inner();
-    (created.watch_token.unwrap().id, created.secret)
-}
-
 /// A session of the user, which the server remembers.
 async fn session(server: &TestServer, user: &User) -> String {
-    let log_in = pb::LogInRequest { email: user.email.clone(), password: PASSWORD.to_owned() };
-    let session = server.anonymous().auth.log_in(log_in).await.unwrap().into_inner().session.unwrap();
-    remember(server, &session.secret).await;
-    session.secret
+    let secret = server.log_in(user).await;
+    remember(server, &secret).await;
+    secret
 }
 
 /// Lets the server look the secret up, which it then remembers.
@@ -151,7 +143,7 @@ async fn a_job_of_somebody_else_is_looked_for_as_one_that_does_not_exist() {
     let (mut provider, customer) = (world.server.provider().await, world.server.customer().await);
     provider.configuration(&[("load", 1)]).await;
     let own_job = provider.job(&customer).await;
-    let (_, token) = watch_token(&mut provider, &own_job).await;
+    let (_, token) = provider.create_watch_token(&own_job).await;
     let providers = OF_VIEWERS.iter().chain(&OF_PROVIDERS).map(|method| (&provider.key_secret, method));
     let customers = OF_VIEWERS.iter().map(|method| (&customer.key_secret, method));
     let tokens = OF_VIEWERS.iter().map(|method| (&token, method));
@@ -194,7 +186,7 @@ async fn configurations_credentials_and_customers_of_others_are_looked_for_as_un
             .await;
     }
 
-    let (token_id, _) = watch_token(&mut world.owner, &world.job).await;
+    let (token_id, _) = world.owner.create_watch_token(&world.job).await;
     let named = |watch_token_id| pb::ExpireWatchTokenRequest { watch_token_id }.encode_to_vec();
     let messages = vec![("an unknown one", named(unknown())), ("one of somebody else", named(token_id))];
     world.assert_alike(&provider.key_secret, "AuthService/ExpireWatchToken", Code::NotFound, messages).await;

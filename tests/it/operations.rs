@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use diesel_async::SimpleAsyncConnection as _;
-use milepost::pb;
+use milepost_client::pb;
 use tokio::time::timeout;
 use tokio_stream::StreamExt as _;
 use tonic_health::pb::{
@@ -132,7 +132,7 @@ async fn on_sigterm_watches_end_with_draining_and_the_exit_code_is_0() {
     let mut watch = customer.watch(&job).await;
     watch.caught_up().await;
 
-    server.terminate().await;
+    server.terminate();
     let last = watch.next().await.unwrap();
     let Some(pb::watch_events_response::Message::End(end)) = last else { panic!("{last:?}") };
     assert_eq!(end.reason(), pb::WatchEndReason::Draining);
@@ -173,7 +173,7 @@ async fn on_sigterm_health_becomes_not_serving_first_and_calls_in_flight_finish(
     })
     .await;
 
-    server.terminate().await;
+    server.terminate();
     let update =
         within_timeout("a change of health", statuses.next()).await.expect("the health stream stays open");
     assert_eq!(update.expect("health changes before the stream ends").status(), ServingStatus::NotServing);
@@ -191,7 +191,7 @@ async fn on_sigterm_health_becomes_not_serving_first_and_calls_in_flight_finish(
 async fn a_stop_of_a_server_and_its_embedded_postgres_logs_no_warning() {
     let mut server = ServerProcess::start().await;
     server.logged("the database answers", 1).await;
-    server.terminate().await;
+    server.terminate();
     assert_eq!(server.exit().await.code(), Some(0));
     let log = server.log();
     assert!(log.contains("draining") && !log.contains("WARN") && !log.contains("ERROR"), "{log}");

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use diesel_async::SimpleAsyncConnection as _;
-use milepost::pb::{self, ErrorReason, watch_events_response::Message};
+use milepost_client::pb::{self, ErrorReason, watch_events_response::Message};
 use tokio::{
     task::JoinSet,
     time::{Instant, timeout},

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use diesel_async::SimpleAsyncConnection as _;
-use milepost::pb::{
+use milepost_client::pb::{
     self, ErrorReason, WatchEndReason,
     watch_events_request::{Scope, Start},
     watch_events_response::Message,
@@ -373,7 +373,7 @@ async fn a_walk_from_the_beginning_sends_a_job_that_is_removed_meanwhile_whole_o
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_walk_goes_on_to_where_the_log_was_set_back_and_then_reads_the_new_history() {
-    let replication = Replication::start().await;
+    let mut replication = Replication::start().await;
     let server = TestServer::on(replication.database()).await;
     let (mut provider, mut customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[]).await;

@@ -1,6 +1,6 @@
 //! Query plans: reads use ranges of indexes, and the number of rows is bounded.
 
-use milepost::pb::{self, append_events_request, list_events_request, watch_events_request::Scope};
+use milepost_client::pb::{self, append_events_request, list_events_request, watch_events_request::Scope};
 use serde_json::Value;
 
 use crate::{

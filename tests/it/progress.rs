@@ -1,7 +1,7 @@
 //! Status and progress in answers. The unit tests of the rules are in
 //! `src/progress.rs`.
 
-use milepost::pb::{self, JobStatus};
+use milepost_client::pb::{self, JobStatus};
 
 use crate::support::{TestServer, complete, error, info, registration, step};
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use diesel_async::{AsyncPgConnection, SimpleAsyncConnection as _};
-use milepost::pb::{
+use milepost_client::pb::{
     self, ErrorReason, NewEvent, publish_events_request::Job, publish_events_response::Outcome,
 };
 use prost_types::{Value, value::Kind};

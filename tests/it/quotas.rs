@@ -4,10 +4,8 @@ use std::time::Duration;
 
 use diesel_async::{AsyncPgConnection, SimpleAsyncConnection as _};
 use futures_util::future::join_all;
-use milepost::{
-    config::QuotaSettings,
-    pb::{self, ErrorReason},
-};
+use milepost::config::QuotaSettings;
+use milepost_client::pb::{self, ErrorReason};
 use tonic::{Code, Status};
 use uuid::Uuid;
 

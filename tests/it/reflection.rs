@@ -2,13 +2,11 @@
 
 use std::{net::Ipv4Addr, time::Instant};
 
-use milepost::{
-    limits::{
-        REFLECTION_BYTES, REFLECTION_BYTES_PER_SECOND, REFLECTION_REQUEST_BYTES, REFLECTION_STREAM_BYTES,
-        UNAUTHENTICATED_CALL_BYTES,
-    },
-    pb::ErrorReason,
+use milepost::limits::{
+    REFLECTION_BYTES, REFLECTION_BYTES_PER_SECOND, REFLECTION_REQUEST_BYTES, REFLECTION_STREAM_BYTES,
+    UNAUTHENTICATED_CALL_BYTES,
 };
+use milepost_client::pb::ErrorReason;
 use prost::Message as _;
 use tonic::{Code, Request};
 use tonic_reflection::pb::{v1, v1alpha};

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use milepost::pb::{
+use milepost_client::pb::{
     self, ErrorReason, Event, WatchEndReason, watch_events_request::Scope, watch_events_request::Start,
     watch_events_response::Message,
 };

@@ -33,7 +33,7 @@ async fn wait_until_used(server: &ServerProcess) {
         }
     };
     // The client is another process, which has to start first.
-    if timeout(TIMEOUT * 3, used).await.is_err() {
+    if timeout(TIMEOUT, used).await.is_err() {
         panic!("no client uses a replica, whose log is\n{}", server.log());
     }
 }
@@ -67,7 +67,7 @@ async fn while_replicas_are_replaced_no_call_fails_and_no_event_is_lost_or_dupli
     }
     for round in 0..ROUNDS * REPLICAS {
         let server = &mut servers[round % REPLICAS];
-        server.terminate().await;
+        server.terminate();
         assert_eq!(server.exit().await.code(), Some(0));
         server.restart().await;
         // Clients find a ready replica only later, because they wait between their

@@ -1,9 +1,7 @@
 //! Invariants of the schema, read from the catalogs of Postgres.
 
-use milepost::{
-    db::migrations,
-    pb::{self, create_watch_token_request::Job},
-};
+use milepost::db::migrations;
+use milepost_client::pb::{self, create_watch_token_request::Job};
 
 use crate::support::{TestDatabase, TestServer, complete, registration, step};
 

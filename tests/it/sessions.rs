@@ -17,8 +17,8 @@ use milepost::{
     cli::one_line,
     db::embedded::{Embedded, EmbeddedSettings},
     error::Failure,
-    pb,
 };
+use milepost_client::pb;
 
 use crate::support::{
     ServerProcess, TemporaryDir, TestDatabase, TestServer, complete, database, step, within_timeout,

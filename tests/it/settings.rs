@@ -10,23 +10,15 @@ use std::{
 use clap::CommandFactory as _;
 use diesel_async::{AsyncPgConnection, SimpleAsyncConnection as _};
 use futures_util::future::join_all;
-use milepost::{
-    cli::Cli,
-    pb::{self, ErrorReason, NewEvent, publish_events_request::Job},
-};
+use milepost::cli::Cli;
+use milepost_client::pb::{self, ErrorReason, NewEvent, publish_events_request::Job};
 use prost_types::{Value, value::Kind};
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpStream,
-    process::Command,
-    sync::mpsc,
-    time::timeout,
-};
+use tokio::{net::TcpStream, process::Command, sync::mpsc, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Status, Streaming};
 
 use crate::support::{
-    Clients, PASSWORD, ServerProcess, TestDatabase, TestServer, User, assert_refused, complete, info,
+    Clients, PASSWORD, ServerProcess, TestDatabase, TestServer, User, assert_refused, complete, http, info,
     own_address, with_metadata, within_timeout,
 };
 
@@ -393,11 +385,7 @@ impl Fixture {
     }
 
     async fn monitoring(&self) {
-        let mut scrape = TcpStream::connect(self.metrics).await.unwrap();
-        let request = format!("GET /metrics HTTP/1.1\r\nhost: {}\r\n\r\n", self.metrics);
-        scrape.write_all(request.as_bytes()).await.unwrap();
-        let mut samples = String::new();
-        within_timeout("metrics", scrape.read_to_string(&mut samples)).await.unwrap();
+        let (_, samples) = http(self.metrics, "GET /metrics", "").await.unwrap();
         assert!(samples.contains("\nmilepost_database_connections_max 4\n"), "{samples}");
 
         self.collector.set_nonblocking(true).unwrap();
@@ -415,7 +403,7 @@ impl Fixture {
             while self.server.database.waiting_for_locks().await.is_empty() {}
         })
         .await;
-        self.configured.terminate().await;
+        self.configured.terminate();
         assert_eq!(self.configured.exit().await.code(), Some(0));
         let log = self.configured.log();
         assert!(log.contains("WARN") && log.contains("deadline passed"), "{log}");

@@ -8,7 +8,7 @@ use h2::{
     Reason, RecvStream, SendStream,
     client::{Builder, SendRequest},
 };
-use milepost::pb::{self, watch_events_response::Message as Watched};
+use milepost_client::pb::{self, watch_events_response::Message as Watched};
 use prost::Message;
 use tokio::{net::TcpStream, time::timeout};
 

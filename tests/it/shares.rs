@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use diesel_async::SimpleAsyncConnection as _;
-use milepost::pb::{self, ErrorReason};
+use milepost_client::pb::{self, ErrorReason};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status};

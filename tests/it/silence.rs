@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use milepost::pb::{
+use milepost_client::pb::{
     self, ErrorReason, WatchEndReason, watch_events_request::Scope, watch_events_response::Message,
 };
 use tokio::{process::Command, time::timeout};

@@ -3,10 +3,8 @@
 
 use std::time::{Duration, Instant};
 
-use milepost::{
-    limits::CREDENTIAL_CONFIRMED_WITHIN,
-    pb::{self, ErrorReason, NewEvent},
-};
+use milepost::limits::CREDENTIAL_CONFIRMED_WITHIN;
+use milepost_client::pb::{self, ErrorReason, NewEvent};
 use tonic::Code;
 use uuid::Uuid;
 

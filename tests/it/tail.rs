@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use diesel_async::{AsyncPgConnection, SimpleAsyncConnection as _};
-use milepost::pb::{self, ErrorReason};
+use milepost_client::pb::{self, ErrorReason};
 use tokio::time::sleep;
 use tonic::Code;
 use tonic_health::pb::{

@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 
 use diesel_async::SimpleAsyncConnection as _;
 use futures_util::future::{join, join_all};
-use milepost::pb::{self, ErrorReason};
+use milepost_client::pb::{self, ErrorReason};
 use tonic::{Code, Request, Response, Status};
 
 use crate::support::{

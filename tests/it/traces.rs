@@ -5,7 +5,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use milepost::{config::TraceSettings, pb, telemetry::traces::Traces};
+use milepost::{config::TraceSettings, telemetry::traces::Traces};
+use milepost_client::pb;
 use opentelemetry_proto::tonic::{
     collector::trace::v1::{
         ExportTraceServiceRequest, ExportTraceServiceResponse,

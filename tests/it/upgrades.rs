@@ -10,7 +10,8 @@ use std::{
 };
 
 use diesel_async::SimpleAsyncConnection as _;
-use milepost::{db::migrations, pb};
+use milepost::db::migrations;
+use milepost_client::pb;
 use tokio::{
     io::{AsyncBufReadExt as _, BufReader},
     process::Command,
@@ -333,7 +334,7 @@ async fn a_newer_schema_that_expands_is_served_by_the_old_server_without_a_faile
     // An old server may still be started until oldest_server is raised.
     let mut old = ServerProcess::on(&server.database).await;
     old.same(&provider).auth.get_current_user(pb::GetCurrentUserRequest {}).await.unwrap();
-    old.terminate().await;
+    old.terminate();
     assert_eq!(old.exit().await.code(), Some(0));
     load.continues().await;
     load.stop().await;

@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use milepost::{
-    config::QuotaSettings,
-    pb::{self, ErrorReason, NewEvent, publish_events_request, publish_events_response::Outcome},
+use milepost::config::QuotaSettings;
+use milepost_client::pb::{
+    self, ErrorReason, NewEvent, publish_events_request, publish_events_response::Outcome,
 };
 use prost_types::{Value, value::Kind};
 use tokio::sync::mpsc;
@@ -226,7 +226,7 @@ async fn what_a_server_appended_before_it_stopped_is_counted() {
     let mut there = stopping.other_clients().same(&provider);
     there.append(&job, [info("1"), info("2")]).await;
     drop(there);
-    stopping.terminate().await;
+    stopping.terminate();
     assert_eq!(stopping.exit().await.code(), Some(0));
     assert_eq!(usage(&provider).await.events_per_day.unwrap().used, 2);
 }

@@ -3,10 +3,8 @@
 
 use std::collections::BTreeMap;
 
-use milepost::{
-    limits,
-    pb::{self, ErrorReason, EventKind, MetadataKind, NewEvent, watch_events_request},
-};
+use milepost::limits;
+use milepost_client::pb::{self, ErrorReason, EventKind, MetadataKind, NewEvent, watch_events_request};
 use prost_types::{Value, value::Kind};
 use tonic::Code;
 

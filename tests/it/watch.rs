@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use milepost::pb::{
+use milepost_client::pb::{
     self, ErrorReason, EventKind, WatchEndReason, watch_events_request::Scope, watch_events_request::Start,
     watch_events_response::Message,
 };

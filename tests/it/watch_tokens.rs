@@ -1,6 +1,6 @@
 //! Watch tokens: access to one job for people without an account.
 
-use milepost::pb::{
+use milepost_client::pb::{
     self, ErrorReason, WatchEndReason, get_current_user_response::Credential, watch_events_request::Scope,
     watch_events_response::Message,
 };

@@ -1,26 +1,23 @@
 //! etcd, three nodes of Patroni and HAProxy on loopback, and what happens to a primary.
 
 use std::{
-    env,
-    fs::{self, File},
+    fs,
     net::SocketAddr,
-    path::{Path, PathBuf},
-    process::Stdio,
+    path::Path,
     time::{Duration, Instant},
 };
 
+use milepost_testing::{
+    TemporaryDir, TestDatabase, http,
+    installed::{make_postgres_dir, newest_postgres, postgres_command, python_with},
+    own_address,
+    processes::{self, Signal, signal_those_that_run},
+    start_etcd, until,
+};
 use serde_json::Value;
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpStream,
-    process::{Child, Command},
+    process::Child,
     time::{sleep, timeout},
-};
-
-use crate::support::{
-    TemporaryDir, TestDatabase,
-    installed::{make_postgres_dir, newest_postgres},
-    is_root, own_address,
 };
 
 /// The settings of the cluster, in Patroni's words. They are the ones that decide how long a
@@ -35,8 +32,6 @@ const PATRONI: &str = "patroni[etcd3,psycopg3]==4.*";
 const NAMES: [&str; 3] = ["a", "b", "c"];
 /// For how long a primary sends nothing to its standbys before it is killed.
 const UNSENT: Duration = Duration::from_millis(500);
-/// How often the state of the cluster is asked for.
-const INTERVAL: Duration = Duration::from_millis(200);
 /// Longest wait for an answer of a node's REST API, which a frozen node does not give.
 const ANSWER: Duration = Duration::from_secs(1);
 /// A switchover is answered when it is done.
@@ -81,20 +76,22 @@ impl Cluster {
     /// Returns once all three nodes run.
     pub async fn start() -> Self {
         let dir = TemporaryDir::new();
-        install_patroni(dir.path()).await;
+        // Not below `target`, and not with a Python of `PATH`: the user of Postgres may be unable
+        // to enter the home directory in which they are.
+        python_with("/usr/bin/python3", &[PATRONI], &dir.path().join("venv")).await;
         let etcd_address = own_address("127.0.0.1");
-        let etcd = start_etcd(dir.path(), etcd_address);
+        let etcd = start_etcd(&dir, "etcd", etcd_address);
         let addresses = NAMES.map(|name| (name, own_address("127.0.0.1"), own_address("127.0.0.1")));
         let nodes = addresses.map(|(name, api, postgres)| {
             make_postgres_dir(&dir.path().join(name));
             let configuration =
                 patroni_configuration(&dir.path().join(name), name, api, postgres, etcd_address);
             fs::write(dir.path().join(format!("{name}.yml")), configuration).unwrap();
-            Node { name, api, postgres, patroni: start_patroni(dir.path(), name) }
+            Node { name, api, postgres, patroni: start_patroni(&dir, name) }
         });
         let haproxy = own_address("127.0.0.1");
         fs::write(dir.path().join("haproxy.cfg"), haproxy_configuration(haproxy, &nodes)).unwrap();
-        let proxy = start(dir.path(), "haproxy", "haproxy", &["-db", "-f", "haproxy.cfg"]);
+        let proxy = start(&dir, "haproxy", "haproxy", &["-db", "-f", "haproxy.cfg"]);
         let cluster = Self { nodes: nodes.into(), haproxy, _others: vec![etcd, proxy], dir };
         cluster.complete_after(0).await;
         let primary = cluster.node(&cluster.primary().await).postgres;
@@ -130,18 +127,16 @@ impl Cluster {
     pub async fn kill_primary(&mut self) -> Failover {
         let (primary, timeline) = (self.primary().await, self.timeline().await);
         let processes = self.node(&primary).processes(self.dir.path());
-        let senders: Vec<String> =
-            processes.iter().filter(|process| is_walsender(process)).cloned().collect();
+        let senders: Vec<u32> = processes.iter().copied().filter(|pid| is_walsender(*pid)).collect();
         assert!(!senders.is_empty(), "the primary has standbys");
-        signal("STOP", &senders).await;
+        signal_those_that_run(&senders, Signal::STOP);
         sleep(UNSENT).await;
         let began = Instant::now();
-        signal("KILL", &processes).await;
+        signal_those_that_run(&processes, Signal::KILL);
         let promoted = self.promoted_instead_of(&primary).await;
-        let dir = self.dir.path().to_owned();
         let node = self.nodes.iter_mut().find(|node| node.name == primary).unwrap();
         node.patroni.wait().await.unwrap();
-        node.patroni = start_patroni(&dir, node.name);
+        node.patroni = start_patroni(&self.dir, node.name);
         self.complete_after(timeline).await;
         Failover { began, promoted, completed: Instant::now() }
     }
@@ -163,9 +158,9 @@ impl Cluster {
         let (primary, timeline) = (self.primary().await, self.timeline().await);
         let processes = self.node(&primary).processes(self.dir.path());
         let began = Instant::now();
-        signal("STOP", &processes).await;
+        signal_those_that_run(&processes, Signal::STOP);
         let ((), promoted) = tokio::join!(sleep(time), self.promoted_instead_of(&primary));
-        signal("CONT", &processes).await;
+        signal_those_that_run(&processes, Signal::CONT);
         self.complete_after(timeline).await;
         Failover { began, promoted, completed: Instant::now() }
     }
@@ -201,7 +196,7 @@ impl Cluster {
             .filter(|node| node.name != primary)
             .map(|node| TestDatabase::served(format!("postgresql://postgres@{}/postgres", node.postgres)))
             .collect();
-        wait_for("a promotion", async || {
+        until(LIMIT, "a promotion", async || {
             for standby in &standbys {
                 if standby.texts("SELECT pg_is_in_recovery()::text AS text").await == ["false"] {
                     return true;
@@ -217,7 +212,7 @@ impl Cluster {
     /// on the same timeline after this one. (Each failover starts a timeline. A node that wakes
     /// still says for a moment what was true when it was frozen.)
     async fn complete_after(&self, timeline: i64) {
-        wait_for("three nodes in step", async || {
+        until(LIMIT, "three nodes in step", async || {
             let members = self.members().await;
             let standby = |member: &&Member| member.role == "quorum_standby" && member.state == "streaming";
             members.len() == NAMES.len()
@@ -251,21 +246,17 @@ impl Cluster {
 impl Node {
     /// Patroni, Postgres and its children. In this order none of them starts another one
     /// while they are stopped.
-    fn processes(&self, dir: &Path) -> Vec<String> {
+    fn processes(&self, dir: &Path) -> Vec<u32> {
         let file = dir.join(self.name).join("data/postmaster.pid");
-        let postmaster = fs::read_to_string(file).unwrap().lines().next().unwrap().to_owned();
-        let children = fs::read_to_string(format!("/proc/{postmaster}/task/{postmaster}/children")).unwrap();
-        let children = children.split_whitespace().map(str::to_owned);
-        [self.patroni.id().expect("Patroni runs").to_string(), postmaster]
-            .into_iter()
-            .chain(children)
-            .collect()
+        let postmaster: u32 = fs::read_to_string(file).unwrap().lines().next().unwrap().parse().unwrap();
+        let patroni = self.patroni.id().expect("Patroni runs");
+        [vec![patroni, postmaster], processes::children(postmaster)].concat()
     }
 }
 
 /// Whether this process of Postgres sends commits to a standby.
-fn is_walsender(process: &str) -> bool {
-    fs::read_to_string(format!("/proc/{process}/cmdline")).is_ok_and(|title| title.contains("walsender"))
+fn is_walsender(pid: u32) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|title| title.contains("walsender"))
 }
 
 fn is_primary(member: &Member) -> bool {
@@ -278,92 +269,21 @@ pub fn tail(log: &str) -> String {
     lines[lines.len().saturating_sub(LOG_TAIL_LINES)..].join("\n")
 }
 
-async fn wait_for(awaited: &str, is_there: impl AsyncFn() -> bool) {
-    let waiting = async {
-        while !is_there().await {
-            sleep(INTERVAL).await;
-        }
-    };
-    assert!(timeout(LIMIT, waiting).await.is_ok(), "waited {LIMIT:?} for {awaited}");
-}
-
 /// A call of Patroni's REST API; `None` without an answer in time.
 async fn request(address: SocketAddr, method_and_path: &str, body: &str, limit: Duration) -> Option<String> {
-    let request = format!("{method_and_path} HTTP/1.0\r\nContent-Length: {}\r\n\r\n{body}", body.len());
-    let call = async {
-        let mut stream = TcpStream::connect(address).await?;
-        stream.write_all(request.as_bytes()).await?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).await?;
-        std::io::Result::Ok(answer)
-    };
-    let answer = timeout(limit, call).await.ok()?.ok()?;
-    Some(answer.split_once("\r\n\r\n")?.1.to_owned())
+    let (_head, body) = timeout(limit, http(address, method_and_path, body)).await.ok()?.ok()?;
+    Some(body)
 }
 
-/// Sends a signal to the processes in their order. One that has ended meanwhile is no error.
-async fn signal(name: &str, processes: &[String]) {
-    let _ = Command::new("kill").args(["-s", name]).args(processes).output().await.unwrap();
-}
-
-/// Installs Patroni in `venv`. Not below `target`, and not with a Python of `PATH`: the user
-/// of Postgres may be unable to enter the home directory in which they are.
-async fn install_patroni(dir: &Path) {
-    let venv = dir.join("venv");
-    let steps: [(PathBuf, &[&str]); 2] = [
-        ("/usr/bin/python3".into(), &["-m", "venv", venv.to_str().unwrap()]),
-        (venv.join("bin/pip"), &["install", "--quiet", "--disable-pip-version-check", PATRONI]),
-    ];
-    for (program, arguments) in steps {
-        let output = Command::new(&program).args(arguments).kill_on_drop(true).output().await.unwrap();
-        let stderr = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{} {arguments:?}: {stderr}", program.display());
-    }
-}
-
-fn start_etcd(dir: &Path, clients: SocketAddr) -> Child {
-    make_postgres_dir(&dir.join("etcd"));
-    let (clients, peers) = (format!("http://{clients}"), format!("http://{}", own_address("127.0.0.1")));
-    let cluster = format!("default={peers}");
-    let arguments = [
-        ["--data-dir", "etcd"],
-        ["--listen-client-urls", &clients],
-        ["--advertise-client-urls", &clients],
-        ["--listen-peer-urls", &peers],
-        ["--initial-advertise-peer-urls", &peers],
-        ["--initial-cluster", &cluster],
-    ];
-    start(dir, "etcd", "etcd", arguments.as_flattened())
-}
-
-fn start_patroni(dir: &Path, name: &str) -> Child {
+fn start_patroni(dir: &TemporaryDir, name: &str) -> Child {
     start(dir, name, "venv/bin/patroni", &[&format!("{name}.yml")])
 }
 
-/// Starts a program, which ends with this process, also if this one is killed. It runs as the
-/// user of Postgres, in `dir`, and logs to a file there.
-fn start(dir: &Path, log: &str, program: &str, arguments: &[&str]) -> Child {
-    let log = File::options().create(true).append(true).open(dir.join(format!("{log}.log"))).unwrap();
-    // Debian has HAProxy in a directory for administrators.
-    let path = format!("{}:/usr/sbin", env::var("PATH").unwrap_or_default());
-    let mut command = Command::new("setpriv");
-    if is_root() {
-        command.args(["--reuid=postgres", "--regid=postgres", "--init-groups"]);
-    }
-    command
-        .args(["--pdeathsig", "KILL"])
-        .arg(program)
-        .args(arguments)
-        .current_dir(dir)
-        .env("PATH", path)
-        // Not in the group that Ctrl-C interrupts: it ends once this process has ended.
-        .process_group(0)
-        .stdin(Stdio::null())
-        .stdout(log.try_clone().unwrap())
-        .stderr(log)
-        .kill_on_drop(true)
-        .spawn()
-        .unwrap_or_else(|error| panic!("setpriv {program}: {error}"))
+/// Starts a program as the user of Postgres. It logs to a file in `dir`.
+fn start(dir: &TemporaryDir, log: &str, program: &str, arguments: &[&str]) -> Child {
+    let mut command = postgres_command(program);
+    command.args(arguments);
+    dir.run(command, &format!("{log}.log"))
 }
 
 fn patroni_configuration(

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use milepost::pb::{self, watch_events_request::Scope, watch_events_response::Message};
+use milepost_client::pb::{self, watch_events_request::Scope, watch_events_response::Message};
 use tokio::{
     sync::watch,
     task::JoinSet,
@@ -17,7 +17,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, Streaming};
 
-use crate::support::{Clients, User, info};
+use milepost_testing::{Clients, User, info};
 
 /// Pause of a writer between two batches.
 const PAUSE: Duration = Duration::from_millis(20);

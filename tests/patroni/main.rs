@@ -14,19 +14,12 @@
 
 mod cluster;
 mod load;
-#[path = "../it/support/mod.rs"]
-#[allow(dead_code, unused_imports, reason = "the other tests use more of it")]
-mod support;
 
-use std::{
-    fs,
-    io::Write as _,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use cluster::{Cluster, Failover};
 use load::{Acknowledgements, Load};
-use support::ServerProcess;
+use milepost_testing::{ServerProcess, machine, print_line};
 use tokio::process::Command;
 
 /// For how long a primary is frozen: longer than its key lives.
@@ -70,19 +63,6 @@ impl Drop for World {
             println!("{}", self.cluster.log_tails());
         }
     }
-}
-
-/// Writes to stdout directly: the test harness captures `println!`.
-fn print_line(line: impl AsRef<str>) {
-    // A closed stdout does not fail the test.
-    let _ = writeln!(std::io::stdout(), "{}", line.as_ref());
-}
-
-fn machine() -> String {
-    let cpus = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = cpus.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
-    let cores = std::thread::available_parallelism().unwrap();
-    format!("{cores} cores of {}", model.map_or("an unknown model", |(_, model)| model))
 }
 
 /// Prints when after the beginning of a fault a node was promoted, for how long each server

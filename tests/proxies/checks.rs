@@ -2,21 +2,17 @@
 
 use std::{fs, net::Ipv4Addr};
 
-use milepost::{
-    limits::{BATCH_EVENTS, ERROR_DETAILS_BYTES, MESSAGE_BYTES},
-    pb::{self, publish_events_response::Outcome, watch_events_response::Message},
+use milepost::limits::{BATCH_EVENTS, ERROR_DETAILS_BYTES, MESSAGE_BYTES};
+use milepost_client::pb::{self, publish_events_response::Outcome, watch_events_response::Message};
+use milepost_testing::{
+    Clients, ServerProcess, TestDatabase, User, Watch, info, with_metadata, within_timeout,
 };
 use prost::Message as _;
 use prost_types::value::Kind as Value;
 use tonic::{Code, Status, Streaming};
 use tonic_types::pb::{ErrorInfo, Status as RpcStatus};
 
-use crate::{
-    proxy::{Kind, Proxy},
-    support::{
-        Clients, PASSWORD, ServerProcess, TestDatabase, User, Watch, info, with_metadata, within_timeout,
-    },
-};
+use crate::proxy::{Kind, Proxy};
 
 /// Heartbeats, 5 s apart, that take longer than the time-outs of the proxy twice.
 const HEARTBEATS: usize = 5;
@@ -135,8 +131,7 @@ impl Scene {
     /// The audit, and with it the throttle, has the address of the client.
     async fn names_the_client(&self) {
         let client = self.proxy.clients().from(Ipv4Addr::new(127, 0, 0, 5));
-        let log_in = pb::LogInRequest { email: self.customer.email.clone(), password: PASSWORD.to_owned() };
-        client.anonymous().auth.log_in(log_in).await.unwrap();
+        client.log_in(&self.customer).await;
         let last = "SELECT host(client_address) AS text FROM audit_entries ORDER BY created_at DESC LIMIT 1";
         assert_eq!(self.database.texts(last).await, ["127.0.0.5"]);
     }
@@ -158,9 +153,7 @@ impl Scene {
     /// The credential of a watch that is not read ends. That stream ends, and nothing else of
     /// the connection that the proxy has for all clients.
     pub async fn ends_only_the_unread_watch_of_a_user_who_logs_out(&self) {
-        let log_in = pb::LogInRequest { email: self.customer.email.clone(), password: PASSWORD.to_owned() };
-        let log_in = self.proxy.clients().anonymous().auth.log_in(log_in).await.unwrap().into_inner();
-        let secret = log_in.session.unwrap().secret;
+        let secret = self.proxy.clients().log_in(&self.customer).await;
         let (_clients, mut unread) = self.unread_watch(&secret).await;
         let (mut provider, mut other) = (self.provider.clone(), self.proxy.clients().customer().await);
         let job = provider.job(&other).await;

@@ -13,9 +13,6 @@
 
 mod checks;
 mod proxy;
-#[path = "../it/support/mod.rs"]
-#[allow(dead_code, unused_imports, reason = "the other tests use more of it")]
-mod support;
 
 use checks::Scene;
 use proxy::Kind;

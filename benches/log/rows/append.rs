@@ -3,13 +3,14 @@
 use std::{sync::Arc, time::Instant};
 
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
+use milepost_testing::ServerProcess;
 
 use super::{Row, fan_out};
 use crate::{
     Result,
     accounts::{self, Accounts},
     check::{Checker, check_etcd},
-    harness::{Harness, Process},
+    harness::{Harness, Peer, serve},
     load::{Calls, Worker, drive},
     report::{Goal, Outcome},
     store::{Acked, Store, Writer, stamp},
@@ -96,9 +97,9 @@ pub(super) async fn unary(harness: &Harness, row: Row) -> Result<Vec<Outcome>> {
     let database = harness.database().await?;
     let mut servers = Vec::new();
     for _ in 0..load.replicas {
-        servers.push(harness.server(&database).await?);
+        servers.push(serve(&database).await);
     }
-    let accounts = Accounts::create(servers[0].address).await?;
+    let accounts = Accounts::create(servers[0].address).await;
     let jobs = accounts.create_jobs(servers[0].address, load.jobs + load.idle_jobs).await?;
     let idle_jobs: Arc<[String]> = jobs[load.jobs..].into();
     let jobs: Arc<[String]> = jobs[..load.jobs].into();
@@ -114,7 +115,7 @@ pub(super) async fn unary(harness: &Harness, row: Row) -> Result<Vec<Outcome>> {
     } else {
         open_idle_watchers(&servers[0], etcd.as_ref(), &accounts, idle_jobs).await?
     };
-    let reader = &accounts::connect(servers[0].address, &accounts.customer_key, 1).await?[0];
+    let reader = &accounts::connect(servers[0].address, &accounts.customer, 1).await?[0];
     let (unit, peer) = if load.by_latency { ("ms p50", "etcd Put") } else { ("events/s", "etcd Put") };
     let mut outcome = Outcome::new(row.name(), unit, peer, load.goal);
     let measure = |calls: &Calls| if load.by_latency { calls.p50() } else { calls.rate(1.0) };
@@ -141,7 +142,7 @@ pub(super) async fn unary(harness: &Harness, row: Row) -> Result<Vec<Outcome>> {
 
 /// Opens a store for each replica, with an equal share of the connections.
 async fn stores(
-    servers: &[Process],
+    servers: &[ServerProcess],
     accounts: &Accounts,
     jobs: &Arc<[String]>,
     connections: usize,
@@ -149,20 +150,20 @@ async fn stores(
     let mut stores = Vec::new();
     for server in servers {
         let share = connections / servers.len();
-        stores.push(Store::milepost(server.address, &accounts.provider_key, Arc::clone(jobs), share).await?);
+        stores.push(Store::milepost(server.address, &accounts.provider, Arc::clone(jobs), share).await?);
     }
     Ok(stores)
 }
 
 /// Opens 10,000 watches of the logs in milepost, and as many in etcd.
 async fn open_idle_watchers(
-    server: &Process,
-    etcd: Option<&Process>,
+    server: &ServerProcess,
+    etcd: Option<&Peer>,
     accounts: &Accounts,
     logs: Arc<[String]>,
 ) -> Result<Vec<fan_out::Watchers>> {
-    let key = &accounts.customer_key;
-    let store = Store::milepost(server.address, key, Arc::clone(&logs), fan_out::CONNECTIONS).await?;
+    let user = &accounts.customer;
+    let store = Store::milepost(server.address, user, Arc::clone(&logs), fan_out::CONNECTIONS).await?;
     let mut watchers = vec![fan_out::Watchers::open(&store).await?];
     if let Some(etcd) = etcd {
         let store = Store::etcd(etcd.address, logs, fan_out::CONNECTIONS).await?;

@@ -1,7 +1,7 @@
 //! `GetJob` and `GetCurrentUser`, compared with a method that does nothing.
 
-use milepost::{
-    client::Client,
+use milepost_client::{
+    Client,
     pb::{GetCurrentUserRequest, GetJobRequest, get_job_request},
 };
 use tonic::{client::Grpc, transport::Channel, transport::Endpoint};
@@ -11,7 +11,7 @@ use crate::{
     Result,
     accounts::{self, Accounts},
     empty,
-    harness::Harness,
+    harness::{Harness, serve},
     load::{Worker, drive},
     report::Outcome,
 };
@@ -49,10 +49,10 @@ impl Worker for Caller {
 }
 
 pub(super) async fn measure(harness: &Harness, row: Row) -> Result<Vec<Outcome>> {
-    let server = harness.server(&harness.database().await?).await?;
-    let accounts = Accounts::create(server.address).await?;
+    let server = serve(&harness.database().await?).await;
+    let accounts = Accounts::create(server.address).await;
     let jobs = accounts.create_jobs(server.address, JOBS).await?;
-    let clients = accounts::connect(server.address, &accounts.customer_key, CONNECTIONS).await?;
+    let clients = accounts::connect(server.address, &accounts.customer, CONNECTIONS).await?;
     let empty = harness.empty().await?;
     let endpoint = Endpoint::from_shared(format!("http://{}", empty.address))?;
     let mut channels = Vec::new();

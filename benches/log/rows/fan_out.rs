@@ -10,12 +10,13 @@ use std::{
 };
 
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
+use milepost_testing::ServerProcess;
 use tokio::{sync::Notify, task::JoinSet, time::timeout};
 
 use crate::{
     Result,
     accounts::Accounts,
-    harness::{Harness, Process},
+    harness::{Harness, Peer, serve},
     report::{Goal, Measure, Outcome, median},
     store::{EventStream, SequenceCheck, Store},
 };
@@ -113,12 +114,12 @@ impl Watchers {
 
 /// Opens the stores of one job: milepost for the watchers, etcd if it is installed, and
 /// milepost for the appends.
-async fn open_stores(server: &Process, etcd: Option<&Process>) -> Result<(Store, Option<Store>, Store)> {
-    let accounts = Accounts::create(server.address).await?;
+async fn open_stores(server: &ServerProcess, etcd: Option<&Peer>) -> Result<(Store, Option<Store>, Store)> {
+    let accounts = Accounts::create(server.address).await;
     let jobs: Arc<[String]> = accounts.create_jobs(server.address, 1).await?.into();
     let milepost =
-        Store::milepost(server.address, &accounts.customer_key, Arc::clone(&jobs), CONNECTIONS).await?;
-    let provider = Store::milepost(server.address, &accounts.provider_key, Arc::clone(&jobs), 1).await?;
+        Store::milepost(server.address, &accounts.customer, Arc::clone(&jobs), CONNECTIONS).await?;
+    let provider = Store::milepost(server.address, &accounts.provider, Arc::clone(&jobs), 1).await?;
     let etcd = match etcd {
         Some(etcd) => Some(Store::etcd(etcd.address, jobs, CONNECTIONS).await?),
         None => None,
@@ -127,7 +128,7 @@ async fn open_stores(server: &Process, etcd: Option<&Process>) -> Result<(Store,
 }
 
 pub(super) async fn fan_out(harness: &Harness, name: &str) -> Result<Vec<Outcome>> {
-    let server = harness.server(&harness.database().await?).await?;
+    let server = serve(&harness.database().await?).await;
     let etcd = harness.etcd().await?;
     let (milepost_store, etcd_store, provider) = open_stores(&server, etcd.as_ref()).await?;
     let milepost_watchers = Watchers::open(&milepost_store).await?;
@@ -162,23 +163,29 @@ pub(super) async fn memory(harness: &Harness, name: &str) -> Result<Vec<Outcome>
     let mut outcome = Outcome::new(name, "kB/stream", "etcd", Some(Goal::Within(9.0)));
     for _ in 0..harness.options.rounds {
         // A process seldom returns memory: each round starts new servers.
-        let server = harness.server(&harness.database().await?).await?;
+        let server = serve(&harness.database().await?).await;
         let etcd = harness.etcd().await?;
         let (milepost_store, etcd_store, provider) = open_stores(&server, etcd.as_ref()).await?;
-        outcome.add_milepost(memory_per_stream(&server, &milepost_store, &provider).await?);
+        outcome.add_milepost(
+            memory_per_stream(|| Ok(server.resident_bytes()), &milepost_store, &provider).await?,
+        );
         if let (Some(etcd), Some(store)) = (&etcd, &etcd_store) {
-            outcome.add_peer(memory_per_stream(etcd, store, store).await?);
+            outcome.add_peer(memory_per_stream(|| etcd.resident_bytes(), store, store).await?);
         }
     }
     Ok(vec![outcome])
 }
 
-/// By how much the process's memory grows with the streams, in kB for each.
-async fn memory_per_stream(process: &Process, store: &Store, writer: &Store) -> Result<Measure> {
+/// By how much the memory of a process grows with the streams, in kB for each.
+async fn memory_per_stream(
+    resident_bytes: impl Fn() -> Result<usize>,
+    store: &Store,
+    writer: &Store,
+) -> Result<Measure> {
     writer.writer(0).append(&writer.logs, 0, 0).await?;
-    let before = process.resident_bytes()?;
+    let before = resident_bytes()?;
     let watchers = Watchers::open(store).await?;
     watchers.append_and_wait(writer).await?;
-    let bytes = process.resident_bytes()?.saturating_sub(before);
+    let bytes = resident_bytes()?.saturating_sub(before);
     Ok(Measure::of(f64::from(u32::try_from(bytes)?) / 1e3 / f64::from(u32::try_from(STREAMS)?)))
 }

@@ -6,19 +6,20 @@ use std::{
     time::{Duration, Instant},
 };
 
-use milepost::{
-    client::Client,
+use milepost_client::{
+    Client,
     pb::{
         AllJobs, FromNow, GetJobRequest, ListEventsRequest, ListJobsRequest, get_job_request,
         list_events_request,
         watch_events_request::{Scope, Start},
     },
 };
+use milepost_testing::{ServerProcess, connect};
 
 use crate::{
     Result,
     accounts::{self, Accounts},
-    harness::{Harness, Process, connect},
+    harness::{Harness, serve, stop},
     load::latency,
     report::{Goal, Measure, Outcome},
     store::{append_request, new_event, watch},
@@ -35,7 +36,7 @@ const CALLS: [&str; 6] = ["append", "get-job", "resume-job", "resume-all", "list
 
 /// A server on a filled database.
 struct Side {
-    _server: Process,
+    _server: ServerProcess,
     provider: Client,
     customer: Client,
     jobs: Arc<[String]>,
@@ -94,23 +95,23 @@ async fn alternate(call: &str, mut sides: [&mut Side; 2], time: Duration) -> Res
 impl Side {
     async fn fill(harness: &Harness, jobs: u32) -> Result<Self> {
         let database = harness.database().await?;
-        let server = harness.server(&database).await?;
-        let accounts = Accounts::create(server.address).await?;
+        let mut server = serve(&database).await;
+        let accounts = Accounts::create(server.address).await;
         accounts.create_jobs(server.address, 1).await?;
         let client = connect(&database).await?;
         client.batch_execute(&insert_jobs_sql(jobs)).await?;
         // In time autovacuum would do the same.
         client.batch_execute("VACUUM ANALYZE").await?;
         // A restarted server has cached nothing from before the INSERTs.
-        server.stop().await?;
-        let server = harness.server(&database).await?;
+        stop(&mut server).await;
+        server.restart().await;
         let stride = i64::from(jobs / JOBS);
         let rows = client
             .query(&format!("SELECT id::text FROM jobs WHERE provider_job_id LIKE 'fill-%' AND substr(provider_job_id, 6)::bigint % {stride} = 0 ORDER BY 1"), &[])
             .await?;
         let jobs: Arc<[String]> = rows.iter().map(|row| row.get(0)).collect();
-        let provider = accounts::connect(server.address, &accounts.provider_key, 1).await?.remove(0);
-        let customer = accounts::connect(server.address, &accounts.customer_key, 1).await?.remove(0);
+        let provider = accounts::connect(server.address, &accounts.provider, 1).await?.remove(0);
+        let customer = accounts::connect(server.address, &accounts.customer, 1).await?.remove(0);
         let (all_token, job_tokens) = (String::new(), Vec::new());
         let mut side = Self { _server: server, provider, customer, jobs, all_token, job_tokens, next: 0 };
         for index in 0..side.jobs.len() {

@@ -8,14 +8,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use milepost::{
-    client::Client,
+use milepost_client::{
+    Client,
     pb::{AppendEventsRequest, NewEvent},
 };
+use milepost_testing::http;
 use prost_types::{Struct, Value, value::Kind};
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpStream,
     sync::watch,
     task::JoinSet,
     time::{sleep, timeout},
@@ -26,10 +25,10 @@ use crate::{
     Result,
     accounts::{self, Accounts},
     check::Checker,
-    harness::Harness,
+    harness::{Harness, serve_with_metrics},
     load::latency,
     report::{Goal, Measure, Outcome, median},
-    store::{Acked, SequenceCheck, Store, append_request, new_event, stamp},
+    store::{Acked, SequenceCheck, Store, append_request, delays, new_event, stamp},
 };
 
 /// Pause of the quiet provider after each append.
@@ -51,18 +50,18 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 const GOAL_ROUNDS: f64 = 3.0;
 
 pub(super) async fn measure(harness: &Harness, name: &str) -> Result<Vec<Outcome>> {
-    let (server, metrics) = harness.server_with_metrics(&harness.database().await?).await?;
-    let quiet = Accounts::create(server.address).await?;
+    let (server, metrics) = serve_with_metrics(&harness.database().await?).await;
+    let quiet = Accounts::create(server.address).await;
     let jobs: Arc<[String]> = quiet.create_jobs(server.address, 1).await?.into();
-    let loud = Accounts::create(server.address).await?;
+    let loud = Accounts::create(server.address).await;
     let of_another = Flood::prepare(server.address, &loud).await?;
     let of_itself = Flood::prepare(server.address, &quiet).await?;
     let neighbour = Neighbour {
-        sender: Store::milepost(server.address, &quiet.provider_key, Arc::clone(&jobs), 1).await?,
-        watcher: Store::milepost(server.address, &quiet.customer_key, Arc::clone(&jobs), 1).await?,
+        sender: Store::milepost(server.address, &quiet.provider, Arc::clone(&jobs), 1).await?,
+        watcher: Store::milepost(server.address, &quiet.customer, Arc::clone(&jobs), 1).await?,
         metrics,
     };
-    let reader = &accounts::connect(server.address, &quiet.customer_key, 1).await?[0];
+    let reader = &accounts::connect(server.address, &quiet.customer, 1).await?[0];
     let mut checker = Checker::default();
     let mut beside_another = Outcomes::new(name, Some(Goal::Within(GOAL_ROUNDS)));
     let mut in_one_queue = Outcomes::new(&format!("{name}-one-queue"), None);
@@ -100,32 +99,13 @@ struct Round {
 }
 
 impl Neighbour {
-    /// Appends one event after the other and watches their job. What is measured begins after a
-    /// fifth of the round's time, at most 3 s.
+    /// Appends one event after the other and watches their job.
     async fn round(&self, harness: &Harness) -> Result<Round> {
         let started = Instant::now();
-        let from = (harness.options.round() / 5).min(Duration::from_secs(3));
-        let (mut stream, after) = self.watcher.watch(0, 0).await?;
-        let (total_sender, mut total) = watch::channel(None::<usize>);
-        let watching = tokio::spawn(async move {
-            let (mut order, mut count, mut deliveries) = (SequenceCheck::after(after), 0, Vec::new());
-            while *total.borrow() != Some(count) {
-                let received = tokio::select! {
-                    received = stream.next() => received?,
-                    changed = total.changed() => { changed?; Vec::new() }
-                };
-                let now = started.elapsed();
-                for event in received {
-                    order.check(event)?;
-                    count += 1;
-                    let sent = Duration::from_nanos(event.stamp);
-                    if sent >= from {
-                        deliveries.push(now.saturating_sub(sent));
-                    }
-                }
-            }
-            Ok::<_, crate::Error>(deliveries)
-        });
+        let from = harness.options.warm_up();
+        let (stream, after) = self.watcher.watch(0, 0).await?;
+        let (total_sender, total) = watch::channel(None);
+        let watching = tokio::spawn(delays(stream, SequenceCheck::after(after), started, from, total));
         let mut round = self.append(started, from, from + harness.options.round()).await?;
         total_sender.send(Some(round.acked.len()))?;
         round.deliveries = timeout(TIMEOUT, watching).await???;
@@ -153,13 +133,9 @@ impl Neighbour {
 
 /// How many rounds the server has appended.
 async fn rounds_so_far(metrics: SocketAddr) -> Result<f64> {
-    let mut stream = TcpStream::connect(metrics).await?;
-    let request = format!("GET /metrics HTTP/1.1\r\nhost: {metrics}\r\nconnection: close\r\n\r\n");
-    stream.write_all(request.as_bytes()).await?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).await?;
+    let (_, samples) = http(metrics, "GET /metrics", "").await?;
     let name = "milepost_transaction_duration_seconds_count ";
-    let count = answer.lines().find_map(|line| line.strip_prefix(name));
+    let count = samples.lines().find_map(|line| line.strip_prefix(name));
     Ok(count.ok_or("/metrics has no count of transactions")?.trim().parse()?)
 }
 
@@ -216,7 +192,7 @@ struct RunningFlood {
 impl Flood {
     /// Creates the jobs, and stores the batch that will be replayed.
     async fn prepare(server: SocketAddr, accounts: &Accounts) -> Result<Self> {
-        let clients = accounts::connect(server, &accounts.provider_key, CONNECTIONS).await?;
+        let clients = accounts::connect(server, &accounts.provider, CONNECTIONS).await?;
         // The quiet provider has a job of its own.
         let mut jobs = accounts.create_more_jobs(server, 1, CONNECTIONS + 1).await?;
         let replayed = append_request(

@@ -5,13 +5,14 @@ use std::{collections::VecDeque, process::Stdio, sync::Arc, time::Instant};
 
 use bytes::Bytes;
 use futures_util::SinkExt as _;
-use milepost::{
-    client::Client,
+use milepost_client::{
+    Client,
     pb::{
         PublishEventsRequest, PublishEventsResponse, publish_events_request,
         publish_events_response::Outcome as Answer,
     },
 };
+use milepost_testing::{connect, installed::succeed};
 use tokio::{process::Command, sync::mpsc, task::JoinSet};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
@@ -21,7 +22,7 @@ use crate::{
     Result,
     accounts::{self, Accounts},
     check::Checker,
-    harness::{Harness, connect},
+    harness::{Harness, serve},
     load::{Worker, drive},
     report::{Goal, Measure, Outcome},
     store::{Acked, new_event, stamp},
@@ -138,11 +139,11 @@ impl Worker for Publisher {
 
 pub(super) async fn measure(harness: &Harness, name: &str) -> Result<Vec<Outcome>> {
     let database = harness.database().await?;
-    let server = harness.server(&database).await?;
-    let accounts = Accounts::create(server.address).await?;
+    let server = serve(&database).await;
+    let accounts = Accounts::create(server.address).await;
     let jobs: Arc<[String]> = accounts.create_jobs(server.address, JOBS).await?.into();
-    let clients = accounts::connect(server.address, &accounts.provider_key, STREAMS).await?;
-    let reader = &accounts::connect(server.address, &accounts.customer_key, 1).await?[0];
+    let clients = accounts::connect(server.address, &accounts.provider, STREAMS).await?;
+    let reader = &accounts::connect(server.address, &accounts.customer, 1).await?[0];
     let has_pgbench = Command::new("pgbench").arg("--version").stdout(Stdio::null()).status().await.is_ok();
     if !has_pgbench {
         harness.report_missing_peer("pgbench (Debian: postgresql)")?;
@@ -246,7 +247,7 @@ SELECT outcomes FROM append_events(
         .arg(format!("--file={}", script.display()))
         .arg(database);
     let before = count_events(database, first).await?;
-    let output = harness.run(pgbench).await?;
+    let output = succeed(&mut pgbench).await;
     let rate = output
         .lines()
         .find_map(|line| line.strip_prefix("tps = "))

@@ -6,8 +6,8 @@ use std::{
 };
 
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
-use milepost::{
-    client::Client,
+use milepost_client::{
+    Client,
     pb::{
         WatchEventsRequest,
         watch_events_request::{Scope, Start},
@@ -22,7 +22,7 @@ use tokio::{
 use crate::{
     Result,
     accounts::{self, Accounts},
-    harness::Harness,
+    harness::{Harness, serve, stop},
     load::latency,
     report::{Measure, Outcome},
     store::{append_request, new_event, watch},
@@ -38,15 +38,15 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 /// up. Each watcher has missed one event.
 pub(super) async fn measure(harness: &Harness, name: &str) -> Result<Vec<Outcome>> {
     let database = harness.database().await?;
-    let mut server = harness.server(&database).await?;
+    let mut server = serve(&database).await;
     let address = server.address;
-    let accounts = Accounts::create(address).await?;
+    let accounts = Accounts::create(address).await;
     let jobs = accounts.create_jobs(address, WATCHERS).await?;
     let mut outcome = Outcome::new(name, "ms to the last", "none", None);
     for _ in 0..harness.options.rounds {
         let tokens = watch_and_close(address, &accounts, &jobs).await?;
-        server.stop().await?;
-        server = harness.server_at(&database, address).await?;
+        stop(&mut server).await;
+        server.restart().await;
         harness.checkpoint().await?;
         outcome.add_milepost(resume(address, &accounts, tokens).await?);
     }
@@ -60,11 +60,11 @@ async fn watch_and_close(
     accounts: &Accounts,
     jobs: &[String],
 ) -> Result<Vec<(String, String)>> {
-    let customers = &accounts::connect(server, &accounts.customer_key, CONNECTIONS).await?;
-    let provider = &accounts::connect(server, &accounts.provider_key, 1).await?[0];
+    let customers = &accounts::connect(server, &accounts.customer, CONNECTIONS).await?;
+    let provider = &accounts::connect(server, &accounts.provider, 1).await?[0];
     let watch_one = |(number, job): (usize, String)| async move {
         let scope = Scope::JobId(job.clone());
-        let start = Start::FromNow(milepost::pb::FromNow {});
+        let start = Start::FromNow(milepost_client::pb::FromNow {});
         let (stream, token, _) = watch(&customers[number % CONNECTIONS], scope, start).await?;
         provider.events().append_events(append_request(job.clone(), vec![new_event(number, 0)])).await?;
         drop(stream);
@@ -75,7 +75,7 @@ async fn watch_and_close(
 
 async fn resume(server: SocketAddr, accounts: &Accounts, tokens: Vec<(String, String)>) -> Result<Measure> {
     let started = Instant::now();
-    let clients = accounts::connect(server, &accounts.customer_key, CONNECTIONS).await?;
+    let clients = accounts::connect(server, &accounts.customer, CONNECTIONS).await?;
     let mut resuming = JoinSet::new();
     for (number, (job, token)) in tokens.into_iter().enumerate() {
         let client = clients[number % CONNECTIONS].clone();

@@ -4,16 +4,17 @@
 use std::time::Instant;
 
 use futures_util::StreamExt as _;
-use milepost::pb::{
+use milepost_client::pb::{
     WatchEventsRequest,
     watch_events_request::{Scope, Start},
     watch_events_response::Message,
 };
+use milepost_testing::connect;
 
 use crate::{
     Result,
     accounts::{self, Accounts},
-    harness::{Harness, connect},
+    harness::{Harness, serve, stop},
     report::{Goal, Measure, Outcome},
 };
 
@@ -23,21 +24,21 @@ const GOAL_KB: f64 = 16_000.0;
 
 pub(super) async fn measure(harness: &Harness, name: &str) -> Result<Vec<Outcome>> {
     let database = harness.database().await?;
-    let server = harness.server(&database).await?;
-    let accounts = Accounts::create(server.address).await?;
+    let mut server = serve(&database).await;
+    let accounts = Accounts::create(server.address).await;
     let job = accounts.create_jobs(server.address, 1).await?.remove(0);
     let postgres = connect(&database).await?;
     postgres.batch_execute(&insert_events_sql()).await?;
     postgres.batch_execute("VACUUM ANALYZE").await?;
     // A restarted server has cached nothing from before the INSERT.
-    server.stop().await?;
-    let server = harness.server(&database).await?;
-    let customer = accounts::connect(server.address, &accounts.customer_key, 1).await?.remove(0);
+    stop(&mut server).await;
+    server.restart().await;
+    let customer = accounts::connect(server.address, &accounts.customer, 1).await?.remove(0);
 
     let mut rate = Outcome::new(name, "events/s", "COPY out", None);
     let mut memory = Outcome::new(format!("{name}-memory"), "kB", "none", Some(Goal::Within(GOAL_KB)));
     for _ in 0..harness.options.rounds {
-        let before = server.resident_bytes()?;
+        let before = server.resident_bytes();
         let started = Instant::now();
         let request = WatchEventsRequest {
             scope: Some(Scope::JobId(job.clone())),
@@ -60,7 +61,7 @@ pub(super) async fn measure(harness: &Harness, name: &str) -> Result<Vec<Outcome
             return Err(format!("the watch ended after {last} events of {EVENTS}").into());
         }
         rate.add_milepost(Measure::of(f64::from(EVENTS) / started.elapsed().as_secs_f64()));
-        let grown = server.resident_bytes()?.saturating_sub(before) / 1_000;
+        let grown = server.resident_bytes().saturating_sub(before) / 1_000;
         memory.add_milepost(Measure::of(f64::from(u32::try_from(grown)?)));
 
         let started = Instant::now();

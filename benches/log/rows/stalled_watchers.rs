@@ -3,23 +3,22 @@
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
-use milepost::pb::{
-    AllJobs, FromNow, WatchEventsRequest, WatchEventsResponse,
-    event_service_client::EventServiceClient,
-    watch_events_request::{Scope, Start},
-    watch_events_response::Message,
+use milepost_client::{
+    Client,
+    pb::{
+        AllJobs, FromNow, WatchEventsRequest, WatchEventsResponse,
+        watch_events_request::{Scope, Start},
+        watch_events_response::Message,
+    },
 };
 use tokio::{task::JoinSet, time::timeout};
-use tonic::{
-    Request, Streaming,
-    metadata::{Ascii, MetadataValue},
-};
+use tonic::Streaming;
 
 use super::{fan_out::Watchers, watch};
 use crate::{
     Result,
     event_service::endpoint,
-    harness::Harness,
+    harness::{Harness, serve},
     report::{Goal, Measure, Outcome},
     store::Store,
 };
@@ -40,13 +39,12 @@ const TIMEOUT: Duration = Duration::from_secs(900);
 /// stalled watchers receive all events once they read. There is one round, since reading
 /// all events takes as long as the rest of the row.
 pub(super) async fn measure(harness: &Harness, name: &str) -> Result<Vec<Outcome>> {
-    let server = harness.server(&harness.database().await?).await?;
+    let server = serve(&harness.database().await?).await;
     let watch::WatchLoad { accounts, jobs, senders, watchers } = watch::watch_load(server.address).await?;
     let idle_jobs: Arc<[String]> =
         accounts.create_more_jobs(server.address, jobs.len(), jobs.len()).await?.into();
     let idle_store =
-        Store::milepost(server.address, &accounts.customer_key, idle_jobs, super::fan_out::CONNECTIONS)
-            .await?;
+        Store::milepost(server.address, &accounts.customer, idle_jobs, super::fan_out::CONNECTIONS).await?;
     let idle_watchers = Watchers::open(&idle_store).await?;
 
     let mut delay = Outcome::new(name, "ms p99", "none stalled", None);
@@ -54,22 +52,21 @@ pub(super) async fn measure(harness: &Harness, name: &str) -> Result<Vec<Outcome
         Outcome::new(format!("{name}-memory"), "kB/watcher", "none", Some(Goal::Within(GOAL_KB)));
     harness.checkpoint().await?;
     let without_stalled = watch::round(harness, &senders, &watchers).await?;
-    let before = server.resident_bytes()?;
-    let bearer: MetadataValue<Ascii> = format!("Bearer {}", accounts.customer_key).parse()?;
+    let before = server.resident_bytes();
     let mut connections = Vec::new();
     for _ in 0..STALLED_CONNECTIONS {
         // With a small window, unread events soon stay in the server.
         let endpoint = endpoint(server.address)?.initial_stream_window_size(WINDOW_BYTES);
-        connections.push(EventServiceClient::new(endpoint.connect().await?));
+        let client = Client::new(endpoint.connect().await?).with_credential(&accounts.customer.key_secret)?;
+        connections.push(client.events());
     }
     let open = |number: usize| {
         let mut client = connections[number % STALLED_CONNECTIONS].clone();
-        let mut request = Request::new(WatchEventsRequest {
+        let request = WatchEventsRequest {
             scope: Some(Scope::AllJobs(AllJobs::default())),
             start: Some(Start::FromNow(FromNow {})),
             ..Default::default()
-        });
-        request.metadata_mut().insert("authorization", bearer.clone());
+        };
         async move {
             let mut stream = client.watch_events(request).await?.into_inner();
             stream.message().await?.ok_or("a watch ended before it caught up")?;
@@ -80,7 +77,7 @@ pub(super) async fn measure(harness: &Harness, name: &str) -> Result<Vec<Outcome
     harness.checkpoint().await?;
     delay.add_milepost(watch::round(harness, &senders, &watchers).await?);
     delay.add_peer(without_stalled);
-    let bytes = server.resident_bytes()?.saturating_sub(before);
+    let bytes = server.resident_bytes().saturating_sub(before);
     memory.add_milepost(Measure::of(
         f64::from(u32::try_from(bytes / 1_000)?) / f64::from(u32::try_from(STALLED)?),
     ));

@@ -16,10 +16,10 @@ use tokio::{
 use crate::{
     Result,
     accounts::Accounts,
-    harness::Harness,
+    harness::{Harness, serve},
     load::latency,
     report::{Goal, Measure, Outcome},
-    store::{SequenceCheck, Store, stamp},
+    store::{SequenceCheck, Store, delays, stamp},
 };
 
 /// Watchers, each of its own job.
@@ -32,7 +32,7 @@ const CONNECTIONS: usize = 8;
 const TIMEOUT: Duration = Duration::from_secs(30);
 
 pub(super) async fn watchers(harness: &Harness, name: &str) -> Result<Vec<Outcome>> {
-    let server = harness.server(&harness.database().await?).await?;
+    let server = serve(&harness.database().await?).await;
     let WatchLoad { jobs, senders, watchers, .. } = watch_load(server.address).await?;
     let etcd = harness.etcd().await?;
     let etcd_load = match &etcd {
@@ -58,9 +58,9 @@ pub(super) async fn watchers(harness: &Harness, name: &str) -> Result<Vec<Outcom
 /// watching at the same one.
 pub(super) async fn replicas(harness: &Harness, name: &str) -> Result<Vec<Outcome>> {
     let database = harness.database().await?;
-    let (first, second) = (harness.server(&database).await?, harness.server(&database).await?);
+    let (first, second) = (serve(&database).await, serve(&database).await);
     let WatchLoad { accounts, jobs, senders, watchers: at_first } = watch_load(first.address).await?;
-    let at_second = Store::milepost(second.address, &accounts.customer_key, jobs, CONNECTIONS).await?;
+    let at_second = Store::milepost(second.address, &accounts.customer, jobs, CONNECTIONS).await?;
     let mut outcome = Outcome::new(name, "ms p99", "same replica", None);
     for _ in 0..harness.options.rounds {
         harness.checkpoint().await?;
@@ -80,22 +80,16 @@ pub(super) struct WatchLoad {
 }
 
 pub(super) async fn watch_load(server: SocketAddr) -> Result<WatchLoad> {
-    let accounts = Accounts::create(server).await?;
+    let accounts = Accounts::create(server).await;
     let jobs: Arc<[String]> = accounts.create_jobs(server, WATCHERS).await?.into();
-    let senders = Store::milepost(server, &accounts.provider_key, Arc::clone(&jobs), CONNECTIONS).await?;
-    let watchers = Store::milepost(server, &accounts.customer_key, Arc::clone(&jobs), CONNECTIONS).await?;
+    let senders = Store::milepost(server, &accounts.provider, Arc::clone(&jobs), CONNECTIONS).await?;
+    let watchers = Store::milepost(server, &accounts.customer, Arc::clone(&jobs), CONNECTIONS).await?;
     Ok(WatchLoad { accounts, jobs, senders, watchers })
-}
-
-/// Times since the start of a round: when measuring begins, and when the round ends.
-fn times(harness: &Harness) -> (Duration, Duration) {
-    let from = (harness.options.round() / 5).min(Duration::from_secs(3));
-    (from, from + harness.options.round())
 }
 
 /// The number of events that each job gets in a round.
 pub(super) fn events_per_job(harness: &Harness) -> usize {
-    let (_, until) = times(harness);
+    let until = harness.options.warm_up() + harness.options.round();
     usize::try_from(until.as_millis() / INTERVAL.as_millis()).unwrap_or(usize::MAX)
 }
 
@@ -105,45 +99,20 @@ pub(super) async fn round(harness: &Harness, senders: &Store, watchers: &Store) 
     let open = |log: usize| async move { watchers.watch(log, log).await };
     let event_streams: Vec<_> = stream::iter(0..WATCHERS).map(open).buffered(100).try_collect().await?;
     let started = Instant::now();
-    let (from, _) = times(harness);
-    // The number of events that each watcher must receive, set after the last append.
-    let (total_sender, total) = watch::channel(None::<usize>);
+    let from = harness.options.warm_up();
+    let (total_sender, total) = watch::channel(None);
     let mut reading = JoinSet::new();
-    for (mut event_stream, after) in event_streams {
-        let mut total = total.clone();
-        reading.spawn(async move {
-            let (mut order, mut count, mut delays) = (SequenceCheck::after(after), 0, Vec::new());
-            loop {
-                let received = tokio::select! {
-                    received = event_stream.next() => received?,
-                    changed = total.changed() => { changed?; Vec::new() }
-                };
-                let now = started.elapsed();
-                for event in received {
-                    order.check(event)?;
-                    count += 1;
-                    let sent = Duration::from_nanos(event.stamp);
-                    if sent >= from {
-                        delays.push(now.saturating_sub(sent));
-                    }
-                }
-                match *total.borrow() {
-                    Some(total) if count == total => return Ok::<_, crate::Error>(delays),
-                    Some(total) if count > total => {
-                        return Err(format!("a watcher received {count} events of {total}").into());
-                    }
-                    _ => {}
-                }
-            }
-        });
+    for (event_stream, after) in event_streams {
+        let order = SequenceCheck::after(after);
+        reading.spawn(delays(event_stream, order, started, from, total.clone()));
     }
     let sent = send(senders, started, events_per_job(harness)).await?;
     total_sender.send(Some(sent))?;
-    let mut delays = Vec::new();
+    let mut all = Vec::new();
     while let Some(read) = timeout(TIMEOUT, reading.join_next()).await? {
-        delays.extend(read??);
+        all.extend(read??);
     }
-    let latencies = latency(&delays);
+    let latencies = latency(&all);
     Ok(Measure { value: latencies[1], latencies: Some(latencies) })
 }
 

@@ -15,8 +15,8 @@ use super::{MIGRATIONS, SchemaError, applied_versions, known_versions, lock, ret
 /// Reverts the newest `count` migrations, and returns their versions, newest first. Needs
 /// tokio's multi-thread runtime.
 ///
-/// Reverts nothing if fewer migrations are applied, or if one of these is unknown here. Nor,
-/// unless `confirmed`, while servers are connected, or if the database has users.
+/// Fails, and reverts nothing, if fewer migrations are applied or one of these is unknown here.
+/// Without `confirmed` it also fails while servers are connected or the database has users.
 pub async fn revert(
     url: &str,
     ca: Option<&Path>,

@@ -66,8 +66,8 @@ impl Past {
         Self { end, identity, page: PAGE, from_beginning, scan_to: 0, piece: None }
     }
 
-    /// This past, to be read elsewhere and put back then. What is left serves as well, and
-    /// reads anew what was read of a walk.
+    /// Takes this past for a task that reads a page and gives the past back. If the read is
+    /// given up, the past that stays behind goes on, and reads the piece of a walk again.
     pub(super) fn take(&mut self) -> Self {
         Self { piece: self.piece.take(), ..*self }
     }

@@ -2,7 +2,7 @@
 
 use crate::{
     auth::NewAccount,
-    error::{Error, Result, Violations, quoted},
+    error::{Error, Result, Violations, check_text, quoted},
     limits::UPDATE_MASK_PATHS,
     models::{
         caller::UserRole,
@@ -61,11 +61,11 @@ pub(super) fn passwords(request: pb::ChangePasswordRequest) -> Result<(Option<Pa
     }
 }
 
-/// A password to verify, within the limits of [`parse::text`], but without the value in the
+/// A password to verify, by the rule of [`check_text`], but without the value in the
 /// description. None if its format is not permitted: it is then refused like any wrong
 /// password, after the same work.
 fn present_password(violations: &mut Violations, field: &str, value: String) -> Option<Password> {
-    if Violations::check(|unquoted| parse::text(unquoted, field, value.clone())).is_err() {
+    if check_text(&value).is_err() {
         violations.add(field, "must have at most 256 characters and no NUL");
     }
     Password::new(value).ok()

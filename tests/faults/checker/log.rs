@@ -3,7 +3,7 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use milepost::pb;
+use milepost_client::pb;
 use tonic::Code;
 
 use super::{Guarantee, IndexedHistory, Log, Origin, Violations, losses::Loss};

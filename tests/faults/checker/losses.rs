@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use milepost::pb::Event;
+use milepost_client::pb::Event;
 
 use super::{Guarantee, IndexedHistory, Violations};
 use crate::history::{Batch, History, LostLog, Moment, Outcome, SetBack};

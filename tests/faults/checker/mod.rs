@@ -6,7 +6,6 @@ mod credentials;
 mod log;
 mod losses;
 mod reads;
-mod replay;
 mod set_back_watches;
 mod streams;
 #[cfg(test)]
@@ -18,12 +17,10 @@ use std::{
     sync::Arc,
 };
 
-use milepost::pb;
+use milepost_client::pb;
+use milepost_testing::Replay;
 
-use self::{
-    losses::{is_lost, losses},
-    replay::Replay,
-};
+use self::losses::{is_lost, losses};
 use crate::history::{Attempt, Body, History, Moment, Outcome};
 
 /// The guarantee that a violation breaks, numbered as in the README.

@@ -3,7 +3,7 @@
 
 use std::{collections::HashSet, sync::Arc};
 
-use milepost::pb::{self, JobStatus};
+use milepost_client::pb::{self, JobStatus};
 
 use super::{Guarantee, IndexedHistory, Violations};
 use crate::history::JobRead;

@@ -3,7 +3,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use milepost::pb::{Event, JobState, WatchEndReason};
+use milepost_client::pb::{Event, JobState, WatchEndReason};
 use tonic::Code;
 
 use super::{

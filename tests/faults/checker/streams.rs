@@ -3,7 +3,7 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use milepost::pb::{Event, JobState, WatchEndReason};
+use milepost_client::pb::{Event, JobState, WatchEndReason};
 
 use super::{Guarantee, IndexedHistory, Violations, log::is_closing};
 use crate::{

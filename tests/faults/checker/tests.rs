@@ -7,7 +7,7 @@ mod set_backs;
 
 use std::{sync::Arc, time::Duration};
 
-use milepost::pb::{self, EventKind, JobStatus};
+use milepost_client::pb::{self, EventKind, JobStatus};
 use tonic::Code;
 
 use super::{Guarantee, check};

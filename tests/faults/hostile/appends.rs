@@ -1,7 +1,7 @@
 //! Appends that are large, many at once, or stored already.
 
 use futures_util::future::join_all;
-use milepost::pb;
+use milepost_client::pb;
 use tonic::Code;
 
 use super::{Hostile, requests};

@@ -3,12 +3,13 @@
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use milepost::pb::{self, get_job_request, list_events_request};
+use milepost_client::pb::{self, get_job_request, list_events_request};
+use milepost_testing::User;
 use tokio::time::timeout;
 use tonic::Code;
 
 use super::{Hostile, requests};
-use crate::clients::{User, UserClient};
+use crate::clients::UserClient;
 
 /// Calls at once, each of which is given up within some time.
 const AT_ONCE: usize = 12;
@@ -63,7 +64,7 @@ async fn list_jobs(hostile: &Hostile, mut client: UserClient) {
 
 /// Makes watch tokens and API keys, and uses each of them once.
 pub async fn make_credentials(mut hostile: Hostile) {
-    let auth = hostile.context.auth_client(hostile.replica, &hostile.context.hostile.secret);
+    let auth = hostile.client.auth.clone();
     while let Some(job) = hostile.create_job().await {
         for _ in 0..20 {
             if hostile.is_finishing() {
@@ -90,6 +91,6 @@ pub async fn make_credentials(mut hostile: Hostile) {
 }
 
 fn client(hostile: &Hostile, secret: String) -> UserClient {
-    let user = User { secret, ..hostile.context.hostile.clone() };
+    let user = User { key_secret: secret, ..hostile.context.hostile.clone() };
     hostile.context.client(hostile.replica, &user)
 }

@@ -1,14 +1,16 @@
 //! Configurations of 200 steps with 64 metadata names each.
 
 use futures_util::future::join_all;
-use milepost::pb::{
-    self, configuration_service_client::ConfigurationServiceClient, get_job_configuration_request::Key,
+use milepost_client::{
+    Service,
+    pb::{
+        self, configuration_service_client::ConfigurationServiceClient, get_job_configuration_request::Key,
+    },
 };
 use tonic::Code;
 use uuid::Uuid;
 
 use super::{Hostile, requests};
-use crate::clients::Service;
 
 const TAG: &str = "large";
 const PAUSE_MS: u64 = 3_000;
@@ -20,7 +22,7 @@ const AT_ONCE_PAUSE_MS: u64 = 4_000;
 /// jobs of them with one event each, which the other server must be able to read.
 pub async fn register_and_use(mut hostile: Hostile) {
     let user = hostile.context.hostile.clone();
-    let client = hostile.context.configuration_client(hostile.replica, &user);
+    let client = hostile.context.client(hostile.replica, &user).configurations.clone();
     let mut versions: Vec<String> = Vec::new();
     while !hostile.is_finishing() {
         let version = format!("{}.{}.0", hostile.replica, versions.len());
@@ -65,7 +67,7 @@ async fn create_job(hostile: &Hostile, id: &str, version: &str) -> Result<(), Co
 /// Asks for a large configuration, many times at once.
 pub async fn get_at_once(mut hostile: Hostile) {
     let user = hostile.context.hostile.clone();
-    let client = hostile.context.configuration_client(hostile.replica, &user);
+    let client = hostile.context.client(hostile.replica, &user).configurations.clone();
     while !hostile.is_finishing() {
         let request = requests::large_configuration("wanted", "1.0.0");
         let registered = hostile.call(client.clone().register_job_configuration(request)).await;

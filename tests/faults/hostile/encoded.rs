@@ -2,7 +2,7 @@
 //! the memory.
 
 use bytes::{BufMut as _, Bytes};
-use milepost::pb;
+use milepost_client::pb;
 use tonic::{
     Status,
     codec::{BufferSettings, Codec, EncodeBuf, Encoder},

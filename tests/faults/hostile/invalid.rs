@@ -1,10 +1,8 @@
 //! Requests that a limit or a rule does not allow, each of which must be refused by a status
 //! that says so.
 
-use milepost::{
-    limits::{BATCH_EVENTS, METADATA_NAMES, TEXT_CHARS},
-    pb::{self, WatchEventsRequest, watch_events_request::Start},
-};
+use milepost::limits::{BATCH_EVENTS, METADATA_NAMES, TEXT_CHARS};
+use milepost_client::pb::{self, WatchEventsRequest, watch_events_request::Start};
 use prost_types::{ListValue, Struct, Value, value::Kind};
 use tonic::Code;
 

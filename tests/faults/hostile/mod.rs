@@ -16,15 +16,16 @@ mod watches;
 
 use std::{error::Error as _, sync::Arc, time::Duration};
 
-use milepost::pb;
+use milepost_client::pb;
+use milepost_testing::Clients;
 use tokio::{task::JoinSet, time::timeout};
-use tonic::{Code, Response, Status, transport::Channel};
+use tonic::{Code, Response, Status};
 use uuid::Uuid;
 
 pub use self::load::{Answers, Load};
 use crate::{
     clients::UserClient,
-    context::{Context, configuration_tag},
+    context::{Context, configuration_tag, is_refusal},
     number_from_env,
 };
 
@@ -48,7 +49,7 @@ struct Hostile {
 /// Starts every load at both servers. The connections of `shared`, one to each server, are
 /// also those of other users. A debug build of the servers leaves two cores so little time
 /// that the tenant takes part only if `MILEPOST_FAULTS_HOSTILE` is 1.
-pub fn start(context: &Arc<Context>, shared: &[Channel; 2], tasks: &mut JoinSet<()>) {
+pub fn start(context: &Arc<Context>, shared: &[Clients; 2], tasks: &mut JoinSet<()>) {
     let takes_part = number_from_env("MILEPOST_FAULTS_HOSTILE").unwrap_or(u8::from(!cfg!(debug_assertions)));
     if takes_part == 0 {
         return;
@@ -61,7 +62,7 @@ pub fn start(context: &Arc<Context>, shared: &[Channel; 2], tasks: &mut JoinSet<
     }
 }
 
-async fn run(mut hostile: Hostile, shared: Channel) {
+async fn run(mut hostile: Hostile, shared: Clients) {
     hostile.pause(START_MS).await;
     match hostile.load {
         Load::LargeBatches => appends::append_large_batches(hostile).await,
@@ -121,12 +122,7 @@ impl Hostile {
         // A status made by the client for a broken connection has a source.
         let connection_broke = status.source().is_some();
         match status.code() {
-            Code::InvalidArgument
-            | Code::NotFound
-            | Code::AlreadyExists
-            | Code::FailedPrecondition
-            | Code::Aborted
-            | Code::OutOfRange => self.count(|answers| answers.refused += 1),
+            code if is_refusal(code) => self.count(|answers| answers.refused += 1),
             Code::ResourceExhausted => self.count(|answers| answers.limited += 1),
             // These use credentials that they end, or that a failover may lose.
             Code::Unauthenticated if matches!(self.load, Load::UnreadWatches | Load::Credentials) => {

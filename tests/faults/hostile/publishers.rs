@@ -4,10 +4,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::uri::PathAndQuery;
-use milepost::{
-    limits::MESSAGE_BYTES,
-    pb::{self, publish_events_response::Outcome},
-};
+use milepost::limits::MESSAGE_BYTES;
+use milepost_client::pb::{self, publish_events_response::Outcome};
 use tokio::{sync::mpsc, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming, client::Grpc};
@@ -85,7 +83,7 @@ pub async fn leave_answers_unread(mut hostile: Hostile) {
         };
         let mut client = hostile.context.slow_client(hostile.replica, &hostile.context.hostile);
         let (batches, receiver) = mpsc::channel(1);
-        let answers = hostile.call(client.publish_events(ReceiverStream::new(receiver))).await;
+        let answers = hostile.call(client.events.publish_events(ReceiverStream::new(receiver))).await;
         for _ in 0..UNREAD_BATCHES {
             let sent = timeout(STUCK, batches.send(request.clone())).await;
             if answers.is_err() || !matches!(sent, Ok(Ok(()))) || hostile.is_finishing() {

@@ -1,9 +1,7 @@
 //! Requests that are as large as the API allows.
 
-use milepost::{
-    limits::{BATCH_EVENTS, CONFIGURATION_STEPS, STEP_METADATA},
-    pb::{self, EventKind},
-};
+use milepost::limits::{BATCH_EVENTS, CONFIGURATION_STEPS, STEP_METADATA};
+use milepost_client::pb::{self, EventKind};
 use prost_types::{Struct, Value, value::Kind};
 use uuid::Uuid;
 

@@ -19,7 +19,8 @@ use std::{
 };
 
 use bytes::Bytes;
-use milepost::{limits, pb};
+use milepost::limits;
+use milepost_client::pb;
 use prost::Message as _;
 use prost_reflect::{DynamicMessage, MethodDescriptor, Value};
 use tokio::{task::JoinSet, time::timeout};

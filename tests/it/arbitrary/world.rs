@@ -1,13 +1,10 @@
 //! Two providers and two customers, whose resources arbitrary messages name.
 
-use milepost::{
-    pb::{self, ApiKeyScope, MetadataKind, watch_events_request::Start},
-    progress::{EventKind, JobState, Weights},
-};
+use milepost_client::pb::{self, ApiKeyScope, MetadataKind, watch_events_request::Start};
 use uuid::Uuid;
 
 use super::generate::{Known, Random};
-use crate::support::{PASSWORD, TestServer, User, complete, info, registration, step};
+use crate::support::{PASSWORD, Replay, TestServer, User, complete, info, registration, step};
 
 /// The name of each caller, and its secret if it has one.
 pub type Callers = Vec<(&'static str, Option<String>)>;
@@ -46,9 +43,9 @@ impl World {
         let mut watch = provider.watch_from(&jobs[1], Some(Start::FromNow(pb::FromNow {}))).await;
         watch.caught_up().await;
         let manager =
-            key(&mut provider, &[ApiKeyScope::Read, ApiKeyScope::Append, ApiKeyScope::Manage]).await;
-        let token = watch_token(&mut provider, &jobs[1]).await;
-        let foreign_token = watch_token(&mut other, &foreign).await;
+            provider.create_key(&[ApiKeyScope::Read, ApiKeyScope::Append, ApiKeyScope::Manage]).await;
+        let token = provider.create_watch_token(&jobs[1]).await;
+        let foreign_token = other.create_watch_token(&foreign).await;
         let callers = vec![
             ("the provider's session", Some(session(server, &provider).await)),
             ("the provider's key", Some(provider.key_secret.clone())),
@@ -85,7 +82,7 @@ impl World {
         for password in ["password", "current_password", "new_password"] {
             add(password, &[PASSWORD, PASSWORD, "another horse"]);
         }
-        add("api_key_id", &[&manager.0, &key(&mut provider, &[]).await.0, &new]);
+        add("api_key_id", &[&manager.0, &provider.create_key(&[]).await.0, &new]);
         add("watch_token_id", &[&token.0, &foreign_token.0, &new]);
         add("page_token", &[""]);
         add("resume_token", &[&watch.resume_token]);
@@ -126,28 +123,22 @@ async fn check(checker: &mut User, listed: &pb::Job) -> Result<(), String> {
     let found = checker.jobs.get_job(pb::GetJobRequest { job: by_id }).await.map_err(|e| e.to_string())?;
     let found = found.into_inner();
     let (job, configuration) = (found.job.unwrap(), found.job_configuration.unwrap());
-    let weights = Weights::new(configuration.steps.iter().map(|step| step.points));
-    let mut state = JobState::pending(&weights);
+    let steps: Vec<(String, i64)> =
+        configuration.steps.into_iter().map(|step| (step.tag, step.points)).collect();
+    let (mut replay, mut last_sequence) = (Replay::new(&steps), 0);
     for event in checker.list(&job).await {
-        let step = configuration.steps.iter().position(|step| step.tag == event.step_tag);
-        let kind = match event.kind() {
-            pb::EventKind::Step => EventKind::Step,
-            pb::EventKind::Error => EventKind::Error,
-            pb::EventKind::Info => EventKind::Info,
-            pb::EventKind::Complete => EventKind::Complete,
-            pb::EventKind::Close => EventKind::Close,
-            pb::EventKind::Unspecified => return Err(format!("an event without a kind: {event:?}")),
-        };
-        state
-            .apply(Uuid::nil(), kind, step, &weights)
-            .map_err(|closed| format!("{closed:?} before this event: {event:?}"))?;
-        let expected = (state.last_sequence, pb::JobStatus::from(state.status), Some(state.progress.into()));
+        if replay.closed || event.kind() == pb::EventKind::Unspecified {
+            return Err(format!("the job has {event:?}; it is closed before: {}", replay.closed));
+        }
+        replay.apply(event.kind(), &event.step_tag);
+        last_sequence += 1;
+        let expected = (last_sequence, replay.status, Some(replay.progress));
         if (event.sequence, event.status(), event.progress) != expected {
             return Err(format!("{event:?} should have {expected:?}"));
         }
     }
-    let expected = (state.last_sequence, pb::JobStatus::from(state.status), Some(state.progress.into()));
-    if (job.last_sequence, job.status(), job.progress) != expected || job.closed_at.is_some() != state.closed
+    let expected = (last_sequence, replay.status, Some(replay.progress));
+    if (job.last_sequence, job.status(), job.progress) != expected || job.closed_at.is_some() != replay.closed
     {
         return Err(format!("{job:?} should have {expected:?}"));
     }
@@ -158,34 +149,17 @@ fn declared(name: &str, kind: MetadataKind) -> pb::MetadataConfiguration {
     pb::MetadataConfiguration { name: name.to_owned(), kind: kind.into(), ..Default::default() }
 }
 
-/// Id and secret of a new key.
-async fn key(user: &mut User, scopes: &[ApiKeyScope]) -> (String, String) {
-    let scopes = scopes.iter().map(|scope| i32::from(*scope)).collect();
-    let request = pb::CreateApiKeyRequest { scopes, ..Default::default() };
-    let created = user.session.auth.create_api_key(request).await.unwrap().into_inner();
-    (created.api_key.unwrap().id, created.secret)
-}
-
-/// Id and secret of a new watch token.
-async fn watch_token(provider: &mut User, job: &pb::Job) -> (String, String) {
-    let job = Some(pb::create_watch_token_request::Job::JobId(job.id.clone()));
-    let request = pb::CreateWatchTokenRequest { job, ..Default::default() };
-    let created = provider.auth.create_watch_token(request).await.unwrap().into_inner();
-    (created.watch_token.unwrap().id, created.secret)
-}
-
 /// The secret of a new session.
 async fn session(server: &TestServer, user: &User) -> String {
     // From an address without failed log-ins, since the throttle slows down log-ins
     // after many failures.
     let [.., b, c, d] = Uuid::now_v7().into_bytes();
     let clients = server.from(std::net::Ipv4Addr::new(127, b | 1, c, d | 1));
-    let request = pb::LogInRequest { email: user.email.clone(), password: PASSWORD.to_owned() };
-    clients.anonymous().auth.log_in(request).await.unwrap().into_inner().session.unwrap().secret
+    clients.log_in(user).await
 }
 
 /// The same user with another key.
 async fn with_another_key(server: &TestServer, mut user: User) -> User {
-    let (_, secret) = key(&mut user, &[]).await;
+    let (_, secret) = user.create_key(&[]).await;
     User { key: server.with_secret(secret), ..user }
 }

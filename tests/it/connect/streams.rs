@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use http::Version;
-use milepost::pb::{self, watch_events_response::Message};
+use milepost_client::pb::{self, watch_events_response::Message};
 use prost::Message as _;
 use prost_reflect::{DescriptorPool, DeserializeOptions, DynamicMessage, ReflectMessage as _};
 use serde_json::{Value, json};

@@ -2,7 +2,7 @@
 //! between its events, and a watch that starts within it receives the rest.
 
 use diesel_async::SimpleAsyncConnection as _;
-use milepost::pb::{self, ErrorReason, Event, watch_events_request::Start};
+use milepost_client::pb::{self, ErrorReason, Event, watch_events_request::Start};
 use tonic::Code;
 
 use super::assert_gap_free;

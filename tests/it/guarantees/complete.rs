@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use milepost::pb::{self, Event, watch_events_request::Scope, watch_events_request::Start};
+use milepost_client::pb::{self, Event, watch_events_request::Scope, watch_events_request::Start};
 use prost_types::{Value, value::Kind};
 
 use super::{assert_gap_free, by_job};

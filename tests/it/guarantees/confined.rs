@@ -12,7 +12,7 @@ use futures_util::{
     future::join_all,
     stream::{self, StreamExt as _},
 };
-use milepost::pb::{
+use milepost_client::pb::{
     self, ErrorReason, WatchEndReason,
     event_service_client::EventServiceClient,
     get_current_user_response::Credential,
@@ -195,9 +195,7 @@ impl Scene {
 
     /// Logs in; returns the secret of the new session.
     async fn session(&self) -> String {
-        let request = pb::LogInRequest { email: self.provider.email.clone(), password: PASSWORD.to_owned() };
-        let answer = self.server.anonymous().auth.log_in(request).await.unwrap().into_inner();
-        answer.session.unwrap().secret
+        self.server.log_in(&self.provider).await
     }
 
     async fn key(&mut self, request: pb::CreateApiKeyRequest) -> pb::CreateApiKeyResponse {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use diesel_async::SimpleAsyncConnection as _;
-use milepost::pb::JobStatus;
+use milepost_client::pb::JobStatus;
 
 use crate::support::{TestServer, complete, error, info, step, within_timeout};
 

@@ -14,7 +14,9 @@ use diesel_async::AsyncPgConnection;
 use milepost::{
     config::{DatabaseSettings, SynchronousCommit},
     db::{Database, Payer},
-    pb::{self, AppendedEvent, ErrorReason, Event, NewEvent, publish_events_response::Outcome},
+};
+use milepost_client::pb::{
+    self, AppendedEvent, ErrorReason, Event, NewEvent, publish_events_response::Outcome,
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;

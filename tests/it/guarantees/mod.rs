@@ -12,7 +12,7 @@ mod unique;
 
 use std::collections::HashMap;
 
-use milepost::pb::{AppendedEvent, Event};
+use milepost_client::pb::{AppendedEvent, Event};
 
 /// Groups events by job, in the order received. Panics if the sequences of a job
 /// are not consecutive.

@@ -2,7 +2,7 @@
 
 use super::{assert_gap_free, sequences};
 use crate::support::{TestServer, assert_refused, info};
-use milepost::pb::{self, ErrorReason};
+use milepost_client::pb::{self, ErrorReason};
 use tonic::Code;
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,7 +1,7 @@
 //! With any resume token (for one job, also a sequence) a new stream continues
 //! exactly after it, on any replica.
 
-use milepost::pb::{
+use milepost_client::pb::{
     self, ErrorReason, Event, EventKind, watch_events_request::Scope, watch_events_request::Start,
     watch_events_response::Message,
 };

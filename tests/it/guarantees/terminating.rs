@@ -1,6 +1,6 @@
 //! The watch of a job ends by itself, with a reason, once the job is closed.
 
-use milepost::pb::{self, EventKind, JobStatus, WatchEndReason, watch_events_request};
+use milepost_client::pb::{self, EventKind, JobStatus, WatchEndReason, watch_events_request};
 
 use crate::support::{TestServer, complete, error, info, step};
 

@@ -3,7 +3,7 @@
 
 use std::collections::HashSet;
 
-use milepost::pb::NewEvent;
+use milepost_client::pb::NewEvent;
 
 use super::{assert_gap_free, sequences};
 use crate::support::{TestServer, complete, info, step};

@@ -16,9 +16,9 @@ use milepost::{
     limits::{
         MESSAGE_BYTES, PASSWORD_MIN_BYTES, TEXT_CHARS, UNAUTHENTICATED_CALL_BYTES, UNAUTHENTICATED_CALLS,
     },
-    pb::{self, ErrorReason, EventKind},
     tenant::Tenant,
 };
+use milepost_client::pb::{self, ErrorReason, EventKind};
 use prost::Message as _;
 use prost_types::Value;
 use tokio::task::JoinSet;

@@ -1,9 +1,7 @@
 //! The size of pages, and page tokens that are refused.
 
-use milepost::{
-    limits::{CONFIGURATION_STEPS, MESSAGE_BYTES, METADATA_BYTES, TEXT_CHARS, TOKEN_BYTES},
-    pb,
-};
+use milepost::limits::{CONFIGURATION_STEPS, MESSAGE_BYTES, METADATA_BYTES, TEXT_CHARS, TOKEN_BYTES};
+use milepost_client::pb;
 use prost::Message;
 
 use super::{Scene, large};

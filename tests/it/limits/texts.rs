@@ -2,10 +2,8 @@
 
 use std::time::Duration;
 
-use milepost::{
-    limits::{PASSWORD_MIN_BYTES, TEXT_CHARS},
-    pb,
-};
+use milepost::limits::{PASSWORD_MIN_BYTES, TEXT_CHARS};
+use milepost_client::pb;
 use prost::Message as _;
 use prost_reflect::{DynamicMessage, Kind, MessageDescriptor, ReflectMessage as _, Value};
 use tonic::Code;

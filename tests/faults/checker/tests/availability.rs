@@ -1,6 +1,6 @@
 //! Tests of the checks of what everybody is promised beside the hostile tenant.
 
-use milepost::pb::EventKind;
+use milepost_client::pb::EventKind;
 
 use super::{OTHER_JOB, at, attempt, batch, new_event, violated};
 use crate::{
@@ -52,7 +52,7 @@ fn an_append_may_wait_long_only_while_a_fault_affects_the_server() {
 
 #[test]
 fn the_memory_of_each_process_is_bounded() {
-    let peaks = |bytes: [u64; 2]| {
+    let peaks = |bytes: [usize; 2]| {
         violated(|history| {
             history.memory_bound_bytes = 1_000;
             history.memory_peaks = bytes.map(|bytes| MemoryPeak { replica: 1, bytes }).into();

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use milepost::pb::{self, EventKind, JobStatus, WatchEndReason};
+use milepost_client::pb::{self, EventKind, JobStatus, WatchEndReason};
 use tonic::Code;
 
 use super::{

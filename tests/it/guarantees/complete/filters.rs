@@ -1,7 +1,7 @@
 //! Completeness of watches of all jobs that filter by configuration tag or by
 //! counterpart.
 
-use milepost::pb::{self, Event, watch_events_request::Scope};
+use milepost_client::pb::{self, Event, watch_events_request::Scope};
 
 use super::{by_job, collect};
 use crate::support::{TestServer, User, info, registration};

@@ -7,9 +7,9 @@ use milepost::{
     auth::Revocation,
     db::{Connection, Payer},
     models::caller::CredentialId,
-    pb,
     tenant::Tenant,
 };
+use milepost_client::pb;
 use prost::Message;
 use tokio::task::JoinHandle;
 use tonic::{Code, Status, transport::Channel};
