@@ -252,6 +252,10 @@ impl JsonBody {
                 .map_err(|error| Status::from(Error::internal(error)))?;
             put_frame(flags, &json, &mut messages);
         }
+        if self.received.is_empty() {
+            // A watch that waits needs no memory for what was sent.
+            self.received = BytesMut::new();
+        }
         Ok(Some(messages.freeze()).filter(|messages| !messages.is_empty()))
     }
 }

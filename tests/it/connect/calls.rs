@@ -41,7 +41,7 @@ async fn scene() -> (TestServer, User, pb::Job) {
 fn requests(method: &MethodDescriptor, job: &pb::Job) -> Vec<Value> {
     let asked = match method.name() {
         "GetJob" | "ListEvents" | "WatchEvents" => json!({ "jobId": job.id }),
-        "GetJobConfiguration" => json!({ "jobConfigurationId": job.job_configuration.as_ref().unwrap().id }),
+        "GetJobConfiguration" => json!({ "id": job.job_configuration_id }),
         "ListJobs" => json!({ "pageSize": 7, "statuses": ["JOB_STATUS_RUNNING"] }),
         "CreateJob" => json!({ "providerJobId": "é", "customerId": "no id", "configurationTag": "\n" }),
         "AppendEvents" => {

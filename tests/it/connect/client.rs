@@ -9,7 +9,8 @@ use http_body_util::{BodyExt as _, Full};
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde_json::Value;
-use tokio::{net::TcpStream, task::AbortOnDropHandle};
+use tokio::net::TcpStream;
+use tokio_util::task::AbortOnDropHandle;
 use tonic::body::Body;
 
 use crate::support::within_timeout;
