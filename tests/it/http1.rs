@@ -5,7 +5,8 @@ use std::{
     time::Duration,
 };
 
-use milepost::{limits, pb};
+use milepost::limits;
+use milepost_client::pb;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},

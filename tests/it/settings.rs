@@ -13,7 +13,13 @@ use futures_util::future::join_all;
 use milepost::cli::Cli;
 use milepost_client::pb::{self, ErrorReason, NewEvent, publish_events_request::Job};
 use prost_types::{Value, value::Kind};
-use tokio::{net::TcpStream, process::Command, sync::mpsc, time::timeout};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    process::Command,
+    sync::mpsc,
+    time::timeout,
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Status, Streaming};
 
@@ -172,6 +178,7 @@ impl Fixture {
             ("MILEPOST_BCRYPT_COST", "5"),
             ("MILEPOST_TRUSTED_PROXY", "127.0.0.8,127.0.0.9"),
             ("MILEPOST_ALLOW_ORIGIN", "https://one.example,https://two.example"),
+            ("MILEPOST_FRAME_ANCESTORS", "https://portal.example,https://two.example"),
             ("MILEPOST_STREAMS_PER_CONNECTION", "7"),
             ("MILEPOST_STREAMS_PER_USER", "2"),
             ("MILEPOST_PUBLISH_WINDOW", "2"),
@@ -296,6 +303,10 @@ impl Fixture {
             within_timeout("an answer", stream.read_to_string(&mut answer)).await.unwrap();
             assert_eq!(answer.split(' ').nth(1), Some(status), "{origin}: {answer}");
         }
+        let (head, _) = http(self.configured.address, "GET /", "").await.unwrap();
+        assert!(head.contains("; frame-ancestors https://portal.example https://two.example\r\n"), "{head}");
+        let (head, _) = http(self.server.address, "GET /", "").await.unwrap();
+        assert!(head.contains("; frame-ancestors 'none'\r\n"), "{head}");
     }
 
     async fn quotas(&self) {

@@ -7,7 +7,8 @@ use bytes::Bytes;
 use diesel_async::SimpleAsyncConnection as _;
 use flate2::{Compression, write::GzEncoder};
 use http::{Method, Version};
-use milepost::{limits, pb};
+use milepost::limits;
+use milepost_client::pb;
 use prost::Message as _;
 use prost_reflect::{
     DescriptorPool, DeserializeOptions, DynamicMessage, MessageDescriptor, MethodDescriptor,
@@ -408,5 +409,5 @@ fn reads_and_nothing_else_are_marked_as_without_side_effects() {
         let reads = ["Get", "List", "Watch"].iter().any(|verb| method.name().starts_with(verb));
         assert_eq!(options.idempotency_level == Some(1), reads, "{}", method.full_name());
     }
-    assert!(DescriptorPool::decode(pb::FILE_DESCRIPTOR_SET).is_ok());
+    assert!(DescriptorPool::decode(milepost::pb::FILE_DESCRIPTOR_SET).is_ok());
 }

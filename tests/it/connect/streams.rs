@@ -35,7 +35,7 @@ fn events(messages: &[Value]) -> Vec<Value> {
 
 /// A message of the API in JSON, decoded.
 fn decoded<M: prost::Message + Default>(name: &str, json: &Value) -> M {
-    let pool = DescriptorPool::decode(pb::FILE_DESCRIPTOR_SET).unwrap();
+    let pool = DescriptorPool::decode(milepost::pb::FILE_DESCRIPTOR_SET).unwrap();
     let descriptor = pool.get_message_by_name(&format!("milepost.v1.{name}")).unwrap();
     let options = DeserializeOptions::new();
     let message = DynamicMessage::deserialize_with_options(descriptor, json, &options).unwrap();
