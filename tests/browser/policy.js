@@ -46,12 +46,14 @@ test("nothing is asked of any other origin", withPage(async page => {
   assert.deepEqual([...origins], [world.server.origin]);
 }));
 
-test("a portal shows the page in a frame only where the operator named it", async () => {
+test("a portal shows the page in a frame only where the operator named it", async t => {
   let framed = "";
   const portal = createServer((_, response) => response.setHeader("content-type", "text/html").end(`<!doctype html><title>Portal</title><iframe title=Job src="${framed}"></iframe>`)).listen(0, "127.0.0.1");
   await once(portal, "listening");
   const portalOrigin = `http://127.0.0.1:${portal.address().port}`;
+  t.after(() => portal.close());
   const allowing = await Server.start(["--frame-ancestors", portalOrigin]);
+  t.after(() => allowing.stop());
   for (const [server, shown] of [[world.server, false], [allowing, true]]) {
     const provider = await server.grpc.signUp("provider"), customer = await server.grpc.signUp("customer");
     await provider.register(STEPS);
@@ -67,6 +69,4 @@ test("a portal shows the page in a frame only where the operator named it", asyn
     if (!shown) page.faults = page.faults.filter(fault => !fault.includes("frame-ancestors"));
     await finish(page);
   }
-  await allowing.stop();
-  portal.close();
 });

@@ -56,8 +56,9 @@ class Nginx {
   }
 }
 
-test("behind a proxy that buffers streams the page reads by pages and says so, until the stream works", async () => {
+test("behind a proxy that buffers streams the page reads by pages and says so, until the stream works", async t => {
   const nginx = await Nginx.start(world.server.origin), page = await world.browser.page();
+  t.after(() => nginx.stop());
   const job = await world.provider.createJob(world.customer), { secret } = await world.provider.share(job, 3600);
   await world.provider.append(job, ...story(2));
   await page.goto(jobUrl(nginx.origin, job, secret));
@@ -81,5 +82,4 @@ test("behind a proxy that buffers streams the page reads by pages and says so, u
   await assertShowsAll(page, await world.provider.listEvents(job));
   assert.deepEqual(await page.evaluate(() => window.added), [3, 4, 5, 6]);
   await finish(page);
-  await nginx.stop();
 });

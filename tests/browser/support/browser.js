@@ -4,7 +4,7 @@ import assert from "node:assert/strict";
 import { chromium } from "playwright-core";
 
 const EXECUTABLE = process.env.CHROMIUM ?? "/usr/bin/chromium";
-const WAIT_MS = 60_000;
+const WAIT_MS = Number(process.env.MILEPOST_BROWSER_WAIT_MS ?? 60_000);
 const ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"];
 // A browser tells of each connection that is refused; the tests refuse some.
 const EXPECTED = /Failed to load resource/;
