@@ -2,7 +2,15 @@
 
 const TIMEOUT_MS = 15_000;
 const MOST_BYTES = 64 * 1024 * 1024;
-const HTTP_CODES = { 401: "unauthenticated", 403: "permission_denied", 404: "unimplemented", 429: "unavailable", 502: "unavailable", 503: "unavailable", 504: "unavailable" };
+const HTTP_CODES = {
+	401: "unauthenticated",
+	403: "permission_denied",
+	404: "unimplemented",
+	429: "unavailable",
+	502: "unavailable",
+	503: "unavailable",
+	504: "unavailable",
+};
 
 /** A call that failed: the code of Connect, the reason of milepost, and the fields at fault. */
 export class ApiError extends Error {
@@ -11,9 +19,20 @@ export class ApiError extends Error {
 		Object.assign(this, { code, reason: "", fields: [], retryMs: 0 }, details);
 	}
 	/** The credential has ended, or never was one. */
-	get ended() { return this.code === "unauthenticated"; }
+	get ended() {
+		return this.code === "unauthenticated";
+	}
 	/** The same call may succeed later. */
-	get passing() { return !["unauthenticated", "permission_denied", "not_found", "invalid_argument", "out_of_range", "unimplemented"].includes(this.code); }
+	get passing() {
+		return ![
+			"unauthenticated",
+			"permission_denied",
+			"not_found",
+			"invalid_argument",
+			"out_of_range",
+			"unimplemented",
+		].includes(this.code);
+	}
 }
 
 let skew = 0;
@@ -29,11 +48,18 @@ function learnTime(response) {
 
 /** Calls with one credential. Views keep their client, so that none of them can use the credential of another. */
 export class Client {
-	constructor(secret) { this.secret = secret; }
+	constructor(secret) {
+		this.secret = secret;
+	}
 
 	async call(method, message = {}, signal) {
 		const timeout = AbortSignal.timeout(TIMEOUT_MS);
-		const response = await this.#send(method, "application/json", JSON.stringify(message), signal ? AbortSignal.any([signal, timeout]) : timeout);
+		const response = await this.#send(
+			method,
+			"application/json",
+			JSON.stringify(message),
+			signal ? AbortSignal.any([signal, timeout]) : timeout,
+		);
 		try {
 			return await response.json();
 		} catch (error) {
@@ -62,7 +88,15 @@ export class Client {
 		if (this.secret) headers.authorization = `Bearer ${this.secret}`;
 		let response;
 		try {
-			response = await fetch(new URL(`milepost.v1.${method}`, document.baseURI), { method: "POST", headers, body, signal, cache: "no-store", credentials: "omit", redirect: "error" });
+			response = await fetch(new URL(`milepost.v1.${method}`, document.baseURI), {
+				method: "POST",
+				headers,
+				body,
+				signal,
+				cache: "no-store",
+				credentials: "omit",
+				redirect: "error",
+			});
 		} catch (error) {
 			throw broken(error, signal);
 		}
@@ -81,7 +115,8 @@ function broken(error, signal) {
 }
 
 function envelope(message) {
-	const json = new TextEncoder().encode(JSON.stringify(message)), bytes = new Uint8Array(json.length + 5);
+	const json = new TextEncoder().encode(JSON.stringify(message)),
+		bytes = new Uint8Array(json.length + 5);
 	new DataView(bytes.buffer).setUint32(1, json.length);
 	bytes.set(json, 5);
 	return bytes;
@@ -89,14 +124,18 @@ function envelope(message) {
 
 /** Cuts a body into messages. A message is valid until the next one is asked for. */
 async function* envelopes(reader, heard) {
-	let buffer = new Uint8Array(65536), start = 0, end = 0;
+	let buffer = new Uint8Array(65536),
+		start = 0,
+		end = 0;
 	try {
 		for (;;) {
 			while (end - start >= 5) {
-				const size = new DataView(buffer.buffer).getUint32(start + 1), next = start + 5 + size;
+				const size = new DataView(buffer.buffer).getUint32(start + 1),
+					next = start + 5 + size;
 				if (size > MOST_BYTES) throw new ApiError("resource_exhausted", "A message is too large.");
 				if (end < next) break;
-				const flags = buffer[start], data = buffer.subarray(start + 5, next);
+				const flags = buffer[start],
+					data = buffer.subarray(start + 5, next);
 				start = next;
 				yield [flags, data];
 			}
@@ -124,7 +163,10 @@ function refusal({ code, message, details = [] }) {
 	for (const { type, value } of details) {
 		const fields = decode(value);
 		if (type === "google.rpc.ErrorInfo") found.reason = text(fields, 1);
-		if (type === "google.rpc.BadRequest") found.fields = (fields[1] ?? []).map(each => decode(each)).map(each => ({ field: text(each, 1), description: text(each, 2) }));
+		if (type === "google.rpc.BadRequest")
+			found.fields = (fields[1] ?? [])
+				.map(each => decode(each))
+				.map(each => ({ field: text(each, 1), description: text(each, 2) }));
 		if (type === "google.rpc.RetryInfo") {
 			const [delay] = (fields[1] ?? []).map(each => decode(each));
 			found.retryMs = delay ? 1000 * (delay[1]?.[0] ?? 0) + (delay[2]?.[0] ?? 0) / 1e6 : 0;
@@ -133,15 +175,20 @@ function refusal({ code, message, details = [] }) {
 	return new ApiError(code, message, found);
 }
 
-const text = (fields, n) => fields[n] ? new TextDecoder().decode(fields[n][0]) : "";
+const text = (fields, n) => (fields[n] ? new TextDecoder().decode(fields[n][0]) : "");
 
 /** The fields of a protobuf message by their numbers. Details of errors are the only protobuf that the page reads. */
 function decode(value) {
-	const bytes = typeof value === "string" ? Uint8Array.from(atob(value.replaceAll("-", "+").replaceAll("_", "/")), c => c.charCodeAt()) : value;
+	const bytes =
+		typeof value === "string"
+			? Uint8Array.from(atob(value.replaceAll("-", "+").replaceAll("_", "/")), c => c.charCodeAt())
+			: value;
 	const fields = {};
 	let at = 0;
 	const varint = () => {
-		let result = 0, scale = 1, byte;
+		let result = 0,
+			scale = 1,
+			byte;
 		do {
 			byte = bytes[at++];
 			result += (byte & 127) * scale;
@@ -150,7 +197,8 @@ function decode(value) {
 		return result;
 	};
 	while (at < bytes.length) {
-		const tag = varint(), wire = tag & 7;
+		const tag = varint(),
+			wire = tag & 7;
 		let each;
 		if (wire === 0) each = varint();
 		else {

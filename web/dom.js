@@ -56,21 +56,41 @@ export function svg(name, attributes = {}, ...children) {
 	return element;
 }
 
-const RING = "M3 8a5 5 0 1 0 10 0A5 5 0 1 0 3 8", BAN = `${RING}M4.4 11.6l7.2-7.2`, CROSS = "M4 4l8 8M12 4l-8 8";
+const RING = "M3 8a5 5 0 1 0 10 0A5 5 0 1 0 3 8",
+	BAN = `${RING}M4.4 11.6l7.2-7.2`,
+	CROSS = "M4 4l8 8M12 4l-8 8";
 
 // A line and, after the bar, a filled shape.
 const ICONS = {
-	pending: RING, running: `${RING}|M5.6 8a2.4 2.4 0 1 0 4.8 0 2.4 2.4 0 1 0-4.8 0`, failed: CROSS, complete: "M2.5 8.5 6.2 12 13.5 4", cancelled: BAN,
-	step: "|M4 4h8v8H4z", info: "M4 8h8", error: CROSS, close: BAN, look: "M8 2v7.5M8 11.5v2",
-	live: "|M4 8a4 4 0 1 0 8 0 4 4 0 1 0-8 0", catching: "M4 3l4 4 4-4M4 9l4 4 4-4", offline: "M1.5 8H6M10 8h4.5M7 12l2-8", paged: "M3 4h10M3 8h10M3 12h6",
-	copy: "M6 6h7v7H6zM3 10V3h7", out: "M6 4h6v6M12 4l-8 8",
-	auto: `${RING}|M8 3v10a5 5 0 0 0 0-10Z`, dark: "|M10.5 2.5a6 6 0 1 0 3 8.2 5 5 0 0 1-3-8.2Z",
+	pending: RING,
+	running: `${RING}|M5.6 8a2.4 2.4 0 1 0 4.8 0 2.4 2.4 0 1 0-4.8 0`,
+	failed: CROSS,
+	complete: "M2.5 8.5 6.2 12 13.5 4",
+	cancelled: BAN,
+	step: "|M4 4h8v8H4z",
+	info: "M4 8h8",
+	error: CROSS,
+	close: BAN,
+	look: "M8 2v7.5M8 11.5v2",
+	live: "|M4 8a4 4 0 1 0 8 0 4 4 0 1 0-8 0",
+	catching: "M4 3l4 4 4-4M4 9l4 4 4-4",
+	offline: "M1.5 8H6M10 8h4.5M7 12l2-8",
+	paged: "M3 4h10M3 8h10M3 12h6",
+	copy: "M6 6h7v7H6zM3 10V3h7",
+	out: "M6 4h6v6M12 4l-8 8",
+	auto: `${RING}|M8 3v10a5 5 0 0 0 0-10Z`,
+	dark: "|M10.5 2.5a6 6 0 1 0 3 8.2 5 5 0 0 1-3-8.2Z",
 	light: "M5 8a3 3 0 1 0 6 0 3 3 0 1 0-6 0M8 1v2M8 13v2M1 8h2M13 8h2M3 3l1 1M12 12l1 1M3 13l1-1M12 4l1-1",
 };
 
 export function icon(name) {
 	const [line, shape = ""] = (ICONS[name] ?? "").split("|");
-	return svg("svg", { class: "i", viewBox: "0 0 16 16", "aria-hidden": "true" }, svg("path", { d: line }), svg("path", { class: "f", d: shape }));
+	return svg(
+		"svg",
+		{ class: "i", viewBox: "0 0 16 16", "aria-hidden": "true" },
+		svg("path", { d: line }),
+		svg("path", { class: "f", d: shape }),
+	);
 }
 
 /** Shows a secret that no later call returns, ready to be copied. */

@@ -10,16 +10,42 @@ const ROW_PX = 36;
 const SEARCH_PAUSE_MS = 150;
 
 export class Events {
-	#root; #log; #list; #box; #found = []; #unseen = 0; #shown = 0; #sought = ""; #off = new Set(); #at = -1; #now; #timer;
+	#root;
+	#log;
+	#list;
+	#box;
+	#found = [];
+	#unseen = 0;
+	#shown = 0;
+	#sought = "";
+	#off = new Set();
+	#at = -1;
+	#now;
+	#timer;
 
 	constructor(root, log, now) {
 		this.#root = root;
 		this.#log = log;
 		this.#now = now;
 		this.#box = $("#events", root);
-		this.#list = new VirtualList(this.#box, ROW_PX, each => this.#row(each), () => this.#follow(false));
+		this.#list = new VirtualList(
+			this.#box,
+			ROW_PX,
+			each => this.#row(each),
+			() => this.#follow(false),
+		);
 		this.#list.items = this.#found;
-		for (const [kind, name] of Object.entries(FAMILIES)) $("#kinds", root).append(h("label.chip", {}, h("input", { type: "checkbox", checked: true, value: kind }), name, " ", h("span", { "data-kind": kind }, 0)));
+		for (const [kind, name] of Object.entries(FAMILIES))
+			$("#kinds", root).append(
+				h(
+					"label.chip",
+					{},
+					h("input", { type: "checkbox", checked: true, value: kind }),
+					name,
+					" ",
+					h("span", { "data-kind": kind }, 0),
+				),
+			);
 		$("#find", root).addEventListener("input", () => {
 			clearTimeout(this.#timer);
 			this.#timer = setTimeout(() => this.#sift(), SEARCH_PAUSE_MS);
@@ -43,10 +69,11 @@ export class Events {
 	draw(recovered = []) {
 		const { entries } = this.#log;
 		if (entries.length < this.#shown) this.#sift();
-		for (let i = this.#shown; i < entries.length; i++) if (this.#fits(entries[i])) {
-			this.#found.push(entries[i]);
-			if (!this.#list.stick) this.#unseen++;
-		}
+		for (let i = this.#shown; i < entries.length; i++)
+			if (this.#fits(entries[i])) {
+				this.#found.push(entries[i]);
+				if (!this.#list.stick) this.#unseen++;
+			}
 		this.#shown = entries.length;
 		this.#box.hidden = !this.#found.length;
 		this.#list.grew();
@@ -62,7 +89,9 @@ export class Events {
 		for (const row of this.#list.rows.values()) setText($(".rel", row), this.#ago(Number(row.dataset.at)));
 	}
 
-	print(whole) { this.#list.print(whole); }
+	print(whole) {
+		this.#list.print(whole);
+	}
 
 	/** Brings an event into sight and to the reader. */
 	goTo(n) {
@@ -75,7 +104,9 @@ export class Events {
 		this.#focus(this.#indexOf(n));
 	}
 
-	#ago(ms) { return `${about((this.#now() - ms) / 1000)} ago`; }
+	#ago(ms) {
+		return `${about((this.#now() - ms) / 1000)} ago`;
+	}
 
 	#fits(each) {
 		return !this.#off.has(family(each.kind)) && (!this.#sought || textOf(each).includes(this.#sought));
@@ -94,7 +125,8 @@ export class Events {
 
 	/** The events found are in their order, so that one is found by halves. */
 	#indexOf(n) {
-		let low = 0, high = this.#found.length;
+		let low = 0,
+			high = this.#found.length;
 		while (low < high) {
 			const middle = (low + high) >> 1;
 			if (this.#found[middle].n < n) low = middle + 1;
@@ -104,10 +136,26 @@ export class Events {
 	}
 
 	#drawWords() {
-		const { counts, entries } = this.#log, root = this.#root, sifted = this.#sought || this.#off.size;
+		const { counts, entries } = this.#log,
+			root = this.#root,
+			sifted = this.#sought || this.#off.size;
 		for (const kind of Object.keys(FAMILIES)) setText($(`[data-kind=${kind}]`, root), number(counts[kind] ?? 0));
-		setText($("#events-none", root), this.#found.length ? "" : entries.length ? "No event is like that." : "Nothing yet. Events show here as they come.");
-		setText($("#events-n", root), sifted ? `${number(this.#found.length)} found` : entries.length ? `${number(entries.length)}, newest at the bottom` : "");
+		setText(
+			$("#events-none", root),
+			this.#found.length
+				? ""
+				: entries.length
+					? "No event is like that."
+					: "Nothing yet. Events show here as they come.",
+		);
+		setText(
+			$("#events-n", root),
+			sifted
+				? `${number(this.#found.length)} found`
+				: entries.length
+					? `${number(entries.length)}, newest at the bottom`
+					: "",
+		);
 		setAttribute($("#follow", root), "aria-checked", `${this.#list.stick}`);
 		if (this.#list.stick) this.#unseen = 0;
 		$("#latest", root).hidden = !this.#unseen;
@@ -121,9 +169,17 @@ export class Events {
 	}
 
 	#key(event) {
-		const last = this.#found.length - 1, row = event.target.closest("li");
+		const last = this.#found.length - 1,
+			row = event.target.closest("li");
 		const at = row ? this.#indexOf(Number(row.dataset.sequence)) : this.#at;
-		const to = { ArrowDown: Math.min(at + 1, last), ArrowUp: at < 0 ? last : Math.max(at - 1, 0), PageDown: Math.min(at + 10, last), PageUp: Math.max(at - 10, 0), Home: 0, End: last }[event.key];
+		const to = {
+			ArrowDown: Math.min(at + 1, last),
+			ArrowUp: at < 0 ? last : Math.max(at - 1, 0),
+			PageDown: Math.min(at + 10, last),
+			PageUp: Math.max(at - 10, 0),
+			Home: 0,
+			End: last,
+		}[event.key];
 		if (to === undefined || event.altKey || event.ctrlKey || event.metaKey) return;
 		event.preventDefault();
 		this.#follow(event.key === "End");
@@ -136,13 +192,37 @@ export class Events {
 	}
 
 	#row(each) {
-		const step = this.#log.steps.get(each.tag), inside = each.stepName && h("bdi", {}, each.stepName);
+		const step = this.#log.steps.get(each.tag),
+			inside = each.stepName && h("bdi", {}, each.stepName);
 		const what = each.name ? [h("b", { dir: "auto" }, each.name), inside && h("span.k", {}, " in ", inside)] : inside;
-		return h(each.n > this.newAfter ? "li.new" : "li", { tabindex: -1, "data-sequence": each.n, "data-s": each.kind, "data-at": each.at },
-			h("span.n", {}, each.n), icon(each.kind), h("div", {}, h("p", {}, h("span.k", {}, word(KIND, each.kind)), " ", what)),
-			h("time", { datetime: iso(each.at) }, h("span.rel", {}, this.#ago(each.at)), h("span.abs", {}, exact(each.at), each.occurred && ` (occurred ${exact(each.occurred)})`)),
+		return h(
+			each.n > this.newAfter ? "li.new" : "li",
+			{ tabindex: -1, "data-sequence": each.n, "data-s": each.kind, "data-at": each.at },
+			h("span.n", {}, each.n),
+			icon(each.kind),
+			h("div", {}, h("p", {}, h("span.k", {}, word(KIND, each.kind)), " ", what)),
+			h(
+				"time",
+				{ datetime: iso(each.at) },
+				h("span.rel", {}, this.#ago(each.at)),
+				h("span.abs", {}, exact(each.at), each.occurred && ` (occurred ${exact(each.occurred)})`),
+			),
 			reported(each.metadata, step?.metadata),
-			each.by && h("p.healed", {}, "Recovered by ", h("button.textual", { type: "button", "data-to": each.by.n }, each.by.n, " ", h("bdi", {}, each.by.stepName || each.by.name)), `, ${span((each.by.at - each.at) / 1000)} later`));
+			each.by &&
+				h(
+					"p.healed",
+					{},
+					"Recovered by ",
+					h(
+						"button.textual",
+						{ type: "button", "data-to": each.by.n },
+						each.by.n,
+						" ",
+						h("bdi", {}, each.by.stepName || each.by.name),
+					),
+					`, ${span((each.by.at - each.at) / 1000)} later`,
+				),
+		);
 	}
 
 	/** Rows of later events blink once. */
@@ -150,6 +230,7 @@ export class Events {
 }
 
 /** What a search looks through. */
-const textOf = each => [KIND[each.kind], each.name, each.stepName, ...Object.entries(each.metadata ?? {}).flat()].join("\n").toLowerCase();
+const textOf = each =>
+	[KIND[each.kind], each.name, each.stepName, ...Object.entries(each.metadata ?? {}).flat()].join("\n").toLowerCase();
 
 export const eventCount = count => plural(count, "event");

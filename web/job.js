@@ -22,7 +22,19 @@ export async function openJob(main, client, who, id, signal) {
 }
 
 class JobView {
-	#root; #client; #who; #job; #log; #steps; #events; #watch; #timer; #frame; #token; #known; #spoken = {};
+	#root;
+	#client;
+	#who;
+	#job;
+	#log;
+	#steps;
+	#events;
+	#watch;
+	#timer;
+	#frame;
+	#token;
+	#known;
+	#spoken = {};
 	#connection = { name: "catching" };
 	#printing = () => this.#events.print(true);
 	#printed = () => this.#events.print(false);
@@ -43,8 +55,11 @@ class JobView {
 		addEventListener("afterprint", this.#printed);
 		this.#timer = setInterval(() => this.#tick(), 1000);
 		this.#watch = new Watch(client, {
-			request: () => this.#request(), deliver: message => this.#deliver(message), readPages: signal => this.#readPages(signal),
-			restart: () => this.#restart(), report: state => this.#report(state),
+			request: () => this.#request(),
+			deliver: message => this.#deliver(message),
+			readPages: signal => this.#readPages(signal),
+			restart: () => this.#restart(),
+			report: state => this.#report(state),
 		});
 		this.#draw();
 	}
@@ -75,10 +90,16 @@ class JobView {
 	}
 
 	async #readPages(signal) {
-		const { last } = this.#log, afterSequence = `${Math.max(0, last - 1)}`;
-		let pageToken = "", seen = last === 0;
+		const { last } = this.#log,
+			afterSequence = `${Math.max(0, last - 1)}`;
+		let pageToken = "",
+			seen = last === 0;
 		do {
-			const page = await this.#client.call("EventService/ListEvents", { jobId: this.#job.id, afterSequence, pageSize: PAGE, pageToken }, signal);
+			const page = await this.#client.call(
+				"EventService/ListEvents",
+				{ jobId: this.#job.id, afterSequence, pageSize: PAGE, pageToken },
+				signal,
+			);
 			seen ||= Number(page.events?.[0]?.sequence) === last;
 			if (this.#take(page.events).length) this.#token = undefined;
 			pageToken = page.nextPageToken;
@@ -91,7 +112,8 @@ class JobView {
 	#take(events) {
 		const fresh = this.#log.take(events);
 		this.#known = Math.max(this.#known, this.#log.last);
-		for (const each of fresh) if (each.kind === "step" && this.#connection.name !== "catching") this.#spoken.step = each;
+		for (const each of fresh)
+			if (each.kind === "step" && this.#connection.name !== "catching") this.#spoken.step = each;
 		return fresh;
 	}
 
@@ -110,24 +132,47 @@ class JobView {
 	// What is shown
 
 	#head(configuration) {
-		const job = this.#job, root = this.#root, title = job.providerJobName || job.providerJobId;
+		const job = this.#job,
+			root = this.#root,
+			title = job.providerJobName || job.providerJobId;
 		setText($("#name", root), title);
 		$("#name", root).classList.toggle("long", title.length > LONG_NAME);
-		const fact = (name, ...values) => h("div", {}, h("dt", {}, name), values.map(value => h("dd", {}, value)));
-		const person = party => h("bdi", { class: fullName(party) ? null : "mono" }, fullName(party) || `${party?.id.slice(0, 8)}…`);
+		const fact = (name, ...values) =>
+			h(
+				"div",
+				{},
+				h("dt", {}, name),
+				values.map(value => h("dd", {}, value)),
+			);
+		const person = party =>
+			h("bdi", { class: fullName(party) ? null : "mono" }, fullName(party) || `${party?.id.slice(0, 8)}…`);
 		const until = time(this.#who.watchToken?.expiresAt);
 		$("#meta", root).append(
-			fact("Id", [h("bdi.mono", {}, job.providerJobId), h("button.bare", { type: "button", "aria-label": "Copy the id", click: event => copy(job.providerJobId, event.currentTarget) }, icon("copy"))]),
-			fact("Configuration", [h("bdi", {}, job.configurationName || configuration.name), ` ${job.configurationVersion}`]),
-			fact("Run by", person(job.provider)), fact("for", person(job.customer)),
-			until ? fact("Link good until", when(until)) : "");
+			fact("Id", [
+				h("bdi.mono", {}, job.providerJobId),
+				h(
+					"button.bare",
+					{ type: "button", "aria-label": "Copy the id", click: event => copy(job.providerJobId, event.currentTarget) },
+					icon("copy"),
+				),
+			]),
+			fact("Configuration", [
+				h("bdi", {}, job.configurationName || configuration.name),
+				` ${job.configurationVersion}`,
+			]),
+			fact("Run by", person(job.provider)),
+			fact("for", person(job.customer)),
+			until ? fact("Link good until", when(until)) : "",
+		);
 		const share = $("#share", root);
 		share.hidden = !this.#who.user || this.#who.user.id !== job.provider.id || !mayShare(this.#who);
 		share.addEventListener("click", () => openShare(this.#client, job.id));
 	}
 
 	/** Many events become one drawing. */
-	#later() { this.#frame ??= requestAnimationFrame(() => this.#draw()); }
+	#later() {
+		this.#frame ??= requestAnimationFrame(() => this.#draw());
+	}
 
 	#tick() {
 		this.#drawTimes();
@@ -136,7 +181,8 @@ class JobView {
 
 	#draw() {
 		this.#frame = undefined;
-		const { status, percent: value } = this.#log.state, closed = this.#log.closedAt !== undefined;
+		const { status, percent: value } = this.#log.state,
+			closed = this.#log.closedAt !== undefined;
 		const words = word(STATUS, status) + (status === "failed" && closed ? ", closed" : "");
 		setAttribute($("#status", this.#root), "data-s", status);
 		fill($("#status", this.#root), [words], () => [icon(status), words]);
@@ -150,18 +196,30 @@ class JobView {
 	#drawTimes() {
 		const ms = now();
 		this.#steps.draw(ms);
-		const plates = this.#plates(ms);
-		fill($("#plates", this.#root), plates.map(plate => plate.key), () => plates.map(plate => plate.make()));
+		const plates = this.#plates();
+		fill(
+			$("#plates", this.#root),
+			plates.map(plate => plate.key),
+			() => plates.map(plate => plate.make()),
+		);
 		const facts = this.#facts(ms);
-		fill($("#facts", this.#root), facts, () => facts.map(([name, value, more]) => h("div", {}, h("dt", {}, name), h("dd", {}, value), h("dd", {}, more))));
+		fill($("#facts", this.#root), facts, () =>
+			facts.map(([name, value, more]) => h("div", {}, h("dt", {}, name), h("dd", {}, value), h("dd", {}, more))),
+		);
 		showConnection($("#connection", this.#root), this.#connection, {
-			catching: this.#log.last && this.#known > this.#log.last ? `Catching up, event ${this.#log.last} of ${this.#known}` : "Catching up",
+			catching:
+				this.#log.last && this.#known > this.#log.last
+					? `Catching up, event ${this.#log.last} of ${this.#known}`
+					: "Catching up",
 			retry: () => this.#watch.retry(),
 		});
 	}
 
 	#facts(ms) {
-		const { first, last, closedAt } = this.#log, latest = this.#log.entries.at(-1), created = time(this.#job.createdAt), begun = first?.at ?? created;
+		const { first, last, closedAt } = this.#log,
+			latest = this.#log.entries.at(-1),
+			created = time(this.#job.createdAt),
+			begun = first?.at ?? created;
 		const facts = [[first ? "Started" : "Created", clock(begun), day(begun)]];
 		if (closedAt) facts.push(["Took", span((closedAt - begun) / 1000), `until ${clock(closedAt)}`]);
 		else if (first) facts.push(["Elapsed", span((ms - begun) / 1000), plural(last, "event")]);
@@ -171,23 +229,54 @@ class JobView {
 	}
 
 	#plates() {
-		const log = this.#log, { status, percent: value } = log.state, { closed, closedAt } = log, plates = [];
-		const add = (state, head, lines, more) => plates.push({ key: [state, head, lines], make: () => plate(state, head, lines, more?.()) });
+		const log = this.#log,
+			{ status, percent: value } = log.state,
+			{ closed, closedAt } = log,
+			plates = [];
+		const add = (state, head, lines, more) =>
+			plates.push({ key: [state, head, lines], make: () => plate(state, head, lines, more?.()) });
 		if (closedAt) {
-			const errors = log.counts.error ?? 0, end = `on ${when(closedAt)}, after ${span((closedAt - (log.first?.at ?? time(this.#job.createdAt))) / 1000)}`;
-			const way = !closed ? "." : errors ? `, with ${errors === 1 ? "one error" : plural(errors, "error")} on the way, recovered.` : ", without an error.";
+			const errors = log.counts.error ?? 0,
+				end = `on ${when(closedAt)}, after ${span((closedAt - (log.first?.at ?? time(this.#job.createdAt))) / 1000)}`;
+			const way = !closed
+				? "."
+				: errors
+					? `, with ${errors === 1 ? "one error" : plural(errors, "error")} on the way, recovered.`
+					: ", without an error.";
 			const words = status === "failed" ? "Failed and closed" : word(STATUS, status);
-			add(status, closed?.name || word(STATUS, status), [status === "complete" ? `${words} ${end}${way}` : `${words} ${end}, at ${percent(value)}. Nothing more will come.`], () => links(closed?.metadata));
+			add(
+				status,
+				closed?.name || word(STATUS, status),
+				[
+					status === "complete"
+						? `${words} ${end}${way}`
+						: `${words} ${end}, at ${percent(value)}. Nothing more will come.`,
+				],
+				() => links(closed?.metadata),
+			);
 		} else if (status === "failed" && log.openErrors.length) {
-			const error = log.openErrors.at(-1), step = log.steps.get(error.tag);
-			add(status, error.name || "Failed", [`Failed at ${clock(error.at)}${step ? `, in step ${step.n}` : ""}. The job is still open: it recovers with the next step that is done.`]);
+			const error = log.openErrors.at(-1),
+				step = log.steps.get(error.tag);
+			add(status, error.name || "Failed", [
+				`Failed at ${clock(error.at)}${step ? `, in step ${step.n}` : ""}. The job is still open: it recovers with the next step that is done.`,
+			]);
 		}
 		const { name, error } = this.#connection;
-		if (name === "offline") add(name, error?.code === "resource_exhausted" ? "The server is busy" : "No connection", [`${log.last ? `What you see is from ${clock(this.#seenAt)}. ` : ""}Nothing is lost: the page goes on from there.`]);
+		if (name === "offline")
+			add(name, error?.code === "resource_exhausted" ? "The server is busy" : "No connection", [
+				`${log.last ? `What you see is from ${clock(this.#seenAt)}. ` : ""}Nothing is lost: the page goes on from there.`,
+			]);
 		else this.#seenAt = now();
-		if (name === "expired") add("look", "The events of this job were removed", ["They were kept for a set time after the job was closed. The job’s end stays."]);
+		if (name === "expired")
+			add("look", "The events of this job were removed", [
+				"They were kept for a set time after the job was closed. The job’s end stays.",
+			]);
 		if (name === "ended") {
-			const [head, text] = !error.ended ? ["The page cannot go on", error.message] : this.#who.watchToken ? ["Your link has ended", "What you read stays. Ask whoever sent the link for a new one."] : ["You are signed out", "What you read stays. Load the page again to sign in."];
+			const [head, text] = !error.ended
+				? ["The page cannot go on", error.message]
+				: this.#who.watchToken
+					? ["Your link has ended", "What you read stays. Ask whoever sent the link for a new one."]
+					: ["You are signed out", "What you read stays. Load the page again to sign in."];
 			add("look", head, [text]);
 		}
 		return plates;
@@ -199,14 +288,31 @@ class JobView {
 	#speak(words, value) {
 		const { step, words: before } = this.#spoken;
 		if (this.#connection.name === "catching") return;
-		if (before !== undefined && (step || before !== words)) setText($("#say", this.#root), `${words}, ${value} percent.${step ? ` Done: ${step.stepName || step.name}.` : ""}`);
+		if (before !== undefined && (step || before !== words))
+			setText(
+				$("#say", this.#root),
+				`${words}, ${value} percent.${step ? ` Done: ${step.stepName || step.name}.` : ""}`,
+			);
 		this.#spoken = { words };
 	}
 }
 
 function plate(state, head, lines, more) {
-	return h("section.plate", { "data-s": state }, h("div", {}, h("h2", {}, icon(state), h("span", { dir: "auto" }, head)), lines.map(line => h("p", { dir: "auto" }, line))), more);
+	return h(
+		"section.plate",
+		{ "data-s": state },
+		h(
+			"div",
+			{},
+			h("h2", {}, icon(state), h("span", { dir: "auto" }, head)),
+			lines.map(line => h("p", { dir: "auto" }, line)),
+		),
+		more,
+	);
 }
 
 /** The links that the last event carries, as buttons. */
-const links = metadata => Object.entries(metadata ?? {}).filter(([, value]) => link(value)).map(([name, value]) => h("a.button", { href: link(value), ...outside }, h("bdi", {}, name), icon("out")));
+const links = metadata =>
+	Object.entries(metadata ?? {})
+		.filter(([, value]) => link(value))
+		.map(([name, value]) => h("a.button", { href: link(value), ...outside }, h("bdi", {}, name), icon("out")));

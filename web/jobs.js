@@ -25,7 +25,20 @@ export function openJobs(main, client, who, parameters, ended) {
 }
 
 class JobsView {
-	#root; #client; #provider; #form; #watch; #connection = { name: "catching" }; #jobs = new Map(); #rows = new Map(); #shown = PAGE; #more = false; #reading; #soon; #timers = []; #parties = new Map();
+	#root;
+	#client;
+	#provider;
+	#form;
+	#watch;
+	#connection = { name: "catching" };
+	#jobs = new Map();
+	#rows = new Map();
+	#shown = PAGE;
+	#more = false;
+	#reading;
+	#soon;
+	#timers = [];
+	#parties = new Map();
 
 	constructor(root, client, who, parameters, ended) {
 		this.#root = root;
@@ -39,10 +52,18 @@ class JobsView {
 			this.#shown += PAGE;
 			this.#read();
 		});
-		this.#timers = [setInterval(() => this.#tick(), 1000), setInterval(() => { if (this.#connection.name === "live") this.#read(); }, AGAIN_MS)];
+		this.#timers = [
+			setInterval(() => this.#tick(), 1000),
+			setInterval(() => {
+				if (this.#connection.name === "live") this.#read();
+			}, AGAIN_MS),
+		];
 		this.#watch = new Watch(client, {
-			request: () => ({ allJobs: {}, fromNow: {} }), restart: () => {}, readPages: async signal => void await this.#list(signal),
-			deliver: message => this.#deliver(message), report: state => {
+			request: () => ({ allJobs: {}, fromNow: {} }),
+			restart: () => {},
+			readPages: async signal => void (await this.#list(signal)),
+			deliver: message => this.#deliver(message),
+			report: state => {
 				this.#connection = state;
 				if (state.error?.ended) ended(state.error);
 				else this.#tick();
@@ -63,7 +84,12 @@ class JobsView {
 		for (const event of message.events?.events ?? []) {
 			const job = this.#jobs.get(event.jobId);
 			if (job && Number(event.sequence) > Number(job.lastSequence ?? 0)) {
-				Object.assign(job, { status: event.status, progress: event.progress, lastSequence: event.sequence, updatedAt: event.createdAt });
+				Object.assign(job, {
+					status: event.status,
+					progress: event.progress,
+					lastSequence: event.sequence,
+					updatedAt: event.createdAt,
+				});
 				this.#drawRow(job);
 			}
 			if (!job || this.#statuses().length || this.#form.elements.open.value) this.#readSoon();
@@ -81,7 +107,7 @@ class JobsView {
 	/** Reads the list again; a reading that is under way is given up. */
 	async #read() {
 		this.#reading?.abort("again");
-		const { signal } = this.#reading = new AbortController();
+		const { signal } = (this.#reading = new AbortController());
 		try {
 			await this.#list(signal);
 		} catch (error) {
@@ -95,18 +121,24 @@ class JobsView {
 		const jobs = [];
 		let pageToken = "";
 		do {
-			const page = await this.#client.call("JobService/ListJobs", { ...this.#request(), pageSize: Math.min(MOST, this.#shown - jobs.length), pageToken }, signal);
-			jobs.push(...page.jobs ?? []);
+			const page = await this.#client.call(
+				"JobService/ListJobs",
+				{ ...this.#request(), pageSize: Math.min(MOST, this.#shown - jobs.length), pageToken },
+				signal,
+			);
+			jobs.push(...(page.jobs ?? []));
 			pageToken = page.nextPageToken;
 		} while (pageToken && jobs.length < this.#shown);
 		if (signal.aborted) return;
 		this.#more = Boolean(pageToken);
 		const before = this.#jobs;
 		// An event may have come while the list was read: the later state stays.
-		this.#jobs = new Map(jobs.map(job => {
-			const known = before.get(job.id);
-			return [job.id, known && Number(known.lastSequence ?? 0) > Number(job.lastSequence ?? 0) ? known : job];
-		}));
+		this.#jobs = new Map(
+			jobs.map(job => {
+				const known = before.get(job.id);
+				return [job.id, known && Number(known.lastSequence ?? 0) > Number(job.lastSequence ?? 0) ? known : job];
+			}),
+		);
 		this.#draw();
 	}
 
@@ -118,28 +150,51 @@ class JobsView {
 
 	// Filters
 
-	#statuses() { return $$("#statuses :checked", this.#root).map(box => box.value); }
+	#statuses() {
+		return $$("#statuses :checked", this.#root).map(box => box.value);
+	}
 
 	#request() {
-		const { name, id, tag, who, open, from, before } = this.#form.elements, moment = input => input.value ? new Date(`${input.value}T00:00`).toISOString() : undefined;
+		const { name, id, tag, who, open, from, before } = this.#form.elements,
+			moment = input => (input.value ? new Date(`${input.value}T00:00`).toISOString() : undefined);
 		return {
-			statuses: this.#statuses().map(status => `JOB_STATUS_${status.toUpperCase()}`), openness: `JOB_OPENNESS_${open.value.toUpperCase() || "UNSPECIFIED"}`,
-			configurationTag: tag.value.trim(), counterpartId: who.value, providerJobNamePrefix: name.value, providerJobIdPrefix: id.value, createdFrom: moment(from), createdBefore: moment(before),
+			statuses: this.#statuses().map(status => `JOB_STATUS_${status.toUpperCase()}`),
+			openness: `JOB_OPENNESS_${open.value.toUpperCase() || "UNSPECIFIED"}`,
+			configurationTag: tag.value.trim(),
+			counterpartId: who.value,
+			providerJobNamePrefix: name.value,
+			providerJobIdPrefix: id.value,
+			createdFrom: moment(from),
+			createdBefore: moment(before),
 		};
 	}
 
 	#restore(parameters) {
 		const statuses = parameters.get("status")?.split(",") ?? [];
-		for (const [status, name] of Object.entries(STATUS)) $("#statuses", this.#root).append(h("label.chip", { "data-s": status }, h("input", { type: "checkbox", value: status, checked: statuses.includes(status) }), icon(status), name));
-		for (const field of ["name", "id", "tag", "open", "from", "before"]) this.#form.elements[field].value = parameters.get(field) ?? "";
+		for (const [status, name] of Object.entries(STATUS))
+			$("#statuses", this.#root).append(
+				h(
+					"label.chip",
+					{ "data-s": status },
+					h("input", { type: "checkbox", value: status, checked: statuses.includes(status) }),
+					icon(status),
+					name,
+				),
+			);
+		for (const field of ["name", "id", "tag", "open", "from", "before"])
+			this.#form.elements[field].value = parameters.get(field) ?? "";
 		const who = parameters.get("who");
 		if (who) this.#party({ id: who }).selected = true;
 	}
 
 	#filter() {
-		const parameters = Object.fromEntries(["name", "id", "tag", "who", "open", "from", "before"].map(field => [field, this.#form.elements[field].value]).filter(([, value]) => value));
+		const parameters = Object.fromEntries(
+			["name", "id", "tag", "who", "open", "from", "before"]
+				.map(field => [field, this.#form.elements[field].value])
+				.filter(([, value]) => value),
+		);
 		const statuses = this.#statuses();
-		note("/jobs", { ...statuses.length && { status: statuses.join(",") }, ...parameters });
+		note("/jobs", { ...(statuses.length && { status: statuses.join(",") }), ...parameters });
 		this.#shown = PAGE;
 		this.#readSoon();
 	}
@@ -157,14 +212,17 @@ class JobsView {
 	}
 
 	#tag(tag) {
-		if (!$$("#tags option", this.#root).some(option => option.value === tag)) $("#tags", this.#root).append(h("option", { value: tag }));
+		if (!$$("#tags option", this.#root).some(option => option.value === tag))
+			$("#tags", this.#root).append(h("option", { value: tag }));
 	}
 
 	/** A provider can choose among the tags of its configurations. */
 	async #suggest() {
 		if (!this.#provider) return;
 		try {
-			const { jobConfigurations = [] } = await this.#client.call("ConfigurationService/ListJobConfigurations", { pageSize: MOST });
+			const { jobConfigurations = [] } = await this.#client.call("ConfigurationService/ListJobConfigurations", {
+				pageSize: MOST,
+			});
 			for (const { tag } of jobConfigurations) this.#tag(tag);
 		} catch (error) {
 			// A key may lack the right. Then the tags of the jobs in sight are suggested.
@@ -176,10 +234,11 @@ class JobsView {
 
 	#draw(refusal) {
 		const jobs = [...this.#jobs.values()];
-		for (const [id, row] of this.#rows) if (!this.#jobs.has(id)) {
-			row.element.remove();
-			this.#rows.delete(id);
-		}
+		for (const [id, row] of this.#rows)
+			if (!this.#jobs.has(id)) {
+				row.element.remove();
+				this.#rows.delete(id);
+			}
 		let next = $("#jobs", this.#root).firstChild;
 		for (const job of jobs) {
 			const row = this.#rows.get(job.id) ?? this.#makeRow(job);
@@ -189,11 +248,25 @@ class JobsView {
 		}
 		$(".list table", this.#root).hidden = !jobs.length;
 		$("#more", this.#root).hidden = !this.#more;
-		setText($("#list-n", this.#root), jobs.length ? `${plural(jobs.length, "job")}${this.#more ? ", older ones follow" : ""}` : "");
+		setText(
+			$("#list-n", this.#root),
+			jobs.length ? `${plural(jobs.length, "job")}${this.#more ? ", older ones follow" : ""}` : "",
+		);
 		const filtered = location.hash.includes("?");
-		fill($("#empty", this.#root), [jobs.length > 0, refusal, filtered], () => jobs.length ? [] : filtered || refusal
-			? [h("h3", {}, "No job is like that"), h("p", {}, refusal ?? "Every filter must hold."), h("button", { type: "button", click: () => this.#reset() }, "Clear the filters")]
-			: [h("h3", {}, "No jobs yet"), h("p", {}, "A job shows here as soon as it is created, whether you run it or it is run for you.")]);
+		fill($("#empty", this.#root), [jobs.length > 0, refusal, filtered], () =>
+			jobs.length
+				? []
+				: filtered || refusal
+					? [
+							h("h3", {}, "No job is like that"),
+							h("p", {}, refusal ?? "Every filter must hold."),
+							h("button", { type: "button", click: () => this.#reset() }, "Clear the filters"),
+						]
+					: [
+							h("h3", {}, "No jobs yet"),
+							h("p", {}, "A job shows here as soon as it is created, whether you run it or it is run for you."),
+						],
+		);
 		this.#tick();
 	}
 
@@ -206,23 +279,49 @@ class JobsView {
 	}
 
 	#makeRow(job) {
-		const created = time(job.createdAt), other = this.#provider ? job.customer : job.provider;
+		const created = time(job.createdAt),
+			other = this.#provider ? job.customer : job.provider;
 		this.#party(other);
 		this.#tag(job.configurationTag);
 		const row = { status: h("span"), bar: h("i"), value: h("b"), updated: h("td.j-u") };
-		row.element = h("tr", { "data-job": job.id },
+		row.element = h(
+			"tr",
+			{ "data-job": job.id },
 			h("td.j-s", {}, row.status),
-			h("td.j-n", {}, h("a.clip", { dir: "auto", href: jobAddress(job.id) }, job.providerJobName || job.providerJobId), job.providerJobName && h("small.mono.clip", { dir: "auto" }, job.providerJobId)),
+			h(
+				"td.j-n",
+				{},
+				h("a.clip", { dir: "auto", href: jobAddress(job.id) }, job.providerJobName || job.providerJobId),
+				job.providerJobName && h("small.mono.clip", { dir: "auto" }, job.providerJobId),
+			),
 			h("td.j-p", {}, h("span", {}, h("span.mini", {}, row.bar), row.value)),
 			h("td", {}, h("span.clip", { dir: "auto" }, fullName(other) || `${other.id.slice(0, 8)}…`)),
-			h("td.j-c", {}, h("span.clip", { dir: "auto" }, job.configurationName || job.configurationTag), " ", h("small", {}, job.configurationVersion)),
-			h("td.j-t", {}, h("time", { datetime: iso(created), title: when(created) }, now() - created < TODAY_MS ? minutes(created) : day(created))), row.updated);
+			h(
+				"td.j-c",
+				{},
+				h("span.clip", { dir: "auto" }, job.configurationName || job.configurationTag),
+				" ",
+				h("small", {}, job.configurationVersion),
+			),
+			h(
+				"td.j-t",
+				{},
+				h(
+					"time",
+					{ datetime: iso(created), title: when(created) },
+					now() - created < TODAY_MS ? minutes(created) : day(created),
+				),
+			),
+			row.updated,
+		);
 		this.#rows.set(job.id, row);
 		return row;
 	}
 
 	#drawRow(job) {
-		const row = this.#rows.get(job.id), status = plain("JOB_STATUS_", job.status), value = job.progress?.percent ?? 0;
+		const row = this.#rows.get(job.id),
+			status = plain("JOB_STATUS_", job.status),
+			value = job.progress?.percent ?? 0;
 		if (!row) return;
 		setAttribute(row.element, "data-s", status);
 		fill(row.status, [status], () => [icon(status), word(STATUS, status)]);

@@ -12,7 +12,8 @@ export async function openKeys(main) {
 	const who = await whoAmI();
 	main.replaceChildren(template("t-keys"));
 	document.title = "API keys – milepost";
-	const form = $("#key-f", main), keys = new Map();
+	const form = $("#key-f", main),
+		keys = new Map();
 	let pageToken = "";
 	// A customer's key cannot append.
 	if (who.user.role !== "USER_ROLE_PROVIDER") $("[value=API_KEY_SCOPE_APPEND]", form).closest("label").remove();
@@ -21,9 +22,14 @@ export async function openKeys(main) {
 		return setText($("#keys-n", main), "This key may not manage keys.");
 	}
 	submit(form, async () => {
-		const life = Number(form.elements.life.value), scopes = $$("[name=scope]:checked", form).map(box => box.value);
+		const life = Number(form.elements.life.value),
+			scopes = $$("[name=scope]:checked", form).map(box => box.value);
 		if (!scopes.length) throw new Error("A key needs something that it may do.");
-		const { apiKey, secret } = await client().call("AuthService/CreateApiKey", { note: form.elements.note.value, scopes, ...life && { expiresAt: new Date(now() + life * DAY_MS).toISOString() } });
+		const { apiKey, secret } = await client().call("AuthService/CreateApiKey", {
+			note: form.elements.note.value,
+			scopes,
+			...(life && { expiresAt: new Date(now() + life * DAY_MS).toISOString() }),
+		});
 		form.elements.note.value = "";
 		show([apiKey]);
 		reveal(main, secret);
@@ -45,16 +51,39 @@ export async function openKeys(main) {
 	}
 
 	function row(key) {
-		const expires = time(key.expiresAt), revoked = time(key.revokedAt), used = time(key.lastUsedAt), label = `${key.keyPrefix}…`;
+		const expires = time(key.expiresAt),
+			revoked = time(key.revokedAt),
+			used = time(key.lastUsedAt),
+			label = `${key.keyPrefix}…`;
 		const ended = revoked ?? (expires <= now() ? expires : undefined);
 		const scopes = (key.scopes ?? []).map(scope => plain("API_KEY_SCOPE_", scope)).join(", ");
-		return h(ended ? "tr.past" : "tr", { "data-key": key.id },
+		return h(
+			ended ? "tr.past" : "tr",
+			{ "data-key": key.id },
 			h("td.wide", {}, h("span.mono", {}, label), h("small", {}, h("bdi", {}, key.note ?? ""))),
-			h("td", { "data-l": "May" }, scopes), h("td", { "data-l": "Expires" }, ended ? `${when(ended)} (ended)` : expires ? day(expires) : "never"),
-			h("td", { "data-l": "Last used" }, used ? when(used) : "not yet"), h("td", { "data-l": "Made" }, day(time(key.createdAt))),
-			h("td.wide", {}, !ended && [
-				h("button.quiet", { type: "button", "aria-label": `Rotate ${label}`, title: "A new key takes its place; the old one stays valid for an hour", click: event => act(event, rotate, key) }, "Rotate"), " ",
-				h("button", { type: "button", "aria-label": `End ${label}`, click: event => act(event, end, key) }, "End")]));
+			h("td", { "data-l": "May" }, scopes),
+			h("td", { "data-l": "Expires" }, ended ? `${when(ended)} (ended)` : expires ? day(expires) : "never"),
+			h("td", { "data-l": "Last used" }, used ? when(used) : "not yet"),
+			h("td", { "data-l": "Made" }, day(time(key.createdAt))),
+			h(
+				"td.wide",
+				{},
+				!ended && [
+					h(
+						"button.quiet",
+						{
+							type: "button",
+							"aria-label": `Rotate ${label}`,
+							title: "A new key takes its place; the old one stays valid for an hour",
+							click: event => act(event, rotate, key),
+						},
+						"Rotate",
+					),
+					" ",
+					h("button", { type: "button", "aria-label": `End ${label}`, click: event => act(event, end, key) }, "End"),
+				],
+			),
+		);
 	}
 
 	async function rotate(key) {
@@ -74,7 +103,9 @@ export async function openKeys(main) {
 		what(key).catch(failed);
 	}
 
-	function failed(error) { setText($("#keys-n", main), error.message); }
+	function failed(error) {
+		setText($("#keys-n", main), error.message);
+	}
 
 	await list();
 }

@@ -33,8 +33,12 @@ class Heights {
 	}
 
 	/** The height of the first rows together. */
-	above(count) { return count * this.estimate + this.#sum(count); }
-	of(index) { return this.estimate + this.differences[index]; }
+	above(count) {
+		return count * this.estimate + this.#sum(count);
+	}
+	of(index) {
+		return this.estimate + this.differences[index];
+	}
 
 	set(index, height) {
 		const change = height - this.of(index);
@@ -45,7 +49,8 @@ class Heights {
 
 	/** The row at this height. */
 	at(y) {
-		let index = 0, rest = y;
+		let index = 0,
+			rest = y;
 		for (let step = 2 ** Math.floor(Math.log2(this.count || 1)); step; step >>= 1) {
 			const next = index + step;
 			if (next > this.count) continue;
@@ -60,7 +65,13 @@ class Heights {
 }
 
 export class VirtualList {
-	#box; #make; #heights; #rows = new Map(); #width = 0; #whole = false; #set = 0;
+	#box;
+	#make;
+	#heights;
+	#rows = new Map();
+	#width = 0;
+	#whole = false;
+	#set = 0;
 	items = [];
 	/** Whether the end of the list is kept in sight. */
 	stick = true;
@@ -70,11 +81,16 @@ export class VirtualList {
 		this.#box = box;
 		this.#make = make;
 		this.#heights = new Heights(estimate);
-		box.addEventListener("scroll", () => {
-			// The first step of a smooth scroll may be less than a pixel.
-			if (this.stick && box.scrollTop < this.#set && box.scrollHeight - box.scrollTop - box.clientHeight > 0.5) left();
-			this.#draw();
-		}, { passive: true });
+		box.addEventListener(
+			"scroll",
+			() => {
+				// The first step of a smooth scroll may be less than a pixel.
+				if (this.stick && box.scrollTop < this.#set && box.scrollHeight - box.scrollTop - box.clientHeight > 0.5)
+					left();
+				this.#draw();
+			},
+			{ passive: true },
+		);
 		this.resize = new ResizeObserver(() => {
 			if (box.clientWidth === this.#width) return this.#draw();
 			this.#width = box.clientWidth;
@@ -94,7 +110,9 @@ export class VirtualList {
 	}
 
 	/** Shows what was added to the items. */
-	grew() { this.#draw(); }
+	grew() {
+		this.#draw();
+	}
 
 	/** Makes the row of an item again. */
 	change(index) {
@@ -116,13 +134,17 @@ export class VirtualList {
 	}
 
 	/** The rows that stand in the document. */
-	get rows() { return this.#rows; }
+	get rows() {
+		return this.#rows;
+	}
 
 	/** Brings an item into sight and returns its row. */
 	reveal(index) {
 		// The second turn knows the heights of the rows that the first one brought.
 		for (let turn = 0; turn < 2; turn++) {
-			const top = this.#heights.above(index), bottom = top + this.#heights.of(index), { scrollTop, clientHeight } = this.#box;
+			const top = this.#heights.above(index),
+				bottom = top + this.#heights.of(index),
+				{ scrollTop, clientHeight } = this.#box;
 			if (top < scrollTop) this.#box.scrollTop = top;
 			else if (bottom > scrollTop + clientHeight) this.#box.scrollTop = bottom - clientHeight;
 			this.#draw();
@@ -137,14 +159,18 @@ export class VirtualList {
 	}
 
 	#draw() {
-		const box = this.#box, count = this.items.length;
+		const box = this.#box,
+			count = this.items.length;
 		// Not in sight at all, as in an embedded page.
-		if (!count || !box.clientHeight && !box.clientWidth) return;
+		if (!count || (!box.clientHeight && !box.clientWidth)) return;
 		this.#heights.grow(count);
-		const anchor = this.#heights.at(box.scrollTop), offset = box.scrollTop - this.#heights.above(anchor);
+		const anchor = this.#heights.at(box.scrollTop),
+			offset = box.scrollTop - this.#heights.above(anchor);
 		let range;
 		for (let turn = 0; turn < 4; turn++) {
-			const next = this.#range(this.stick ? this.#heights.above(count) - box.clientHeight : this.#heights.above(anchor) + offset);
+			const next = this.#range(
+				this.stick ? this.#heights.above(count) - box.clientHeight : this.#heights.above(anchor) + offset,
+			);
 			if (range && next[0] >= range[0] && next[1] <= range[1]) break;
 			range = next;
 			this.#place(...range);
@@ -165,7 +191,8 @@ export class VirtualList {
 	#range(top) {
 		const count = this.items.length;
 		if (this.#whole || count <= WHOLE) return [0, count];
-		const first = this.#heights.at(Math.max(0, top)), last = this.#heights.at(Math.max(0, top) + this.#box.clientHeight);
+		const first = this.#heights.at(Math.max(0, top)),
+			last = this.#heights.at(Math.max(0, top) + this.#box.clientHeight);
 		return [Math.max(0, first - AROUND), Math.min(count, last + 1 + AROUND)];
 	}
 
@@ -187,12 +214,13 @@ export class VirtualList {
 	}
 
 	#drop(first, last) {
-		for (const [index, row] of this.#rows) if (index < first || index >= last) {
-			// The list keeps the focus of a row that goes out of sight.
-			if (row.contains(document.activeElement)) this.#box.focus({ preventScroll: true });
-			row.remove();
-			this.#rows.delete(index);
-		}
+		for (const [index, row] of this.#rows)
+			if (index < first || index >= last) {
+				// The list keeps the focus of a row that goes out of sight.
+				if (row.contains(document.activeElement)) this.#box.focus({ preventScroll: true });
+				row.remove();
+				this.#rows.delete(index);
+			}
 	}
 
 	#measure(index, row) {

@@ -5,9 +5,17 @@ import { plain, time } from "./words.js";
 
 /** What is kept of an event: a page may hold 100,000 of them. */
 const entry = event => ({
-	id: event.id, n: Number(event.sequence), kind: plain("EVENT_KIND_", event.kind), name: event.name ?? "", tag: event.stepTag ?? "", stepName: event.stepName ?? "",
-	metadata: event.metadata && Object.keys(event.metadata).length ? event.metadata : null, at: time(event.createdAt), occurred: time(event.occurredAt),
-	status: plain("JOB_STATUS_", event.status), percent: event.progress?.percent ?? 0,
+	id: event.id,
+	n: Number(event.sequence),
+	kind: plain("EVENT_KIND_", event.kind),
+	name: event.name ?? "",
+	tag: event.stepTag ?? "",
+	stepName: event.stepName ?? "",
+	metadata: event.metadata && Object.keys(event.metadata).length ? event.metadata : null,
+	at: time(event.createdAt),
+	occurred: time(event.occurredAt),
+	status: plain("JOB_STATUS_", event.status),
+	percent: event.progress?.percent ?? 0,
 });
 
 export class Log {
@@ -21,7 +29,14 @@ export class Log {
 		let from = 0;
 		this.configured = configured.map((step, i) => {
 			const weight = sum ? points[i] : 1;
-			return { n: i + 1, tag: step.tag, name: step.name, points: weight, from: (from += weight) - weight, metadata: step.metadata ?? [] };
+			return {
+				n: i + 1,
+				tag: step.tag,
+				name: step.name,
+				points: weight,
+				from: (from += weight) - weight,
+				metadata: step.metadata ?? [],
+			};
 		});
 		this.clear();
 	}
@@ -37,8 +52,12 @@ export class Log {
 		this.state = { sequence: 0, status: "pending", percent: 0 };
 	}
 
-	get last() { return this.entries.length; }
-	get first() { return this.entries[0]; }
+	get last() {
+		return this.entries.length;
+	}
+	get first() {
+		return this.entries[0];
+	}
 
 	/** Adds what is new of these events, and returns it. A log that does not go on from here was set back. */
 	take(events = []) {
@@ -61,7 +80,8 @@ export class Log {
 	/** The state that the server tells beside the events: of a job whose events are not all here. */
 	tell(state) {
 		const sequence = Number(state?.lastSequence ?? 0);
-		if (state && sequence >= this.state.sequence) this.state = { sequence, status: plain("JOB_STATUS_", state.status), percent: state.progress?.percent ?? 0 };
+		if (state && sequence >= this.state.sequence)
+			this.state = { sequence, status: plain("JOB_STATUS_", state.status), percent: state.progress?.percent ?? 0 };
 	}
 
 	/** The errors that were recovered since this was called last. */
@@ -90,8 +110,12 @@ export class Log {
 	}
 
 	/** When the job was closed, or undefined. */
-	get closedAt() { return this.closed?.at ?? time(this.job.closedAt); }
-	get stepsDone() { return [...this.steps.values()].filter(step => step.done).length; }
+	get closedAt() {
+		return this.closed?.at ?? time(this.job.closedAt);
+	}
+	get stepsDone() {
+		return [...this.steps.values()].filter(step => step.done).length;
+	}
 
 	stateOf(step) {
 		const { status } = this.state;
@@ -103,4 +127,4 @@ export class Log {
 }
 
 export const FAMILIES = { step: "Steps", info: "Notes", error: "Errors", job: "Job" };
-export const family = kind => kind in FAMILIES ? kind : "job";
+export const family = kind => (kind in FAMILIES ? kind : "job");

@@ -10,8 +10,10 @@ import { go, route } from "./router.js";
 import { client, forget, signedIn, whoAmI } from "./session.js";
 
 const main = $("#main");
-const THEME = "milepost.theme", NEXT = { auto: "light", light: "dark", dark: "auto" };
-let close = null, opening = null;
+const THEME = "milepost.theme",
+	NEXT = { auto: "light", light: "dark", dark: "auto" };
+let close = null,
+	opening = null;
 
 function paint(theme) {
 	document.documentElement.dataset.theme = theme;
@@ -41,10 +43,11 @@ function changeTheme() {
 /** Opens the view of the address. A view that is not shown yet when the next one is asked for is given up. */
 async function open(focus) {
 	opening?.abort("another view");
-	const { signal } = opening = new AbortController();
+	const { signal } = (opening = new AbortController());
 	close?.();
 	close = null;
-	const { path, parameters } = route(), token = parameters.get("token");
+	const { path, parameters } = route(),
+		token = parameters.get("token");
 	showNavigation(path[0], !token && signedIn(), token);
 	try {
 		const closing = await view(path, token, parameters, signal);
@@ -92,8 +95,13 @@ function failed(error, token, path) {
 		return;
 	}
 	// One text whatever the cause, since the service tells none.
-	if (token) return lone("This link is not valid", ["It may have expired, been ended by whoever made it, or been copied only in part. Ask them for a new one.", "The job itself is not affected."]);
-	if (path[0] === "jobs" && path[1]) return lone("No such job", ["There is no job at this address, or it is not yours to see."]);
+	if (token)
+		return lone("This link is not valid", [
+			"It may have expired, been ended by whoever made it, or been copied only in part. Ask them for a new one.",
+			"The job itself is not affected.",
+		]);
+	if (path[0] === "jobs" && path[1])
+		return lone("No such job", ["There is no job at this address, or it is not yours to see."]);
 	if (!error.code) console.error(error);
 	return lone("This did not work", [error.message]);
 }
@@ -114,7 +122,9 @@ function showNavigation(at = "jobs", shown, token) {
 
 async function signOut() {
 	// A key is only forgotten: it goes on to serve whoever else has it.
-	await client().call("AuthService/LogOut").catch(() => {});
+	await client()
+		.call("AuthService/LogOut")
+		.catch(() => {});
 	forget();
 	go("/sign-in");
 	open(true);

@@ -11,10 +11,14 @@ const address = (path, parameters = {}) => {
 	return `#${path}${query && `?${query}`}`;
 };
 
-export function go(path, parameters) { location.hash = address(path, parameters); }
+export function go(path, parameters) {
+	location.hash = address(path, parameters);
+}
 
 /** Changes the address of the view that is shown, so that it can be copied and loaded again. */
-export function note(path, parameters) { history.replaceState(null, "", address(path, parameters)); }
+export function note(path, parameters) {
+	history.replaceState(null, "", address(path, parameters));
+}
 
 /** The address of a job, for links. */
 export const jobAddress = id => address(`/jobs/${id}`);

@@ -48,4 +48,5 @@ export const forget = () => keep(null);
 
 /** Whether the caller may make links to jobs that it provides. */
 export const mayShare = who => Boolean(who.session) || Boolean(who.apiKey?.scopes?.includes("API_KEY_SCOPE_APPEND"));
-export const mayManageKeys = who => Boolean(who.session) || Boolean(who.apiKey?.scopes?.includes("API_KEY_SCOPE_MANAGE"));
+export const mayManageKeys = who =>
+	Boolean(who.session) || Boolean(who.apiKey?.scopes?.includes("API_KEY_SCOPE_MANAGE"));

@@ -9,12 +9,17 @@ export const shareLink = (jobId, secret) => new URL(`#/jobs/${jobId}?token=${sec
 
 export function openShare(client, jobId) {
 	document.body.append(template("t-share"));
-	const dialog = $("#share-d"), form = $("#share-f", dialog);
+	const dialog = $("#share-d"),
+		form = $("#share-f", dialog);
 	dialog.addEventListener("close", () => dialog.remove());
 	// A change of the view ends the dialog, too.
 	addEventListener("hashchange", () => dialog.remove(), { once: true });
 	submit(form, async () => {
-		const { secret } = await client.call("AuthService/CreateWatchToken", { jobId, note: form.elements.note.value, lifetime: `${form.elements.lifetime.value}s` });
+		const { secret } = await client.call("AuthService/CreateWatchToken", {
+			jobId,
+			note: form.elements.note.value,
+			lifetime: `${form.elements.lifetime.value}s`,
+		});
 		form.elements.note.value = "";
 		await list();
 		reveal(dialog, shareLink(jobId, secret));
@@ -25,7 +30,7 @@ export function openShare(client, jobId) {
 		let pageToken = "";
 		do {
 			const page = await client.call("AuthService/ListWatchTokens", { jobId, pageSize: 500, pageToken });
-			tokens.push(...page.watchTokens ?? []);
+			tokens.push(...(page.watchTokens ?? []));
 			pageToken = page.nextPageToken;
 		} while (pageToken);
 		// Newest first: the one that was just made is at hand.
@@ -34,7 +39,10 @@ export function openShare(client, jobId) {
 	}
 
 	function item(token) {
-		const expires = time(token.expiresAt), revoked = time(token.revokedAt), used = time(token.lastUsedAt), open = !revoked && expires > now();
+		const expires = time(token.expiresAt),
+			revoked = time(token.revokedAt),
+			used = time(token.lastUsedAt),
+			open = !revoked && expires > now();
 		const label = `${token.secretPrefix}…`;
 		const end = async event => {
 			event.currentTarget.disabled = true;
@@ -45,11 +53,33 @@ export function openShare(client, jobId) {
 			await list();
 			$("#share-f", dialog).elements.note.focus();
 		};
-		return h("li", {}, h("div", {}, h("span.mono", {}, label), " ", h("bdi", {}, token.note ?? ""), h("p", {}, `${open ? "until" : "ended"} ${when(open ? expires : revoked ?? expires)}, ${used ? `last used ${when(used)}` : "not used yet"}`)),
-			open && h("button", { type: "button", "aria-label": `End the link ${label}`, click: event => end(event).catch(failed) }, "End"));
+		return h(
+			"li",
+			{},
+			h(
+				"div",
+				{},
+				h("span.mono", {}, label),
+				" ",
+				h("bdi", {}, token.note ?? ""),
+				h(
+					"p",
+					{},
+					`${open ? "until" : "ended"} ${when(open ? expires : (revoked ?? expires))}, ${used ? `last used ${when(used)}` : "not used yet"}`,
+				),
+			),
+			open &&
+				h(
+					"button",
+					{ type: "button", "aria-label": `End the link ${label}`, click: event => end(event).catch(failed) },
+					"End",
+				),
+		);
 	}
 
-	function failed(error) { setText($("#links-none", dialog), error.message); }
+	function failed(error) {
+		setText($("#links-none", dialog), error.message);
+	}
 
 	dialog.showModal();
 	list().catch(failed);

@@ -26,8 +26,15 @@ const LONGEST_PAUSE_S = 30;
 export class SetBack extends Error {}
 
 export class Watch {
-	#client; #view; #control; #wake; #name;
-	#failures = 0; #trials = 0; #paged = false; #stopped = false;
+	#client;
+	#view;
+	#control;
+	#wake;
+	#name;
+	#failures = 0;
+	#trials = 0;
+	#paged = false;
+	#stopped = false;
 	#listener = () => this.#seen();
 
 	constructor(client, view) {
@@ -47,7 +54,9 @@ export class Watch {
 	}
 
 	/** Ends a pause. */
-	retry() { this.#wake?.(); }
+	retry() {
+		this.#wake?.();
+	}
 
 	#seen() {
 		if (document.hidden) this.#control?.abort("hidden");
@@ -74,9 +83,15 @@ export class Watch {
 	/** What comes after a stream: true when nothing does. */
 	async #over({ how, error, wasLive }) {
 		switch (how) {
-			case "closed": this.#report("complete"); return true;
-			case "expired": this.#report("expired"); return true;
-			case "ended": this.#report("ended", { error }); return true;
+			case "closed":
+				this.#report("complete");
+				return true;
+			case "expired":
+				this.#report("expired");
+				return true;
+			case "ended":
+				this.#report("ended", { error });
+				return true;
 			case "silent":
 				// A stream that did work was cut somewhere, as by a sleep of this device.
 				if (wasLive) return false;
@@ -84,8 +99,10 @@ export class Watch {
 			case "restart":
 				this.#view.restart();
 				return this.#lost(error);
-			case "lost": return this.#lost(error);
-			default: return false; // hidden, stopped or time for a stream
+			case "lost":
+				return this.#lost(error);
+			default:
+				return false; // hidden, stopped or time for a stream
 		}
 	}
 
@@ -100,22 +117,33 @@ export class Watch {
 	}
 
 	async #follow() {
-		const control = this.#control = new AbortController();
+		const control = (this.#control = new AbortController());
 		const { signal } = control;
 		const request = this.#view.request();
 		const trial = this.#paged;
-		let wasLive = false, heardAt = Date.now();
-		const heard = () => { heardAt = Date.now(); };
+		let wasLive = false,
+			heardAt = Date.now();
+		const heard = () => {
+			heardAt = Date.now();
+		};
 		// A device that slept finds the time passed by at the first turn.
 		const watchdog = setInterval(() => {
 			if (Date.now() - heardAt > (wasLive ? SILENT_MS : FIRST_MS)) control.abort("silent");
 		}, 500);
 		// A trial does not stop the reading by pages.
 		const pages = new AbortController();
-		if (trial) this.#pages(AbortSignal.any([signal, pages.signal])).then(end => { if (end.how !== "time") control.abort(end); });
+		if (trial)
+			this.#pages(AbortSignal.any([signal, pages.signal])).then(end => {
+				if (end.how !== "time") control.abort(end);
+			});
 		else this.#report("catching");
 		try {
-			for await (const message of this.#client.stream("EventService/WatchEvents", { ...request, heartbeatInterval: `${HEARTBEAT_S}s` }, signal, heard)) {
+			for await (const message of this.#client.stream(
+				"EventService/WatchEvents",
+				{ ...request, heartbeatInterval: `${HEARTBEAT_S}s` },
+				signal,
+				heard,
+			)) {
 				if (signal.aborted) break;
 				this.#view.deliver(message);
 				if (message.end?.reason === "WATCH_END_REASON_JOB_CLOSED") return { how: "closed" };
@@ -138,7 +166,7 @@ export class Watch {
 
 	async #pagesUntilTrial() {
 		this.#paged = true;
-		const control = this.#control = new AbortController();
+		const control = (this.#control = new AbortController());
 		const gap = TRIALS_MS[Math.min(this.#trials++, TRIALS_MS.length - 1)];
 		const timer = setTimeout(() => control.abort("time"), gap);
 		try {
@@ -180,7 +208,8 @@ export class Watch {
 	}
 }
 
-const aborted = (signal, wasLive) => typeof signal.reason === "object" ? signal.reason : { how: signal.reason, wasLive };
+const aborted = (signal, wasLive) =>
+	typeof signal.reason === "object" ? signal.reason : { how: signal.reason, wasLive };
 
 /** What an error of a stream or of a page asks for. */
 function ending(error, request) {
@@ -191,6 +220,7 @@ function ending(error, request) {
 		return { how: "ended", error };
 	}
 	if (error.reason === "EVENTS_EXPIRED") return { how: "expired", error };
-	if (error.code === "out_of_range" || (error.code === "invalid_argument" && request.resumeToken)) return { how: "restart", error };
+	if (error.code === "out_of_range" || (error.code === "invalid_argument" && request.resumeToken))
+		return { how: "restart", error };
 	return { how: error.passing ? "lost" : "ended", error };
 }

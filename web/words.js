@@ -2,7 +2,13 @@
 
 const SPACE = "\u00a0";
 
-export const STATUS = { pending: "Pending", running: "Running", failed: "Failed", complete: "Complete", cancelled: "Cancelled" };
+export const STATUS = {
+	pending: "Pending",
+	running: "Running",
+	failed: "Failed",
+	complete: "Complete",
+	cancelled: "Cancelled",
+};
 export const KIND = { step: "Step done", info: "Note", error: "Error", complete: "Complete", close: "Closed" };
 
 /** `JOB_STATUS_RUNNING` becomes `running`. */
@@ -44,6 +50,6 @@ export const exact = ms => `${clock(ms)}.${`${ms % 1000}`.padStart(3, "0")}`;
 export const iso = ms => new Date(ms).toISOString();
 
 /** Milliseconds of a timestamp in JSON, or undefined. */
-export const time = text => text ? Date.parse(text) : undefined;
+export const time = text => (text ? Date.parse(text) : undefined);
 
 export const fullName = person => [person?.firstName, person?.lastName].filter(Boolean).join(" ");

@@ -15,7 +15,10 @@ const LONG = "Volumetric assessment of both lungs and lobes for Radiology-North-
 
 async function jobs() {
   const { provider, customer } = world;
-  const running = await provider.createJob(customer, { name: "Running" }), complete = await provider.createJob(customer, { name: "Complete" }), failed = await provider.createJob(customer, { name: "Failed" }), pending = await provider.createJob(customer, { id: LONG.replaceAll(" ", "-"), name: LONG }).catch(() => null);
+  const running = await provider.createJob(customer, { name: "Running" }),
+    complete = await provider.createJob(customer, { name: "Complete" }),
+    failed = await provider.createJob(customer, { name: "Failed" }),
+    pending = await provider.createJob(customer, { id: LONG.replaceAll(" ", "-"), name: LONG }).catch(() => null);
   await provider.append(running, ...story(7, { trouble: true }));
   await provider.append(complete, ...story(STEPS.length, { trouble: true }));
   await provider.append(failed, ...story(3), { kind: "error", name: "Out of GPU memory", stepTag: "s4" });
@@ -24,7 +27,9 @@ async function jobs() {
 
 /** Every view: its name, and how it is opened. */
 async function* views(page) {
-  const { origin } = world.server, { running, complete, failed, pending } = await jobs(), { secret } = await world.provider.share(running, 3600);
+  const { origin } = world.server,
+    { running, complete, failed, pending } = await jobs(),
+    { secret } = await world.provider.share(running, 3600);
   await page.goto(`${origin}/#/sign-up`);
   await page.getByRole("heading", { name: "Sign up" }).waitFor();
   yield "sign-up";
@@ -68,92 +73,129 @@ async function* views(page) {
 }
 
 for (const colorScheme of ["light", "dark"]) {
-  test(`axe finds nothing in any view, in ${colorScheme} colours`, withPage(async page => {
-    for await (const view of views(page)) {
-      await page.evaluate(AXE);
-      const { violations } = await page.evaluate(() => axe.run(document, { resultTypes: ["violations"] }));
-      assert.deepEqual(violations.map(({ id, nodes }) => `${id}: ${nodes.map(({ html, failureSummary }) => `${html}\n${failureSummary}`).join("\n")}`), [], view);
-    }
-  }, { colorScheme, reducedMotion: "reduce" }));
+  test(
+    `axe finds nothing in any view, in ${colorScheme} colours`,
+    withPage(
+      async page => {
+        for await (const view of views(page)) {
+          await page.evaluate(AXE);
+          const { violations } = await page.evaluate(() => axe.run(document, { resultTypes: ["violations"] }));
+          assert.deepEqual(
+            violations.map(
+              ({ id, nodes }) =>
+                `${id}: ${nodes.map(({ html, failureSummary }) => `${html}\n${failureSummary}`).join("\n")}`,
+            ),
+            [],
+            view,
+          );
+        }
+      },
+      { colorScheme, reducedMotion: "reduce" },
+    ),
+  );
 }
 
 for (const width of [360, 320]) {
-  test(`no view is wider than ${width} px`, withPage(async page => {
-    for await (const view of views(page)) await assertFits(page, view);
-  }, { viewport: { width, height: 740 } }));
+  test(
+    `no view is wider than ${width} px`,
+    withPage(
+      async page => {
+        for await (const view of views(page)) await assertFits(page, view);
+      },
+      { viewport: { width, height: 740 } },
+    ),
+  );
 }
 
-test("the keyboard alone signs in, finds a job, walks through its events and shares it", withPage(async page => {
-  const job = await world.provider.createJob(world.customer, { name: "By keyboard" });
-  await world.provider.append(job, ...story(7, { trouble: true }));
-  const focused = () => page.evaluate(() => {
-    const { tagName, id, textContent, name } = document.activeElement;
-    return id || name || textContent.trim() || tagName;
-  });
-  const tabTo = async what => {
-    for (let i = 0; i < 60; i++) {
-      if (await focused() === what) return;
-      await page.keyboard.press("Tab");
+test(
+  "the keyboard alone signs in, finds a job, walks through its events and shares it",
+  withPage(async page => {
+    const job = await world.provider.createJob(world.customer, { name: "By keyboard" });
+    await world.provider.append(job, ...story(7, { trouble: true }));
+    const focused = () =>
+      page.evaluate(() => {
+        const { tagName, id, textContent, name } = document.activeElement;
+        return id || name || textContent.trim() || tagName;
+      });
+    const tabTo = async what => {
+      for (let i = 0; i < 60; i++) {
+        if ((await focused()) === what) return;
+        await page.keyboard.press("Tab");
+      }
+      assert.fail(`Tab does not come to ${what}`);
+    };
+    await page.goto(`${world.server.origin}/`);
+    await page.getByLabel("E-mail").waitFor();
+    await page.keyboard.press("Tab");
+    assert.equal(await focused(), "skip");
+    await page.keyboard.press("Enter");
+    assert.equal(await focused(), "main");
+    assert.ok(!page.url().includes("#main"), "the skip link leaves the address alone");
+    await tabTo("email");
+    await page.keyboard.type(world.provider.email);
+    await page.keyboard.press("Tab");
+    await page.keyboard.type(PASSWORD);
+    await page.keyboard.press("Enter");
+    await page.getByRole("link", { name: "By keyboard" }).waitFor();
+    await tabTo("By keyboard");
+    await page.keyboard.press("Enter");
+    await page.locator("#percent").waitFor();
+    await connection(page, "live");
+    await tabTo("follow");
+    await page.keyboard.press("Space");
+    assert.equal(await page.locator("#follow").getAttribute("aria-checked"), "false");
+    await tabTo("events");
+    const at = () => page.evaluate(() => Number(document.activeElement.dataset.sequence));
+    for (const [key, sequence] of [
+      ["Home", 1],
+      ["ArrowDown", 2],
+      ["ArrowDown", 3],
+      ["ArrowUp", 2],
+      ["End", 10],
+      ["ArrowUp", 9],
+    ]) {
+      await page.keyboard.press(key);
+      assert.equal(await at(), sequence, key);
     }
-    assert.fail(`Tab does not come to ${what}`);
-  };
-  await page.goto(`${world.server.origin}/`);
-  await page.getByLabel("E-mail").waitFor();
-  await page.keyboard.press("Tab");
-  assert.equal(await focused(), "skip");
-  await page.keyboard.press("Enter");
-  assert.equal(await focused(), "main");
-  assert.ok(!page.url().includes("#main"), "the skip link leaves the address alone");
-  await tabTo("email");
-  await page.keyboard.type(world.provider.email);
-  await page.keyboard.press("Tab");
-  await page.keyboard.type(PASSWORD);
-  await page.keyboard.press("Enter");
-  await page.getByRole("link", { name: "By keyboard" }).waitFor();
-  await tabTo("By keyboard");
-  await page.keyboard.press("Enter");
-  await page.locator("#percent").waitFor();
-  await connection(page, "live");
-  await tabTo("follow");
-  await page.keyboard.press("Space");
-  assert.equal(await page.locator("#follow").getAttribute("aria-checked"), "false");
-  await tabTo("events");
-  const at = () => page.evaluate(() => Number(document.activeElement.dataset.sequence));
-  for (const [key, sequence] of [["Home", 1], ["ArrowDown", 2], ["ArrowDown", 3], ["ArrowUp", 2], ["End", 10], ["ArrowUp", 9]]) {
-    await page.keyboard.press(key);
-    assert.equal(await at(), sequence, key);
-  }
-  await page.locator("#follow[aria-checked=false]").waitFor();
-  await tabTo("share");
-  await page.keyboard.press("Enter");
-  await page.getByText("There is none yet.").waitFor();
-  await tabTo("note");
-  await page.keyboard.type("by keyboard");
-  await page.keyboard.press("Enter");
-  await page.locator("#links li").waitFor();
-  assert.equal(await focused(), "secret");
-  assert.match(await page.locator("#secret").inputValue(), /token=mpw_/);
-  await page.keyboard.press("Escape");
-  await page.locator("dialog").waitFor({ state: "detached" });
-  assert.equal(await focused(), "share");
-}));
+    await page.locator("#follow[aria-checked=false]").waitFor();
+    await tabTo("share");
+    await page.keyboard.press("Enter");
+    await page.getByText("There is none yet.").waitFor();
+    await tabTo("note");
+    await page.keyboard.type("by keyboard");
+    await page.keyboard.press("Enter");
+    await page.locator("#links li").waitFor();
+    assert.equal(await focused(), "secret");
+    assert.match(await page.locator("#secret").inputValue(), /token=mpw_/);
+    await page.keyboard.press("Escape");
+    await page.locator("dialog").waitFor({ state: "detached" });
+    assert.equal(await focused(), "share");
+  }),
+);
 
-test("a change of status and each step that is done are spoken, and nothing else", withPage(async page => {
-  const job = await world.provider.createJob(world.customer), { secret } = await world.provider.share(job, 3600);
-  await world.provider.append(job, ...story(2));
-  await page.goto(jobUrl(world.server.origin, job, secret));
-  await connection(page, "live");
-  await page.evaluate(() => {
-    window.said = [];
-    new MutationObserver(() => window.said.push(document.querySelector("#say").textContent)).observe(document.querySelector("#say"), { childList: true, characterData: true, subtree: true });
-  });
-  const said = text => page.waitForFunction(text => window.said.at(-1) === text, text);
-  await world.provider.append(job, { kind: "info", name: "a note" });
-  await world.provider.append(job, { kind: "step", stepTag: "s3" });
-  await said("Running, 13 percent. Done: Resample.");
-  await world.provider.append(job, { kind: "error", name: "broken" });
-  await said("Failed, 13 percent.");
-  await world.provider.append(job, { kind: "complete" });
-  await said("Complete, 100 percent.");
-  assert.equal(await page.evaluate(() => window.said.length), 3);
-}));
+test(
+  "a change of status and each step that is done are spoken, and nothing else",
+  withPage(async page => {
+    const job = await world.provider.createJob(world.customer),
+      { secret } = await world.provider.share(job, 3600);
+    await world.provider.append(job, ...story(2));
+    await page.goto(jobUrl(world.server.origin, job, secret));
+    await connection(page, "live");
+    await page.evaluate(() => {
+      window.said = [];
+      new MutationObserver(() => window.said.push(document.querySelector("#say").textContent)).observe(
+        document.querySelector("#say"),
+        { childList: true, characterData: true, subtree: true },
+      );
+    });
+    const said = text => page.waitForFunction(text => window.said.at(-1) === text, text);
+    await world.provider.append(job, { kind: "info", name: "a note" });
+    await world.provider.append(job, { kind: "step", stepTag: "s3" });
+    await said("Running, 13 percent. Done: Resample.");
+    await world.provider.append(job, { kind: "error", name: "broken" });
+    await said("Failed, 13 percent.");
+    await world.provider.append(job, { kind: "complete" });
+    await said("Complete, 100 percent.");
+    assert.equal(await page.evaluate(() => window.said.length), 3);
+  }),
+);

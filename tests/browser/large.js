@@ -11,10 +11,16 @@ const BATCH = 500;
 const HIGH = { viewport: { width: 1100, height: 3000 } };
 const MOST_ROWS = 200;
 
-const batch = (from, count) => Array.from({ length: count }, (_, i) => ({ kind: (from + i) % 50 ? "info" : "error", name: `event ${from + i}`, metadata: (from + i) % 7 ? undefined : { Volume: from + i, Unit: "mL" } }));
+const batch = (from, count) =>
+  Array.from({ length: count }, (_, i) => ({
+    kind: (from + i) % 50 ? "info" : "error",
+    name: `event ${from + i}`,
+    metadata: (from + i) % 7 ? undefined : { Volume: from + i, Unit: "mL" },
+  }));
 
 async function appendMany(job, from, to) {
-  for (let at = from; at <= to; at += BATCH) await world.provider.append(job, ...batch(at, Math.min(BATCH, to - at + 1)));
+  for (let at = from; at <= to; at += BATCH)
+    await world.provider.append(job, ...batch(at, Math.min(BATCH, to - at + 1)));
 }
 
 async function open(page, job) {
@@ -23,30 +29,39 @@ async function open(page, job) {
   await connection(page, "live");
 }
 
-test("10,000 events that come at once are all shown, and the page stays at hand", withPage(async page => {
-  const job = await world.provider.createJob(world.customer);
-  await open(page, job);
-  await Promise.all([appendMany(job, 1, 10_000), (async () => {
-    // Meanwhile the page answers to its reader.
-    await page.locator("#find").fill("event 7");
-    await page.locator("#find").fill("");
-  })()]);
-  await waitForCount(page, 10_000);
-  await page.locator("#connection[data-s=live]").waitFor();
-  assert.ok(await page.locator("#events > li").count() < MOST_ROWS, "only a part stands in the document");
-  await assertShowsAll(page, await world.provider.listEvents(job));
-}, HIGH));
+test(
+  "10,000 events that come at once are all shown, and the page stays at hand",
+  withPage(async page => {
+    const job = await world.provider.createJob(world.customer);
+    await open(page, job);
+    await Promise.all([
+      appendMany(job, 1, 10_000),
+      (async () => {
+        // Meanwhile the page answers to its reader.
+        await page.locator("#find").fill("event 7");
+        await page.locator("#find").fill("");
+      })(),
+    ]);
+    await waitForCount(page, 10_000);
+    await page.locator("#connection[data-s=live]").waitFor();
+    assert.ok((await page.locator("#events > li").count()) < MOST_ROWS, "only a part stands in the document");
+    await assertShowsAll(page, await world.provider.listEvents(job));
+  }, HIGH),
+);
 
-test("a log of 100,000 events is shown from its first to its last", withPage(async page => {
-  const job = await world.provider.createJob(world.customer);
-  await Promise.all([0, 1, 2, 3].map(async part => appendMany(job, 25_000 * part + 1, 25_000 * (part + 1))));
-  await open(page, job);
-  await waitForCount(page, 100_000);
-  await page.getByText("100,000, newest at the bottom").waitFor();
-  await world.provider.append(job, { kind: "info", name: "and one more" });
-  await waitForCount(page, 100_001);
-  assert.ok(await page.locator("#events > li").count() < MOST_ROWS, "only a part stands in the document");
-  await assertShowsAll(page, await world.provider.listEvents(job));
-  await page.locator("#find").fill("event 77777");
-  await page.getByText("1 found").waitFor();
-}, HIGH));
+test(
+  "a log of 100,000 events is shown from its first to its last",
+  withPage(async page => {
+    const job = await world.provider.createJob(world.customer);
+    await Promise.all([0, 1, 2, 3].map(async part => appendMany(job, 25_000 * part + 1, 25_000 * (part + 1))));
+    await open(page, job);
+    await waitForCount(page, 100_000);
+    await page.getByText("100,000, newest at the bottom").waitFor();
+    await world.provider.append(job, { kind: "info", name: "and one more" });
+    await waitForCount(page, 100_001);
+    assert.ok((await page.locator("#events > li").count()) < MOST_ROWS, "only a part stands in the document");
+    await assertShowsAll(page, await world.provider.listEvents(job));
+    await page.locator("#find").fill("event 77777");
+    await page.getByText("1 found").waitFor();
+  }, HIGH),
+);

@@ -22,7 +22,12 @@ test("the page is below 120 kB in all", () => {
 
 test("the document has a strict policy, and every file its type", async () => {
   const { headers } = await fetch(`${world.server.origin}/`);
-  const policy = Object.fromEntries(headers.get("content-security-policy").split(";").map(each => each.trim().split(/ (.*)/s).slice(0, 2)));
+  const policy = Object.fromEntries(
+    headers
+      .get("content-security-policy")
+      .split(";")
+      .map(each => each.trim().split(/ (.*)/s).slice(0, 2)),
+  );
   assert.equal(policy["default-src"], "'none'");
   for (const each of ["script-src", "style-src", "connect-src", "img-src"]) assert.equal(policy[each], "'self'", each);
   for (const each of ["frame-ancestors", "base-uri", "form-action"]) assert.equal(policy[each], "'none'", each);
@@ -37,25 +42,41 @@ test("the document has a strict policy, and every file its type", async () => {
   }
 });
 
-test("nothing is asked of any other origin", withPage(async page => {
-  const job = await world.provider.createJob(world.customer), { secret } = await world.provider.share(job, 3600), origins = new Set();
-  page.on("request", request => origins.add(new URL(request.url()).origin));
-  await world.provider.append(job, ...story(STEPS.length));
-  await page.goto(jobUrl(world.server.origin, job, secret));
-  await connection(page, "complete");
-  assert.deepEqual([...origins], [world.server.origin]);
-}));
+test(
+  "nothing is asked of any other origin",
+  withPage(async page => {
+    const job = await world.provider.createJob(world.customer),
+      { secret } = await world.provider.share(job, 3600),
+      origins = new Set();
+    page.on("request", request => origins.add(new URL(request.url()).origin));
+    await world.provider.append(job, ...story(STEPS.length));
+    await page.goto(jobUrl(world.server.origin, job, secret));
+    await connection(page, "complete");
+    assert.deepEqual([...origins], [world.server.origin]);
+  }),
+);
 
-test("a portal shows the page in a frame only where the operator named it", async () => {
+test("a portal shows the page in a frame only where the operator named it", async t => {
   let framed = "";
-  const portal = createServer((_, response) => response.setHeader("content-type", "text/html").end(`<!doctype html><title>Portal</title><iframe title=Job src="${framed}"></iframe>`)).listen(0, "127.0.0.1");
+  const portal = createServer((_, response) =>
+    response
+      .setHeader("content-type", "text/html")
+      .end(`<!doctype html><title>Portal</title><iframe title=Job src="${framed}"></iframe>`),
+  ).listen(0, "127.0.0.1");
   await once(portal, "listening");
   const portalOrigin = `http://127.0.0.1:${portal.address().port}`;
+  t.after(() => portal.close());
   const allowing = await Server.start(["--frame-ancestors", portalOrigin]);
-  for (const [server, shown] of [[world.server, false], [allowing, true]]) {
-    const provider = await server.grpc.signUp("provider"), customer = await server.grpc.signUp("customer");
+  t.after(() => allowing.stop());
+  for (const [server, shown] of [
+    [world.server, false],
+    [allowing, true],
+  ]) {
+    const provider = await server.grpc.signUp("provider"),
+      customer = await server.grpc.signUp("customer");
     await provider.register(STEPS);
-    const job = await provider.createJob(customer), { secret } = await provider.share(job, 3600);
+    const job = await provider.createJob(customer),
+      { secret } = await provider.share(job, 3600);
     await provider.append(job, ...story(3));
     framed = jobUrl(server.origin, job, secret).replace("/#", "/?embed#");
     const page = await world.browser.page();
@@ -67,6 +88,4 @@ test("a portal shows the page in a frame only where the operator named it", asyn
     if (!shown) page.faults = page.faults.filter(fault => !fault.includes("frame-ancestors"));
     await finish(page);
   }
-  await allowing.stop();
-  portal.close();
 });

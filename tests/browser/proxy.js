@@ -20,21 +20,37 @@ class Nginx {
     nginx.port = await freePort();
     nginx.upstream = upstream;
     nginx.write(true);
-    nginx.process = spawn("nginx", ["-p", nginx.directory, "-c", path.join(nginx.directory, "nginx.conf")], { stdio: "inherit", env: { ...process.env, PATH: `${process.env.PATH}:/usr/sbin` } });
-    while (!await fetch(nginx.origin).then(response => response.ok, () => false)) {
+    nginx.process = spawn("nginx", ["-p", nginx.directory, "-c", path.join(nginx.directory, "nginx.conf")], {
+      stdio: "inherit",
+      env: { ...process.env, PATH: `${process.env.PATH}:/usr/sbin` },
+    });
+    while (
+      !(await fetch(nginx.origin).then(
+        response => response.ok,
+        () => false,
+      ))
+    ) {
       assert.equal(nginx.process.exitCode, null, "nginx ended");
       await new Promise(resolve => setTimeout(resolve, 50));
     }
     return nginx;
   }
 
-  get origin() { return `http://127.0.0.1:${this.port}`; }
+  get origin() {
+    return `http://127.0.0.1:${this.port}`;
+  }
 
   write(buffering) {
     // By default nginx asks its servers by HTTP/1.0 and buffers: it passes on what fills a buffer.
-    const streams = buffering ? "proxy_http_version 1.0; proxy_buffering on;" : "proxy_http_version 1.1; proxy_buffering off;";
-    const temporary = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"].map(each => `${each}_temp_path ${this.directory}/${each};`).join(" ");
-    writeFileSync(path.join(this.directory, "nginx.conf"), `
+    const streams = buffering
+      ? "proxy_http_version 1.0; proxy_buffering on;"
+      : "proxy_http_version 1.1; proxy_buffering off;";
+    const temporary = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
+      .map(each => `${each}_temp_path ${this.directory}/${each};`)
+      .join(" ");
+    writeFileSync(
+      path.join(this.directory, "nginx.conf"),
+      `
       daemon off; pid nginx.pid; error_log error.log; events {}
       http {
         access_log off; ${temporary}
@@ -42,7 +58,8 @@ class Nginx {
           listen 127.0.0.1:${this.port};
           location / { proxy_pass ${this.upstream}; proxy_set_header host $host:$server_port; ${streams} proxy_read_timeout 1h; }
         }
-      }`);
+      }`,
+    );
   }
 
   reload(buffering) {
@@ -56,9 +73,12 @@ class Nginx {
   }
 }
 
-test("behind a proxy that buffers streams the page reads by pages and says so, until the stream works", async () => {
-  const nginx = await Nginx.start(world.server.origin), page = await world.browser.page();
-  const job = await world.provider.createJob(world.customer), { secret } = await world.provider.share(job, 3600);
+test("behind a proxy that buffers streams the page reads by pages and says so, until the stream works", async t => {
+  const nginx = await Nginx.start(world.server.origin),
+    page = await world.browser.page();
+  t.after(() => nginx.stop());
+  const job = await world.provider.createJob(world.customer),
+    { secret } = await world.provider.share(job, 3600);
   await world.provider.append(job, ...story(2));
   await page.goto(jobUrl(nginx.origin, job, secret));
   await connection(page, "paged");
@@ -66,7 +86,9 @@ test("behind a proxy that buffers streams the page reads by pages and says so, u
   await waitForCount(page, 2);
   await noteRows(page);
   const reads = [];
-  page.on("request", request => { if (request.url().endsWith("ListEvents")) reads.push(Date.now()); });
+  page.on("request", request => {
+    if (request.url().endsWith("ListEvents")) reads.push(Date.now());
+  });
   await world.provider.append(job, ...story(4).slice(2));
   await waitForCount(page, 4);
   // Also while a stream is tried in vain, which takes 5 s every now and then.
@@ -81,5 +103,4 @@ test("behind a proxy that buffers streams the page reads by pages and says so, u
   await assertShowsAll(page, await world.provider.listEvents(job));
   assert.deepEqual(await page.evaluate(() => window.added), [3, 4, 5, 6]);
   await finish(page);
-  await nginx.stop();
 });

@@ -20,7 +20,10 @@ async function play(provider, job, events) {
 }
 
 /** The story with a note at the begin of each step, as a provider that tells more of its steps sends it. */
-const told = (steps, options) => story(steps, options).flatMap(event => event.kind === "step" ? [{ kind: "info", name: "Begun", stepTag: event.stepTag }, event] : [event]);
+const told = (steps, options) =>
+  story(steps, options).flatMap(event =>
+    event.kind === "step" ? [{ kind: "info", name: "Begun", stepTag: event.stepTag }, event] : [event],
+  );
 
 async function shot(page, name) {
   // The beat of the live mark and the moving fills stand still.
@@ -29,20 +32,26 @@ async function shot(page, name) {
 
 async function main() {
   mkdirSync(OUT, { recursive: true });
-  const server = await Server.start(), browser = await Browser.start();
-  const provider = await server.grpc.signUp("provider"), customer = await server.grpc.signUp("customer");
+  const server = await Server.start(),
+    browser = await Browser.start();
+  const provider = await server.grpc.signUp("provider"),
+    customer = await server.grpc.signUp("customer");
   await provider.register(STEPS);
   const name = "CT chest, follow-up after 12 months";
-  const job = await provider.createJob(customer, { id: "2026-11-26/ct-004711", name }), { secret } = await provider.share(job, 86_400);
+  const job = await provider.createJob(customer, { id: "2026-11-26/ct-004711", name }),
+    { secret } = await provider.share(job, 86_400);
   const options = { viewport: { width: 1340, height: 820 }, reducedMotion: "reduce" };
-  const light = await browser.page(options), dark = await browser.page({ ...options, colorScheme: "dark" }), phone = await browser.page({ viewport: { width: 360, height: 780 }, reducedMotion: "reduce" });
+  const light = await browser.page(options),
+    dark = await browser.page({ ...options, colorScheme: "dark" }),
+    phone = await browser.page({ viewport: { width: 360, height: 780 }, reducedMotion: "reduce" });
   const list = await browser.page(options);
   await signIn(list, server.origin, customer, PASSWORD);
   for (const page of [light, dark, phone]) {
     await page.goto(jobUrl(server.origin, job, secret));
     await connection(page, "live");
   }
-  const events = told(STEPS.length, { trouble: true }), at = tag => events.findIndex(event => event.kind === "step" && event.stepTag === tag) + 1;
+  const events = told(STEPS.length, { trouble: true }),
+    at = tag => events.findIndex(event => event.kind === "step" && event.stepTag === tag) + 1;
   await play(provider, job, events.slice(0, at("s4")));
   await shot(light, "running");
   await play(provider, job, events.slice(at("s4"), at("s5") + 1));
@@ -53,7 +62,11 @@ async function main() {
   await play(provider, job, events.slice(at("s8")));
   await connection(light, "complete");
   await shot(light, "complete");
-  for (const [id, count] of [["ct-004712", 9], ["ct-004713", 3], ["ct-004714", 0]]) {
+  for (const [id, count] of [
+    ["ct-004712", 9],
+    ["ct-004713", 3],
+    ["ct-004714", 0],
+  ]) {
     const other = await provider.createJob(customer, { id, name: `CT chest ${id.slice(-4)}` });
     if (count) await provider.append(other, ...story(count));
     if (id === "ct-004713") await provider.append(other, { kind: "error", name: "Out of GPU memory", stepTag: "s4" });

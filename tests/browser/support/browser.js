@@ -4,8 +4,16 @@ import assert from "node:assert/strict";
 import { chromium } from "playwright-core";
 
 const EXECUTABLE = process.env.CHROMIUM ?? "/usr/bin/chromium";
-const WAIT_MS = 60_000;
-const ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"];
+const WAIT_MS = Number(process.env.MILEPOST_BROWSER_WAIT_MS ?? 60_000);
+const ARGUMENTS = [
+  "--no-sandbox",
+  "--disable-gpu",
+  "--disable-quic",
+  "--no-first-run",
+  "--disable-background-networking",
+  "--disable-component-update",
+  "--disable-sync",
+];
 // A browser tells of each connection that is refused; the tests refuse some.
 const EXPECTED = /Failed to load resource/;
 
@@ -18,21 +26,35 @@ export class Browser {
 
   /** A page in a fresh profile. What it must not do is in `page.faults`. */
   async page(options = {}) {
-    const context = await this.chromium.newContext({ viewport: { width: 1440, height: 1000 }, locale: "en-GB", ...options });
+    const context = await this.chromium.newContext({
+      viewport: { width: 1440, height: 1000 },
+      locale: "en-GB",
+      ...options,
+    });
     context.setDefaultTimeout(WAIT_MS);
     const page = await context.newPage();
     page.faults = [];
     page.on("pageerror", error => page.faults.push(`error: ${error.stack}`));
-    page.on("console", message => { if (["error", "warning"].includes(message.type()) && !EXPECTED.test(message.text())) page.faults.push(`console: ${message.text()}`); });
-    page.on("dialog", dialog => { page.faults.push(`dialog: ${dialog.message()}`); dialog.dismiss(); });
+    page.on("console", message => {
+      if (["error", "warning"].includes(message.type()) && !EXPECTED.test(message.text()))
+        page.faults.push(`console: ${message.text()}`);
+    });
+    page.on("dialog", dialog => {
+      page.faults.push(`dialog: ${dialog.message()}`);
+      dialog.dismiss();
+    });
     await page.addInitScript(() => {
       window.violations = [];
-      document.addEventListener("securitypolicyviolation", event => window.violations.push(`${event.violatedDirective}: ${event.blockedURI}`));
+      document.addEventListener("securitypolicyviolation", event =>
+        window.violations.push(`${event.violatedDirective}: ${event.blockedURI}`),
+      );
     });
     return page;
   }
 
-  async close() { await this.chromium.close(); }
+  async close() {
+    await this.chromium.close();
+  }
 }
 
 /** Closes a page after it showed no fault. */

@@ -5,7 +5,8 @@ import assert from "node:assert/strict";
 /** Every event that the list shows, from its first to its last row, by scrolling through it. */
 export async function shownEvents(page) {
   return page.evaluate(() => {
-    const list = document.querySelector("#events"), found = new Map();
+    const list = document.querySelector("#events"),
+      found = new Map();
     // The event of a scroll comes with the next frame, and a frame of many rows takes its time: it is sent at once.
     const scroll = top => {
       list.scrollTop = top;
@@ -13,7 +14,12 @@ export async function shownEvents(page) {
       collect();
     };
     const collect = () => {
-      for (const row of list.querySelectorAll(":scope > [data-sequence]")) found.set(Number(row.dataset.sequence), { sequence: Number(row.dataset.sequence), kind: row.dataset.s, name: row.querySelector("b")?.textContent ?? "" });
+      for (const row of list.querySelectorAll(":scope > [data-sequence]"))
+        found.set(Number(row.dataset.sequence), {
+          sequence: Number(row.dataset.sequence),
+          kind: row.dataset.s,
+          name: row.querySelector("b")?.textContent ?? "",
+        });
     };
     if (document.querySelector("#follow").ariaChecked === "true") document.querySelector("#follow").click();
     scroll(0);
@@ -22,11 +28,14 @@ export async function shownEvents(page) {
   });
 }
 
-export const asShown = events => events.map(({ sequence, kind, name }) => ({ sequence, kind: kind.replace("EVENT_KIND_", "").toLowerCase(), name }));
+export const asShown = events =>
+  events.map(({ sequence, kind, name }) => ({ sequence, kind: kind.replace("EVENT_KIND_", "").toLowerCase(), name }));
 
 /** No event is missing, none is there twice and none differs. */
 export async function assertShowsAll(page, events) {
-  const rows = await page.locator("#events > [data-sequence]").evaluateAll(rows => rows.map(row => Number(row.dataset.sequence)));
+  const rows = await page
+    .locator("#events > [data-sequence]")
+    .evaluateAll(rows => rows.map(row => Number(row.dataset.sequence)));
   assert.equal(new Set(rows).size, rows.length, "a row stands twice in the document");
   assert.deepEqual(await shownEvents(page), asShown(events));
 }
@@ -36,19 +45,26 @@ export async function noteRows(page) {
   await page.evaluate(() => {
     window.added = [];
     new MutationObserver(changes => {
-      for (const change of changes) for (const node of change.addedNodes) window.added.push(Number(node.dataset.sequence));
+      for (const change of changes)
+        for (const node of change.addedNodes) window.added.push(Number(node.dataset.sequence));
     }).observe(document.querySelector("#events"), { childList: true });
   });
 }
 
 /** Waits until the list has so many events in all. */
-export const waitForCount = (page, count) => page.waitForFunction(count => Number(document.querySelector("#events > :last-child")?.dataset.sequence) >= count, count);
+export const waitForCount = (page, count) =>
+  page.waitForFunction(
+    count => Number(document.querySelector("#events > :last-child")?.dataset.sequence) >= count,
+    count,
+  );
 
 export async function assertFits(page, what) {
   const wide = await page.evaluate(() => {
     const width = document.documentElement.clientWidth;
     if (document.documentElement.scrollWidth <= width) return [];
-    return [...document.querySelectorAll("body *")].filter(element => element.getBoundingClientRect().right > width + 1).map(element => element.outerHTML.slice(0, 120));
+    return [...document.querySelectorAll("body *")]
+      .filter(element => element.getBoundingClientRect().right > width + 1)
+      .map(element => element.outerHTML.slice(0, 120));
   });
   assert.deepEqual(wide, [], `${what} is wider than the window`);
 }

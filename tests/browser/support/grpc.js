@@ -12,37 +12,69 @@ export const PASSWORD = "correct horse battery";
 export class Grpc {
   constructor(address) {
     const files = ["auth", "configurations", "jobs", "events"].map(name => `milepost/v1/${name}.proto`);
-    const definition = loader.loadSync(files, { includeDirs: [path.join(ROOT, "proto")], longs: Number, enums: String, oneofs: true, defaults: true });
-    const { milepost: { v1 } } = grpc.loadPackageDefinition(definition);
+    const definition = loader.loadSync(files, {
+      includeDirs: [path.join(ROOT, "proto")],
+      longs: Number,
+      enums: String,
+      oneofs: true,
+      defaults: true,
+    });
+    const {
+      milepost: { v1 },
+    } = grpc.loadPackageDefinition(definition);
     // The server is killed and started again: do not wait long to connect again.
     const options = { "grpc.initial_reconnect_backoff_ms": 100, "grpc.max_reconnect_backoff_ms": 500 };
-    this.clients = Object.fromEntries(["AuthService", "ConfigurationService", "JobService", "EventService"].map(name => [name, new v1[name](address, grpc.credentials.createInsecure(), options)]));
+    this.clients = Object.fromEntries(
+      ["AuthService", "ConfigurationService", "JobService", "EventService"].map(name => [
+        name,
+        new v1[name](address, grpc.credentials.createInsecure(), options),
+      ]),
+    );
   }
 
   ready() {
-    return new Promise((resolve, reject) => this.clients.JobService.waitForReady(Date.now() + READY_MS, error => error ? reject(error) : resolve()));
+    return new Promise((resolve, reject) =>
+      this.clients.JobService.waitForReady(Date.now() + READY_MS, error => (error ? reject(error) : resolve())),
+    );
   }
 
   call(service, method, message, secret) {
     const metadata = new grpc.Metadata();
     if (secret) metadata.set("authorization", `Bearer ${secret}`);
-    return new Promise((resolve, reject) => this.clients[service][method](message, metadata, { deadline: Date.now() + READY_MS }, (error, answer) => error ? reject(error) : resolve(answer)));
+    return new Promise((resolve, reject) =>
+      this.clients[service][method](message, metadata, { deadline: Date.now() + READY_MS }, (error, answer) =>
+        error ? reject(error) : resolve(answer),
+      ),
+    );
   }
 
   async signUp(role, names = {}) {
     const email = `${role}-${randomUUID()}@example.com`;
-    const { user, session } = await this.call("AuthService", "SignUp", { role: `USER_ROLE_${role.toUpperCase()}`, email, password: PASSWORD, firstName: role === "provider" ? "Northlight" : "Amara", lastName: role === "provider" ? "Imaging" : "Okafor", ...names });
+    const { user, session } = await this.call("AuthService", "SignUp", {
+      role: `USER_ROLE_${role.toUpperCase()}`,
+      email,
+      password: PASSWORD,
+      firstName: role === "provider" ? "Northlight" : "Amara",
+      lastName: role === "provider" ? "Imaging" : "Okafor",
+      ...names,
+    });
     return new User(this, user, session.secret);
   }
 
-  close() { for (const client of Object.values(this.clients)) client.close(); }
+  close() {
+    for (const client of Object.values(this.clients)) client.close();
+  }
 }
 
 /** A user with a session. */
 export class User {
-  constructor(grpc, user, secret) { Object.assign(this, { grpc, user, secret, email: user.email }); }
+  constructor(grpc, user, secret) {
+    Object.assign(this, { grpc, user, secret, email: user.email });
+  }
 
-  call(service, method, message) { return this.grpc.call(service, method, message, this.secret); }
+  call(service, method, message) {
+    return this.grpc.call(service, method, message, this.secret);
+  }
 
   /** Registers the steps of a kind of jobs: names, and points or whole step configurations. */
   async register(steps, { tag = "ct", name = "Chest CT analysis", version = "2.3.1" } = {}) {
@@ -50,12 +82,22 @@ export class User {
   }
 
   async createJob(customer, { tag = "ct", id = `ct-${randomUUID().slice(0, 8)}`, name = "" } = {}) {
-    const { job } = await this.call("JobService", "CreateJob", { providerJobId: id, providerJobName: name, customerId: customer.user.id, configurationTag: tag });
+    const { job } = await this.call("JobService", "CreateJob", {
+      providerJobId: id,
+      providerJobName: name,
+      customerId: customer.user.id,
+      configurationTag: tag,
+    });
     return job;
   }
 
   async append(job, ...events) {
-    const batch = events.map(({ kind, metadata, ...rest }) => ({ id: randomUUID(), kind: `EVENT_KIND_${kind.toUpperCase()}`, ...metadata && { metadata: struct(metadata) }, ...rest }));
+    const batch = events.map(({ kind, metadata, ...rest }) => ({
+      id: randomUUID(),
+      kind: `EVENT_KIND_${kind.toUpperCase()}`,
+      ...(metadata && { metadata: struct(metadata) }),
+      ...rest,
+    }));
     return this.#until(() => this.call("EventService", "AppendEvents", { jobId: job.id, events: batch }));
   }
 
@@ -87,4 +129,15 @@ export class User {
   }
 }
 
-const struct = metadata => ({ fields: Object.fromEntries(Object.entries(metadata).map(([key, value]) => [key, typeof value === "number" ? { numberValue: value } : typeof value === "boolean" ? { boolValue: value } : { stringValue: value }])) });
+const struct = metadata => ({
+  fields: Object.fromEntries(
+    Object.entries(metadata).map(([key, value]) => [
+      key,
+      typeof value === "number"
+        ? { numberValue: value }
+        : typeof value === "boolean"
+          ? { boolValue: value }
+          : { stringValue: value },
+    ]),
+  ),
+});

@@ -46,7 +46,15 @@ export class Server {
 
   async run() {
     const stdio = process.env.MILEPOST_BROWSER_VERBOSE ? "inherit" : "ignore";
-    const options = ["--listen", `127.0.0.1:${this.port}`, "--data-dir", path.join(this.directory, "data"), "--bcrypt-cost", "4", ...FRONT && this.options.includes("--frame-ancestors") ? [] : this.options];
+    const options = [
+      "--listen",
+      `127.0.0.1:${this.port}`,
+      "--data-dir",
+      path.join(this.directory, "data"),
+      "--bcrypt-cost",
+      "4",
+      ...(FRONT && this.options.includes("--frame-ancestors") ? [] : this.options),
+    ];
     this.process = spawn(BINARY, ["serve", ...options], { stdio });
     if (FRONT) this.front = spawn(FRONT[0], [...FRONT.slice(1), this.webPort, this.port, ...this.options], { stdio });
     await this.grpc.ready();
