@@ -3,7 +3,7 @@
 //! `go install connectrpc.com/conformance/cmd/connectconformance@v1.0.7` installs.
 //!
 //! The runner starts this binary as its server, once for each way to connect. `config.yaml` says
-//! what is claimed, and `known-failing.txt` which cases are not, with the reasons.
+//! what is claimed, and `known-flaky.txt` which cases may fail, with the reasons.
 
 #![allow(
     clippy::unwrap_used,
@@ -49,8 +49,8 @@ fn main() -> ExitCode {
     let ran = Command::new("connectconformance")
         .args(["--mode", "server", "--conf"])
         .arg(folder.join("config.yaml"))
-        .arg("--known-failing")
-        .arg(format!("@{}", folder.join("known-failing.txt").display()))
+        .arg("--known-flaky")
+        .arg(format!("@{}", folder.join("known-flaky.txt").display()))
         .args(env::args().skip(1))
         .arg("--")
         .arg(env::current_exe().unwrap())

@@ -38,14 +38,21 @@ async fn ask(stream: &mut TcpStream) -> String {
                    content-type: application/json\r\ncontent-length: 2\r\n\r\n{}";
     stream.write_all(request.as_bytes()).await.unwrap();
     let mut answer = Vec::new();
-    // The only brackets that are closed are those of the details.
-    while !answer.ends_with(b"]}") {
+    let whole = |answer: &[u8]| {
+        let text = String::from_utf8_lossy(answer).into_owned();
+        let (head, body) = text.split_once("\r\n\r\n")?;
+        let length: usize = head.split_once("content-length: ")?.1.lines().next()?.parse().ok()?;
+        (body.len() >= length).then_some(text)
+    };
+    loop {
+        if let Some(text) = whole(&answer) {
+            return text;
+        }
         let mut part = [0; 4096];
         let bytes = within_timeout("the answer", stream.read(&mut part)).await.unwrap();
         assert!(bytes > 0, "closed after {}", String::from_utf8_lossy(&answer));
         answer.extend_from_slice(&part[..bytes]);
     }
-    String::from_utf8(answer).unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -47,7 +47,7 @@ fn decoded<M: prost::Message + Default>(name: &str, json: &Value) -> M {
 async fn a_watch_in_json_has_the_events_of_one_by_grpc_and_ends_with_its_job() {
     let (server, mut provider, mut customer, job) = scene().await;
     let measured =
-        with_metadata(info("\"quoted\" \u{1F9E0}\u{7}"), [("mean", 0.25.into()), ("", "ü\n".into())]);
+        with_metadata(info("\"quoted\" \u{1F9E0}\u{7}"), [("mean", 0.25.into()), ("é", "ü\n".into())]);
     provider.append(&job, [step("load"), measured, error("lost")]).await;
     let mut live = Vec::new();
     for version in VERSIONS {
@@ -167,7 +167,7 @@ async fn a_stream_whose_request_is_not_one_message_is_refused() {
 async fn batches_are_published_in_json_and_binary_over_http2() {
     let (server, mut provider, _, job) = scene().await;
     let batch = |id: &str, name: &str| json!({ "batchId": id, "jobId": job.id, "events": [{ "kind": "EVENT_KIND_INFO", "name": name }] });
-    let refused = json!({ "batchId": "two", "jobId": job.id, "events": [{ "kind": "EVENT_KIND_STEP" }] });
+    let refused = json!({ "batchId": "two", "jobId": job.id, "events": [{ "kind": "EVENT_KIND_STEP", "stepTag": "?" }] });
     let batches = [batch("one", "first"), refused, batch("three", "second")];
     let body: Vec<u8> = batches.iter().flat_map(|batch| envelope(0, batch.to_string().as_bytes())).collect();
     let head = post("EventService/PublishEvents", "application/connect+json", Some(&provider.key_secret));
