@@ -78,14 +78,14 @@ impl CampaignResult {
 pub async fn run(seed: u64, seconds: u64, strict: bool) -> CampaignResult {
     let mut random = fastrand::Rng::with_seed(seed);
     let dir = TemporaryDir::new();
-    let clock = Clock::new(dir.path());
+    let clock = Clock::if_installed(dir.path());
     let postgres = Postgres::start(&dir, seconds).await;
     let [at_0, at_1a, at_1b] = ["proxy-0", "proxy-1a", "proxy-1b"].map(|name| dir.path().join(name));
     let [a, b] = postgres.nodes().each_ref().map(Node::dir);
     let proxies = [vec![Proxy::at(&at_0, a)], vec![Proxy::at(&at_1a, a), Proxy::at(&at_1b, b)]];
     let replicas = [
         Replica::start(url(&[&at_0], "milepost"), None).await,
-        Replica::start(url(&[&at_1a, &at_1b], "milepost"), Some(clock)).await,
+        Replica::start(url(&[&at_1a, &at_1b], "milepost"), clock).await,
     ];
     let addresses = [replicas[0].address, replicas[1].address];
     let pace = if seconds > LONG_RUN_S { LONG } else { SHORT };

@@ -15,7 +15,7 @@ pub const MAX_CONNECTIONS: usize = 40;
 
 pub struct Postgres {
     replication: Replication,
-    clock: Clock,
+    clock: Option<Clock>,
     disk: Option<PathBuf>,
     disk_size_mib: u64,
 }
@@ -48,7 +48,7 @@ impl Postgres {
         // Beside the disk, so that the clock can be moved while the disk is full.
         let clock_dir = dir.path().join("database-clock");
         fs::create_dir(&clock_dir).unwrap();
-        let clock = Clock::new(&clock_dir);
+        let clock = Clock::if_installed(&clock_dir);
         let settings: [(&str, &str); 8] = [
             // The checker reads what survives a crash, so commits must be durable.
             ("fsync", "on"),
@@ -62,13 +62,18 @@ impl Postgres {
             ("wal_keep_size", "256MB"),
             ("checkpoint_timeout", "30s"),
         ];
-        let replication = Replication::start_primary(&path, &settings, &clock.variables()).await;
+        let variables: Vec<_> = clock.iter().flat_map(Clock::variables).collect();
+        let replication = Replication::start_primary(&path, &settings, &variables).await;
         let disk = mounted.then_some(path);
         Self { replication, clock, disk, disk_size_mib }
     }
 
     pub fn has_own_disk(&self) -> bool {
         self.disk.is_some()
+    }
+
+    pub fn has_own_clock(&self) -> bool {
+        self.clock.is_some()
     }
 
     /// Starts the primary on the same data.
@@ -79,7 +84,7 @@ impl Postgres {
 
     /// Sets by how many seconds Postgres's clock is ahead of the real one.
     pub fn move_clock(&self, seconds: i64) {
-        self.clock.set(seconds);
+        self.clock.as_ref().expect("Postgres has a clock of its own").set(seconds);
     }
 
     /// Fills the disk: shrinks the tmpfs to the size of its files.
