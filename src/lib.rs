@@ -6,7 +6,7 @@
 //!
 //! # The map
 //!
-//! A module imports only from modules of lower floors. `tests/it/floors.rs` holds the
+//! A module imports only from modules of lower floors. `tests/it/operations/floors.rs` holds the
 //! `use` lines of `src` against this table, and those of the event log against the table
 //! in `event_log`.
 //!

@@ -3,7 +3,7 @@
 
 use std::{env, sync::Arc, time::Duration};
 
-use milepost_testing::{Mode, Proxy, TemporaryDir, print_line, processes::Signal};
+use milepost_testing::{Mode, PgBouncer, Proxy, TemporaryDir, print_line, processes::Signal};
 
 use crate::{
     context::Context,
@@ -78,15 +78,16 @@ impl FaultInjector {
         let only = env::var("MILEPOST_FAULTS_ONLY").unwrap_or_default();
         faults.retain(|fault| fault.name().contains(&only));
         assert!(!faults.is_empty(), "no fault has {only:?} in its name");
-        if !self.postgres.has_own_disk() {
-            print_line(
-                "this process may not mount a disk (it needs root): the fault \"disk full\" is left out",
-            );
-            faults.retain(|&fault| fault != Fault::FillDisk);
-        }
-        if !self.postgres.has_own_clock() {
-            print_line("libfaketime is not installed: the two faults \"clock moved\" are left out");
-            faults.retain(|fault| !matches!(fault, Fault::MoveClock | Fault::MoveDatabaseClock));
+        for (possible, fault, needs) in [
+            (self.postgres.has_own_disk(), Fault::FillDisk, "to mount a disk as root"),
+            (self.postgres.has_own_clock(), Fault::MoveClock, "Debian's faketime"),
+            (self.postgres.has_own_clock(), Fault::MoveDatabaseClock, "Debian's faketime"),
+            (PgBouncer::is_installed(), Fault::InsertPooler, "Debian's pgbouncer"),
+        ] {
+            if !possible && faults.contains(&fault) {
+                print_line(format!("the fault {:?} is left out; it needs {needs}", fault.name()));
+                faults.retain(|&other| other != fault);
+            }
         }
         let mut injected_faults = Vec::new();
         self.random.shuffle(&mut faults);

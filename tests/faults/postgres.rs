@@ -62,9 +62,8 @@ impl Postgres {
             ("wal_keep_size", "256MB"),
             ("checkpoint_timeout", "30s"),
         ];
-        let variables = clock.as_ref().map(Clock::variables);
-        let variables = variables.as_ref().map_or(&[][..], |variables| variables);
-        let replication = Replication::start_primary(&path, &settings, variables).await;
+        let variables: Vec<_> = clock.iter().flat_map(Clock::variables).collect();
+        let replication = Replication::start_primary(&path, &settings, &variables).await;
         let disk = mounted.then_some(path);
         Self { replication, clock, disk, disk_size_mib }
     }

@@ -384,6 +384,15 @@ fn an_event_missing_in_a_watch_is_detected() {
     assert_detects(Guarantee::Complete, |history| _ = received(history, 1, 2).pop());
 }
 
+/// The heartbeat alone, which lacks the event as well, came too late at worst.
+#[test]
+fn an_event_missing_at_the_end_of_a_watch_after_a_heartbeat_is_detected() {
+    assert_detects(Guarantee::Complete, |history| {
+        received(history, 1, 2).remove(0);
+        history.watchers[0].streams[1].messages.push(message(20, Body::Heartbeat));
+    });
+}
+
 #[test]
 fn an_event_received_twice_is_detected() {
     assert_detects(Guarantee::Complete, |history| {

@@ -6,7 +6,7 @@ use milepost_client::pb::{self, ErrorReason, Event, watch_events_request::Start}
 use tonic::Code;
 
 use super::assert_gap_free;
-use crate::support::{TestServer, assert_refused, complete, info, step, within_timeout};
+use crate::support::{TestServer, assert_refused, complete, info, step};
 
 /// Expects that the events of each batch are named `batch/index/count`.
 fn assert_batches_whole(log: &[Event]) {
@@ -32,9 +32,7 @@ fn assert_batches_whole(log: &[Event]) {
 async fn batches_stay_whole_with_writers_on_two_replicas() {
     let server = TestServer::start().await;
     let replica = server.replica().await;
-    let (mut provider, customer) = (server.provider().await, server.customer().await);
-    provider.configuration(&[("load", 1)]).await;
-    let job = provider.job(&customer).await;
+    let (mut provider, customer, job) = server.job(&[("load", 1)]).await;
     let mut watch = customer.clone().watch(&job).await;
     let writers: Vec<_> = (0..12)
         .map(|writer: usize| {
@@ -69,9 +67,7 @@ async fn batches_stay_whole_with_writers_on_two_replicas() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_refused_batch_stores_nothing_and_fails_no_other_batch() {
     let server = TestServer::start().await;
-    let (mut provider, customer) = (server.provider().await, server.customer().await);
-    provider.configuration(&[("load", 1)]).await;
-    let job = provider.job(&customer).await;
+    let (mut provider, customer, job) = server.job(&[("load", 1)]).await;
     let other = provider.job(&customer).await;
     for _ in 0..20 {
         let (mut first, mut second, mut third) = (provider.clone(), provider.clone(), provider.clone());
@@ -122,10 +118,7 @@ async fn a_batch_that_the_database_refuses_fails_no_other_batch_of_its_transacti
             tokio::spawn(async move { provider.try_append(&job, [event]).await })
         };
         let under_way = append(&first, "under way");
-        within_timeout("an append that waits", async {
-            while server.database.waiting_for_locks().await.is_empty() {}
-        })
-        .await;
+        server.database.wait_for_locks(1).await;
         let (refused, appended) = (append(&doomed, state), append(&fine, "all is well"));
         // Once these calls are answered, both appends wait for the next transaction.
         for _ in 0..20 {

@@ -132,9 +132,7 @@ async fn events_committed_between_the_past_and_the_first_live_event_are_received
 #[tokio::test(flavor = "multi_thread")]
 async fn a_slow_watcher_receives_every_event_beside_fast_watchers() {
     let server = TestServer::start().await;
-    let (mut provider, customer) = (server.provider().await, server.customer().await);
-    provider.configuration(&[("load", 1)]).await;
-    let job = provider.job(&customer).await;
+    let (mut provider, customer, job) = server.job(&[("load", 1)]).await;
     // One connection for each watcher: a watcher that does not read must not fill
     // the HTTP/2 window of another.
     let others = server.other_clients();
@@ -265,9 +263,7 @@ fn assert_within_a_second(mut delays: Vec<Duration>) {
 async fn an_event_arrives_within_a_second_when_its_notification_is_lost() {
     let server = TestServer::start().await;
     let replica = server.replica().await;
-    let (mut provider, customer) = (server.provider().await, server.customer().await);
-    provider.configuration(&[("load", 1)]).await;
-    let job = provider.job(&customer).await;
+    let (mut provider, customer, job) = server.job(&[("load", 1)]).await;
     let mut watch = replica.same(&customer).watch(&job).await;
     watch.caught_up().await;
     let mut delays = Vec::new();
@@ -287,9 +283,7 @@ async fn an_event_arrives_within_a_second_when_its_notification_is_lost() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_event_arrives_within_a_second_when_no_notification_was_sent() {
     let server = TestServer::start().await;
-    let (mut provider, mut customer) = (server.provider().await, server.customer().await);
-    provider.configuration(&[("load", 1)]).await;
-    let job = provider.job(&customer).await;
+    let (_provider, mut customer, job) = server.job(&[("load", 1)]).await;
     let mut watches = [customer.watch(&job).await, customer.watch_all().await];
     for watch in &mut watches {
         watch.caught_up().await;
@@ -322,9 +316,7 @@ async fn an_event_arrives_within_a_second_when_no_notification_was_sent() {
 async fn a_watcher_on_another_replica_does_not_wait_for_a_poll() {
     let server = TestServer::start().await;
     let replica = server.replica().await;
-    let (mut provider, customer) = (server.provider().await, server.customer().await);
-    provider.configuration(&[("load", 1)]).await;
-    let job = provider.job(&customer).await;
+    let (mut provider, customer, job) = server.job(&[("load", 1)]).await;
     let now = Some(Start::FromNow(pb::FromNow {}));
     let mut watch = replica.same(&customer).watch_from(&job, now).await;
     watch.caught_up().await;

@@ -5,15 +5,13 @@ use std::time::Duration;
 use diesel_async::SimpleAsyncConnection as _;
 use milepost_client::pb::JobStatus;
 
-use crate::support::{TestServer, complete, error, info, step, within_timeout};
+use crate::support::{TestServer, complete, error, info, step};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn watches_lists_and_appends_agree_on_status_and_progress() {
     let server = TestServer::start().await;
     let replica = server.replica().await;
-    let (mut provider, customer) = (server.provider().await, server.customer().await);
-    provider.configuration(&[("load", 10), ("segment", 60), ("report", 30)]).await;
-    let job = provider.job(&customer).await;
+    let (mut provider, customer, job) = server.job(&[("load", 10), ("segment", 60), ("report", 30)]).await;
     let live = [customer.clone(), replica.same(&customer)].map(|mut customer| {
         let job = job.clone();
         async move { customer.watch(&job).await }
@@ -75,9 +73,7 @@ async fn watches_lists_and_appends_agree_on_status_and_progress() {
 #[tokio::test(flavor = "multi_thread")]
 async fn status_and_progress_are_right_when_another_replica_appends_as_many_events_first() {
     let server = TestServer::start().await;
-    let (mut provider, customer) = (server.provider().await, server.customer().await);
-    provider.configuration(&[("load", 1), ("report", 1)]).await;
-    let job = provider.job(&customer).await;
+    let (mut provider, _, job) = server.job(&[("load", 1), ("report", 1)]).await;
     provider.append(&job, [info("remembered")]).await;
     // Another replica's append, not yet committed.
     let mut other = server.database.connect().await;
@@ -96,10 +92,7 @@ async fn status_and_progress_are_right_when_another_replica_appends_as_many_even
         tokio::spawn(async move { caller.append(&job, [event]).await })
     };
     let first = append(step("load"));
-    within_timeout("the first append to be under way", async {
-        while server.database.waiting_for_locks().await.is_empty() {}
-    })
-    .await;
+    server.database.wait_for_locks(1).await;
     let second = append(info("planned on the first"));
     // No signal tells when the round is planned; this pause is long enough.
     tokio::time::sleep(Duration::from_millis(100)).await;

@@ -175,9 +175,7 @@ async fn acknowledged_events_survive_kill_9_of_postgres() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_append_whose_commit_fails_is_not_acknowledged() {
     let server = crate::support::TestServer::start().await;
-    let (mut provider, customer) = (server.provider().await, server.customer().await);
-    provider.configuration(&[("load", 1)]).await;
-    let job = provider.job(&customer).await;
+    let (mut provider, _, job) = server.job(&[("load", 1)]).await;
     let refuse_at_the_commit = "
         CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
             BEGIN RAISE EXCEPTION 'no room' USING ERRCODE = 'disk_full'; END $$;

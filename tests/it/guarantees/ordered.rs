@@ -9,9 +9,7 @@ use tonic::Code;
 async fn sequences_have_no_gap_with_writers_on_two_replicas() {
     let server = TestServer::start().await;
     let replica = server.replica().await;
-    let (mut provider, customer) = (server.provider().await, server.customer().await);
-    provider.configuration(&[("load", 1)]).await;
-    let job = provider.job(&customer).await;
+    let (mut provider, _, job) = server.job(&[("load", 1)]).await;
     let writers: Vec<_> = (0..16)
         .map(|writer| {
             let mut caller = if writer % 2 == 0 { provider.clone() } else { replica.same(&provider) };
@@ -44,9 +42,7 @@ async fn sequences_have_no_gap_with_writers_on_two_replicas() {
 async fn only_one_of_several_writers_with_the_same_expected_sequence_appends() {
     let server = TestServer::start().await;
     let replica = server.replica().await;
-    let (mut provider, customer) = (server.provider().await, server.customer().await);
-    provider.configuration(&[("load", 1)]).await;
-    let job = provider.job(&customer).await;
+    let (mut provider, _, job) = server.job(&[("load", 1)]).await;
     let append = |mut caller: crate::support::User, expected: i64| {
         let request = pb::AppendEventsRequest {
             job: Some(pb::append_events_request::Job::JobId(job.id.clone())),

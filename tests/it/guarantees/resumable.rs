@@ -45,9 +45,7 @@ async fn tokens(user: &mut User, request: pb::WatchEventsRequest, total: usize) 
 async fn a_watch_resumes_after_every_sequence_of_a_job() {
     let server = TestServer::start().await;
     let replica = server.replica().await;
-    let (mut provider, customer) = (server.provider().await, server.customer().await);
-    provider.configuration(&[("load", 1)]).await;
-    let job = provider.job(&customer).await;
+    let (mut provider, customer, job) = server.job(&[("load", 1)]).await;
     for n in 0..15 {
         provider.append(&job, [info(&format!("{n}"))]).await;
     }
@@ -132,9 +130,7 @@ async fn a_watch_resumes_from_every_token_of_every_scope_and_filter_on_either_re
 #[tokio::test(flavor = "multi_thread")]
 async fn a_watch_from_now_skips_the_past_and_misses_nothing_after_caught_up() {
     let server = TestServer::start().await;
-    let (mut provider, mut customer) = (server.provider().await, server.customer().await);
-    provider.configuration(&[("load", 1)]).await;
-    let job = provider.job(&customer).await;
+    let (mut provider, mut customer, job) = server.job(&[("load", 1)]).await;
     provider.append(&job, [info("past")]).await;
     for scope in [one_job(&job), all_jobs()] {
         let before = provider.get(&job).await.last_sequence;
@@ -153,9 +149,7 @@ async fn a_watch_from_now_skips_the_past_and_misses_nothing_after_caught_up() {
 #[tokio::test(flavor = "multi_thread")]
 async fn invalid_start_positions_are_refused() {
     let server = TestServer::start().await;
-    let (mut provider, mut customer) = (server.provider().await, server.customer().await);
-    provider.configuration(&[("load", 1)]).await;
-    let job = provider.job(&customer).await;
+    let (mut provider, mut customer, job) = server.job(&[("load", 1)]).await;
     let other = provider.job(&customer).await;
     provider.append(&job, [info("a"), complete()]).await;
 

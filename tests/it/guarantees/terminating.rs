@@ -47,9 +47,7 @@ async fn watches_on_either_replica_end_once_the_job_is_closed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_kinds_filter_hides_neither_the_end_nor_the_state_of_the_job() {
     let server = TestServer::start().await;
-    let (mut provider, mut customer) = (server.provider().await, server.customer().await);
-    provider.configuration(&[("load", 1)]).await;
-    let job = provider.job(&customer).await;
+    let (mut provider, mut customer, job) = server.job(&[("load", 1)]).await;
     let request = pb::WatchEventsRequest {
         scope: Some(watch_events_request::Scope::JobId(job.id.clone())),
         kinds: vec![EventKind::Error.into()],

@@ -12,9 +12,7 @@ use crate::support::{TestServer, complete, info, step};
 async fn a_batch_that_many_callers_send_at_once_is_stored_once() {
     let server = TestServer::start().await;
     let replica = server.replica().await;
-    let (mut provider, customer) = (server.provider().await, server.customer().await);
-    provider.configuration(&[("load", 1)]).await;
-    let job = provider.job(&customer).await;
+    let (mut provider, _, job) = server.job(&[("load", 1)]).await;
     for round in 0..20 {
         let batch: Vec<NewEvent> = (0..3).map(|n| info(&format!("{round}/{n}"))).collect();
         let senders: Vec<_> = (0..6)
@@ -43,9 +41,7 @@ async fn a_batch_that_many_callers_send_at_once_is_stored_once() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_batch_of_stored_and_new_events_appends_only_the_new_ones() {
     let server = TestServer::start().await;
-    let (mut provider, customer) = (server.provider().await, server.customer().await);
-    provider.configuration(&[("load", 1)]).await;
-    let job = provider.job(&customer).await;
+    let (mut provider, _, job) = server.job(&[("load", 1)]).await;
     let (a, b, c, d) = (info("a"), info("b"), info("c"), info("d"));
     provider.append(&job, [b.clone()]).await;
     let appended = provider.append(&job, [a.clone(), b, c, d]).await;
@@ -58,9 +54,7 @@ async fn a_batch_of_stored_and_new_events_appends_only_the_new_ones() {
 async fn sending_every_batch_of_a_closed_job_again_stores_nothing() {
     let server = TestServer::start().await;
     let replica = server.replica().await;
-    let (mut provider, customer) = (server.provider().await, server.customer().await);
-    provider.configuration(&[("load", 10), ("report", 5)]).await;
-    let job = provider.job(&customer).await;
+    let (mut provider, _, job) = server.job(&[("load", 10), ("report", 5)]).await;
     let mut batches: Vec<Vec<NewEvent>> =
         (0..20).map(|n| vec![info(&format!("{n}")), step("load")]).collect();
     batches.push(vec![step("report"), complete()]);

@@ -4,7 +4,7 @@ use milepost::limits::{CONFIGURATION_STEPS, MESSAGE_BYTES, METADATA_BYTES, TEXT_
 use milepost_client::pb;
 use prost::Message;
 
-use super::{Scene, large};
+use super::scene::{Scene, large};
 use crate::support::{assert_violations, raw, registration, within_timeout};
 
 /// A text of the maximal length that begins with `beginning` and continues with

@@ -10,7 +10,7 @@ use milepost_client::pb;
 use prost::Message;
 use prost_types::{Struct, Value};
 
-use super::{Scene, assert_limit_named, exactly, large, sign_up};
+use super::scene::{Scene, assert_limit_named, exactly, large, sign_up};
 use crate::support::{info, registration, with_metadata};
 
 /// A request at a limit and one past it.

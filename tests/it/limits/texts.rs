@@ -9,7 +9,7 @@ use prost_reflect::{DynamicMessage, Kind, MessageDescriptor, ReflectMessage as _
 use tonic::Code;
 use uuid::Uuid;
 
-use super::{Scene, assert_limit_named, exactly, sign_up};
+use super::scene::{Scene, assert_limit_named, exactly, sign_up};
 use crate::support::{PASSWORD, info, raw, registration};
 
 impl Scene {

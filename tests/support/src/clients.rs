@@ -45,6 +45,11 @@ impl Caller {
             events: client.events(),
         }
     }
+
+    /// The user and the credential of this caller, which the server may refuse.
+    pub async fn current_user(&self) -> Result<pb::GetCurrentUserResponse, Status> {
+        Ok(self.auth.clone().get_current_user(pb::GetCurrentUserRequest {}).await?.into_inner())
+    }
 }
 
 /// Makes [`Caller`]s of one server. The channel connects on first use, and
@@ -105,13 +110,7 @@ impl Clients {
     /// Signs up a new user, whose API key has these scopes; without any, the default ones.
     pub async fn sign_up(&self, role: pb::UserRole, scopes: &[pb::ApiKeyScope]) -> User {
         let email = format!("{}@example.com", Uuid::now_v7());
-        let request = pb::SignUpRequest {
-            role: role.into(),
-            email: email.clone(),
-            password: PASSWORD.to_owned(),
-            first_name: "Ada".to_owned(),
-            last_name: "Lovelace".to_owned(),
-        };
+        let request = pb::SignUpRequest { role: role.into(), ..sign_up_request(&email) };
         let signed_up = self.anonymous().auth.sign_up(request).await.unwrap().into_inner();
         let mut session = self.with_secret(signed_up.session.unwrap().secret);
         let (_, key_secret) = create_key(&mut session, scopes).await;
@@ -119,16 +118,41 @@ impl Clients {
         User { id: signed_up.user.unwrap().id, email, session, key, key_secret }
     }
 
+    /// Signs up a provider and a customer, and creates a job of the one for the other, of a
+    /// configuration of these steps and points.
+    pub async fn job(&self, steps: &[(&str, i64)]) -> (User, User, pb::Job) {
+        let (mut provider, customer) = (self.provider().await, self.customer().await);
+        provider.configuration(steps).await;
+        let job = provider.job(&customer).await;
+        (provider, customer, job)
+    }
+
     /// The secret of a new session.
     pub async fn log_in(&self, user: &User) -> String {
-        let request = pb::LogInRequest { email: user.email.clone(), password: PASSWORD.to_owned() };
-        self.anonymous().auth.log_in(request).await.unwrap().into_inner().session.unwrap().secret
+        self.try_log_in(&user.email, PASSWORD).await.unwrap()
+    }
+
+    /// The secret of a new session, which the server may refuse.
+    pub async fn try_log_in(&self, email: &str, password: &str) -> Result<String, Status> {
+        let request = pb::LogInRequest { email: email.to_owned(), password: password.to_owned() };
+        Ok(self.anonymous().auth.log_in(request).await?.into_inner().session.unwrap().secret)
     }
 
     /// The same user with the same API key, calling this server instead: for
     /// tests with replicas. The session still calls the first server.
     pub fn same(&self, user: &User) -> User {
         User { key: self.with_secret(&user.key_secret), ..user.clone() }
+    }
+}
+
+/// A request that signs up a customer. Tests may change it before they send it.
+pub fn sign_up_request(email: &str) -> pb::SignUpRequest {
+    pb::SignUpRequest {
+        role: pb::UserRole::Customer.into(),
+        email: email.to_owned(),
+        password: PASSWORD.to_owned(),
+        first_name: "Ada".to_owned(),
+        last_name: "Lovelace".to_owned(),
     }
 }
 
@@ -197,6 +221,19 @@ impl User {
     /// Id and secret of a new API key with these scopes; without any, with the default ones.
     pub async fn create_key(&mut self, scopes: &[pb::ApiKeyScope]) -> (String, String) {
         create_key(&mut self.session, scopes).await
+    }
+
+    /// The API keys of this user on the first page, from the oldest to the newest.
+    pub async fn keys(&mut self) -> Vec<pb::ApiKey> {
+        let listed = self.session.auth.list_api_keys(pb::ListApiKeysRequest::default()).await;
+        listed.unwrap().into_inner().api_keys
+    }
+
+    /// Ends the oldest API key, which is the one that this user calls with; the server may
+    /// refuse it.
+    pub async fn expire_key(&mut self) -> Result<pb::ApiKey, Status> {
+        let request = pb::ExpireApiKeyRequest { api_key_id: self.keys().await.remove(0).id };
+        Ok(self.session.auth.expire_api_key(request).await?.into_inner().api_key.unwrap())
     }
 
     /// Id and secret of a new watch token.

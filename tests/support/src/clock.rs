@@ -13,18 +13,14 @@ pub struct Clock {
 }
 
 impl Clock {
-    /// A clock without offset, which is kept in a file of this directory.
-    pub fn new(dir: &Path) -> Self {
-        Self::if_installed(dir).expect("libfaketime moves a clock; Debian: apt-get install faketime")
-    }
-
-    /// As [`Self::new`]; none without libfaketime.
+    /// A clock without offset, which is kept in a file of this directory; none without
+    /// libfaketime.
     pub fn if_installed(dir: &Path) -> Option<Self> {
         let library = fs::read_dir("/usr/lib").unwrap().flatten();
         let library = library.map(|entry| entry.path().join("faketime/libfaketimeMT.so.1"));
         let library =
-            library.chain(["/usr/lib/faketime/libfaketimeMT.so.1".into()]).find(|path| path.exists());
-        let clock = Self { library: library?, file: dir.join("clock") };
+            library.chain(["/usr/lib/faketime/libfaketimeMT.so.1".into()]).find(|path| path.exists())?;
+        let clock = Self { library, file: dir.join("clock") };
         clock.set(0);
         Some(clock)
     }

@@ -16,10 +16,11 @@ use milepost::{
         migrations,
     },
 };
-use tokio::sync::OnceCell;
+use milepost_client::pb;
+use tokio::{sync::OnceCell, time::sleep};
 use uuid::Uuid;
 
-use crate::TemporaryDir;
+use crate::{TemporaryDir, within_timeout};
 
 const TEMPLATE: &str = "template_milepost";
 
@@ -135,6 +136,36 @@ impl TestDatabase {
     pub async fn texts(&self, sql: &str) -> Vec<String> {
         let rows: Vec<Row> = diesel::sql_query(sql).load(&mut self.connect().await).await.unwrap();
         rows.into_iter().map(|row| row.text).collect()
+    }
+
+    /// Locks a table. Statements that read it wait until the returned connection is dropped.
+    pub async fn lock(&self, table: &str) -> AsyncPgConnection {
+        let mut locker = self.connect().await;
+        let lock = format!("BEGIN; LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE");
+        locker.batch_execute(&lock).await.unwrap();
+        locker
+    }
+
+    /// Locks the row of a job. Appends to it wait until the returned connection is dropped.
+    pub async fn lock_job(&self, job: &pb::Job) -> AsyncPgConnection {
+        let mut locker = self.connect().await;
+        let lock = format!("BEGIN; SELECT 1 FROM jobs WHERE id = '{}' FOR UPDATE", job.id);
+        locker.batch_execute(&lock).await.unwrap();
+        locker
+    }
+
+    /// Waits until so many backends wait for locks. Returns their process ids.
+    pub async fn wait_for_locks(&self, count: usize) -> Vec<String> {
+        within_timeout(format!("{count} backends that wait for locks"), async {
+            loop {
+                let pids = self.waiting_for_locks().await;
+                if pids.len() >= count {
+                    return pids;
+                }
+                sleep(Duration::from_millis(5)).await;
+            }
+        })
+        .await
     }
 
     /// Process ids of the backends that wait for a lock.

@@ -32,6 +32,18 @@ pub fn newest_postgres() -> PathBuf {
     newest.expect("a Postgres of Debian's packages").1.join("bin")
 }
 
+/// Whether [`command`] finds this program.
+pub fn is_installed(program: &str) -> bool {
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&path).chain(["/usr/sbin".into()]).any(|dir| dir.join(program).is_file())
+}
+
+/// Panics unless [`command`] finds this program.
+#[track_caller]
+pub fn require(program: &str, package: &str) {
+    assert!(is_installed(program), "{program} is not installed; Debian: apt-get install {package}");
+}
+
 /// Makes a directory for the user as whom Postgres runs.
 pub fn make_postgres_dir(path: &Path) {
     fs::create_dir(path).unwrap();
@@ -85,6 +97,7 @@ pub async fn python_with(interpreter: &str, packages: &[&str], venv: &Path) -> P
     let marker = venv.join("made-from.txt");
     let wanted: String = packages.iter().map(|package| format!("{package}\n")).collect();
     if fs::read_to_string(&marker).ok().as_ref() != Some(&wanted) {
+        require(interpreter, "python3-venv");
         succeed(Command::new(interpreter).args(["-m", "venv", "--clear"]).arg(venv)).await;
         let mut pip = Command::new(&python);
         pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]).args(packages);

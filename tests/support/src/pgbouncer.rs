@@ -7,7 +7,7 @@ use tokio_postgres::config::Host;
 
 use crate::{
     TIMEOUT, TemporaryDir,
-    installed::{give_to_postgres, postgres_command},
+    installed::{give_to_postgres, is_installed, postgres_command, require},
     until, url,
 };
 
@@ -23,9 +23,14 @@ pub struct PgBouncer {
 }
 
 impl PgBouncer {
+    pub fn is_installed() -> bool {
+        is_installed("pgbouncer")
+    }
+
     /// Starts a pgbouncer for the database of this URL, whose host is a Unix socket, with
     /// these settings, such as `pool_mode=session`.
     pub async fn start(database: &str, settings: &[&str]) -> Self {
+        require("pgbouncer", "pgbouncer");
         let config: tokio_postgres::Config = database.parse().unwrap();
         let [Host::Unix(postgres)] = config.get_hosts() else { panic!("{:?}", config.get_hosts()) };
         let (postgres, dir) = (postgres.display().to_string(), TemporaryDir::new());
@@ -62,6 +67,6 @@ async fn run(dir: &TemporaryDir, postgres: &str, settings: &[&str]) -> Child {
     command.arg("pgbouncer.ini");
     let child = dir.run(command, "pgbouncer.log");
     let listens = async || UnixStream::connect(&socket).await.is_ok();
-    until(TIMEOUT, "pgbouncer (Debian: apt-get install pgbouncer)", listens).await;
+    until(TIMEOUT, "pgbouncer to listen", listens).await;
     child
 }

@@ -78,3 +78,22 @@ fn status(pid: u32, name: &str) -> Option<String> {
     let mut lines = status.lines().filter_map(|line| line.split_once(':'));
     lines.find(|(found, _)| *found == name).map(|(_, value)| value.trim().to_owned())
 }
+
+/// Processes that are stopped (SIGSTOP) until this is dropped, or until they have ended.
+#[derive(Debug)]
+pub struct Stopped(Vec<u32>);
+
+impl Stopped {
+    /// Stops the processes with these ids, as a query returns those of backends.
+    pub fn new(pids: &[String]) -> Self {
+        let pids: Vec<u32> = pids.iter().map(|pid| pid.parse().unwrap()).collect();
+        pids.iter().for_each(|&pid| signal(pid, Signal::STOP));
+        Self(pids)
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        signal_those_that_run(&self.0, Signal::CONT);
+    }
+}

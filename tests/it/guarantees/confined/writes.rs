@@ -201,8 +201,8 @@ impl Scene {
             let session =
                 server.anonymous().auth.log_in(request).await.unwrap().into_inner().session.unwrap();
             // The server then needs no connection to authenticate a call.
-            let mut caller = server.with_secret(&session.secret);
-            caller.auth.get_current_user(pb::GetCurrentUserRequest {}).await.unwrap();
+            let caller = server.with_secret(&session.secret);
+            caller.current_user().await.unwrap();
             session
         };
         let (ending, staying) = (log_in().await, log_in().await);
@@ -269,7 +269,7 @@ impl Scene {
                 held.round = Some(tokio::spawn(async move {
                     provider.append(&other_job, [info("other")]).await;
                 }));
-                wait_for_lock(server).await;
+                server.database.wait_for_locks(1).await;
             }
         }
         held
@@ -279,7 +279,9 @@ impl Scene {
     async fn wait_for_call(&mut self, wait: Wait) {
         match wait {
             Wait::Connection => wait_for_connection(&self.server).await,
-            Wait::JobState => wait_for_lock(&self.server).await,
+            Wait::JobState => {
+                self.server.database.wait_for_locks(1).await;
+            }
             // No signal tells that the batch is queued. These calls, which are sent after it,
             // take longer.
             Wait::Round => {
@@ -322,11 +324,6 @@ async fn wait_for_connection(server: &TestServer) {
         }
     };
     within_timeout("a caller that waits for a connection", waits).await;
-}
-
-async fn wait_for_lock(server: &TestServer) {
-    let waits = async { while server.database.waiting_for_locks().await.is_empty() {} };
-    within_timeout("a statement that waits for a lock", waits).await;
 }
 
 /// Whether the call was refused because its credential has ended.
@@ -396,10 +393,9 @@ async fn a_password_is_not_changed_if_the_session_ends_while_bcrypt_works() {
     let method = "AuthService/ChangePassword";
     let change = WRITES.iter().find(|write| write.method == method).unwrap();
     let before = scene.written(change).await;
-    let mut locker = server.database.connect().await;
-    locker.batch_execute("BEGIN; LOCK TABLE log_in_attempts IN ACCESS EXCLUSIVE MODE").await.unwrap();
+    let mut locker = server.database.lock("log_in_attempts").await;
     let calling = scene.call(ending, method, new_password().encode_to_vec());
-    wait_for_lock(server).await;
+    server.database.wait_for_locks(1).await;
     // The call has the last connection; the test is the next to get it.
     let others = take_connections(server, CONNECTIONS - 1).await;
     let database = server.app.database.clone();

@@ -1,0 +1,8 @@
+//! The event log: PublishEvents, WatchEvents, the tail, and retention.
+
+mod histories;
+mod past;
+mod publish;
+mod retention;
+mod tail;
+mod watch;
