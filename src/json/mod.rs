@@ -11,6 +11,11 @@
 //! repeated field. The numbers from 19,000 on belong to the implementation of protobuf, and
 //! no message can declare them. Such a message is only ever read by [`to_json`].
 
+#![expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "most rules concern one or two of the seventeen kinds of fields"
+)]
+
 mod read;
 mod values;
 mod write;

@@ -20,7 +20,8 @@ impl<'de> Visitor<'de> for StructEntries<'_> {
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
         let (mut entry, mut value) = (Vec::new(), Vec::new());
         while let Some(name) = map.next_key::<Cow<'_, str>>()? {
-            (entry.clear(), value.clear());
+            entry.clear();
+            value.clear();
             map.next_value_seed(Nested(&mut value))?;
             put(1, name.as_bytes(), &mut entry);
             put(2, &value, &mut entry);
