@@ -116,10 +116,9 @@ async fn serve_connection<S: Serves>(
     };
     // Only a request over HTTP/1.1 is polled by this task.
     let (serving, reset) = StreamReset::of(serving);
-    match RESET.scope(reset, serving).await {
+    if let Ok(Err(error)) = RESET.scope(reset, serving).await {
         // Of level debug: every client can cause these.
-        Ok(Err(error)) => tracing::debug!(%error, "a connection failed"),
-        Ok(Ok(())) | Err(_) => {}
+        tracing::debug!(%error, "a connection failed");
     }
 }
 

@@ -29,13 +29,13 @@ const BASE64: GeneralPurpose = GeneralPurpose::new(
 pub(super) fn read(
     method: &Arc<Method>,
     request: Request<Body>,
-) -> Result<(Format, Request<Body>), Response<Body>> {
+) -> Result<(Format, Request<Body>), Box<Response<Body>>> {
     let (mut parts, _) = request.into_parts();
     let query = query(parts.uri.query().unwrap_or_default());
     let encoding = match query.get("encoding").map(Vec::as_slice) {
         Some(b"json") => Encoding::Json,
         Some(b"proto") => Encoding::Protobuf,
-        _ => return Err(unsupported()),
+        _ => return Err(unsupported().into()),
     };
     let format = Format { encoding, streams: false };
     let read = message(&query).and_then(|(message, gzip)| {
@@ -46,7 +46,7 @@ pub(super) fn read(
     });
     match read {
         Ok(framed) => Ok((format, Request::from_parts(parts, Body::new(Full::new(framed))))),
-        Err(status) => Err(format.refusal(&status)),
+        Err(status) => Err(format.refusal(&status).into()),
     }
 }
 

@@ -103,7 +103,7 @@ where
                     Ok(format.answer(answer).await)
                 })
             }
-            Err(refused) => answered(refused),
+            Err(refused) => answered(*refused),
         }
     }
 }

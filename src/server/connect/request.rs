@@ -53,7 +53,7 @@ impl Format {
     pub(super) fn read(
         method: &Arc<Method>,
         request: Request<Body>,
-    ) -> Result<(Self, Request<Body>), Response<Body>> {
+    ) -> Result<(Self, Request<Body>), Box<Response<Body>>> {
         let format = Self::of_content_type(request.headers(), method).ok_or_else(unsupported)?;
         let (mut parts, body) = request.into_parts();
         let compression = if format.streams { STREAM_ENCODING } else { CONTENT_ENCODING.as_str() };

@@ -151,7 +151,9 @@ impl RequestBody {
         self.received.advance(PREFIX_BYTES);
         let message = self.received.split_to(length.min(message_bytes)).freeze();
         self.ended = one;
-        self.transcoded(flags & !UNTIL_THE_END, message).map(Some)
+        // A client's own flag is unknown.
+        let flags = if until_the_end { flags & !UNTIL_THE_END } else { flags };
+        self.transcoded(flags, message).map(Some)
     }
 
     fn transcoded(&self, flags: u8, message: Bytes) -> Result<Bytes, Status> {
@@ -167,7 +169,7 @@ impl RequestBody {
             Encoding::Protobuf => Ok(frame(0, &message)),
             Encoding::Json => {
                 let read = from_json(&self.format.method.input(), &message);
-                let bytes = read.map_err(|error| Error::invalid("", error.to_string()))?;
+                let bytes = read.map_err(|error| Error::invalid("body", error.to_string()))?;
                 if bytes.len() > MESSAGE_BYTES { Err(too_large()) } else { Ok(frame(0, &bytes)) }
             }
         }
@@ -215,7 +217,7 @@ fn decompressed(message: &[u8]) -> Result<Bytes, Status> {
     let mut limited = GzDecoder::new(message).take(MESSAGE_BYTES as u64 + 1);
     limited
         .read_to_end(&mut decompressed)
-        .map_err(|error| Error::invalid("", format!("the message is not gzip: {error}")))?;
+        .map_err(|error| Error::invalid("body", format!("the message is not gzip: {error}")))?;
     if decompressed.len() > MESSAGE_BYTES { Err(too_large()) } else { Ok(decompressed.into()) }
 }
 
