@@ -26,7 +26,11 @@ test(
     assert.equal(await page.locator("#percent").textContent(), "0");
     await noteRows(page);
     const events = story(STEPS.length, { trouble: true });
-    for (const event of events) await world.provider.append(job, event);
+    for (const event of events) {
+      const answer = await world.provider.append(job, event);
+      // The percent is the server's, never computed here.
+      await page.locator(`#percent:text-is('${answer.events[0].progress.percent}')`).waitFor();
+    }
     await connection(page, "complete");
     assert.equal(await page.locator("#status").textContent(), "Complete");
     assert.equal(await page.locator("#percent").textContent(), "100");
