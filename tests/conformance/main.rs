@@ -22,6 +22,7 @@ mod trailers;
     clippy::all,
     clippy::allow_attributes_without_reason,
     clippy::doc_markdown,
+    clippy::too_many_lines,
     dead_code,
     missing_debug_implementations,
     reason = "generated code"
