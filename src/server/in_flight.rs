@@ -358,11 +358,12 @@ mod tests {
     #[tokio::test]
     async fn a_message_in_json_counts_as_the_bytes_that_it_may_become() {
         let (tenants, tenant, held) = (tenants(), tenant(), HeldMessages::default());
-        let inner = body(&message(MIB / 4), 16_384);
-        let counted =
-            CountedBody::new(inner, tenants.clone(), tenant, NoRoom::Refuse, (held, Encoding::Json));
+        let (inner, kept) = (body(&message(MIB / 4), 16_384), (held.clone(), Encoding::Json));
+        let counted = CountedBody::new(inner, tenants.clone(), tenant, NoRoom::Refuse, kept);
         counted.collect().await.expect("no error");
-        assert!(tenants.hold(tenant, MIB / 4).is_err(), "the message is dropped");
+        assert!(tenants.hold(tenant, MIB / 4 + 1).is_err(), "three quarters of the bytes are held");
+        drop(held);
+        assert!(tenants.hold(tenant, MIB).is_ok());
     }
 
     #[test]

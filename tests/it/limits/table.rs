@@ -2,7 +2,7 @@
 
 /// Limits of `src/limits.rs` and `src/config.rs` without a row in `rows.rs`: the
 /// limit, and the file and the name of its test.
-const ELSEWHERE: [(&str, &str, &str); 57] = [
+const ELSEWHERE: [(&str, &str, &str); 60] = [
     ("TEXT_CHARS", "tests/it/limits/texts.rs", "every_text_has_at_most_256_characters"),
     ("MESSAGE_BYTES", "tests/it/limits/calls.rs", "a_message_has_at_most_one_mebibyte"),
     ("MESSAGE_BYTES", "tests/it/limits/pages.rs", "no_page_of_events_is_larger_than_one_mebibyte"),
@@ -157,6 +157,21 @@ const ELSEWHERE: [(&str, &str, &str); 57] = [
         "a_budget_fills_up_again_with_time_and_refuses_more_than_it_has",
     ),
     ("HANDSHAKE", "tests/it/operations/tls.rs", "silent_connections_delay_no_others_and_are_closed"),
+    (
+        "HANDSHAKE",
+        "tests/it/protocol/http1.rs",
+        "a_connection_is_closed_that_does_not_say_in_time_what_it_wants",
+    ),
+    (
+        "IDLE",
+        "tests/it/protocol/http1.rs",
+        "an_idle_connection_is_closed_after_a_minute_and_not_before_the_time_of_a_head",
+    ),
+    (
+        "HTTP1_CONNECTIONS_PER_ADDRESS",
+        "tests/it/protocol/http1.rs",
+        "one_address_has_a_limited_number_of_connections_and_others_have_their_own",
+    ),
     ("HANDSHAKES", "src/server/incoming.rs", "one_handshake_too_many_ends_the_oldest"),
     ("start_timeout", "tests/it/database/starts.rs", "a_start_waits_no_longer_than_its_timeout"),
     ("retention", "tests/it/log/retention.rs", "events_are_removed_a_set_time_after_their_job_closed"),
