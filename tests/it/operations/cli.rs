@@ -1,8 +1,8 @@
-//! The commands demo, watch and user.
+//! The commands demo, watch, share and user.
 
 use std::process::{Output, Stdio};
 
-use milepost_client::pb::NewEvent;
+use milepost_client::pb::{self, NewEvent};
 use tokio::{
     io::{AsyncBufReadExt as _, BufReader},
     process::Command,
@@ -172,6 +172,38 @@ async fn watch_without_a_credential_is_a_usage_error_that_names_the_variable() {
     }
     let (code, help) = output(milepost(&["watch", "--help"])).await;
     assert!(code == 0 && help.contains("3  the job was closed while it was failed"), "{help}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn share_prints_a_link_whose_token_shows_the_job_for_the_lifetime_that_was_asked_for() {
+    let server = TestServer::start().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[("load", 1)]).await;
+    let job = provider.job(&customer).await;
+    let address = server.address.to_string();
+    let of_job = ["--provider-job-id", &job.provider_job_id, "--server", &address, "--lifetime", "600"];
+    for (page, expected) in [
+        (&[][..], format!("http://{address}/#/jobs/{}?token=", job.id)),
+        (&["--page", "https://jobs.example/"], format!("https://jobs.example/#/jobs/{}?token=", job.id)),
+    ] {
+        let mut share = milepost(&[&["share"], &of_job[..], page].concat());
+        share.env("MILEPOST_API_KEY", &provider.key_secret);
+        let (code, link) = output(share).await;
+        let secret = link.trim().strip_prefix(&expected).unwrap_or_else(|| panic!("{link}")).to_owned();
+        assert_eq!(code, 0, "{link}");
+        let mut reader = server.with_secret(&secret);
+        let shown = reader
+            .jobs
+            .get_job(pb::GetJobRequest { job: Some(pb::get_job_request::Job::JobId(job.id.clone())) });
+        assert_eq!(shown.await.unwrap().into_inner().job.unwrap().id, job.id);
+    }
+    let lifetimes =
+        "SELECT DISTINCT extract(epoch FROM expires_at - created_at)::int::text AS text FROM watch_tokens";
+    assert_eq!(server.database.texts(lifetimes).await, ["600"]);
+    let mut share = milepost(&["share", "JOB"]);
+    share.env_remove("MILEPOST_API_KEY");
+    let (code, text) = output(share).await;
+    assert!(code == 2 && text.contains("MILEPOST_API_KEY"), "{text}");
 }
 
 /// The demo creates users, so that a variable that is set for other commands is not enough.

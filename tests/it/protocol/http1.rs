@@ -59,8 +59,8 @@ async fn ask(stream: &mut TcpStream) -> String {
 async fn a_request_that_http_1_cannot_carry_or_that_is_no_call_is_told_so() {
     let server = TestServer::start().await;
     for (request, status, text) in [
-        ("GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n", "404", "no method"),
-        ("GET / HTTP/1.0\r\n\r\n", "404", "no method"),
+        ("GET /nothing HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n", "404", "no method"),
+        ("GET /nothing HTTP/1.0\r\n\r\n", "404", "no method"),
         (
             "POST /grpc.health.v1.Health/Check HTTP/1.1\r\nhost: x\r\ncontent-type: application/grpc\r\n\
              connection: close\r\ncontent-length: 5\r\n\r\n\0\0\0\0\0",
@@ -85,7 +85,7 @@ async fn a_request_that_http_1_cannot_carry_or_that_is_no_call_is_told_so() {
         // A method that begins as the preface of HTTP/2 does.
         ("PRINT / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n", "404", "no method"),
         (
-            "GET / HTTP/1.1\r\nhost: x\r\nconnection: close, upgrade, http2-settings\r\nupgrade: h2c\r\n\
+            "GET /nothing HTTP/1.1\r\nhost: x\r\nconnection: close, upgrade, http2-settings\r\nupgrade: h2c\r\n\
              http2-settings: AAMAAABkAAQAAP__\r\n\r\n",
             "404",
             "no method",
@@ -125,7 +125,10 @@ async fn a_connection_is_closed_that_does_not_say_in_time_what_it_wants() {
 async fn a_head_of_more_than_16_kib_is_refused() {
     let server = TestServer::start().await;
     let head = |bytes: usize| {
-        format!("GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\nx-long: {}\r\n\r\n", "x".repeat(bytes))
+        format!(
+            "GET /nothing HTTP/1.1\r\nhost: x\r\nconnection: close\r\nx-long: {}\r\n\r\n",
+            "x".repeat(bytes)
+        )
     };
     let fits = answer(server.address, &head(15 * 1024)).await;
     assert!(fits.starts_with("HTTP/1.1 404 "), "{fits}");
