@@ -169,7 +169,7 @@ pub struct ServerSettings {
           value_parser = value_parser!(u32).range(2..=100_000))]
     pub streams_per_connection: u32,
 
-    /// Origins, as https://app.example.com and separated by commas, whose pages may call this server from a
+    /// Origins (scheme, host and port), separated by commas, whose pages may call this server from a
     /// browser, beside those of this server itself
     #[arg(long = "allow-origin", env = "MILEPOST_ALLOW_ORIGIN", value_name = "ORIGINS", value_delimiter = ',',
           value_parser = origin)]

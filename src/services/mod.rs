@@ -59,7 +59,7 @@ pub enum Encoding {
     #[default]
     Protobuf,
     /// By the Connect protocol alone. What the services send may then have elements that are
-    /// JSON already, see [`json`](crate::json).
+    /// JSON already: see `src/json`.
     Json,
 }
 
