@@ -20,6 +20,7 @@ mod unread;
 use std::{convert::Infallible, error::Error as StdError, pin::pin, sync::Arc, time::Duration};
 
 use ::http::{Request, Response};
+use futures_util::future::BoxFuture;
 use prost_reflect::DescriptorPool;
 use tokio::{
     net::TcpListener,
@@ -54,6 +55,9 @@ use crate::{
     services::{App, auth::AuthApi, configurations::ConfigurationApi, events::EventApi, jobs::JobApi},
     telemetry::{Telemetry, metrics::Metrics},
 };
+
+/// The answer of a service to a request.
+type Answering = BoxFuture<'static, Result<Response<Body>, Infallible>>;
 
 /// The health service name that reports on the process rather than on its database.
 const LIVENESS: &str = "liveness";

@@ -55,7 +55,7 @@ const TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
 const TIMEOUT_DIGITS: usize = 8;
 /// Largest slice of a message, in bytes: as large as a DATA frame of HTTP/2 unless the client
 /// allows more.
-const SLICE_BYTES: usize = 16 * 1024;
+pub(super) const SLICE_BYTES: usize = 16 * 1024;
 /// Longest part of a path that is logged, in bytes; milepost's paths are shorter.
 const METHOD_BYTES: usize = 128;
 

@@ -35,6 +35,7 @@ use tonic::{Status, body::Body};
 use tower::ServiceExt as _;
 
 use super::{
+    Answering,
     connection::{Connection, Exchange, UnderWay},
     unread::ReadOn,
 };
@@ -162,12 +163,10 @@ struct Requests<S> {
     exchange: Exchange,
 }
 
-/// In a box, since hyper keeps room for it as long as the stream is open.
-type Answering = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
-
 impl<S: Serves> Service<Request<Incoming>> for Requests<S> {
     type Response = Response<Body>;
     type Error = Infallible;
+    /// In a box, since hyper keeps room for it as long as the stream is open.
     type Future = Answering;
 
     fn call(&self, request: Request<Incoming>) -> Answering {

@@ -25,7 +25,7 @@ use crate::{
 
 /// Bytes before each message: whether it is compressed, and its length (gRPC over HTTP/2,
 /// "Length-Prefixed-Message").
-const PREFIX_BYTES: usize = 5;
+pub(super) const PREFIX_BYTES: usize = 5;
 
 /// How many bytes of protobuf a byte of JSON may become: six bytes, as in `"a":1,`, become an
 /// entry of metadata of sixteen.

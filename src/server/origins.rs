@@ -7,8 +7,7 @@
 
 use std::{
     convert::Infallible,
-    future::{Future, ready},
-    pin::Pin,
+    future::ready,
     sync::Arc,
     task::{Context, Poll},
 };
@@ -24,7 +23,7 @@ use http::{
 use tonic::body::Body;
 use tower::Service;
 
-use super::plain::plain;
+use super::{Answering, plain::plain};
 
 const REFUSED: &str = "pages of this origin may not call this server: --allow-origin names those that may\n";
 /// What the answer to a preflight says.
@@ -71,13 +70,13 @@ where
 {
     type Response = Response<Body>;
     type Error = Infallible;
-    type Future = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
+    type Future = Answering;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
         self.services.poll_ready(cx)
     }
 
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
+    fn call(&mut self, request: Request<Body>) -> Answering {
         let Some(origin) = request.headers().get(ORIGIN) else {
             return Box::pin(self.services.call(request));
         };

@@ -3,8 +3,7 @@
 
 use std::{
     convert::Infallible,
-    future::{Future, ready},
-    pin::Pin,
+    future::ready,
     sync::Arc,
     task::{Context, Poll},
 };
@@ -22,6 +21,7 @@ use sha2::{Digest as _, Sha256};
 use tonic::body::Body;
 use tower::Service;
 
+use super::Answering;
 use crate::error::{Error, Result};
 
 macro_rules! files {
@@ -112,8 +112,6 @@ impl File {
         Ok(Self { path, kind, content, tag: HeaderValue::try_from(tag).map_err(Error::internal)? })
     }
 }
-
-type Answering = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
 
 impl<S> Service<Request<Body>> for Page<S>
 where

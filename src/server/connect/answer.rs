@@ -19,12 +19,13 @@ use super::{
     request::Format,
     transcode::frame,
 };
-use crate::services::Encoding;
+use crate::{
+    server::{calls::SLICE_BYTES, in_flight::PREFIX_BYTES},
+    services::Encoding,
+};
 
 /// The flag of the last message of a stream.
 const END_OF_STREAM: u8 = 0b10;
-/// Largest slice of an answer, in bytes, as in [`calls`](crate::server::calls).
-const SLICE_BYTES: usize = 16 * 1024;
 
 impl Format {
     pub(super) async fn answer(self, answer: Response<Body>) -> Response<Body> {
@@ -104,7 +105,7 @@ async fn unary(
     }
     // One message, with its prefix.
     match received.freeze() {
-        received if received.len() >= 5 => Ok((received.slice(5..), trailers, call)),
+        received if received.len() >= PREFIX_BYTES => Ok((received.slice(PREFIX_BYTES..), trailers, call)),
         _ => Err((Status::internal("the call ended without a message"), trailers)),
     }
 }

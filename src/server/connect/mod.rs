@@ -22,8 +22,7 @@ mod transcode;
 
 use std::{
     convert::Infallible,
-    future::{Future, ready},
-    pin::Pin,
+    future::ready,
     sync::Arc,
     task::{Context, Poll},
 };
@@ -37,7 +36,7 @@ use tower::Service;
 
 use self::{methods::Method, request::Format};
 pub(super) use self::{methods::Methods, transcode::Transcoder};
-use super::plain::plain;
+use super::{Answering, plain::plain};
 
 /// The answer to a request over HTTP/1.1 that needs HTTP/2.
 const NEEDS_HTTP2: &str = "gRPC, and streams of requests, need HTTP/2: use a client or a proxy that speaks it, \
@@ -57,8 +56,6 @@ impl<S> Connect<S> {
         Self { services, methods }
     }
 }
-
-type Answering = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
 
 impl<S> Service<Request<Body>> for Connect<S>
 where

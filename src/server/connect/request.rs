@@ -19,7 +19,12 @@ use super::{
     methods::Method,
     transcode::{COMPRESSED, MessageFormat, UNTIL_THE_END},
 };
-use crate::{limits::MESSAGE_BYTES, server::plain::plain, services::Encoding, telemetry::metrics::Protocol};
+use crate::{
+    limits::MESSAGE_BYTES,
+    server::{in_flight::PREFIX_BYTES, plain::plain},
+    services::Encoding,
+    telemetry::metrics::Protocol,
+};
 
 const PROTOCOL_VERSION: &str = "connect-protocol-version";
 const TIMEOUT: &str = "connect-timeout-ms";
@@ -160,7 +165,7 @@ pub(super) fn prefix(length: Option<u32>, gzip: bool) -> Bytes {
     let most = u32::try_from(MESSAGE_BYTES).unwrap_or(u32::MAX);
     let compressed = if gzip && length != Some(0) { COMPRESSED } else { 0 };
     let ends = if length.is_none() { UNTIL_THE_END } else { 0 };
-    let mut prefix = BytesMut::with_capacity(5);
+    let mut prefix = BytesMut::with_capacity(PREFIX_BYTES);
     prefix.put_u8(compressed | ends);
     prefix.put_u32(length.unwrap_or(most));
     prefix.freeze()

@@ -25,11 +25,10 @@ use crate::{
     error::Error,
     json::{from_json, to_json},
     limits::MESSAGE_BYTES,
+    server::in_flight::PREFIX_BYTES,
     services::Encoding,
 };
 
-/// Bytes before a message: flags and the length.
-const PREFIX_BYTES: usize = 5;
 /// The message is compressed.
 pub(super) const COMPRESSED: u8 = 1;
 /// The message ends with the body. Only [`request`](super::request) sets it.
