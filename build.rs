@@ -11,24 +11,19 @@ use std::{
 
 use tonic_prost_build::FileDescriptorSet;
 
-const CONFORMANCE: &str = "tests/conformance/proto";
-
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");
     println!("cargo:rerun-if-changed=migrations");
 
     let (files, encoded) = compile(Path::new("proto"))?;
     fs::write(PathBuf::from(env::var("OUT_DIR")?).join("descriptors.bin"), encoded)?;
-    // The codec knows the limits of requests by the names of their messages.
-    let mut config = prost_build::Config::new();
-    config.enable_type_names();
     generator()
         .build_client(false)
         .codec_path("crate::codec::Codec")
         // The server sends bytes that were encoded once for all watchers.
         .extern_path(".milepost.v1.WatchedEvents", "crate::pb::WatchedEvents")
-        .compile_fds_with_config(files, config)?;
-    conformance_suite()
+        .compile_fds_with_config(files, config())?;
+    Ok(())
 }
 
 /// The descriptors of all protos of `milepost.v1` and of what they import, for a
@@ -54,16 +49,10 @@ pub(crate) fn generator() -> tonic_prost_build::Builder {
     tonic_prost_build::configure().extern_path(".google.rpc.Status", "::tonic_types::Status")
 }
 
-/// The protos of Connect's conformance suite, for the test target `conformance`.
-fn conformance_suite() -> Result<(), Box<dyn Error>> {
-    println!("cargo:rerun-if-changed={CONFORMANCE}");
-    let mut compiler = protox::Compiler::new([CONFORMANCE])?;
-    compiler.include_imports(true).open_files([
-        "connectrpc/conformance/v1/server_compat.proto",
-        "connectrpc/conformance/v1/service.proto",
-    ])?;
-    let descriptors = PathBuf::from(env::var("OUT_DIR")?).join("conformance.bin");
-    fs::write(descriptors, compiler.encode_file_descriptor_set())?;
-    tonic_prost_build::configure().compile_fds(compiler.file_descriptor_set())?;
-    Ok(())
+/// How messages are generated. By their names the codec knows the limits of requests, and the
+/// command line the descriptors of what it prints.
+pub(crate) fn config() -> prost_build::Config {
+    let mut config = prost_build::Config::new();
+    config.enable_type_names();
+    config
 }

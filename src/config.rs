@@ -80,7 +80,7 @@ pub struct DatabaseSettings {
     #[arg(long = "database-ca", env = "MILEPOST_DATABASE_CA", value_name = "FILE", display_order = 2)]
     pub ca: Option<PathBuf>,
 
-    /// Most database connections in the server's pool; a server opens seven more outside the pool, and for a
+    /// Most database connections in the server's pool; a server opens eight more outside the pool, and for a
     /// moment four more when it starts or listens again
     #[arg(long = "database-connections", env = "MILEPOST_DATABASE_CONNECTIONS", default_value_t = 16,
           value_name = "COUNT", value_parser = count(2..=1000), display_order = 4)]

@@ -114,6 +114,11 @@ pub enum Error {
 /// The source of an [`Error`].
 pub type BoxError = Box<dyn StdError + Send + Sync>;
 
+/// An error and its causes, from the outermost one on.
+pub fn causes<'a>(error: &'a (dyn StdError + 'static)) -> impl Iterator<Item = &'a (dyn StdError + 'static)> {
+    std::iter::successors(Some(error), |&error| error.source())
+}
+
 impl Error {
     /// Makes [`Error::Invalid`] of one field.
     pub fn invalid(field: impl fmt::Display, description: impl Into<String>) -> Self {

@@ -13,10 +13,10 @@
 //! | floor | module | what it has |
 //! |---|---|---|
 //! | 12 | `main` | the command line and the exit code |
-//! | 11 | `cli` | serve, migrate, demo, watch, share, user; what milepost does as PID 1 |
+//! | 11 | `cli` | the commands: serve, migrate, user, those that call a server, demo, completions and manual pages; what milepost does as PID 1 |
 //! | 10 | `server` | the router, authentication, limits, the Connect protocol, TLS, health, reflection, metrics, drain |
 //! | 9 | `services` | the four gRPC services: requests become values, results become messages |
-//! | 8 | `event_log` | appends, the tail of the log, watches, retention |
+//! | 8 | `event_log` | appends, the tail of the log, watches, silence, step times, retention |
 //! | 7 | `usage` | counts appended events against the quotas of their providers |
 //! | 7 | `auth` | a secret becomes a caller, and a signal of the credential's end; log-in; the removal of ended credentials; what each user has in flight |
 //! | 7 | `proto_enums` | conversions between protobuf and the values of models |
@@ -28,7 +28,7 @@
 //! | 2 | `codec` | the encoding of messages, and what is cut out of them before they are decoded |
 //! | 2 | `progress` | status and progress, a pure function of the events |
 //! | 2 | `quota` | what quotas count, and a quota that is used up |
-//! | 1 | `limits`, `schema`, `tenant`, `tls`, `turns` | modules without imports from this crate |
+//! | 1 | `estimate`, `limits`, `schema`, `tenant`, `tls`, `turns` | modules without imports from this crate |
 //!
 //! `cli` calls servers by the package `milepost-client` of `clients/rust`, which shares
 //! nothing with this crate except the protos.
@@ -60,6 +60,8 @@ pub mod config;
 pub mod db;
 #[doc(hidden)]
 pub mod error;
+#[doc(hidden)]
+pub mod estimate;
 #[doc(hidden)]
 pub mod event_log;
 mod json;

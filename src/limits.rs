@@ -27,9 +27,14 @@ pub const STEP_POINTS: i64 = 1_000_000;
 /// Most events of a batch.
 pub const BATCH_EVENTS: usize = 500;
 /// Most kinds in a filter of events: each kind once.
-pub const EVENT_KINDS: usize = 5;
+pub const EVENT_KINDS: usize = 8;
+/// Highest percent of a step under way.
+pub const STEP_PERCENT: u8 = 99;
+/// Shortest and longest time that a job may allow its provider to be silent.
+pub const MAX_SILENCE: (Duration, Duration) =
+    (Duration::from_secs(10), Duration::from_secs(30 * 24 * 60 * 60));
 /// Most statuses in a filter of jobs: each status once.
-pub const JOB_STATUSES: usize = 5;
+pub const JOB_STATUSES: usize = 6;
 /// Most scopes in a request for an API key: each scope once.
 pub const API_KEY_SCOPES: usize = 3;
 /// Most paths of an update mask. Two are valid; the others are reported as violations.

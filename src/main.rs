@@ -1,9 +1,9 @@
 //! The binary: parses the command line, runs the command, sets the exit code.
 
-use std::{error::Error, io, process::ExitCode, time::Duration};
+use std::{process::ExitCode, time::Duration};
 
 use clap::Parser as _;
-use milepost::cli::{Cli, one_line, run_as_init};
+use milepost::cli::{Cli, report, run_as_init};
 use tokio::runtime::Runtime;
 
 /// A call makes many small allocations, many of which another thread frees:
@@ -32,17 +32,5 @@ fn main() -> ExitCode {
     };
     let result = runtime.block_on(milepost::cli::run(cli));
     runtime.shutdown_timeout(SHUTDOWN_TIMEOUT);
-    match result {
-        Ok(code) => code,
-        // The reader of stdout, such as `head`, has closed it.
-        Err(error) if is_broken_pipe(error.as_ref()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("milepost: {}", one_line(error.as_ref()));
-            ExitCode::FAILURE
-        }
-    }
-}
-
-fn is_broken_pipe(error: &(dyn Error + 'static)) -> bool {
-    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+    result.unwrap_or_else(|error| report(error.as_ref()))
 }

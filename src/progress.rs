@@ -1,18 +1,23 @@
 //! Status and progress of a job, computed from nothing but the events of its log.
 
+use std::sync::Arc;
+
+use chrono::{DateTime, Utc};
 use diesel::{deserialize::FromSqlRow, expression::AsExpression};
 use uuid::Uuid;
 
-use crate::{limits::CONFIGURATION_STEPS, schema::sql_types};
+use crate::{limits::STEP_PERCENT, schema::sql_types};
 
 /// The status of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, AsExpression, FromSqlRow)]
 #[diesel(sql_type = sql_types::JobStatus)]
 pub enum JobStatus {
-    /// The job has no event yet.
+    /// The job has no event of its provider yet.
     Pending,
     /// The job has events and is neither failed nor closed.
     Running,
+    /// The provider has been silent for longer than the job allows.
+    Stalled,
     /// An error is the last event, apart from infos and a close.
     Failed,
     /// A complete event closed the job.
@@ -27,6 +32,7 @@ impl JobStatus {
         match self {
             Self::Pending => "PENDING",
             Self::Running => "RUNNING",
+            Self::Stalled => "STALLED",
             Self::Failed => "FAILED",
             Self::Complete => "COMPLETE",
             Self::Cancelled => "CANCELLED",
@@ -48,14 +54,20 @@ pub enum EventKind {
     Complete,
     /// `CloseJob` closed the job.
     Close,
+    /// A step of the job is under way.
+    Progress,
+    /// The job's customer asked the provider to stop.
+    CancellationRequested,
+    /// The provider was silent for too long.
+    Silent,
 }
 
 impl EventKind {
     /// Whether no client can append it. Such an event counts against nobody's quota.
     pub fn is_written_by_server(self) -> bool {
         match self {
-            Self::Step | Self::Error | Self::Info | Self::Complete => false,
-            Self::Close => true,
+            Self::Step | Self::Error | Self::Info | Self::Complete | Self::Progress => false,
+            Self::Close | Self::CancellationRequested | Self::Silent => true,
         }
     }
 }
@@ -92,34 +104,85 @@ impl Weights {
     }
 }
 
-/// The set of the steps of a configuration that are done, by position.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct StepSet([u8; CONFIGURATION_STEPS / 8]);
+/// How far a step of a job is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StepState {
+    /// No event names the step.
+    ToCome,
+    /// An event names the step. The percent is the highest of its progress events, 0 to 99.
+    UnderWay(u8),
+    /// The step has a step event.
+    Done,
+}
 
-impl StepSet {
-    /// Decodes the stored form. Bits beyond the largest number of steps are dropped.
-    pub fn from_bytes(bytes: &[u8]) -> Self {
-        Self(std::array::from_fn(|index| bytes.get(index).copied().unwrap_or_default()))
+impl StepState {
+    const DONE: u8 = 2 + STEP_PERCENT;
+
+    /// The stored form, which grows with each change of a step.
+    fn to_byte(self) -> u8 {
+        match self {
+            Self::ToCome => 0,
+            Self::UnderWay(percent) => 1 + percent,
+            Self::Done => Self::DONE,
+        }
     }
 
-    /// The stored form: one bit a step, lowest bit of each byte first, without zero
-    /// bytes at the end.
+    fn from_byte(byte: u8) -> Self {
+        match byte {
+            0 => Self::ToCome,
+            Self::DONE.. => Self::Done,
+            under_way => Self::UnderWay(under_way - 1),
+        }
+    }
+}
+
+/// How far each step of a configuration is, by position.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Steps(Arc<[u8]>);
+
+impl Steps {
+    /// The stored form: a byte a step, up to the last step that is not to come.
     pub fn as_bytes(&self) -> &[u8] {
-        let end = self.0.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1);
-        &self.0[..end]
+        &self.0
     }
 
-    /// Returns true if the set did not contain the step.
-    fn insert(&mut self, step: usize) -> bool {
-        let (byte, bit) = (step / 8, 1 << (step % 8));
-        let inserted = self.0[byte] & bit == 0;
-        self.0[byte] |= bit;
-        inserted
+    /// The state of the step at this position.
+    pub fn state(&self, step: usize) -> StepState {
+        StepState::from_byte(self.0.get(step).copied().unwrap_or_default())
+    }
+
+    /// Moves a step on. Returns false if the step is as far already.
+    fn move_to(&mut self, step: usize, state: StepState) -> bool {
+        let byte = state.to_byte();
+        if byte <= self.state(step).to_byte() {
+            return false;
+        }
+        let mut bytes = self.0.to_vec();
+        bytes.resize(bytes.len().max(step + 1), StepState::ToCome.to_byte());
+        bytes[step] = byte;
+        self.0 = bytes.into();
+        true
+    }
+
+    /// A hundred times the points of the steps under way, each counted by its percent.
+    fn hundredths_under_way(&self, weights: &Weights) -> i64 {
+        let percents = self.0.iter().map(|&byte| match StepState::from_byte(byte) {
+            StepState::UnderWay(percent) => i64::from(percent),
+            StepState::ToCome | StepState::Done => 0,
+        });
+        percents.zip(&weights.0).map(|(percent, points)| percent * points).sum()
+    }
+}
+
+/// From the stored form.
+impl From<Vec<u8>> for Steps {
+    fn from(bytes: Vec<u8>) -> Self {
+        Self(bytes.into())
     }
 }
 
 /// The state of a job after one of the events of its log, or before the first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct JobState {
     /// Sequence of the last event; 0 if there is none.
     pub last_sequence: i64,
@@ -131,8 +194,58 @@ pub struct JobState {
     pub closed: bool,
     /// Progress after that event.
     pub progress: Progress,
-    /// The steps that have a step event.
-    pub steps_done: StepSet,
+    /// How far each step is.
+    pub steps: Steps,
+    /// Sequence of the event that finished a step last; 0 without one.
+    pub last_step_sequence: i64,
+    /// Whether the provider has been silent for too long since its last event.
+    pub silent: bool,
+    /// Whether the customer asked to stop.
+    pub cancellation: Cancellation,
+}
+
+/// Whether the customer of a job asked to stop it, and when.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Cancellation {
+    #[default]
+    NotRequested,
+    /// By an event that is being committed, so that its time is not known yet.
+    Now,
+    RequestedAt(DateTime<Utc>),
+}
+
+impl Cancellation {
+    /// The same once the events up to now are committed, the last ones at this time.
+    pub fn committed(self, at: DateTime<Utc>) -> Self {
+        match self {
+            Self::Now => Self::RequestedAt(at),
+            Self::NotRequested | Self::RequestedAt(_) => self,
+        }
+    }
+
+    /// When it was requested, as far as that is known.
+    pub fn requested_at(self) -> Option<DateTime<Utc>> {
+        match self {
+            Self::RequestedAt(at) => Some(at),
+            Self::NotRequested | Self::Now => None,
+        }
+    }
+}
+
+impl From<Option<DateTime<Utc>>> for Cancellation {
+    fn from(at: Option<DateTime<Utc>>) -> Self {
+        at.map_or(Self::NotRequested, Self::RequestedAt)
+    }
+}
+
+/// What an event says, as far as status and progress follow from it.
+#[derive(Clone, Copy, Debug)]
+pub struct Change {
+    pub kind: EventKind,
+    /// The position of the event's step, if it names one.
+    pub step: Option<usize>,
+    /// How far a progress event says that its step is, 0 to 99.
+    pub step_percent: Option<u8>,
 }
 
 impl JobState {
@@ -144,62 +257,85 @@ impl JobState {
             status: JobStatus::Pending,
             closed: false,
             progress: Progress { points_done: 0, points_total: weights.total(), percent: 0 },
-            steps_done: StepSet::default(),
+            steps: Steps::default(),
+            last_step_sequence: 0,
+            silent: false,
+            cancellation: Cancellation::NotRequested,
         }
     }
 
-    /// Applies the next event, which has this id; `step` is the position of its step. Fails
-    /// and changes nothing if the job is closed.
-    pub fn apply(
-        &mut self,
-        id: Uuid,
-        kind: EventKind,
-        step: Option<usize>,
-        weights: &Weights,
-    ) -> Result<(), Closed> {
-        if self.closed {
-            return Err(Closed(self.status));
+    /// Applies the next event, which has this id. Fails and changes nothing if the job does
+    /// not take such an event.
+    pub fn apply(&mut self, id: Uuid, change: Change, weights: &Weights) -> Result<(), Refused> {
+        let Change { kind, step, step_percent } = change;
+        match kind {
+            EventKind::CancellationRequested if self.cancellation != Cancellation::NotRequested => {
+                return Err(Refused::CancellationRequested);
+            }
+            _ if self.closed => return Err(Refused::Closed(self.status)),
+            EventKind::Silent if self.silent => return Err(Refused::Silent),
+            EventKind::CancellationRequested => self.cancellation = Cancellation::Now,
+            EventKind::Silent => self.silent = true,
+            EventKind::Step
+            | EventKind::Error
+            | EventKind::Info
+            | EventKind::Complete
+            | EventKind::Close
+            | EventKind::Progress => self.silent = false,
         }
-        if let (EventKind::Step, Some(step)) = (kind, step)
-            && self.steps_done.insert(step)
-        {
+        let is_done = kind == EventKind::Step;
+        let moved = step.is_some_and(|step| {
+            let percent = step_percent.unwrap_or(0).min(STEP_PERCENT);
+            self.steps.move_to(step, if is_done { StepState::Done } else { StepState::UnderWay(percent) })
+        });
+        if let (true, true, Some(step)) = (moved, is_done, step) {
             self.progress.points_done += weights.0[step];
+            self.last_step_sequence = self.last_sequence + 1;
         }
         self.status = match (kind, self.status) {
-            (EventKind::Info | EventKind::Close, JobStatus::Failed) | (EventKind::Error, _) => {
-                JobStatus::Failed
-            }
-            (EventKind::Step | EventKind::Info, _) => JobStatus::Running,
+            (EventKind::Info | EventKind::Close | EventKind::Silent, JobStatus::Failed)
+            | (EventKind::Error, _) => JobStatus::Failed,
+            (EventKind::Step | EventKind::Progress | EventKind::Info, _) => JobStatus::Running,
             (EventKind::Complete, _) => JobStatus::Complete,
             (EventKind::Close, _) => JobStatus::Cancelled,
+            (EventKind::Silent, _) => JobStatus::Stalled,
+            (EventKind::CancellationRequested, status) => status,
         };
         self.closed = matches!(kind, EventKind::Complete | EventKind::Close);
-        self.progress.percent = match kind {
-            EventKind::Complete => 100,
-            EventKind::Close => self.progress.percent,
-            EventKind::Step | EventKind::Info | EventKind::Error => {
-                self.progress.percent.max(percent(&self.progress))
-            }
-        };
+        if kind == EventKind::Complete {
+            self.progress.percent = 100;
+        } else if moved {
+            self.progress.percent = self.progress.percent.max(self.percent(weights));
+        }
         self.last_sequence += 1;
         self.last_event_id = Some(id);
         Ok(())
     }
+
+    /// At most 99: only a complete event makes it 100.
+    fn percent(&self, weights: &Weights) -> i16 {
+        let Progress { points_done, points_total, .. } = self.progress;
+        let hundredths = 100 * points_done + self.steps.hundredths_under_way(weights);
+        let percent = hundredths.checked_div(points_total);
+        percent.map_or(0, |percent| i16::try_from(percent.min(99)).unwrap_or(99))
+    }
 }
 
-/// The job is closed with this status, so that its log never changes again.
+/// Why a job does not take an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Closed(pub JobStatus);
-
-/// Returns at most 99: only a complete event makes it 100.
-fn percent(progress: &Progress) -> i16 {
-    let percent = progress.points_done.saturating_mul(100).checked_div(progress.points_total);
-    percent.map_or(0, |percent| i16::try_from(percent.min(99)).unwrap_or(99))
+pub enum Refused {
+    /// The job is closed with this status, so that its log never changes again.
+    Closed(JobStatus),
+    /// Its cancellation was requested before.
+    CancellationRequested,
+    /// It is silent since its provider's last event.
+    Silent,
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limits::CONFIGURATION_STEPS;
 
     fn weights(points: &[i64]) -> Weights {
         Weights::new(points.iter().copied())
@@ -209,28 +345,40 @@ mod tests {
     fn job(events: &[(EventKind, Option<usize>)], weights: &Weights) -> JobState {
         let mut state = JobState::pending(weights);
         for &(kind, step) in events {
-            state.apply(Uuid::nil(), kind, step, weights).expect("open");
+            state.apply(Uuid::nil(), Change { kind, step, step_percent: None }, weights).expect("open");
         }
         state
     }
 
+    /// A progress event of a step.
+    fn progress(step: usize, percent: u8) -> Change {
+        Change { kind: EventKind::Progress, step: Some(step), step_percent: Some(percent) }
+    }
+
     #[test]
     fn every_kind_of_event_moves_every_status_as_documented() {
-        use EventKind::{Close, Complete, Error, Info, Step};
-        use JobStatus::{Cancelled, Failed, Pending, Running};
+        use EventKind::{CancellationRequested, Close, Complete, Error, Info, Progress, Silent, Step};
+        use JobStatus::{Cancelled, Failed, Pending, Running, Stalled};
         let weights = weights(&[1, 1]);
-        let open: [(&[_], _, [_; 5]); 3] = [
-            (&[], Pending, [Running, Running, Failed, JobStatus::Complete, Cancelled]),
-            (&[(Info, None)], Running, [Running, Running, Failed, JobStatus::Complete, Cancelled]),
-            (&[(Error, None)], Failed, [Running, Failed, Failed, JobStatus::Complete, Failed]),
+        let kinds = [Step, Progress, Info, Error, Complete, Close, Silent, CancellationRequested];
+        let change = |kind| Change { kind, step: Some(0), step_percent: None };
+        let done = JobStatus::Complete;
+        let open: [(&[_], _, [_; 8]); 3] = [
+            (&[], Pending, [Running, Running, Running, Failed, done, Cancelled, Stalled, Pending]),
+            (
+                &[(Info, None)],
+                Running,
+                [Running, Running, Running, Failed, done, Cancelled, Stalled, Running],
+            ),
+            (&[(Error, None)], Failed, [Running, Running, Failed, Failed, done, Failed, Failed, Failed]),
         ];
         for (events, status, then) in open {
             let before = job(events, &weights);
             assert_eq!((before.status, before.closed), (status, false));
-            for (kind, expected) in [Step, Info, Error, Complete, Close].into_iter().zip(then) {
-                let mut after = before;
+            for (kind, expected) in kinds.into_iter().zip(then) {
+                let mut after = before.clone();
                 assert_eq!(
-                    after.apply(Uuid::nil(), kind, Some(0), &weights),
+                    after.apply(Uuid::nil(), change(kind), &weights),
                     Ok(()),
                     "{kind:?} on {status:?}"
                 );
@@ -242,12 +390,57 @@ mod tests {
         for (end, before) in [(Complete, Running), (Close, Running), (Close, Failed)] {
             let first = if before == Failed { Error } else { Info };
             let closed = job(&[(first, None), (end, None)], &weights);
-            for kind in [Step, Info, Error, Complete, Close] {
-                let mut after = closed;
-                assert_eq!(after.apply(Uuid::nil(), kind, Some(0), &weights), Err(Closed(closed.status)));
+            for kind in kinds {
+                let mut after = closed.clone();
+                assert_eq!(
+                    after.apply(Uuid::nil(), change(kind), &weights),
+                    Err(Refused::Closed(closed.status))
+                );
                 assert_eq!(after, closed, "a refused event changes nothing");
             }
         }
+    }
+
+    #[test]
+    fn a_job_is_silent_once_between_two_events_of_its_provider_and_stalled_until_the_next() {
+        use EventKind::{CancellationRequested, Close, Error, Info, Silent};
+        let weights = weights(&[1]);
+        let apply = |state: &mut JobState, kind| {
+            state.apply(Uuid::nil(), Change { kind, step: None, step_percent: None }, &weights)
+        };
+        for (first, stalled) in [(Info, JobStatus::Stalled), (Error, JobStatus::Failed)] {
+            let mut state = job(&[(first, None)], &weights);
+            apply(&mut state, Silent).expect("open");
+            assert_eq!((state.status, state.silent), (stalled, true));
+            apply(&mut state, CancellationRequested).expect("open");
+            assert_eq!(
+                apply(&mut state, Silent),
+                Err(Refused::Silent),
+                "the request is none of the provider's"
+            );
+            assert_eq!((state.status, state.last_sequence), (stalled, 3));
+            apply(&mut state, Info).expect("open");
+            let recovered = if first == Error { JobStatus::Failed } else { JobStatus::Running };
+            assert_eq!((state.status, state.silent), (recovered, false));
+            apply(&mut state, Silent).expect("open");
+            apply(&mut state, Close).expect("open");
+            assert!(state.closed && !state.silent);
+        }
+    }
+
+    #[test]
+    fn a_cancellation_is_requested_once_and_known_on_a_closed_job() {
+        use EventKind::{CancellationRequested, Complete};
+        let weights = weights(&[]);
+        let request = Change { kind: CancellationRequested, step: None, step_percent: None };
+        let mut state = job(&[(CancellationRequested, None)], &weights);
+        assert_eq!((state.status, state.cancellation), (JobStatus::Pending, Cancellation::Now));
+        assert_eq!(state.apply(Uuid::nil(), request, &weights), Err(Refused::CancellationRequested));
+        state.apply(Uuid::nil(), Change { kind: Complete, ..request }, &weights).expect("open");
+        assert_eq!(state.apply(Uuid::nil(), request, &weights), Err(Refused::CancellationRequested));
+        let mut closed = job(&[(Complete, None)], &weights);
+        let refused = Refused::Closed(JobStatus::Complete);
+        assert_eq!(closed.apply(Uuid::nil(), request, &weights), Err(refused));
     }
 
     #[test]
@@ -263,7 +456,7 @@ mod tests {
             (EventKind::Step, Some(2)),
             (EventKind::Complete, None),
         ] {
-            state.apply(Uuid::nil(), kind, step, &weights).expect("open");
+            state.apply(Uuid::nil(), Change { kind, step, step_percent: None }, &weights).expect("open");
             seen.push((state.progress.points_done, state.progress.percent));
         }
         assert_eq!(seen, [(30, 30), (30, 30), (30, 30), (40, 40), (100, 99), (100, 100)]);
@@ -304,14 +497,64 @@ mod tests {
     }
 
     #[test]
-    fn a_step_set_is_equal_after_encoding_and_decoding() {
-        let mut set = StepSet::default();
-        assert_eq!(set.as_bytes(), b"");
-        for step in [0, 8, CONFIGURATION_STEPS - 1] {
-            assert!(set.insert(step));
-            assert!(!set.insert(step));
-            assert_eq!(StepSet::from_bytes(set.as_bytes()), set);
+    fn the_percent_moves_within_steps_and_a_repeated_or_lower_one_changes_nothing() {
+        let weights = weights(&[10, 30, 60]);
+        let mut state = JobState::pending(&weights);
+        let mut seen = Vec::new();
+        for change in [
+            Change { kind: EventKind::Info, step: Some(2), step_percent: None },
+            progress(2, 50),
+            progress(2, 49),
+            Change { kind: EventKind::Progress, step: Some(2), step_percent: None },
+            progress(1, 99),
+            Change { kind: EventKind::Step, step: Some(2), step_percent: None },
+            progress(2, 99),
+        ] {
+            state.apply(Uuid::nil(), change, &weights).expect("open");
+            let Progress { points_done, percent, .. } = state.progress;
+            seen.push((state.steps.state(2), points_done, percent));
         }
-        assert_eq!(set.as_bytes().len(), 25);
+        let under_way = StepState::UnderWay;
+        assert_eq!(
+            seen,
+            [
+                (under_way(0), 0, 0),
+                (under_way(50), 0, 30),
+                (under_way(50), 0, 30),
+                (under_way(50), 0, 30),
+                // 59.7 %: one division.
+                (under_way(50), 0, 59),
+                (StepState::Done, 60, 89),
+                (StepState::Done, 60, 89),
+            ]
+        );
+        assert_eq!([0, 1].map(|step| state.steps.state(step)), [StepState::ToCome, under_way(99)]);
+    }
+
+    #[test]
+    fn the_shares_of_steps_are_added_before_the_division() {
+        let weights = weights(&[1, 1, 1]);
+        let mut state = JobState::pending(&weights);
+        for (step, percent) in [(0, 50), (1, 50), (2, 50)] {
+            state.apply(Uuid::nil(), progress(step, percent), &weights).expect("open");
+        }
+        assert_eq!(state.progress.percent, 50);
+    }
+
+    #[test]
+    fn the_states_of_steps_are_equal_after_encoding_and_decoding() {
+        let mut steps = Steps::default();
+        assert_eq!(steps.as_bytes(), b"");
+        let last = CONFIGURATION_STEPS - 1;
+        for (step, state) in
+            [(0, StepState::UnderWay(99)), (8, StepState::UnderWay(0)), (last, StepState::Done)]
+        {
+            assert!(steps.move_to(step, state));
+            assert!(!steps.move_to(step, state));
+            assert_eq!(Steps::from(steps.as_bytes().to_vec()), steps);
+            assert_eq!(steps.state(step), state);
+        }
+        assert_eq!((steps.as_bytes().len(), steps.state(1)), (CONFIGURATION_STEPS, StepState::ToCome));
+        assert!(steps.move_to(0, StepState::Done));
     }
 }

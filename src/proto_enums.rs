@@ -6,6 +6,7 @@ use crate::{
     models::{
         caller::{KeyScope, UserRole},
         job_configuration::MetadataKind,
+        max_silence::MaxSilence,
     },
     pb,
     progress::{EventKind, JobStatus, Progress},
@@ -44,8 +45,8 @@ macro_rules! proto_enum {
     };
 }
 
-proto_enum!(EventKind = EventKind: Step, Error, Info, Complete, Close);
-proto_enum!(JobStatus = JobStatus: Pending, Running, Failed, Complete, Cancelled);
+proto_enum!(EventKind = EventKind: Step, Error, Info, Complete, Close, Progress, CancellationRequested, Silent);
+proto_enum!(JobStatus = JobStatus: Pending, Running, Failed, Complete, Cancelled, Stalled);
 proto_enum!(KeyScope = ApiKeyScope: Read, Append, Manage);
 proto_enum!(MetadataKind = MetadataKind: Text, Number, Link);
 proto_enum!(UserRole = UserRole: Customer, Provider);
@@ -58,6 +59,12 @@ impl From<Progress> for pb::Progress {
             percent: progress.percent.into(),
         }
     }
+}
+
+pub(crate) fn duration(max_silence: MaxSilence) -> prost_types::Duration {
+    let length = max_silence.length();
+    let seconds = i64::try_from(length.as_secs()).unwrap_or_default();
+    prost_types::Duration { seconds, nanos: i32::try_from(length.subsec_nanos()).unwrap_or_default() }
 }
 
 pub(crate) fn timestamp(at: DateTime<Utc>) -> prost_types::Timestamp {

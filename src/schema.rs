@@ -111,6 +111,7 @@ diesel::table! {
         kind -> EventKind,
         name -> Text,
         step_configuration_id -> Nullable<Uuid>,
+        step_percent -> Nullable<Int2>,
         event_metadata -> Bytea,
         occurred_at -> Nullable<Timestamptz>,
         status -> JobStatus,
@@ -145,8 +146,39 @@ diesel::table! {
         version -> Text,
         release -> Bool,
         precedence -> Bytea,
+        max_silence -> Nullable<Int8>,
         created_at -> Timestamptz,
         updated_at -> Timestamptz,
+    }
+}
+
+diesel::table! {
+    job_silences (job_id) {
+        job_id -> Uuid,
+        max_silence -> Int8,
+        due_at -> Nullable<Timestamptz>,
+    }
+}
+
+diesel::table! {
+    use diesel::sql_types::*;
+    use super::sql_types::JobStatus;
+
+    job_states (job_id) {
+        job_id -> Uuid,
+        job_configuration_id -> Uuid,
+        points_total -> Int8,
+        status -> JobStatus,
+        closed -> Bool,
+        points_done -> Int8,
+        percent -> Int2,
+        last_sequence -> Int8,
+        last_event_id -> Nullable<Uuid>,
+        updated_at -> Timestamptz,
+        steps -> Bytea,
+        last_step_sequence -> Int8,
+        silent -> Bool,
+        cancellation_requested_at -> Nullable<Timestamptz>,
     }
 }
 
@@ -165,17 +197,12 @@ diesel::table! {
         configuration_tag -> Text,
         provider_job_id -> Text,
         provider_job_name -> Text,
-        status -> JobStatus,
-        points_done -> Int8,
         points_total -> Int8,
-        percent -> Int2,
-        steps_done -> Bytea,
-        last_sequence -> Int8,
-        last_event_id -> Nullable<Uuid>,
+        max_silence -> Nullable<Int8>,
+        status -> JobStatus,
         closed_at -> Nullable<Timestamptz>,
         events_removed -> Bool,
         created_at -> Timestamptz,
-        updated_at -> Timestamptz,
     }
 }
 
@@ -237,6 +264,14 @@ diesel::table! {
 }
 
 diesel::table! {
+    server_times (id) {
+        id -> Int2,
+        seen_at -> Timestamptz,
+        gap_ended_at -> Timestamptz,
+    }
+}
+
+diesel::table! {
     sessions (id) {
         id -> Uuid,
         user_id -> Uuid,
@@ -267,6 +302,26 @@ diesel::table! {
         points -> Int4,
         created_at -> Timestamptz,
         updated_at -> Timestamptz,
+    }
+}
+
+diesel::table! {
+    step_times (job_id) {
+        job_id -> Uuid,
+        provider_id -> Uuid,
+        configuration_tag -> Text,
+        job_configuration_id -> Uuid,
+        completed_at -> Timestamptz,
+        total -> Int8,
+        remaining -> Array<Nullable<Int8>>,
+    }
+}
+
+diesel::table! {
+    untimed_jobs (job_id) {
+        job_id -> Uuid,
+        read_through -> Int8,
+        done_at -> Array<Nullable<Timestamptz>>,
     }
 }
 
@@ -305,6 +360,7 @@ diesel::table! {
         password_hash -> Text,
         first_name -> Text,
         last_name -> Text,
+        customer_code -> Nullable<Text>,
         disabled_at -> Nullable<Timestamptz>,
         created_at -> Timestamptz,
         updated_at -> Timestamptz,
@@ -329,10 +385,14 @@ diesel::table! {
 
 diesel::joinable!(api_keys -> users (user_id));
 diesel::joinable!(event_usage -> users (user_id));
+diesel::joinable!(job_silences -> jobs (job_id));
+diesel::joinable!(job_states -> jobs (job_id));
 diesel::joinable!(metadata_configurations -> step_configurations (step_configuration_id));
 diesel::joinable!(removed_logs -> jobs (job_id));
 diesel::joinable!(sessions -> users (user_id));
 diesel::joinable!(step_configurations -> job_configurations (job_configuration_id));
+diesel::joinable!(step_times -> jobs (job_id));
+diesel::joinable!(untimed_jobs -> jobs (job_id));
 diesel::joinable!(user_usage -> users (user_id));
 diesel::joinable!(watch_tokens -> jobs (job_id));
 diesel::joinable!(watch_tokens -> users (user_id));
@@ -346,15 +406,20 @@ diesel::allow_tables_to_appear_in_same_query!(
     events,
     histories,
     job_configurations,
+    job_silences,
+    job_states,
     jobs,
     log_in_attempts,
     metadata_configurations,
     removed_logs,
     retention,
     schema_compatibility,
+    server_times,
     sessions,
     sign_up_windows,
     step_configurations,
+    step_times,
+    untimed_jobs,
     usage_changes,
     user_usage,
     users,

@@ -1,6 +1,7 @@
 //! The log on stderr, the metrics and the traces of a server.
 
 pub mod metrics;
+mod process;
 pub mod traces;
 
 use std::{

@@ -158,55 +158,12 @@ async function* envelopes(reader, heard) {
 	}
 }
 
+/** The details of an error as milepost decodes them: their fields have different names. */
 function refusal({ code, message, details = [] }) {
-	const found = { reason: "", fields: [], retryMs: 0 };
-	for (const { type, value } of details) {
-		const fields = decode(value);
-		if (type === "google.rpc.ErrorInfo") found.reason = text(fields, 1);
-		if (type === "google.rpc.BadRequest")
-			found.fields = (fields[1] ?? [])
-				.map(each => decode(each))
-				.map(each => ({ field: text(each, 1), description: text(each, 2) }));
-		if (type === "google.rpc.RetryInfo") {
-			const [delay] = (fields[1] ?? []).map(each => decode(each));
-			found.retryMs = delay ? 1000 * (delay[1]?.[0] ?? 0) + (delay[2]?.[0] ?? 0) / 1e6 : 0;
-		}
-	}
-	return new ApiError(code, message, found);
-}
-
-const text = (fields, n) => (fields[n] ? new TextDecoder().decode(fields[n][0]) : "");
-
-/** The fields of a protobuf message by their numbers. Details of errors are the only protobuf that the page reads. */
-function decode(value) {
-	const bytes =
-		typeof value === "string"
-			? Uint8Array.from(atob(value.replaceAll("-", "+").replaceAll("_", "/")), c => c.charCodeAt())
-			: value;
-	const fields = {};
-	let at = 0;
-	const varint = () => {
-		let result = 0,
-			scale = 1,
-			byte;
-		do {
-			byte = bytes[at++];
-			result += (byte & 127) * scale;
-			scale *= 128;
-		} while (byte > 127 && at < bytes.length);
-		return result;
-	};
-	while (at < bytes.length) {
-		const tag = varint(),
-			wire = tag & 7;
-		let each;
-		if (wire === 0) each = varint();
-		else {
-			const size = wire === 2 ? varint() : wire === 1 ? 8 : 4;
-			each = bytes.subarray(at, at + size);
-			at += size;
-		}
-		(fields[tag >>> 3] ??= []).push(each);
-	}
-	return fields;
+	const {
+		reason = "",
+		fieldViolations: fields = [],
+		retryDelay = "0s",
+	} = Object.assign({}, ...details.map(({ debug }) => debug));
+	return new ApiError(code, message, { reason, fields, retryMs: 1000 * parseFloat(retryDelay) });
 }

@@ -1,6 +1,6 @@
 // The state of the connection, always in sight: the same words for a job and for the list of jobs.
 
-import { fill, h, icon, setAttribute, setText } from "./dom.js";
+import { $, fill, h, icon, setAttribute, setText } from "./dom.js";
 import { about } from "./words.js";
 
 const WORDS = {
@@ -20,11 +20,11 @@ export function showConnection(element, { name, at }, { catching, retry }) {
 	fill(element, [name], () => [
 		icon(ICONS[name] ?? name),
 		h("span"),
-		name === "offline" && h("button.textual", { type: "button", click: retry }, "Try now"),
+		name === "offline" && h("button.textual", { click: retry }, "Try now"),
 	]);
-	const offline = `Offline, next try in ${about(Math.max(1, (at - Date.now()) / 1000 + 0.5))}`;
+	const offline = `Offline, next try in ${about(Math.max(1000, at - Date.now() + 500))}`;
 	setText(
-		element.querySelector("span"),
-		name === "offline" ? offline : name === "catching" ? (catching ?? WORDS.catching) : WORDS[name],
+		$("span", element),
+		name === "offline" ? offline : name === "catching" ? catching || WORDS.catching : WORDS[name],
 	);
 }

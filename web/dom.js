@@ -5,10 +5,12 @@ export const $ = (selector, root = document) => root.querySelector(selector);
 export const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
 
 /**
- * An element. `name` is a tag with classes, as in `p.plate`. Functions among `props` are event handlers, `vars` are
- * custom properties, what is false or absent is left out. So are children that are false or absent.
+ * An element. `name` is a tag with classes, as in `p.plate`. A plain object before the children has its properties:
+ * functions are event handlers, `vars` are custom properties, what is false or absent is left out. So are children that
+ * are false or absent.
  */
-export function h(name, props = {}, ...children) {
+export function h(name, ...children) {
+	const props = children[0]?.constructor === Object ? children.shift() : {};
 	const [tag, ...classes] = name.split(".");
 	const element = document.createElement(tag);
 	if (classes.length) element.className = classes.join(" ");
@@ -23,8 +25,48 @@ export function h(name, props = {}, ...children) {
 
 const present = children => children.flat(3).filter(child => child != null && child !== false && child !== "");
 
-/** A copy of a template of index.html. */
-export const template = id => document.getElementById(id).content.cloneNode(true);
+const template = id => document.getElementById(id).content.cloneNode(true);
+
+/** Shows a template of index.html as the view. */
+export function show(id, title) {
+	$("#main").replaceChildren(template(id));
+	document.title = `${title} – milepost`;
+}
+
+/** Shows a dialog of a template. It ends when it is closed, and with the view. */
+export function openDialog(id) {
+	document.body.append(template(id));
+	const dialog = document.body.lastElementChild;
+	dialog.prepend(
+		h(
+			"form.dhead",
+			{ method: "dialog" },
+			h("h2", dialog.ariaLabel),
+			h("button.square", { "aria-label": "Close" }, "✕"),
+		),
+	);
+	dialog.addEventListener("close", () => dialog.remove());
+	addEventListener("hashchange", () => dialog.remove(), { once: true });
+	dialog.showModal();
+	return dialog;
+}
+
+/** A name and what stands for it, for a `dl`. */
+export const fact = (name, ...values) =>
+	h(
+		"div",
+		h("dt", name),
+		values.map(value => h("dd", value)),
+	);
+
+/** What an act returns, or undefined where it is refused, as storage is in frames of other sites. */
+export function attempt(act) {
+	try {
+		return act();
+	} catch {
+		return undefined;
+	}
+}
 
 /** Sets text only where it changed, so that nothing is spoken or laid out again without a reason. */
 export function setText(element, text) {
@@ -34,6 +76,21 @@ export function setText(element, text) {
 export function setAttribute(element, name, value) {
 	if (value == null || value === false) element.removeAttribute(name);
 	else if (element.getAttribute(name) !== `${value}`) element.setAttribute(name, value);
+}
+
+/** Makes an element like another one in place: a fill in it moves, and the focus and a selection stay. */
+export function become(element, like) {
+	for (const { name, value } of like.attributes) if (name !== "style") setAttribute(element, name, value);
+	for (const name of like.style) element.style.setProperty(name, like.style.getPropertyValue(name));
+	const before = [...element.childNodes];
+	for (const next of [...like.childNodes]) {
+		const node = before.shift();
+		if (!node) element.append(next);
+		else if (node.nodeName !== next.nodeName || node.className !== next.className) node.replaceWith(next);
+		else if (next.data) setText(node, next.data);
+		else become(node, next);
+	}
+	for (const node of before) node.remove();
 }
 
 const keys = new WeakMap();
@@ -58,20 +115,25 @@ export function svg(name, attributes = {}, ...children) {
 
 const RING = "M3 8a5 5 0 1 0 10 0A5 5 0 1 0 3 8",
 	BAN = `${RING}M4.4 11.6l7.2-7.2`,
+	BANG = "M8 2v7.5M8 11.5v2",
 	CROSS = "M4 4l8 8M12 4l-8 8";
 
 // A line and, after the bar, a filled shape.
 const ICONS = {
 	pending: RING,
 	running: `${RING}|M5.6 8a2.4 2.4 0 1 0 4.8 0 2.4 2.4 0 1 0-4.8 0`,
+	stalled: `${RING}M6.5 6v4M9.5 6v4`,
 	failed: CROSS,
 	complete: "M2.5 8.5 6.2 12 13.5 4",
 	cancelled: BAN,
 	step: "|M4 4h8v8H4z",
+	progress: "M4 4h8v8H4z|M4 4h4v8H4z",
 	info: "M4 8h8",
 	error: CROSS,
 	close: BAN,
-	look: "M8 2v7.5M8 11.5v2",
+	silent: "|M2 7h2v2H2zM7 7h2v2H7zM12 7h2v2h-2z",
+	cancellation_requested: BANG,
+	look: BANG,
 	live: "|M4 8a4 4 0 1 0 8 0 4 4 0 1 0-8 0",
 	catching: "M4 3l4 4 4-4M4 9l4 4 4-4",
 	offline: "M1.5 8H6M10 8h4.5M7 12l2-8",
@@ -93,14 +155,19 @@ export function icon(name) {
 	);
 }
 
-/** Shows a secret that no later call returns, ready to be copied. */
-export function reveal(root, secret) {
-	const field = $("#secret", root);
-	$(".secret", root).hidden = false;
-	field.value = secret;
+/** Shows a secret that no later call returns, ready to be copied, behind the form that asked for it. */
+export function reveal(form, what, secret) {
+	$(".secret")?.remove();
+	const field = h("input", { id: "secret", readonly: true, value: secret });
+	form.after(
+		h(
+			"div.secret",
+			h("label", `${what} Copy it now: it is not shown again.`, field),
+			h("button.main", { click: event => copy(secret, event.currentTarget, field) }, "Copy"),
+		),
+	);
 	field.focus();
 	field.select();
-	$("#copy", root).onclick = event => copy(secret, event.currentTarget, field);
 }
 
 /** Copies a text. Where the browser refuses the clipboard, as without encryption, it leaves the text selected. */

@@ -4,17 +4,17 @@ import { $, $$, h, setAttribute, setText } from "./dom.js";
 
 let count = 0;
 
-/** Calls `act` when the form is sent, and shows what it throws. */
+/** Calls `act` with the form's elements when it is sent, and shows what it throws. */
 export function submit(form, act) {
 	const plate = h("p.plate", { "data-s": "failed", role: "alert", hidden: true });
 	form.prepend(plate);
 	form.addEventListener("submit", async event => {
 		event.preventDefault();
-		const button = $("button:not([type=button])", form);
+		const button = $("button", form);
 		clear(form, plate);
 		button.disabled = true;
 		try {
-			await act();
+			await act(form.elements);
 		} catch (error) {
 			show(form, plate, error);
 		} finally {

@@ -5,27 +5,42 @@
 
 import { now } from "./api.js";
 import { showConnection } from "./connection.js";
-import { $, $$, fill, h, icon, setAttribute, setText, template } from "./dom.js";
+import { $, $$, fill, h, icon, setAttribute, setText, show } from "./dom.js";
 import { jobAddress, note } from "./router.js";
-import { about, day, fullName, iso, minutes, percent, plain, plural, STATUS, time, when, word } from "./words.js";
+import {
+	ago,
+	day,
+	fullName,
+	iso,
+	minutes,
+	nameOf,
+	percent,
+	plain,
+	plural,
+	STATUSES,
+	time,
+	when,
+	word,
+} from "./words.js";
 import { Watch } from "./watch.js";
 
 const PAGE = 50;
 const MOST = 500;
+const FIELDS = ["name", "id", "tag", "open", "from", "before"];
 const SOON_MS = 1000;
 const AGAIN_MS = 15_000;
 const TODAY_MS = 12 * 3600_000;
 
+const sequence = job => Number(job?.lastSequence ?? 0);
+
 /** Opens the list; `ended` is called when the credential has ended. */
-export function openJobs(main, client, who, parameters, ended) {
-	main.replaceChildren(template("t-jobs"));
-	document.title = "Jobs – milepost";
-	const view = new JobsView(main, client, who, parameters, ended);
+export function openJobs(client, who, parameters, ended) {
+	show("t-jobs", "Jobs");
+	const view = new JobsView(client, who, parameters, ended);
 	return () => view.close();
 }
 
 class JobsView {
-	#root;
 	#client;
 	#provider;
 	#form;
@@ -37,18 +52,17 @@ class JobsView {
 	#more = false;
 	#reading;
 	#soon;
-	#timers = [];
+	#timers;
 	#parties = new Map();
 
-	constructor(root, client, who, parameters, ended) {
-		this.#root = root;
+	constructor(client, who, parameters, ended) {
 		this.#client = client;
 		this.#provider = who.user.role === "USER_ROLE_PROVIDER";
-		this.#form = $("#filters", root);
+		this.#form = $("#filters");
 		this.#restore(parameters);
 		this.#form.addEventListener("submit", event => event.preventDefault());
 		this.#form.addEventListener("input", () => this.#filter());
-		$("#more", root).addEventListener("click", () => {
+		$("#more").addEventListener("click", () => {
 			this.#shown += PAGE;
 			this.#read();
 		});
@@ -83,7 +97,7 @@ class JobsView {
 		if (message.caughtUp) this.#read();
 		for (const event of message.events?.events ?? []) {
 			const job = this.#jobs.get(event.jobId);
-			if (job && Number(event.sequence) > Number(job.lastSequence ?? 0)) {
+			if (job && Number(event.sequence) > sequence(job)) {
 				Object.assign(job, {
 					status: event.status,
 					progress: event.progress,
@@ -136,7 +150,7 @@ class JobsView {
 		this.#jobs = new Map(
 			jobs.map(job => {
 				const known = before.get(job.id);
-				return [job.id, known && Number(known.lastSequence ?? 0) > Number(job.lastSequence ?? 0) ? known : job];
+				return [job.id, sequence(known) > sequence(job) ? known : job];
 			}),
 		);
 		this.#draw();
@@ -151,7 +165,7 @@ class JobsView {
 	// Filters
 
 	#statuses() {
-		return $$("#statuses :checked", this.#root).map(box => box.value);
+		return $$("#statuses :checked").map(box => box.value);
 	}
 
 	#request() {
@@ -171,27 +185,24 @@ class JobsView {
 
 	#restore(parameters) {
 		const statuses = parameters.get("status")?.split(",") ?? [];
-		for (const [status, name] of Object.entries(STATUS))
-			$("#statuses", this.#root).append(
+		for (const status of STATUSES)
+			$("#statuses").append(
 				h(
 					"label.chip",
 					{ "data-s": status },
 					h("input", { type: "checkbox", value: status, checked: statuses.includes(status) }),
 					icon(status),
-					name,
+					word(status),
 				),
 			);
-		for (const field of ["name", "id", "tag", "open", "from", "before"])
-			this.#form.elements[field].value = parameters.get(field) ?? "";
+		for (const field of FIELDS) this.#form.elements[field].value = parameters.get(field) ?? "";
 		const who = parameters.get("who");
 		if (who) this.#party({ id: who }).selected = true;
 	}
 
 	#filter() {
 		const parameters = Object.fromEntries(
-			["name", "id", "tag", "who", "open", "from", "before"]
-				.map(field => [field, this.#form.elements[field].value])
-				.filter(([, value]) => value),
+			["who", ...FIELDS].map(field => [field, this.#form.elements[field].value]).filter(([, value]) => value),
 		);
 		const statuses = this.#statuses();
 		note("/jobs", { ...(statuses.length && { status: statuses.join(",") }), ...parameters });
@@ -207,13 +218,12 @@ class JobsView {
 			this.#parties.set(party.id, option);
 			this.#form.elements.who.append(option);
 		}
-		setText(option, fullName(party) || option.textContent || `${party.id.slice(0, 8)}…`);
+		setText(option, fullName(party) || option.textContent || nameOf(party));
 		return option;
 	}
 
 	#tag(tag) {
-		if (!$$("#tags option", this.#root).some(option => option.value === tag))
-			$("#tags", this.#root).append(h("option", { value: tag }));
+		if (!$$("#tags option").some(option => option.value === tag)) $("#tags").append(h("option", { value: tag }));
 	}
 
 	/** A provider can choose among the tags of its configurations. */
@@ -239,40 +249,30 @@ class JobsView {
 				row.element.remove();
 				this.#rows.delete(id);
 			}
-		let next = $("#jobs", this.#root).firstChild;
+		let next = $("#jobs").firstChild;
 		for (const job of jobs) {
 			const row = this.#rows.get(job.id) ?? this.#makeRow(job);
 			if (row.element === next) next = next.nextSibling;
-			else $("#jobs", this.#root).insertBefore(row.element, next);
+			else $("#jobs").insertBefore(row.element, next);
 			this.#drawRow(job);
 		}
-		$(".list table", this.#root).hidden = !jobs.length;
-		$("#more", this.#root).hidden = !this.#more;
-		setText(
-			$("#list-n", this.#root),
-			jobs.length ? `${plural(jobs.length, "job")}${this.#more ? ", older ones follow" : ""}` : "",
-		);
-		const filtered = location.hash.includes("?");
-		fill($("#empty", this.#root), [jobs.length > 0, refusal, filtered], () =>
-			jobs.length
-				? []
-				: filtered || refusal
-					? [
-							h("h3", {}, "No job is like that"),
-							h("p", {}, refusal ?? "Every filter must hold."),
-							h("button", { type: "button", click: () => this.#reset() }, "Clear the filters"),
-						]
-					: [
-							h("h3", {}, "No jobs yet"),
-							h("p", {}, "A job shows here as soon as it is created, whether you run it or it is run for you."),
-						],
-		);
+		$(".list table").hidden = !jobs.length;
+		$("#more").hidden = !this.#more;
+		setText($("#list-n"), jobs.length ? `${plural(jobs.length, "job")}${this.#more ? ", older ones follow" : ""}` : "");
+		const sifted = refusal || location.hash.includes("?");
+		const [head, text] = sifted
+			? ["No job is like that", refusal ?? "Every filter must hold."]
+			: ["No jobs yet", "A job shows here as soon as it is created, whether you run it or it is run for you."];
+		fill($("#empty"), [jobs.length > 0, head, text], () => [
+			!jobs.length && [h("h3", head), h("p", text)],
+			!jobs.length && sifted && h("button", { click: () => this.#reset() }, "Clear the filters"),
+		]);
 		this.#tick();
 	}
 
 	#reset() {
 		this.#form.reset();
-		for (const box of $$("#statuses :checked", this.#root)) box.checked = false;
+		for (const box of $$("#statuses :checked")) box.checked = false;
 		for (const element of this.#form.elements) if (element.name) element.value = "";
 		this.#filter();
 		this.#form.elements.name.focus();
@@ -287,25 +287,22 @@ class JobsView {
 		row.element = h(
 			"tr",
 			{ "data-job": job.id },
-			h("td.j-s", {}, row.status),
+			h("td.j-s", row.status),
 			h(
 				"td.j-n",
-				{},
 				h("a.clip", { dir: "auto", href: jobAddress(job.id) }, job.providerJobName || job.providerJobId),
 				job.providerJobName && h("small.mono.clip", { dir: "auto" }, job.providerJobId),
 			),
-			h("td.j-p", {}, h("span", {}, h("span.mini", {}, row.bar), row.value)),
-			h("td", {}, h("span.clip", { dir: "auto" }, fullName(other) || `${other.id.slice(0, 8)}…`)),
+			h("td.j-p", h("span", h("span.mini", row.bar), row.value)),
+			h("td", h("span.clip", { dir: "auto" }, nameOf(other))),
 			h(
 				"td.j-c",
-				{},
 				h("span.clip", { dir: "auto" }, job.configurationName || job.configurationTag),
 				" ",
-				h("small", {}, job.configurationVersion),
+				h("small", job.configurationVersion),
 			),
 			h(
 				"td.j-t",
-				{},
 				h(
 					"time",
 					{ datetime: iso(created), title: when(created) },
@@ -324,14 +321,14 @@ class JobsView {
 			value = job.progress?.percent ?? 0;
 		if (!row) return;
 		setAttribute(row.element, "data-s", status);
-		fill(row.status, [status], () => [icon(status), word(STATUS, status)]);
+		fill(row.status, [status], () => [icon(status), word(status)]);
 		row.bar.style.setProperty("--part", `${value}%`);
 		setText(row.value, percent(value));
 		row.at = time(job.updatedAt);
 	}
 
 	#tick() {
-		for (const row of this.#rows.values()) setText(row.updated, row.at ? `${about((now() - row.at) / 1000)} ago` : "");
-		showConnection($("#connection", this.#root), this.#connection, { retry: () => this.#watch.retry() });
+		for (const row of this.#rows.values()) setText(row.updated, row.at ? ago(row.at, now()) : "");
+		showConnection($("#connection"), this.#connection, { retry: () => this.#watch.retry() });
 	}
 }

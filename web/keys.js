@@ -1,53 +1,49 @@
 // The API keys of a user: made, replaced and ended.
 
 import { now } from "./api.js";
-import { $, $$, h, reveal, setText, template } from "./dom.js";
+import { $, $$, h, reveal, setText, show } from "./dom.js";
 import { submit } from "./form.js";
-import { client, mayManageKeys, whoAmI } from "./session.js";
+import { client, may, whoAmI } from "./session.js";
 import { day, plain, plural, time, when } from "./words.js";
 
 const DAY_MS = 86_400_000;
 
-export async function openKeys(main) {
+export async function openKeys() {
 	const who = await whoAmI();
-	main.replaceChildren(template("t-keys"));
-	document.title = "API keys – milepost";
-	const form = $("#key-f", main),
+	show("t-keys", "API keys");
+	const form = $("#key-f"),
 		keys = new Map();
 	let pageToken = "";
-	// A customer's key cannot append.
-	if (who.user.role !== "USER_ROLE_PROVIDER") $("[value=API_KEY_SCOPE_APPEND]", form).closest("label").remove();
-	if (!mayManageKeys(who)) {
+	if (!may(who, "MANAGE")) {
 		for (const element of form.elements) element.disabled = true;
-		return setText($("#keys-n", main), "This key may not manage keys.");
+		return setText($("#keys-n"), "This key may not manage keys.");
 	}
-	submit(form, async () => {
-		const life = Number(form.elements.life.value),
-			scopes = $$("[name=scope]:checked", form).map(box => box.value);
+	submit(form, async ({ life: { value: life }, note }) => {
+		const scopes = $$("[name=scope]:checked", form).map(box => box.value);
 		if (!scopes.length) throw new Error("A key needs something that it may do.");
 		const { apiKey, secret } = await client().call("AuthService/CreateApiKey", {
-			note: form.elements.note.value,
+			note: note.value,
 			scopes,
 			...(life && { expiresAt: new Date(now() + life * DAY_MS).toISOString() }),
 		});
-		form.elements.note.value = "";
-		show([apiKey]);
-		reveal(main, secret);
+		note.value = "";
+		put([apiKey]);
+		reveal(form, "The new key’s secret.", secret);
 	});
-	$("#more", main).addEventListener("click", () => list().catch(failed));
+	$("#more").addEventListener("click", () => list().catch(failed));
 
 	async function list() {
 		const page = await client().call("AuthService/ListApiKeys", { pageSize: 100, pageToken });
 		pageToken = page.nextPageToken ?? "";
-		show(page.apiKeys ?? []);
-		$("#more", main).hidden = !pageToken;
+		put(page.apiKeys ?? []);
+		$("#more").hidden = !pageToken;
 	}
 
-	function show(changed) {
+	function put(changed) {
 		for (const key of changed) keys.set(key.id, key);
-		$("#keys", main).replaceChildren(...[...keys.values()].map(row));
-		$("table", main).hidden = !keys.size;
-		setText($("#keys-n", main), keys.size ? `${plural(keys.size, "key")}, oldest first` : "There is none yet.");
+		$("#keys").replaceChildren(...[...keys.values()].map(row));
+		$("table").hidden = !keys.size;
+		setText($("#keys-n"), keys.size ? `${plural(keys.size, "key")}, oldest first` : "There is none yet.");
 	}
 
 	function row(key) {
@@ -60,19 +56,17 @@ export async function openKeys(main) {
 		return h(
 			ended ? "tr.past" : "tr",
 			{ "data-key": key.id },
-			h("td.wide", {}, h("span.mono", {}, label), h("small", {}, h("bdi", {}, key.note ?? ""))),
+			h("td.wide", h("span.mono", label), h("small", h("bdi", key.note ?? ""))),
 			h("td", { "data-l": "May" }, scopes),
 			h("td", { "data-l": "Expires" }, ended ? `${when(ended)} (ended)` : expires ? day(expires) : "never"),
 			h("td", { "data-l": "Last used" }, used ? when(used) : "not yet"),
 			h("td", { "data-l": "Made" }, day(time(key.createdAt))),
 			h(
 				"td.wide",
-				{},
 				!ended && [
 					h(
 						"button.quiet",
 						{
-							type: "button",
 							"aria-label": `Rotate ${label}`,
 							title: "A new key takes its place; the old one stays valid for an hour",
 							click: event => act(event, rotate, key),
@@ -80,7 +74,7 @@ export async function openKeys(main) {
 						"Rotate",
 					),
 					" ",
-					h("button", { type: "button", "aria-label": `End ${label}`, click: event => act(event, end, key) }, "End"),
+					h("button", { "aria-label": `End ${label}`, click: event => act(event, end, key) }, "End"),
 				],
 			),
 		);
@@ -88,14 +82,14 @@ export async function openKeys(main) {
 
 	async function rotate(key) {
 		const { apiKey, secret, oldApiKey } = await client().call("AuthService/RotateApiKey", { apiKeyId: key.id });
-		show([oldApiKey, apiKey]);
-		reveal(main, secret);
+		put([oldApiKey, apiKey]);
+		reveal(form, "The new key’s secret.", secret);
 	}
 
 	async function end(key) {
 		const { apiKey } = await client().call("AuthService/ExpireApiKey", { apiKeyId: key.id });
-		show([apiKey]);
-		$("#keys-h", main).focus();
+		put([apiKey]);
+		$("#keys-h").focus();
 	}
 
 	function act(event, what, key) {
@@ -104,7 +98,7 @@ export async function openKeys(main) {
 	}
 
 	function failed(error) {
-		setText($("#keys-n", main), error.message);
+		setText($("#keys-n"), error.message);
 	}
 
 	await list();

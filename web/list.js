@@ -1,6 +1,8 @@
 // A list of any length of which only what is in sight stands in the document. Rows have different heights: a row counts
 // with an estimate until it was in sight, and empty boxes above and below stand for the rows that are left out.
 
+import { become } from "./dom.js";
+
 const WHOLE = 200;
 const MOST_PRINTED = 10_000;
 const AROUND = 12;
@@ -68,15 +70,16 @@ export class VirtualList {
 	#box;
 	#make;
 	#heights;
-	#rows = new Map();
 	#width = 0;
 	#whole = false;
 	#set = 0;
 	items = [];
+	/** The rows that stand in the document, by their index. */
+	rows = new Map();
 	/** Whether the end of the list is kept in sight. */
 	stick = true;
 
-	/** `make(item, index)` makes a row; `left()` is called when the reader scrolls away from the end. */
+	/** `make(item)` makes a row; `left()` is called when the reader scrolls away from the end. */
 	constructor(box, estimate, make, left) {
 		this.#box = box;
 		this.#make = make;
@@ -87,16 +90,16 @@ export class VirtualList {
 				// The first step of a smooth scroll may be less than a pixel.
 				if (this.stick && box.scrollTop < this.#set && box.scrollHeight - box.scrollTop - box.clientHeight > 0.5)
 					left();
-				this.#draw();
+				this.draw();
 			},
 			{ passive: true },
 		);
 		this.resize = new ResizeObserver(() => {
-			if (box.clientWidth === this.#width) return this.#draw();
+			if (box.clientWidth === this.#width) return this.draw();
 			this.#width = box.clientWidth;
 			this.#heights.clear(this.items.length);
-			for (const [index, row] of this.#rows) this.#measure(index, row);
-			this.#draw();
+			for (const [index, row] of this.rows) this.#measure(index, row);
+			this.draw();
 		});
 		this.resize.observe(box);
 	}
@@ -106,36 +109,16 @@ export class VirtualList {
 		this.items = items;
 		this.#drop(0, 0);
 		this.#heights.clear(items.length);
-		this.#draw();
+		this.draw();
 	}
 
-	/** Shows what was added to the items. */
-	grew() {
-		this.#draw();
-	}
-
-	/** Makes the row of an item again. */
+	/** Shows an item that changed. */
 	change(index) {
-		const row = this.#rows.get(index);
+		const row = this.rows.get(index);
 		if (!row) return;
-		const again = this.#row(index);
-		const focused = row.contains(document.activeElement);
-		row.replaceWith(again);
-		if (focused) again.focus({ preventScroll: true });
-		this.#measure(index, again);
-		this.#draw();
-	}
-
-	#row(index) {
-		const row = this.#make(this.items[index], index);
-		row.ariaPosInSet = index + 1;
-		this.#rows.set(index, row);
-		return row;
-	}
-
-	/** The rows that stand in the document. */
-	get rows() {
-		return this.#rows;
+		become(row, this.#make(this.items[index]));
+		this.#measure(index, row);
+		this.draw();
 	}
 
 	/** Brings an item into sight and returns its row. */
@@ -147,18 +130,19 @@ export class VirtualList {
 				{ scrollTop, clientHeight } = this.#box;
 			if (top < scrollTop) this.#box.scrollTop = top;
 			else if (bottom > scrollTop + clientHeight) this.#box.scrollTop = bottom - clientHeight;
-			this.#draw();
+			this.draw();
 		}
-		return this.#rows.get(index);
+		return this.rows.get(index);
 	}
 
 	/** Puts every row into the document, to be printed. */
 	print(whole) {
 		this.#whole = whole && this.items.length <= MOST_PRINTED;
-		this.#draw();
+		this.draw();
 	}
 
-	#draw() {
+	/** Shows what was added to the items. */
+	draw() {
 		const box = this.#box,
 			count = this.items.length;
 		// Not in sight at all, as in an embedded page.
@@ -180,7 +164,7 @@ export class VirtualList {
 		const top = this.stick ? box.scrollHeight - box.clientHeight : this.#heights.above(anchor) + offset;
 		if (Math.abs(box.scrollTop - top) >= 1) box.scrollTop = top;
 		this.#set = box.scrollTop;
-		for (const row of this.#rows.values()) row.ariaSetSize = count;
+		for (const row of this.rows.values()) row.ariaSetSize = count;
 	}
 
 	#space(side, height) {
@@ -201,12 +185,14 @@ export class VirtualList {
 		const fresh = [];
 		let next = this.#box.firstChild;
 		for (let index = first; index < last; index++) {
-			const row = this.#rows.get(index);
+			const row = this.rows.get(index);
 			if (row) {
 				next = row.nextSibling;
 				continue;
 			}
-			const made = this.#row(index);
+			const made = this.#make(this.items[index]);
+			made.ariaPosInSet = index + 1;
+			this.rows.set(index, made);
 			this.#box.insertBefore(made, next);
 			fresh.push([index, made]);
 		}
@@ -214,12 +200,12 @@ export class VirtualList {
 	}
 
 	#drop(first, last) {
-		for (const [index, row] of this.#rows)
+		for (const [index, row] of this.rows)
 			if (index < first || index >= last) {
 				// The list keeps the focus of a row that goes out of sight.
 				if (row.contains(document.activeElement)) this.#box.focus({ preventScroll: true });
 				row.remove();
-				this.#rows.delete(index);
+				this.rows.delete(index);
 			}
 	}
 

@@ -3,6 +3,9 @@
 import { SetBack } from "./watch.js";
 import { plain, time } from "./words.js";
 
+/** Whether an event is the provider's own. */
+const isProviders = each => !["silent", "cancellation_requested"].includes(each.kind);
+
 /** What is kept of an event: a page may hold 100,000 of them. */
 const entry = event => ({
 	id: event.id,
@@ -16,6 +19,7 @@ const entry = event => ({
 	occurred: time(event.occurredAt),
 	status: plain("JOB_STATUS_", event.status),
 	percent: event.progress?.percent ?? 0,
+	stepPercent: event.stepPercent,
 });
 
 export class Log {
@@ -44,10 +48,12 @@ export class Log {
 	/** Forgets every event. */
 	clear() {
 		this.entries = [];
-		this.steps = new Map(this.configured.map(step => [step.tag, { ...step }]));
+		// The percent of a step is -1 while it is to come, 0 to 99 under way, and 100 once it is done. It never falls.
+		this.steps = new Map(this.configured.map(step => [step.tag, { ...step, percent: -1 }]));
 		this.counts = {};
-		this.closed = null;
+		this.closed = this.asked = null;
 		this.openErrors = [];
+		// The errors that were recovered since the last drawing.
 		this.recovered = [];
 		this.state = { sequence: 0, status: "pending", percent: 0 };
 	}
@@ -56,7 +62,14 @@ export class Log {
 		return this.entries.length;
 	}
 	get first() {
-		return this.entries[0];
+		return this.entries.find(isProviders);
+	}
+	/** When the work was begun or, before, the job created. */
+	get begun() {
+		return this.first?.at ?? time(this.job.createdAt);
+	}
+	get latest() {
+		return this.entries.findLast(isProviders);
 	}
 
 	/** Adds what is new of these events, and returns it. A log that does not go on from here was set back. */
@@ -77,35 +90,37 @@ export class Log {
 		return fresh;
 	}
 
-	/** The state that the server tells beside the events: of a job whose events are not all here. */
-	tell(state) {
+	/** The state that the server tells beside the events: of a job whose events are not all here, and of its steps. */
+	tell(state, steps = []) {
 		const sequence = Number(state?.lastSequence ?? 0);
 		if (state && sequence >= this.state.sequence)
 			this.state = { sequence, status: plain("JOB_STATUS_", state.status), percent: state.progress?.percent ?? 0 };
+		for (const { stepTag, status, percent = 0 } of steps)
+			if (status !== "STEP_STATUS_TO_COME") this.#move(this.steps.get(stepTag), percent);
 	}
 
-	/** The errors that were recovered since this was called last. */
-	takeRecovered() {
-		const recovered = this.recovered;
-		this.recovered = [];
-		return recovered;
+	#move(step, percent) {
+		if (step) step.percent = Math.max(step.percent, percent);
 	}
 
 	#apply(each) {
-		const step = this.steps.get(each.tag);
+		const step = this.steps.get(each.tag),
+			kind = family(each.kind);
 		if (each.n >= this.state.sequence) this.state = { sequence: each.n, status: each.status, percent: each.percent };
-		this.counts[family(each.kind)] = (this.counts[family(each.kind)] ?? 0) + 1;
+		this.counts[kind] = (this.counts[kind] ?? 0) + 1;
+		this.#move(step, each.kind === "step" ? 100 : (each.stepPercent ?? 0));
 		if (step && !step.done) step.begun ??= each;
 		if (each.kind === "error") {
 			this.openErrors.push(each);
 			if (step && !step.done) step.error = each;
 		}
-		if (each.kind === "step") {
-			if (step) step.done ??= each;
+		if (step && each.kind === "step") step.done ??= each;
+		if (each.kind === "step" || each.kind === "progress") {
 			for (const error of this.openErrors) error.by = each;
 			this.recovered.push(...this.openErrors);
 			this.openErrors = [];
 		}
+		if (each.kind === "cancellation_requested") this.asked = each;
 		if (each.kind === "complete" || each.kind === "close") this.closed = each;
 	}
 
@@ -113,18 +128,22 @@ export class Log {
 	get closedAt() {
 		return this.closed?.at ?? time(this.job.closedAt);
 	}
+	/** When the customer asked to cancel the job, or undefined. */
+	get askedAt() {
+		return this.asked?.at ?? time(this.job.cancellationRequestedAt);
+	}
 	get stepsDone() {
-		return [...this.steps.values()].filter(step => step.done).length;
+		return [...this.steps.values()].filter(step => step.percent === 100).length;
 	}
 
 	stateOf(step) {
 		const { status } = this.state;
-		if (step.done) return step.error ? "healed" : "done";
+		if (step.percent === 100) return step.error ? "healed" : "done";
 		if (status === "complete") return "skipped";
-		if (status === "failed" && step.error && step.error === this.openErrors.at(-1)) return "failed";
-		return this.closedAt ? "left" : "todo";
+		if (status === "failed" && step.error && !step.error.by) return "failed";
+		return this.closedAt ? "left" : step.percent < 0 ? "todo" : status === "stalled" ? status : "now";
 	}
 }
 
-export const FAMILIES = { step: "Steps", info: "Notes", error: "Errors", job: "Job" };
+export const FAMILIES = { step: "Steps", progress: "Progress", info: "Notes", error: "Errors", job: "Job" };
 export const family = kind => (kind in FAMILIES ? kind : "job");

@@ -2,18 +2,20 @@
 
 import { openProfile, openSignIn, openSignUp } from "./account.js";
 import { Client } from "./api.js";
-import { $, $$, h, icon, setAttribute, setText, template } from "./dom.js";
+import { $, $$, attempt, h, icon, setAttribute, setText } from "./dom.js";
 import { openJob } from "./job.js";
 import { openJobs } from "./jobs.js";
 import { openKeys } from "./keys.js";
 import { go, route } from "./router.js";
 import { client, forget, signedIn, whoAmI } from "./session.js";
+import { pauseMs } from "./watch.js";
 
 const main = $("#main");
 const THEME = "milepost.theme",
 	NEXT = { auto: "light", light: "dark", dark: "auto" };
 let close = null,
-	opening = null;
+	opening = null,
+	failures = 0;
 
 function paint(theme) {
 	document.documentElement.dataset.theme = theme;
@@ -22,22 +24,11 @@ function paint(theme) {
 	button.ariaLabel = `Colours: ${theme === "auto" ? "as the system" : theme}. Change`;
 }
 
-function storedTheme() {
-	try {
-		return localStorage.getItem(THEME) ?? "auto";
-	} catch {
-		return "auto";
-	}
-}
-
 function changeTheme() {
 	const theme = NEXT[document.documentElement.dataset.theme];
 	paint(theme);
-	try {
-		localStorage.setItem(THEME, theme);
-	} catch {
-		// Without storage the choice lasts as long as the document.
-	}
+	// Without storage the choice lasts as long as the document.
+	attempt(() => localStorage.setItem(THEME, theme));
 }
 
 /** Opens the view of the address. A view that is not shown yet when the next one is asked for is given up. */
@@ -53,6 +44,7 @@ async function open(focus) {
 		const closing = await view(path, token, parameters, signal);
 		if (signal.aborted) closing?.();
 		else close = closing ?? null;
+		failures = 0;
 	} catch (error) {
 		if (signal.aborted) return;
 		failed(error, token, path);
@@ -61,36 +53,36 @@ async function open(focus) {
 	if (focus) scrollTo(0, 0);
 }
 
-async function view(path, token, parameters, signal) {
+async function view([at, id], token, parameters, signal) {
 	// The token of a link wins over the session of the tab: it shows one job, and what it may see of it.
-	if (token && path[0] === "jobs" && path[1]) {
+	if (token && at === "jobs" && id) {
 		const shared = new Client(token);
 		const who = await shared.call("AuthService/GetCurrentUser", {}, signal);
-		return openJob(main, shared, who, path[1], signal);
+		return openJob(shared, who, id, signal);
 	}
-	if (path[0] === "sign-up") return openSignUp(main, () => go("/jobs"));
-	if (path[0] === "sign-in") return openSignIn(main, () => go("/jobs"));
-	if (!signedIn()) return openSignIn(main, () => open(true));
+	if (at === "sign-up") return openSignUp(() => go("/jobs"));
+	if (at === "sign-in") return openSignIn(() => go("/jobs"));
+	if (!signedIn()) return openSignIn(() => open(true));
 	const who = await whoAmI();
-	if (path[0] === "jobs" && path[1]) return openJob(main, client(), who, path[1], signal);
-	if (path[0] === "keys") return openKeys(main);
-	if (path[0] === "profile") return openProfile(main);
-	return openJobs(main, client(), who, parameters, error => {
+	if (at === "jobs" && id) return openJob(client(), who, id, signal);
+	if (at === "keys") return openKeys();
+	if (at === "profile") return openProfile();
+	return openJobs(client(), who, parameters, error => {
 		close?.();
 		close = null;
-		failed(error, null, path);
+		failed(error, null, [at, id]);
 	});
 }
 
-function failed(error, token, path) {
+function failed(error, token, [at, id]) {
 	if (error.ended && !token) {
 		forget();
-		showNavigation(path[0], false);
-		return openSignIn(main, () => open(true), "You are signed out: the session or key has ended.");
+		showNavigation(at, false);
+		return openSignIn(() => open(true), "You are signed out: the session or key has ended.");
 	}
 	if (error.passing) {
 		lone("No connection", [error.message, "Nothing is lost. The page tries again."]);
-		const again = setTimeout(() => open(false), Math.max(error.retryMs, 3000));
+		const again = setTimeout(() => open(false), pauseMs(failures++, error));
 		close = () => clearTimeout(again);
 		return;
 	}
@@ -100,16 +92,14 @@ function failed(error, token, path) {
 			"It may have expired, been ended by whoever made it, or been copied only in part. Ask them for a new one.",
 			"The job itself is not affected.",
 		]);
-	if (path[0] === "jobs" && path[1])
-		return lone("No such job", ["There is no job at this address, or it is not yours to see."]);
+	if (at === "jobs" && id) return lone("No such job", ["There is no job at this address, or it is not yours to see."]);
 	if (!error.code) console.error(error);
 	return lone("This did not work", [error.message]);
 }
 
 function lone(head, lines) {
-	main.replaceChildren(template("t-lone"));
-	setText($("h1", main), head);
-	$("#lone", main).append(...lines.map(line => h("p", {}, line)));
+	const text = lines.map(line => h("p", line));
+	main.replaceChildren(h("section", { id: "lone" }, h("h1", head), text));
 	document.title = `${head} – milepost`;
 }
 
@@ -131,7 +121,7 @@ async function signOut() {
 }
 
 document.body.classList.toggle("embed", new URLSearchParams(location.search).has("embed"));
-paint(storedTheme());
+paint(attempt(() => localStorage.getItem(THEME)) ?? "auto");
 $("#theme").addEventListener("click", changeTheme);
 $("#out").addEventListener("click", signOut);
 // Not by fragment, which is the address of the view and has the token of a link.

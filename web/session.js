@@ -1,27 +1,17 @@
 // The credential of this tab. It is in session storage alone: it ends with the tab, and no other tab reads it.
 
 import { Client } from "./api.js";
+import { attempt } from "./dom.js";
 
 const KEY = "milepost.secret";
 // Frames of other sites may have no storage: then the credential lasts as long as the document.
 let memory = null;
 
-function read() {
-	try {
-		return sessionStorage.getItem(KEY);
-	} catch {
-		return memory;
-	}
-}
+const read = () => attempt(() => sessionStorage.getItem(KEY)) ?? memory;
 
 function write(secret) {
 	memory = secret;
-	try {
-		if (secret) sessionStorage.setItem(KEY, secret);
-		else sessionStorage.removeItem(KEY);
-	} catch {
-		// Held in memory.
-	}
+	attempt(() => (secret ? sessionStorage.setItem(KEY, secret) : sessionStorage.removeItem(KEY)));
 }
 
 let known = null;
@@ -46,7 +36,5 @@ export function keep(secret) {
 /** Forgets the credential. */
 export const forget = () => keep(null);
 
-/** Whether the caller may make links to jobs that it provides. */
-export const mayShare = who => Boolean(who.session) || Boolean(who.apiKey?.scopes?.includes("API_KEY_SCOPE_APPEND"));
-export const mayManageKeys = who =>
-	Boolean(who.session) || Boolean(who.apiKey?.scopes?.includes("API_KEY_SCOPE_MANAGE"));
+/** Whether the credential may do what a scope stands for: a session may do everything. */
+export const may = (who, scope) => Boolean(who.session ?? who.apiKey?.scopes?.includes(`API_KEY_SCOPE_${scope}`));

@@ -1,28 +1,22 @@
 // The links to a job: each is a watch token in the fragment of an address, which no server and no log ever sees.
 
 import { now } from "./api.js";
-import { $, h, reveal, setText, template } from "./dom.js";
+import { $, h, openDialog, reveal, setText } from "./dom.js";
 import { submit } from "./form.js";
 import { time, when } from "./words.js";
 
-export const shareLink = (jobId, secret) => new URL(`#/jobs/${jobId}?token=${secret}`, document.baseURI).href;
-
 export function openShare(client, jobId) {
-	document.body.append(template("t-share"));
-	const dialog = $("#share-d"),
+	const dialog = openDialog("t-share"),
 		form = $("#share-f", dialog);
-	dialog.addEventListener("close", () => dialog.remove());
-	// A change of the view ends the dialog, too.
-	addEventListener("hashchange", () => dialog.remove(), { once: true });
-	submit(form, async () => {
+	submit(form, async ({ note, lifetime }) => {
 		const { secret } = await client.call("AuthService/CreateWatchToken", {
 			jobId,
-			note: form.elements.note.value,
-			lifetime: `${form.elements.lifetime.value}s`,
+			note: note.value,
+			lifetime: `${lifetime.value}s`,
 		});
-		form.elements.note.value = "";
+		note.value = "";
 		await list();
-		reveal(dialog, shareLink(jobId, secret));
+		reveal(form, "New link.", new URL(`#/jobs/${jobId}?token=${secret}`, document.baseURI).href);
 	});
 
 	async function list() {
@@ -55,25 +49,17 @@ export function openShare(client, jobId) {
 		};
 		return h(
 			"li",
-			{},
 			h(
 				"div",
-				{},
-				h("span.mono", {}, label),
+				h("span.mono", label),
 				" ",
-				h("bdi", {}, token.note ?? ""),
+				h("bdi", token.note ?? ""),
 				h(
 					"p",
-					{},
 					`${open ? "until" : "ended"} ${when(open ? expires : (revoked ?? expires))}, ${used ? `last used ${when(used)}` : "not used yet"}`,
 				),
 			),
-			open &&
-				h(
-					"button",
-					{ type: "button", "aria-label": `End the link ${label}`, click: event => end(event).catch(failed) },
-					"End",
-				),
+			open && h("button", { "aria-label": `End the link ${label}`, click: event => end(event).catch(failed) }, "End"),
 		);
 	}
 
@@ -81,6 +67,5 @@ export function openShare(client, jobId) {
 		setText($("#links-none", dialog), error.message);
 	}
 
-	dialog.showModal();
 	list().catch(failed);
 }

@@ -6,11 +6,17 @@ import { clock, iso, minutes, number, percent, span } from "./words.js";
 const WORDS = {
 	done: "Done",
 	healed: "Done after an error",
+	now: "Under way",
+	stalled: "Silent",
 	failed: "Failed",
 	todo: "To come",
 	skipped: "Not reported",
 };
-const inWords = (state, step) => WORDS[state] ?? (step.begun ? "Left" : "Never begun");
+/** The percent of a step that was begun and is not done. */
+const part = (state, step) => (state === "skipped" ? 0 : Math.max(0, step.percent % 100));
+const inWords = (state, step, filled = part(state, step)) =>
+	(WORDS[state] ?? (step.percent < 0 ? "Never begun" : "Left")) + (filled ? `, ${percent(filled)}` : "");
+const title = step => h("strong", `${step.n}\u00a0 `, h("bdi", step.name));
 
 /** What an event reports: declared names first, in their order and with their units. */
 export function reported(metadata, declared = []) {
@@ -22,16 +28,14 @@ export function reported(metadata, declared = []) {
 	];
 	return h(
 		"dl.md",
-		{},
 		names.map(name => {
 			const value = metadata[name],
 				href = link(value);
 			return h(
 				"div",
-				{},
 				h("dt", { dir: "auto" }, name),
 				typeof value === "number"
-					? [h("dd", {}, number(value)), h("dd", { dir: "auto" }, units.get(name))]
+					? [h("dd", number(value)), h("dd", { dir: "auto" }, units.get(name))]
 					: h(
 							"dd.t",
 							{ dir: "auto" },
@@ -43,16 +47,14 @@ export function reported(metadata, declared = []) {
 }
 
 export class Steps {
-	#root;
 	#log;
 	#bar;
 	#rows = [];
 	#pointed;
 
-	constructor(root, log) {
-		this.#root = root;
+	constructor(log) {
 		this.#log = log;
-		this.#bar = $("#bar", root);
+		this.#bar = $("#bar");
 		const steps = log.configured;
 		const share = points => (100 * points) / (log.total || 1);
 		for (const step of steps) {
@@ -67,7 +69,7 @@ export class Steps {
 					},
 				},
 				mark,
-				h("b", {}, step.n),
+				h("b", step.n),
 			);
 			const row = h("tr", { "data-step": step.tag });
 			for (const element of [segment, row]) {
@@ -75,15 +77,15 @@ export class Steps {
 				element.addEventListener("pointerleave", () => this.#point(null));
 			}
 			this.#bar.append(segment);
-			$("#steps", root).append(row);
+			$("#steps").append(row);
 			this.#rows.push({ tag: step.tag, segment, mark, row, ...this.#cells(row, step, share(step.points)) });
 		}
 		if (!steps.length)
 			this.#bar.append(
 				h("div.seg", { vars: { "--x": "0%", "--w": "100%", "--gap": "0px" } }, h("i.mark", { "data-s": "todo" })),
 			);
-		$(".steps table", root).hidden = !steps.length;
-		$(".steps .none", root).hidden = steps.length > 0;
+		$(".steps table").hidden = !steps.length;
+		$(".steps .none").hidden = steps.length > 0;
 		this.#scale();
 	}
 
@@ -97,9 +99,9 @@ export class Steps {
 			error = h("i", { "data-s": "error", hidden: true }),
 			md = h("td.c-md");
 		row.append(
-			h("td.c-n", {}, h("b", {}, step.n), square),
-			h("td.c-name", {}, h("bdi", {}, step.name), " ", state),
-			h("td.c-w", {}, shares),
+			h("td.c-n", h("b", step.n), square),
+			h("td.c-name", h("bdi", step.name), " ", state),
+			h("td.c-w", shares),
 			done,
 			took,
 			h("td.c-wf", { "aria-hidden": "true" }, bar, error),
@@ -117,7 +119,7 @@ export class Steps {
 				? [line, svg("text", { x, y: 25, "text-anchor": i === 0 ? "start" : i === 20 ? "end" : "middle" }, `${i * 5}`)]
 				: line;
 		});
-		$("#scale", this.#root).append(
+		$("#scale").append(
 			...marks.flat(),
 			svg("svg", { id: "needle", overflow: "visible" }, svg("path", { d: "M-6 9 0 1 6 9Z" })),
 		);
@@ -128,62 +130,76 @@ export class Steps {
 		this.draw();
 	}
 
-	/** Shows the present state; `now` is the server's time. */
-	draw(now = this.#now) {
+	/** Shows the present state; `now` is the server's time, `ahead` the estimate, if there is one. */
+	draw(now = this.#now, ahead = this.#ahead) {
 		this.#now = now;
+		this.#ahead = ahead;
 		const log = this.#log,
-			{ status, percent: value } = log.state,
+			value = log.state.percent,
+			steps = [...log.steps.values()],
+			find = state => steps.find(each => log.stateOf(each) === state),
+			present = find("failed") ?? find("stalled") ?? find("now"),
 			from = log.first?.at,
-			to = Math.max(log.closedAt ?? now, (from ?? 0) + 1);
+			// Of an estimate the clock has room for the name of its end, too.
+			end = ahead ? from + (ahead.p90 - from) * 1.1 : 0,
+			to = Math.max(log.closedAt ?? now, end, (from ?? 0) + 1);
 		const place = ms => (100 * Math.min(1, Math.max(0, (ms - from) / (to - from)))).toFixed(1);
 		for (const each of this.#rows) this.#drawRow(each, log.steps.get(each.tag), place);
-		setText($("#percent", this.#root), value);
+		const table = $(".steps table");
+		table.classList.toggle("ahead", ahead !== null);
+		for (const name in ahead) table.style.setProperty(`--${name}`, `${place(ahead[name])}%`);
+		setText($("#percent"), value);
 		setAttribute(this.#bar, "aria-valuenow", value);
-		setAttribute(this.#bar, "aria-valuetext", `${value} percent, ${log.stepsDone} of ${log.steps.size} steps done`);
-		setAttribute($("#needle", this.#root), "x", `${value}%`);
-		setText($("#steps-n", this.#root), this.#rows.length ? `${log.stepsDone} of ${this.#rows.length} done` : "");
-		setText($("#axis", this.#root), from ? minutes(from) + (log.closedAt ? `–${minutes(to)}` : "") : "");
-		this.#drawReadout(status);
+		setAttribute(
+			this.#bar,
+			"aria-valuetext",
+			`${value} percent, ${log.stepsDone} of ${steps.length} steps done${present ? `. ${present.name}: ${inWords(log.stateOf(present), present)}` : ""}`,
+		);
+		setAttribute($("#needle"), "x", `${value}%`);
+		setText($("#steps-n"), this.#rows.length ? `${log.stepsDone} of ${this.#rows.length} done` : "");
+		setText($("#axis"), from ? minutes(from) + (log.closedAt ? `–${minutes(to)}` : "") : "");
+		this.#drawReadout(steps, log.steps.get(this.#pointed) ?? present);
 	}
 
 	#now = 0;
+	#ahead = null;
 
 	#drawRow(each, step, place) {
 		const state = this.#log.stateOf(step),
 			on = this.#pointed === each.tag;
 		for (const element of [each.row, each.mark, each.square, each.bar]) setAttribute(element, "data-s", state);
 		for (const element of [each.row, each.segment]) element.classList.toggle("on", on);
+		const filled = `${part(state, step)}%`;
+		if (each.filled !== filled)
+			for (const element of [each.mark, each.square]) element.style.setProperty("--part", (each.filled = filled));
 		setText(each.state, inWords(state, step));
 		each.state.classList.toggle("vh", state === "done" || state === "todo");
 		const end = step.done?.at,
-			begun = step.begun && step.begun !== step.done ? step.begun.at : undefined;
+			begun = step.begun && step.begun !== step.done ? step.begun.at : undefined,
+			until = end ?? (begun && (this.#log.closedAt ?? this.#now));
 		fill(each.done, end ?? 0, () => end && h("time", { datetime: iso(end) }, clock(end)));
-		// How long a step took is known only where an earlier event named it.
-		setText(each.took, end && begun ? span((end - begun) / 1000) : "");
-		each.bar.hidden = !end;
-		if (end) {
-			each.bar.style.setProperty("--x", `${place(begun ?? end)}%`);
-			each.bar.style.setProperty("--w", `${place(end) - place(begun ?? end)}%`);
+		// How long a step took is known only where an event named it before it was done.
+		setText(each.took, begun ? span(until - begun) : "");
+		each.bar.hidden = !until;
+		if (until) {
+			each.bar.style.setProperty("--x", `${place(begun ?? until)}%`);
+			each.bar.style.setProperty("--w", `${place(until) - place(begun ?? until)}%`);
 		}
 		each.error.hidden = !step.error;
 		if (step.error) each.error.style.setProperty("--x", `${place(step.error.at)}%`);
 		fill(each.md, step.done?.n ?? 0, () => reported(step.done?.metadata, each.declared));
 	}
 
-	/** The step under the pointer, the one that failed, or how many are done. */
-	#drawReadout(status) {
+	/** The step under the pointer, the one that failed or is under way, or how many are done. */
+	#drawReadout(steps, step) {
 		const log = this.#log,
-			steps = [...log.steps.values()],
-			readout = $("#readout", this.#root);
-		const step =
-			log.steps.get(this.#pointed) ?? (status === "failed" ? steps.find(each => log.stateOf(each) === "failed") : null);
+			readout = $("#readout");
 		if (step) {
-			const state = log.stateOf(step),
-				{ shares, points } = this.#rows[step.n - 1];
-			fill(readout, [step.tag, state, step.done?.n], () => [
-				h("strong", {}, `${step.n}\u00a0 `, h("bdi", {}, step.name)),
-				` · ${inWords(state, step)} · weighs ${shares}, ${number(points)} of ${number(log.total)} points${step.done ? ` · done ${clock(step.done.at)}` : ""}`,
-			]);
+			const { shares, points } = this.#rows[step.n - 1],
+				{ begun, done } = step,
+				at = (word, event) => (event ? ` · ${word} ${clock(event.at)}` : "");
+			const text = ` · ${inWords(log.stateOf(step), step)} · weighs ${shares}, ${number(points)} of ${number(log.total)} points${at("begun", begun !== done && begun)}${at("done", done)}`;
+			fill(readout, [step.tag, text], () => [title(step), text]);
 			return;
 		}
 		const latest = steps.filter(each => each.done).sort((a, b) => b.done.n - a.done.n)[0];
@@ -193,13 +209,7 @@ export class Steps {
 				? `${log.stepsDone} of ${steps.length} steps done.`
 				: "No event yet. The bar fills as steps are done.";
 		fill(readout, [text, latest?.tag], () =>
-			latest
-				? [
-						`${text} Latest: `,
-						h("strong", {}, `${latest.n}\u00a0 `, h("bdi", {}, latest.name)),
-						` at ${clock(latest.done.at)}`,
-					]
-				: text,
+			latest ? [`${text} Latest: `, title(latest), ` at ${clock(latest.done.at)}`] : text,
 		);
 	}
 }

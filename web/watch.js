@@ -82,38 +82,20 @@ export class Watch {
 
 	/** What comes after a stream: true when nothing does. */
 	async #over({ how, error, wasLive }) {
-		switch (how) {
-			case "closed":
-				this.#report("complete");
-				return true;
-			case "expired":
-				this.#report("expired");
-				return true;
-			case "ended":
-				this.#report("ended", { error });
-				return true;
-			case "silent":
-				// A stream that did work was cut somewhere, as by a sleep of this device.
-				if (wasLive) return false;
-				return this.#over(await this.#pagesUntilTrial());
-			case "restart":
-				this.#view.restart();
-				return this.#lost(error);
-			case "lost":
-				return this.#lost(error);
-			default:
-				return false; // hidden, stopped or time for a stream
-		}
+		const last = { closed: "complete", expired: "expired", ended: "ended" }[how];
+		if (last) this.#report(last, { error });
+		// A stream that did work was cut somewhere, as by a sleep of this device.
+		if (how === "silent" && !wasLive) return this.#over(await this.#pagesUntilTrial());
+		if (how === "restart") this.#view.restart();
+		if (how === "restart" || how === "lost") await this.#lost(error);
+		return Boolean(last);
 	}
 
 	async #lost(error) {
 		this.#paged = false;
-		const longest = Math.min(LONGEST_PAUSE_S, 2 ** this.#failures++) * 1000;
-		// A random part, so that the pages of a server that was started again do not come all at once.
-		const ms = Math.max(error?.retryMs ?? 0, longest * (0.5 + Math.random() / 2));
+		const ms = pauseMs(this.#failures++, error);
 		this.#report("offline", { at: Date.now() + ms, error });
 		await this.#pause(ms);
-		return false;
 	}
 
 	async #follow() {
@@ -223,4 +205,11 @@ function ending(error, request) {
 	if (error.code === "out_of_range" || (error.code === "invalid_argument" && request.resumeToken))
 		return { how: "restart", error };
 	return { how: error.passing ? "lost" : "ended", error };
+}
+
+/** How long to wait after so many failures before this one. */
+export function pauseMs(failures, error) {
+	const longest = Math.min(LONGEST_PAUSE_S, 2 ** failures) * 1000;
+	// A random part, so that the pages of a server that was started again do not come all at once.
+	return Math.max(error?.retryMs ?? 0, longest * (0.5 + Math.random() / 2));
 }

@@ -2,41 +2,38 @@
 
 const SPACE = "\u00a0";
 
-export const STATUS = {
-	pending: "Pending",
-	running: "Running",
-	failed: "Failed",
-	complete: "Complete",
-	cancelled: "Cancelled",
-};
-export const KIND = { step: "Step done", info: "Note", error: "Error", complete: "Complete", close: "Closed" };
+export const STATUSES = ["pending", "running", "stalled", "failed", "complete", "cancelled"];
+export const KIND = { step: "Step done", info: "Note", close: "Closed" };
 
 /** `JOB_STATUS_RUNNING` becomes `running`. */
 export const plain = (prefix, name) => `${name ?? ""}`.replace(prefix, "").toLowerCase();
 
-/** A state that is newer than this page is shown by its own name. */
-export const word = (words, name) => words[name] ?? name.charAt(0).toUpperCase() + name.slice(1).replaceAll("_", " ");
+/** What has no other word, as a state that is newer than the page, is shown by its own name. */
+export const word = (name, words = {}) =>
+	words[name] ?? name.charAt(0).toUpperCase() + name.slice(1).replaceAll("_", " ");
 
 export const number = value => value.toLocaleString("en-GB", { maximumFractionDigits: 6 }).replace("-", "\u2212");
 export const percent = value => `${value}${SPACE}%`;
 export const plural = (count, noun) => `${number(count)} ${noun}${count === 1 ? "" : "s"}`;
 
-/** Seconds in their largest unit. */
-export function about(seconds) {
-	const s = Math.max(0, Math.floor(seconds));
-	if (s < 60) return `${s}${SPACE}s`;
-	if (s < 3600) return `${Math.floor(s / 60)}${SPACE}min`;
-	if (s < 86400) return `${Math.floor(s / 3600)}${SPACE}h`;
-	return `${Math.floor(s / 86400)}${SPACE}d`;
+const UNITS = [
+	[86400, "d"],
+	[3600, "h"],
+	[60, "min"],
+	[1, "s"],
+];
+
+/** Milliseconds in their largest units: in one, or in two of them. */
+export function about(ms, count = 1) {
+	const s = Math.max(0, Math.floor(ms / 1000)),
+		at = UNITS.findIndex(([size]) => size <= s || size === 1),
+		[size, name] = UNITS[at],
+		most = `${Math.floor(s / size)}${SPACE}${name}`;
+	return count > 1 && s % size >= UNITS[at + 1]?.[0] ? `${most} ${about(1000 * (s % size))}` : most;
 }
 
-/** Seconds in their two largest units. */
-export function span(seconds) {
-	const s = Math.max(0, Math.floor(seconds));
-	const rest = s < 3600 ? s % 60 : s < 86400 ? s % 3600 : s % 86400;
-	const small = s < 3600 ? 1 : s < 86400 ? 60 : 3600;
-	return s >= 60 && rest >= small ? `${about(s)} ${about(rest)}` : about(s);
-}
+export const span = ms => about(ms, 2);
+export const ago = (ms, now) => `${about(now - ms)} ago`;
 
 const format = options => {
 	const formatter = new Intl.DateTimeFormat("en-GB", options);
@@ -53,3 +50,4 @@ export const iso = ms => new Date(ms).toISOString();
 export const time = text => (text ? Date.parse(text) : undefined);
 
 export const fullName = person => [person?.firstName, person?.lastName].filter(Boolean).join(" ");
+export const nameOf = person => fullName(person) || `${person?.id.slice(0, 8)}…`;

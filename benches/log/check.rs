@@ -7,7 +7,7 @@ use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use milepost_client::{Client, pb};
 use uuid::Uuid;
 
-use crate::{Result, store::Acked};
+use crate::{Result, events::Acked, store::Store};
 
 /// Number of logs that are read back concurrently.
 const AT_ONCE: usize = 8;
@@ -75,13 +75,12 @@ async fn compare(client: &Client, job: &str, after: i64, acked: &BTreeMap<i64, U
     }
 }
 
-/// Checks that etcd's revision grew by the number of acknowledged puts.
-pub(crate) fn check_etcd(before: i64, acked: &[Acked]) -> Result<()> {
-    let last = acked.iter().map(|event| event.sequence).max().unwrap_or(before);
-    let acked = i64::try_from(acked.len())?;
-    if last - before == acked {
+/// Checks that a peer has stored as many events since then as it has acknowledged.
+pub(crate) async fn check_peer(store: &Store, before: i64, acked: &[Acked]) -> Result<()> {
+    let (stored, acked) = (store.stored().await? - before, i64::try_from(acked.len())?);
+    if stored == acked {
         Ok(())
     } else {
-        Err(format!("etcd acknowledged {acked} puts, but its revision grew by {}", last - before).into())
+        Err(format!("a peer acknowledged {acked} events, but stored {stored}").into())
     }
 }

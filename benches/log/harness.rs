@@ -1,18 +1,16 @@
-//! Starts and stops the processes of the rows: a durable Postgres, servers and peers,
-//! all on loopback.
+//! Starts and stops the processes of the rows, all on loopback: a durable Postgres and
+//! servers. The peers are started in [`crate::peers`].
 
-use std::{cell::Cell, env, net::SocketAddr, process::Stdio};
+use std::{cell::Cell, env, net::SocketAddr, process::Stdio, time::Duration};
 
 use milepost::db::embedded::{Embedded, EmbeddedSettings};
-use milepost_testing::{
-    ServerProcess, TIMEOUT, TemporaryDir, connect, own_address, processes, start_etcd, until,
-};
+use milepost_testing::{ServerProcess, TIMEOUT, TemporaryDir, connect, own_address, processes, until};
 use tokio::{
     net::TcpStream,
     process::{Child, Command},
 };
 
-use crate::{Options, Result, etcd};
+use crate::{Options, Result};
 
 /// The Postgres of all rows and the directory of all peers. Processes that still run
 /// when it is dropped are ended.
@@ -20,13 +18,15 @@ pub(crate) struct Harness {
     pub(crate) options: Options,
     admin: tokio_postgres::Client,
     embedded: Embedded,
-    dir: TemporaryDir,
+    /// The process of Postgres whose children are all others of it.
+    postmaster: u32,
+    pub(crate) dir: TemporaryDir,
     next_number: Cell<u32>,
 }
 
-/// A peer. Its process is killed when dropped.
-pub(crate) struct Peer {
-    child: Child,
+/// The server of an empty method. Its process is killed when dropped.
+pub(crate) struct Empty {
+    _child: Child,
     pub(crate) address: SocketAddr,
 }
 
@@ -37,7 +37,10 @@ impl Harness {
             EmbeddedSettings { data_dir: dir.path().join("postgres"), extra_options: options.set.clone() };
         let embedded = Embedded::start(settings).await?;
         let admin = connect(&embedded.url("postgres")).await?;
-        Ok(Self { options, admin, embedded, dir, next_number: Cell::new(0) })
+        let backend: i32 = admin.query_one("SELECT pg_backend_pid()", &[]).await?.get(0);
+        let postmaster =
+            processes::parent(u32::try_from(backend)?).ok_or("a backend without a postmaster")?;
+        Ok(Self { options, admin, embedded, postmaster, dir, next_number: Cell::new(0) })
     }
 
     /// Shuts Postgres down. Servers and peers have ended with their rows.
@@ -63,26 +66,25 @@ impl Harness {
         Ok(self.admin.batch_execute("CHECKPOINT").await?)
     }
 
-    /// Starts an etcd with a new data directory, or returns none if etcd is not
-    /// installed.
-    pub(crate) async fn etcd(&self) -> Result<Option<Peer>> {
-        if etcd::version().is_none() {
-            return self.report_missing_peer("etcd (Debian: etcd-server)").map(|()| None);
-        }
-        let address = own_address("127.0.0.1");
-        let child = start_etcd(&self.dir, &format!("etcd-{}", self.number()), address);
-        until(TIMEOUT, "etcd to answer", async || etcd::probe(address).await.is_ok()).await;
-        Ok(Some(Peer { child, address }))
+    /// The processor time that Postgres has used so far, with all its processes.
+    pub(crate) fn postgres_processor_time(&self) -> Duration {
+        processes::processor_time_with_children(self.postmaster)
+    }
+
+    /// The processor time that these servers and Postgres have used so far.
+    pub(crate) fn milepost_processor_time(&self, servers: &[ServerProcess]) -> Duration {
+        let servers: Duration = servers.iter().map(|server| server.processor_time()).sum();
+        servers + self.postgres_processor_time()
     }
 
     /// Starts a tonic server of one empty method.
-    pub(crate) async fn empty(&self) -> Result<Peer> {
+    pub(crate) async fn empty(&self) -> Result<Empty> {
         let address = own_address("127.0.0.1");
         let mut command = Command::new(env::current_exe()?);
         command.arg("--serve-empty").arg(address.to_string()).stdout(Stdio::null());
         let child = self.dir.spawn(command, "empty.log");
         until(TIMEOUT, "the empty method", async || TcpStream::connect(address).await.is_ok()).await;
-        Ok(Peer { child, address })
+        Ok(Empty { _child: child, address })
     }
 
     /// Writes a file in the temporary directory and returns its path.
@@ -92,24 +94,18 @@ impl Harness {
         Ok(path)
     }
 
-    /// Warns that a peer is not installed, or fails with `--require-peers`.
+    /// Warns that a peer is missing, or fails with `--require-peers`.
     pub(crate) fn report_missing_peer(&self, peer: &str) -> Result<()> {
         if self.options.require_peers {
-            return Err(format!("a peer is not installed: {peer}").into());
+            return Err(format!("a peer is missing: {peer}").into());
         }
-        eprintln!("\n!!! A PEER IS NOT INSTALLED: {peer}. The next row lacks this comparison.\n");
+        eprintln!("\n!!! A PEER IS MISSING: {peer}. The next row lacks this comparison.\n");
         Ok(())
     }
 
     /// Counts up from 0, to name databases, logs and directories.
-    fn number(&self) -> u32 {
+    pub(crate) fn number(&self) -> u32 {
         self.next_number.replace(self.next_number.get() + 1)
-    }
-}
-
-impl Peer {
-    pub(crate) fn resident_bytes(&self) -> Result<usize> {
-        Ok(processes::resident_bytes(self.child.id().ok_or("the process has already ended")?))
     }
 }
 

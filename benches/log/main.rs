@@ -2,17 +2,18 @@
 //! called peers.
 //!
 //! `cargo bench --bench log [-- ROW…]` starts a durable Postgres, the release server
-//! and the row's peer, each as a process of its own. It loads milepost and the peer in
+//! and the row's peers, each as a process of its own. It loads milepost and the peers in
 //! alternating rounds, each after a CHECKPOINT. The median of the rounds' ratios
-//! decides. All answers and received events are checked: a wrong one fails the row.
+//! decides. The programs of the peers are built on first use, below `target/peers`. All answers and received events are checked: a wrong one fails the row.
 
 mod accounts;
 mod check;
 mod empty;
-mod etcd;
 mod event_service;
+mod events;
 mod harness;
 mod load;
+mod peers;
 mod report;
 mod rows;
 mod store;
@@ -22,28 +23,31 @@ use std::{net::SocketAddr, panic::AssertUnwindSafe, path::PathBuf, process::Exit
 use clap::{Parser, ValueEnum as _};
 use futures_util::FutureExt as _;
 use milepost_testing::machine;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use self::{harness::Harness, rows::Row};
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Compares milepost with its peers: etcd, the append statement driven by pgbench, COPY, an empty method
+/// Compares milepost with its peers: etcd, NATS JetStream, Durable Streams, one transaction for each
+/// event, the append statement driven by pgbench, COPY, an empty method
 #[derive(Clone, Debug, Parser)]
 struct Options {
     /// Rows to measure; all of them by default
     #[arg(value_enum)]
     rows: Vec<Row>,
 
-    /// File to write the table to as JSON: objects with row, milepost, peer, ratio, goal, met
+    /// File to write the table to as JSON: for each row and peer an object with row, unit, milepost, peer,
+    /// peer_name, ratio, spread, goal, met
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 
-    /// Fail if a peer is not installed; the default is a warning
+    /// Fail if a peer is not installed and cannot be built; the default is a warning
     #[arg(long)]
     require_peers: bool,
 
-    /// Rounds of milepost, and as many of the peer
+    /// Rounds of milepost, and as many of each peer
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
     rounds: u32,
 
@@ -87,6 +91,7 @@ fn setting(text: &str) -> Result<(String, String), String> {
 
 fn main() -> ExitCode {
     let options = Options::parse();
+    raise_file_limit();
     let run = || tokio::runtime::Runtime::new()?.block_on(run(options));
     match run() {
         Ok(()) => ExitCode::SUCCESS,
@@ -97,6 +102,14 @@ fn main() -> ExitCode {
     }
 }
 
+/// Raises the limit of open files as far as is allowed: a watch by Server-Sent Events has a
+/// connection of its own.
+fn raise_file_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    // Where it fails, the connections do, which says more.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+}
+
 async fn run(options: Options) -> Result<()> {
     if let Some(address) = options.serve_empty {
         return empty::serve(address).await;
@@ -104,7 +117,7 @@ async fn run(options: Options) -> Result<()> {
     let rows = if options.rows.is_empty() { Row::value_variants().to_vec() } else { options.rows.clone() };
     let json = options.json.clone();
     let mut conditions =
-        format!("rounds: {} of {} s, milepost and peer alternating\n", options.rounds, options.seconds);
+        format!("rounds: {} of {} s, milepost and peers alternating\n", options.rounds, options.seconds);
     for (name, value) in &options.set {
         conditions.push_str(&format!("Postgres with {name} = {value}\n"));
     }
@@ -126,8 +139,7 @@ async fn run(options: Options) -> Result<()> {
 
 /// The versions that were measured.
 fn versions(postgres: &str) -> String {
-    let etcd = etcd::version().unwrap_or_else(|| "not installed".to_owned());
-    format!("milepost {}, Postgres {postgres}, etcd {etcd}", env!("CARGO_PKG_VERSION"))
+    format!("milepost {}, Postgres {postgres}, {}", env!("CARGO_PKG_VERSION"), peers::versions())
 }
 
 /// The outcomes of the rows, and the errors of those that failed. A row that fails does

@@ -1,6 +1,6 @@
 //! The outcomes of the rows, printed as a table and as JSON.
 
-use std::fmt::Write as _;
+use std::{fmt::Write as _, time::Duration};
 
 /// The measurement of milepost or a peer in one round.
 #[derive(Clone, Copy)]
@@ -15,6 +15,17 @@ impl Measure {
     pub(crate) fn of(value: f64) -> Self {
         Self { value, latencies: None }
     }
+
+    /// The median of the latencies, as a row of its own.
+    pub(crate) fn p50(self) -> Self {
+        Self::of(self.latencies.map_or(f64::NAN, |[p50, ..]| p50))
+    }
+
+    /// The microseconds of processor time that each of these events has cost.
+    pub(crate) fn cost(time: Duration, events: usize) -> Self {
+        let events = f64::from(u32::try_from(events).unwrap_or(u32::MAX));
+        Self::of(time.as_secs_f64() * 1e6 / events)
+    }
 }
 
 /// What a row must reach to be met.
@@ -24,21 +35,26 @@ pub(crate) enum Goal {
     AtLeast(f64),
     /// The ratio to the peer is at most this.
     AtMost(f64),
-    /// The ratio to the peer is at most the first number, and the value in the row's unit
-    /// at most the second.
-    AtMostAnd(f64, f64),
     /// The value in the row's unit is at most this.
     Within(f64),
 }
 
-/// The measurements of one row of the table, one a round.
+/// The measurements of milepost for one row of the table, one a round, and those of its
+/// peers.
 pub(crate) struct Outcome {
-    pub(crate) row: String,
-    pub(crate) unit: &'static str,
-    pub(crate) peer_name: &'static str,
-    pub(crate) goal: Option<Goal>,
+    row: String,
+    unit: &'static str,
     milepost: Vec<Measure>,
-    peer: Vec<Measure>,
+    compared: Vec<Comparison>,
+}
+
+/// A line of the table: the measurements of one peer, and the goal against it.
+struct Comparison {
+    peer: &'static str,
+    goal: Option<Goal>,
+    measures: Vec<Measure>,
+    /// The row whose goal is enough, and whether that one is met.
+    alternative: Option<(String, bool)>,
 }
 
 /// The medians of milepost's or the peer's measurements over the rounds.
@@ -50,13 +66,14 @@ struct Side {
 }
 
 impl Outcome {
-    pub(crate) fn new(
-        row: impl Into<String>,
-        unit: &'static str,
-        peer_name: &'static str,
-        goal: Option<Goal>,
-    ) -> Self {
-        Self { row: row.into(), unit, peer_name, goal, milepost: Vec::new(), peer: Vec::new() }
+    pub(crate) fn new(row: impl Into<String>, unit: &'static str) -> Self {
+        Self { row: row.into(), unit, milepost: Vec::new(), compared: Vec::new() }
+    }
+
+    /// Compares the row with this peer, too. The first goal is the one of the row.
+    pub(crate) fn compared_with(mut self, peer: &'static str, goal: Option<Goal>) -> Self {
+        self.compared.push(Comparison { peer, goal, measures: Vec::new(), alternative: None });
+        self
     }
 
     /// Adds milepost's measurement of a round.
@@ -65,67 +82,88 @@ impl Outcome {
         self.milepost.push(measure);
     }
 
-    /// Adds the peer's measurement of a round.
+    /// Adds the measurement of the only peer of a round.
     pub(crate) fn add_peer(&mut self, measure: Measure) {
-        eprintln!("{:<22} {} {} {}", self.row, self.peer_name, number(measure.value), self.unit);
-        self.peer.push(measure);
+        self.add(self.compared[0].peer, measure);
     }
 
+    /// Adds the measurement of this peer of a round.
+    pub(crate) fn add(&mut self, peer: &'static str, measure: Measure) {
+        eprintln!("{:<22} {peer} {} {}", self.row, number(measure.value), self.unit);
+        let comparison = self.compared.iter_mut().find(|comparison| comparison.peer == peer);
+        comparison.expect("a row is compared with the peers that it names").measures.push(measure);
+    }
+
+    /// Lets the first goal of one of the two rows be enough for both.
+    pub(crate) fn either(&mut self, other: &mut Self) {
+        let met = |outcome: &Self| outcome.compared[0].met(&outcome.milepost).unwrap_or(false);
+        let (own, others) = (met(self), met(other));
+        self.compared[0].alternative = Some((other.row.clone(), others));
+        other.compared[0].alternative = Some((self.row.clone(), own));
+    }
+}
+
+impl Comparison {
     /// Median, minimum and maximum of the rounds' ratios.
-    fn ratio(&self) -> Option<[f64; 3]> {
-        let mut ratios: Vec<f64> = self
-            .milepost
-            .iter()
-            .zip(&self.peer)
-            .map(|(milepost, peer)| milepost.value / peer.value)
-            .collect();
+    fn ratio(&self, milepost: &[Measure]) -> Option<[f64; 3]> {
+        let ratio = |(milepost, peer): (&Measure, &Measure)| milepost.value / peer.value;
+        let mut ratios: Vec<f64> = milepost.iter().zip(&self.measures).map(ratio).collect();
         ratios.sort_by(f64::total_cmp);
         Some([median(&ratios)?, *ratios.first()?, *ratios.last()?])
     }
 
-    fn met(&self) -> Option<bool> {
-        let ratio = self.ratio().map(|[median, ..]| median);
-        let value = side(&self.milepost)?.median;
-        Some(match self.goal? {
+    fn met(&self, milepost: &[Measure]) -> Option<bool> {
+        let ratio = self.ratio(milepost).map(|[median, ..]| median);
+        let met = match self.goal? {
             Goal::AtLeast(bound) => ratio? >= bound,
             Goal::AtMost(bound) => ratio? <= bound,
-            Goal::AtMostAnd(bound, most) => ratio? <= bound && value <= most,
-            Goal::Within(most) => value <= most,
-        })
+            Goal::Within(most) => side(milepost)?.median <= most,
+        };
+        Some(met || self.alternative.as_ref().is_some_and(|(_, met)| *met))
     }
 
-    fn goal_text(&self) -> String {
-        match self.goal {
-            None => String::new(),
+    fn goal_text(&self, unit: &str) -> String {
+        let goal = match self.goal {
+            None => return String::new(),
             Some(Goal::AtLeast(bound)) => format!("≥ {bound} × peer"),
             Some(Goal::AtMost(bound)) => format!("≤ {bound} × peer"),
-            Some(Goal::AtMostAnd(bound, most)) => format!("≤ {bound} × peer, ≤ {most} {}", self.unit),
-            Some(Goal::Within(most)) => format!("≤ {most} {}", self.unit),
+            Some(Goal::Within(most)) => format!("≤ {most} {unit}"),
+        };
+        match &self.alternative {
+            None => goal,
+            Some((row, _)) => format!("{goal}, or {row}"),
         }
     }
 
-    fn json(&self) -> String {
+    fn json(&self, outcome: &Outcome) -> String {
         let value = |side: Option<Side>| side.map_or("null".to_owned(), |side| side.median.to_string());
-        let ratio = self.ratio();
+        let ratio = self.ratio(&outcome.milepost);
         let spread = ratio.map_or("null".to_owned(), |[_, least, most]| format!("[{least}, {most}]"));
         format!(
             "{{\"row\": \"{}\", \"unit\": \"{}\", \"milepost\": {}, \"peer\": {}, \"peer_name\": \"{}\", \
              \"ratio\": {}, \"spread\": {spread}, \"goal\": {}, \"met\": {}}}",
-            self.row,
-            self.unit,
-            value(side(&self.milepost)),
-            value(side(&self.peer)),
-            self.peer_name,
+            outcome.row,
+            outcome.unit,
+            value(side(&outcome.milepost)),
+            value(side(&self.measures)),
+            self.peer,
             ratio.map_or("null".to_owned(), |[median, ..]| median.to_string()),
-            self.goal.map_or("null".to_owned(), |_| format!("\"{}\"", self.goal_text())),
-            self.met().map_or("null", |met| if met { "true" } else { "false" }),
+            self.goal.map_or("null".to_owned(), |_| format!("\"{}\"", self.goal_text(outcome.unit))),
+            self.met(&outcome.milepost).map_or("null", |met| if met { "true" } else { "false" }),
         )
     }
 }
 
-/// A JSON list with an object for each row.
+/// Every row with each of its peers.
+fn comparisons(outcomes: &[Outcome]) -> impl Iterator<Item = (&Outcome, &Comparison)> {
+    outcomes.iter().flat_map(|outcome| outcome.compared.iter().map(move |comparison| (outcome, comparison)))
+}
+
+/// A JSON list with an object for each row and peer.
 pub(crate) fn json(outcomes: &[Outcome]) -> String {
-    let objects: Vec<String> = outcomes.iter().map(|outcome| format!("  {}", outcome.json())).collect();
+    let objects: Vec<String> = comparisons(outcomes)
+        .map(|(outcome, comparison)| format!("  {}", comparison.json(outcome)))
+        .collect();
     format!("[\n{}\n]\n", objects.join(",\n"))
 }
 
@@ -133,30 +171,31 @@ pub(crate) fn json(outcomes: &[Outcome]) -> String {
 pub(crate) fn table(outcomes: &[Outcome]) -> String {
     let head = ["row", "unit", "milepost", "peer", "", "ratio", "spread of ratio", "goal", "met"];
     let mut rows = vec![head.map(str::to_owned)];
-    for outcome in outcomes {
-        let ratio = outcome.ratio();
+    for (outcome, comparison) in comparisons(outcomes) {
+        let ratio = comparison.ratio(&outcome.milepost);
         rows.push([
             outcome.row.clone(),
             outcome.unit.to_owned(),
             side(&outcome.milepost).map_or_else(String::new, |side| side.text()),
-            side(&outcome.peer).map_or_else(String::new, |side| side.text()),
-            outcome.peer_name.to_owned(),
+            side(&comparison.measures).map_or_else(String::new, |side| side.text()),
+            comparison.peer.to_owned(),
             ratio.map_or_else(String::new, |[median, ..]| format!("{median:.2}")),
             ratio.map_or_else(String::new, |[_, least, most]| format!("{least:.2} to {most:.2}")),
-            outcome.goal_text(),
-            outcome.met().map_or("", |met| if met { "yes" } else { "NO" }).to_owned(),
+            comparison.goal_text(outcome.unit),
+            comparison.met(&outcome.milepost).map_or("", |met| if met { "yes" } else { "NO" }).to_owned(),
         ]);
     }
     let mut text = lines(&rows);
-    let mut latencies = vec![["p50 / p99 / p99.9, ms", "milepost", "peer"].map(str::to_owned)];
-    for outcome in outcomes {
+    let mut latencies = vec![["p50 / p99 / p99.9, ms", "milepost", "peer", ""].map(str::to_owned)];
+    for (outcome, comparison) in comparisons(outcomes) {
         let text = |measures: &[Measure]| {
             side(measures)
                 .and_then(|side| side.latencies)
                 .map(|of| of.map(|ms| format!("{ms:.2}")).join(" / "))
         };
         if let Some(milepost) = text(&outcome.milepost) {
-            latencies.push([outcome.row.clone(), milepost, text(&outcome.peer).unwrap_or_default()]);
+            let peer = text(&comparison.measures).unwrap_or_default();
+            latencies.push([outcome.row.clone(), milepost, peer, comparison.peer.to_owned()]);
         }
     }
     if latencies.len() > 1 {

@@ -1,82 +1,85 @@
-//! One interface to milepost and etcd: named logs that are appended to and watched. A
-//! log is a job in milepost. In etcd it is a key, and the versions of its value are the
-//! events.
+//! One interface to milepost and its peers: named logs that are appended to and watched. A
+//! log is a job in milepost and in the tables of the naive peer. In etcd it is a key, and the
+//! versions of its value are the events; in NATS it is a subject of one stream; in Durable
+//! Streams it is a stream.
 
 use std::{
     net::SocketAddr,
-    sync::Arc,
-    time::{Duration, Instant},
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+    },
 };
 
-use bytes::Bytes;
 use milepost_client::{
     Client,
     pb::{
-        self, NewEvent, WatchEventsRequest, WatchEventsResponse, append_events_request,
+        WatchEventsRequest, WatchEventsResponse,
         watch_events_request::{self, Start},
         watch_events_response::Message,
     },
 };
-use milepost_testing::User;
-use prost::Message as _;
-use tokio::sync::watch;
+use milepost_testing::{User, connect_client::JsonWatch};
+use serde_json::Value;
 use tonic::{Streaming, client::Grpc, transport::Channel};
 use uuid::Uuid;
 
 use crate::{
     Result,
-    accounts::step_tag,
-    etcd::{self, WatchResponse},
     event_service::{Connection, endpoint},
+    events::{
+        Acked, ReceivedEvent, append_request, event_name, new_event, peer_event, received_from_peer, stamp_of,
+    },
+    peers::{
+        PeerKind, durable_streams,
+        etcd::{self, WatchResponse},
+        naive, nats,
+    },
 };
 
-/// Length of each event's name, in bytes.
-const NAME_BYTES: usize = 64;
-
-/// The logs of milepost or etcd, reached over some connections.
+/// The logs of milepost or a peer, reached over some connections.
 #[derive(Clone)]
 pub(crate) struct Store {
     connections: Connections,
-    /// Job ids; the same texts are the keys in etcd.
+    /// Job ids; the peers use the same texts as names.
     pub(crate) logs: Arc<[String]>,
+    /// The number of events that were sent to each log of a peer.
+    sent: Arc<[AtomicI64]>,
 }
 
 #[derive(Clone)]
 enum Connections {
     Milepost(Vec<Connection>),
     Etcd(Vec<Channel>),
+    Nats(Vec<Arc<nats::Connection>>),
+    /// A connection for each call in flight.
+    DurableStreams(Arc<durable_streams::Connections>),
+    Naive(Arc<naive::Connections>),
 }
 
 /// Appends over one of the connections.
-pub(crate) enum Writer {
-    Milepost(Connection),
-    Etcd(Box<Grpc<Channel>>),
+pub(crate) struct Writer {
+    connection: WriterConnection,
+    sent: Arc<[AtomicI64]>,
 }
 
-/// An acknowledged event.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Acked {
-    /// Index of the log in [`Store::logs`].
-    pub(crate) log: usize,
-    /// In milepost the job's sequence; in etcd the revision of the whole store.
-    pub(crate) sequence: i64,
-    /// The event id given by the client; nil for etcd.
-    pub(crate) id: Uuid,
+enum WriterConnection {
+    Milepost(Connection),
+    Etcd(Box<Grpc<Channel>>),
+    Nats(Arc<nats::Connection>),
+    DurableStreams(Arc<durable_streams::Connections>),
+    Naive(Arc<naive::Connections>, usize),
 }
 
 /// The stream of an open watch, after milepost's `caught_up`.
 pub(crate) enum EventStream {
     Milepost(Box<Streaming<crate::event_service::WatchEventsResponse>>),
     Etcd(Box<Streaming<WatchResponse>>),
-}
-
-/// An event that a watch received.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct ReceivedEvent {
-    /// 1, 2, 3 … in each log, for milepost and etcd.
-    pub(crate) sequence: i64,
-    /// The stamp that the event was appended with.
-    pub(crate) stamp: u64,
+    Nats(nats::Events),
+    DurableStreams(Box<durable_streams::Events>),
+    Naive(Box<naive::Events>),
+    /// A watch by JSON over HTTP/1.1, as a page has it.
+    Page(Box<JsonWatch>),
 }
 
 impl Store {
@@ -91,54 +94,119 @@ impl Store {
         for _ in 0..connections {
             open.push(Connection::open(server, user).await?);
         }
-        Ok(Self { connections: Connections::Milepost(open), logs })
+        Ok(Self::of(Connections::Milepost(open), logs))
     }
 
-    /// The keys of an etcd server.
-    pub(crate) async fn etcd(server: SocketAddr, logs: Arc<[String]>, connections: usize) -> Result<Self> {
-        let endpoint = endpoint(server)?;
-        let mut channels = Vec::new();
-        for _ in 0..connections {
-            channels.push(endpoint.connect().await?);
-        }
-        Ok(Self { connections: Connections::Etcd(channels), logs })
+    /// The logs of a peer at an address.
+    pub(crate) async fn of_peer(
+        kind: PeerKind,
+        server: SocketAddr,
+        logs: &Arc<[String]>,
+        connections: usize,
+    ) -> Result<Self> {
+        let open = match kind {
+            PeerKind::Etcd => {
+                let endpoint = endpoint(server)?;
+                let mut channels = Vec::new();
+                for _ in 0..connections {
+                    channels.push(endpoint.connect().await?);
+                }
+                Connections::Etcd(channels)
+            }
+            PeerKind::Nats => {
+                let mut open = Vec::new();
+                for _ in 0..connections {
+                    open.push(Arc::new(nats::Connection::open(server).await?));
+                }
+                Connections::Nats(open)
+            }
+            PeerKind::DurableStreams => {
+                Connections::DurableStreams(Arc::new(durable_streams::Connections::open(server, logs).await?))
+            }
+            PeerKind::Naive => return Err("the naive peer has no address".into()),
+        };
+        Ok(Self::of(open, Arc::clone(logs)))
+    }
+
+    /// The first jobs of a database of the naive peer.
+    pub(crate) async fn naive(database: &naive::Database, logs: usize, connections: usize) -> Result<Self> {
+        let open = naive::Connections::open(database, connections).await?;
+        Ok(Self::of(Connections::Naive(open), database.jobs(logs)))
+    }
+
+    fn of(connections: Connections, logs: Arc<[String]>) -> Self {
+        let sent = logs.iter().map(|_| AtomicI64::new(0)).collect();
+        Self { connections, logs, sent }
     }
 
     /// A writer over this connection; the number wraps around.
     pub(crate) fn writer(&self, connection: usize) -> Writer {
-        match &self.connections {
-            Connections::Milepost(open) => Writer::Milepost(open[connection % open.len()].clone()),
+        let connection = match &self.connections {
+            Connections::Milepost(open) => WriterConnection::Milepost(open[connection % open.len()].clone()),
             Connections::Etcd(channels) => {
-                Writer::Etcd(Box::new(Grpc::new(channels[connection % channels.len()].clone())))
+                WriterConnection::Etcd(Box::new(Grpc::new(channels[connection % channels.len()].clone())))
             }
-        }
+            Connections::Nats(open) => WriterConnection::Nats(Arc::clone(&open[connection % open.len()])),
+            Connections::DurableStreams(open) => WriterConnection::DurableStreams(Arc::clone(open)),
+            Connections::Naive(open) => WriterConnection::Naive(Arc::clone(open), connection),
+        };
+        Writer { connection, sent: Arc::clone(&self.sent) }
     }
 
     /// Watches a log from now on over this connection; the number wraps around. Returns
-    /// the stream, and for milepost the log's last sequence, which etcd does not give.
+    /// the stream, and the log's last sequence if it is known.
     pub(crate) async fn watch(&self, connection: usize, log: usize) -> Result<(EventStream, Option<i64>)> {
-        let name = self.logs[log].clone();
+        let name = &self.logs[log];
         match &self.connections {
             Connections::Milepost(open) => {
-                let (stream, sequence) = open[connection % open.len()].watch(name).await?;
+                let (stream, sequence) = open[connection % open.len()].watch(name.clone()).await?;
                 Ok((EventStream::Milepost(Box::new(stream)), Some(sequence)))
             }
             Connections::Etcd(channels) => {
                 let channel = channels[connection % channels.len()].clone();
-                Ok((EventStream::Etcd(Box::new(etcd::watch(channel, name.into(), 0).await?)), None))
+                let stream = etcd::watch(channel, name.clone().into(), 0).await?;
+                Ok((EventStream::Etcd(Box::new(stream)), None))
             }
+            Connections::Nats(open) => {
+                Ok((EventStream::Nats(open[connection % open.len()].watch(name).await?), None))
+            }
+            Connections::DurableStreams(open) => {
+                Ok((EventStream::DurableStreams(Box::new(open.watch(name).await?)), None))
+            }
+            Connections::Naive(open) => {
+                let (events, sequence) = open.watch(connection, name).await?;
+                Ok((EventStream::Naive(Box::new(events)), Some(sequence)))
+            }
+        }
+    }
+
+    /// What a peer has stored so far, in events; only the growth has a meaning.
+    pub(crate) async fn stored(&self) -> Result<i64> {
+        match &self.connections {
+            Connections::Milepost(_) => Err("the events of milepost are checked one by one".into()),
+            Connections::Etcd(channels) => etcd::revision(channels[0].clone()).await,
+            Connections::Nats(open) => open[0].stored().await,
+            Connections::DurableStreams(open) => {
+                let mut stored = 0;
+                for log in self.logs.iter() {
+                    let event = durable_streams_event(log, 0, 0, 0).len() + 1;
+                    stored += open.length(log).await? / i64::try_from(event)?;
+                }
+                Ok(stored)
+            }
+            Connections::Naive(open) => open.stored().await,
         }
     }
 }
 
-/// Opens a watch and reads to `caught_up`. Returns the stream, the resume token there,
+/// Opens a watch, by default from the beginning, and reads to `caught_up`. Returns the stream, the resume token there,
 /// and for one job its last sequence.
 pub(crate) async fn watch(
     client: &Client,
     scope: watch_events_request::Scope,
-    start: Start,
+    start: impl Into<Option<Start>>,
 ) -> Result<(Streaming<WatchEventsResponse>, String, i64)> {
-    let request = WatchEventsRequest { scope: Some(scope), start: Some(start), ..Default::default() };
+    let request = WatchEventsRequest { scope: Some(scope), start: start.into(), ..Default::default() };
     let mut stream = client.events().watch_events(request).await?.into_inner();
     loop {
         let response = stream.message().await?.ok_or("a watch ended before it caught up")?;
@@ -152,62 +220,38 @@ pub(crate) async fn watch(
 impl Writer {
     /// Appends one event and returns once it is acknowledged.
     pub(crate) async fn append(&mut self, logs: &[String], log: usize, stamp: u64) -> Result<Acked> {
-        match self {
-            Self::Milepost(connection) => {
+        let name = &logs[log];
+        let number = || self.sent[log].fetch_add(1, Ordering::Relaxed) + 1;
+        let mut id = Uuid::nil();
+        let sequence = match &mut self.connection {
+            WriterConnection::Milepost(connection) => {
                 let event = new_event(log, stamp);
-                let id = event.id.parse()?;
-                let sequence = connection.append(append_request(logs[log].clone(), vec![event])).await?;
-                Ok(Acked { log, sequence, id })
+                id = event.id.parse()?;
+                connection.append(append_request(name.clone(), vec![event])).await?
             }
-            Self::Etcd(grpc) => {
-                let (key, value) = etcd_event(&logs[log], log, stamp);
-                let sequence = etcd::put(grpc, key, value).await?;
-                Ok(Acked { log, sequence, id: Uuid::nil() })
+            WriterConnection::Etcd(grpc) => {
+                // The tags and lengths of the key and of the value are four bytes.
+                let value = peer_event(name, log, stamp, number(), 4);
+                etcd::put(grpc, name.clone().into(), value.into()).await?
             }
-        }
+            WriterConnection::Nats(connection) => {
+                connection.publish(name, &peer_event(name, log, stamp, number(), 0)).await?
+            }
+            WriterConnection::DurableStreams(connections) => {
+                connections.append(name, durable_streams_event(name, log, stamp, number())).await?
+            }
+            WriterConnection::Naive(connections, session) => {
+                id = Uuid::now_v7();
+                connections.append(*session, name, &id.to_string(), &event_name(stamp)).await?
+            }
+        };
+        Ok(Acked { log, sequence, id })
     }
 }
 
-/// A `step` event with a new id; its name begins with the stamp.
-pub(crate) fn new_event(step: usize, stamp: u64) -> NewEvent {
-    NewEvent {
-        id: Uuid::now_v7().to_string(),
-        kind: pb::EventKind::Step.into(),
-        name: format!("{stamp:020}{:.<1$}", "", NAME_BYTES - 20),
-        step_tag: step_tag(step),
-        metadata: None,
-        occurred_at: None,
-    }
-}
-
-/// A request that appends events to a job.
-pub(crate) fn append_request(job_id: String, events: Vec<NewEvent>) -> pb::AppendEventsRequest {
-    let job = Some(append_events_request::Job::JobId(job_id));
-    pb::AppendEventsRequest { job, expected_sequence: None, events }
-}
-
-/// The key and value of an event in etcd. The value is padded so that the `Put` request
-/// has as many bytes as the `AppendEvents` request.
-fn etcd_event(job_id: &str, step: usize, stamp: u64) -> (Bytes, Bytes) {
-    let mut value = format!("{stamp:020}");
-    // The request without the key's field and without the value's tag and length.
-    let length = payload_bytes(job_id, step) - (job_id.len() + 2) - 2;
-    value.extend(std::iter::repeat_n('.', length.saturating_sub(value.len())));
-    (job_id.to_owned().into(), value.into())
-}
-
-/// The size in bytes of an `AppendEvents` request with one event.
-pub(crate) fn payload_bytes(job_id: &str, step: usize) -> usize {
-    // All ids have the same length: the job id stands in for an event id, which costs
-    // time to generate.
-    let event = NewEvent {
-        id: job_id.to_owned(),
-        kind: pb::EventKind::Step.into(),
-        name: ".".repeat(NAME_BYTES),
-        step_tag: step_tag(step),
-        ..Default::default()
-    };
-    append_request(job_id.to_owned(), vec![event]).encoded_len()
+/// A string in JSON.
+fn durable_streams_event(log: &str, step: usize, stamp: u64, number: i64) -> String {
+    format!("\"{}\"", peer_event(log, step, stamp, number, 2))
 }
 
 impl EventStream {
@@ -229,6 +273,15 @@ impl EventStream {
                     }
                 }
             },
+            Self::Page(watch) => loop {
+                let (_, message) = watch.next().await.ok_or("a watch broke off")?;
+                if let Some(events) = message["events"]["events"].as_array() {
+                    return events.iter().map(event_of_json).collect();
+                }
+                if message.get("heartbeat").is_none() {
+                    return Err(format!("a watch sent {message}").into());
+                }
+            },
             Self::Etcd(stream) => {
                 let response = stream.message().await?.ok_or("a watch ended")?;
                 if response.canceled {
@@ -241,69 +294,21 @@ impl EventStream {
                     .map(|kv| Ok(ReceivedEvent { sequence: kv.version, stamp: stamp_of(&kv.value)? }));
                 received.collect()
             }
-        }
-    }
-}
-
-/// Checks that a watch receives each event of a log once and in order. It holds the last
-/// sequence, if it is known.
-pub(crate) struct SequenceCheck(Option<i64>);
-
-impl SequenceCheck {
-    pub(crate) fn after(sequence: Option<i64>) -> Self {
-        Self(sequence)
-    }
-
-    pub(crate) fn check(&mut self, event: ReceivedEvent) -> Result<()> {
-        match self.0.replace(event.sequence) {
-            Some(last) if event.sequence != last + 1 => {
-                Err(format!("a watch received event {} after event {last}", event.sequence).into())
+            Self::Nats(events) => events.next().await?.iter().map(|text| received_from_peer(text)).collect(),
+            Self::DurableStreams(events) => {
+                events.next().await?.iter().map(|text| received_from_peer(text.as_bytes())).collect()
             }
-            _ => Ok(()),
-        }
-    }
-}
-
-/// Reads a watch until it has received each event once and in order. `total` says how many
-/// these are, after the last append. Returns the delays of the events that were sent `from`
-/// this time after `started` on.
-pub(crate) async fn delays(
-    mut stream: EventStream,
-    mut order: SequenceCheck,
-    started: Instant,
-    from: Duration,
-    mut total: watch::Receiver<Option<usize>>,
-) -> Result<Vec<Duration>> {
-    let (mut count, mut delays) = (0, Vec::new());
-    loop {
-        let received = tokio::select! {
-            received = stream.next() => received?,
-            changed = total.changed() => { changed?; Vec::new() }
-        };
-        let now = started.elapsed();
-        for event in received {
-            order.check(event)?;
-            count += 1;
-            let sent = Duration::from_nanos(event.stamp);
-            if sent >= from {
-                delays.push(now.saturating_sub(sent));
+            Self::Naive(events) => {
+                let received = events.next().await?.into_iter().map(|(sequence, name)| {
+                    Ok(ReceivedEvent { sequence, stamp: stamp_of(name.as_bytes())? })
+                });
+                received.collect()
             }
         }
-        match *total.borrow() {
-            Some(total) if count == total => return Ok(delays),
-            Some(total) if count > total => {
-                return Err(format!("a watcher received {count} events of {total}").into());
-            }
-            _ => {}
-        }
     }
 }
 
-fn stamp_of(text: &[u8]) -> Result<u64> {
-    Ok(std::str::from_utf8(text.get(..20).ok_or("an event without a stamp")?)?.parse()?)
-}
-
-/// Nanoseconds since `start`, for stamps.
-pub(crate) fn stamp(start: Instant) -> u64 {
-    u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX)
+fn event_of_json(event: &Value) -> Result<ReceivedEvent> {
+    let text = |name: &str| event[name].as_str().ok_or_else(|| format!("no {name} in {event}"));
+    Ok(ReceivedEvent { sequence: text("sequence")?.parse()?, stamp: stamp_of(text("name")?.as_bytes())? })
 }

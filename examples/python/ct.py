@@ -33,6 +33,14 @@ class Done:
 
 
 @dataclass(frozen=True)
+class UnderWay:
+    """A step that is not finished, and how much of it is done."""
+
+    step: str
+    percent: int
+
+
+@dataclass(frozen=True)
 class Note:
     """Information about a step that is not finished."""
 
@@ -60,12 +68,10 @@ def calibrate(slice_: Dataset) -> np.ndarray:
     return stored * float(slice_.RescaleSlope) + float(slice_.RescaleIntercept)
 
 
-def segment(hounsfield: np.ndarray) -> dict[str, np.ndarray]:
-    """The pixels of each tissue, as a mask."""
-    return {
-        tissue: (low <= hounsfield) & (hounsfield < high)
-        for tissue, (low, high) in TISSUES.items()
-    }
+def segment(hounsfield: np.ndarray, tissue: str) -> np.ndarray:
+    """The pixels of a tissue, as a mask."""
+    low, high = TISSUES[tissue]
+    return (low <= hounsfield) & (hounsfield < high)
 
 
 def measure(slice_: Dataset, hounsfield: np.ndarray, masks: dict[str, np.ndarray]) -> dict[str, Region]:
@@ -89,8 +95,8 @@ def report(regions: dict[str, Region]) -> str:
     return ", ".join(parts)
 
 
-def analyse() -> Iterator[Done | Note]:
-    """Runs the analysis and yields each step and note when it is ready."""
+def analyse() -> Iterator[Done | UnderWay | Note]:
+    """Runs the analysis, and yields what to tell about it."""
     slice_ = load()
     yield Done(
         "load",
@@ -115,7 +121,10 @@ def analyse() -> Iterator[Done | Note]:
         },
     )
 
-    masks = segment(hounsfield)
+    masks: dict[str, np.ndarray] = {}
+    for tissue in TISSUES:
+        yield UnderWay("segment", 100 * len(masks) // len(TISSUES))
+        masks[tissue] = segment(hounsfield, tissue)
     shares = {tissue: round(100 * float(mask.mean()), 1) for tissue, mask in masks.items()}
     yield Done("segment", shares)
 

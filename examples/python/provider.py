@@ -2,23 +2,25 @@
 
     MILEPOST_API_KEY=mpk_... python provider.py --provider-job-id scan-1 --customer-id UUID
 
-The provider makes the id of every event. If the connection breaks, it sends the
+The publisher makes the id of every event. If the connection breaks, it sends the
 same events again with the same ids, and each event is stored once.
+
+If the customer asks to stop, the provider ends the analysis and closes the job.
 
 The analysis takes a moment only. A pause before each event makes it long enough to
 be watched, and to see what happens if the server is killed meanwhile.
 """
 
 import argparse
-import logging
-import os
 import sys
+import threading
 import time
-import uuid
+from datetime import datetime
 
 import grpc
-from connection import Connection, explain
-from ct import Done, Note, analyse
+import milepost
+from connection import connect, interrupted
+from ct import Done, Note, UnderWay, analyse
 from google.protobuf.timestamp_pb2 import Timestamp
 from milepost.v1.configurations_pb2 import (
     METADATA_KIND_LINK,
@@ -27,16 +29,20 @@ from milepost.v1.configurations_pb2 import (
     RegisterJobConfigurationRequest,
     StepConfiguration,
 )
+from milepost.v1.configurations_pb2_grpc import ConfigurationServiceStub
 from milepost.v1.events_pb2 import (
     EVENT_KIND_COMPLETE,
     EVENT_KIND_ERROR,
     EVENT_KIND_INFO,
+    EVENT_KIND_PROGRESS,
     EVENT_KIND_STEP,
     AppendedEvent,
-    AppendEventsRequest,
     NewEvent,
 )
-from milepost.v1.jobs_pb2 import CreateJobRequest, Job
+from milepost.v1.jobs_pb2 import CloseJobRequest, CreateJobRequest, Job
+from milepost.v1.jobs_pb2_grpc import JobServiceStub
+
+CALL_SECONDS = 30.0
 
 
 def number(name: str, units: str) -> MetadataConfiguration:
@@ -93,33 +99,22 @@ CONFIGURATION = RegisterJobConfigurationRequest(
 )
 
 
-def uuid7() -> str:
-    """A UUID of version 7 (RFC 9562): 48 bits of Unix time in ms, then random bits."""
-    random_bits = int.from_bytes(os.urandom(10))
-    value = time.time_ns() // 1_000_000 << 80 | random_bits
-    value = value & ~(0xF << 76) | 7 << 76
-    value = value & ~(0x3 << 62) | 2 << 62
-    return str(uuid.UUID(int=value))
-
-
 class Report:
     """Appends events to the log of one job."""
 
-    def __init__(self, connection: Connection, job: Job, pause_s: float) -> None:
-        self.connection = connection
+    def __init__(self, publisher: milepost.Publisher, job: Job, pause_s: float) -> None:
+        self.publisher = publisher
         self.job = job
         self.pause_s = pause_s
 
-    def append(self, kind: int, name: str, step: str = "", measured: dict | None = None) -> AppendedEvent:
-        """Pauses and appends one event, which is durable when this returns."""
+    def append(
+        self, kind: int, name: str, step: str = "", measured: dict | None = None, percent: int | None = None
+    ) -> None:
+        """Pauses and hands one event to the publisher."""
         time.sleep(self.pause_s)
-        event = NewEvent(id=uuid7(), kind=kind, name=name, step_tag=step, occurred_at=now())
+        event = NewEvent(kind=kind, name=name, step_tag=step, step_percent=percent, occurred_at=now())
         event.metadata.update(measured or {})
-        request = AppendEventsRequest(job_id=self.job.id, events=[event])
-        response = self.connection.call(self.connection.events.AppendEvents, request)
-        [appended] = response.events
-        print(f"{appended.sequence:>3}  {appended.progress.percent:>3} %  {name}", flush=True)
-        return appended
+        self.publisher.append(self.job.id, event)
 
 
 def now() -> Timestamp:
@@ -128,23 +123,62 @@ def now() -> Timestamp:
     return timestamp
 
 
-def run(report: Report) -> None:
-    """Runs the analysis and appends an event for each step and note."""
+def run(report: Report, stop: threading.Event) -> bool:
+    """Runs the analysis and appends an event for each thing that it tells.
+
+    Returns whether it is complete: it ends earlier if it has to stop.
+    """
     names = {step.tag: step.name for step in CONFIGURATION.steps}
     try:
         for result in analyse():
+            if stop.is_set():
+                return False
             match result:
                 case Done(step, measured):
                     report.append(EVENT_KIND_STEP, names[step], step, measured)
+                case UnderWay(step, percent):
+                    report.append(EVENT_KIND_PROGRESS, "", step, percent=percent)
                 case Note(step, note, measured):
                     report.append(EVENT_KIND_INFO, note, step, measured)
-    except grpc.RpcError:
+    except milepost.MilepostError:
         raise
     except Exception as error:
-        # The job is FAILED until a new attempt appends a STEP event.
+        # The job is FAILED until a new attempt appends a PROGRESS or STEP event.
         report.append(EVENT_KIND_ERROR, f"{type(error).__name__}: {error}"[:256])
         raise
     report.append(EVENT_KIND_COMPLETE, "Analysis complete")
+    return True
+
+
+def create_job(channel: grpc.Channel, provider_job_id: str, customer_id: str) -> Job:
+    """Registers the configuration and creates the job, unless a former attempt did it."""
+    try:
+        ConfigurationServiceStub(channel).RegisterJobConfiguration(
+            CONFIGURATION, timeout=CALL_SECONDS, wait_for_ready=True
+        )
+        request = CreateJobRequest(
+            provider_job_id=provider_job_id,
+            provider_job_name="CT_small.dcm",
+            customer_id=customer_id,
+            configuration_tag=CONFIGURATION.tag,
+            configuration_version=CONFIGURATION.version,
+        )
+        return JobServiceStub(channel).CreateJob(request, timeout=CALL_SECONDS, wait_for_ready=True).job
+    except grpc.RpcError as error:
+        raise milepost.MilepostError.of(error) from error
+
+
+def close_job(channel: grpc.Channel, job: Job) -> None:
+    """Closes a job that will not be complete."""
+    request = CloseJobRequest(job_id=job.id, reason="Stopped, as the customer asked")
+    try:
+        JobServiceStub(channel).CloseJob(request, timeout=CALL_SECONDS, wait_for_ready=True)
+    except grpc.RpcError as error:
+        raise milepost.MilepostError.of(error) from error
+
+
+def stored(_job: milepost.Job, event: AppendedEvent) -> None:
+    print(f"event {event.sequence} is stored: {event.progress.percent} %", flush=True)
 
 
 def main() -> int:
@@ -154,30 +188,33 @@ def main() -> int:
     parser.add_argument("--pause-s", type=float, default=3.0, help="pause before each event (default: 3)")
     arguments = parser.parse_args()
 
-    with Connection() as connection:
+    with connect() as channel:
         try:
-            connection.call(connection.configurations.RegisterJobConfiguration, CONFIGURATION)
-            created = connection.call(
-                connection.jobs.CreateJob,
-                CreateJobRequest(
-                    provider_job_id=arguments.provider_job_id,
-                    provider_job_name="CT_small.dcm",
-                    customer_id=arguments.customer_id,
-                    configuration_tag=CONFIGURATION.tag,
-                    configuration_version=CONFIGURATION.version,
-                ),
-            )
-            print(f"job {created.job.id}", flush=True)
-            if created.job.HasField("closed_at"):
+            job = create_job(channel, arguments.provider_job_id, arguments.customer_id)
+            print(f"job {job.id}", flush=True)
+            if job.HasField("closed_at"):
                 print("was done before")
                 return 0
-            run(Report(connection, created.job, arguments.pause_s))
-        except grpc.RpcError as error:
-            print(explain(error), file=sys.stderr)
+            stop = threading.Event()
+
+            def cancellation_requested(_job: milepost.Job, at: datetime) -> None:
+                print(f"the customer asked to stop, at {at:%H:%M:%S} UTC", flush=True)
+                stop.set()
+
+            with milepost.Publisher(
+                channel,
+                on_stored=stored,
+                on_interruption=interrupted,
+                on_cancellation_requested=cancellation_requested,
+            ) as publisher:
+                is_complete = run(Report(publisher, job, arguments.pause_s), stop)
+            if not is_complete:
+                close_job(channel, job)
+        except milepost.MilepostError as error:
+            print(error, file=sys.stderr)
             return 1
     return 0
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s")
     sys.exit(main())

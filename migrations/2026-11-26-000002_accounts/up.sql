@@ -15,6 +15,10 @@ CREATE TABLE users (
     password_hash text NOT NULL,
     first_name text NOT NULL,
     last_name text NOT NULL,
+    -- What a provider names the customer by. The server makes it of 50 random bits, so that
+    -- of ten million customers two get the same code with a probability of 4 %: the second
+    -- insert then fails, and succeeds when it is repeated.
+    customer_code text COLLATE "C",
     disabled_at timestamptz,
     created_at timestamptz NOT NULL DEFAULT now(),
     updated_at timestamptz NOT NULL DEFAULT now(),
@@ -27,7 +31,10 @@ CREATE TABLE users (
         AND email ~ '^[^\u0001-\u0020\u007F-\u00A0]+@[^\u0001-\u0020\u007F-\u00A0]+$'),
     CONSTRAINT users_email_key_check CHECK (char_length(email_key) BETWEEN 3 AND 256),
     CONSTRAINT users_first_name_check CHECK (char_length(first_name) <= 256),
-    CONSTRAINT users_last_name_check CHECK (char_length(last_name) <= 256)
+    CONSTRAINT users_last_name_check CHECK (char_length(last_name) <= 256),
+    CONSTRAINT users_customer_code_key UNIQUE (customer_code),
+    CONSTRAINT users_customer_code_check CHECK (customer_code ~ '^[0-9A-HJKMNP-TV-Z]{10}$'),
+    CONSTRAINT users_customer_code_role_check CHECK ((customer_code IS NOT NULL) = (role = 'customer'))
 );
 
 CREATE TRIGGER users_set_updated_at BEFORE UPDATE ON users
@@ -42,8 +49,8 @@ CREATE TRIGGER users_set_updated_at BEFORE UPDATE ON users
 -- which closes jobs, must not wait for a transaction of one of them, nor must retention and
 -- the removal of ended credentials. Whoever locks the row next takes the changes over.
 --
--- Locks: no transaction takes a row of jobs, events, event_log, sessions, api_keys or
--- watch_tokens that another one can hold after a row of user_usage, with one exception: a
+-- Locks: no transaction takes a row of jobs, job_states, events, event_log, sessions, api_keys
+-- or watch_tokens that another one can hold after a row of user_usage, with one exception: a
 -- log-in beyond the quota of sessions, which ends the user's oldest sessions. Whoever locks
 -- those rows takes no row of user_usage after them. And no transaction locks the rows of two
 -- users, except settle_some_usage, which leaves out what is locked. So none deadlock.

@@ -13,6 +13,8 @@ CREATE TABLE job_configurations (
     release boolean NOT NULL,
     -- Bytes that sort by the version's SemVer precedence.
     precedence bytea NOT NULL,
+    -- How long the provider of a job may be silent, in microseconds; null for ever.
+    max_silence bigint,
     created_at timestamptz NOT NULL DEFAULT now(),
     updated_at timestamptz NOT NULL GENERATED ALWAYS AS (created_at) STORED,
     CONSTRAINT job_configurations_pkey PRIMARY KEY (id),
@@ -21,6 +23,8 @@ CREATE TABLE job_configurations (
     -- The target of a foreign key of jobs.
     CONSTRAINT job_configurations_id_provider_id_key UNIQUE (id, provider_id),
     CONSTRAINT job_configurations_tag_check CHECK (char_length(tag) BETWEEN 1 AND 256 AND tag = btrim(tag)),
+    -- 10 seconds to 30 days.
+    CONSTRAINT job_configurations_max_silence_check CHECK (max_silence BETWEEN 10000000 AND 2592000000000),
     CONSTRAINT job_configurations_name_check CHECK (char_length(name) BETWEEN 1 AND 256 AND name = btrim(name)),
     CONSTRAINT job_configurations_version_check CHECK (
         char_length(version) <= 256

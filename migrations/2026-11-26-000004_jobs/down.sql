@@ -1,3 +1,10 @@
+DROP TABLE untimed_jobs;
+DROP TABLE step_times;
+DROP TABLE job_silences;
+DROP TABLE job_states;
 DROP TABLE jobs;
 DROP FUNCTION jobs_count_usage();
+DROP FUNCTION jobs_make_states();
+DROP FUNCTION in_microseconds;
+DROP FUNCTION microseconds;
 DROP TYPE job_status;

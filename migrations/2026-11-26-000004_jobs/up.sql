@@ -1,8 +1,8 @@
--- Jobs. Columns that derive from a job's events (status, points_done, percent,
--- steps_done, last_sequence, last_event_id, closed_at) are written by append_events
--- alone. They stand here so that a job is read without its events.
+-- Jobs, and their states after their last events. What derives from a job's events (all of
+-- job_states, and status and closed_at of jobs) is written by append_events alone. It is
+-- stored so that a job is read without its events.
 
-CREATE TYPE job_status AS ENUM ('pending', 'running', 'failed', 'complete', 'cancelled');
+CREATE TYPE job_status AS ENUM ('pending', 'running', 'stalled', 'failed', 'complete', 'cancelled');
 
 CREATE TABLE jobs (
     id uuid NOT NULL,
@@ -17,20 +17,16 @@ CREATE TABLE jobs (
     -- Sorted by bytes, so that a search by prefix is a range of an index.
     provider_job_id text COLLATE "C" NOT NULL,
     provider_job_name text COLLATE "C" NOT NULL,
-    status job_status NOT NULL DEFAULT 'pending',
-    points_done bigint NOT NULL DEFAULT 0,
+    -- The points of all steps of the configuration, as they are weighed.
     points_total bigint NOT NULL,
-    percent smallint NOT NULL DEFAULT 0,
-    -- One bit for each step of the configuration, by position, lowest bit first.
-    steps_done bytea NOT NULL DEFAULT '\x',
-    last_sequence bigint NOT NULL DEFAULT 0,
-    -- The id of the event with that sequence.
-    last_event_id uuid,
+    -- How long the provider may be silent, in microseconds; null for ever.
+    max_silence bigint,
+    -- That of job_states, for the filters of ListJobs.
+    status job_status NOT NULL DEFAULT 'pending',
     closed_at timestamptz,
     -- Set by retention, which then deletes the job's events.
     events_removed boolean NOT NULL DEFAULT false,
     created_at timestamptz NOT NULL DEFAULT now(),
-    updated_at timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT jobs_pkey PRIMARY KEY (id),
     CONSTRAINT jobs_provider_fkey FOREIGN KEY (provider_id, provider_role) REFERENCES users (id, role),
     CONSTRAINT jobs_customer_fkey FOREIGN KEY (customer_id, customer_role) REFERENCES users (id, role),
@@ -38,11 +34,7 @@ CREATE TABLE jobs (
     CONSTRAINT jobs_provider_id_provider_job_id_key UNIQUE (provider_id, provider_job_id),
     CONSTRAINT jobs_provider_job_id_check CHECK (char_length(provider_job_id) BETWEEN 1 AND 256 AND provider_job_id = btrim(provider_job_id)),
     CONSTRAINT jobs_provider_job_name_check CHECK (char_length(provider_job_name) <= 256),
-    CONSTRAINT jobs_points_check CHECK (points_done BETWEEN 0 AND points_total),
-    CONSTRAINT jobs_percent_check CHECK (percent BETWEEN 0 AND 100 AND (percent = 100) = (status = 'complete')),
-    CONSTRAINT jobs_steps_done_check CHECK (octet_length(steps_done) <= 25),
-    CONSTRAINT jobs_last_sequence_check CHECK (last_sequence >= 0 AND (last_sequence = 0) = (status = 'pending')),
-    CONSTRAINT jobs_last_event_id_check CHECK ((last_event_id IS NULL) = (last_sequence = 0)),
+    CONSTRAINT jobs_max_silence_check CHECK (max_silence BETWEEN 10000000 AND 2592000000000),
     CONSTRAINT jobs_closed_at_check CHECK (
         CASE status
             WHEN 'complete' THEN closed_at IS NOT NULL
@@ -51,10 +43,7 @@ CREATE TABLE jobs (
             ELSE closed_at IS NULL
         END),
     CONSTRAINT jobs_events_removed_check CHECK (NOT events_removed OR closed_at IS NOT NULL)
--- Each append makes a new version of the job's row. The free space in each page
--- takes it: an append that changes neither status nor closed_at changes no indexed
--- column, so that its update is heap-only.
-) WITH (fillfactor = 70);
+);
 
 -- For ListJobs, newest first, by provider and by customer; each single filter is
 -- a range of one index.
@@ -79,8 +68,129 @@ CREATE INDEX jobs_job_configuration_id_customer_id_idx ON jobs (job_configuratio
 -- The jobs whose events retention removes next, in the order in which they closed.
 CREATE INDEX jobs_closed_at_idx ON jobs (closed_at) WHERE closed_at IS NOT NULL AND NOT events_removed;
 
--- Counts open jobs, and the bytes of all jobs: about what the row and its index entries take
--- beside its texts. A job that closes is counted by append_events.
+-- The number of stalled jobs, for a metric.
+CREATE INDEX jobs_stalled_idx ON jobs (id) WHERE status = 'stalled';
+
+-- The state of each job after its last event. Each append makes a new version of the row.
+-- This table has no other index, so that such an update opens and locks one index, and
+-- never changes it: the free space in each page keeps the updates heap-only.
+CREATE TABLE job_states (
+    job_id uuid NOT NULL,
+    -- Copied from jobs, so that an append reads no other row of the job.
+    job_configuration_id uuid NOT NULL,
+    points_total bigint NOT NULL,
+    status job_status NOT NULL,
+    closed boolean NOT NULL,
+    points_done bigint NOT NULL DEFAULT 0,
+    percent smallint NOT NULL DEFAULT 0,
+    last_sequence bigint NOT NULL DEFAULT 0,
+    -- The id of the event with that sequence.
+    last_event_id uuid,
+    -- When the job was changed last, which is its updated_at in the API.
+    updated_at timestamptz NOT NULL,
+    -- How far each step is, by position, up to the last one that an event names: 0 to come,
+    -- 1 + percent under way, 101 done.
+    steps bytea NOT NULL DEFAULT '\x',
+    -- The sequence of the event that finished a step last; 0 without one.
+    last_step_sequence bigint NOT NULL DEFAULT 0,
+    -- A silent event came after the last event of the provider.
+    silent boolean NOT NULL DEFAULT false,
+    -- When the customer asked to stop.
+    cancellation_requested_at timestamptz,
+    CONSTRAINT job_states_pkey PRIMARY KEY (job_id),
+    CONSTRAINT job_states_job_id_fkey FOREIGN KEY (job_id) REFERENCES jobs (id) ON DELETE CASCADE,
+    CONSTRAINT job_states_points_check CHECK (points_done BETWEEN 0 AND points_total),
+    CONSTRAINT job_states_percent_check CHECK (percent BETWEEN 0 AND 100 AND (percent = 100) = (status = 'complete')),
+    CONSTRAINT job_states_steps_check CHECK (octet_length(steps) <= 200),
+    -- A pending job may have the request of a cancellation.
+    CONSTRAINT job_states_last_sequence_check CHECK (last_sequence >= 0 AND (last_sequence > 0 OR status = 'pending')),
+    CONSTRAINT job_states_last_step_sequence_check CHECK (last_step_sequence BETWEEN 0 AND last_sequence),
+    CONSTRAINT job_states_silent_check CHECK (NOT silent OR last_sequence > 0 AND NOT closed),
+    CONSTRAINT job_states_stalled_check CHECK (status <> 'stalled' OR silent),
+    CONSTRAINT job_states_cancellation_requested_at_check CHECK (cancellation_requested_at IS NULL OR last_sequence > 0),
+    CONSTRAINT job_states_last_event_id_check CHECK ((last_event_id IS NULL) = (last_sequence = 0)),
+    CONSTRAINT job_states_closed_check CHECK (
+        CASE status
+            WHEN 'complete' THEN closed
+            WHEN 'cancelled' THEN closed
+            WHEN 'failed' THEN true
+            ELSE NOT closed
+        END)
+) WITH (fillfactor = 50);
+
+-- When to look next whether the provider of an open job has been silent for too long. A row
+-- changes when that time is reached, and when a silent event is written or followed by an
+-- event of the provider. Other appends leave it as it is.
+CREATE TABLE job_silences (
+    job_id uuid NOT NULL,
+    -- Copied from jobs.
+    max_silence bigint NOT NULL,
+    -- Null while the job is silent.
+    due_at timestamptz,
+    CONSTRAINT job_silences_pkey PRIMARY KEY (job_id),
+    CONSTRAINT job_silences_job_id_fkey FOREIGN KEY (job_id) REFERENCES jobs (id) ON DELETE CASCADE
+);
+
+CREATE INDEX job_silences_due_at_idx ON job_silences (due_at) WHERE due_at IS NOT NULL;
+
+-- How long the completion of a job took from the end of each of its steps, for estimates. It is
+-- kept apart from the events, which retention removes.
+CREATE TABLE step_times (
+    job_id uuid NOT NULL,
+    -- Copied from jobs.
+    provider_id uuid NOT NULL,
+    configuration_tag text NOT NULL,
+    job_configuration_id uuid NOT NULL,
+    completed_at timestamptz NOT NULL,
+    -- From the creation of the job to its completion, in microseconds.
+    total bigint NOT NULL,
+    -- From the first step event of each step to the completion, in microseconds, by the step's
+    -- position; null for a step without one.
+    remaining bigint[] NOT NULL,
+    CONSTRAINT step_times_pkey PRIMARY KEY (job_id),
+    CONSTRAINT step_times_job_id_fkey FOREIGN KEY (job_id) REFERENCES jobs (id) ON DELETE CASCADE,
+    CONSTRAINT step_times_remaining_check CHECK (cardinality(remaining) <= 200)
+);
+
+-- The jobs that completed last, of a version and of a tag.
+CREATE INDEX step_times_job_configuration_id_idx ON step_times (job_configuration_id, completed_at DESC);
+CREATE INDEX step_times_provider_id_configuration_tag_idx ON step_times (provider_id, configuration_tag, completed_at DESC);
+
+-- The completed jobs whose step times are still to be kept.
+CREATE TABLE untimed_jobs (
+    job_id uuid NOT NULL,
+    -- How far the job's events have been read, and when each step was done by them.
+    read_through bigint NOT NULL DEFAULT 0,
+    done_at timestamptz[] NOT NULL DEFAULT '{}',
+    CONSTRAINT untimed_jobs_pkey PRIMARY KEY (job_id),
+    CONSTRAINT untimed_jobs_job_id_fkey FOREIGN KEY (job_id) REFERENCES jobs (id) ON DELETE CASCADE
+);
+
+CREATE FUNCTION microseconds(count bigint) RETURNS interval LANGUAGE sql IMMUTABLE AS $$
+    SELECT count * interval '1 microsecond';
+$$;
+
+CREATE FUNCTION in_microseconds(length interval) RETURNS bigint LANGUAGE sql IMMUTABLE AS $$
+    SELECT (extract(epoch FROM length) * 1000000)::bigint;
+$$;
+
+-- Gives each new job its state. It copies status and closed_at too, so that the checks above
+-- refuse a job that is not new.
+CREATE FUNCTION jobs_make_states() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO job_states (job_id, job_configuration_id, points_total, status, closed, updated_at)
+    SELECT id, job_configuration_id, points_total, status, closed_at IS NOT NULL, created_at FROM added;
+    INSERT INTO job_silences (job_id, max_silence, due_at)
+    SELECT id, max_silence, created_at + microseconds(max_silence) FROM added WHERE max_silence IS NOT NULL;
+    RETURN NULL;
+END;
+$$;
+
+CREATE TRIGGER jobs_make_states AFTER INSERT ON jobs REFERENCING NEW TABLE AS added
+    FOR EACH STATEMENT EXECUTE FUNCTION jobs_make_states();
+
+-- Counts open jobs, and the bytes of all jobs: about what the rows and their index entries
+-- take beside its texts. A job that closes is counted by append_events.
 CREATE FUNCTION jobs_count_usage() RETURNS trigger LANGUAGE plpgsql
 SET enable_seqscan = off
 SET enable_hashjoin = off

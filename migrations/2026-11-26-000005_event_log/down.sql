@@ -7,6 +7,5 @@ DROP FUNCTION jobs_refuse_delete();
 DROP TABLE events;
 DROP FUNCTION event_bytes;
 DROP FUNCTION events_refuse_delete();
-DROP FUNCTION events_check_references();
 DROP TYPE event_kind;
 DROP TABLE event_log;

@@ -17,7 +17,8 @@ CREATE TABLE event_log (
 
 INSERT INTO event_log DEFAULT VALUES;
 
-CREATE TYPE event_kind AS ENUM ('step', 'error', 'info', 'complete', 'close');
+CREATE TYPE event_kind AS ENUM (
+    'step', 'error', 'info', 'complete', 'close', 'progress', 'cancellation_requested', 'silent');
 
 CREATE TABLE events (
     job_id uuid NOT NULL,
@@ -29,6 +30,8 @@ CREATE TABLE events (
     kind event_kind NOT NULL,
     name text NOT NULL,
     step_configuration_id uuid,
+    -- How far a progress event says that its step is.
+    step_percent smallint,
     -- An encoded google.protobuf.Struct; empty if the event has no metadata. These
     -- bytes are sent to watchers as they are, so that no number is rounded.
     event_metadata bytea NOT NULL,
@@ -45,15 +48,20 @@ CREATE TABLE events (
     CONSTRAINT events_position_key UNIQUE (position),
     CONSTRAINT events_sequence_check CHECK (sequence >= 1),
     CONSTRAINT events_name_check CHECK (char_length(name) <= 256),
+    CONSTRAINT events_step_configuration_id_check CHECK (kind <> 'progress' OR step_configuration_id IS NOT NULL),
+    CONSTRAINT events_step_percent_check CHECK (step_percent IS NULL OR kind = 'progress' AND step_percent BETWEEN 0 AND 99),
     CONSTRAINT events_event_metadata_check CHECK (octet_length(event_metadata) <= 16384),
     CONSTRAINT events_percent_check CHECK (percent BETWEEN 0 AND 100 AND (percent = 100) = (status = 'complete')),
     CONSTRAINT events_status_check CHECK (
         CASE kind
             WHEN 'step' THEN status = 'running'
+            WHEN 'progress' THEN status = 'running'
             WHEN 'info' THEN status IN ('running', 'failed')
             WHEN 'error' THEN status = 'failed'
             WHEN 'complete' THEN status = 'complete'
             WHEN 'close' THEN status IN ('cancelled', 'failed')
+            WHEN 'cancellation_requested' THEN status IN ('pending', 'running', 'stalled', 'failed')
+            WHEN 'silent' THEN status IN ('stalled', 'failed')
         END)
 );
 
@@ -61,7 +69,7 @@ CREATE TABLE events (
 -- src/models/event.rs says the same. What the server writes counts for nobody.
 CREATE FUNCTION event_bytes(kind event_kind, name text, event_metadata bytea) RETURNS bigint
 LANGUAGE sql IMMUTABLE AS $$
-    SELECT CASE WHEN kind = 'close' THEN 0 ELSE 256 + octet_length(name) + octet_length(event_metadata) END;
+    SELECT CASE WHEN kind IN ('close', 'cancellation_requested', 'silent') THEN 0 ELSE 256 + octet_length(name) + octet_length(event_metadata) END;
 $$;
 
 CREATE TRIGGER events_refuse_update BEFORE UPDATE ON events
@@ -70,34 +78,10 @@ CREATE TRIGGER events_refuse_update BEFORE UPDATE ON events
 CREATE TRIGGER events_refuse_truncate BEFORE TRUNCATE ON events
     FOR EACH STATEMENT EXECUTE FUNCTION refuse_update();
 
--- Checks that the job and the step of each event exist. Foreign keys would be
--- checked row by row, each with a query and a row lock, which doubles the cost of
--- an event in a large batch. This trigger runs one query for all events of a
--- statement; the two triggers below refuse to delete the referenced rows.
-CREATE FUNCTION events_check_references() RETURNS trigger LANGUAGE plpgsql
-SET plan_cache_mode = force_generic_plan
-SET enable_seqscan = off
-SET enable_hashjoin = off
-SET enable_mergejoin = off
-AS $$
-BEGIN
-    IF EXISTS (
-        SELECT FROM appended
-        LEFT JOIN jobs ON jobs.id = appended.job_id
-        LEFT JOIN step_configurations AS step ON step.id = appended.step_configuration_id
-            AND step.job_configuration_id = jobs.job_configuration_id
-        WHERE jobs.id IS NULL OR (appended.step_configuration_id IS NOT NULL AND step.id IS NULL))
-    THEN
-        RAISE EXCEPTION 'an event names a job that does not exist, or a step that its job does not have'
-            USING ERRCODE = 'foreign_key_violation', TABLE = 'events', CONSTRAINT = 'events_references';
-    END IF;
-    RETURN NULL;
-END;
-$$;
-
-CREATE TRIGGER events_references AFTER INSERT ON events REFERENCING NEW TABLE AS appended
-    FOR EACH STATEMENT EXECUTE FUNCTION events_check_references();
-
+-- The constraint events_references: the job and the step of each event exist. Foreign keys
+-- would be checked row by row, each with a query and a row lock, which doubles the cost of an
+-- event in a large batch. Instead append_events looks up what it refers to, and these triggers
+-- refuse to delete it.
 CREATE FUNCTION jobs_refuse_delete() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     IF EXISTS (SELECT FROM events WHERE job_id = OLD.id) THEN
@@ -182,14 +166,24 @@ $$;
 -- with such an event is left out (outcome 2). That check may precede the row
 -- lock: while a job's last_sequence has not changed, no event was added to it.
 --
--- Locks, until the commit: first the rows of jobs in the order of the arrays,
--- which must be that of the jobs' ids, then the row of event_log. Every
--- transaction takes them in this order, so that none deadlock. It takes no row of
--- user_usage, which a transaction of one tenant may hold for long.
+-- Locks, until the commit: first the rows of job_states in the order of the arrays,
+-- which must be that of the jobs' ids, then the rows of jobs, then the row of
+-- event_log, then rows of job_silences, which only transactions that hold the row of
+-- event_log or wait for nothing lock. Every transaction of the server takes them in this order, so that none
+-- deadlock; only the DELETE of a job, which an operator may run, comes from jobs to
+-- job_states. The function takes no row of user_usage, which a transaction of one
+-- tenant may hold for long.
 --
 -- Arrays named job_* have one element for each job, arrays named event_* one for
 -- each event. The events of a job are adjacent and in order; event_job is the
--- index of the event's job, from 1.
+-- index of the event's job, from 1. job_status_changes says whether the job's status
+-- changes or the job is closed: only then is its row of jobs written, which has many
+-- indexes. job_silence_changes says the same of what job_silences follows: whether the job is
+-- silent, and whether it is closed. job_cancels says whether the events have the request of a
+-- cancellation.
+--
+-- The function has no SET clauses, which would be set and reset at each call: the caller's
+-- connection has the settings of AppendConnection in src/models/event/append.rs.
 CREATE FUNCTION append_events(
     job_id uuid[],
     job_last_sequence bigint[],
@@ -199,8 +193,13 @@ CREATE FUNCTION append_events(
     job_status job_status[],
     job_points_done bigint[],
     job_percent smallint[],
-    job_steps_done bytea[],
+    job_steps bytea[],
+    job_last_step_sequence bigint[],
     job_closed boolean[],
+    job_status_changes boolean[],
+    job_silent boolean[],
+    job_silence_changes boolean[],
+    job_cancels boolean[],
     event_job integer[],
     event_id uuid[],
     event_id_is_clients boolean[],
@@ -208,6 +207,7 @@ CREATE FUNCTION append_events(
     event_kind event_kind[],
     event_name text[],
     event_step uuid[],
+    event_step_percent smallint[],
     event_metadata bytea[],
     event_occurred_at timestamptz[],
     event_status job_status[],
@@ -219,23 +219,17 @@ CREATE FUNCTION append_events(
     OUT log_position bigint,
     OUT appended_at timestamptz,
     OUT outcomes smallint[]
-) LANGUAGE plpgsql
--- Every row is found by its key. The generic plan is made once for arrays of any
--- length; otherwise each call with a few events would be planned anew. The plan
--- is kept while the tables grow, so it must not read a whole table.
-SET plan_cache_mode = force_generic_plan
-SET enable_seqscan = off
-SET enable_bitmapscan = off
-SET enable_hashjoin = off
-SET enable_mergejoin = off
-SET jit = off
-AS $$
+) LANGUAGE plpgsql AS $$
 #variable_conflict use_column
 DECLARE
     stored integer[] := '{}';
     unmoved integer[];
+    configurations_of_unmoved uuid[];
+    -- Of each job that is appended to.
+    configurations uuid[] := array_fill(NULL::uuid, ARRAY[cardinality(job_id)]);
     job integer;
     appended_count bigint := 0;
+    inserted_count bigint;
 BEGIN
     IF check_ids THEN
         stored := ARRAY(
@@ -246,67 +240,117 @@ BEGIN
     END IF;
 
     WITH updated AS (
-        UPDATE jobs SET
+        UPDATE job_states AS state SET
             last_sequence = given.last_sequence + given.event_count,
             last_event_id = given.new_event_id,
             status = given.status,
+            closed = given.closed,
             points_done = given.points_done,
             percent = given.percent,
-            steps_done = given.steps_done,
-            closed_at = CASE WHEN given.closed THEN clock_timestamp() END,
+            steps = given.steps,
+            last_step_sequence = given.last_step_sequence,
+            silent = given.silent,
             updated_at = clock_timestamp()
         FROM unnest(
-            job_id, job_last_sequence, job_last_event_id, job_event_count, job_new_event_id,
-            job_status, job_points_done, job_percent, job_steps_done, job_closed
+            append_events.job_id, job_last_sequence, job_last_event_id, job_event_count, job_new_event_id,
+            job_status, job_closed, job_points_done, job_percent, job_steps, job_last_step_sequence, job_silent
         ) WITH ORDINALITY AS given (
             id, last_sequence, last_event_id, event_count, new_event_id,
-            status, points_done, percent, steps_done, closed, ordinal)
-        WHERE jobs.id = given.id AND jobs.last_sequence = given.last_sequence
-            AND jobs.last_event_id IS NOT DISTINCT FROM given.last_event_id
-            AND jobs.closed_at IS NULL AND jobs.points_done <= given.points_done
-            AND jobs.percent <= given.percent AND given.ordinal <> ALL (stored)
-        RETURNING given.ordinal)
-    SELECT array_agg(updated.ordinal) INTO unmoved FROM updated;
+            status, closed, points_done, percent, steps, last_step_sequence, silent, ordinal)
+        WHERE state.job_id = given.id AND state.last_sequence = given.last_sequence
+            AND state.last_event_id IS NOT DISTINCT FROM given.last_event_id
+            AND NOT state.closed AND state.points_done <= given.points_done
+            AND state.percent <= given.percent AND given.ordinal <> ALL (stored)
+        RETURNING given.ordinal, state.job_configuration_id)
+    SELECT array_agg(updated.ordinal), array_agg(updated.job_configuration_id)
+    INTO unmoved, configurations_of_unmoved FROM updated;
 
     outcomes := array_fill(1::smallint, ARRAY[cardinality(job_id)]);
     FOREACH job IN ARRAY stored LOOP
         outcomes[job] := 2;
     END LOOP;
-    FOREACH job IN ARRAY coalesce(unmoved, '{}') LOOP
+    FOR index IN 1..coalesce(cardinality(unmoved), 0) LOOP
+        job := unmoved[index];
         outcomes[job] := 0;
+        configurations[job] := configurations_of_unmoved[index];
         appended_count := appended_count + job_event_count[job];
     END LOOP;
 
     IF appended_count > 0 THEN
+        -- Locked before the log, so that no append waits behind the log for a job.
+        IF true = ANY (job_status_changes) THEN
+            PERFORM FROM unnest(append_events.job_id, job_status_changes, outcomes) AS given (id, changes, outcome)
+            JOIN jobs ON jobs.id = given.id
+            WHERE given.changes AND given.outcome = 0
+            FOR NO KEY UPDATE OF jobs;
+        END IF;
+
         UPDATE event_log SET position = position + appended_count WHERE id = 1
         RETURNING position - appended_count, clock_timestamp() INTO log_position, appended_at;
 
         INSERT INTO events (
-            job_id, sequence, position, id, kind, name, step_configuration_id, event_metadata,
+            job_id, sequence, position, id, kind, name, step_configuration_id, step_percent, event_metadata,
             occurred_at, status, points_done, percent, created_at)
         SELECT
             append_events.job_id[given.job], given.sequence,
             log_position + row_number() OVER (ORDER BY given.ordinal),
-            given.id, given.kind, given.name, given.step, given.metadata,
+            given.id, given.kind, given.name, given.step, given.step_percent, given.metadata,
             given.occurred_at, given.status, given.points_done, given.percent, appended_at
         FROM unnest(
-            event_job, event_id, event_sequence, event_kind, event_name, event_step, event_metadata,
+            event_job, event_id, event_sequence, event_kind, event_name, event_step, event_step_percent, event_metadata,
             event_occurred_at, event_status, event_points_done, event_percent
         ) WITH ORDINALITY AS given (
-            job, id, sequence, kind, name, step, metadata,
+            job, id, sequence, kind, name, step, step_percent, metadata,
             occurred_at, status, points_done, percent, ordinal)
-        WHERE outcomes[given.job] = 0;
+        LEFT JOIN step_configurations AS step
+            ON step.id = given.step AND step.job_configuration_id = configurations[given.job]
+        WHERE outcomes[given.job] = 0 AND (given.step IS NULL OR step.id IS NOT NULL);
+        GET DIAGNOSTICS inserted_count = ROW_COUNT;
+        IF inserted_count <> appended_count THEN
+            RAISE EXCEPTION 'an event names a step that its job does not have'
+                USING ERRCODE = 'foreign_key_violation', TABLE = 'events', CONSTRAINT = 'events_references';
+        END IF;
 
         -- A job is closed, and was last changed, at the time of its last event. The
         -- providers have fewer open jobs: see user_usage.
-        IF true = ANY (job_closed) THEN
-            WITH closed AS (
-                UPDATE jobs SET closed_at = appended_at, updated_at = appended_at
-                FROM unnest(job_id, job_closed, outcomes) AS given (id, closed, outcome)
-                WHERE jobs.id = given.id AND given.closed AND given.outcome = 0
-                RETURNING jobs.provider_id)
+        IF true = ANY (job_status_changes) THEN
+            WITH changed AS (
+                UPDATE jobs SET
+                    status = given.status,
+                    closed_at = CASE WHEN given.closed THEN appended_at END
+                FROM unnest(append_events.job_id, job_status, job_closed, job_status_changes, outcomes)
+                    AS given (id, status, closed, changes, outcome)
+                WHERE jobs.id = given.id AND given.changes AND given.outcome = 0
+                RETURNING jobs.id, jobs.provider_id, given.closed),
+            closed AS (
+                UPDATE job_states SET updated_at = appended_at
+                FROM changed WHERE job_states.job_id = changed.id AND changed.closed
+                RETURNING changed.provider_id)
             INSERT INTO usage_changes (user_id, open_jobs)
             SELECT closed.provider_id, -count(*) FROM closed GROUP BY closed.provider_id;
+
+            INSERT INTO untimed_jobs (job_id)
+            SELECT given.id FROM unnest(append_events.job_id, job_status, job_status_changes, outcomes)
+                AS given (id, status, changes, outcome)
+            WHERE given.status = 'complete' AND given.changes AND given.outcome = 0;
+        END IF;
+
+        IF true = ANY (job_cancels) THEN
+            UPDATE job_states SET cancellation_requested_at = appended_at
+            FROM unnest(append_events.job_id, job_cancels, outcomes) AS given (id, cancels, outcome)
+            WHERE job_states.job_id = given.id AND given.cancels AND given.outcome = 0;
+        END IF;
+
+        IF true = ANY (job_silence_changes) THEN
+            UPDATE job_silences SET
+                due_at = CASE WHEN NOT given.silent THEN appended_at + microseconds(max_silence) END
+            FROM unnest(append_events.job_id, job_silent, job_closed, job_silence_changes, outcomes)
+                AS given (id, silent, closed, changes, outcome)
+            WHERE job_silences.job_id = given.id AND given.changes AND given.outcome = 0 AND NOT given.closed;
+            DELETE FROM job_silences
+            USING unnest(append_events.job_id, job_closed, job_silence_changes, outcomes)
+                AS given (id, closed, changes, outcome)
+            WHERE job_silences.job_id = given.id AND given.changes AND given.outcome = 0 AND given.closed;
         END IF;
     END IF;
 END;

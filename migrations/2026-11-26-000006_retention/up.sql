@@ -152,18 +152,20 @@ BEGIN
         WITH due AS (
             SELECT id FROM jobs
             WHERE closed_at < due_before AND NOT events_removed
+                -- Estimates need the events of a completed job once.
+                AND NOT EXISTS (SELECT FROM untimed_jobs WHERE job_id = jobs.id)
             ORDER BY closed_at LIMIT most_jobs
             FOR UPDATE SKIP LOCKED),
         emptied AS (
             UPDATE jobs SET events_removed = true FROM due WHERE jobs.id = due.id
-            RETURNING jobs.id, provider_id, customer_id, configuration_tag, last_sequence)
+            RETURNING jobs.id, provider_id, customer_id, configuration_tag)
         INSERT INTO removed_logs (
             number, job_id, provider_id, customer_id, configuration_tag, first_position, position)
         SELECT state.removals + row_number() OVER (), emptied.id, provider_id, customer_id,
             configuration_tag,
             (SELECT position FROM events WHERE job_id = emptied.id AND sequence = 1),
             (SELECT position FROM events WHERE job_id = emptied.id AND sequence = last_sequence)
-        FROM emptied;
+        FROM emptied JOIN job_states ON job_states.job_id = emptied.id;
         GET DIAGNOSTICS marked = ROW_COUNT;
         UPDATE retention SET removals = removals + marked WHERE id = 1 AND marked > 0;
         RETURN;

@@ -1,5 +1,8 @@
 DROP FUNCTION begin_sign_up;
 DROP TABLE sign_up_windows;
+DROP FUNCTION count_unknown_customer_code;
+DROP FUNCTION customer_code_wait;
+DROP FUNCTION customer_code_key;
 DROP FUNCTION withdraw_log_in_attempt;
 DROP FUNCTION finish_log_in_attempt;
 DROP FUNCTION begin_log_in_attempt;

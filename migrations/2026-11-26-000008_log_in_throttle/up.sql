@@ -1,4 +1,4 @@
--- The throttles of log-ins and of sign-ups, shared by all servers.
+-- The throttles of log-ins, sign-ups and unknown customer codes, shared by all servers.
 --
 -- Each log-in attempt counts on three keys: the client's address (for IPv6 its /64
 -- network), the e-mail, and the pair of both. It counts on all three whether or not
@@ -23,7 +23,8 @@
 
 -- Keys are hashes, so that the table keeps no text that a caller typed as an e-mail.
 CREATE TABLE log_in_attempts (
-    -- SHA-256 of a pair, an address or an e-mail: see log_in_attempt_keys.
+    -- SHA-256 of a pair, an address or an e-mail (log_in_attempt_keys), or of a provider
+    -- who sends customer codes (customer_code_key).
     key bytea NOT NULL,
     -- Failures in a row, including attempts that are not decided yet.
     failures integer NOT NULL,
@@ -190,6 +191,27 @@ BEGIN
     WHERE key = ANY (keys);
     RETURN true;
 END;
+$$;
+
+-- The key of a provider's unknown customer codes, which are counted as failures without a
+-- success: a provider who creates jobs for a customer of their own between guesses would
+-- otherwise never be blocked.
+CREATE FUNCTION customer_code_key(provider_id uuid) RETURNS bytea LANGUAGE sql STABLE AS $$
+    SELECT sha256(convert_to('customer codes ' || provider_id, 'UTF8'));
+$$;
+
+-- How long the provider is blocked; null if not. A block of a row from later than now
+-- tells nothing, as in count_attempt.
+CREATE FUNCTION customer_code_wait(provider_id uuid) RETURNS interval LANGUAGE sql STABLE AS $$
+    SELECT blocked_until - clock_timestamp() FROM log_in_attempts
+    WHERE key = customer_code_key(provider_id) AND blocked_until > clock_timestamp() AND last_at <= clock_timestamp();
+$$;
+
+-- Counts an unknown code of the provider. Returns how long the provider is blocked if they
+-- were blocked meanwhile, and then counts nothing.
+CREATE FUNCTION count_unknown_customer_code(provider_id uuid, free integer, longest interval) RETURNS interval
+LANGUAGE sql AS $$
+    SELECT wait FROM count_attempt(ARRAY[customer_code_key(provider_id)], ARRAY[free], longest);
 $$;
 
 -- The sign-ups of each address in the last window of an hour, which begins with the

@@ -1,4 +1,4 @@
-DROP FUNCTION audit_closed_jobs;
+DROP FUNCTION audit_appends;
 DROP TABLE audit_entries;
 DROP TYPE audit_actor;
 DROP TYPE audit_act;

@@ -5,8 +5,8 @@
 CREATE TYPE audit_act AS ENUM (
     'sign_up', 'log_in', 'log_in_failed', 'log_out', 'session_ended', 'password_changed',
     'api_key_created', 'api_key_rotated', 'api_key_expired',
-    'watch_token_created', 'watch_token_expired', 'job_closed',
-    'user_created', 'password_set', 'user_disabled', 'user_enabled');
+    'watch_token_created', 'watch_token_expired', 'job_closed', 'cancellation_requested',
+    'user_created', 'password_set', 'user_disabled', 'user_enabled', 'customer_code_renewed');
 
 -- How the caller was authenticated. An operator works on the database itself.
 CREATE TYPE audit_actor AS ENUM ('anonymous', 'session', 'api_key', 'watch_token', 'operator');
@@ -47,7 +47,7 @@ CREATE TABLE audit_entries (
     CONSTRAINT audit_entries_watch_token_id_check CHECK (
         (watch_token_id IS NOT NULL) = (act IN ('watch_token_created', 'watch_token_expired'))),
     CONSTRAINT audit_entries_job_id_check CHECK (
-        (job_id IS NOT NULL) = (act IN ('watch_token_created', 'watch_token_expired', 'job_closed'))),
+        (job_id IS NOT NULL) = (act IN ('watch_token_created', 'watch_token_expired', 'job_closed', 'cancellation_requested'))),
     CONSTRAINT audit_entries_request_id_check CHECK ((request_id IS NOT NULL) = (actor <> 'operator'))
 );
 
@@ -58,16 +58,17 @@ CREATE INDEX audit_entries_user_id_idx ON audit_entries (user_id, created_at);
 CREATE TRIGGER audit_entries_refuse_update BEFORE UPDATE OR DELETE OR TRUNCATE ON audit_entries
     FOR EACH STATEMENT EXECUTE FUNCTION refuse_update();
 
--- Called around append_events when the append closes jobs by CloseJob: writes the
+-- Called around append_events when the append does something that is audited: writes the
 -- entries of the jobs that were appended to, in the same statement, and returns the
 -- result of append_events unchanged.
 --
 -- Each array has one element for each entry; job is the job's index in the append,
 -- from 1.
-CREATE FUNCTION audit_closed_jobs(
+CREATE FUNCTION audit_appends(
     appended record,
     job integer[],
     entry_id uuid[],
+    act audit_act[],
     job_id uuid[],
     actor audit_actor[],
     actor_user_id uuid[],
@@ -85,10 +86,10 @@ BEGIN
     INSERT INTO audit_entries (
         id, act, actor, actor_user_id, actor_credential_id, user_id, job_id, client_address, request_id)
     SELECT
-        given.entry_id, 'job_closed', given.actor, given.actor_user_id, given.actor_credential_id,
+        given.entry_id, given.act, given.actor, given.actor_user_id, given.actor_credential_id,
         given.actor_user_id, given.job_id, given.client_address, given.request_id
-    FROM unnest(job, entry_id, job_id, actor, actor_user_id, actor_credential_id, client_address, request_id)
-        AS given (job, entry_id, job_id, actor, actor_user_id, actor_credential_id, client_address, request_id)
+    FROM unnest(job, entry_id, act, job_id, actor, actor_user_id, actor_credential_id, client_address, request_id)
+        AS given (job, entry_id, act, job_id, actor, actor_user_id, actor_credential_id, client_address, request_id)
     WHERE outcomes[given.job] = 0;
 END;
 $$;

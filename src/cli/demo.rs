@@ -5,12 +5,13 @@ use std::{env, io, net::SocketAddr, process::ExitCode, time::Duration};
 
 use clap::{Args, builder::Resettable};
 use console::style;
+use futures_util::future::try_join_all;
 use milepost_client::{
-    Client, is_transient,
+    Client,
     pb::{
-        AppendEventsRequest, CreateJobRequest, EventKind, MetadataConfiguration, MetadataKind, NewEvent,
-        RegisterJobConfigurationRequest, SignUpRequest, StepConfiguration, UserRole, append_events_request,
-        get_job_request,
+        AppendEventsRequest, CreateJobRequest, EventKind, JobStatus, MetadataConfiguration, MetadataKind,
+        NewEvent, RegisterJobConfigurationRequest, SignUpRequest, StepConfiguration, UserRole,
+        append_events_request, create_job_request, create_watch_token_request, get_job_request,
     },
 };
 use prost_types::{Struct, Timestamp, Value};
@@ -18,21 +19,20 @@ use tokio::net::TcpListener;
 use uuid::Uuid;
 
 use super::{
-    connect,
+    connection::{connect, page},
     database::{OpenDatabase, data_dir},
-    page, print_line, refused,
+    events::append,
+    exit::{self, EXIT_CODES},
+    print_line,
     serve::{Server, bind, start_tls},
     share::link,
-    watch::{EXIT_CODES, exit_code, follow},
+    watch::follow,
 };
 use crate::{
     config::{ClientTls, Config},
     db::embedded::Served,
     error::BoxError,
 };
-
-/// Pause before the provider sends an unanswered event again.
-const RETRY_PAUSE: Duration = Duration::from_millis(200);
 
 /// Variables that name the database and the server of other commands, and the demo's flags for
 /// the same. The demo creates users and a job, and does so only where a flag says.
@@ -114,11 +114,33 @@ impl Demo {
         let anonymous = connect(address, &self.tls).await?;
         let provider = DemoUser::sign_up(&anonymous, UserRole::Provider, "Ada", "Radiology").await?;
         let customer = DemoUser::sign_up(&anonymous, UserRole::Customer, "Grace", "Hospital").await?;
-        let job_id = create_job(&provider.client, &customer.id).await?;
+        register(&provider.client).await?;
+        let length = Duration::from_secs(self.seconds.into());
+        let earlier =
+            (0..EARLIER_JOBS).map(|number| play_earlier(&provider.client, &customer.id, length, number));
+        let shown = self.show(address, own, &provider, &customer, length);
+        let (status, _) = tokio::try_join!(shown, try_join_all(earlier))?;
+        Ok(exit::of_job(status))
+    }
 
-        let id = || get_job_request::Job::JobId(job_id.clone());
+    /// Plays the job that is shown, and shows it.
+    async fn show(
+        &self,
+        address: &str,
+        own: bool,
+        provider: &DemoUser,
+        customer: &DemoUser,
+        length: Duration,
+    ) -> Result<JobStatus, BoxError> {
+        if !length.is_zero() {
+            let note = format!("playing {EARLIER_JOBS} jobs before it, so that its end can be estimated …");
+            print_line(&format!("  {}", style(note).dim()))?;
+            tokio::time::sleep(length * HEAD_START / 100).await;
+        }
+        let job_id = create_job(&provider.client, &customer.id, EARLIER_JOBS).await?;
         let page = page(address, &self.tls);
-        let link = link(&provider.client, &page, id(), Duration::from_secs(60 * 60), "demo").await?;
+        let job = Some(create_watch_token_request::Job::JobId(job_id.clone()));
+        let (link, _) = link(&provider.client, &page, job, Duration::from_secs(60 * 60), "demo").await?;
         let origin = if own { "started for this demo, stopped after it" } else { "found running" };
         print_line("")?;
         for (label, value, note) in [
@@ -134,15 +156,16 @@ impl Demo {
             ))?;
         }
 
-        let watched = follow(&customer.client, id());
-        let appended = append_events(&provider.client, &job_id, Duration::from_secs(self.seconds.into()));
+        let job = Some(get_job_request::Job::JobId(job_id.clone()));
+        let watched = follow(&customer.client, job);
+        let appended = append_events(&provider.client, &job_id, length, all_events());
         let (status, ()) = tokio::try_join!(watched, appended)?;
         print_line(&format!(
             "\n  {}\n  {}\n",
             style("Every event above was durable in Postgres before it was sent.").dim(),
             style("Next: start `milepost`, and follow the tour in README.md.").dim(),
         ))?;
-        Ok(exit_code(status))
+        Ok(status)
     }
 }
 
@@ -177,7 +200,7 @@ impl DemoUser {
             last_name: last.to_owned(),
         };
         let email = request.email.clone();
-        let answer = anonymous.auth().sign_up(request).await.map_err(|status| refused(&status))?.into_inner();
+        let answer = anonymous.auth().sign_up(request).await?.into_inner();
         let secret = answer.session.unwrap_or_default().secret;
         Ok(Self {
             id: answer.user.unwrap_or_default().id,
@@ -187,24 +210,30 @@ impl DemoUser {
     }
 }
 
-/// Registers the configuration, creates the job and returns the job's id.
-async fn create_job(provider: &Client, customer_id: &str) -> Result<String, BoxError> {
+/// Registers the configuration.
+async fn register(provider: &Client) -> Result<(), BoxError> {
     let configuration = RegisterJobConfigurationRequest {
         tag: "ct-analysis".to_owned(),
         name: "CT analysis".to_owned(),
         version: "1.0.0".to_owned(),
         steps: steps(),
+        max_silence: None,
     };
-    let registered = provider.configurations().register_job_configuration(configuration).await;
-    registered.map_err(|status| refused(&status))?;
+    provider.configurations().register_job_configuration(configuration).await?;
+    Ok(())
+}
+
+/// Creates the job of this number and returns its id.
+async fn create_job(provider: &Client, customer_id: &str, number: u32) -> Result<String, BoxError> {
     let job = CreateJobRequest {
         provider_job_id: format!("ct-{:08x}", getrandom::u32()?),
-        customer_id: customer_id.to_owned(),
+        customer: Some(create_job_request::Customer::CustomerId(customer_id.to_owned())),
         configuration_tag: "ct-analysis".to_owned(),
         configuration_version: String::new(),
-        provider_job_name: "Thorax, slice 42".to_owned(),
+        provider_job_name: format!("Thorax, slice {}", 30 + number),
+        max_silence: None,
     };
-    let created = provider.jobs().create_job(job).await.map_err(|status| refused(&status))?;
+    let created = provider.jobs().create_job(job).await?;
     Ok(created.into_inner().job.unwrap_or_default().id)
 }
 
@@ -245,9 +274,19 @@ fn steps() -> Vec<StepConfiguration> {
     ]
 }
 
+/// Jobs that are played before the one that is shown: an estimate rests on ten at least.
+const EARLIER_JOBS: u32 = 12;
+/// How much earlier they begin, in percent of the demo's length. All are complete when the long
+/// step of the shown job ends.
+const HEAD_START: u32 = 80;
+
 /// An event of the demo: when it is appended, in percent of the demo's length, then
 /// its kind, its step's tag, its name and its metadata.
 type DemoEvent = (u32, EventKind, &'static str, &'static str, Vec<(&'static str, Value)>);
+
+/// The step that takes longest, with the shares of the demo's length at which it begins and
+/// ends. Events of kind progress move it in between.
+const LONG_STEP: (&str, u32, u32) = ("segment", 18, 42);
 
 fn demo_events() -> [DemoEvent; 9] {
     use EventKind::{Complete, Error, Info, Step};
@@ -272,11 +311,40 @@ fn demo_events() -> [DemoEvent; 9] {
     ]
 }
 
-/// Appends the events of the demo, spread over `length`.
-async fn append_events(provider: &Client, job_id: &str, length: Duration) -> Result<(), BoxError> {
+/// The events of the demo with those that move its long step, each with the step's percent.
+fn all_events() -> Vec<(DemoEvent, Option<i32>)> {
+    let (long_step, begins, ends) = LONG_STEP;
+    let moves = (begins + 1..ends).map(|share| {
+        let percent = i32::try_from((share - begins) * 100 / (ends - begins)).ok();
+        ((share, EventKind::Progress, long_step, "", Vec::new()), percent)
+    });
+    let mut all: Vec<_> = demo_events().into_iter().map(|event| (event, None)).chain(moves).collect();
+    all.sort_by_key(|((share, ..), _)| *share);
+    all
+}
+
+/// Plays a job before the one that is shown. No two of them take the same time.
+async fn play_earlier(
+    provider: &Client,
+    customer_id: &str,
+    length: Duration,
+    number: u32,
+) -> Result<(), BoxError> {
+    let job_id = create_job(provider, customer_id, number).await?;
+    let length = length * (85 + 3 * number) / 100;
+    append_events(provider, &job_id, length, demo_events().map(|event| (event, None))).await
+}
+
+/// Appends these events, spread over `length`.
+async fn append_events(
+    provider: &Client,
+    job_id: &str,
+    length: Duration,
+    all: impl IntoIterator<Item = (DemoEvent, Option<i32>)>,
+) -> Result<(), BoxError> {
     let mut events = provider.events();
     let start = tokio::time::Instant::now();
-    for (share, kind, step, name, metadata) in demo_events() {
+    for ((share, kind, step, name, metadata), step_percent) in all {
         tokio::time::sleep_until(start + length * share / 100).await;
         let fields = metadata.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
         let event = NewEvent {
@@ -286,19 +354,14 @@ async fn append_events(provider: &Client, job_id: &str, length: Duration) -> Res
             step_tag: step.to_owned(),
             metadata: Some(Struct { fields }),
             occurred_at: Some(Timestamp::from(std::time::SystemTime::now())),
+            step_percent,
         };
         let request = AppendEventsRequest {
             job: Some(append_events_request::Job::JobId(job_id.to_owned())),
             expected_sequence: None,
             events: vec![event],
         };
-        // An event with an id is stored once, however often it is sent.
-        while let Err(status) = events.append_events(request.clone()).await {
-            if !is_transient(&status) {
-                return Err(refused(&status));
-            }
-            tokio::time::sleep(RETRY_PAUSE).await;
-        }
+        append(&mut events, &request, Duration::MAX).await?;
     }
     Ok(())
 }

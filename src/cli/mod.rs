@@ -1,14 +1,23 @@
 //! The command line: one module for each command.
 
+mod completion;
+mod configurations;
+mod connection;
 mod database;
 mod demo;
+mod events;
+mod exit;
+mod health;
 mod init;
-mod job;
+mod jobs;
+mod keys;
 mod migrate;
+mod output;
 mod screen;
 mod serve;
 mod share;
 mod user;
+mod values;
 mod variables;
 mod watch;
 
@@ -18,13 +27,12 @@ use std::{
     process::ExitCode,
 };
 
-use clap::{CommandFactory as _, Parser, Subcommand, error::ErrorKind};
-use milepost_client::{Client, server_url};
-use tonic::Status;
+use clap::{CommandFactory as _, Parser, Subcommand};
 
-pub use self::init::run_as_init;
+use self::exit::EXIT_CODES;
+pub use self::{connection::connect, exit::report, init::run_as_init};
 use crate::{
-    config::{ClientTls, Config, TelemetrySettings},
+    config::{Config, TelemetrySettings},
     error::BoxError,
     telemetry,
 };
@@ -33,7 +41,7 @@ use crate::{
 ///
 /// Without a command, milepost runs serve.
 #[derive(Debug, Parser)]
-#[command(name = "milepost", version, args_conflicts_with_subcommands = true)]
+#[command(name = "milepost", version, args_conflicts_with_subcommands = true, after_help = EXIT_CODES)]
 pub struct Cli {
     #[command(flatten)]
     telemetry: TelemetrySettings,
@@ -51,14 +59,29 @@ enum Command {
     Serve(Config),
     /// Apply the database's missing migrations, or revert the newest ones
     Migrate(migrate::Migrate),
-    /// Create users, set their passwords, disable and enable them, directly in the database
+    /// List and create users, set their passwords, disable and enable them, directly in the database
     User(user::User),
+    /// List, show, create and close jobs
+    Jobs(jobs::Jobs),
+    /// List, append and follow events
+    Events(events::Events),
+    /// List, show and register job configurations
+    Configurations(configurations::Configurations),
+    /// Create, list and expire API keys
+    Keys(keys::Keys),
     /// Watch a job in the terminal until it is closed
     Watch(watch::Watch),
     /// Make a link that shows a job in a browser, to whoever has the link
     Share(share::Share),
     /// Show a sample job: acts as its provider and its customer, on a running server or one that it starts
     Demo(demo::Demo),
+    /// Ask a server whether it is ready, or whether it runs at all
+    Health(health::Health),
+    /// Print the completions of a shell
+    Completion(completion::Completion),
+    /// Write the manual pages
+    #[command(hide = true)]
+    Man(completion::Man),
 }
 
 /// Runs the command of the command line and returns the exit code of the process.
@@ -66,7 +89,17 @@ pub async fn run(cli: Cli) -> Result<ExitCode, BoxError> {
     let command = cli.command.unwrap_or(Command::Serve(cli.serve));
     let default_level = match &command {
         Command::Serve(_) => "info",
-        Command::Migrate(_) | Command::User(_) | Command::Watch(_) | Command::Share(_) => "warn",
+        Command::Migrate(_)
+        | Command::User(_)
+        | Command::Jobs(_)
+        | Command::Events(_)
+        | Command::Configurations(_)
+        | Command::Keys(_)
+        | Command::Watch(_)
+        | Command::Share(_)
+        | Command::Health(_)
+        | Command::Completion(_)
+        | Command::Man(_) => "warn",
         // Warnings of its own server would break up the progress bar.
         Command::Demo(_) => "error,milepost::cli=warn",
     };
@@ -77,23 +110,17 @@ pub async fn run(cli: Cli) -> Result<ExitCode, BoxError> {
         Command::Serve(config) => serve::run(&config).await,
         Command::Migrate(command) => command.run().await,
         Command::User(command) => command.run().await,
+        Command::Jobs(command) => command.run().await,
+        Command::Events(command) => command.run().await,
+        Command::Configurations(command) => command.run().await,
+        Command::Keys(command) => command.run().await,
         Command::Watch(command) => command.run().await,
         Command::Share(command) => command.run().await,
         Command::Demo(command) => command.run().await,
+        Command::Health(command) => command.run().await,
+        Command::Completion(command) => command.run(),
+        Command::Man(command) => command.run(),
     }
-}
-
-/// Prints an error of the command line with the usage of this subcommand, as clap does.
-/// Returns its exit code.
-fn usage_error(subcommand: &str, message: &str) -> ExitCode {
-    let mut command = Cli::command();
-    command.build();
-    let of_subcommand = command.find_subcommand_mut(subcommand);
-    let error =
-        of_subcommand.unwrap_or(&mut Cli::command()).error(ErrorKind::MissingRequiredArgument, message);
-    // As clap's own errors: without stderr, the exit code alone tells.
-    let _printed = error.print();
-    u8::try_from(error.exit_code()).map_or(ExitCode::FAILURE, ExitCode::from)
 }
 
 /// An error and its causes as one line, for the terminal.
@@ -127,26 +154,4 @@ fn clean(text: &str) -> String {
             || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
     };
     text.chars().map(|c| if is_unsafe(c) { '\u{fffd}' } else { c }).collect()
-}
-
-/// Connects to the server of a command's flags.
-pub async fn connect(server: &str, tls: &ClientTls) -> Result<Client, BoxError> {
-    Ok(match tls.load().await? {
-        None => Client::connect(server).await?,
-        Some(tls) => Client::connect_with_tls(server, tls).await?,
-    })
-}
-
-/// The URL of a server's page.
-fn page(server: &str, tls: &ClientTls) -> String {
-    server_url(server, *tls != ClientTls::default()).map_or_else(|| server.to_owned(), |url| url.to_string())
-}
-
-/// A server's refusal as an error for the terminal: its message and its code. Or what broke
-/// the connection, which is a source that no status of a server has.
-fn refused(status: &Status) -> BoxError {
-    match status.source() {
-        Some(broken) => format!("the connection to the server broke: {}", one_line(broken)).into(),
-        None => format!("{} ({:?})", status.message(), status.code()).into(),
-    }
 }

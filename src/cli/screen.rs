@@ -8,13 +8,20 @@ use std::{
     time::Duration,
 };
 
-use chrono::{DateTime, Local, SecondsFormat, Utc};
+use chrono::{DateTime, Local};
 use console::{Style, Term, is_dumb, measure_text_width};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use milepost_client::pb::{Event, EventKind, Job, JobConfiguration, JobState, JobStatus, Progress};
-use prost_types::value::Kind;
+use milepost_client::pb::{
+    EstimateJobResponse, Event, EventKind, Job, JobConfiguration, JobState, JobStatus, Progress,
+    estimate_job_response::Outcome,
+};
+use prost_types::Timestamp;
 
-use super::{clean, print_line};
+use super::{
+    clean,
+    output::{self, metadata_value, short},
+    print_line,
+};
 
 /// Columns of the bar's line beside the bar and the message: `  ⠋ ` and ` 100 %  `.
 const FRAME_COLUMNS: usize = 12;
@@ -32,6 +39,23 @@ pub(super) struct Screen {
     units: HashMap<(String, String), String>,
     steps: usize,
     done: BTreeSet<String>,
+    /// The step that the last event with a step was of, if it is under way.
+    under_way: Option<UnderWay>,
+    /// Whether the customer asked to stop the job.
+    is_asked_to_stop: bool,
+    /// When the job will probably be complete; empty without an estimate.
+    estimate: String,
+    /// The last known status and progress.
+    status: JobStatus,
+    progress: Progress,
+}
+
+#[derive(Debug)]
+struct UnderWay {
+    tag: String,
+    name: String,
+    /// The highest percent that was reported of it.
+    percent: i32,
 }
 
 impl Screen {
@@ -51,7 +75,18 @@ impl Screen {
         let units = configuration.steps.iter().flat_map(|step| {
             step.metadata.iter().map(|name| ((step.tag.clone(), name.name.clone()), name.units.clone()))
         });
-        Self { bar, message_columns, units: units.collect(), steps, done: BTreeSet::new() }
+        Self {
+            bar,
+            message_columns,
+            units: units.collect(),
+            steps,
+            done: BTreeSet::new(),
+            under_way: None,
+            is_asked_to_stop: false,
+            estimate: String::new(),
+            status: JobStatus::Pending,
+            progress: Progress::default(),
+        }
     }
 
     /// Prints the job's name and its configuration.
@@ -71,48 +106,79 @@ impl Screen {
 
     /// Prints an event and moves the bar to its progress.
     pub(super) fn event(&mut self, event: &Event) -> io::Result<()> {
-        if event.kind() == EventKind::Step && !event.step_tag.is_empty() {
-            self.done.insert(event.step_tag.clone());
-        }
-        let progress = event.progress.unwrap_or_default();
+        self.move_steps(event);
+        self.is_asked_to_stop |= event.kind() == EventKind::CancellationRequested;
+        (self.status, self.progress) = (event.status(), event.progress.unwrap_or_default());
         match &self.bar {
             Some(bar) => {
-                bar.println(self.colored_line(event));
-                self.move_bar(bar, event.status(), progress);
+                if !is_shown_by_bar(event) {
+                    bar.println(self.colored_line(event));
+                }
+                self.move_bar(bar);
                 Ok(())
             }
-            None => print_line(&self.plain_line(event, progress)),
+            None => print_line(&self.plain_line(event)),
         }
+    }
+
+    fn move_steps(&mut self, event: &Event) {
+        let tag = &event.step_tag;
+        if tag.is_empty() {
+            return;
+        }
+        if event.kind() == EventKind::Step {
+            self.done.insert(tag.clone());
+        }
+        let before = self.under_way.take().filter(|step| step.tag == *tag).map_or(0, |step| step.percent);
+        self.under_way = (!self.done.contains(tag)).then(|| UnderWay {
+            tag: tag.clone(),
+            name: clean(if event.step_name.is_empty() { tag } else { &event.step_name }),
+            percent: event.step_percent().max(before),
+        });
     }
 
     /// A function that reports an interruption: in the bar, or once on stderr.
     pub(super) fn interruption_reporter(&self) -> impl FnMut() + Send + 'static {
         let bar = self.bar.clone();
-        let mut reported = false;
+        let mut report = report_once();
         move || match &bar {
             Some(bar) => bar.set_message("connection to the server lost, resuming …"),
-            None if reported => {}
-            None => {
-                reported = true;
-                eprintln!("connection to the server lost, resuming");
-            }
+            None => report(),
         }
     }
 
     /// Replaces the message of an interruption once the watch has caught up again.
-    pub(super) fn caught_up(&self, state: &JobState) {
+    pub(super) fn caught_up(&mut self, state: &JobState) {
+        (self.status, self.progress) = (state.status(), state.progress.unwrap_or_default());
         if let Some(bar) = &self.bar
             && state.last_sequence > 0
         {
-            bar.set_message(self.message(state.status(), state.progress.unwrap_or_default()));
+            bar.set_message(self.message());
         }
     }
 
+    /// Shows when the job will probably be complete; nothing without an estimate.
+    pub(super) fn estimate(&mut self, answer: Option<&EstimateJobResponse>) -> io::Result<()> {
+        let text = answer.and_then(estimate_text).unwrap_or_default();
+        if self.bar.is_none() && !text.is_empty() && text != self.estimate {
+            print_line(&text)?;
+        }
+        self.estimate = text;
+        if let Some(bar) = &self.bar
+            && !self.estimate.is_empty()
+        {
+            bar.set_message(self.message());
+        }
+        Ok(())
+    }
+
     /// Shows the job's final status and progress.
-    pub(super) fn end(&self, state: &JobState) -> io::Result<()> {
+    pub(super) fn end(&mut self, state: &JobState) -> io::Result<()> {
+        self.estimate.clear();
+        (self.status, self.progress) = (state.status(), state.progress.unwrap_or_default());
         match &self.bar {
             Some(bar) => {
-                self.move_bar(bar, state.status(), state.progress.unwrap_or_default());
+                self.move_bar(bar);
                 // `finish` would move the bar to 100 %.
                 bar.abandon();
                 print_line("")
@@ -121,30 +187,43 @@ impl Screen {
         }
     }
 
-    fn move_bar(&self, bar: &ProgressBar, status: JobStatus, progress: Progress) {
-        bar.set_style(bar_style(status, bar_columns(self.message_columns)));
-        bar.set_position(u64::try_from(progress.percent).unwrap_or(0));
-        bar.set_message(self.message(status, progress));
+    fn move_bar(&self, bar: &ProgressBar) {
+        bar.set_style(bar_style(self.status, bar_columns(self.message_columns)));
+        bar.set_position(u64::try_from(self.progress.percent).unwrap_or(0));
+        bar.set_message(self.message());
     }
 
-    fn message(&self, status: JobStatus, progress: Progress) -> String {
-        let (name, color, _) = look(status);
+    fn message(&self) -> String {
+        let (name, color, _) = look(self.status);
         let status = Style::from_dotted_str(color).bold().apply_to(name);
         if self.steps == 0 {
             return status.to_string();
         }
-        format!("{status}  {}", dim(&done(self.done.len(), self.steps, progress)))
+        let mut message = format!("{status}  {}", dim(&done(self.done.len(), self.steps, self.progress)));
+        if let Some(UnderWay { name, percent, .. }) = &self.under_way {
+            message.push_str(&dim(&format!(" · {name} {percent} %")));
+        }
+        if self.is_asked_to_stop {
+            message.push_str(&dim(" · asked to stop"));
+        }
+        if !self.estimate.is_empty() {
+            message.push_str(&dim(&format!(" · {}", self.estimate)));
+        }
+        message
     }
 
     fn colored_line(&self, event: &Event) -> String {
-        let time = time(event).map(|at| at.with_timezone(&Local).format("%H:%M:%S").to_string());
+        let time = event.created_at.and_then(local_time);
         let (plain, bold) = (Style::new(), Style::new().bold());
         let (mark, style, title_style) = match event.kind() {
             EventKind::Step => ("✔", bold.clone().green(), bold),
+            EventKind::Progress => ("›", bold.cyan(), plain),
             EventKind::Error => ("✘", bold.red(), plain.red()),
             EventKind::Info => ("·", bold.cyan(), plain),
             EventKind::Complete => ("★", bold.clone().green(), bold),
             EventKind::Close => ("■", bold.yellow(), plain.yellow()),
+            EventKind::Silent => ("…", bold.yellow(), plain.yellow()),
+            EventKind::CancellationRequested => ("!", bold.yellow(), plain.yellow()),
             EventKind::Unspecified => ("?", bold.clone().magenta(), bold),
         };
         let (mark, title) = (style.apply_to(mark), title_style.apply_to(clean(title(event))));
@@ -161,16 +240,19 @@ impl Screen {
         line
     }
 
-    fn plain_line(&self, event: &Event, progress: Progress) -> String {
-        let time = time(event).map(|at| at.to_rfc3339_opts(SecondsFormat::Millis, true)).unwrap_or_default();
-        let kind = event.kind().as_str_name().trim_start_matches("EVENT_KIND_").to_ascii_lowercase();
+    fn plain_line(&self, event: &Event) -> String {
+        let time = output::time(event.created_at);
+        let kind = short(event.kind().as_str_name(), "EVENT_KIND_");
         let (status, ..) = look(event.status());
         let mut line = format!(
             "{time} #{} {:>3} % {status}: {kind} {}",
             event.sequence,
-            progress.percent,
+            event.progress.unwrap_or_default().percent,
             clean(title(event))
         );
+        if let Some(percent) = event.step_percent {
+            line.push_str(&format!(" {percent} %"));
+        }
         for (name, value) in self.metadata(event) {
             line.push_str(&format!("; {name} = {value}"));
         }
@@ -184,15 +266,43 @@ impl Screen {
             .map(|(name, value)| {
                 let units = self.units.get(&(event.step_tag.clone(), name.clone()));
                 let units = units.filter(|units| !units.is_empty());
-                let text = match &value.kind {
-                    Some(Kind::NumberValue(number)) => number.to_string(),
-                    Some(Kind::StringValue(text)) => clean(text),
-                    Some(Kind::BoolValue(yes)) => yes.to_string(),
-                    Some(Kind::NullValue(_) | Kind::StructValue(_) | Kind::ListValue(_)) | None => "?".into(),
-                };
+                let text = clean(&metadata_value(value));
                 (clean(name), units.map_or(text.clone(), |units| format!("{text} {}", clean(units))))
             })
             .collect()
+    }
+}
+
+/// The text of an estimate, if there is one.
+fn estimate_text(answer: &EstimateJobResponse) -> Option<String> {
+    let Some(Outcome::Estimate(estimate)) = &answer.outcome else { return None };
+    let now = answer.estimated_at?.seconds;
+    let left = |at: Option<Timestamp>| Some(length((at?.seconds - now).unsigned_abs()));
+    Some(format!("about {}, 9 in 10 within {}", left(estimate.p50)?, left(estimate.p90)?))
+}
+
+/// A length of time for people, rounded up.
+fn length(seconds: u64) -> String {
+    match seconds {
+        0..100 => format!("{} s", seconds.max(1)),
+        100..6_000 => format!("{} min", seconds.div_ceil(60)),
+        6_000..360_000 => format!("{} h", seconds.div_ceil(3_600)),
+        _ => format!("{} d", seconds.div_ceil(86_400)),
+    }
+}
+
+/// Whether the bar says all that the event does: how far a step is.
+fn is_shown_by_bar(event: &Event) -> bool {
+    event.kind() == EventKind::Progress && event.name.is_empty() && event.metadata.is_none()
+}
+
+/// A function that reports the first interruption of a watch on stderr.
+pub(super) fn report_once() -> impl FnMut() + Send + 'static {
+    let mut reported = false;
+    move || {
+        if !std::mem::replace(&mut reported, true) {
+            eprintln!("milepost: connection to the server lost, resuming");
+        }
     }
 }
 
@@ -202,6 +312,7 @@ fn look(status: JobStatus) -> (&'static str, &'static str, &'static str) {
         JobStatus::Unspecified => ("unknown", "cyan", " "),
         JobStatus::Pending => ("pending", "cyan", " "),
         JobStatus::Running => ("running", "cyan", " "),
+        JobStatus::Stalled => ("stalled", "yellow", " "),
         JobStatus::Failed => ("failed", "red", "✘"),
         JobStatus::Complete => ("complete", "green", "★"),
         JobStatus::Cancelled => ("cancelled", "yellow", "■"),
@@ -252,8 +363,11 @@ fn title(event: &Event) -> &str {
         ("", "") => match event.kind() {
             EventKind::Complete => "complete",
             EventKind::Close => "closed",
+            EventKind::Silent => "no event for too long",
+            EventKind::CancellationRequested => "asked to stop",
             EventKind::Error => "error",
             EventKind::Step => "step",
+            EventKind::Progress => "progress",
             EventKind::Info | EventKind::Unspecified => "",
         },
         ("", step) => step,
@@ -261,9 +375,9 @@ fn title(event: &Event) -> &str {
     }
 }
 
-fn time(event: &Event) -> Option<DateTime<Utc>> {
-    let at = event.created_at?;
-    DateTime::from_timestamp(at.seconds, u32::try_from(at.nanos).ok()?)
+fn local_time(at: Timestamp) -> Option<String> {
+    let at = DateTime::from_timestamp(at.seconds, 0)?;
+    Some(at.with_timezone(&Local).format("%H:%M:%S").to_string())
 }
 
 fn dim(text: &str) -> String {
@@ -272,14 +386,58 @@ fn dim(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use prost_types::{Struct, Value};
+    use milepost_client::pb;
+    use prost_types::{Struct, Value, value::Kind};
 
     use super::*;
 
+    fn screen(bar: Option<ProgressBar>) -> Screen {
+        Screen { bar, steps: 2, ..Screen::new(&JobConfiguration::default()) }
+    }
+
+    #[test]
+    fn an_estimate_is_told_in_round_numbers_and_gone_with_the_job() {
+        let at = |seconds| Some(Timestamp { seconds, nanos: 0 });
+        let estimate = pb::Estimate { p50: at(1_000 + 200), p90: at(1_000 + 6_900) };
+        let answer = EstimateJobResponse {
+            outcome: Some(Outcome::Estimate(estimate)),
+            jobs: 12,
+            estimated_at: at(1_000),
+        };
+        let mut screen = screen(Some(ProgressBar::hidden()));
+        screen.estimate(Some(&answer)).expect("stdout");
+        assert!(screen.message().contains("about 4 min, 9 in 10 within 2 h"), "{}", screen.message());
+        screen.estimate(None).expect("stdout");
+        assert!(!screen.message().contains("about"));
+    }
+
+    #[test]
+    fn the_message_names_the_step_under_way_with_its_highest_percent() {
+        let mut screen = screen(Some(ProgressBar::hidden()));
+        let event = |kind: EventKind, tag: &str, step_percent| Event {
+            kind: kind.into(),
+            step_tag: tag.to_owned(),
+            step_name: tag.to_uppercase(),
+            step_percent,
+            status: JobStatus::Running.into(),
+            ..Event::default()
+        };
+        let mut shown = |event: &Event| {
+            screen.event(event).expect("stdout");
+            let message = screen.message();
+            console::strip_ansi_codes(&message).into_owned()
+        };
+        use EventKind::{Info, Progress as Moves, Step};
+        assert!(shown(&event(Info, "load", None)).ends_with(" · LOAD 0 %"));
+        assert!(shown(&event(Moves, "load", Some(40))).ends_with(" · LOAD 40 %"));
+        assert!(shown(&event(Moves, "load", Some(30))).ends_with(" · LOAD 40 %"));
+        assert!(shown(&event(Step, "load", None)).ends_with("1 of 2 steps · 0 of 0 points"));
+        assert!(shown(&event(Moves, "load", Some(50))).ends_with("1 of 2 steps · 0 of 0 points"));
+    }
+
     #[test]
     fn a_step_event_without_a_step_tag_is_no_done_step() {
-        let mut screen =
-            Screen { bar: None, message_columns: 0, units: HashMap::new(), steps: 0, done: BTreeSet::new() };
+        let mut screen = screen(None);
         let event = Event { kind: EventKind::Step.into(), ..Event::default() };
         screen.event(&event).expect("stdout");
         assert!(screen.done.is_empty());
@@ -300,17 +458,9 @@ mod tests {
             }),
             ..Event::default()
         };
-        let screen = Screen {
-            bar: None,
-            message_columns: 0,
-            units: [(("measure".to_owned(), "mean".to_owned()), "HU".to_owned())].into(),
-            steps: 2,
-            done: BTreeSet::new(),
-        };
-        assert_eq!(
-            screen.plain_line(&event, event.progress.unwrap_or_default()),
-            " #3  40 % running: step Measure\u{fffd}[2J; mean = -412.5 HU"
-        );
+        let units = [(("measure".to_owned(), "mean".to_owned()), "HU".to_owned())].into();
+        let screen = Screen { units, ..screen(None) };
+        assert_eq!(screen.plain_line(&event), " #3  40 % running: step Measure\u{fffd}[2J; mean = -412.5 HU");
     }
 
     #[test]
@@ -319,13 +469,7 @@ mod tests {
         let state = JobState { status: JobStatus::Cancelled.into(), last_sequence: 1, progress };
         let bar = ProgressBar::hidden();
         bar.set_length(100);
-        let screen = Screen {
-            bar: Some(bar.clone()),
-            message_columns: 0,
-            units: HashMap::new(),
-            steps: 1,
-            done: BTreeSet::new(),
-        };
+        let mut screen = screen(Some(bar.clone()));
         screen.end(&state).expect("stdout");
         assert_eq!((bar.position(), bar.is_finished()), (40, true));
         assert_eq!(last_line(&state), "cancelled at 40 % after 1 event");

@@ -1,4 +1,4 @@
-//! `milepost user`: operators create, change, disable and enable users, directly in the
+//! `milepost user`: operators list, create, change, disable and enable users, directly in the
 //! database.
 
 use std::{
@@ -10,24 +10,32 @@ use std::{
 use clap::{Args, Subcommand, ValueEnum};
 use futures_util::{FutureExt as _, future::BoxFuture};
 
-use super::{clean, database::OpenDatabase, print_line};
+use super::{
+    clean,
+    database::OpenDatabase,
+    exit::WrongInput,
+    output::{List, Output, Row, json, time},
+    print_line,
+};
 use crate::{
     auth::Passwords,
     config::{BcryptSettings, DatabaseSource},
-    db::{Database, Transaction, Unconditional, migrations},
+    db::{Database, Payer, Transaction, Unconditional, migrations, read},
     error::{BoxError, Result, check_text},
     models::{
         caller::UserRole,
         email::{Email, EmailKey},
         user::{NewUser, User as UserRow},
     },
+    pb,
+    proto_enums::timestamp,
     secret::{Password, PasswordHash},
 };
 
 /// Longest password file that is read, in bytes.
 const PASSWORD_FILE_BYTES: u64 = 4096;
 
-/// Creates users, sets their passwords, and disables and enables them.
+/// Lists and creates users, sets their passwords, and disables and enables them.
 #[derive(Args, Clone, Debug)]
 pub(super) struct User {
     #[command(subcommand)]
@@ -36,6 +44,22 @@ pub(super) struct User {
 
 #[derive(Clone, Debug, Subcommand)]
 enum Command {
+    /// List the users, oldest first
+    List {
+        /// Only users with this role
+        #[arg(long, value_enum)]
+        role: Option<Role>,
+        /// Only disabled users
+        #[arg(long)]
+        disabled: bool,
+        /// Most users to list [default: all]
+        #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
+        limit: Option<u32>,
+        #[command(flatten)]
+        output: Output,
+        #[command(flatten)]
+        database: DatabaseSource,
+    },
     /// Create a user; prints the user's id and e-mail
     Create {
         /// Role of the user, which cannot be changed later
@@ -78,6 +102,9 @@ struct TargetUser {
     email: String,
 
     #[command(flatten)]
+    output: Output,
+
+    #[command(flatten)]
     database: DatabaseSource,
 }
 
@@ -101,19 +128,34 @@ enum Role {
     Provider,
 }
 
+impl From<Role> for UserRole {
+    fn from(role: Role) -> Self {
+        match role {
+            Role::Customer => Self::Customer,
+            Role::Provider => Self::Provider,
+        }
+    }
+}
+
 impl User {
     pub(super) async fn run(self) -> Result<ExitCode, BoxError> {
-        let (user, outcome) = match self.command {
+        match self.command {
+            Command::List { role, disabled, limit, output, database } => {
+                let columns = ["ID", "ROLE", "CREATED", "DISABLED", "E-MAIL", "NAME"];
+                let list = output.list_by(&columns, row, user_json);
+                let role = role.map(UserRole::from);
+                with_database(&database, async |database| {
+                    print_all(list, database, role, disabled, limit).await
+                })
+                .await?;
+            }
             Command::Create { role, first_name, last_name, password, user } => {
-                let role = match role {
-                    Role::Customer => UserRole::Customer,
-                    Role::Provider => UserRole::Provider,
-                };
-                let email =
-                    Email::new(user.email.clone()).map_err(|violation| format!("the e-mail {violation}"))?;
+                let email = Email::new(user.email.clone())
+                    .map_err(|violation| WrongInput(format!("the e-mail {violation}")))?;
                 let password_hash = password.hash().await?;
-                let new = NewUser { role, email, password_hash, first_name, last_name };
-                (user.change(move |tx| async move { new.create(tx).await }.boxed()).await?, "created")
+                let new = NewUser { role: role.into(), email, password_hash, first_name, last_name };
+                let created = user.change(move |tx| async move { new.create(tx).await }.boxed()).await?;
+                user.print(&created, "created")?;
             }
             Command::SetPassword { password, user } => {
                 let hash = password.hash().await?;
@@ -127,46 +169,97 @@ impl User {
                         "has a new password and stays disabled: `milepost user enable` lets the user log in"
                     }
                 };
-                (changed, outcome)
+                user.print(&changed, outcome)?;
             }
             Command::Disable { user } => {
                 let email = EmailKey::of(&user.email);
-                (
-                    user.change(move |tx| async move { UserRow::disable(tx, &email).await }.boxed()).await?,
-                    "disabled",
-                )
+                let disabled =
+                    user.change(move |tx| async move { UserRow::disable(tx, &email).await }.boxed());
+                user.print(&disabled.await?, "disabled")?;
             }
             Command::Enable { user } => {
                 let email = EmailKey::of(&user.email);
                 let enabled = user.change(move |tx| async move { UserRow::enable(tx, &email).await }.boxed());
-                let (user, was_disabled) = enabled.await?;
-                (user, if was_disabled { "enabled" } else { "is not disabled: nothing was changed" })
+                let (enabled, was_disabled) = enabled.await?;
+                user.print(
+                    &enabled,
+                    if was_disabled { "enabled" } else { "is not disabled: nothing was changed" },
+                )?;
             }
-        };
-        print_line(&format!("{} {} {outcome}", user.id, clean(&user.email)))?;
+        }
         Ok(ExitCode::SUCCESS)
     }
 }
 
 impl TargetUser {
-    /// Runs `change` on the database, once its schema is known to fit this binary.
     async fn change<T: Send + 'static>(
         &self,
         change: impl for<'a> FnOnce(&'a mut Transaction<'_>) -> BoxFuture<'a, Result<T>> + Send + 'static,
     ) -> Result<T, BoxError> {
-        let open = OpenDatabase::to_use(&self.database).await?;
-        let changed = async {
-            if open.embedded.is_some() {
-                migrations::migrate(open.url.reveal(), None).await?;
-            }
-            let database = Database::new(open.url.clone(), self.database.settings.clone())?;
-            migrations::check(&database, true).await?;
-            Ok(database.write(Unconditional, change).await?)
-        };
-        let changed = changed.await;
-        open.close().await?;
-        changed
+        with_database(&self.database, async |database| Ok(database.write(Unconditional, change).await?)).await
     }
+
+    fn print(&self, user: &UserRow, outcome: &str) -> Result<(), BoxError> {
+        let line = match self.output.is_json() {
+            true => user_json(user)?,
+            false => format!("{} {} {outcome}", user.id, clean(&user.email)),
+        };
+        Ok(print_line(&line)?)
+    }
+}
+
+/// Runs `work` on the database, once its schema is known to fit this binary.
+async fn with_database<T>(
+    source: &DatabaseSource,
+    work: impl AsyncFnOnce(&Database) -> Result<T, BoxError>,
+) -> Result<T, BoxError> {
+    let open = OpenDatabase::to_use(source).await?;
+    let done = async {
+        if open.embedded.is_some() {
+            migrations::migrate(open.url.reveal(), None).await?;
+        }
+        let database = Database::new(open.url.clone(), source.settings.clone())?;
+        migrations::check(&database, true).await?;
+        work(&database).await
+    };
+    let done = done.await;
+    open.close().await?;
+    done
+}
+
+async fn print_all(
+    list: List<UserRow>,
+    database: &Database,
+    role: Option<UserRole>,
+    disabled: bool,
+    limit: Option<u32>,
+) -> Result<(), BoxError> {
+    let page = async |size: i32, token: String| {
+        let (after, size) = (token.parse().ok(), i64::from(size));
+        let users = read!(database, Payer::Server, |conn| UserRow::list(conn, role, disabled, after, size))?;
+        let more = users.last().filter(|_| i64::try_from(users.len()) == Ok(size));
+        let next = more.map_or_else(String::new, |user| user.id.to_string());
+        Ok((users, next))
+    };
+    list.print_pages(limit, page).await
+}
+
+fn row(user: &UserRow) -> Row {
+    vec![
+        user.id.to_string(),
+        user.role.label().to_owned(),
+        time(Some(timestamp(user.created_at))),
+        time(user.disabled_at.map(timestamp)),
+        user.email.clone(),
+        format!("{} {}", user.first_name, user.last_name).trim().to_owned(),
+    ]
+}
+
+/// The message of the API, and what only operators see of a user.
+fn user_json(user: &UserRow) -> Result<String, BoxError> {
+    let disabled_at = user.disabled_at.map(|at| time(Some(timestamp(at))));
+    let more = disabled_at.as_deref().map(|at| ("disabledAt", at));
+    json(&pb::User::from(user.clone()), more.as_slice())
 }
 
 impl PasswordSource {
@@ -180,7 +273,8 @@ impl PasswordSource {
         match &self.password_file {
             Some(path) => {
                 let file = std::fs::File::open(path)
-                    .map_err(|error| format!("cannot read the password from {}: {error}", path.display()))?;
+                    .map_err(|error| format!("cannot read the password from {}: {error}", path.display()))
+                    .map_err(WrongInput)?;
                 file.take(PASSWORD_FILE_BYTES).read_to_string(&mut text)?;
             }
             None if stdin.is_terminal() => {
@@ -203,13 +297,13 @@ impl PasswordSource {
 fn ask_twice(mut ask: impl FnMut(&str) -> io::Result<String>) -> Result<Password, BoxError> {
     let password = valid(ask("Password: ")?)?;
     if ask("The same password again: ")?.as_bytes() != password.as_bytes() {
-        return Err("the two passwords differ: nothing was changed".into());
+        return Err(WrongInput("the two passwords differ: nothing was changed".to_owned()).into());
     }
     Ok(password)
 }
 
 fn valid(password: String) -> Result<Password, BoxError> {
-    Password::new(password).map_err(|violation| format!("the password {violation}").into())
+    Password::new(password).map_err(|violation| WrongInput(format!("the password {violation}")).into())
 }
 
 /// Parses a name of a user.

@@ -188,6 +188,7 @@ mod tests {
             step_tag: random_text(random, 5),
             metadata: random.bool().then(|| metadata(random.usize(..=names))),
             occurred_at: random.bool().then(|| prost_types::Timestamp { seconds: random.i64(..), nanos: 7 }),
+            step_percent: random.bool().then(|| random.i32(..)),
         }
     }
 

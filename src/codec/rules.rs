@@ -37,7 +37,10 @@ pub(super) fn rules_of(name: &str) -> Option<&'static Rules> {
     Some(match name {
         "AppendEventsRequest" => &Rules(&[(4, Rule::Messages(BATCH_EVENTS, &NEW_EVENT))]),
         "PublishEventsRequest" => &Rules(&[(5, Rule::Messages(BATCH_EVENTS, &NEW_EVENT))]),
-        "RegisterJobConfigurationRequest" => &Rules(&[(4, Rule::Messages(CONFIGURATION_STEPS, &STEP))]),
+        "RegisterJobConfigurationRequest" => {
+            &Rules(&[(4, Rule::Messages(CONFIGURATION_STEPS, &STEP)), (5, Rule::Message(&NOTHING))])
+        }
+        "CreateJobRequest" => &Rules(&[(7, Rule::Message(&NOTHING))]),
         "ListEventsRequest" => &Rules(&[(4, Rule::Numbers(EVENT_KINDS))]),
         "WatchEventsRequest" => &Rules(&[
             (3, Rule::Message(&NOTHING)),

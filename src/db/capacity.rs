@@ -7,8 +7,9 @@ use super::{Database, Payer, pooler};
 use crate::error::Result;
 
 /// What a server opens outside its pool: to listen, to append, to read and to lock jobs, to
-/// follow the log, to confirm credentials, and to check the availability.
-const OUTSIDE_THE_POOL: usize = 7;
+/// follow the log, to look for silent jobs, to confirm credentials, and to check the
+/// availability.
+const OUTSIDE_THE_POOL: usize = 8;
 
 #[derive(QueryableByName)]
 struct Capacity {

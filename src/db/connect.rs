@@ -132,9 +132,12 @@ fn text(error: &tokio_postgres::Error) -> String {
     format!("{error}{}{}", cause.unwrap_or_default(), demand.unwrap_or_default())
 }
 
+/// [`ConnectionError::InvalidConnectionUrl`] if a retry is useless, so that the exit code of a
+/// command tells it from an outage.
 impl From<DialError> for ConnectionError {
     fn from(error: DialError) -> Self {
-        Self::BadConnection(error.to_string())
+        let text = error.to_string();
+        if error.is_final() { Self::InvalidConnectionUrl(text) } else { Self::BadConnection(text) }
     }
 }
 

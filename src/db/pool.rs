@@ -134,10 +134,11 @@ impl Database {
         let payer = payer.into();
         let overloaded = |_| Error::Overloaded { what: payer.overload(), retry_after: RETRY_AFTER };
         let held = timeout(self.settings().connect_timeout, self.wait_for(&payer));
-        let held = self.unless_unavailable(async { Ok::<_, BoxError>(held.await) }).await?;
+        // Boxed, as the connecting below: a call that finds all in memory has no room for them.
+        let held = self.unless_unavailable(Box::pin(async { Ok::<_, BoxError>(held.await) })).await?;
         let held = held.map_err(overloaded)??;
         // As many turns as connections: this never waits for one that is in use.
-        let mut connection: Connection = self.unless_unavailable(self.pool.get()).await?;
+        let mut connection: Connection = self.unless_unavailable(Box::pin(self.pool.get())).await?;
         connection.held = Some(held);
         Ok(connection)
     }

@@ -120,6 +120,10 @@ fn encode(row: &Event, progress: Progress, job: &JobIdentity, step: Option<&Step
     put_int64(11, row.status.to_proto().into(), &mut event);
     encoding::message::encode(12, &pb::Progress::from(progress), &mut event);
     put_bytes(13, job.provider_job_id.as_bytes(), &mut event);
+    if let Some(percent) = row.step_percent {
+        // An optional field is encoded even if it is 0.
+        encoding::int32::encode(14, &percent.into(), &mut event);
+    }
 
     let mut field = BytesMut::with_capacity(event.len() + 8);
     put_bytes(EVENTS_FIELD, &event, &mut field);
@@ -181,6 +185,7 @@ mod tests {
             kind: EventKind::Step,
             name: "Loaded".to_owned(),
             step_configuration_id: Some(Uuid::from_u128(7)),
+            step_percent: Some(0),
             event_metadata: metadata.encode_to_vec(),
             occurred_at: DateTime::from_timestamp(-1, 500_000),
             status: JobStatus::Running,
@@ -195,6 +200,7 @@ mod tests {
         let bare = Event {
             name: String::new(),
             step_configuration_id: None,
+            step_percent: None,
             event_metadata: Vec::new(),
             occurred_at: None,
             points_done: 0,
@@ -215,6 +221,7 @@ mod tests {
             assert_eq!(sent.encode_to_vec(), whole.encode_to_vec());
             assert_eq!((message.sequence, &message.name), (row.sequence, &row.name));
             assert_eq!(message.step_tag.is_empty(), row.step_configuration_id.is_none());
+            assert_eq!(message.step_percent, row.step_percent.map(i32::from));
             assert_eq!(message.metadata.is_none(), row.event_metadata.is_empty());
             assert_eq!(message.occurred_at.is_none(), row.occurred_at.is_none());
             assert_eq!(message.provider_job_id, "scan-1");

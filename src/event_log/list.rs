@@ -7,12 +7,16 @@ use std::{
 
 use super::{
     event::LogEvent,
-    reader::{Reader, head},
+    reader::{Reader, state},
 };
 use crate::{
     db::read,
     error::{Error, Result},
-    models::{caller::Tenant, event::Event, job_identity::JobIdentity},
+    models::{
+        caller::Tenant,
+        event::{Event, JobHead},
+        job_identity::JobIdentity,
+    },
     progress::EventKind,
 };
 
@@ -33,7 +37,7 @@ pub(super) async fn list(
 ) -> Result<(Vec<Arc<LogEvent>>, Option<i64>)> {
     read!(reader.database, tenant, |connection| async {
         let since = Instant::now();
-        let state = head(connection, job.id).await?.state();
+        let state = state(connection, job.id).await?;
         let end = state.last_sequence;
         if after > end {
             return Err(Error::PositionBeyondLog);
@@ -44,7 +48,7 @@ pub(super) async fn list(
         // check comes after the page.
         if (state.closed || since.elapsed() >= SHORTEST_RETENTION)
             && after < end
-            && head(connection, job.id).await?.events_removed
+            && JobHead::has_removed_events(connection, job.id).await?
         {
             return Err(Error::EventsExpired { first_sequence: Some(end + 1) });
         }

@@ -4,11 +4,13 @@
 //!
 //! | floor | file | what it does |
 //! |---|---|---|
-//! | 7 | `mod.rs` | [`EventLog`], the handle that services use |
+//! | 8 | `mod.rs` | [`EventLog`], the handle that services use |
+//! | 7 | `silence` | writes the events of jobs whose providers are silent |
 //! | 6 | `append` | many callers, few transactions |
 //! | 6 | `watch` | the one loop behind every watch: the past, then the tail |
 //! | 6 | `list` | pages of one job's events |
 //! | 6 | `retention` | removes the events that are not kept |
+//! | 6 | `step_times` | keeps what estimates rest on |
 //! | 5 | `reader` | what watches and lists need of the database, the job cache and the tail |
 //! | 4 | `tail` | follows what was committed, in order, once per process |
 //! | 3 | `mailbox` | the events that wait for each watcher |
@@ -17,9 +19,11 @@
 //! | 2 | `position` | how far a watch has read; resume tokens |
 //! | 1 | `scope` | which events a watch asks for |
 //! | 1 | `abort` | ends the process when a vital task panics |
+//! | 1 | `background` | what the tasks have in common that work by themselves |
 
 mod abort;
 mod append;
+mod background;
 mod event;
 mod job_cache;
 mod list;
@@ -28,6 +32,8 @@ mod position;
 mod reader;
 mod retention;
 mod scope;
+mod silence;
+mod step_times;
 mod tail;
 mod watch;
 
@@ -38,7 +44,7 @@ use uuid::Uuid;
 
 use self::{append::Appender, job_cache::JobCache, reader::Reader, tail::Tail};
 pub(crate) use self::{
-    append::{AppendedEvent, Batch, NewEvent, PendingAnswer, Step, StreamOrder},
+    append::{Appended, Batch, NewEvent, PendingAnswer, Step, StreamOrder},
     event::LogEvent,
     position::ResumeToken,
     scope::{Filter, Scope},
@@ -51,7 +57,7 @@ use crate::{
     error::{Error, Result},
     models::{
         audit_entry::{AuditAct, AuditEntry, Origin},
-        caller::{Provider, Tenant},
+        caller::{Customer, Provider, Tenant, Viewer},
         job::JobKey,
         job_identity::JobIdentity,
     },
@@ -93,8 +99,10 @@ impl EventLog {
         )
         .map_err(Error::internal)?;
         if let Some(age) = settings.retention {
-            retention::start(database.clone(), age, Arc::downgrade(&tail));
+            retention::start(&database, age, Arc::downgrade(&tail), Arc::clone(&metrics));
         }
+        step_times::start(&database, Arc::downgrade(&tail));
+        silence::start(&database, jobs.clone(), &appender, Arc::clone(&metrics));
         let reader = Arc::new(Reader::new(database, jobs.clone(), tail, metrics));
         Ok(Self { jobs, appender, reader, settings, usage })
     }
@@ -125,20 +133,51 @@ impl EventLog {
         reason: String,
         origin: &Origin,
     ) -> Result<(Uuid, bool)> {
-        let job = self.jobs.find(provider.into(), job).await?;
-        let id = job.id;
-        let (user_id, job_id) = (Some(provider.id()), Some(id));
-        let audit = AuditEntry { user_id, job_id, ..origin.entry(AuditAct::JobClosed) };
-        let weights =
-            Arc::clone(&self.jobs.configuration(provider.tenant(), job.configuration_id).await?.weights);
-        let batch = Batch::close(job, weights, reason, audit);
-        let answer = self.appender.submit(credential, batch, StreamOrder::default(), Box::new(())).await?;
-        match answer.wait().await {
+        let viewer = provider.into();
+        let job = self.jobs.find(viewer, job).await?;
+        let (id, entry) = (job.id, origin.entry(AuditAct::JobClosed));
+        match self.append_for(credential, viewer, job, EventKind::Close, reason, entry).await {
             Ok(_) => Ok((id, false)),
             // Only `close` closes a job that is not complete.
             Err(Error::JobClosed { status, .. }) if status != JobStatus::Complete => Ok((id, true)),
             Err(error) => Err(error),
         }
+    }
+
+    /// Asks the provider of a job of the customer to stop it. Returns whether that was asked
+    /// before; [`Error::JobClosed`] if the job was closed without.
+    pub(crate) async fn request_cancellation(
+        &self,
+        credential: Arc<Credential>,
+        customer: Customer,
+        job: &JobKey,
+        reason: String,
+        origin: &Origin,
+    ) -> Result<bool> {
+        let viewer = customer.into();
+        let job = self.jobs.find(viewer, job).await?;
+        let (kind, entry) = (EventKind::CancellationRequested, origin.entry(AuditAct::CancellationRequested));
+        let appended = self.append_for(credential, viewer, job, kind, reason, entry).await?;
+        Ok(appended.events.is_empty())
+    }
+
+    /// Appends an event that only the server writes, for a user who asked for it, with its audit
+    /// entry.
+    async fn append_for(
+        &self,
+        credential: Arc<Credential>,
+        user: Viewer,
+        job: Arc<JobIdentity>,
+        kind: EventKind,
+        reason: String,
+        entry: AuditEntry,
+    ) -> Result<Appended> {
+        let entry = AuditEntry { user_id: Some(user.id()), job_id: Some(job.id), ..entry };
+        let configuration = self.jobs.configuration(user.tenant(), job.configuration_id).await?;
+        let weights = Arc::clone(&configuration.weights);
+        let batch = Batch::by_server(job, weights, kind, reason, Some(entry));
+        let answer = self.appender.submit(credential, batch, StreamOrder::default(), Box::new(())).await?;
+        answer.wait().await
     }
 
     /// A page of a job's events after a sequence, ascending, of some kinds (empty: all

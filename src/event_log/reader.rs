@@ -12,8 +12,9 @@ use crate::{
     error::{Error, Resource, Result},
     models::{
         caller::Tenant,
-        event::{Event, JobHead},
+        event::{Event, StoredState},
         history::LogEnd,
+        job_identity::{Configuration, JobIdentity},
     },
     progress::JobState,
     telemetry::metrics::Metrics,
@@ -54,9 +55,9 @@ pub(super) struct Standing {
     pub(super) identity: Identity,
 }
 
-pub(super) async fn head(connection: &mut AsyncPgConnection, job_id: Uuid) -> Result<JobHead> {
-    let head = JobHead::load(connection, &[job_id]).await?.pop();
-    head.ok_or_else(|| Error::not_found(Resource::Job, &job_id))
+pub(super) async fn state(connection: &mut AsyncPgConnection, job_id: Uuid) -> Result<JobState> {
+    let state = StoredState::load(connection, &[job_id]).await?.remove(&job_id);
+    state.ok_or_else(|| Error::not_found(Resource::Job, &job_id))
 }
 
 impl Reader {
@@ -91,6 +92,21 @@ impl Reader {
         Ok(rows.iter().map(|event| Arc::new(LogEvent::new(event, None))).collect())
     }
 
+    /// The configuration of a job of this database; none if another database has taken its
+    /// place, where the job may be lost.
+    pub(super) async fn configuration(
+        &self,
+        tenant: Tenant,
+        job: &JobIdentity,
+        identity: Identity,
+    ) -> Result<Option<Arc<Configuration>>> {
+        let found = self.job_cache.configuration(tenant, job.configuration_id).await;
+        if self.database.identity() != Some(identity) {
+            return Ok(None);
+        }
+        found.map(Some)
+    }
+
     /// Reads where the log of a scope ends, and finds there the position of a watch that has
     /// reached this much: [`Error::LogSetBack`] if a part of that is lost.
     pub(super) async fn standing(&self, tenant: Tenant, scope: &Scope, reached: Reached) -> Result<Standing> {
@@ -100,12 +116,12 @@ impl Reader {
     async fn standing_on(connection: &mut Connection, scope: &Scope, reached: Reached) -> Result<Standing> {
         let identity = connection.identity();
         let job = match scope {
-            Scope::Job(job) => Some(head(connection, job.id).await?.state()),
+            Scope::Job(job) => Some(state(connection, job.id).await?),
             Scope::All { .. } => None,
         };
         // After the job's state, so that the job's last event is in this history.
         let log = LogEnd::read(connection).await?;
-        let end = job.map_or(log.position, |job| job.last_sequence);
+        let end = job.as_ref().map_or(log.position, |job| job.last_sequence);
         let at = |cursor, position| Position {
             history: log.history,
             log: position,

@@ -3,18 +3,18 @@
 //! function `remove_expired_events`, in migrations/2026-11-26-000006_retention/up.sql.
 
 use std::{
-    error::Error as StdError,
-    sync::Weak,
+    sync::{Arc, Weak},
     time::{Duration, Instant},
 };
 
 use futures_util::FutureExt as _;
 
-use super::tail::Tail;
+use super::{background::take_steps, tail::Tail};
 use crate::{
     db::{Database, Unconditional},
     error::Result,
     models::retention::remove_step,
+    telemetry::metrics::Metrics,
 };
 
 /// Shortest pause between two steps.
@@ -27,27 +27,24 @@ const IDLE: Duration = Duration::from_secs(60);
 
 /// Removes the events of jobs that closed longer ago than `age`, for as long as the
 /// tail is used.
-pub(super) fn start(database: Database, age: Duration, tail: Weak<Tail>) {
-    database.clone().spawn(async move {
-        let idle = (age / 10).clamp(PAUSE, IDLE);
-        let mut failing = false;
-        while tail.strong_count() > 0 {
-            let started = Instant::now();
-            let stepped = step(&database, age).await;
-            // Logged once an outage, not at every attempt.
-            if let Err(error) = &stepped
-                && !failing
-            {
-                tracing::warn!(error = error as &dyn StdError, "cannot remove expired events");
-            }
-            failing = stepped.is_err();
-            let more = stepped.unwrap_or(false);
-            let pause = if more { PAUSE.max(started.elapsed() * PAUSE_FACTOR) } else { idle };
-            tokio::time::sleep(pause).await;
+pub(super) fn start(database: &Database, age: Duration, tail: Weak<Tail>, metrics: Arc<Metrics>) {
+    let of_task = database.clone();
+    let idle = (age / 10).clamp(PAUSE, IDLE);
+    database.spawn(take_steps("cannot remove expired events", idle, async move || {
+        if tail.strong_count() == 0 {
+            return Ok(None);
         }
-    });
+        let started = Instant::now();
+        let more = step(&of_task, age, &metrics).await?;
+        Ok(Some(if more { PAUSE.max(started.elapsed() * PAUSE_FACTOR) } else { idle }))
+    }));
 }
 
-async fn step(database: &Database, age: Duration) -> Result<bool> {
-    database.write(Unconditional, move |tx| async move { remove_step(tx, age).await }.boxed()).await
+/// Removes some events. Returns whether there may be more to remove.
+async fn step(database: &Database, age: Duration, metrics: &Metrics) -> Result<bool> {
+    let step = database.write(Unconditional, move |tx| async move { remove_step(tx, age).await }.boxed());
+    let (jobs, events) = step.await?;
+    metrics.removals.jobs.inc_by(jobs);
+    metrics.removals.events.inc_by(events);
+    Ok(jobs > 0 || events > 0)
 }

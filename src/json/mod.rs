@@ -26,7 +26,7 @@ mod tests;
 use std::sync::LazyLock;
 
 use prost::{
-    Message as _,
+    Message as _, Name,
     encoding::{decode_key, decode_varint},
 };
 use prost_reflect::{DescriptorPool, MessageDescriptor};
@@ -74,10 +74,14 @@ pub(crate) static DESCRIPTORS: LazyLock<DescriptorPool> = LazyLock::new(|| {
     pool
 });
 
+/// The descriptor of a message that is generated from the protos of [`DESCRIPTORS`].
+pub(crate) fn descriptor<M: Name>() -> MessageDescriptor {
+    let name = M::full_name();
+    DESCRIPTORS.get_message_by_name(&name).unwrap_or_else(|| unreachable!("{name} is in the descriptors"))
+}
+
 /// The descriptor of `milepost.v1.Event`.
-static EVENT: LazyLock<MessageDescriptor> = LazyLock::new(|| {
-    DESCRIPTORS.get_message_by_name("milepost.v1.Event").unwrap_or_else(|| unreachable!("the API has events"))
-});
+static EVENT: LazyLock<MessageDescriptor> = LazyLock::new(descriptor::<pb::Event>);
 
 /// A whole field `events` of `WatchedEvents` with the event in it as JSON instead.
 pub(crate) fn event_field_to_json(field: &[u8]) -> Result<Vec<u8>, Malformed> {

@@ -208,3 +208,23 @@ fn elements_that_are_json_already_are_written_as_they_are() {
     to_json(&watched, &bytes, &mut json).expect("a message");
     assert_eq!(json, br#"{"events":[{"a":1},2]}"#);
 }
+
+#[test]
+fn numbers_of_metadata_are_written_as_javascript_writes_them() {
+    let event = DESCRIPTORS.get_message_by_name("milepost.v1.NewEvent").expect("known");
+    for (read, written) in [
+        ("5.0", "5"),
+        ("-5.0", "-5"),
+        ("0.0", "0"),
+        ("-0.0", "-0.0"),
+        ("1.5", "1.5"),
+        ("1e2", "100"),
+        ("1e300", "1e+300"),
+    ] {
+        let given = format!(r#"{{"metadata":{{"a":{read}}}}}"#);
+        let mut json = Vec::new();
+        let message = from_json(&event, given.as_bytes()).expect("valid");
+        to_json(&event, &message, &mut json).expect("a message");
+        assert_eq!(String::from_utf8(json).expect("text"), format!(r#"{{"metadata":{{"a":{written}}}}}"#));
+    }
+}

@@ -44,10 +44,12 @@ pg_enum! {
         WatchTokenExpired = "watch_token_expired",
         /// By `CloseJob` only; a completion is an event of the job's log.
         JobClosed = "job_closed",
+        CancellationRequested = "cancellation_requested",
         UserCreated = "user_created",
         PasswordSet = "password_set",
         UserDisabled = "user_disabled",
         UserEnabled = "user_enabled",
+        CustomerCodeRenewed = "customer_code_renewed",
     }
 }
 

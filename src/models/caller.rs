@@ -24,7 +24,7 @@ pg_enum! {
     pub enum KeyScope = ApiKeyScope {
         /// Methods that only read.
         Read = "read",
-        /// Methods by which a provider writes.
+        /// Methods that write to jobs.
         Append = "append",
         /// Methods that list and change the user's API keys.
         Manage = "manage",
@@ -101,6 +101,16 @@ impl Caller {
         Ok(Provider { id })
     }
 
+    /// Returns the proof that a customer may ask something of the provider of a job. Fails with
+    /// [`Error::RoleRequired`] or [`Error::ScopeRequired`].
+    pub fn customer(&self) -> Result<Customer> {
+        let Subject::User { id, role: UserRole::Customer } = self.subject else {
+            return Err(Error::RoleRequired("customer"));
+        };
+        require(&self.scopes, &[KeyScope::Append])?;
+        Ok(Customer { id })
+    }
+
     /// As [`Self::viewer`], for methods that concern more than one job. Fails with
     /// [`Error::RoleRequired`] for a watch token.
     pub fn user_viewer(&self) -> Result<Viewer> {
@@ -131,6 +141,16 @@ impl Caller {
             }
             _ => Err(Error::SessionRequired),
         }
+    }
+
+    /// As [`Self::account`], for methods of customers. Fails with [`Error::RoleRequired`] for
+    /// the session of a provider.
+    pub fn customer_account(&self) -> Result<CustomerAccount> {
+        let account = self.account()?;
+        let Subject::User { role: UserRole::Customer, .. } = self.subject else {
+            return Err(Error::RoleRequired("customer"));
+        };
+        Ok(CustomerAccount(account))
     }
 
     /// Returns the proof that the user's API keys may be listed, created and expired.
@@ -166,6 +186,29 @@ impl Provider {
     /// See [`Caller::tenant`].
     pub fn tenant(self) -> Tenant {
         Tenant::of_user(self.id)
+    }
+}
+
+/// Proof of [`Caller::customer`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Customer {
+    id: Uuid,
+}
+
+impl Customer {
+    pub fn id(self) -> Uuid {
+        self.id
+    }
+
+    /// See [`Caller::tenant`].
+    pub fn tenant(self) -> Tenant {
+        Tenant::of_user(self.id)
+    }
+}
+
+impl From<Customer> for Viewer {
+    fn from(customer: Customer) -> Self {
+        Self { visibility: Visibility::Customer(customer.id), tenant: customer.tenant() }
     }
 }
 
@@ -236,6 +279,16 @@ impl Account {
     /// See [`Caller::tenant`].
     pub fn tenant(self) -> Tenant {
         Tenant::of_user(self.user_id)
+    }
+}
+
+/// Proof of [`Caller::customer_account`].
+#[derive(Clone, Copy, Debug)]
+pub struct CustomerAccount(Account);
+
+impl CustomerAccount {
+    pub fn user_id(self) -> Uuid {
+        self.0.user_id
     }
 }
 

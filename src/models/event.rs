@@ -4,6 +4,8 @@ mod append;
 mod locked;
 mod query;
 
+use std::collections::HashMap;
+
 use chrono::{DateTime, Utc};
 use diesel::prelude::*;
 use diesel_async::{AsyncPgConnection, RunQueryDsl};
@@ -11,18 +13,18 @@ use uuid::Uuid;
 
 use self::query::{EventQuery, Rows};
 pub use self::{
-    append::{AppendOutcome, AppendStatement, NewRow},
+    append::{AppendConnection, AppendOutcome, AppendStatement, NewRow},
     locked::LockedJob,
 };
 use crate::{
-    error::Result,
+    error::{Error, Resource, Result},
     models::{
         caller::{Viewer, Visibility},
         job::WalkedJob,
         visible_jobs,
     },
-    progress::{EventKind, JobState, JobStatus, Progress, StepSet},
-    schema::{events, jobs},
+    progress::{EventKind, JobState, JobStatus, Progress},
+    schema::{events, job_states, jobs},
 };
 
 /// An event of the log.
@@ -42,6 +44,8 @@ pub struct Event {
     pub name: String,
     /// The event's step, if it names one.
     pub step_configuration_id: Option<Uuid>,
+    /// How far a progress event says that its step is, 0 to 99.
+    pub step_percent: Option<i16>,
     /// An encoded `google.protobuf.Struct`; empty for none.
     pub event_metadata: Vec<u8>,
     /// By the provider's clock.
@@ -166,7 +170,63 @@ impl Event {
     }
 }
 
-/// The columns of a job that never change, and those that its log derives.
+/// The state of a job after its last event, as it is stored.
+#[derive(Debug, Queryable, Selectable)]
+#[diesel(table_name = job_states, check_for_backend(diesel::pg::Pg))]
+pub struct StoredState {
+    job_id: Uuid,
+    points_total: i64,
+    status: JobStatus,
+    closed: bool,
+    points_done: i64,
+    percent: i16,
+    last_sequence: i64,
+    last_event_id: Option<Uuid>,
+    steps: Vec<u8>,
+    last_step_sequence: i64,
+    silent: bool,
+    cancellation_requested_at: Option<DateTime<Utc>>,
+}
+
+impl From<StoredState> for JobState {
+    fn from(stored: StoredState) -> Self {
+        Self {
+            last_sequence: stored.last_sequence,
+            last_event_id: stored.last_event_id,
+            status: stored.status,
+            closed: stored.closed,
+            progress: Progress {
+                points_done: stored.points_done,
+                points_total: stored.points_total,
+                percent: stored.percent,
+            },
+            steps: stored.steps.into(),
+            last_step_sequence: stored.last_step_sequence,
+            silent: stored.silent,
+            cancellation: stored.cancellation_requested_at.into(),
+        }
+    }
+}
+
+impl StoredState {
+    /// The states of the existing jobs among these, whosever they are.
+    pub async fn load(
+        connection: &mut AsyncPgConnection,
+        job_ids: &[Uuid],
+    ) -> Result<HashMap<Uuid, JobState>> {
+        let query = job_states::table.select(Self::as_select()).into_boxed();
+        let query = match job_ids {
+            // Postgres plans a query with an array at each call, which costs more than
+            // the query itself.
+            [id] => query.filter(job_states::job_id.eq(*id)),
+            ids => query.filter(job_states::job_id.eq_any(ids)),
+        };
+        let states: Vec<Self> = query.load(connection).await?;
+        Ok(states.into_iter().map(|state| (state.job_id, state.into())).collect())
+    }
+}
+
+/// The columns of a job that never change.
 #[derive(Clone, Debug, Queryable, Selectable)]
 #[diesel(table_name = jobs, check_for_backend(diesel::pg::Pg))]
 pub struct JobHead {
@@ -178,41 +238,15 @@ pub struct JobHead {
     pub configuration_tag: String,
     /// The provider's own id for the job.
     pub provider_job_id: String,
-    status: JobStatus,
-    points_done: i64,
     pub points_total: i64,
-    percent: i16,
-    steps_done: Vec<u8>,
-    last_sequence: i64,
-    last_event_id: Option<Uuid>,
-    closed_at: Option<DateTime<Utc>>,
-    /// Retention removes the job's events, or has removed them.
-    pub events_removed: bool,
 }
 
 impl JobHead {
-    /// The job's state after its last event.
-    pub fn state(&self) -> JobState {
-        JobState {
-            last_sequence: self.last_sequence,
-            last_event_id: self.last_event_id,
-            status: self.status,
-            closed: self.closed_at.is_some(),
-            progress: Progress {
-                points_done: self.points_done,
-                points_total: self.points_total,
-                percent: self.percent,
-            },
-            steps_done: StepSet::from_bytes(&self.steps_done),
-        }
-    }
-
     /// The existing jobs among these, in no order, whosever they are.
     pub async fn load(connection: &mut AsyncPgConnection, ids: &[Uuid]) -> Result<Vec<Self>> {
         let query = jobs::table.select(Self::as_select()).into_boxed();
         let query = match ids {
-            // Postgres plans a query with an array at each call, which costs more than
-            // the query itself.
+            // As in StoredState::load.
             [id] => query.filter(jobs::id.eq(*id)),
             ids => query.filter(jobs::id.eq_any(ids)),
         };
@@ -238,5 +272,11 @@ impl JobHead {
             .first(connection)
             .await
             .optional()?)
+    }
+
+    /// Whether retention removes the job's events, or has removed them.
+    pub async fn has_removed_events(connection: &mut AsyncPgConnection, id: Uuid) -> Result<bool> {
+        let removed = jobs::table.find(id).select(jobs::events_removed).first(connection).await.optional()?;
+        removed.ok_or_else(|| Error::not_found(Resource::Job, &id))
     }
 }

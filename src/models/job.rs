@@ -15,17 +15,21 @@ pub use self::{
     walk::{JobScope, JobWalk, WalkPoint, WalkedJob},
 };
 use super::{
-    caller::{Provider, UserRole, Viewer, Visibility},
+    caller::{Provider, Viewer, Visibility},
+    customer_code::CustomerKey,
     job_configuration::{ConfigurationKey, JobConfiguration},
-    usage, visible_jobs,
+    max_silence::{self, MaxSilence},
+    usage,
+    user::User,
+    visible_jobs,
 };
 use crate::{
     config::QuotaSettings,
     db::Transaction,
     error::{Error, Resource, Result, Violations},
-    progress::{JobStatus, Progress, Weights},
+    progress::{JobStatus, Progress, Steps, Weights},
     quota::Quota,
-    schema::{job_configurations, jobs, step_configurations, users},
+    schema::{job_configurations, job_states, jobs, step_configurations, users},
 };
 
 /// The key by which a request names a job.
@@ -71,8 +75,15 @@ pub struct Job {
     /// Progress after the last event.
     #[diesel(deserialize_as = ProgressColumns)]
     pub progress: Progress,
+    /// How far each step is.
+    #[diesel(deserialize_as = Vec<u8>)]
+    pub steps: Steps,
     /// Sequence of the last event; 0 if there is none.
     pub last_sequence: i64,
+    /// How long the provider may be silent; none for ever.
+    pub max_silence: Option<MaxSilence>,
+    /// When the customer asked to stop; none if never.
+    pub cancellation_requested_at: Option<DateTime<Utc>>,
     /// When the job was closed; none for an open job.
     pub closed_at: Option<DateTime<Utc>>,
     pub created_at: DateTime<Utc>,
@@ -101,10 +112,12 @@ impl From<ProgressColumns> for Progress {
 pub struct NewJob {
     pub provider_job_id: String,
     pub provider_job_name: String,
-    pub customer_id: Uuid,
+    pub customer: CustomerKey,
     pub configuration_tag: String,
     /// None: the latest version of the tag.
     pub configuration_version: Option<String>,
+    /// None: that of the configuration.
+    pub max_silence: Option<MaxSilence>,
 }
 
 impl Job {
@@ -113,6 +126,7 @@ impl Job {
         diesel::alias!(users as providers: Providers, users as customers: Customers);
         let (provider_id, customer_id) = (providers.field(users::id), customers.field(users::id));
         let query = jobs::table
+            .inner_join(job_states::table)
             .inner_join(providers.on(provider_id.eq(jobs::provider_id)))
             .inner_join(customers.on(customer_id.eq(jobs::customer_id)))
             .inner_join(job_configurations::table.on(job_configurations::id.eq(jobs::job_configuration_id)))
@@ -127,11 +141,14 @@ impl Job {
                 job_configurations::version,
                 job_configurations::name,
                 jobs::status,
-                (jobs::points_done, jobs::points_total, jobs::percent),
-                jobs::last_sequence,
+                (job_states::points_done, job_states::points_total, job_states::percent),
+                job_states::steps,
+                job_states::last_sequence,
+                jobs::max_silence,
+                job_states::cancellation_requested_at,
                 jobs::closed_at,
                 jobs::created_at,
-                jobs::updated_at,
+                job_states::updated_at,
             ))
             .into_boxed();
         let query = visible_jobs!(query, visibility);
@@ -173,50 +190,53 @@ impl Job {
     }
 
     /// Creates a job. Returns it and whether it existed before. Fails with
-    /// [`Error::Differs`] if it exists with other content, otherwise with
+    /// [`Error::RateExceeded`] after too many unknown customer codes, with
+    /// [`Error::Differs`] if the job exists with other content, otherwise with
     /// [`Error::NotFound`] if the customer or the configuration does not exist, otherwise with
     /// [`Error::QuotaExceeded`].
+    ///
+    /// None if no customer has the code: the transaction must be committed all the same,
+    /// because the code is counted.
     pub async fn create(
         tx: &mut Transaction<'_>,
         provider: Provider,
         new: NewJob,
         quotas: &QuotaSettings,
-    ) -> Result<(Self, bool)> {
+    ) -> Result<Option<(Self, bool)>> {
+        let customer_id = new.customer.resolve(tx, provider).await?;
         // A repeated request has the same answer, even if the customer has been
         // disabled since.
         if let Some(stored) = Self::find_by_provider_job_id(tx, provider.id(), &new.provider_job_id).await? {
-            return new.repeats(stored);
+            return new.repeats(stored, customer_id).map(Some);
+        }
+        if !User::is_customer(tx, customer_id).await? {
+            return new.customer.refuse(tx, provider).await.map(|()| None);
         }
         let configuration = new.resolve(tx, provider).await?;
         let quotas = [quotas.of(Quota::OpenJobs), quotas.of(Quota::StoredBytes)];
         if let Some(used) = usage::find_used_up(tx, provider.id(), &quotas).await? {
             // The last place may have been taken by the same request.
             let stored = Self::find_by_provider_job_id(tx, provider.id(), &new.provider_job_id).await?;
-            return stored.map_or(Err(Error::QuotaExceeded(used)), |stored| new.repeats(stored));
+            let repeats = stored.map(|stored| new.repeats(stored, customer_id));
+            return repeats.unwrap_or(Err(Error::QuotaExceeded(used))).map(Some);
         }
-        let inserted = new.insert(tx, provider, configuration).await?;
+        let inserted = new.insert(tx, provider, customer_id, configuration).await?;
         let job = Self::find_by_provider_job_id(tx, provider.id(), &new.provider_job_id)
             .await?
             .ok_or_else(|| Error::internal("a job is missing directly after its creation"))?;
-        if inserted { Ok((job, false)) } else { new.repeats(job) }
+        let created = if inserted { Ok((job, false)) } else { new.repeats(job, customer_id) };
+        created.map(Some)
     }
 }
 
 impl NewJob {
-    /// The id of the job's configuration and the job's points. Fails with
-    /// [`Error::NotFound`] if the customer or the configuration does not exist.
-    async fn resolve(&self, tx: &mut Transaction<'_>, provider: Provider) -> Result<(Uuid, i64)> {
-        let customer = users::table
-            .filter(users::id.eq(self.customer_id))
-            .filter(users::role.eq(UserRole::Customer).and(users::disabled_at.is_null()))
-            .select(users::id)
-            .first::<Uuid>(tx)
-            .await
-            .optional()?;
-        if customer.is_none() {
-            return Err(Error::not_found(Resource::Customer, &self.customer_id));
-        }
-
+    /// The id of the job's configuration, the job's points and how long its provider may be
+    /// silent. Fails with [`Error::NotFound`] if the configuration does not exist.
+    async fn resolve(
+        &self,
+        tx: &mut Transaction<'_>,
+        provider: Provider,
+    ) -> Result<(Uuid, i64, Option<MaxSilence>)> {
         let tag = self.configuration_tag.clone();
         let key = match self.configuration_version.clone() {
             Some(version) => ConfigurationKey::Version { tag, version },
@@ -230,7 +250,14 @@ impl NewJob {
             .select(step_configurations::points)
             .load::<i32>(tx)
             .await?;
-        Ok((job_configuration_id, Weights::new(points.into_iter().map(i64::from)).total()))
+        let max_silence = match self.max_silence {
+            Some(given) => Some(given),
+            None => {
+                let configuration = job_configurations::table.find(job_configuration_id);
+                configuration.select(job_configurations::max_silence).first(tx).await?
+            }
+        };
+        Ok((job_configuration_id, Weights::new(points.into_iter().map(i64::from)).total(), max_silence))
     }
 
     /// Inserts the job. Returns false if its key exists. If another transaction is
@@ -239,18 +266,20 @@ impl NewJob {
         &self,
         tx: &mut Transaction<'_>,
         provider: Provider,
-        (job_configuration_id, points_total): (Uuid, i64),
+        customer_id: Uuid,
+        (job_configuration_id, points_total, max_silence): (Uuid, i64, Option<MaxSilence>),
     ) -> Result<bool> {
         let inserted = diesel::insert_into(jobs::table)
             .values((
                 jobs::id.eq(Uuid::now_v7()),
                 jobs::provider_id.eq(provider.id()),
-                jobs::customer_id.eq(self.customer_id),
+                jobs::customer_id.eq(customer_id),
                 jobs::job_configuration_id.eq(job_configuration_id),
                 jobs::configuration_tag.eq(&self.configuration_tag),
                 jobs::provider_job_id.eq(&self.provider_job_id),
                 jobs::provider_job_name.eq(&self.provider_job_name),
                 jobs::points_total.eq(points_total),
+                jobs::max_silence.eq(max_silence),
             ))
             .on_conflict((jobs::provider_id, jobs::provider_job_id))
             .do_nothing()
@@ -260,8 +289,8 @@ impl NewJob {
     }
 
     /// Returns the stored job of the same key, if its content is the same.
-    fn repeats(&self, stored: Job) -> Result<(Job, bool)> {
-        let differences = self.differences(&stored);
+    fn repeats(&self, stored: Job, customer_id: Uuid) -> Result<(Job, bool)> {
+        let differences = self.differences(&stored, customer_id);
         if differences.is_empty() {
             return Ok((stored, true));
         }
@@ -269,16 +298,22 @@ impl NewJob {
     }
 
     /// Lists the fields whose stored values differ from those of this job.
-    fn differences(&self, stored: &Job) -> Violations {
+    fn differences(&self, stored: &Job, customer_id: Uuid) -> Violations {
         let version = self.configuration_version.as_ref().unwrap_or(&stored.configuration_version);
         let mut differences = Violations::default();
+        if customer_id != stored.customer.id {
+            let stored = format!("is stored with the customer \"{}\"", stored.customer.id);
+            differences.add(self.customer.field(), stored);
+        }
         for (field, given, stored) in [
-            ("customer_id", &self.customer_id.to_string(), &stored.customer.id.to_string()),
             ("configuration_tag", &self.configuration_tag, &stored.configuration_tag),
             ("configuration_version", version, &stored.configuration_version),
             ("provider_job_name", &self.provider_job_name, &stored.provider_job_name),
         ] {
             differences.add_if_different(field, given, stored);
+        }
+        if self.max_silence.is_some() && self.max_silence != stored.max_silence {
+            differences.add("max_silence", max_silence::is_stored_as(stored.max_silence));
         }
         differences
     }

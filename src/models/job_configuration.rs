@@ -13,6 +13,7 @@ use uuid::Uuid;
 pub use self::register::{NewJobConfiguration, NewMetadataConfiguration, NewStepConfiguration};
 use super::{
     caller::{Provider, Viewer, Visibility},
+    max_silence::MaxSilence,
     pg_enum::pg_enum,
     version_order::latest_first,
 };
@@ -45,6 +46,8 @@ pub struct JobConfiguration {
     /// Strict SemVer 2.0; unique within provider and tag.
     pub version: String,
     pub created_at: DateTime<Utc>,
+    /// That of its jobs, unless they have another one; none for ever.
+    pub max_silence: Option<MaxSilence>,
     /// In order; at most [`crate::limits::CONFIGURATION_STEPS`].
     pub steps: Vec<StepConfiguration>,
 }
@@ -289,13 +292,14 @@ impl JobConfiguration {
                 job_configurations::name,
                 job_configurations::version,
                 job_configurations::created_at,
+                job_configurations::max_silence,
             ))
-            .load::<(Uuid, Uuid, String, String, String, DateTime<Utc>)>(conn)
+            .load::<(Uuid, Uuid, String, String, String, DateTime<Utc>, Option<MaxSilence>)>(conn)
             .await?
             .into_iter()
-            .map(|(id, provider_id, tag, name, version, created_at)| {
+            .map(|(id, provider_id, tag, name, version, created_at, max_silence)| {
                 let steps = steps.remove(&id).unwrap_or_default();
-                (id, Self { id, provider_id, tag, name, version, created_at, steps })
+                (id, Self { id, provider_id, tag, name, version, created_at, max_silence, steps })
             })
             .collect();
         Ok(ids.iter().filter_map(|id| found.remove(id)).collect())

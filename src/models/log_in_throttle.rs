@@ -35,7 +35,7 @@ const PAIR_FREE: i32 = 5;
 /// Failures in a row of one address, or of one e-mail, before the next attempt has to wait.
 const OTHER_FREE: i32 = 20;
 /// Longest wait. The first wait is one second, and each further one is twice as long.
-const LONGEST: Duration = Duration::from_secs(60);
+pub(super) const LONGEST: Duration = Duration::from_secs(60);
 
 /// See migrations/2026-11-26-000008_log_in_throttle/up.sql.
 mod sql {

@@ -56,6 +56,7 @@ pub(super) use pg_enum;
 pg_enum!(JobStatus = JobStatus {
     Pending = "pending",
     Running = "running",
+    Stalled = "stalled",
     Failed = "failed",
     Complete = "complete",
     Cancelled = "cancelled",
@@ -66,4 +67,7 @@ pg_enum!(EventKind = EventKind {
     Info = "info",
     Complete = "complete",
     Close = "close",
+    Progress = "progress",
+    CancellationRequested = "cancellation_requested",
+    Silent = "silent",
 });

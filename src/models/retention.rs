@@ -18,7 +18,7 @@ use crate::{
         CreationCursor, history, interval,
         job::{JobScope, WalkPoint},
     },
-    schema::{jobs, removed_logs, retention},
+    schema::{job_states, jobs, removed_logs, retention},
 };
 
 /// Most jobs that one step marks for removal, and about the most events that it
@@ -36,15 +36,16 @@ diesel::define_sql_function! {
 }
 
 /// Runs one bounded step of the removal of all events of jobs that closed longer ago than
-/// `age`. Returns true if it changed anything; there may be more to remove then.
-pub async fn remove_step(tx: &mut Transaction<'_>, age: Duration) -> Result<bool> {
+/// `age`. Returns how many jobs it marked and how many events it deleted; there may be more to
+/// remove unless both are 0.
+pub async fn remove_step(tx: &mut Transaction<'_>, age: Duration) -> Result<(u64, u64)> {
     history::enter(tx).await?;
     let step = remove_expired_events(interval(age), STEP_JOBS, STEP_EVENTS);
     let (marked, deleted): (i64, i64) = diesel::select(step).get_result(tx).await?;
     if marked > 0 || deleted > 0 {
         tracing::debug!(jobs = marked, events = deleted, "removed expired events");
     }
-    Ok(marked > 0 || deleted > 0)
+    Ok((marked.unsigned_abs(), deleted.unsigned_abs()))
 }
 
 /// Selects the removed job logs that affect a watch of all jobs.
@@ -93,7 +94,8 @@ impl Removed<'_> {
             Unread::InWalk { end, points: [before, with], except_unbegun } => {
                 let begun = |point: WalkPoint| {
                     let counts = point.sequence > 0 || !except_unbegun;
-                    let unread = jobs::last_sequence.gt(point.sequence);
+                    let unread = job_states::table.find(point.job.id);
+                    let unread = exists(unread.filter(job_states::last_sequence.gt(point.sequence)));
                     jobs::id.eq(point.job.id).and(unread).and(counts.into_sql::<Bool>())
                 };
                 let CreationCursor { created_at, id } = before.job;

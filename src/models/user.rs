@@ -17,7 +17,8 @@ use crate::{
     models::{
         api_key::ApiKey,
         audit_entry::{AuditAct, AuditEntry, Origin},
-        caller::{Account, Caller, Subject, UserRole},
+        caller::{Account, Caller, CustomerAccount, Subject, UserRole},
+        customer_code::CustomerCode,
         email::{Email, EmailKey},
         log_in_throttle::{LogInAttempt, LogInClaim},
         session::{NewSession, Session},
@@ -38,6 +39,8 @@ pub struct User {
     pub first_name: String,
     /// May be empty.
     pub last_name: String,
+    /// None for a provider.
+    pub customer_code: Option<String>,
     /// From this time on every credential of the user is refused.
     pub disabled_at: Option<DateTime<Utc>>,
     pub created_at: DateTime<Utc>,
@@ -64,6 +67,10 @@ impl NewUser {
     }
 
     async fn insert(self, tx: &mut Transaction<'_>) -> Result<User> {
+        let customer_code = match self.role {
+            UserRole::Customer => Some(CustomerCode::generate()?),
+            UserRole::Provider => None,
+        };
         diesel::insert_into(users::table)
             .values((
                 users::id.eq(Uuid::now_v7()),
@@ -73,6 +80,7 @@ impl NewUser {
                 users::password_hash.eq(self.password_hash.as_str()),
                 users::first_name.eq(self.first_name),
                 users::last_name.eq(self.last_name),
+                users::customer_code.eq(customer_code.as_ref().map(CustomerCode::as_str)),
             ))
             .returning(User::as_returning())
             .get_result(tx)
@@ -118,6 +126,28 @@ impl User {
         Ok(users::table.find(id).select(Self::as_select()).get_result(conn).await?)
     }
 
+    /// Lists users from the oldest to the newest, for an operator: those after the user of the
+    /// id `after`, of this role or of any, and only disabled ones if `disabled`.
+    pub async fn list(
+        conn: &mut AsyncPgConnection,
+        role: Option<UserRole>,
+        disabled: bool,
+        after: Option<Uuid>,
+        limit: i64,
+    ) -> Result<Vec<Self>> {
+        let mut query = users::table.order(users::id).limit(limit).select(Self::as_select()).into_boxed();
+        if let Some(role) = role {
+            query = query.filter(users::role.eq(role));
+        }
+        if disabled {
+            query = query.filter(users::disabled_at.is_not_null());
+        }
+        if let Some(after) = after {
+            query = query.filter(users::id.gt(after));
+        }
+        Ok(query.load(conn).await?)
+    }
+
     /// Returns the user with this e-mail, disabled or not, and the hash of their
     /// password. Only for the verification of a password.
     pub async fn find_by_email(
@@ -128,6 +158,14 @@ impl User {
         let row =
             query.select((Self::as_select(), users::password_hash)).get_result(conn).await.optional()?;
         Ok(row.map(|(user, hash)| (user, PasswordHash::new(hash))))
+    }
+
+    /// Whether this is the id of a customer who is not disabled.
+    pub(super) async fn is_customer(conn: &mut AsyncPgConnection, id: Uuid) -> Result<bool> {
+        let query = users::table
+            .filter(users::id.eq(id))
+            .filter(users::role.eq(UserRole::Customer).and(users::disabled_at.is_null()));
+        Ok(query.select(users::id).first::<Uuid>(conn).await.optional()?.is_some())
     }
 
     /// Returns the key of the caller's e-mail and the hash of their password.
@@ -163,6 +201,23 @@ impl User {
             .returning(Self::as_returning())
             .get_result(tx)
             .await?)
+    }
+
+    /// Gives the calling customer a new code, and returns the changed user.
+    pub async fn renew_customer_code(
+        tx: &mut Transaction<'_>,
+        customer: CustomerAccount,
+        code: CustomerCode,
+        origin: &Origin,
+    ) -> Result<Self> {
+        let user = diesel::update(users::table.find(customer.user_id()))
+            .set(users::customer_code.eq(code.as_str()))
+            .returning(Self::as_returning())
+            .get_result(tx)
+            .await?;
+        let entry = origin.entry(AuditAct::CustomerCodeRenewed);
+        AuditEntry { user_id: Some(customer.user_id()), ..entry }.insert(tx).await?;
+        Ok(user)
     }
 
     /// Sets the caller's password, records the attempt's success and ends the other

@@ -47,15 +47,15 @@ const HEALTH: &str = "/grpc.health.v1.Health/Check";
 pub(super) struct Authentication {
     routes: Transcoder<Routes>,
     /// For SignUp and LogIn, whose messages have a lower limit than those of other methods.
-    open: Transcoder<AuthServiceServer<AuthApi>>,
-    app: App,
+    open: Arc<Transcoder<AuthServiceServer<AuthApi>>>,
+    app: Arc<App>,
 }
 
 impl Authentication {
     pub(super) fn new(routes: Routes, app: App) -> Self {
         let open = AuthServiceServer::new(AuthApi(app.clone()));
         let open = Transcoder::new(accepting!(open, UNAUTHENTICATED_CALL_BYTES));
-        Self { routes: Transcoder::new(routes), open, app }
+        Self { routes: Transcoder::new(routes), open: Arc::new(open), app: Arc::new(app) }
     }
 }
 
@@ -69,7 +69,7 @@ impl Service<Request<Body>> for Authentication {
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let Self { mut routes, mut open, app } = self.clone();
+        let Self { mut routes, open, app } = self.clone();
         Box::pin(async move {
             let path = request.uri().path();
             let milepost = path.starts_with(MILEPOST);
@@ -88,7 +88,7 @@ impl Service<Request<Body>> for Authentication {
             let limited = |body| Body::new(Limited::new(body, UNAUTHENTICATED_CALL_BYTES).map_err(too_large));
             let request = request.map(limited);
             if milepost {
-                return open.call(request).await;
+                return (*open).clone().call(request).await;
             }
             let response = routes.call(request).await?;
             // A stream keeps its permit until the last of its answer was sent.

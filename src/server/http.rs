@@ -24,7 +24,7 @@ use std::{
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt as _};
 use http::{Request, Response, Version};
-use http_body::{Frame, SizeHint};
+use http_body::{Body as _, Frame, SizeHint};
 use hyper::{body::Incoming, rt::Executor, service::Service};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
@@ -174,8 +174,10 @@ impl<S: Serves> Service<Request<Incoming>> for Requests<S> {
         let under_way = http1.then(|| self.exchange.begin());
         let Self { services, address, .. } = self.clone();
         Box::pin(async move {
-            let mut request =
-                request.map(|body| if http1 { Body::new(ReadOn::new(body)) } else { Body::new(body) });
+            let mut request = request.map(|body| {
+                let read_on = http1 || body.size_hint().exact().is_some();
+                if read_on { Body::new(ReadOn::new(body)) } else { Body::new(body) }
+            });
             // This is polled by the stream's task alone.
             let reset = RESET.with(StreamReset::clone);
             request.extensions_mut().insert(Peer { address, reset });

@@ -1,6 +1,7 @@
 //! Counts the bytes of messages in flight. The body of a request is read through
 //! [`CountedBody`], which knows the length of each message from the five bytes before it, and
-//! lets the message pass only when its user's bytes in flight have room for it.
+//! lets the message pass only when its user's bytes in flight have room for it. A message that
+//! ends with the body is counted as it grows.
 
 use std::{
     future::ready,
@@ -17,7 +18,7 @@ use tonic::{Status, body::Body};
 
 use crate::{
     auth::{HeldBytes, HeldMessages, OpenCall, Tenants},
-    limits::{ANSWER_BYTES, MESSAGE_BYTES},
+    limits::{ANSWER_BYTES, MESSAGE_BYTES, MESSAGE_CHARGE_BYTES},
     models::caller::Tenant,
     services::Encoding,
     turns::Acquire,
@@ -26,6 +27,9 @@ use crate::{
 /// Bytes before each message: whether it is compressed, and its length (gRPC over HTTP/2,
 /// "Length-Prefixed-Message").
 pub(super) const PREFIX_BYTES: usize = 5;
+/// In place of whether it is compressed: the message of a unary call, whose client did not say
+/// how long it is, ends with the body.
+pub(super) const UNTIL_THE_END: u8 = 0x80;
 
 /// How many bytes of protobuf a byte of JSON may become: six bytes, as in `"a":1,`, become an
 /// entry of metadata of sixteen.
@@ -69,7 +73,8 @@ impl CountedBody {
             Encoding::Protobuf => 1,
             Encoding::Json => JSON_FACTOR,
         };
-        let (messages, waiting, acquiring) = (Messages::default(), Bytes::new(), None);
+        let messages = Messages { is_unary: no_room == NoRoom::Refuse, ..Messages::default() };
+        let (waiting, acquiring) = (Bytes::new(), None);
         Self { inner, tenants, tenant, no_room, held, factor, messages, waiting, acquiring }
     }
 
@@ -77,7 +82,7 @@ impl CountedBody {
     /// set.
     fn pass(&mut self) -> Result<Option<Bytes>, Status> {
         let mut passed = 0;
-        while let Some(Begun { at, bytes }) = self.messages.advance(&self.waiting[passed..]) {
+        while let Some(Needed { at, bytes }) = self.messages.advance(&self.waiting[passed..]) {
             let (end, bytes) = (passed + at, bytes.saturating_mul(self.factor));
             match self.tenants.hold(self.tenant, bytes) {
                 Ok(held) => self.held.push(held),
@@ -137,33 +142,42 @@ impl http_body::Body for CountedBody {
     }
 }
 
-/// Finds the beginnings of messages in a stream of bytes.
+/// Finds in a stream of bytes where room is needed: at the beginnings of messages, and within
+/// those that end with the body.
 #[derive(Debug, Default)]
 struct Messages {
     prefix: [u8; PREFIX_BYTES],
     /// How much of the next prefix was seen.
     seen: usize,
-    /// How many bytes of the message under way are still to come.
+    /// How many bytes of the message under way are still to come, at most.
     rest: usize,
+    /// For how many of them there is room.
+    covered: usize,
+    /// The body has one message, which may end with it.
+    is_unary: bool,
     /// The server refuses what follows: it needs no room.
     refused: bool,
 }
 
-/// A message whose prefix ends at this place and that counts as this many bytes.
+/// What follows this place needs room for this many bytes.
 #[derive(Debug, PartialEq, Eq)]
-struct Begun {
+struct Needed {
     at: usize,
     bytes: usize,
 }
 
 impl Messages {
-    /// Goes through bytes until a message begins; none if none begins in them.
-    fn advance(&mut self, bytes: &[u8]) -> Option<Begun> {
+    /// Goes through bytes until room is needed; none if none is in them.
+    fn advance(&mut self, bytes: &[u8]) -> Option<Needed> {
         let mut at = 0;
         while at < bytes.len() && !self.refused {
             if self.rest > 0 {
-                let step = self.rest.min(bytes.len() - at);
-                (self.rest, at) = (self.rest - step, at + step);
+                if self.covered == 0 {
+                    self.covered = self.rest.min(MESSAGE_CHARGE_BYTES);
+                    return Some(Needed { at, bytes: self.covered });
+                }
+                let step = self.covered.min(bytes.len() - at);
+                (self.rest, self.covered, at) = (self.rest - step, self.covered - step, at + step);
                 continue;
             }
             let step = (PREFIX_BYTES - self.seen).min(bytes.len() - at);
@@ -173,16 +187,18 @@ impl Messages {
                 return None;
             }
             self.seen = 0;
-            let [compressed, length @ ..] = self.prefix;
+            let [flags, length @ ..] = self.prefix;
             let length = usize::try_from(u32::from_be_bytes(length)).unwrap_or(usize::MAX);
             if length > MESSAGE_BYTES {
                 self.refused = true;
                 return None;
             }
             self.rest = length;
+            let grows = self.is_unary && flags == UNTIL_THE_END;
+            self.covered = if grows { length.min(MESSAGE_CHARGE_BYTES) } else { length };
             // How large a compressed message is, is known too late.
-            let bytes = if compressed == 0 { length } else { MESSAGE_BYTES };
-            return Some(Begun { at, bytes });
+            let bytes = if grows || flags == 0 { self.covered } else { MESSAGE_BYTES };
+            return Some(Needed { at, bytes });
         }
         None
     }
@@ -235,7 +251,7 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::{config::TenantSettings, limits::MESSAGE_CHARGE_BYTES};
+    use crate::config::TenantSettings;
 
     const MIB: usize = 1024 * 1024;
 
@@ -366,11 +382,37 @@ mod tests {
         assert!(tenants.hold(tenant, MIB).is_ok());
     }
 
+    #[tokio::test]
+    async fn a_message_that_ends_with_the_body_counts_as_it_grows() {
+        let prefix = [&[UNTIL_THE_END][..], &u32::try_from(MESSAGE_BYTES).expect("small").to_be_bytes()];
+        for frame_bytes in [1, 1_000, 16_384, MIB] {
+            for (bytes, steps) in [(0, 1), (10, 1), (MESSAGE_CHARGE_BYTES, 1), (100_000, 7)] {
+                let (tenants, tenant, held) = (tenants(), tenant(), HeldMessages::default());
+                let sent = [&prefix.concat()[..], &vec![7; bytes]].concat();
+                let (inner, kept) = (body(&sent, frame_bytes), (held.clone(), Encoding::Protobuf));
+                let counted = CountedBody::new(inner, tenants.clone(), tenant, NoRoom::Refuse, kept);
+                assert_eq!(counted.collect().await.expect("room").to_bytes(), sent);
+                let rest = MIB - steps * MESSAGE_CHARGE_BYTES;
+                assert!(tenants.hold(tenant, rest + 1).is_err(), "{bytes} bytes hold {steps} steps");
+                assert!(tenants.hold(tenant, rest).is_ok(), "{bytes} bytes hold {steps} steps");
+            }
+        }
+        // It is refused where its user has no room for what comes next.
+        let (tenants, tenant) = (tenants(), tenant());
+        let _other = tenants.hold(tenant, MIB / 2).expect("room");
+        let (inner, kept) =
+            (body(&[&prefix.concat()[..], &vec![7; MIB]].concat(), 1_000), HeldMessages::default());
+        let counted =
+            CountedBody::new(inner, tenants.clone(), tenant, NoRoom::Refuse, (kept, Encoding::Protobuf));
+        let refused = counted.collect().await.expect_err("no room");
+        assert_eq!(refused.code(), tonic::Code::ResourceExhausted);
+    }
+
     #[test]
     fn a_compressed_message_counts_as_the_largest() {
         let mut messages = Messages::default();
-        assert_eq!(messages.advance(&[1, 0, 0, 0, 9]), Some(Begun { at: 5, bytes: MESSAGE_BYTES }));
+        assert_eq!(messages.advance(&[1, 0, 0, 0, 9]), Some(Needed { at: 5, bytes: MESSAGE_BYTES }));
         assert_eq!(messages.advance(&[0; 9]), None);
-        assert_eq!(messages.advance(&[0, 0, 0, 0, 9]), Some(Begun { at: 5, bytes: 9 }));
+        assert_eq!(messages.advance(&[0, 0, 0, 0, 9]), Some(Needed { at: 5, bytes: 9 }));
     }
 }

@@ -1,7 +1,10 @@
-//! Request bodies over HTTP/1.1 that are answered before they were read.
+//! Request bodies that are read on, for a while, if the request is answered before they were
+//! read.
 //!
 //! HTTP/1.1 cannot tell a client to stop sending: if the connection is closed while the client
-//! writes, the answer is lost. So such a body is read on for a while, and dropped.
+//! writes, the answer is lost. HTTP/2 can, by RST_STREAM after the answer, but HAProxy (2.6)
+//! resets the client's stream then, and the answer may be lost as well. So over HTTP/2 a body
+//! is read on whose request says its length, as those of browsers and curl do.
 
 use std::{
     pin::Pin,

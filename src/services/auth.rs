@@ -25,6 +25,7 @@ use crate::{
     models::{
         api_key::{ApiKey, RotatedKey},
         caller::{Caller, CredentialId, KeyScope, Subject},
+        customer_code::CustomerCode,
         session::Session,
         usage::Usage,
         user::User,
@@ -109,6 +110,20 @@ impl pb::auth_service_server::AuthService for AuthApi {
             ended_sessions: i32::try_from(ended).unwrap_or(i32::MAX),
             valid_api_keys: i32::try_from(keys).unwrap_or(i32::MAX),
         }))
+    }
+
+    async fn renew_customer_code(
+        &self,
+        request: Request<pb::RenewCustomerCodeRequest>,
+    ) -> Answer<pb::RenewCustomerCodeResponse> {
+        let credential = credential_of(&request)?;
+        let customer = credential.caller().customer_account()?;
+        let origin = self.0.origin(&request, &credential);
+        let code = CustomerCode::generate()?;
+        let renewed = self.0.database.write(credential, move |tx| {
+            async move { User::renew_customer_code(tx, customer, code, &origin).await }.boxed()
+        });
+        Ok(Response::new(pb::RenewCustomerCodeResponse { user: Some(renewed.await?.into()) }))
     }
 
     async fn create_api_key(

@@ -26,7 +26,7 @@ use crate::{
         version_order,
     },
     pb::{self, configuration_service_server::ConfigurationService, get_job_configuration_request::Key},
-    proto_enums::{ProtoEnum as _, timestamp},
+    proto_enums::{ProtoEnum as _, duration, timestamp},
 };
 
 /// Most configurations that one query reads for a page. Each may be as large as a whole
@@ -153,8 +153,9 @@ impl TryFrom<pb::RegisterJobConfigurationRequest> for NewJobConfiguration {
         let tag = parse::key_text(&mut violations, "tag", request.tag);
         let name = parse::key_text(&mut violations, "name", request.name);
         let version = version(&mut violations, "version", request.version, "");
+        let max_silence = parse::max_silence(&mut violations, request.max_silence);
         let steps = new_steps(&mut violations, request.steps);
-        violations.or(Self { tag, name, version, steps })
+        violations.or(Self { tag, name, version, max_silence, steps })
     }
 }
 
@@ -244,7 +245,8 @@ pub(super) fn optional_version(violations: &mut Violations, field: &str, text: S
 
 impl From<JobConfiguration> for pb::JobConfiguration {
     fn from(configuration: JobConfiguration) -> Self {
-        let JobConfiguration { id, provider_id, tag, name, version, created_at, steps } = configuration;
+        let JobConfiguration { id, provider_id, tag, name, version, created_at, max_silence, steps } =
+            configuration;
         Self {
             id: id.to_string(),
             tag,
@@ -254,6 +256,7 @@ impl From<JobConfiguration> for pb::JobConfiguration {
             created_at: Some(timestamp(created_at)),
             provider_id: provider_id.to_string(),
             updated_at: Some(timestamp(created_at)),
+            max_silence: max_silence.map(duration),
         }
     }
 }
@@ -319,6 +322,7 @@ mod tests {
             name: "CT".to_owned(),
             version: version.to_owned(),
             steps,
+            max_silence: None,
         }
     }
 

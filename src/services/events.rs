@@ -18,17 +18,17 @@ use self::{
     requests::{ListQuery, UncheckedScope, watch_request},
     submitted::{Found, Submitted},
 };
-use super::{Answer, App, Encoding, Peer, credential_of, held_bytes, held_messages, page::Page};
+use super::{
+    Answer, App, Encoding, Peer, credential_of, held_bytes, held_messages, jobs::step_states, page::Page,
+};
 use crate::{
     db::read,
     error::{Error, Result},
-    event_log::{
-        AppendedEvent, Body, EndReason, Filter, Message, Scope, Start, StreamOrder, Watch, WatchQuery,
-    },
+    event_log::{Appended, Body, EndReason, Filter, Message, Scope, Start, StreamOrder, Watch, WatchQuery},
     models::{caller::KeyScope, job_configuration::JobConfiguration},
     pb::{self, event_service_server::EventService},
     progress::JobState,
-    proto_enums::ProtoEnum as _,
+    proto_enums::{ProtoEnum as _, timestamp},
     telemetry::metrics::Open,
 };
 
@@ -170,7 +170,7 @@ async fn watch_next(
             EndReason::CredentialEnded => Some(Error::CredentialInvalid),
             EndReason::LogSetBack => Some(Error::LogSetBack),
             EndReason::EventsExpired => {
-                Some(Error::EventsExpired { first_sequence: job.map(|job| job.last_sequence + 1) })
+                Some(Error::EventsExpired { first_sequence: job.as_ref().map(|job| job.last_sequence + 1) })
             }
         }),
         Body::Events(_) | Body::CaughtUp(_) | Body::Heartbeat => (Watching::Open(watch), encoding),
@@ -191,7 +191,11 @@ fn watch_response(message: Message, encoding: Encoding) -> Result<pb::WatchEvent
             };
             Kind::Events(pb::WatchedEvents::from_encoded(encoded?))
         }
-        Body::CaughtUp(job) => Kind::CaughtUp(pb::CaughtUp { job: job.map(Into::into) }),
+        Body::CaughtUp(job) => {
+            let steps = job.as_ref().map(|(job, configuration)| step_states(configuration, &job.steps));
+            let job = job.map(|(job, _)| job.into());
+            Kind::CaughtUp(pb::CaughtUp { job, steps: steps.unwrap_or_default() })
+        }
         Body::Heartbeat => Kind::Heartbeat(pb::Heartbeat {}),
         Body::End(reason, job) => {
             let reason = match reason {
@@ -217,16 +221,17 @@ impl From<JobState> for pb::JobState {
     }
 }
 
-impl From<Vec<AppendedEvent>> for pb::AppendEventsResponse {
-    fn from(events: Vec<AppendedEvent>) -> Self {
-        let events = events.into_iter().map(|event| pb::AppendedEvent {
+impl From<Appended> for pb::AppendEventsResponse {
+    fn from(appended: Appended) -> Self {
+        let events = appended.events.into_iter().map(|event| pb::AppendedEvent {
             id: event.id.to_string(),
             sequence: event.sequence,
             existed: event.existed,
             status: event.status.to_proto(),
             progress: Some(event.progress.into()),
         });
-        Self { events: events.collect() }
+        let cancellation_requested_at = appended.cancellation_requested_at.map(timestamp);
+        Self { events: events.collect(), cancellation_requested_at }
     }
 }
 

@@ -1,5 +1,8 @@
 //! `JobService`: jobs, which a provider runs for a customer.
 
+use std::time::Duration;
+
+use diesel_async::AsyncPgConnection;
 use futures_util::FutureExt as _;
 use tonic::{Request, Response};
 use uuid::Uuid;
@@ -13,16 +16,20 @@ use super::{
 };
 use crate::{
     db::read,
-    error::{Error, Result, Violations},
+    error::{Error, Resource, Result, Violations, quoted},
+    estimate::{Estimate, estimate},
     limits::JOB_STATUSES,
     models::{
         CreationCursor,
         caller::{KeyScope, Viewer},
+        customer_code::{CustomerCode, CustomerKey},
         job::{Job, JobFilters, JobKey, JobPage, NewJob, Party},
+        job_identity::Configuration,
+        step_times::SinceStep,
     },
     pb::{self, job_service_server::JobService},
-    progress::JobStatus,
-    proto_enums::{ProtoEnum as _, timestamp},
+    progress::{JobStatus, StepState, Steps},
+    proto_enums::{ProtoEnum as _, duration, timestamp},
 };
 
 #[derive(Clone, Debug)]
@@ -34,11 +41,12 @@ impl JobService for JobApi {
         let credential = credential_of(&request)?;
         let provider = credential.caller().provider(KeyScope::Append)?;
         let new = NewJob::try_from(request.into_inner())?;
-        let quotas = self.0.quotas;
+        let (quotas, customer) = (self.0.quotas, new.customer.to_string());
         let created = self.0.database.write(credential, move |tx| {
             async move { Job::create(tx, provider, new, &quotas).await }.boxed()
         });
-        let (job, existed) = created.await?;
+        let created = created.await?;
+        let (job, existed) = created.ok_or_else(|| Error::not_found(Resource::Customer, &customer))?;
         Ok(Response::new(pb::CreateJobResponse { job: Some(job.into()), existed }))
     }
 
@@ -49,7 +57,8 @@ impl JobService for JobApi {
         let job = read!(self.0.database, viewer.tenant(), |conn| Job::find(conn, viewer, &key))?;
         let configuration = self.0.log.jobs.configuration(viewer.tenant(), job.job_configuration_id).await?;
         let job_configuration = Some(configuration.tree.clone().into());
-        Ok(Response::new(pb::GetJobResponse { job: Some(job.into()), job_configuration }))
+        let steps = step_states(&configuration, &job.steps);
+        Ok(Response::new(pb::GetJobResponse { job: Some(job.into()), job_configuration, steps }))
     }
 
     async fn list_jobs(&self, request: Request<pb::ListJobsRequest>) -> Answer<pb::ListJobsResponse> {
@@ -87,6 +96,50 @@ impl JobService for JobApi {
         let job = read!(self.0.database, provider.tenant(), |conn| Job::find(conn, provider.into(), &key))?;
         Ok(Response::new(pb::CloseJobResponse { job: Some(job.into()), existed }))
     }
+
+    async fn request_cancellation(
+        &self,
+        request: Request<pb::RequestCancellationRequest>,
+    ) -> Answer<pb::RequestCancellationResponse> {
+        let credential = credential_of(&request)?;
+        let customer = credential.caller().customer()?;
+        let origin = self.0.origin(&request, &credential);
+        let pb::RequestCancellationRequest { job_id: id, reason } = request.into_inner();
+        let (key, reason) = Violations::check(|v| (job_id(v, &id), parse::text(v, "reason", reason)))?;
+        let existed = self.0.log.request_cancellation(credential, customer, &key, reason, &origin).await?;
+        let job = read!(self.0.database, customer.tenant(), |conn| Job::find(conn, customer.into(), &key))?;
+        Ok(Response::new(pb::RequestCancellationResponse { job: Some(job.into()), existed }))
+    }
+
+    async fn estimate_job(
+        &self,
+        request: Request<pb::EstimateJobRequest>,
+    ) -> Answer<pb::EstimateJobResponse> {
+        use pb::{NoEstimateReason, estimate_job_response::Outcome};
+        let credential = credential_of(&request)?;
+        let viewer = credential.caller().viewer()?;
+        let key = Violations::check(|v| job_key!(v, request.into_inner().job, estimate_job_request))?;
+        let (job, since) = read!(self.0.database, viewer.tenant(), |conn| since_step(conn, viewer, &key))?;
+        let SinceStep { now, passed, times } = since;
+        let at = |left: Duration| Some(timestamp(now + left));
+        let none = |reason: NoEstimateReason| Outcome::NoEstimate(reason.into());
+        let (outcome, jobs) = match estimate(times, passed) {
+            _ if job.closed_at.is_some() => (none(NoEstimateReason::JobClosed), 0),
+            Err(jobs) => (none(NoEstimateReason::TooFewJobs), jobs),
+            Ok(Estimate { p50, p90, jobs }) => {
+                (Outcome::Estimate(pb::Estimate { p50: at(p50), p90: at(p90) }), jobs)
+            }
+        };
+        let (jobs, estimated_at) = (i32::try_from(jobs).unwrap_or(i32::MAX), Some(timestamp(now)));
+        Ok(Response::new(pb::EstimateJobResponse { outcome: Some(outcome), jobs, estimated_at }))
+    }
+}
+
+/// A job that the viewer may see, and what completed jobs took from where it stands.
+async fn since_step(conn: &mut AsyncPgConnection, viewer: Viewer, key: &JobKey) -> Result<(Job, SinceStep)> {
+    let job = Job::find(conn, viewer, key).await?;
+    let since = SinceStep::read(conn, &job).await?;
+    Ok((job, since))
 }
 
 impl TryFrom<pb::CreateJobRequest> for NewJob {
@@ -97,7 +150,7 @@ impl TryFrom<pb::CreateJobRequest> for NewJob {
         let v = &mut violations;
         let new = Self {
             provider_job_id: parse::key_text(v, "provider_job_id", request.provider_job_id),
-            customer_id: parse::uuid(v, "customer_id", &request.customer_id),
+            customer: customer(v, request.customer),
             configuration_tag: parse::key_text(v, "configuration_tag", request.configuration_tag),
             configuration_version: optional_version(
                 v,
@@ -106,8 +159,46 @@ impl TryFrom<pb::CreateJobRequest> for NewJob {
             )
             .map(|version| version.to_string()),
             provider_job_name: parse::text(v, "provider_job_name", request.provider_job_name),
+            max_silence: parse::max_silence(v, request.max_silence),
         };
         violations.or(new)
+    }
+}
+
+/// The state of each step, in the order of the configuration.
+pub(super) fn step_states(configuration: &Configuration, steps: &Steps) -> Vec<pb::StepState> {
+    let states = configuration.steps.iter().enumerate().map(|(position, step)| {
+        let (status, percent) = match steps.state(position) {
+            StepState::ToCome => (pb::StepStatus::ToCome, 0),
+            StepState::UnderWay(percent) => (pb::StepStatus::UnderWay, percent.into()),
+            StepState::Done => (pb::StepStatus::Done, 100),
+        };
+        pb::StepState {
+            step_tag: step.tag.clone(),
+            step_name: step.name.clone(),
+            status: status.into(),
+            percent,
+        }
+    });
+    states.collect()
+}
+
+fn customer(violations: &mut Violations, given: Option<pb::create_job_request::Customer>) -> CustomerKey {
+    use pb::create_job_request::Customer;
+    match given {
+        Some(Customer::CustomerId(id)) => CustomerKey::Id(parse::uuid(violations, "customer_id", &id)),
+        Some(Customer::CustomerCode(code)) => match CustomerCode::parse(&code) {
+            Some(code) => CustomerKey::Code(code),
+            None => {
+                let rule = "must be 10 characters of base32, as in GetCurrentUser of the customer";
+                violations.add("customer_code", format!("{} {rule}", quoted(&code)));
+                CustomerKey::Id(Uuid::nil())
+            }
+        },
+        None => {
+            violations.add("customer", "must be given, as customer_id or customer_code");
+            CustomerKey::Id(Uuid::nil())
+        }
     }
 }
 
@@ -182,7 +273,7 @@ fn statuses(violations: &mut Violations, given: &[i32]) -> Vec<JobStatus> {
         return Vec::new();
     }
     parse::distinct(violations, "statuses", given, |given| {
-        format!("{given} is not one of PENDING, RUNNING, FAILED, COMPLETE and CANCELLED")
+        format!("{given} is not one of PENDING, RUNNING, STALLED, FAILED, COMPLETE and CANCELLED")
     })
 }
 
@@ -216,6 +307,8 @@ impl From<Job> for pb::Job {
             created_at: Some(timestamp(job.created_at)),
             updated_at: Some(timestamp(job.updated_at)),
             configuration_name: job.configuration_name,
+            max_silence: job.max_silence.map(duration),
+            cancellation_requested_at: job.cancellation_requested_at.map(timestamp),
         }
     }
 }
@@ -242,10 +335,11 @@ mod tests {
     fn all_violations_of_a_new_job_are_listed_in_field_order() {
         let request = pb::CreateJobRequest {
             provider_job_id: String::new(),
-            customer_id: "x".to_owned(),
+            customer: Some(pb::create_job_request::Customer::CustomerId("x".to_owned())),
             configuration_tag: "a\0".to_owned(),
             configuration_version: "1".to_owned(),
             provider_job_name: "x".repeat(100_000),
+            max_silence: Some(prost_types::Duration { seconds: 9, nanos: 999_999_999 }),
         };
         assert_eq!(
             fields(NewJob::try_from(request)),
@@ -254,7 +348,8 @@ mod tests {
                 "customer_id",
                 "configuration_tag",
                 "configuration_version",
-                "provider_job_name"
+                "provider_job_name",
+                "max_silence"
             ]
         );
     }
@@ -269,7 +364,7 @@ mod tests {
     fn unknown_statuses_are_refused_and_repeated_ones_are_kept_once() {
         let parsed = |given: &[i32]| Violations::check(|violations| statuses(violations, given));
         assert_eq!(parsed(&[2, 1, 2]).expect("valid"), [JobStatus::Running, JobStatus::Pending]);
-        assert_eq!(fields(parsed(&[1, 0, 6])), ["statuses[1]", "statuses[2]"]);
-        assert_eq!(fields(parsed(&[1; 6])), ["statuses"]);
+        assert_eq!(fields(parsed(&[1, 0, 7])), ["statuses[1]", "statuses[2]"]);
+        assert_eq!(fields(parsed(&[1; 7])), ["statuses"]);
     }
 }

@@ -11,6 +11,7 @@ use uuid::Uuid;
 use crate::{
     error::{Violations, check_text, quoted},
     limits::{PAGE_DEFAULT, PAGE_MAX},
+    models::max_silence::MaxSilence,
     proto_enums::ProtoEnum,
 };
 
@@ -121,6 +122,18 @@ pub(super) fn duration(
             default
         }
     }
+}
+
+/// The field `max_silence`; none if absent or after a violation.
+pub(super) fn max_silence(
+    violations: &mut Violations,
+    value: Option<prost_types::Duration>,
+) -> Option<MaxSilence> {
+    let parsed = not_negative(value?).and_then(MaxSilence::new);
+    if parsed.is_none() {
+        violations.add("max_silence", "must be 10 seconds to 30 days");
+    }
+    parsed
 }
 
 /// Converts a duration; none if either of its numbers is negative. prost's own

@@ -1,7 +1,7 @@
 //! The mapping of [`Error`] to gRPC: a code, a message, and google.rpc details that fit
 //! into the trailers that common clients and proxies accept.
 
-use std::{borrow::Cow, collections::HashMap, error::Error as _, time::Duration};
+use std::{borrow::Cow, collections::HashMap, time::Duration};
 
 use prost::Message;
 use prost_types::Any;
@@ -15,7 +15,7 @@ use tonic_types::{
 };
 
 use crate::{
-    error::{Error, Resource, Violations},
+    error::{Error, Resource, Violations, causes},
     limits::{ERROR_DETAILS_BYTES, ERROR_QUOTE_CHARS},
     pb::ErrorReason,
     quota::{Quota, QuotaUsed},
@@ -67,6 +67,10 @@ pub fn rpc_status(error: &Error) -> RpcStatus {
         status.details.push(bad_request(&violations, room));
     }
     status
+}
+
+pub(crate) fn code_of(error: &Error) -> Code {
+    answer(error).code
 }
 
 pub(crate) fn reason(error: &Error) -> ErrorReason {
@@ -303,8 +307,7 @@ fn quote(name: &str) -> String {
 }
 
 fn log(error: &Error) {
-    let causes = std::iter::successors(error.source(), |cause| (*cause).source());
-    let chain = causes.map(ToString::to_string).collect::<Vec<_>>().join(": ");
+    let chain = causes(error).skip(1).map(ToString::to_string).collect::<Vec<_>>().join(": ");
     if let Error::Internal(_) = error {
         tracing::error!(cause = chain, "{error}");
     } else if let Error::Unavailable(_) = error {

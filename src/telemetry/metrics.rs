@@ -19,6 +19,7 @@ use prost::Message as _;
 use prost_types::FileDescriptorSet;
 use tonic::Code;
 
+use super::process::Process;
 use crate::{
     pb::{self, ErrorReason},
     quota::Quota,
@@ -147,8 +148,9 @@ pub struct Metrics {
     other: Arc<Method>,
     pub(crate) appends: Appends,
     pub(crate) watches: Watches,
+    pub(crate) removals: Removals,
     pub(crate) quota_refusals: QuotaRefusals,
-    /// Set at each scrape, except `ready`.
+    /// Set at each scrape, except `ready` and `jobs_stalled`.
     pub(crate) state: State,
 }
 
@@ -205,6 +207,16 @@ metrics! {
 }
 
 metrics! {
+    /// Metrics of the removals by retention.
+    pub(crate) struct Removals {
+        /// Jobs whose events this server began to remove because of --retention-s
+        pub(crate) jobs: Counter = plain("removals", Counter::default()),
+        /// Events that this server removed because of --retention-s
+        pub(crate) events: Counter = plain("removed_events", Counter::default()),
+    }
+}
+
+metrics! {
     /// Calls and publish streams that were refused because a quota is used up.
     pub(crate) struct QuotaRefusals {}
     /// Calls and publish streams that were refused because a user's quota is used up, by quota
@@ -234,8 +246,8 @@ impl QuotaRefusals {
 }
 
 metrics! {
-    /// Gauges of the server's state. `ready` is set on each change, all others at each
-    /// scrape.
+    /// Gauges of the server's state. `ready` is set on each change, `jobs_stalled` every ten
+    /// seconds, all others at each scrape.
     pub(crate) struct State {
         /// 1 while the database answers, the log is read to its end and the server is not draining,
         /// otherwise 0
@@ -254,6 +266,8 @@ metrics! {
         pub(crate) credentials: Gauge = plain("credentials_cached", Gauge::default()),
         /// Time since the cached credentials were last confirmed by the database
         pub(crate) credentials_age: Seconds = seconds("credentials_confirmed_age", Seconds::default()),
+        /// Stalled jobs in the database, whichever server serves them
+        pub(crate) jobs_stalled: Gauge = plain("jobs_stalled", Gauge::default()),
     }
     /// Open connections of the pool, by state
     family plain("database_connections", "state", Gauge::default) {
@@ -271,10 +285,12 @@ impl Default for Metrics {
 impl Metrics {
     /// All metrics at zero.
     pub fn new() -> Self {
-        let mut registry = Registry::with_prefix("milepost");
+        let mut registry = Registry::default();
+        registry.register_collector(Box::new(Process::new()));
+        let own = registry.sub_registry_with_prefix("milepost");
         let version = Info::new([("version", env!("CARGO_PKG_VERSION"))]);
-        registry.register("build", "The version of this server", version);
-        let families = CallFamilies::new(&mut registry);
+        own.register("build", "The version of this server", version);
+        let families = CallFamilies::new(own);
         let methods: HashMap<_, _> = served_methods()
             .map(|(path, unary)| {
                 let method = Method::new(path.trim_start_matches('/'), unary, &families);
@@ -282,10 +298,10 @@ impl Metrics {
             })
             .collect();
         let other = Arc::new(Method::new(OTHER, false, &families));
-        let (appends, watches) = (Appends::new(&mut registry), Watches::new(&mut registry));
-        let quota_refusals = QuotaRefusals::new(&mut registry);
-        let state = State::new(&mut registry);
-        Self { registry, methods, other, appends, watches, quota_refusals, state }
+        let (appends, watches) = (Appends::new(own), Watches::new(own));
+        let (removals, quota_refusals) = (Removals::new(own), QuotaRefusals::new(own));
+        let state = State::new(own);
+        Self { registry, methods, other, appends, watches, removals, quota_refusals, state }
     }
 
     /// All metrics as text of the [`CONTENT_TYPE`].

@@ -18,17 +18,25 @@ async function jobs() {
   const running = await provider.createJob(customer, { name: "Running" }),
     complete = await provider.createJob(customer, { name: "Complete" }),
     failed = await provider.createJob(customer, { name: "Failed" }),
+    stalled = await provider.createJob(customer, { name: "Stalled", maxSilence: { seconds: 10 } }),
     pending = await provider.createJob(customer, { id: LONG.replaceAll(" ", "-"), name: LONG }).catch(() => null);
-  await provider.append(running, ...story(7, { trouble: true }));
+  const report = (stepTag, stepPercent) => ({ kind: "progress", stepTag, stepPercent });
+  await provider.append(running, ...story(7, { trouble: true }), report("s8", 34), report("s8", 58));
   await provider.append(complete, ...story(STEPS.length, { trouble: true }));
-  await provider.append(failed, ...story(3), { kind: "error", name: "Out of GPU memory", stepTag: "s4" });
-  return { running, complete, failed, pending: pending ?? running };
+  await provider.append(failed, ...story(3), report("s4", 40), {
+    kind: "error",
+    name: "Out of GPU memory",
+    stepTag: "s4",
+  });
+  await provider.append(stalled, ...story(3), report("s4", 40));
+  await customer.call("JobService", "RequestCancellation", { jobId: stalled.id, reason: LONG });
+  return { running, complete, failed, pending: pending ?? running, stalled };
 }
 
 /** Every view: its name, and how it is opened. */
 async function* views(page) {
   const { origin } = world.server,
-    { running, complete, failed, pending } = await jobs(),
+    { running, complete, failed, pending, stalled } = await jobs(),
     { secret } = await world.provider.share(running, 3600);
   await page.goto(`${origin}/#/sign-up`);
   await page.getByRole("heading", { name: "Sign up" }).waitFor();
@@ -56,6 +64,9 @@ async function* views(page) {
     await page.locator("#connection:is([data-s=live], [data-s=complete])").waitFor();
     yield `a ${name} job`;
   }
+  await page.goto(`${origin}/#/jobs/${stalled.id}`);
+  await page.locator(".plate[data-s=stalled]").waitFor();
+  yield "a stalled job that is asked to cancel";
   await page.goto(`${origin}/#/jobs/${running.id}`);
   await page.getByRole("heading", { name: "Running" }).first().waitFor();
   await page.getByRole("button", { name: "Share" }).click();
@@ -70,6 +81,12 @@ async function* views(page) {
   await page.goto(`${origin}/#/profile`);
   await page.getByText("Signed in until").waitFor();
   yield "the profile";
+  await page.getByRole("button", { name: "Sign out" }).click();
+  await page.getByLabel("E-mail").waitFor();
+  await signIn(page, origin, world.customer, PASSWORD);
+  await page.goto(`${origin}/#/jobs/${running.id}`);
+  await page.getByRole("button", { name: "Ask to cancel" }).click();
+  yield "the dialog to ask";
 }
 
 for (const colorScheme of ["light", "dark"]) {
@@ -190,6 +207,7 @@ test(
     });
     const said = text => page.waitForFunction(text => window.said.at(-1) === text, text);
     await world.provider.append(job, { kind: "info", name: "a note" });
+    await world.provider.append(job, { kind: "progress", stepTag: "s3", stepPercent: 50 });
     await world.provider.append(job, { kind: "step", stepTag: "s3" });
     await said("Running, 13 percent. Done: Resample.");
     await world.provider.append(job, { kind: "error", name: "broken" });

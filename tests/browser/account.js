@@ -99,6 +99,18 @@ test(
     await page.getByLabel("Password", { exact: true }).fill(PASSWORD);
     await page.getByRole("button", { name: "Sign in", exact: true }).click();
     await page.locator("#connection[data-s=live]").waitFor();
+    // On the page of a job what was read stays, and a button leads to the sign-in and back.
+    const job = await world.provider.createJob(user);
+    await page.goto(`${world.server.origin}/#/jobs/${job.id}`);
+    await page.locator("#connection[data-s=live]").waitFor();
+    await world.server.grpc.call("AuthService", "LogOut", {}, await storedSecret(page));
+    await page.locator("#connection[data-s=ended]").waitFor();
+    await page.getByRole("button", { name: "Sign in" }).click();
+    await page.getByText("You are signed out").waitFor();
+    await page.getByLabel("E-mail").fill(user.email);
+    await page.getByLabel("Password", { exact: true }).fill(PASSWORD);
+    await page.getByRole("button", { name: "Sign in", exact: true }).click();
+    await page.locator("#percent").waitFor();
   }),
 );
 
@@ -131,6 +143,29 @@ test(
     await page.getByRole("button", { name: "Sign out" }).click();
     await page.getByRole("heading", { name: "Sign in" }).waitFor();
     assert.ok(await isValid(key));
+  }),
+);
+
+test(
+  "the profile of a customer shows the customer code, which a button replaces",
+  withPage(async page => {
+    const user = await world.server.grpc.signUp("customer");
+    await signIn(page, world.server.origin, user, PASSWORD);
+    const code = async () => (await user.call("AuthService", "GetCurrentUser", {})).user.customerCode;
+    const shown = async () => (await page.locator("#code").textContent()).replace("-", "");
+    const first = await code();
+    await page.getByRole("link", { name: "Profile" }).click();
+    await page.getByText(`${first.slice(0, 5)}-${first.slice(5)}`).waitFor();
+    await page.getByRole("button", { name: "New code" }).click();
+    await page.getByText("The old code works no more.").waitFor();
+    assert.notEqual(await shown(), first);
+    assert.equal(await shown(), await code());
+    // A provider has no code.
+    await page.getByRole("button", { name: "Sign out" }).click();
+    await signIn(page, world.server.origin, world.provider, PASSWORD);
+    await page.getByRole("link", { name: "Profile" }).click();
+    await page.getByText(world.provider.email).waitFor();
+    assert.ok(!(await page.locator("#code-f").isVisible()));
   }),
 );
 

@@ -39,6 +39,7 @@ test(
     await provider.append(
       job,
       { kind: "info", name: hostile("note") },
+      { kind: "progress", name: hostile("report"), stepTag: step.tag, stepPercent: 30 },
       { kind: "error", name: hostile("error"), stepTag: step.tag, metadata },
       { kind: "step", name: hostile("done"), stepTag: step.tag, metadata },
     );
@@ -83,7 +84,7 @@ test(
     await page.goto(`${origin}/#/jobs/${job.id}`);
     await page.locator("#percent").waitFor();
     await connection(page, "live");
-    await page.locator("#events > li").nth(2).waitFor();
+    await page.locator("#events > li").nth(3).waitFor();
     await check(
       "the job",
       job.providerJobName,

@@ -50,6 +50,31 @@ test(
 );
 
 test(
+  "2,000 reports of a step are one line, and a search finds each of them",
+  withPage(async page => {
+    const job = await world.provider.createJob(world.customer);
+    await open(page, job);
+    for (let batch = 0; batch < 4; batch++)
+      await world.provider.append(
+        job,
+        ...Array.from({ length: BATCH }, (_, i) => ({
+          kind: "progress",
+          stepTag: "s9",
+          stepPercent: Math.floor((batch * BATCH + i) / 21),
+          name: `slice ${batch * BATCH + i + 1}`,
+        })),
+      );
+    await waitForCount(page, 2000);
+    assert.equal(await page.locator("#events > li").count(), 1);
+    assert.match(await page.locator("#events > li").innerText(), /slice 2000 in Find nodules\s+95\s%\s+2,000 reports/);
+    assert.equal(await page.locator("#events-n").textContent(), "2,000, newest at the bottom");
+    await page.locator("#find").fill("slice 77");
+    await page.getByText("11 found").waitFor();
+    assert.equal(await page.locator("#events > li").count(), 11);
+  }, HIGH),
+);
+
+test(
   "a log of 100,000 events is shown from its first to its last",
   withPage(async page => {
     const job = await world.provider.createJob(world.customer);

@@ -19,10 +19,12 @@ async function play(provider, job, events) {
   }
 }
 
-/** The story with a note at the begin of each step, as a provider that tells more of its steps sends it. */
+/** The story with reports of each step, as a provider that tells more of its steps sends it. */
 const told = (steps, options) =>
   story(steps, options).flatMap(event =>
-    event.kind === "step" ? [{ kind: "info", name: "Begun", stepTag: event.stepTag }, event] : [event],
+    event.kind === "step"
+      ? [...[0, 58].map(stepPercent => ({ kind: "progress", stepTag: event.stepTag, stepPercent })), event]
+      : [event],
   );
 
 async function shot(page, name) {
@@ -51,12 +53,13 @@ async function main() {
     await connection(page, "live");
   }
   const events = told(STEPS.length, { trouble: true }),
-    at = tag => events.findIndex(event => event.kind === "step" && event.stepTag === tag) + 1;
+    // Up to the last report of a step: it is under way in the picture.
+    at = tag => events.findIndex(event => event.kind === "step" && event.stepTag === tag);
   await play(provider, job, events.slice(0, at("s4")));
   await shot(light, "running");
-  await play(provider, job, events.slice(at("s4"), at("s5") + 1));
+  await play(provider, job, events.slice(at("s4"), at("s6")));
   await shot(light, "recovered");
-  await play(provider, job, events.slice(at("s5") + 1, at("s8")));
+  await play(provider, job, events.slice(at("s6"), at("s8")));
   await shot(dark, "dark");
   await shot(phone, "phone");
   await play(provider, job, events.slice(at("s8")));

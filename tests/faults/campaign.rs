@@ -22,7 +22,7 @@ use crate::{
     postgres::Postgres,
     probes::{Successes, probe},
     publishers::publish,
-    readers::read_jobs,
+    readers::{cancel_jobs, read_jobs},
     replica::Replica,
     revokers::revoke,
     watchers::{Behavior, Watcher, watch_from_now, watch_jobs},
@@ -189,6 +189,7 @@ fn start_load(context: &Arc<Context>, successes: &[Successes; 2], shared: &[Clie
     for _ in 0..READERS {
         load.spawn(read_jobs(Arc::clone(context)));
     }
+    load.spawn(cancel_jobs(Arc::clone(context)));
     for n in 0..PUBLISHERS {
         load.spawn(publish(Arc::clone(context), format!("publisher {n}")));
     }

@@ -70,11 +70,8 @@ pub fn shared_connection(address: SocketAddr) -> Clients {
     Clients::at(endpoint.initial_connection_window_size(SHARED_WINDOW))
 }
 
-/// A new user, whose API key has all scopes that the role may have.
+/// A new user, whose API key has all scopes.
 pub async fn sign_up(address: SocketAddr, role: UserRole) -> User {
-    let scopes: &[ApiKeyScope] = match role {
-        UserRole::Provider => &[ApiKeyScope::Read, ApiKeyScope::Manage, ApiKeyScope::Append],
-        _ => &[ApiKeyScope::Read, ApiKeyScope::Manage],
-    };
-    connection(address).sign_up(role, scopes).await
+    let scopes = [ApiKeyScope::Read, ApiKeyScope::Manage, ApiKeyScope::Append];
+    connection(address).sign_up(role, &scopes).await
 }

@@ -22,8 +22,8 @@ use crate::{
     clients::{UserClient, connection, shared_connection, sign_up, slow_connection},
     event_interner::EventInterner,
     history::{
-        Close, Closed, Configuration, FailedCall, History, Job, Moment, Outcome, Refusal, UnexpectedAnswer,
-        UnknownReason,
+        Cancellation, Close, Closed, Configuration, FailedCall, History, Job, Moment, Outcome, Refusal,
+        UnexpectedAnswer, UnknownReason,
     },
 };
 
@@ -141,6 +141,7 @@ impl Context {
             name: "Faults".to_owned(),
             version: "1.0.0".to_owned(),
             steps: steps.iter().map(step).collect(),
+            ..Default::default()
         };
         for provider in self.providers.iter().chain([&self.revoker, &self.hostile]) {
             let mut client = self.client(0, provider).configurations.clone();
@@ -278,10 +279,12 @@ impl Context {
         let customer = random.usize(..CUSTOMERS);
         let request = pb::CreateJobRequest {
             provider_job_id: Uuid::now_v7().to_string(),
-            customer_id: self.customers[customer].id.clone(),
+            customer: Some(pb::create_job_request::Customer::CustomerId(self.customers[customer].id.clone())),
             configuration_tag: configuration_tag(configuration),
             configuration_version: String::new(),
             provider_job_name: "A job".to_owned(),
+            // Some jobs are left alone for so long.
+            max_silence: random.bool().then_some(prost_types::Duration { seconds: 10, nanos: 0 }),
         };
         loop {
             let client = &mut clients[random.usize(..2)];
@@ -325,6 +328,29 @@ impl Context {
         };
         let close = Close { job, reason, sent_at, ended_at: self.now(), outcome };
         self.history.lock().unwrap().closes.push(close);
+    }
+
+    /// Asks for the cancellation of a job, with retries until the call is answered.
+    pub async fn request_cancellation(
+        &self,
+        clients: &mut [UserClient; 2],
+        random: &mut fastrand::Rng,
+        job: usize,
+    ) {
+        let reason = format!("asked to stop {}", random.u32(..));
+        let request = pb::RequestCancellationRequest { job_id: self.job_id(job), reason: reason.clone() };
+        let sent_at = self.now();
+        let outcome = loop {
+            let client = &mut clients[random.usize(..2)];
+            let (replica, call) = (client.replica, client.jobs.request_cancellation(request.clone()));
+            match self.checked_call(replica, "RequestCancellation", call).await {
+                Ok(answer) => break Ok(answer.existed),
+                Err(CallError::Refused(refusal)) => break Err(refusal),
+                Err(CallError::Unknown(_)) => tokio::time::sleep(Duration::from_millis(50)).await,
+            }
+        };
+        let cancellation = Cancellation { job, reason, sent_at, outcome };
+        self.history.lock().unwrap().cancellations.push(cancellation);
     }
 
     /// The job of one of the latest acknowledged batches, and a sequence of that

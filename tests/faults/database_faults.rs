@@ -133,12 +133,13 @@ impl FaultInjector {
     pub async fn hold_locks(&mut self, duration: Duration) -> String {
         let lock = [
             "SELECT FROM event_log FOR UPDATE",
+            "SELECT FROM job_states WHERE random() < 0.3 FOR UPDATE",
             "SELECT FROM jobs WHERE random() < 0.3 FOR UPDATE",
             "LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE",
             "LOCK TABLE events IN ACCESS EXCLUSIVE MODE",
             "LOCK TABLE api_keys IN ACCESS EXCLUSIVE MODE",
-            "LOCK TABLE jobs, events, api_keys, users, event_log IN ACCESS EXCLUSIVE MODE",
-        ][self.random.usize(..6)];
+            "LOCK TABLE job_states, jobs, events, api_keys, users, event_log IN ACCESS EXCLUSIVE MODE",
+        ][self.random.usize(..7)];
         let admin = self.postgres.connect().await;
         // In a deadlock Postgres cancels the session whose `deadlock_timeout` passes
         // first. That must be a session of a server.

@@ -92,6 +92,16 @@ impl Batch {
     }
 }
 
+/// An answered `RequestCancellation`: whether it was requested before.
+#[derive(Clone, Debug)]
+pub struct Cancellation {
+    pub job: usize,
+    pub reason: String,
+    /// When its first attempt was sent.
+    pub sent_at: Moment,
+    pub outcome: Result<bool, Refusal>,
+}
+
 /// An answered `CloseJob`.
 #[derive(Clone, Debug)]
 pub struct Close {
@@ -198,7 +208,7 @@ impl Message {
     pub fn last_event(&self) -> Option<&pb::Event> {
         match &self.body {
             Body::Events(events) => events.last().map(Arc::as_ref),
-            Body::CaughtUp(_) | Body::Heartbeat | Body::End(..) | Body::ListEnd => None,
+            Body::CaughtUp(..) | Body::Heartbeat | Body::End(..) | Body::ListEnd => None,
         }
     }
 }
@@ -206,7 +216,7 @@ impl Message {
 #[derive(Clone, Debug)]
 pub enum Body {
     Events(Vec<Arc<pb::Event>>),
-    CaughtUp(Option<pb::JobState>),
+    CaughtUp(Option<pb::JobState>, Vec<pb::StepState>),
     Heartbeat,
     End(pb::WatchEndReason, Option<pb::JobState>),
     /// Not of a watch: the last page of `ListEvents` was read.
@@ -357,6 +367,7 @@ pub struct History {
     pub jobs: Vec<Job>,
     pub batches: Vec<Batch>,
     pub closes: Vec<Close>,
+    pub cancellations: Vec<Cancellation>,
     pub watchers: Vec<WatcherRecord>,
     pub final_reads: Vec<FinalRead>,
     pub job_reads: Vec<JobRead>,

@@ -1,4 +1,5 @@
-//! Readers that call `GetJob`, `ListJobs` and `ListEvents` during the campaign.
+//! Readers that call `GetJob`, `ListJobs` and `ListEvents` during the campaign, and customers who
+//! ask for cancellations.
 
 use std::sync::Arc;
 
@@ -26,6 +27,18 @@ pub async fn read_jobs(context: Arc<Context>) {
             1..4 => list_events(&context, client, replica, job, sequence).await,
             _ => get_job(&context, client, replica, job).await,
         }
+    }
+}
+
+/// Now and then asks for the cancellation of a job, as its customer.
+pub async fn cancel_jobs(context: Arc<Context>) {
+    let mut random = context.random();
+    let mut clients: Vec<_> = context.customers.iter().map(|customer| context.clients(customer)).collect();
+    while !context.is_finishing() {
+        context.pause(&mut random, MAX_PAUSE_MS * 20).await;
+        let Some((job, _)) = context.recently_acknowledged(&mut random) else { continue };
+        let customer = context.history.lock().unwrap().jobs[job].customer;
+        context.request_cancellation(&mut clients[customer], &mut random, job).await;
     }
 }
 

@@ -77,7 +77,7 @@ fn operations(result: &CampaignResult, text: &mut String) {
     let received: usize = messages
         .map(|message| match &message.body {
             Body::Events(events) => events.len(),
-            Body::CaughtUp(_) | Body::Heartbeat | Body::End(..) | Body::ListEnd => 0,
+            Body::CaughtUp(..) | Body::Heartbeat | Body::End(..) | Body::ListEnd => 0,
         })
         .sum();
     let credentials = &history.credentials;

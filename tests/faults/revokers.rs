@@ -96,10 +96,11 @@ pub async fn revoke(context: Arc<Context>) {
 async fn create_job(context: &Context) -> String {
     let request = pb::CreateJobRequest {
         provider_job_id: Uuid::now_v7().to_string(),
-        customer_id: context.revoked_from.id.clone(),
+        customer: Some(pb::create_job_request::Customer::CustomerId(context.revoked_from.id.clone())),
         configuration_tag: configuration_tag(0),
         configuration_version: String::new(),
         provider_job_name: "A job to watch".to_owned(),
+        max_silence: None,
     };
     loop {
         let created = context.client(0, &context.revoker).jobs.create_job(request.clone()).await;

@@ -290,7 +290,7 @@ impl Watcher {
             ResponseMessage::Events(watched) => Body::Events(
                 watched.events.into_iter().map(|event| self.context.interner.intern(event)).collect(),
             ),
-            ResponseMessage::CaughtUp(caught_up) => Body::CaughtUp(caught_up.job),
+            ResponseMessage::CaughtUp(caught_up) => Body::CaughtUp(caught_up.job, caught_up.steps),
             ResponseMessage::Heartbeat(_) => Body::Heartbeat,
             ResponseMessage::End(end) => Body::End(end.reason(), end.job),
         };

@@ -32,7 +32,8 @@ pub fn event(context: &Context, random: &mut fastrand::Rng, job: usize) -> pb::N
     };
     let tag = if steps > 0 { format!("step-{}", random.usize(..steps)) } else { String::new() };
     let kind = match random.u32(..10) {
-        0..5 => EventKind::Step,
+        0..3 => EventKind::Step,
+        3..6 if steps > 0 => EventKind::Progress,
         9 => EventKind::Error,
         _ => EventKind::Info,
     };
@@ -48,13 +49,16 @@ pub fn event(context: &Context, random: &mut fastrand::Rng, job: usize) -> pb::N
     let occurred_at = random
         .bool()
         .then(|| Timestamp { seconds: random.i64(0..2_000_000_000), nanos: random.i32(0..1_000_000_000) });
+    let names_step = matches!(kind, EventKind::Step | EventKind::Progress);
+    let step_percent = (kind == EventKind::Progress && random.bool()).then(|| random.i32(0..=99));
     pb::NewEvent {
         id: Uuid::now_v7().to_string(),
         kind: kind.into(),
         name: format!("{:x}", random.u64(..)),
-        step_tag: if kind == EventKind::Step || random.bool() { tag } else { String::new() },
+        step_tag: if names_step || random.bool() { tag } else { String::new() },
         metadata,
         occurred_at,
+        step_percent,
     }
 }
 

@@ -3,22 +3,21 @@
 import sys
 
 import grpc
-from connection import Connection
+from connection import connect
 from milepost.v1.events_pb2 import (
     EVENT_KIND_INFO,
     AppendEventsRequest,
     NewEvent,
     PublishEventsRequest,
 )
+from milepost.v1.events_pb2_grpc import EventServiceStub
 
 event = NewEvent(kind=EVENT_KIND_INFO, name="compressed")
 event.metadata["text"] = "x" * 10_000
 gzip = grpc.Compression.Gzip
-with Connection() as connection:
-    metadata = connection.metadata
-    call = AppendEventsRequest(job_id=sys.argv[1], events=[event])
-    connection.events.AppendEvents(call, metadata=metadata, compression=gzip)
+with connect() as channel:
+    events = EventServiceStub(channel)
+    events.AppendEvents(AppendEventsRequest(job_id=sys.argv[1], events=[event]), compression=gzip)
     batches = [PublishEventsRequest(batch_id="1", job_id=sys.argv[1], events=[event])] * 3
-    answers = connection.events.PublishEvents(iter(batches), metadata=metadata, compression=gzip)
-    for answer in answers:
+    for answer in events.PublishEvents(iter(batches), compression=gzip):
         print(answer.WhichOneof("outcome"))

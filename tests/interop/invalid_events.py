@@ -7,20 +7,22 @@ of them.
 import sys
 
 import grpc
-from connection import Connection, explain
+from connection import connect
+from milepost import MilepostError
 from milepost.v1.events_pb2 import EVENT_KIND_INFO, AppendEventsRequest, NewEvent
+from milepost.v1.events_pb2_grpc import EventServiceStub
 
 request = AppendEventsRequest(
     job_id=sys.argv[1],
     events=[NewEvent(kind=EVENT_KIND_INFO, name="\0" + "🚧" * 300, step_tag="x" * 300)] * 500,
 )
 explanations = set()
-with Connection() as connection:
+with connect() as channel:
     for _ in range(10):
         try:
-            connection.call(connection.events.AppendEvents, request)
+            EventServiceStub(channel).AppendEvents(request)
             sys.exit("the batch was not refused")
         except grpc.RpcError as error:
-            explanations.add(explain(error))
+            explanations.add(str(MilepostError.of(error)))
 [explanation] = explanations
 print(explanation)

@@ -8,7 +8,9 @@
 mod rolling;
 
 use std::{
-    env, fs,
+    env,
+    ffi::OsString,
+    fs,
     net::SocketAddr,
     path::{Path, PathBuf},
     process::{Output, Stdio},
@@ -64,6 +66,7 @@ async fn the_tour_of_the_readme_and_docs_runs_from_sign_up_to_the_provider_in_py
     bash.args(["-euo", "pipefail", "-c", &script])
         .env("PATH", format!("{}:{}", milepost.display(), path_with_grpcurl().await))
         .env("PYTHON", python().await)
+        .env("PYTHONPATH", python_path())
         .env("PROVIDER_PY", examples().join("provider.py"))
         .env("MILEPOST_SERVER", server.address.to_string());
     let stdout = succeed(&mut bash).await;
@@ -78,9 +81,11 @@ async fn the_tour_of_the_readme_and_docs_runs_from_sign_up_to_the_provider_in_py
     let complete = stdout.rfind("EVENT_KIND_COMPLETE").expect("the watch received `complete`");
     let end = stdout.rfind("WATCH_END_REASON_JOB_CLOSED").expect("the watch ended with the job");
     assert!(caught_up < end && complete < end, "{stdout}");
-    let jobs =
-        server.database.texts("SELECT status || ' ' || last_sequence AS text FROM jobs ORDER BY id").await;
-    assert_eq!(jobs, ["complete 4", "complete 3", "complete 8"]);
+    let jobs = server
+        .database
+        .texts("SELECT status || ' ' || last_sequence AS text FROM job_states ORDER BY job_id")
+        .await;
+    assert_eq!(jobs, ["complete 4", "complete 5", "complete 12"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -104,7 +109,7 @@ async fn grpcurl_connects_only_with_the_ca_certificate_of_the_server() {
     assert!(!unencrypted.status.success());
 }
 
-/// A Python with the packages that `examples/python` needs. It is installed below
+/// A Python with the packages that `examples/python` needs, except for the client. It is installed below
 /// `target`, once for each version of `requirements.txt`.
 async fn python() -> PathBuf {
     static PYTHON: OnceCell<PathBuf> = OnceCell::const_new();
@@ -112,19 +117,20 @@ async fn python() -> PathBuf {
 }
 
 async fn make_python() -> PathBuf {
-    let (examples, venv) = (examples(), Path::new(env!("CARGO_TARGET_TMPDIR")).join("python"));
-    let requirements = fs::read_to_string(examples.join("requirements.txt")).unwrap();
+    let venv = Path::new(env!("CARGO_TARGET_TMPDIR")).join("python");
+    let requirements = fs::read_to_string(examples().join("requirements.txt")).unwrap();
+    // The client is found by PYTHONPATH, so that the installation need not follow its changes.
     let packages =
-        requirements.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
-    let python = python_with("python3", &packages.collect::<Vec<_>>(), &venv).await;
-    let mut generate = Command::new(&python);
-    generate.arg(examples.join("generate.py"));
-    succeed(&mut generate).await;
-    python
+        requirements.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with(['#', '.']));
+    python_with("python3", &packages.collect::<Vec<_>>(), &venv).await
 }
 
 fn examples() -> PathBuf {
     Path::new(ROOT).join("examples/python")
+}
+
+fn python_path() -> OsString {
+    env::join_paths([examples(), Path::new(ROOT).join("clients/python/src")]).unwrap()
 }
 
 /// A command that runs a Python script with the API key of this user.
@@ -132,7 +138,7 @@ async fn script(address: SocketAddr, user: &User, path: PathBuf) -> Command {
     let mut command = Command::new(python().await);
     command
         .arg(path)
-        .env("PYTHONPATH", examples())
+        .env("PYTHONPATH", python_path())
         .env("PYTHONIOENCODING", "utf-8")
         .env("MILEPOST_SERVER", address.to_string())
         .env("MILEPOST_API_KEY", &user.key_secret);
@@ -194,7 +200,7 @@ async fn a_python_provider_is_watched_by_a_python_watcher() {
     assert_eq!(replay.lines().last(), Some("complete"));
 
     assert!(run().await.contains("was done before"));
-    let sequences = server.database.texts("SELECT last_sequence::text AS text FROM jobs").await;
+    let sequences = server.database.texts("SELECT last_sequence::text AS text FROM job_states").await;
     assert_eq!(sequences, [(replay.lines().filter(|line| line.starts_with('[')).count()).to_string()]);
 }
 
@@ -224,7 +230,7 @@ async fn a_python_provider_and_a_python_watcher_go_on_after_kill_9_of_the_server
             line.strip_prefix('[')?.split_once(" %")?.1.split_whitespace().next()?.parse().ok()
         })
         .collect();
-    let stored = server.database().texts("SELECT last_sequence::text AS text FROM jobs").await;
+    let stored = server.database().texts("SELECT last_sequence::text AS text FROM job_states").await;
     assert_eq!(sequences, (1..=stored[0].parse().unwrap()).collect::<Vec<_>>(), "{watched:?}");
     assert_eq!(watched.last().map(String::as_str), Some("complete"));
 }

@@ -19,8 +19,8 @@ import uuid
 from pathlib import Path
 
 import grpc
-from connection import events_pb2_grpc, jobs_pb2_grpc
 from google.protobuf.duration_pb2 import Duration
+from milepost.v1 import events_pb2_grpc, jobs_pb2_grpc
 from milepost.v1.events_pb2 import (
     EVENT_KIND_INFO,
     AllJobs,

@@ -7,7 +7,7 @@ use milepost_testing::{ServerProcess, TIMEOUT, TestDatabase, within_timeout};
 use serde_json::Value;
 use tokio::{io::AsyncReadExt as _, process::Command, time::timeout};
 
-use crate::{examples, python};
+use crate::{python, python_path};
 
 /// How often each replica is replaced.
 const ROUNDS: usize = 3;
@@ -53,7 +53,7 @@ async fn while_replicas_are_replaced_no_call_fails_and_no_event_is_lost_or_dupli
         .arg(format!("ipv4:{},{}", servers[0].address, servers[1].address))
         .arg(root.join("examples/service_config.json"))
         .args(&jobs)
-        .env("PYTHONPATH", examples())
+        .env("PYTHONPATH", python_path())
         .env("MILEPOST_API_KEY", &provider.key_secret)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())

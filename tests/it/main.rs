@@ -12,6 +12,7 @@
 use milepost_testing as support;
 
 mod accounts;
+mod clients;
 mod database;
 mod guarantees;
 mod jobs;

@@ -80,7 +80,8 @@ impl Cluster {
         // to enter the home directory in which they are.
         python_with("/usr/bin/python3", &[PATRONI], &dir.path().join("venv")).await;
         let etcd_address = own_address("127.0.0.1");
-        let etcd = start_etcd(&dir, "etcd", etcd_address);
+        make_postgres_dir(&dir.path().join("etcd"));
+        let etcd = start_etcd(postgres_command("etcd"), &dir, "etcd", etcd_address);
         let addresses = NAMES.map(|name| (name, own_address("127.0.0.1"), own_address("127.0.0.1")));
         let nodes = addresses.map(|(name, api, postgres)| {
             make_postgres_dir(&dir.path().join(name));

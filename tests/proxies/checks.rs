@@ -1,14 +1,16 @@
 //! What must work through every proxy.
 
-use std::{fs, net::Ipv4Addr};
+use std::{fs, net::Ipv4Addr, process::Stdio};
 
 use milepost::limits::{BATCH_EVENTS, ERROR_DETAILS_BYTES, MESSAGE_BYTES};
 use milepost_client::pb::{self, publish_events_response::Outcome, watch_events_response::Message};
 use milepost_testing::{
-    Clients, ServerProcess, TestDatabase, User, Watch, info, with_metadata, within_timeout,
+    Clients, ServerProcess, TestDatabase, User, Watch, connect_client::envelope, info, installed::succeed,
+    with_metadata, within_timeout,
 };
 use prost::Message as _;
 use prost_types::value::Kind as Value;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tonic::{Code, Status, Streaming};
 use tonic_types::pb::{ErrorInfo, Status as RpcStatus};
 
@@ -33,14 +35,11 @@ pub struct Scene {
 impl Scene {
     pub async fn new(kind: Kind) -> Self {
         let database = TestDatabase::migrated().await;
-        let settings = [
-            ("DATABASE_URL", database.url.as_str()),
-            ("MILEPOST_UNSAFE_DATABASE", "true"),
-            ("MILEPOST_SIGN_UP", "open"),
-            ("MILEPOST_TRUSTED_PROXY", "127.0.0.1/32"),
-        ];
-        let settings = settings.map(|(name, value)| (name, value.to_owned())).to_vec();
-        let server = ServerProcess::start_with("127.0.0.1", settings).await;
+        let server = ServerProcess::on_with(
+            &database,
+            &[("MILEPOST_SIGN_UP", "open"), ("MILEPOST_TRUSTED_PROXY", "127.0.0.1/32")],
+        )
+        .await;
         let proxy = Proxy::start(kind, server.address).await;
         within_timeout("an answer through the proxy", async {
             let who = pb::GetCurrentUserRequest {};
@@ -60,6 +59,7 @@ impl Scene {
             self.passes_the_largest_errors().await;
             self.passes_large_requests().await;
             self.names_the_client().await;
+            self.serves_browsers_and_curl().await;
             self.isolates_a_watcher_that_does_not_read().await;
         });
     }
@@ -134,6 +134,58 @@ impl Scene {
         client.log_in(&self.customer).await;
         let last = "SELECT host(client_address) AS text FROM audit_entries ORDER BY created_at DESC LIMIT 1";
         assert_eq!(self.database.texts(last).await, ["127.0.0.5"]);
+    }
+
+    /// The page, a call by a page of the proxy's origin, and a watch in JSON, by HTTP/1.1 and
+    /// HTTP/2 alike.
+    async fn serves_browsers_and_curl(&self) {
+        let mut provider = self.provider.clone();
+        let credential = format!("authorization: Bearer {}", provider.key_secret);
+        for version in ["--http1.1", "--http2"] {
+            let job = provider.job(&self.customer).await;
+            let page = succeed(&mut self.proxy.curl(version, "/")).await;
+            assert!(page.starts_with("<!doctype html>"), "{page}");
+            for (origin, status) in [(self.proxy.origin().as_str(), "200"), ("https://a.example", "403")] {
+                let mut call = self.proxy.curl(version, "/milepost.v1.JobService/GetJob");
+                call.args(["-H", &credential, "-H", "content-type: application/json"]);
+                call.args([
+                    "-H",
+                    &format!("origin: {origin}"),
+                    "-d",
+                    &format!(r#"{{"jobId": "{}"}}"#, job.id),
+                ]);
+                call.args(["--write-out", " %{http_code}"]);
+                let answer = succeed(&mut call).await;
+                assert!(answer.ends_with(status), "{answer}");
+                assert_eq!(answer.contains(&job.provider_job_id), status == "200", "{answer}");
+            }
+            let mut watch = self.proxy.curl(version, "/milepost.v1.EventService/WatchEvents");
+            watch.args(["-H", &credential, "-H", "content-type: application/connect+json"]);
+            watch
+                .args(["--data-binary", "@-"])
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .kill_on_drop(true);
+            let mut watch = watch.spawn().unwrap();
+            let request = envelope(0, format!(r#"{{"jobId": "{}"}}"#, job.id).as_bytes());
+            watch.stdin.take().unwrap().write_all(&request).await.unwrap();
+            let (mut received, mut text) = (watch.stdout.take().unwrap(), String::new());
+            for awaited in ["caughtUp", "first", "second", "third"] {
+                if awaited != "caughtUp" {
+                    provider.append(&job, [info(awaited)]).await;
+                }
+                // Each event comes while the stream is open: the proxy does not hold it back.
+                within_timeout(awaited, async {
+                    while !text.contains(awaited) {
+                        let mut part = [0; 4096];
+                        let length = received.read(&mut part).await.unwrap();
+                        assert_ne!(length, 0, "the watch ended after {text}");
+                        text.push_str(&String::from_utf8_lossy(&part[..length]));
+                    }
+                })
+                .await;
+            }
+        }
     }
 
     /// A watcher that does not read holds up neither watches nor appends of others.

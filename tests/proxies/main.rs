@@ -1,7 +1,7 @@
 //! Servers behind nginx, HAProxy and Envoy, with the files of `examples/proxies` as they are,
 //! except for addresses, paths and shorter time-outs.
 //!
-//! `cargo test --test proxies` needs Debian's nginx, haproxy, postgresql and python3-venv, and
+//! `cargo test --test proxies` needs Debian's nginx, haproxy, curl, postgresql and python3-venv, and
 //! installs Envoy itself.
 
 #![allow(

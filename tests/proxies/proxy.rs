@@ -35,7 +35,7 @@ pub struct Proxy {
     authority: Authority,
     address: SocketAddr,
     log: PathBuf,
-    _files: TlsFiles,
+    files: TlsFiles,
     _process: Child,
     _dir: TemporaryDir,
 }
@@ -50,10 +50,23 @@ impl Proxy {
         let configuration = configuration(kind, address, server, files.dir());
         let process = dir.run(command(kind, dir.path(), &configuration).await, "log");
         let log = dir.path().join("log");
-        let proxy = Self { authority, address, log, _files: files, _process: process, _dir: dir };
+        let proxy = Self { authority, address, log, files, _process: process, _dir: dir };
         let listens = async || TcpStream::connect(address).await.is_ok();
         until(TIMEOUT, format!("{kind:?} to listen"), listens).await;
         proxy
+    }
+
+    /// The origin of a page that a browser loads through this proxy.
+    pub fn origin(&self) -> String {
+        format!("https://{}", self.address)
+    }
+
+    /// curl for a path through this proxy, with this option for the version of HTTP.
+    pub fn curl(&self, version: &str, path: &str) -> Command {
+        let mut curl = program("curl");
+        curl.args([version, "--silent", "--show-error", "--no-buffer", "--max-time", "60", "--cacert"]);
+        curl.arg(self.files.path("ca.pem")).arg(format!("{}{path}", self.origin()));
+        curl
     }
 
     /// Clients of the server through this proxy.

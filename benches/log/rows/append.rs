@@ -1,19 +1,27 @@
-//! `AppendEvents` with one event, compared with etcd's `Put`.
+//! `AppendEvents` with one event, compared with what its peers append durably.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use milepost_testing::ServerProcess;
 
-use super::{Row, fan_out};
+use super::{
+    Row, fan_out,
+    statement::{self, Statement},
+};
 use crate::{
     Result,
     accounts::{self, Accounts},
-    check::{Checker, check_etcd},
-    harness::{Harness, Peer, serve},
+    check::{Checker, check_peer},
+    events::{Acked, stamp},
+    harness::{Harness, serve},
     load::{Calls, Worker, drive},
-    report::{Goal, Outcome},
-    store::{Acked, Store, Writer, stamp},
+    peers::{self, Peer, PeerKind},
+    report::{Goal, Measure, Outcome},
+    store::{Store, Writer},
 };
 
 /// The load of a row.
@@ -25,10 +33,15 @@ struct RowLoad {
     /// Jobs that are watched but not appended to.
     idle_jobs: usize,
     replicas: usize,
+    peers: &'static [PeerKind],
+    /// Against etcd; if [`Self::by_latency`], against the append statement.
     goal: Option<Goal>,
     /// The value is the median latency, not the rate.
     by_latency: bool,
 }
+
+/// Compared in the rows that have a goal.
+const ALL: [PeerKind; 4] = [PeerKind::Etcd, PeerKind::Nats, PeerKind::DurableStreams, PeerKind::Naive];
 
 fn row_load(row: Row) -> RowLoad {
     let default = RowLoad {
@@ -37,16 +50,18 @@ fn row_load(row: Row) -> RowLoad {
         jobs: 1_000,
         idle_jobs: 0,
         replicas: 1,
+        peers: &[PeerKind::Etcd],
         goal: None,
         by_latency: false,
     };
     match row {
-        Row::Append8x32 => RowLoad { goal: Some(Goal::AtLeast(1.1)), ..default },
-        Row::Append8x1 => RowLoad { in_flight: 1, goal: Some(Goal::AtLeast(1.0)), ..default },
+        Row::Append8x32 => RowLoad { peers: &ALL, goal: Some(Goal::AtLeast(1.1)), ..default },
+        Row::Append8x1 => RowLoad { in_flight: 1, peers: &ALL, goal: Some(Goal::AtLeast(1.0)), ..default },
         Row::Append1x1 => RowLoad {
             connections: 1,
             in_flight: 1,
-            goal: Some(Goal::AtMost(1.1)),
+            peers: &ALL,
+            goal: Some(Goal::AtMost(1.5)),
             by_latency: true,
             ..default
         },
@@ -57,7 +72,9 @@ fn row_load(row: Row) -> RowLoad {
         | Row::Watch1000
         | Row::FanOut
         | Row::Memory
+        | Row::Idle100000
         | Row::Flat
+        | Row::Page
         | Row::Replay
         | Row::GetJob
         | Row::GetCurrentUser
@@ -103,41 +120,72 @@ pub(super) async fn unary(harness: &Harness, row: Row) -> Result<Vec<Outcome>> {
     let jobs = accounts.create_jobs(servers[0].address, load.jobs + load.idle_jobs).await?;
     let idle_jobs: Arc<[String]> = jobs[load.jobs..].into();
     let jobs: Arc<[String]> = jobs[..load.jobs].into();
-    let etcd = harness.etcd().await?;
-
+    let peers = start_peers(harness, &load, &jobs).await?;
     let milepost_stores = stores(&servers, &accounts, &jobs, load.connections).await?;
-    let etcd_stores = match &etcd {
-        Some(etcd) => vec![Store::etcd(etcd.address, Arc::clone(&jobs), load.connections).await?],
-        None => Vec::new(),
-    };
     let idle_watchers = if idle_jobs.is_empty() {
         Vec::new()
     } else {
-        open_idle_watchers(&servers[0], etcd.as_ref(), &accounts, idle_jobs).await?
+        open_idle_watchers(&servers[0], &peers, &accounts, idle_jobs).await?
     };
     let reader = &accounts::connect(servers[0].address, &accounts.customer, 1).await?[0];
-    let (unit, peer) = if load.by_latency { ("ms p50", "etcd Put") } else { ("events/s", "etcd Put") };
-    let mut outcome = Outcome::new(row.name(), unit, peer, load.goal);
-    let measure = |calls: &Calls| if load.by_latency { calls.p50() } else { calls.rate(1.0) };
     let mut checker = Checker::default();
     for store in &milepost_stores {
         checker.check(reader, &jobs, &warm_up(store).await?).await?;
     }
-    for _ in 0..harness.options.rounds {
+    let [mut outcome, mut cost] = outcomes(&load, &row.name(), &peers);
+    let statement = if load.by_latency { Statement::find(harness, &database).await? } else { None };
+    for number in 0..harness.options.rounds {
         harness.checkpoint().await?;
-        let (acked, calls) = round(harness, &load, &milepost_stores).await?;
-        outcome.add_milepost(measure(&calls));
-        checker.check(reader, &jobs, &acked).await?;
-        if !etcd_stores.is_empty() {
+        let before = harness.milepost_processor_time(&servers);
+        let round = round(harness, &load, &milepost_stores).await?;
+        cost.add_milepost(round.cost(harness.milepost_processor_time(&servers) - before));
+        outcome.add_milepost(round.measure(&load));
+        checker.check(reader, &jobs, &round.acked).await?;
+        if let Some(statement) = &statement {
+            let run = statement.run(harness, statement::ONE_EVENT, number).await?;
+            outcome.add(statement::NAME, run.latency);
+            cost.add(statement::NAME, run.cost);
+        }
+        for (peer, store) in &peers {
             harness.checkpoint().await?;
-            let before = etcd_stores[0].writer(0).append(&jobs, 0, 0).await?.sequence;
-            let (acked, calls) = round(harness, &load, &etcd_stores).await?;
-            outcome.add_peer(measure(&calls));
-            check_etcd(before, &acked)?;
+            let (round, of_event) = peer_round(harness, &load, peer, store).await?;
+            outcome.add(peer.kind.append(), round.measure(&load));
+            cost.add(peer.kind.append(), of_event);
         }
     }
     idle_watchers.iter().try_for_each(fan_out::Watchers::check)?;
-    Ok(vec![outcome])
+    Ok(vec![outcome, cost])
+}
+
+/// The row itself, and the processor time of an event.
+fn outcomes(load: &RowLoad, name: &str, peers: &[(Peer, Store)]) -> [Outcome; 2] {
+    let unit = if load.by_latency { "ms p50" } else { "events/s" };
+    let mut outcome = Outcome::new(name, unit);
+    let mut cost = Outcome::new(format!("{name}-cost"), "µs/event");
+    if load.by_latency {
+        outcome = outcome.compared_with(statement::NAME, load.goal);
+        cost = cost.compared_with(statement::NAME, None);
+    }
+    for (peer, _) in peers {
+        let is_etcd = peer.kind == PeerKind::Etcd;
+        outcome =
+            outcome.compared_with(peer.kind.append(), load.goal.filter(|_| is_etcd && !load.by_latency));
+        let goal = Goal::AtMost(1.0);
+        cost = cost.compared_with(peer.kind.append(), (is_etcd && load.goal.is_some()).then_some(goal));
+    }
+    [outcome, cost]
+}
+
+/// Starts the peers of a row and opens their logs.
+async fn start_peers(harness: &Harness, load: &RowLoad, logs: &Arc<[String]>) -> Result<Vec<(Peer, Store)>> {
+    let mut started = Vec::new();
+    for kind in peers::available(harness, load.peers).await? {
+        let peer = Peer::start(harness, kind, logs.len()).await?;
+        let store = peer.store(logs, load.connections).await?;
+        warm_up(&store).await?;
+        started.push((peer, store));
+    }
+    Ok(started)
 }
 
 /// Opens a store for each replica, with an equal share of the connections.
@@ -155,18 +203,18 @@ async fn stores(
     Ok(stores)
 }
 
-/// Opens 10,000 watches of the logs in milepost, and as many in etcd.
+/// Opens 10,000 watches of the logs in milepost, and as many in each peer.
 async fn open_idle_watchers(
     server: &ServerProcess,
-    etcd: Option<&Peer>,
+    peers: &[(Peer, Store)],
     accounts: &Accounts,
     logs: Arc<[String]>,
 ) -> Result<Vec<fan_out::Watchers>> {
     let user = &accounts.customer;
     let store = Store::milepost(server.address, user, Arc::clone(&logs), fan_out::CONNECTIONS).await?;
     let mut watchers = vec![fan_out::Watchers::open(&store).await?];
-    if let Some(etcd) = etcd {
-        let store = Store::etcd(etcd.address, logs, fan_out::CONNECTIONS).await?;
+    for (peer, _) in peers {
+        let store = peer.store(&logs, fan_out::CONNECTIONS).await?;
         watchers.push(fan_out::Watchers::open(&store).await?);
     }
     Ok(watchers)
@@ -179,8 +227,39 @@ async fn warm_up(store: &Store) -> Result<Vec<Acked>> {
     stream::iter(0..store.logs.len()).map(append).buffer_unordered(32).try_collect().await
 }
 
-/// Loads the stores for one round. Returns the acknowledged events and the calls.
-async fn round(harness: &Harness, load: &RowLoad, stores: &[Store]) -> Result<(Vec<Acked>, Calls)> {
+/// What was appended in a round.
+struct Round {
+    acked: Vec<Acked>,
+    calls: Calls,
+}
+
+impl Round {
+    fn measure(&self, load: &RowLoad) -> Measure {
+        if load.by_latency { self.calls.p50() } else { self.calls.rate(1.0) }
+    }
+
+    /// What an event has cost of this processor time.
+    fn cost(&self, time: Duration) -> Measure {
+        Measure::cost(time, self.acked.len())
+    }
+}
+
+/// Loads a peer for one round. Returns what was appended and the cost of an event.
+async fn peer_round(
+    harness: &Harness,
+    load: &RowLoad,
+    peer: &Peer,
+    store: &Store,
+) -> Result<(Round, Measure)> {
+    let (stored, before) = (store.stored().await?, peer.processor_time(harness)?);
+    let round = round(harness, load, std::slice::from_ref(store)).await?;
+    let cost = round.cost(peer.processor_time(harness)? - before);
+    check_peer(store, stored, &round.acked).await?;
+    Ok((round, cost))
+}
+
+/// Loads the stores for one round.
+async fn round(harness: &Harness, load: &RowLoad, stores: &[Store]) -> Result<Round> {
     let count = load.connections * load.in_flight;
     let started = Instant::now();
     let appender = |number: usize| {
@@ -202,7 +281,7 @@ async fn round(harness: &Harness, load: &RowLoad, stores: &[Store]) -> Result<(V
     for worker in &workers {
         check_order(worker, stores[0].logs.len())?;
     }
-    Ok((workers.into_iter().flat_map(|worker| worker.acked).collect(), calls))
+    Ok(Round { acked: workers.into_iter().flat_map(|worker| worker.acked).collect(), calls })
 }
 
 /// Checks that an appender, which waits for each answer, received rising sequences of

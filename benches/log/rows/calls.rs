@@ -69,7 +69,7 @@ pub(super) async fn measure(harness: &Harness, row: Row) -> Result<Vec<Outcome>>
     };
     let empty_caller =
         |number: usize| Caller::Empty(Box::new(Grpc::new(channels[number % CONNECTIONS].clone())));
-    let mut outcome = Outcome::new(row.name(), "calls/s", "empty method", None);
+    let mut outcome = Outcome::new(row.name(), "calls/s").compared_with("empty method", None);
     for _ in 0..harness.options.rounds {
         harness.checkpoint().await?;
         let callers = (0..CONNECTIONS * IN_FLIGHT).map(milepost_caller).collect();

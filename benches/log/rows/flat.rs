@@ -19,15 +19,18 @@ use milepost_testing::{ServerProcess, connect};
 use crate::{
     Result,
     accounts::{self, Accounts},
+    events::{append_request, new_event},
     harness::{Harness, serve, stop},
     load::latency,
     report::{Goal, Measure, Outcome},
-    store::{append_request, new_event, watch},
+    store::watch,
 };
 
 const EVENTS_PER_JOB: u32 = 10;
 /// Jobs that calls go to; the small database has no others.
 const JOBS: u32 = 1_000;
+/// Of how many jobs one is the small tenant's.
+const SMALL_TENANT: u32 = 1_000;
 /// Events between a token and the end of the log, when a watch is resumed.
 const MISSED: usize = 10;
 
@@ -39,6 +42,8 @@ struct Side {
     _server: ServerProcess,
     provider: Client,
     customer: Client,
+    /// The customer of a thousandth of the jobs; of all jobs where these are few.
+    small: Client,
     jobs: Arc<[String]>,
     /// A token of a watch of all jobs, [`MISSED`] events or more before the end of the log.
     all_token: String,
@@ -56,8 +61,12 @@ pub(super) async fn measure(harness: &Harness) -> Result<Vec<Outcome>> {
         JOBS * EVENTS_PER_JOB
     );
     let (mut few, mut many) = (Side::fill(harness, JOBS).await?, Side::fill(harness, large).await?);
-    let outcome =
-        |call: &&str| Outcome::new(format!("flat-{call}"), "ms p50", "with few", Some(Goal::AtMost(1.2)));
+    let mut alone = Side::fill(harness, large / SMALL_TENANT).await?;
+    let past = "flat-small-tenant";
+    let mut of_small = Outcome::new(past, "ms p50").compared_with("without the others", None);
+    let outcome = |call: &&str| {
+        Outcome::new(format!("flat-{call}"), "ms p50").compared_with("with few", Some(Goal::AtMost(1.2)))
+    };
     let mut outcomes: Vec<Outcome> = CALLS.iter().map(outcome).collect();
     let share = harness.options.round() / u32::try_from(CALLS.len())?;
     for _ in 0..harness.options.rounds {
@@ -67,7 +76,11 @@ pub(super) async fn measure(harness: &Harness) -> Result<Vec<Outcome>> {
             outcome.add_milepost(in_large);
             outcome.add_peer(in_small);
         }
+        let [among, alone] = alternate(past, [&mut many, &mut alone], share).await?;
+        of_small.add_milepost(among);
+        of_small.add_peer(alone);
     }
+    outcomes.push(of_small);
     Ok(outcomes)
 }
 
@@ -98,6 +111,11 @@ impl Side {
         let mut server = serve(&database).await;
         let accounts = Accounts::create(server.address).await;
         accounts.create_jobs(server.address, 1).await?;
+        let has_small = jobs > JOBS;
+        let small = if has_small { Accounts::create(server.address).await } else { accounts.clone() };
+        if has_small {
+            small.create_jobs(server.address, 1).await?;
+        }
         let client = connect(&database).await?;
         client.batch_execute(&insert_jobs_sql(jobs)).await?;
         // In time autovacuum would do the same.
@@ -105,7 +123,7 @@ impl Side {
         // A restarted server has cached nothing from before the INSERTs.
         stop(&mut server).await;
         server.restart().await;
-        let stride = i64::from(jobs / JOBS);
+        let stride = i64::from(jobs / JOBS).max(1);
         let rows = client
             .query(&format!("SELECT id::text FROM jobs WHERE provider_job_id LIKE 'fill-%' AND substr(provider_job_id, 6)::bigint % {stride} = 0 ORDER BY 1"), &[])
             .await?;
@@ -113,7 +131,9 @@ impl Side {
         let provider = accounts::connect(server.address, &accounts.provider, 1).await?.remove(0);
         let customer = accounts::connect(server.address, &accounts.customer, 1).await?.remove(0);
         let (all_token, job_tokens) = (String::new(), Vec::new());
-        let mut side = Self { _server: server, provider, customer, jobs, all_token, job_tokens, next: 0 };
+        let small = accounts::connect(server.address, &small.customer, 1).await?.remove(0);
+        let _server = server;
+        let mut side = Self { _server, provider, customer, small, jobs, all_token, job_tokens, next: 0 };
         for index in 0..side.jobs.len() {
             let scope = Scope::JobId(side.jobs[index].clone());
             let (_, token, _) = watch(&side.customer, scope, Start::FromNow(FromNow {})).await?;
@@ -158,6 +178,10 @@ impl Side {
                 let token = Start::ResumeToken(self.all_token.clone());
                 watch(&self.customer, Scope::AllJobs(AllJobs::default()), token).await?;
             }
+            "flat-small-tenant" => {
+                let scope = Scope::AllJobs(AllJobs::default());
+                watch(&self.small, scope, None).await?;
+            }
             "list-jobs" => {
                 let page = self.customer.jobs().list_jobs(ListJobsRequest::default()).await?.into_inner();
                 page.jobs.get(49).ok_or("a page has fewer items than expected")?;
@@ -181,18 +205,25 @@ fn insert_jobs_sql(jobs: u32) -> String {
              SELECT n, ('01900000-0000-7000-8000-' || lpad(to_hex(n), 12, '0'))::uuid AS id
              FROM generate_series(1, {jobs}) AS n;
          INSERT INTO jobs (id, provider_id, customer_id, job_configuration_id, configuration_tag, provider_job_id,
-                           provider_job_name, status, points_done, points_total, percent, steps_done, last_sequence,
-                           last_event_id, created_at)
+                           provider_job_name, points_total, created_at)
          SELECT made.id, provider_id, customer_id, job_configuration_id, configuration_tag, 'fill-' || n,
-                'Patient ' || n, 'running', 5, points_total, 5, '\\x01', {EVENTS_PER_JOB}, gen_random_uuid(),
-                now() - interval '1 day' + n * interval '1 millisecond'
-         FROM made, (SELECT * FROM jobs WHERE provider_job_id = 'job-0000000') AS one;
+                'Patient ' || n, points_total, now() - interval '1 day' + n * interval '1 millisecond'
+         FROM made JOIN (
+             SELECT *, row_number() OVER (ORDER BY created_at) AS owner, count(*) OVER () AS owners
+             FROM jobs WHERE provider_job_id = 'job-0000000') AS one
+         -- The calls go to jobs whose numbers are multiples.
+         ON owner = CASE WHEN owners > 1 AND n % {SMALL_TENANT} = 1 THEN 2 ELSE 1 END;
+         UPDATE job_states SET status = 'running', points_done = 5, percent = 5, steps = '\\x65',
+                               last_sequence = {EVENTS_PER_JOB}, last_event_id = gen_random_uuid()
+         FROM made WHERE made.id = job_id;
+         UPDATE jobs SET status = 'running' FROM made WHERE made.id = jobs.id;
          INSERT INTO events (job_id, sequence, position, id, kind, name, step_configuration_id, event_metadata,
                              status, points_done, percent, created_at)
-         SELECT id, sequence, (sequence - 1) * {jobs} + n, gen_random_uuid(), 'step', repeat('.', 64), step, '',
+         SELECT made.id, sequence, (sequence - 1) * {jobs} + n, gen_random_uuid(), 'step', repeat('.', 64), step.id, '',
                 'running', 5, 5, now()
-         FROM generate_series(1, {EVENTS_PER_JOB}) AS sequence, made,
-              (SELECT id AS step FROM step_configurations WHERE position = 0) AS step;
+         FROM generate_series(1, {EVENTS_PER_JOB}) AS sequence, made JOIN jobs USING (id)
+             JOIN step_configurations AS step
+             ON step.job_configuration_id = jobs.job_configuration_id AND step.position = 0;
          UPDATE event_log SET position = {events};
          DROP TABLE made;"
     )

@@ -5,10 +5,12 @@ mod calls;
 mod fan_out;
 mod flat;
 mod neighbour;
+mod page;
 mod publish;
 mod reconnect;
 mod replay;
 mod stalled_watchers;
+mod statement;
 mod watch;
 
 use clap::ValueEnum;
@@ -37,7 +39,11 @@ pub(crate) enum Row {
     FanOut,
     /// Memory of the server for each of 10,000 streams
     Memory,
-    /// Calls on a database with many jobs and events, compared with the same calls on a small one
+    /// Memory and processor time of a page's watch, compared with a watch by gRPC
+    Page,
+    /// Calls on a database with many jobs and events, compared with the same calls on a small one; and a watch
+    /// of all jobs from the beginning by a user who owns a thousandth of them, compared with a database without
+    /// the others
     Flat,
     /// Watch of a job with 500,000 events from its beginning, compared with COPY of its rows
     Replay,
@@ -48,6 +54,9 @@ pub(crate) enum Row {
     /// 1,000 watchers that all resume after a restart of the server
     #[value(name = "reconnect-1000")]
     Reconnect1000,
+    /// Memory and processor time of the server with 100,000 idle streams
+    #[value(name = "idle-100000")]
+    Idle100000,
     /// AppendEvents while 10,000 watchers of other jobs receive nothing
     #[value(name = "idle-10000")]
     Idle10000,
@@ -83,6 +92,8 @@ impl Row {
             Self::ReplicaDelay => watch::replicas(harness, &name).await,
             Self::FanOut => fan_out::fan_out(harness, &name).await,
             Self::Memory => fan_out::memory(harness, &name).await,
+            Self::Idle100000 => fan_out::idle(harness, &name).await,
+            Self::Page => page::measure(harness, &name).await,
             Self::Flat => flat::measure(harness).await,
             Self::Replay => replay::measure(harness, &name).await,
             Self::GetJob | Self::GetCurrentUser => calls::measure(harness, self).await,

@@ -25,10 +25,11 @@ use crate::{
     Result,
     accounts::{self, Accounts},
     check::Checker,
+    events::{Acked, SequenceCheck, append_request, delays, new_event, stamp},
     harness::{Harness, serve_with_metrics},
     load::latency,
     report::{Goal, Measure, Outcome, median},
-    store::{Acked, SequenceCheck, Store, append_request, delays, new_event, stamp},
+    store::Store,
 };
 
 /// Pause of the quiet provider after each append.
@@ -144,7 +145,9 @@ struct Outcomes([Outcome; 5]);
 
 impl Outcomes {
     fn new(name: &str, rounds: Option<Goal>) -> Self {
-        let outcome = |what: &str, unit, goal| Outcome::new(format!("{name}-{what}"), unit, "alone", goal);
+        let outcome = |what: &str, unit, goal| {
+            Outcome::new(format!("{name}-{what}"), unit).compared_with("alone", goal)
+        };
         Self([
             outcome("append", "ms p50", None),
             outcome("append-p99", "ms p99", None),

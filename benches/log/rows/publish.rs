@@ -1,7 +1,7 @@
-//! `PublishEvents` with batches of 100, compared with the append statement alone, driven
-//! by pgbench, and with COPY into the same table.
+//! `PublishEvents` with batches of 100, compared with the append statement alone and with
+//! COPY into the same table.
 
-use std::{collections::VecDeque, process::Stdio, sync::Arc, time::Instant};
+use std::{collections::VecDeque, sync::Arc, time::Instant};
 
 use bytes::Bytes;
 use futures_util::SinkExt as _;
@@ -12,20 +12,21 @@ use milepost_client::{
         publish_events_response::Outcome as Answer,
     },
 };
-use milepost_testing::{connect, installed::succeed};
-use tokio::{process::Command, sync::mpsc, task::JoinSet};
+use milepost_testing::connect;
+use tokio::{sync::mpsc, task::JoinSet};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 use uuid::Uuid;
 
+use super::statement::{self, Statement, insert_jobs, step_id};
 use crate::{
     Result,
     accounts::{self, Accounts},
     check::Checker,
+    events::{Acked, new_event, stamp},
     harness::{Harness, serve},
     load::{Worker, drive},
     report::{Goal, Measure, Outcome},
-    store::{Acked, new_event, stamp},
 };
 
 /// Events in a batch.
@@ -35,12 +36,6 @@ const STREAMS: usize = 8;
 /// Unanswered batches of each stream.
 const WINDOW: usize = 16;
 const JOBS: usize = 1_000;
-/// Clients of pgbench.
-const SQL_CLIENTS: usize = 2;
-/// Jobs that each pgbench client appends to.
-const SQL_CLIENT_JOBS: usize = 500;
-/// Jobs in one statement: as many batches as the server appends in one transaction.
-const SQL_JOBS: usize = 20;
 /// Connections that run COPY.
 const COPIERS: usize = 2;
 /// Rows of one COPY.
@@ -139,17 +134,17 @@ impl Worker for Publisher {
 
 pub(super) async fn measure(harness: &Harness, name: &str) -> Result<Vec<Outcome>> {
     let database = harness.database().await?;
-    let server = serve(&database).await;
-    let accounts = Accounts::create(server.address).await;
-    let jobs: Arc<[String]> = accounts.create_jobs(server.address, JOBS).await?.into();
-    let clients = accounts::connect(server.address, &accounts.provider, STREAMS).await?;
-    let reader = &accounts::connect(server.address, &accounts.customer, 1).await?[0];
-    let has_pgbench = Command::new("pgbench").arg("--version").stdout(Stdio::null()).status().await.is_ok();
-    if !has_pgbench {
-        harness.report_missing_peer("pgbench (Debian: postgresql)")?;
-    }
-    let mut by_statement = Outcome::new(name, "events/s", "append statement", Some(Goal::AtLeast(0.75)));
-    let mut by_copy = Outcome::new(format!("{name}-copy"), "events/s", "COPY", None);
+    let servers = [serve(&database).await];
+    let address = servers[0].address;
+    let accounts = Accounts::create(address).await;
+    let jobs: Arc<[String]> = accounts.create_jobs(address, JOBS).await?.into();
+    let clients = accounts::connect(address, &accounts.provider, STREAMS).await?;
+    let reader = &accounts::connect(address, &accounts.customer, 1).await?[0];
+    let statement = Statement::find(harness, &database).await?;
+    let goal = Some(Goal::AtLeast(0.9));
+    let mut by_statement = Outcome::new(name, "events/s").compared_with(statement::NAME, goal);
+    let mut cost = Outcome::new(format!("{name}-cost"), "µs/event").compared_with(statement::NAME, None);
+    let mut by_copy = Outcome::new(format!("{name}-copy"), "events/s").compared_with("COPY", None);
     let mut checker = Checker::default();
     for round in 0..harness.options.rounds {
         harness.checkpoint().await?;
@@ -157,138 +152,25 @@ pub(super) async fn measure(harness: &Harness, name: &str) -> Result<Vec<Outcome
         for (first, client) in clients.iter().enumerate() {
             publishers.push(Publisher::open(client, Arc::clone(&jobs), first).await?);
         }
+        let before = harness.milepost_processor_time(&servers);
         let (publishers, calls) = drive(publishers, &harness.options).await?;
+        let time = harness.milepost_processor_time(&servers) - before;
         let rate = calls.rate(f64::from(u32::try_from(BATCH)?));
         by_statement.add_milepost(Measure::of(rate.value));
         by_copy.add_milepost(Measure::of(rate.value));
         let acked: Vec<Acked> = publishers.into_iter().flat_map(|publisher| publisher.acked).collect();
+        cost.add_milepost(Measure::cost(time, acked.len()));
         checker.check(reader, &jobs, &acked).await?;
-        if has_pgbench {
-            let first = insert_jobs(&database, round, SQL_CLIENTS * SQL_CLIENT_JOBS).await?;
-            harness.checkpoint().await?;
-            by_statement.add_peer(append_statement_rate(harness, &database, first).await?);
+        if let Some(statement) = &statement {
+            let run = statement.run(harness, statement::BATCHES, round).await?;
+            by_statement.add_peer(run.rate);
+            cost.add_peer(run.cost);
         }
         let first = insert_jobs(&database, round + 1_000, COPIERS).await?;
         harness.checkpoint().await?;
         by_copy.add_peer(copy_rate(harness, &database, first, round).await?);
     }
-    Ok(vec![by_statement, by_copy])
-}
-
-/// Inserts jobs directly into the database. Their ids are made of consecutive numbers;
-/// the first number is returned.
-async fn insert_jobs(database: &str, set: u32, count: usize) -> Result<i64> {
-    let first = i64::from(set) * 1_000_000;
-    let (from, to) = (first, first + i64::try_from(count)? - 1);
-    let sql = format!(
-        "INSERT INTO jobs (id, provider_id, customer_id, job_configuration_id, configuration_tag,
-                           provider_job_id, provider_job_name, points_total)
-         SELECT {}, provider_id, customer_id, job_configuration_id, configuration_tag, 'set-' || n, '', points_total
-         FROM (SELECT * FROM jobs WHERE provider_job_id = 'job-0000000') AS one, generate_series({from}, {to}) AS n",
-        job_id("n")
-    );
-    connect(database).await?.batch_execute(&sql).await?;
-    Ok(first)
-}
-
-/// An SQL expression for the id that `insert_jobs` makes of a number.
-fn job_id(number: &str) -> String {
-    format!("('00000000-0000-7000-8000-' || lpad(to_hex({number}), 12, '0'))::uuid")
-}
-
-/// Events a second of the append statement alone, with as many jobs and events in one
-/// transaction as the server appends in one.
-async fn append_statement_rate(harness: &Harness, database: &str, first: i64) -> Result<Measure> {
-    let events = SQL_JOBS * BATCH;
-    let (last_job, last_event) = (SQL_JOBS - 1, events - 1);
-    // Each pgbench client counts its statements in `i` to know its next job and that
-    // job's last sequence: a query for them would cost a round trip.
-    let script = format!(
-        r"\set first {first} + :client_id * {SQL_CLIENT_JOBS} + (:i * {SQL_JOBS}) % {SQL_CLIENT_JOBS}
-\set after ((:i * {SQL_JOBS}) / {SQL_CLIENT_JOBS}) * {BATCH}
-\set i :i + 1
-SELECT outcomes FROM append_events(
-    ARRAY(SELECT {id} FROM generate_series(0, {last_job}) AS j ORDER BY j),
-    array_fill((:after)::bigint, ARRAY[{SQL_JOBS}]),
-    ARRAY(SELECT CASE WHEN (:after)::bigint > 0 THEN {last_id} END FROM generate_series(0, {last_job}) AS j ORDER BY j),
-    array_fill({BATCH}, ARRAY[{SQL_JOBS}]),
-    ARRAY(SELECT {new_last_id} FROM generate_series(0, {last_job}) AS j ORDER BY j),
-    array_fill('running'::job_status, ARRAY[{SQL_JOBS}]),
-    array_fill(5::bigint, ARRAY[{SQL_JOBS}]),
-    array_fill(5::smallint, ARRAY[{SQL_JOBS}]),
-    array_fill('\x01'::bytea, ARRAY[{SQL_JOBS}]),
-    array_fill(false, ARRAY[{SQL_JOBS}]),
-    ARRAY(SELECT e / {BATCH} + 1 FROM generate_series(0, {last_event}) AS e ORDER BY e),
-    ARRAY(SELECT {event_id} FROM generate_series(0, {last_event}) AS e ORDER BY e),
-    array_fill(true, ARRAY[{events}]),
-    ARRAY(SELECT (:after)::bigint + e % {BATCH} + 1 FROM generate_series(0, {last_event}) AS e ORDER BY e),
-    array_fill('step'::event_kind, ARRAY[{events}]),
-    array_fill(repeat('.', 64), ARRAY[{events}]),
-    array_fill('{step}'::uuid, ARRAY[{events}]),
-    array_fill(''::bytea, ARRAY[{events}]),
-    array_fill(NULL::timestamptz, ARRAY[{events}]),
-    array_fill('running'::job_status, ARRAY[{events}]),
-    array_fill(5::bigint, ARRAY[{events}]),
-    array_fill(5::smallint, ARRAY[{events}]));
-",
-        id = job_id("(:first)::bigint + j"),
-        last_id = event_id("j", "(:after)::bigint"),
-        new_last_id = event_id("j", &format!("(:after)::bigint + {BATCH}")),
-        event_id = event_id(&format!("e / {BATCH}"), &format!("(:after)::bigint + e % {BATCH} + 1")),
-        step = step_id(database).await?,
-    );
-    let script = harness.write_file("append.sql", &script)?;
-    let mut pgbench = Command::new("pgbench");
-    pgbench
-        .args(["--no-vacuum", "--protocol=prepared", "--define=i=0"])
-        .arg(format!("--client={SQL_CLIENTS}"))
-        .arg(format!("--jobs={SQL_CLIENTS}"))
-        .arg(format!("--time={}", harness.options.seconds))
-        .arg(format!("--file={}", script.display()))
-        .arg(database);
-    let before = count_events(database, first).await?;
-    let output = succeed(&mut pgbench).await;
-    let rate = output
-        .lines()
-        .find_map(|line| line.strip_prefix("tps = "))
-        .ok_or("the output of pgbench has no line `tps = `")?;
-    let rate: f64 = rate.split(' ').next().unwrap_or_default().parse()?;
-    let transactions =
-        output.lines().find_map(|line| line.strip_prefix("number of transactions actually processed: "));
-    let statements: i64 =
-        transactions.and_then(|text| text.split('/').next()).unwrap_or_default().trim().parse()?;
-    let appended = count_events(database, first).await? - before;
-    if appended != statements * i64::try_from(events)? {
-        return Err(format!(
-            "{statements} append statements appended {appended} events, expected {events} each"
-        )
-        .into());
-    }
-    Ok(Measure::of(rate * f64::from(u32::try_from(events)?)))
-}
-
-/// The id of a step of the configuration.
-async fn step_id(database: &str) -> Result<String> {
-    let client = connect(database).await?;
-    Ok(client.query_one("SELECT min(id::text) FROM step_configurations", &[]).await?.get(0))
-}
-
-/// The id that the script gives the event of this sequence of its job with this number: the
-/// function compares the id of a job's last event.
-fn event_id(job: &str, sequence: &str) -> String {
-    format!("md5(((:first)::bigint + {job}) || ' ' || ({sequence}))::uuid")
-}
-
-/// The number of events of the jobs inserted from this number on, by their
-/// `last_sequence`.
-async fn count_events(database: &str, first: i64) -> Result<i64> {
-    let last = first + i64::try_from(SQL_CLIENTS * SQL_CLIENT_JOBS)? - 1;
-    let sql = format!(
-        "SELECT sum(last_sequence)::bigint FROM jobs WHERE id BETWEEN {} AND {}",
-        job_id(&first.to_string()),
-        job_id(&last.to_string())
-    );
-    Ok(connect(database).await?.query_one(&sql, &[]).await?.get(0))
+    Ok(vec![by_statement, cost, by_copy])
 }
 
 /// Rows a second of COPY into the table `events`, with the same columns, indexes and

@@ -22,10 +22,11 @@ use tokio::{
 use crate::{
     Result,
     accounts::{self, Accounts},
+    events::{append_request, new_event},
     harness::{Harness, serve, stop},
     load::latency,
     report::{Measure, Outcome},
-    store::{append_request, new_event, watch},
+    store::watch,
 };
 
 /// Watchers, each of its own job.
@@ -42,7 +43,7 @@ pub(super) async fn measure(harness: &Harness, name: &str) -> Result<Vec<Outcome
     let address = server.address;
     let accounts = Accounts::create(address).await;
     let jobs = accounts.create_jobs(address, WATCHERS).await?;
-    let mut outcome = Outcome::new(name, "ms to the last", "none", None);
+    let mut outcome = Outcome::new(name, "ms to the last").compared_with("none", None);
     for _ in 0..harness.options.rounds {
         let tokens = watch_and_close(address, &accounts, &jobs).await?;
         stop(&mut server).await;

@@ -35,8 +35,9 @@ pub(super) async fn measure(harness: &Harness, name: &str) -> Result<Vec<Outcome
     server.restart().await;
     let customer = accounts::connect(server.address, &accounts.customer, 1).await?.remove(0);
 
-    let mut rate = Outcome::new(name, "events/s", "COPY out", None);
-    let mut memory = Outcome::new(format!("{name}-memory"), "kB", "none", Some(Goal::Within(GOAL_KB)));
+    let mut rate = Outcome::new(name, "events/s").compared_with("COPY out", None);
+    let mut memory =
+        Outcome::new(format!("{name}-memory"), "kB").compared_with("none", Some(Goal::Within(GOAL_KB)));
     for _ in 0..harness.options.rounds {
         let before = server.resident_bytes();
         let started = Instant::now();
@@ -87,8 +88,9 @@ fn insert_events_sql() -> String {
                              status, points_done, percent, created_at)
          SELECT jobs.id, n, n, gen_random_uuid(), 'step', repeat('.', 64), step.id, '', 'running', 5, 5, now()
          FROM jobs, step_configurations AS step, generate_series(1, {EVENTS}) AS n WHERE step.position = 0;
-         UPDATE jobs SET status = 'running', points_done = 5, percent = 5, steps_done = '\\x01',
-                         last_sequence = {EVENTS};
+         UPDATE job_states SET status = 'running', points_done = 5, percent = 5, steps = '\\x65',
+                               last_sequence = {EVENTS}, last_event_id = gen_random_uuid();
+         UPDATE jobs SET status = 'running';
          UPDATE event_log SET position = {EVENTS}"
     )
 }

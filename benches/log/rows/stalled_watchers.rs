@@ -47,11 +47,11 @@ pub(super) async fn measure(harness: &Harness, name: &str) -> Result<Vec<Outcome
         Store::milepost(server.address, &accounts.customer, idle_jobs, super::fan_out::CONNECTIONS).await?;
     let idle_watchers = Watchers::open(&idle_store).await?;
 
-    let mut delay = Outcome::new(name, "ms p99", "none stalled", None);
-    let mut memory =
-        Outcome::new(format!("{name}-memory"), "kB/watcher", "none", Some(Goal::Within(GOAL_KB)));
+    let mut delay = Outcome::new(name, "ms p99").compared_with("none stalled", None);
+    let mut memory = Outcome::new(format!("{name}-memory"), "kB/watcher")
+        .compared_with("none", Some(Goal::Within(GOAL_KB)));
     harness.checkpoint().await?;
-    let without_stalled = watch::round(harness, &senders, &watchers).await?;
+    let without_stalled = watch::round(harness, &senders, watch::open(&watchers).await?).await?;
     let before = server.resident_bytes();
     let mut connections = Vec::new();
     for _ in 0..STALLED_CONNECTIONS {
@@ -75,7 +75,7 @@ pub(super) async fn measure(harness: &Harness, name: &str) -> Result<Vec<Outcome
     };
     let stalled: Vec<_> = stream::iter(0..STALLED).map(open).buffered(20).try_collect().await?;
     harness.checkpoint().await?;
-    delay.add_milepost(watch::round(harness, &senders, &watchers).await?);
+    delay.add_milepost(watch::round(harness, &senders, watch::open(&watchers).await?).await?);
     delay.add_peer(without_stalled);
     let bytes = server.resident_bytes().saturating_sub(before);
     memory.add_milepost(Measure::of(

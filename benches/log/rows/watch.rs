@@ -16,10 +16,12 @@ use tokio::{
 use crate::{
     Result,
     accounts::Accounts,
+    events::{SequenceCheck, delays, stamp},
     harness::{Harness, serve},
     load::latency,
+    peers::{self, Peer, PeerKind},
     report::{Goal, Measure, Outcome},
-    store::{SequenceCheck, Store, delays, stamp},
+    store::{EventStream, Store},
 };
 
 /// Watchers, each of its own job.
@@ -31,27 +33,57 @@ const CONNECTIONS: usize = 8;
 /// Limit for the arrival of the last event.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
+/// The peers of the row.
+const PEERS: [PeerKind; 4] = [PeerKind::Etcd, PeerKind::DurableStreams, PeerKind::Nats, PeerKind::Naive];
+
 pub(super) async fn watchers(harness: &Harness, name: &str) -> Result<Vec<Outcome>> {
-    let server = serve(&harness.database().await?).await;
-    let WatchLoad { jobs, senders, watchers, .. } = watch_load(server.address).await?;
-    let etcd = harness.etcd().await?;
-    let etcd_load = match &etcd {
-        Some(etcd) => Some((
-            Store::etcd(etcd.address, Arc::clone(&jobs), CONNECTIONS).await?,
-            Store::etcd(etcd.address, jobs, CONNECTIONS).await?,
-        )),
-        None => None,
-    };
-    let mut outcome = Outcome::new(name, "ms p99", "etcd Watch", Some(Goal::AtMostAnd(0.5, 10.0)));
+    let servers = [serve(&harness.database().await?).await];
+    let WatchLoad { jobs, senders, watchers, .. } = watch_load(servers[0].address).await?;
+    let mut peers = Vec::new();
+    for kind in peers::available(harness, &PEERS).await? {
+        let peer = Peer::start(harness, kind, jobs.len()).await?;
+        let (senders, watchers) =
+            (peer.store(&jobs, CONNECTIONS).await?, peer.store(&jobs, CONNECTIONS).await?);
+        peers.push((peer, senders, watchers));
+    }
+    let mut p99 = Outcome::new(name, "ms p99");
+    let mut p50 = Outcome::new(format!("{name}-p50"), "ms p50");
+    let mut cost = Outcome::new(format!("{name}-cost"), "µs/event");
+    for (peer, ..) in &peers {
+        let (of_p99, of_p50) = goals(peer.kind);
+        p99 = p99.compared_with(peer.kind.watch(), of_p99);
+        p50 = p50.compared_with(peer.kind.watch(), of_p50);
+        cost = cost.compared_with(peer.kind.watch(), None);
+    }
+    let events = WATCHERS * events_per_job(harness);
     for _ in 0..harness.options.rounds {
         harness.checkpoint().await?;
-        outcome.add_milepost(round(harness, &senders, &watchers).await?);
-        if let Some((senders, watchers)) = &etcd_load {
+        let streams = open(&watchers).await?;
+        let before = harness.milepost_processor_time(&servers);
+        let measure = round(harness, &senders, streams).await?;
+        cost.add_milepost(Measure::cost(harness.milepost_processor_time(&servers) - before, events));
+        p50.add_milepost(measure.p50());
+        p99.add_milepost(measure);
+        for (peer, senders, watchers) in &peers {
             harness.checkpoint().await?;
-            outcome.add_peer(round(harness, senders, watchers).await?);
+            let (streams, name) = (open(watchers).await?, peer.kind.watch());
+            let before = peer.processor_time(harness)?;
+            let measure = round(harness, senders, streams).await?;
+            cost.add(name, Measure::cost(peer.processor_time(harness)? - before, events));
+            p50.add(name, measure.p50());
+            p99.add(name, measure);
         }
     }
-    Ok(vec![outcome])
+    Ok(vec![p99, p50, cost])
+}
+
+/// The goals against a peer for the p99 and for the median.
+fn goals(kind: PeerKind) -> (Option<Goal>, Option<Goal>) {
+    match kind {
+        PeerKind::Etcd => (Some(Goal::AtMost(0.5)), Some(Goal::AtMost(1.0))),
+        PeerKind::DurableStreams => (Some(Goal::AtMost(1.0)), None),
+        PeerKind::Nats | PeerKind::Naive => (None, None),
+    }
 }
 
 /// The same load through one replica, watched at another replica, compared with
@@ -61,12 +93,12 @@ pub(super) async fn replicas(harness: &Harness, name: &str) -> Result<Vec<Outcom
     let (first, second) = (serve(&database).await, serve(&database).await);
     let WatchLoad { accounts, jobs, senders, watchers: at_first } = watch_load(first.address).await?;
     let at_second = Store::milepost(second.address, &accounts.customer, jobs, CONNECTIONS).await?;
-    let mut outcome = Outcome::new(name, "ms p99", "same replica", None);
+    let mut outcome = Outcome::new(name, "ms p99").compared_with("same replica", None);
     for _ in 0..harness.options.rounds {
         harness.checkpoint().await?;
-        outcome.add_milepost(round(harness, &senders, &at_second).await?);
+        outcome.add_milepost(round(harness, &senders, open(&at_second).await?).await?);
         harness.checkpoint().await?;
-        outcome.add_peer(round(harness, &senders, &at_first).await?);
+        outcome.add_peer(round(harness, &senders, open(&at_first).await?).await?);
     }
     Ok(vec![outcome])
 }
@@ -93,11 +125,19 @@ pub(super) fn events_per_job(harness: &Harness) -> usize {
     usize::try_from(until.as_millis() / INTERVAL.as_millis()).unwrap_or(usize::MAX)
 }
 
+/// Watches each log from now on. With each stream comes the last sequence, if it is known.
+pub(super) async fn open(watchers: &Store) -> Result<Vec<(EventStream, Option<i64>)>> {
+    let open = |log: usize| async move { watchers.watch(log, log).await };
+    stream::iter(0..WATCHERS).map(open).buffered(100).try_collect().await
+}
+
 /// Measures the delays of a round, and checks that each watcher receives every event of
 /// its job once and in order.
-pub(super) async fn round(harness: &Harness, senders: &Store, watchers: &Store) -> Result<Measure> {
-    let open = |log: usize| async move { watchers.watch(log, log).await };
-    let event_streams: Vec<_> = stream::iter(0..WATCHERS).map(open).buffered(100).try_collect().await?;
+pub(super) async fn round(
+    harness: &Harness,
+    senders: &Store,
+    event_streams: Vec<(EventStream, Option<i64>)>,
+) -> Result<Measure> {
     let started = Instant::now();
     let from = harness.options.warm_up();
     let (total_sender, total) = watch::channel(None);
@@ -107,6 +147,10 @@ pub(super) async fn round(harness: &Harness, senders: &Store, watchers: &Store) 
         reading.spawn(delays(event_stream, order, started, from, total.clone()));
     }
     let sent = send(senders, started, events_per_job(harness)).await?;
+    let late = started.elapsed().saturating_sub(from + harness.options.round());
+    if late > INTERVAL * 2 {
+        eprintln!("the last event was acknowledged {late:.1?} too late: the load is more than it can take");
+    }
     total_sender.send(Some(sent))?;
     let mut all = Vec::new();
     while let Some(read) = timeout(TIMEOUT, reading.join_next()).await? {

@@ -1,7 +1,7 @@
 //! A client in Rust: the generated clients over one connection and with one
-//! credential, and a watch that resumes after interruptions.
+//! credential.
 
-use std::{error::Error as _, fmt, net::IpAddr, time::Duration};
+use std::net::IpAddr;
 
 use http::{
     Uri,
@@ -9,25 +9,21 @@ use http::{
 };
 use tokio_rustls::rustls::ClientConfig;
 use tonic::{
-    Code, Request, Status, Streaming,
+    Request, Status,
     metadata::{Ascii, MetadataValue},
     service::{Interceptor, interceptor::InterceptedService},
     transport::Channel,
 };
 
 use crate::{
-    connection::connect,
+    PublisherBuilder, Watch,
+    connection::{connect, connect_lazy},
     pb::{
-        WatchEndReason, WatchEventsRequest, WatchEventsResponse, auth_service_client::AuthServiceClient,
+        WatchEventsRequest, auth_service_client::AuthServiceClient,
         configuration_service_client::ConfigurationServiceClient, event_service_client::EventServiceClient,
-        job_service_client::JobServiceClient, watch_events_request::Start, watch_events_response::Message,
+        job_service_client::JobServiceClient,
     },
 };
-
-/// Pause before an interrupted watch is resumed; it doubles with each further
-/// failure.
-const FIRST_PAUSE: Duration = Duration::from_millis(100);
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 /// Why a client cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -92,7 +88,6 @@ pub fn server_url(server: &str, has_tls_settings: bool) -> Option<Uri> {
     Uri::builder().scheme(scheme).authority(authority).path_and_query("/").build().ok()
 }
 
-type OnInterruption = dyn FnMut(&Status, Duration) + Send;
 /// A connection that adds a credential to each call.
 pub type Service = InterceptedService<Channel, Bearer>;
 
@@ -115,6 +110,14 @@ impl Client {
     async fn connect_by(server: &str, tls: Option<ClientConfig>) -> Result<Self, ClientError> {
         let url = server_url(server, tls.is_some()).ok_or_else(|| ClientError::Address(server.to_owned()))?;
         Ok(Self::new(connect(server, &url, tls).await?))
+    }
+
+    /// A client that connects with its first call, and whose calls fail while there is no
+    /// server: for a publisher with a spool, which needs none. The address is as for
+    /// [`Client::connect`], or with TLS settings as for [`Client::connect_with_tls`].
+    pub async fn connect_lazy(server: &str, tls: Option<ClientConfig>) -> Result<Self, ClientError> {
+        let url = server_url(server, tls.is_some()).ok_or_else(|| ClientError::Address(server.to_owned()))?;
+        Ok(Self::new(connect_lazy(server, &url, tls).await?))
     }
 
     /// A client without a credential over a channel that is set up otherwise than
@@ -161,129 +164,19 @@ impl Client {
     /// A watch that starts as the request says and goes on until its job is
     /// closed. After a broken connection or a draining server it resumes.
     pub fn watch(&self, request: WatchEventsRequest) -> Watch {
-        Watch {
-            events: self.events(),
-            request,
-            stream: None,
-            failures: 0,
-            ended: false,
-            on_interruption: Box::new(|_, _| {}),
-        }
-    }
-}
-
-/// See [`Client::watch`].
-pub struct Watch {
-    events: EventServiceClient<Service>,
-    request: WatchEventsRequest,
-    stream: Option<Streaming<WatchEventsResponse>>,
-    /// Consecutive failures, without a message between them.
-    failures: u32,
-    ended: bool,
-    on_interruption: Box<OnInterruption>,
-}
-
-impl fmt::Debug for Watch {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Watch")
-            .field("request", &self.request)
-            .field("ended", &self.ended)
-            .finish_non_exhaustive()
-    }
-}
-
-impl Watch {
-    /// Calls `on_interruption` whenever the watch is interrupted, with the cause and
-    /// with the pause before the watch is resumed.
-    #[must_use]
-    pub fn on_interruption(
-        mut self,
-        on_interruption: impl FnMut(&Status, Duration) + Send + 'static,
-    ) -> Self {
-        self.on_interruption = Box::new(on_interruption);
-        self
+        Watch::new(self.events(), request)
     }
 
-    /// The next message; none after the `end` of a closed job. Every event arrives
-    /// exactly once; `caught_up` is sent again after each interruption.
-    ///
-    /// An error is one that no retry cures, such as UNAUTHENTICATED or NOT_FOUND,
-    /// and ends the watch. Dropping the future loses no message.
-    pub async fn next(&mut self) -> Result<Option<WatchEventsResponse>, Status> {
-        while !self.ended {
-            let interruption = match self.receive().await {
-                Ok(Some(message)) => {
-                    self.failures = 0;
-                    self.request.start = Some(Start::ResumeToken(message.resume_token.clone()));
-                    let body = &message.message;
-                    let ends_by = |reason| matches!(body, Some(Message::End(end)) if end.reason() == reason);
-                    if !ends_by(WatchEndReason::Draining) {
-                        self.ended = ends_by(WatchEndReason::JobClosed);
-                        return Ok(Some(message));
-                    }
-                    Status::unavailable("the server is shutting down")
-                }
-                Ok(None) => Status::unavailable("the stream ended without an end message"),
-                Err(status) if is_transient(&status) => status,
-                Err(status) => {
-                    self.ended = true;
-                    return Err(status);
-                }
-            };
-            self.stream = None;
-            let pause = pause(self.failures);
-            self.failures = self.failures.saturating_add(1);
-            (self.on_interruption)(&interruption, pause);
-            tokio::time::sleep(pause).await;
-        }
-        Ok(None)
+    /// Appends events to jobs in the background: each once, and those of a job in order.
+    /// The settings come first; [`PublisherBuilder::start`] starts the publisher.
+    pub fn publisher(&self) -> PublisherBuilder {
+        PublisherBuilder::new(self)
     }
-
-    async fn receive(&mut self) -> Result<Option<WatchEventsResponse>, Status> {
-        let stream = match &mut self.stream {
-            Some(stream) => stream,
-            None => {
-                let stream = self.events.watch_events(self.request.clone()).await?.into_inner();
-                self.stream.insert(stream)
-            }
-        };
-        stream.message().await
-    }
-}
-
-/// Whether the same call may succeed later: the server is unavailable or
-/// overloaded, or the connection broke. A broken connection is a status with an
-/// error source, which no status sent by a server has.
-pub fn is_transient(status: &Status) -> bool {
-    let code = status.code();
-    let broken = status.source().is_some();
-    matches!(code, Code::Unavailable | Code::ResourceExhausted | Code::DeadlineExceeded)
-        || (broken && matches!(code, Code::Unknown | Code::Internal | Code::Cancelled))
-}
-
-/// Half of it certain and half by chance, so that all watchers of a server
-/// that restarts do not come back in one instant.
-fn pause(failures: u32) -> Duration {
-    let whole = FIRST_PAUSE.saturating_mul(2_u32.saturating_pow(failures)).min(LONGEST_PAUSE);
-    let chance = getrandom::u32().map_or(1.0, |random| f64::from(random) / f64::from(u32::MAX));
-    whole.mul_f64(0.5 + 0.5 * chance)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn pauses_double_up_to_a_limit() {
-        for (failures, shortest_ms, longest_ms) in
-            [(0, 50, 100), (3, 400, 800), (6, 2500, 5000), (99, 2500, 5000)]
-        {
-            let pause = pause(failures);
-            assert!(
-                pause >= Duration::from_millis(shortest_ms) && pause <= Duration::from_millis(longest_ms)
-            );
-        }
-    }
 
     #[test]
     fn only_loopback_and_explicit_http_addresses_are_unencrypted() {
@@ -309,14 +202,5 @@ mod tests {
             let url = server_url(server, is_encrypted).map(|url| url.to_string());
             assert_eq!(url.as_deref(), expected, "{server}");
         }
-    }
-
-    #[test]
-    fn internal_and_unauthenticated_are_permanent_but_a_broken_connection_is_transient() {
-        assert!(is_transient(&Status::unavailable("")));
-        assert!(!is_transient(&Status::internal("")));
-        assert!(!is_transient(&Status::unauthenticated("")));
-        let broken = Status::from_error(Box::new(std::io::Error::other("connection reset")));
-        assert!(is_transient(&broken));
     }
 }

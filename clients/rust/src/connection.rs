@@ -56,7 +56,7 @@ pub(crate) async fn connect(
     url: &Uri,
     tls: Option<ClientConfig>,
 ) -> Result<Channel, ClientError> {
-    let tls = if url.scheme() == Some(&Scheme::HTTPS) { Some(Tls::new(url, tls).await?) } else { None };
+    let tls = Tls::of(url, tls).await?;
     greeted(url, tls).await.map_err(|error| {
         let sources = iter::successors(Some(error.as_ref() as &dyn Error), |&error| error.source());
         let unexpected = sources.filter_map(|error| error.downcast_ref()).next();
@@ -70,6 +70,18 @@ pub(crate) async fn connect(
     })
 }
 
+/// A channel that connects with its first call. See [`connect`].
+pub(crate) async fn connect_lazy(
+    server: &str,
+    url: &Uri,
+    tls: Option<ClientConfig>,
+) -> Result<Channel, ClientError> {
+    let tls = Tls::of(url, tls).await?;
+    let endpoint = endpoint(url).map_err(|error| ClientError::Connect(server.to_owned(), error))?;
+    let dial = move |address| dial(address, tls.clone(), None);
+    Ok(endpoint.connect_with_connector_lazy(service_fn(dial)))
+}
+
 /// Connects and waits for the server's first frame. Before it, tonic counts a channel as
 /// connected, and the calls of one that breaks then fail without a cause.
 async fn greeted(url: &Uri, tls: Option<Tls>) -> Result<Channel, BoxError> {
@@ -79,17 +91,19 @@ async fn greeted(url: &Uri, tls: Option<Tls>) -> Result<Channel, BoxError> {
     let dial = move |address| {
         dial(address, tls.clone(), greeting.lock().unwrap_or_else(PoisonError::into_inner).take())
     };
-    let channel = Endpoint::from(address(url)?)
+    let channel = endpoint(url)?.connect_with_connector(service_fn(dial)).await?;
+    in_time(async { greeted.await.map_err(|_| io::Error::from(io::ErrorKind::ConnectionReset).into()) })
+        .await??;
+    Ok(channel)
+}
+
+fn endpoint(url: &Uri) -> Result<Endpoint, BoxError> {
+    Ok(Endpoint::from(address(url)?)
         .origin(url.clone())
         .http2_keep_alive_interval(KEEPALIVE)
         .keep_alive_timeout(KEEPALIVE)
         .keep_alive_while_idle(true)
-        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .connect_with_connector(service_fn(dial))
-        .await?;
-    in_time(async { greeted.await.map_err(|_| io::Error::from(io::ErrorKind::ConnectionReset).into()) })
-        .await??;
-    Ok(channel)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES))
 }
 
 /// The URL without its encryption and with its port, so that tonic leaves TLS to [`dial`].
@@ -104,7 +118,11 @@ fn address(url: &Uri) -> Result<Uri, BoxError> {
 struct Tls(TlsConnector, ServerName<'static>);
 
 impl Tls {
-    async fn new(url: &Uri, config: Option<ClientConfig>) -> Result<Self, ClientError> {
+    /// None if the scheme of the URL is not `https`.
+    async fn of(url: &Uri, config: Option<ClientConfig>) -> Result<Option<Self>, ClientError> {
+        if url.scheme() != Some(&Scheme::HTTPS) {
+            return Ok(None);
+        }
         let host = url.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
         let name = ServerName::try_from(host.to_owned())
             .map_err(|error| ClientError::Tls(format!("{host} cannot be verified: {error}")))?;
@@ -113,7 +131,7 @@ impl Tls {
             None => system_authorities().await?,
         };
         config.alpn_protocols = vec![b"h2".to_vec()];
-        Ok(Self(TlsConnector::from(Arc::new(config)), name))
+        Ok(Some(Self(TlsConnector::from(Arc::new(config)), name)))
     }
 }
 

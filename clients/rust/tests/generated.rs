@@ -16,7 +16,8 @@ fn generate() -> Result<String, Box<dyn Error>> {
     let out = Path::new(env!("CARGO_TARGET_TMPDIR")).join("generated");
     fs::create_dir_all(&out)?;
     let (files, _) = build::compile(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../../proto"))?;
-    build::generator().build_server(false).out_dir(&out).compile_fds(files)?;
+    let generator = build::generator().build_server(false).out_dir(&out);
+    generator.compile_fds_with_config(files, build::config())?;
     Ok(fs::read_to_string(out.join(FILE))?)
 }
 

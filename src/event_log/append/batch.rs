@@ -14,7 +14,7 @@ use crate::{
         event::{Event, NewRow, event_bytes},
         job_identity::{JobIdentity, StepIdentity},
     },
-    progress::{EventKind, JobState, JobStatus, Progress, Weights},
+    progress::{Change, EventKind, JobState, JobStatus, Progress, Refused, Weights},
     quota::QuotaUsed,
 };
 
@@ -44,6 +44,8 @@ pub(crate) struct NewEvent {
     pub(crate) kind: EventKind,
     pub(crate) name: String,
     pub(crate) step: Step,
+    /// How far a progress event says that its step is, 0 to 99.
+    pub(crate) step_percent: Option<u8>,
     /// An encoded `google.protobuf.Struct` with sorted names, so that the same content
     /// has the same bytes.
     pub(crate) metadata: Vec<u8>,
@@ -52,6 +54,10 @@ pub(crate) struct NewEvent {
 }
 
 impl NewEvent {
+    fn change(&self) -> Change {
+        Change { kind: self.kind, step: self.step.position(), step_percent: self.step_percent }
+    }
+
     /// About how many bytes of memory and of the database this takes.
     pub(crate) fn bytes(&self) -> usize {
         event_bytes(&self.name, &self.metadata)
@@ -68,6 +74,15 @@ pub(crate) enum Step {
     Unknown,
 }
 
+/// The answer to a batch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Appended {
+    /// One for each event of the batch. None: the job has had the server's event before.
+    pub(crate) events: Vec<AppendedEvent>,
+    /// When the job's customer asked to stop, if so.
+    pub(crate) cancellation_requested_at: Option<DateTime<Utc>>,
+}
+
 /// An event of an answered batch.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct AppendedEvent {
@@ -79,18 +94,20 @@ pub(crate) struct AppendedEvent {
 }
 
 impl Batch {
-    /// Closes a job by an event of kind `close` whose name is the reason.
-    pub(crate) fn close(
+    /// An event that only the server writes; its name is the reason for it.
+    pub(crate) fn by_server(
         job: Arc<JobIdentity>,
         weights: Arc<Weights>,
+        kind: EventKind,
         reason: String,
-        audit: AuditEntry,
+        audit: Option<AuditEntry>,
     ) -> Self {
-        let close = NewEvent {
+        let event = NewEvent {
             id: None,
-            kind: EventKind::Close,
+            kind,
             name: reason,
             step: Step::None,
+            step_percent: None,
             metadata: Vec::new(),
             occurred_at: None,
         };
@@ -98,11 +115,11 @@ impl Batch {
             job,
             weights,
             expected_sequence: None,
-            events: vec![close],
+            events: vec![event],
             violations: Violations::default(),
             // What the server writes counts for nobody.
             quota_used: None,
-            audit: Some(Box::new(audit)),
+            audit: audit.map(Box::new),
         }
     }
 
@@ -111,7 +128,8 @@ impl Batch {
     }
 
     /// What becomes of each event; moves `state` on by what the batch appends. A
-    /// refusal leaves the state as it was. The order of the checks is the API's.
+    /// refusal leaves the state as it was. The order of the checks is the API's. Of an event of
+    /// the server that the job has already, nothing becomes.
     pub(crate) fn plan(
         &self,
         stored: &HashMap<Uuid, Event>,
@@ -126,7 +144,7 @@ impl Batch {
         {
             return Err(Error::SequenceMismatch { last_sequence: state.last_sequence });
         }
-        let mut after = *state;
+        let mut after = state.clone();
         let mut answer = Vec::with_capacity(self.events.len());
         for event in &self.events {
             if let Some(row) = event.id.and_then(|id| stored.get(&id)) {
@@ -134,9 +152,14 @@ impl Batch {
                 continue;
             }
             let id = event.id.unwrap_or_else(Uuid::now_v7);
-            after
-                .apply(id, event.kind, event.step.position(), &self.weights)
-                .map_err(|closed| Error::JobClosed { job_id: self.job.id, status: closed.0 })?;
+            match after.apply(id, event.change(), &self.weights) {
+                Ok(()) => {}
+                // There is nothing to append.
+                Err(Refused::CancellationRequested | Refused::Silent) => return Ok(Vec::new()),
+                Err(Refused::Closed(status)) => {
+                    return Err(Error::JobClosed { job_id: self.job.id, status });
+                }
+            }
             answer.push(AppendedEvent {
                 id,
                 sequence: after.last_sequence,
@@ -165,6 +188,7 @@ impl Batch {
             kind: event.kind,
             name: &event.name,
             step_configuration_id: event.step.id(),
+            step_percent: event.step_percent.map(i16::from),
             event_metadata: &event.metadata,
             occurred_at: event.occurred_at,
             status: appended.status,
@@ -190,6 +214,7 @@ impl Batch {
                 id: appended.id,
                 kind: event.kind,
                 step_configuration_id: event.step.id(),
+                step_percent: event.step_percent.map(i16::from),
                 name: event.name,
                 event_metadata: event.metadata,
                 occurred_at: event.occurred_at,
@@ -212,6 +237,7 @@ impl Batch {
                 ("kind", event.kind == row.kind),
                 ("name", event.name == row.name),
                 ("step_tag", event.step != Step::Unknown && event.step.id() == row.step_configuration_id),
+                ("step_percent", event.step_percent.map(i16::from) == row.step_percent),
                 ("metadata", event.metadata == row.event_metadata),
                 ("occurred_at", event.occurred_at == row.occurred_at),
             ];

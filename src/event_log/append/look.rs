@@ -21,33 +21,30 @@ use crate::{
     db::{Database, Identified as _, OwnConnection},
     error::{Error, Result},
     event_log::position::Run,
-    models::event::{AppendStatement, Event, JobHead, LockedJob},
+    models::event::{AppendConnection, AppendStatement, Event, LockedJob, StoredState},
     progress::JobState,
     telemetry::{metrics::Metrics, traces::Traces},
 };
 
-/// Work of one kind, of which one piece at a time is under way.
-pub(super) struct Look<T> {
+/// Work of one kind, of which one piece at a time is under way, over connections of the type `C`.
+pub(super) struct Look<T, C> {
     pub(super) under_way: Option<JoinHandle<T>>,
     /// The jobs of that piece; no other work on them is begun.
     pub(super) jobs: HashSet<Uuid>,
     /// Kept from one piece to the next.
-    pub(super) connection: Option<OwnConnection>,
+    pub(super) connection: Option<C>,
 }
 
-impl<T> Default for Look<T> {
+impl<T, C> Default for Look<T, C> {
     fn default() -> Self {
         Self { under_way: None, jobs: HashSet::new(), connection: None }
     }
 }
 
-impl<T: Send + 'static> Look<T> {
+impl<T: Send + 'static, C> Look<T, C> {
     /// Begins a piece with the requests that it is about.
-    pub(super) fn begin<F>(
-        &mut self,
-        requests: Vec<Request>,
-        work: impl FnOnce(Option<OwnConnection>, Vec<Request>) -> F,
-    ) where
+    pub(super) fn begin<F>(&mut self, requests: Vec<Request>, work: impl FnOnce(Option<C>, Vec<Request>) -> F)
+    where
         F: Future<Output = T> + Send + 'static,
     {
         if !requests.is_empty() {
@@ -76,11 +73,12 @@ pub(super) async fn read_jobs(
     mut requests: Vec<Request>,
 ) -> ReadJobs {
     let read = async {
-        let mut connection = in_run(&database, run, &mut kept).await?;
+        let mut connection = database.kept_or_new(&mut kept).await?;
+        demand_run(&connection, run)?;
         let jobs: Vec<Uuid> = jobs_of(&requests).into_iter().collect();
-        let heads = JobHead::load(&mut connection, &jobs).await?;
+        let states = StoredState::load(&mut connection, &jobs).await?;
         read_stored(&connection, &mut requests).await?;
-        Ok((heads.iter().map(|head| (head.id, head.state())).collect(), connection))
+        Ok((states, connection))
     };
     let (states, connection) = match database.in_time(read, "reading the jobs took too long").await {
         Ok((states, connection)) => (Ok(states), Some(connection)),
@@ -103,19 +101,20 @@ pub(super) struct Locked {
 pub(super) async fn append_locked(
     database: Database,
     run: Run,
-    mut kept: Option<OwnConnection>,
+    mut kept: Option<AppendConnection>,
     mut requests: Vec<Request>,
     (traces, metrics): (Traces, Arc<Metrics>),
 ) -> Locked {
     let mut round = Round::default();
+    let id = requests.first().map(Request::job_id).unwrap_or_default();
     let begin = async {
         let is_new = kept.is_none();
-        let connection = in_run(&database, run, &mut kept).await?;
+        let connection = AppendConnection::kept_or_new(&database, &mut kept).await?;
+        demand_run(&connection, run)?;
         if is_new {
             // Prepares the statement, so that COMMIT will not overtake it.
             AppendStatement::default().execute(&connection).await?;
         }
-        let id = requests.first().map(Request::job_id).unwrap_or_default();
         let locked = LockedJob::begin(connection, id).await?;
         read_stored(locked.connection(), &mut requests).await?;
         Ok(locked)
@@ -128,7 +127,7 @@ pub(super) async fn append_locked(
             return Locked { run, sent: (round, Err(Error::unavailable(error))), unplanned: Vec::new() };
         }
     };
-    let states = locked.head().map(|head| (head.id, head.state())).into_iter().collect();
+    let states = locked.state().map(|state| (id, state)).into_iter().collect();
     let unplanned = round.plan_all(requests, &states, Knowledge::Locked);
     let appended = if round.order.is_empty() {
         let rolled_back = async { Ok((locked.roll_back().await?, Vec::new())) };
@@ -141,13 +140,12 @@ pub(super) async fn append_locked(
     Locked { run, sent: (round, appended), unplanned }
 }
 
-/// The kept connection or a new one, which must be one of this run.
-async fn in_run(database: &Database, run: Run, kept: &mut Option<OwnConnection>) -> Result<OwnConnection> {
-    let connection = database.kept_or_new(kept).await?;
+/// [`Error::Unavailable`] if the connection is not one of this run.
+fn demand_run(connection: &OwnConnection, run: Run) -> Result<()> {
     if connection.identity() != run.identity {
         return Err(Error::unavailable("another database has taken the place of the one before"));
     }
-    Ok(connection)
+    Ok(())
 }
 
 /// Reads which events of those requests are stored that were refused from memory or

@@ -44,7 +44,7 @@ use std::{
     fmt::Debug,
     io,
     sync::{
-        Arc,
+        Arc, Weak,
         atomic::{AtomicBool, Ordering},
     },
     time::Instant,
@@ -52,7 +52,7 @@ use std::{
 
 use tokio::sync::oneshot;
 
-pub(crate) use self::batch::{AppendedEvent, Batch, NewEvent, Step};
+pub(crate) use self::batch::{Appended, Batch, NewEvent, Step};
 use self::{
     queue::Queue,
     request::{Cost, Knowledge, Reply, Request},
@@ -119,18 +119,39 @@ impl StreamOrder {
 #[derive(Debug)]
 pub(crate) struct PendingAnswer {
     database: Database,
-    answer: oneshot::Receiver<Result<Vec<AppendedEvent>>>,
+    answer: oneshot::Receiver<Result<Appended>>,
 }
 
 impl PendingAnswer {
     /// Returns once the batch is durable or refused, or commits hang.
-    pub(crate) async fn wait(self) -> Result<Vec<AppendedEvent>> {
+    pub(crate) async fn wait(self) -> Result<Appended> {
         let answer = async { self.answer.await.map_err(Error::unavailable)? };
         self.database.unless_commits_hang(answer).await
     }
 }
 
+/// An [`Appender`] that does not keep the task from ending.
+#[derive(Debug)]
+pub(super) struct WeakAppender {
+    database: Database,
+    queue: Weak<Submitting>,
+    traces: Traces,
+}
+
+impl WeakAppender {
+    /// None once the task ends.
+    pub(super) fn upgrade(&self) -> Option<Appender> {
+        let (database, traces) = (self.database.clone(), self.traces.clone());
+        Some(Appender { database, queue: self.queue.upgrade()?, traces })
+    }
+}
+
 impl Appender {
+    pub(super) fn downgrade(&self) -> WeakAppender {
+        let (database, traces) = (self.database.clone(), self.traces.clone());
+        WeakAppender { database, queue: Arc::downgrade(&self.queue), traces }
+    }
+
     /// Starts the task; it ends when the last clone of this is dropped.
     ///
     /// The task has a thread of its own: each of its steps keeps all callers waiting
@@ -165,6 +186,21 @@ impl Appender {
         held: Box<dyn Held>,
     ) -> Result<PendingAnswer> {
         credential.check_valid()?;
+        self.enqueue(Some(credential), batch, stream_order, held).await
+    }
+
+    /// As [`Self::submit`], for a batch of the server itself.
+    pub(crate) async fn submit_own(&self, batch: Batch) -> Result<PendingAnswer> {
+        self.enqueue(None, batch, StreamOrder::default(), Box::new(())).await
+    }
+
+    async fn enqueue(
+        &self,
+        credential: Option<Arc<Credential>>,
+        batch: Batch,
+        stream_order: StreamOrder,
+        held: Box<dyn Held>,
+    ) -> Result<PendingAnswer> {
         let (since, span) = (Instant::now(), self.traces.append());
         let (to, answer) = oneshot::channel();
         let request = Request {

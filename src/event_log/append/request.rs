@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use super::{
     Held, StreamOrder,
-    batch::{AppendedEvent, Batch},
+    batch::{Appended, Batch},
 };
 use crate::{
     auth::Credential,
@@ -24,7 +24,7 @@ use crate::{
 /// Where the answer to a request goes, and since when its caller waits.
 #[derive(Debug)]
 pub(super) struct Reply {
-    pub(super) to: oneshot::Sender<Result<Vec<AppendedEvent>>>,
+    pub(super) to: oneshot::Sender<Result<Appended>>,
     pub(super) since: Instant,
 }
 
@@ -37,7 +37,7 @@ pub(super) enum Knowledge {
     /// The state was read from the database while no round of the job was planned or under
     /// way, and after it the stored ids of the requests that need this.
     Read,
-    /// The same, and the job's row is locked until the round is committed.
+    /// The same, and the job's row of `job_states` is locked until the round is committed.
     Locked,
 }
 
@@ -123,7 +123,8 @@ impl Costs {
 
 #[derive(Debug)]
 pub(super) struct Request {
-    pub(super) credential: Arc<Credential>,
+    /// None: the server itself submitted the batch.
+    pub(super) credential: Option<Arc<Credential>>,
     pub(super) batch: Batch,
     pub(super) cost: Cost,
     pub(super) stream_order: StreamOrder,
@@ -144,7 +145,7 @@ impl Request {
         self.batch.job.provider_id
     }
 
-    pub(super) fn answer(self, answer: Result<Vec<AppendedEvent>>) {
+    pub(super) fn answer(self, answer: Result<Appended>) {
         // A caller that left needs no answer.
         let _ = self.reply.to.send(answer);
     }
@@ -160,7 +161,7 @@ impl Request {
     /// Why the batch must not be appended: its credential has ended, an earlier batch of the
     /// publish stream failed, or the caller has left.
     pub(super) fn refusal(&self) -> Option<Error> {
-        if let Err(error) = self.credential.check_valid() {
+        if let Some(Err(error)) = self.credential.as_ref().map(|credential| credential.check_valid()) {
             return Some(error);
         }
         if self.stream_order.has_failed() {

@@ -12,18 +12,17 @@ use uuid::Uuid;
 
 use super::{
     ROUND,
-    batch::AppendedEvent,
+    batch::{Appended, AppendedEvent},
     request::{Cost, Costs, Knowledge, Reply, Request},
 };
 use crate::{
-    db::OwnConnection,
     error::{Error, Resource, Result},
     event_log::event::CommittedEvent,
     models::{
         audit_entry::AuditEntry,
-        event::{AppendOutcome, AppendStatement, LockedJob, NewRow},
+        event::{AppendConnection, AppendOutcome, AppendStatement, LockedJob, NewRow},
     },
-    progress::JobState,
+    progress::{Cancellation, JobState},
     telemetry::{
         metrics::Metrics,
         traces::{AppendSpan, Traces, TransactionSpan},
@@ -83,15 +82,16 @@ impl Round {
         // The same event twice in one round: the second request waits for what becomes
         // of the first.
         let repeats = new_ids().any(|id| self.ids.contains(&id));
-        let new_group = Group { plans: Vec::new(), before: state, after: state, known };
         let (mut after, known) =
-            self.groups.get(&id).map_or((state, known), |group| (group.after, group.known));
+            self.groups.get(&id).map_or((state.clone(), known), |group| (group.after.clone(), group.known));
         let plan = if self.ended.contains(&request.stream_order.number()) {
             Err(Error::unavailable("a batch before this one failed"))
         } else {
             request.batch.plan(&request.stored, &mut after)
         };
-        if repeats || plan.is_err() && known.min(request.needs) < Knowledge::Read {
+        // What appends nothing rests on a state that may be older than the job's.
+        let appends = plan.as_ref().is_ok_and(|events| events.iter().any(|event| !event.existed));
+        if repeats || !appends && known.min(request.needs) < Knowledge::Read {
             request.needs = request.needs.max(Knowledge::Read);
             return Some(request);
         }
@@ -103,7 +103,8 @@ impl Round {
         if ends_stream(&plan) {
             self.ended.insert(request.stream_order.number());
         }
-        let group = self.groups.entry(id).or_insert(new_group);
+        let new_group = || Group { plans: Vec::new(), before: state.clone(), after: state, known };
+        let group = self.groups.entry(id).or_insert_with(new_group);
         if appended > 0 && group.is_empty() {
             self.order.push(id);
         }
@@ -148,8 +149,8 @@ impl Round {
     /// job is tried in a transaction of its own, so that no job fails because of another.
     pub(super) async fn append(
         &self,
-        mut connection: OwnConnection,
-    ) -> Result<(OwnConnection, Vec<Result<AppendOutcome>>)> {
+        mut connection: AppendConnection,
+    ) -> Result<(AppendConnection, Vec<Result<AppendOutcome>>)> {
         let since = Instant::now();
         match self.statement(&self.order).execute(&connection).await {
             Ok(outcomes) => return Ok((connection, outcomes.into_iter().map(Ok).collect())),
@@ -191,7 +192,7 @@ impl Round {
             if unplanned.iter().any(|before| before.job_id() == id) {
                 unplanned.push(request);
             } else {
-                unplanned.extend(self.plan(request, *state, known));
+                unplanned.extend(self.plan(request, state.clone(), known));
             }
         }
         unplanned
@@ -201,7 +202,7 @@ impl Round {
     pub(super) async fn append_locked(
         &self,
         locked: LockedJob,
-    ) -> Result<(OwnConnection, Vec<Result<AppendOutcome>>)> {
+    ) -> Result<(AppendConnection, Vec<Result<AppendOutcome>>)> {
         let (connection, outcomes) = locked.append(&self.statement(&self.order)).await?;
         Ok((connection, outcomes.into_iter().map(Ok).collect()))
     }
@@ -284,7 +285,7 @@ fn ends_stream(answer: &Result<Vec<AppendedEvent>>) -> bool {
 /// What is to be answered and delivered after a round.
 #[derive(Default)]
 pub(super) struct Completed {
-    pub(super) answers: Vec<(Reply, Result<Vec<AppendedEvent>>)>,
+    pub(super) answers: Vec<(Reply, Result<Appended>)>,
     /// The committed events, in the order of the log.
     pub(super) events: Vec<CommittedEvent>,
 }
@@ -292,6 +293,7 @@ pub(super) struct Completed {
 impl Completed {
     /// Adds a job whose events were committed after this position, at this time.
     pub(super) fn commit(&mut self, group: Group, mut position: i64, at: DateTime<Utc>) {
+        let cancellation = group.after.cancellation.committed(at);
         for (request, plan) in group.plans {
             let Request { batch, reply, stream_order, .. } = request;
             if ends_stream(&plan) {
@@ -307,17 +309,24 @@ impl Completed {
                     self.events.push(event);
                 }
             }
-            self.answers.push((reply, plan));
+            self.answer_with(reply, plan, cancellation);
         }
     }
 
     /// Adds jobs that nothing was to be appended to.
     pub(super) fn answer(&mut self, groups: impl IntoIterator<Item = Group>) {
-        for (request, plan) in groups.into_iter().flat_map(|group| group.plans) {
-            if ends_stream(&plan) {
-                request.stream_order.fail();
+        for group in groups {
+            for (request, plan) in group.plans {
+                if ends_stream(&plan) {
+                    request.stream_order.fail();
+                }
+                self.answer_with(request.reply, plan, group.after.cancellation);
             }
-            self.answers.push((request.reply, plan));
         }
+    }
+
+    fn answer_with(&mut self, to: Reply, plan: Result<Vec<AppendedEvent>>, cancellation: Cancellation) {
+        let cancellation_requested_at = cancellation.requested_at();
+        self.answers.push((to, plan.map(|events| Appended { events, cancellation_requested_at })));
     }
 }

@@ -25,8 +25,12 @@ use crate::{
     },
     error::{Error, Result},
     event_log::{position::Run, tail::Tail},
-    models::{event::AppendOutcome, history},
-    progress::JobState,
+    limits::CONFIGURATION_STEPS,
+    models::{
+        event::{AppendConnection, AppendOutcome},
+        history,
+    },
+    progress::{Cancellation, JobState},
     telemetry::{
         Telemetry,
         metrics::Metrics,
@@ -38,10 +42,10 @@ use crate::{
 /// How often the queue is emptied while a round is under way.
 const TICK: Duration = Duration::from_millis(1);
 /// About how many bytes a remembered state takes.
-const STATE_BYTES: u64 = 200;
+const STATE_BYTES: u64 = 200 + CONFIGURATION_STEPS as u64;
 
 /// A round that was sent, and what became of it.
-pub(super) type Sent = (Round, Result<(OwnConnection, Vec<Result<AppendOutcome>>)>);
+pub(super) type Sent = (Round, Result<(AppendConnection, Vec<Result<AppendOutcome>>)>);
 
 pub(super) struct Task {
     database: Database,
@@ -53,7 +57,7 @@ pub(super) struct Task {
     traces: Traces,
     /// The rounds' own connection, so that no reader keeps appends waiting; none while a
     /// round is under way.
-    connection: Option<OwnConnection>,
+    connection: Option<AppendConnection>,
     /// The run of the primary that the last connection reached. All that is remembered
     /// or planned is of this run.
     run: Option<Run>,
@@ -67,8 +71,8 @@ pub(super) struct Task {
     next: Round,
     /// Requests that cannot be planned from memory.
     waiting: Waiting,
-    reading: Look<ReadJobs>,
-    locking: Look<Locked>,
+    reading: Look<ReadJobs, OwnConnection>,
+    locking: Look<Locked, AppendConnection>,
     /// No request comes any more.
     closed: bool,
 }
@@ -209,10 +213,10 @@ impl Task {
     /// Connects if need be. In another database than before, all is forgotten that was
     /// remembered, and all is planned again that was planned: the states of jobs may be lost.
     async fn connect(&mut self) -> Result<()> {
-        let mut connection = self.database.kept_or_new(&mut self.connection).await?;
+        let mut connection = AppendConnection::kept_or_new(&self.database, &mut self.connection).await?;
         let identity = connection.identity();
         if self.run.is_none_or(|run| run.identity != identity) {
-            self.run = Some(Run { identity, history: history::enter(&mut connection).await? });
+            self.run = Some(Run { identity, history: history::enter(&mut *connection).await? });
             self.states = Cache::new(self.most_states);
             let mut requests = self.take_all();
             requests.iter_mut().for_each(|request| request.needs = request.needs.max(Knowledge::Read));
@@ -285,12 +289,22 @@ impl Task {
         // Every server locks jobs in this order.
         round.order.sort_unstable();
         for (id, group) in &round.groups {
-            self.states.insert(*id, group.after);
+            self.remember(*id, &group.after);
         }
         self.sent_jobs = round.groups.keys().copied().collect();
         round.start_span(&self.traces);
         self.under_way =
             Some(tokio::spawn(append(connection, round, self.database.clone(), Arc::clone(&self.metrics))));
+    }
+
+    /// Remembers the state to which a round leads. A state that lacks a time which only the
+    /// commit gives is read again.
+    fn remember(&self, job: Uuid, state: &JobState) {
+        if state.cancellation == Cancellation::Now {
+            self.states.invalidate(&job);
+        } else {
+            self.states.insert(job, state.clone());
+        }
     }
 
     /// Plans the requests whose jobs were read. Those that come to no new event are answered.
@@ -306,7 +320,7 @@ impl Task {
                 return self.plan_behind(jobs);
             }
         };
-        states.iter().for_each(|(id, state)| self.states.insert(*id, *state));
+        states.iter().for_each(|(id, state)| self.states.insert(*id, state.clone()));
         let unplanned = self.next.plan_all(requests, &states, Knowledge::Read);
         let mut completed = Completed::default();
         completed.answer(jobs.iter().filter_map(|id| self.next.take_answered(*id)));
@@ -338,11 +352,11 @@ impl Task {
     fn complete_locked(&mut self, Locked { run, sent, unplanned }: Locked) {
         let received_at = Instant::now();
         let jobs = std::mem::take(&mut self.locking.jobs);
-        let after: Vec<_> = sent.0.groups.iter().map(|(id, group)| (*id, group.after)).collect();
+        let after: Vec<_> = sent.0.groups.iter().map(|(id, group)| (*id, group.after.clone())).collect();
         let (connection, completed) = self.settle(sent);
         self.locking.connection = connection;
         if self.run == Some(run) && !completed.events.is_empty() {
-            after.into_iter().for_each(|(id, state)| self.states.insert(id, state));
+            after.iter().for_each(|(id, state)| self.remember(*id, state));
         }
         self.publish(Some(run), completed, received_at);
         self.plan_again(unplanned);
@@ -351,7 +365,7 @@ impl Task {
 
     /// Sorts out what became of a round. Requests for jobs that were not appended to are
     /// planned again, and so are those of the next round that rested on them.
-    fn settle(&mut self, (round, result): Sent) -> (Option<OwnConnection>, Completed) {
+    fn settle(&mut self, (round, result): Sent) -> (Option<AppendConnection>, Completed) {
         let batches = round.batches();
         let Round { mut groups, order, events, span, .. } = round;
         let (connection, outcomes): (_, Vec<Result<AppendOutcome, Arc<Error>>>) = match result {
@@ -420,7 +434,12 @@ async fn finished<T>(task: &mut Option<JoinHandle<T>>) -> T {
 }
 
 /// Appends a round.
-async fn append(connection: OwnConnection, round: Round, database: Database, metrics: Arc<Metrics>) -> Sent {
+async fn append(
+    connection: AppendConnection,
+    round: Round,
+    database: Database,
+    metrics: Arc<Metrics>,
+) -> Sent {
     let appended = round.measured(&metrics, round.append(connection));
     let result = database.in_time(appended, "the append took too long").await;
     (round, result)

@@ -4,6 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use crate::{
     event_log::{event::LogEvent, position::ResumeToken, scope::Filter},
+    models::job_identity::Configuration,
     progress::JobState,
 };
 
@@ -36,7 +37,7 @@ pub(crate) struct Message {
 #[derive(Debug)]
 pub(crate) enum Body {
     Events(Vec<Arc<LogEvent>>),
-    CaughtUp(Option<JobState>),
+    CaughtUp(Option<(JobState, Arc<Configuration>)>),
     Heartbeat,
     End(EndReason, Option<JobState>),
 }

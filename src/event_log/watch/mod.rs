@@ -39,7 +39,7 @@ use crate::{
     auth::Credential,
     error::{Error, Result},
     limits::{MESSAGE_BYTES, METADATA_BYTES},
-    models::caller::Tenant,
+    models::{caller::Tenant, job_identity::Configuration},
     progress::JobState,
     telemetry::metrics::Open,
 };
@@ -70,6 +70,8 @@ pub(crate) struct Watch {
     pending: Pending,
     /// The latest known state of the job, in a watch of one job.
     job: Option<JobState>,
+    /// That of the job, in a watch of one job that is about to send `caught_up`.
+    configuration: Option<Arc<Configuration>>,
     _counted: Open,
 }
 
@@ -141,6 +143,7 @@ impl Watch {
             position,
             pending: Pending { events: VecDeque::new(), read_to: position.cursor, walk: position.walk },
             job,
+            configuration: None,
             _counted: counted,
             reader,
             filter,
@@ -197,6 +200,20 @@ impl Watch {
                 Box::pin(self.read_past()).await?;
                 return Ok(None);
             }
+            // `caught_up` comes next.
+            if let (Scope::Job(job), None) = (&self.filter.scope, &self.configuration)
+                && !self.caught_up()
+                && !self.is_behind()
+            {
+                let (reader, tenant, job) = (Arc::clone(&self.reader), self.tenant(), Arc::clone(job));
+                let identity = self.past.identity();
+                let read = apart(async move { reader.configuration(tenant, &job, identity).await });
+                self.configuration = Box::pin(read).await??;
+                if self.configuration.is_none() {
+                    Box::pin(self.read_log_end()).await?;
+                }
+                return Ok(None);
+            }
             if self.caught_up() && !self.is_over() && !self.wait().await {
                 return Ok(None);
             }
@@ -231,7 +248,7 @@ impl Watch {
 
     /// Whether the log of the one job is closed and was sent to its end.
     fn is_over(&self) -> bool {
-        self.job.is_some_and(|job| job.closed && job.last_sequence <= self.position.cursor)
+        self.job.as_ref().is_some_and(|job| job.closed && job.last_sequence <= self.position.cursor)
     }
 
     fn next_message(&mut self) -> Option<Message> {
@@ -241,7 +258,8 @@ impl Watch {
             Some(self.message(Body::Heartbeat))
         } else if !self.caught_up() {
             self.phase = Phase::Behind;
-            Some(self.message(Body::CaughtUp(self.job)))
+            let state = self.job.clone().zip(self.configuration.take());
+            Some(self.message(Body::CaughtUp(state)))
         } else if self.is_over() {
             Some(self.end(EndReason::JobClosed))
         } else {
@@ -468,7 +486,7 @@ impl Watch {
 
     fn end(&mut self, reason: EndReason) -> Message {
         self.phase = Phase::Ended;
-        self.message(Body::End(reason, self.job))
+        self.message(Body::End(reason, self.job.clone()))
     }
 
     fn message(&self, body: Body) -> Message {

@@ -2,14 +2,18 @@
 //! positions without a gap, and refuses a job whose last sequence is another one than the
 //! batch was planned for. `event_log/append/batch.rs` numbers the events of one job.
 
+use std::ops::{Deref, DerefMut};
+
 use chrono::{DateTime, Utc};
 use diesel::QueryResult;
-use diesel_async::{AsyncPgConnection, RunQueryDsl, SimpleAsyncConnection as _};
+use diesel_async::{
+    AsyncPgConnection, RunQueryDsl, SimpleAsyncConnection as _, pooled_connection::PoolableConnection as _,
+};
 use futures_util::future::join;
 use uuid::Uuid;
 
 use crate::{
-    db::OwnConnection,
+    db::{Database, OwnConnection},
     error::{Error, Result, violated},
     models::audit_entry::AuditEntry,
     progress::{EventKind, JobState, JobStatus},
@@ -37,8 +41,13 @@ mod sql {
             job_status: Array<sql_types::JobStatus>,
             job_points_done: Array<BigInt>,
             job_percent: Array<SmallInt>,
-            job_steps_done: Array<Bytea>,
+            job_steps: Array<Bytea>,
+            job_last_step_sequence: Array<BigInt>,
             job_closed: Array<Bool>,
+            job_status_changes: Array<Bool>,
+            job_silent: Array<Bool>,
+            job_silence_changes: Array<Bool>,
+            job_cancels: Array<Bool>,
             event_job: Array<Integer>,
             event_id: Array<SqlUuid>,
             event_id_is_clients: Array<Bool>,
@@ -46,6 +55,7 @@ mod sql {
             event_kind: Array<sql_types::EventKind>,
             event_name: Array<Text>,
             event_step: Array<Nullable<SqlUuid>>,
+            event_step_percent: Array<Nullable<SmallInt>>,
             event_metadata: Array<Bytea>,
             event_occurred_at: Array<Nullable<Timestamptz>>,
             event_status: Array<sql_types::JobStatus>,
@@ -55,10 +65,11 @@ mod sql {
         ) -> Record<(Nullable<BigInt>, Nullable<Timestamptz>, Array<SmallInt>)>;
 
         /// See migrations/2026-11-26-000009_audit/up.sql.
-        fn audit_closed_jobs(
+        fn audit_appends(
             appended: Record<(Nullable<BigInt>, Nullable<Timestamptz>, Array<SmallInt>)>,
             job: Array<Integer>,
             entry_id: Array<SqlUuid>,
+            act: Array<sql_types::AuditAct>,
             job_id: Array<Nullable<SqlUuid>>,
             actor: Array<sql_types::AuditActor>,
             actor_user_id: Array<Nullable<SqlUuid>>,
@@ -66,6 +77,42 @@ mod sql {
             client_address: Array<Nullable<Inet>>,
             request_id: Array<Nullable<SqlUuid>>,
         ) -> Record<(Nullable<BigInt>, Nullable<Timestamptz>, Array<SmallInt>)>;
+    }
+}
+
+/// A connection that appends. Its plans of the statements in `append_events` are made once, for
+/// arrays of any length, and are kept while the tables grow: every row is found by its key,
+/// and no table is read whole. Without these settings each call with a few events would be
+/// planned anew. SET clauses of the function would be set and reset at each call.
+#[derive(Debug)]
+pub struct AppendConnection(OwnConnection);
+
+impl AppendConnection {
+    const SETTINGS: &str = "SET plan_cache_mode = force_generic_plan; SET enable_bitmapscan = off; \
+                            SET enable_hashjoin = off; SET enable_mergejoin = off";
+
+    /// As [`Database::kept_or_new`].
+    pub async fn kept_or_new(database: &Database, kept: &mut Option<Self>) -> Result<Self> {
+        if let Some(connection) = kept.take_if(|kept| !kept.0.is_broken()) {
+            return Ok(connection);
+        }
+        let mut connection = database.connect().await?;
+        connection.batch_execute(Self::SETTINGS).await?;
+        Ok(Self(connection))
+    }
+}
+
+impl Deref for AppendConnection {
+    type Target = OwnConnection;
+
+    fn deref(&self) -> &OwnConnection {
+        &self.0
+    }
+}
+
+impl DerefMut for AppendConnection {
+    fn deref_mut(&mut self) -> &mut OwnConnection {
+        &mut self.0
     }
 }
 
@@ -91,6 +138,14 @@ impl AppendJob<'_> {
     fn event_count(&self) -> i64 {
         self.after.last_sequence - self.before.last_sequence
     }
+
+    fn status_changes(&self) -> bool {
+        (self.before.status, self.before.closed) != (self.after.status, self.after.closed)
+    }
+
+    fn silence_changes(&self) -> bool {
+        (self.before.silent, self.before.closed) != (self.after.silent, self.after.closed)
+    }
 }
 
 /// An event to append. For the columns see [`Event`](super::Event).
@@ -103,6 +158,7 @@ pub struct NewRow<'a> {
     pub kind: EventKind,
     pub name: &'a str,
     pub step_configuration_id: Option<Uuid>,
+    pub step_percent: Option<i16>,
     pub event_metadata: &'a [u8],
     pub occurred_at: Option<DateTime<Utc>>,
     pub status: JobStatus,
@@ -140,7 +196,7 @@ impl<'a> AppendStatement<'a> {
         self.events.extend(rows.map(|row| (job, row)));
     }
 
-    /// Adds the audit entry to write if the append closes the job that was added last.
+    /// Adds an audit entry to write with the events of the job that was added last.
     pub fn audit(&mut self, entry: &'a AuditEntry) {
         self.audit.push((count(self.jobs.len()), entry));
     }
@@ -148,7 +204,7 @@ impl<'a> AppendStatement<'a> {
     /// Appends in one statement, which is one transaction. Returns the outcome of each
     /// job in the order in which the jobs were added: the order of their ids, so that
     /// two servers cannot deadlock.
-    pub async fn execute(&self, connection: &OwnConnection) -> Result<Vec<AppendOutcome>> {
+    pub async fn execute(&self, connection: &AppendConnection) -> Result<Vec<AppendOutcome>> {
         connection.begin();
         let answer = match self.call(connection, false).await {
             Err(error) if violated(&error) == Some("events_job_id_id_key") => {
@@ -162,7 +218,10 @@ impl<'a> AppendStatement<'a> {
 
     /// Appends in a transaction that is open already, and commits it; see
     /// [`LockedJob::append`](super::LockedJob::append).
-    pub(super) async fn execute_and_commit(&self, connection: &OwnConnection) -> Result<Vec<AppendOutcome>> {
+    pub(super) async fn execute_and_commit(
+        &self,
+        connection: &AppendConnection,
+    ) -> Result<Vec<AppendOutcome>> {
         connection.begin();
         let mut shared: &AsyncPgConnection = connection;
         let (answer, ended) = join(self.call(connection, true), shared.batch_execute("COMMIT")).await;
@@ -190,7 +249,8 @@ impl<'a> AppendStatement<'a> {
 
     /// With `check_ids` the function finds the jobs of which an event is stored already;
     /// without it, such an event violates a constraint.
-    async fn call(&self, mut connection: &AsyncPgConnection, check_ids: bool) -> QueryResult<Answer> {
+    async fn call(&self, connection: &AppendConnection, check_ids: bool) -> QueryResult<Answer> {
+        let mut connection: &AsyncPgConnection = connection;
         let (jobs, events) = (&self.jobs, &self.events);
         let append = sql::append_events(
             column(jobs, |job| job.id),
@@ -201,8 +261,13 @@ impl<'a> AppendStatement<'a> {
             column(jobs, |job| job.after.status),
             column(jobs, |job| job.after.progress.points_done),
             column(jobs, |job| job.after.progress.percent),
-            column(jobs, |job| job.after.steps_done.as_bytes()),
+            column(jobs, |job| job.after.steps.as_bytes()),
+            column(jobs, |job| job.after.last_step_sequence),
             column(jobs, |job| job.after.closed),
+            column(jobs, |job| job.status_changes()),
+            column(jobs, |job| job.after.silent),
+            column(jobs, |job| job.silence_changes()),
+            column(jobs, |job| job.before.cancellation != job.after.cancellation),
             column(events, |(job, _)| *job),
             column(events, |(_, row)| row.id),
             column(events, |(_, row)| row.id_is_clients),
@@ -210,6 +275,7 @@ impl<'a> AppendStatement<'a> {
             column(events, |(_, row)| row.kind),
             column(events, |(_, row)| row.name),
             column(events, |(_, row)| row.step_configuration_id),
+            column(events, |(_, row)| row.step_percent),
             column(events, |(_, row)| row.event_metadata),
             column(events, |(_, row)| row.occurred_at),
             column(events, |(_, row)| row.status),
@@ -221,10 +287,11 @@ impl<'a> AppendStatement<'a> {
             return whole(diesel::select(append).load(&mut connection).await?);
         }
         let audit = &self.audit;
-        let audited = diesel::select(sql::audit_closed_jobs(
+        let audited = diesel::select(sql::audit_appends(
             append,
             column(audit, |(job, _)| *job),
             column(audit, |(_, entry)| entry.id),
+            column(audit, |(_, entry)| entry.act),
             column(audit, |(_, entry)| entry.job_id),
             column(audit, |(_, entry)| entry.origin.actor),
             column(audit, |(_, entry)| entry.origin.actor_user_id),

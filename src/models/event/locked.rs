@@ -4,30 +4,30 @@ use diesel::prelude::*;
 use diesel_async::{AsyncPgConnection, RunQueryDsl, SimpleAsyncConnection as _};
 use uuid::Uuid;
 
-use super::{AppendOutcome, AppendStatement, JobHead};
-use crate::{db::OwnConnection, error::Result, schema::jobs};
+use super::{AppendConnection, AppendOutcome, AppendStatement, StoredState};
+use crate::{error::Result, progress::JobState, schema::job_states};
 
-/// A transaction that holds the lock of one job's row, from its BEGIN to its end. If it
+/// A transaction that holds the lock of one job's state, from its BEGIN to its end. If it
 /// is dropped before its end, its connection is closed and Postgres rolls it back.
 #[derive(Debug)]
 pub struct LockedJob {
-    connection: OwnConnection,
-    head: Option<JobHead>,
+    connection: AppendConnection,
+    state: Option<JobState>,
 }
 
 impl LockedJob {
-    /// Begins the transaction, and locks and reads the job's row. Postgres ends a
-    /// transaction that is idle for a second.
-    pub async fn begin(mut connection: OwnConnection, id: Uuid) -> Result<Self> {
+    /// Begins the transaction, and locks and reads the job's row of `job_states`, the first
+    /// lock of every append. Postgres ends a transaction that is idle for a second.
+    pub async fn begin(mut connection: AppendConnection, job_id: Uuid) -> Result<Self> {
         connection.batch_execute("BEGIN; SET LOCAL idle_in_transaction_session_timeout = '1s'").await?;
-        let job = jobs::table.filter(jobs::id.eq(id)).select(JobHead::as_select()).for_update();
-        let head = job.first(&mut connection).await.optional()?;
-        Ok(Self { connection, head })
+        let state = job_states::table.find(job_id).select(StoredState::as_select()).for_update();
+        let state: Option<StoredState> = state.first(&mut **connection).await.optional()?;
+        Ok(Self { connection, state: state.map(JobState::from) })
     }
 
-    /// The job; none if there is no such job.
-    pub fn head(&self) -> Option<&JobHead> {
-        self.head.as_ref()
+    /// The job's state; none if there is no such job.
+    pub fn state(&self) -> Option<JobState> {
+        self.state.clone()
     }
 
     /// The connection, for reads within the transaction.
@@ -45,13 +45,13 @@ impl LockedJob {
     pub async fn append(
         self,
         statement: &AppendStatement<'_>,
-    ) -> Result<(OwnConnection, Vec<AppendOutcome>)> {
+    ) -> Result<(AppendConnection, Vec<AppendOutcome>)> {
         let outcomes = statement.execute_and_commit(&self.connection).await?;
         Ok((self.connection, outcomes))
     }
 
     /// Ends the transaction without a change.
-    pub async fn roll_back(mut self) -> Result<OwnConnection> {
+    pub async fn roll_back(mut self) -> Result<AppendConnection> {
         self.connection.batch_execute("ROLLBACK").await?;
         Ok(self.connection)
     }

@@ -105,7 +105,8 @@ struct WalkQuery<'a> {
 }
 
 /// The jobs are a range of an index, in its order. What is looked up for each of them stands
-/// outside, so that it is looked up for no more than `limit` jobs.
+/// outside, so that it is looked up for no more than `limit` jobs. `OFFSET 0` keeps Postgres
+/// from another join than one look-up a job.
 impl QueryFragment<Pg> for WalkQuery<'_> {
     fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
         let Self { walk: JobWalk { scope, after, through }, from, limit } = self;
@@ -115,7 +116,7 @@ impl QueryFragment<Pg> for WalkQuery<'_> {
             out.push_bind_param::<BigInt, _>(position)?;
             out.push_sql(") ELSE 0 END");
         }
-        out.push_sql(" FROM (SELECT created_at, id, last_sequence, NOT events_removed AND ");
+        out.push_sql(" FROM (SELECT created_at, id, NOT events_removed AND ");
         out.push_bind_param::<Text, _>(&scope.configuration_tag)?;
         out.push_sql(" IN ('', configuration_tag) AS wanted FROM jobs WHERE ");
         let (own, other) = match &scope.visibility {
@@ -139,7 +140,10 @@ impl QueryFragment<Pg> for WalkQuery<'_> {
         out.push_bind_param::<SqlUuid, _>(&from.id)?;
         out.push_sql(") ORDER BY created_at, id LIMIT ");
         out.push_bind_param::<BigInt, _>(limit)?;
-        out.push_sql(") AS walked ORDER BY created_at, id");
+        out.push_sql(
+            ") AS walked CROSS JOIN LATERAL (SELECT last_sequence FROM job_states \
+             WHERE job_states.job_id = walked.id OFFSET 0) AS state ORDER BY created_at, id",
+        );
         Ok(())
     }
 }

@@ -10,7 +10,11 @@ use crate::{
     config::QuotaSettings,
     db::Transaction,
     error::{Error, Resource, Result, Violations, quoted, quoted_list},
-    models::{caller::Provider, usage, version_order},
+    models::{
+        caller::Provider,
+        max_silence::{self, MaxSilence},
+        usage, version_order,
+    },
     quota::Quota,
     schema::{job_configurations, metadata_configurations, step_configurations},
 };
@@ -22,6 +26,7 @@ pub struct NewJobConfiguration {
     pub tag: String,
     pub name: String,
     pub version: Version,
+    pub max_silence: Option<MaxSilence>,
     pub steps: Vec<NewStepConfiguration>,
 }
 
@@ -109,6 +114,7 @@ impl NewJobConfiguration {
                 job_configurations::version.eq(self.version.to_string()),
                 job_configurations::release.eq(self.version.pre.is_empty()),
                 job_configurations::precedence.eq(version_order::precedence(&self.version)),
+                job_configurations::max_silence.eq(self.max_silence),
             ))
             .on_conflict((
                 job_configurations::provider_id,
@@ -159,6 +165,9 @@ impl NewJobConfiguration {
     fn differences(&self, stored: &JobConfiguration) -> Violations {
         let mut differences = Violations::default();
         differences.add_if_different("name", &self.name, &stored.name);
+        if self.max_silence != stored.max_silence {
+            differences.add("max_silence", max_silence::is_stored_as(stored.max_silence));
+        }
         let tags = (keys(&self.steps, |step| &step.tag), keys(&stored.steps, |step| &step.tag));
         for (i, place) in places(&mut differences, "steps", &tags).into_iter().enumerate() {
             let (path, step) = (format!("steps[{i}]"), &self.steps[i]);
@@ -238,6 +247,7 @@ mod tests {
             tag: "ct".to_owned(),
             name: "CT".to_owned(),
             version: Version::new(1, 0, 0),
+            max_silence: None,
             steps: tags.iter().map(step).collect(),
         }
     }
@@ -266,6 +276,7 @@ mod tests {
             name: new.name,
             version: new.version.to_string(),
             created_at,
+            max_silence: new.max_silence,
             steps: steps.collect(),
         }
     }

@@ -17,11 +17,14 @@ use tonic::{Status, body::Body};
 
 use super::{
     methods::Method,
-    transcode::{COMPRESSED, MessageFormat, UNTIL_THE_END},
+    transcode::{COMPRESSED, MessageFormat},
 };
 use crate::{
     limits::MESSAGE_BYTES,
-    server::{in_flight::PREFIX_BYTES, plain::plain},
+    server::{
+        in_flight::{PREFIX_BYTES, UNTIL_THE_END},
+        plain::plain,
+    },
     services::Encoding,
     telemetry::metrics::Protocol,
 };

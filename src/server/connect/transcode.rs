@@ -25,14 +25,12 @@ use crate::{
     error::Error,
     json::{from_json, to_json},
     limits::MESSAGE_BYTES,
-    server::in_flight::PREFIX_BYTES,
+    server::in_flight::{PREFIX_BYTES, UNTIL_THE_END},
     services::Encoding,
 };
 
 /// The message is compressed.
 pub(super) const COMPRESSED: u8 = 1;
-/// The message ends with the body. Only [`request`](super::request) sets it.
-pub(super) const UNTIL_THE_END: u8 = 0x80;
 
 /// How the messages of a request travel. It is an extension of the request.
 #[derive(Clone, Debug)]

@@ -109,6 +109,7 @@ impl From<User> for pb::User {
             last_name: user.last_name,
             created_at: Some(timestamp(user.created_at)),
             updated_at: Some(timestamp(user.updated_at)),
+            customer_code: user.customer_code.unwrap_or_default(),
         }
     }
 }

@@ -49,9 +49,6 @@ fn scopes(violations: &mut Violations, requested: &[i32], role: UserRole) -> Vec
     for (index, scope) in requested.iter().take(API_KEY_SCOPES).enumerate() {
         let field = format!("scopes[{index}]");
         match KeyScope::from_proto(*scope) {
-            Some(KeyScope::Append) if role == UserRole::Customer => {
-                violations.add(field, "a customer's key cannot have APPEND");
-            }
             Some(scope) => scopes.push(scope),
             None => {
                 violations

@@ -87,19 +87,32 @@ fn unchecked_event(violations: &mut Violations, index: usize, event: pb::NewEven
     let at = |field: &'static str| fmt::from_fn(move |f| write!(f, "events[{index}].{field}"));
     let id = parse::optional_uuid(violations, at("id"), &event.id);
     let kind = EventKind::from_proto(event.kind).unwrap_or_else(|| {
-        violations.add(at("kind"), "must be STEP, ERROR, INFO or COMPLETE");
+        violations.add(at("kind"), "must be STEP, ERROR, INFO, COMPLETE or PROGRESS");
         EventKind::Info
     });
-    if kind == EventKind::Close {
-        violations.add(at("kind"), "CLOSE is written by CloseJob only");
+    if kind.is_written_by_server() {
+        violations.add(at("kind"), "is written by the server only");
     }
     let name = parse::text(violations, at("name"), event.name);
     let step_tag = parse::text(violations, at("step_tag"), event.step_tag);
+    if kind == EventKind::Progress && step_tag.is_empty() {
+        violations.add(at("step_tag"), "is required for PROGRESS");
+    }
+    let step_percent = event.step_percent.and_then(|percent| {
+        if kind != EventKind::Progress {
+            violations.add(at("step_percent"), "goes with PROGRESS only");
+        }
+        let percent = u8::try_from(percent).ok().filter(|percent| *percent <= limits::STEP_PERCENT);
+        if percent.is_none() {
+            violations.add(at("step_percent"), format!("must be 0 to {}", limits::STEP_PERCENT));
+        }
+        percent
+    });
     let metadata = event.metadata.unwrap_or_default();
     check_metadata(violations, at("metadata"), &metadata);
     let occurred_at = parse::timestamp(violations, at("occurred_at"), event.occurred_at);
     let encoded = metadata.encode_to_vec();
-    let event = NewEvent { id, kind, name, step: Step::None, metadata: encoded, occurred_at };
+    let event = NewEvent { id, kind, name, step: Step::None, step_percent, metadata: encoded, occurred_at };
     UncheckedEvent { event, step_tag, metadata }
 }
 

@@ -6,7 +6,7 @@ use super::batch::UncheckedBatch;
 use crate::{
     auth::{Credential, HeldBytes},
     error::{Error, Resource, Result},
-    event_log::{AppendedEvent, EventLog, PendingAnswer, StreamOrder},
+    event_log::{Appended, EventLog, PendingAnswer, StreamOrder},
     models::{
         caller::Provider,
         job::JobKey,
@@ -65,7 +65,7 @@ impl Submitted {
     }
 
     /// Returns once the batch is durable or refused.
-    pub(super) async fn answer(self) -> Result<Vec<AppendedEvent>> {
+    pub(super) async fn answer(self) -> Result<Appended> {
         match (self.answer.wait().await, self.again) {
             (Err(Error::NotFound { resource: Resource::Job, .. }), Some(again)) => again.submit().await,
             (answer, _) => answer,
@@ -74,7 +74,7 @@ impl Submitted {
 }
 
 impl Again {
-    async fn submit(self) -> Result<Vec<AppendedEvent>> {
+    async fn submit(self) -> Result<Appended> {
         let Self { log, credential, provider, batch, stream_order, held } = self;
         let job = log.jobs.find(provider.into(), &batch.job).await?;
         let configuration = log.jobs.configuration(provider.tenant(), job.configuration_id).await?;

@@ -19,6 +19,7 @@ export async function shownEvents(page) {
           sequence: Number(row.dataset.sequence),
           kind: row.dataset.s,
           name: row.querySelector("b")?.textContent ?? "",
+          reports: Number(row.dataset.reports ?? 1),
         });
     };
     if (document.querySelector("#follow").ariaChecked === "true") document.querySelector("#follow").click();
@@ -28,8 +29,15 @@ export async function shownEvents(page) {
   });
 }
 
+/** The lines of the list: reports of one step in a row are one line, which shows the last of them and their number. */
 export const asShown = events =>
-  events.map(({ sequence, kind, name }) => ({ sequence, kind: kind.replace("EVENT_KIND_", "").toLowerCase(), name }));
+  events.flatMap(({ sequence, kind, name, stepTag }, i) => {
+    const same = each => each?.kind === "EVENT_KIND_PROGRESS" && each.kind === kind && each.stepTag === stepTag;
+    if (same(events[i + 1])) return [];
+    let reports = 1;
+    while (same(events[i - reports])) reports++;
+    return [{ sequence, kind: kind.replace("EVENT_KIND_", "").toLowerCase(), name, reports }];
+  });
 
 /** No event is missing, none is there twice and none differs. */
 export async function assertShowsAll(page, events) {
@@ -39,6 +47,19 @@ export async function assertShowsAll(page, events) {
   assert.equal(new Set(rows).size, rows.length, "a row stands twice in the document");
   assert.deepEqual(await shownEvents(page), asShown(events));
 }
+
+/** What the page says of a step: in the table, and the part of its width that is filled in the bar, in percent. */
+export const shownStep = (page, tag) =>
+  page.locator(`[data-step=${tag}]`).evaluate(row => {
+    const mark = document.querySelectorAll("#bar .mark")[[...row.parentNode.children].indexOf(row)],
+      part = parseFloat(getComputedStyle(mark, "::before").width) / mark.getBoundingClientRect().width;
+    return {
+      state: row.dataset.s,
+      bar: mark.dataset.s,
+      words: row.querySelector("small").textContent.replace("\u00a0", " "),
+      filled: Math.round(100 * part),
+    };
+  });
 
 /** Notes the sequence of each row that is ever put into the list. */
 export async function noteRows(page) {

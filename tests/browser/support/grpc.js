@@ -81,12 +81,13 @@ export class User {
     await this.call("ConfigurationService", "RegisterJobConfiguration", { tag, name, version, steps });
   }
 
-  async createJob(customer, { tag = "ct", id = `ct-${randomUUID().slice(0, 8)}`, name = "" } = {}) {
+  async createJob(customer, { tag = "ct", id = `ct-${randomUUID().slice(0, 8)}`, name = "", ...rest } = {}) {
     const { job } = await this.call("JobService", "CreateJob", {
       providerJobId: id,
       providerJobName: name,
       customerId: customer.user.id,
       configurationTag: tag,
+      ...rest,
     });
     return job;
   }

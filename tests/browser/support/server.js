@@ -8,9 +8,7 @@ import path from "node:path";
 import { Grpc } from "./grpc.js";
 
 export const ROOT = path.resolve(import.meta.dirname, "../../..");
-const BINARY = process.env.MILEPOST_BIN ?? path.join(ROOT, process.env.CARGO_TARGET_DIR ?? "target", "debug/milepost");
-// A command that serves the page in front of a server that does not: it gets its own port, the server's and more options.
-const FRONT = process.env.MILEPOST_BROWSER_FRONT?.split(" ");
+const BINARY = process.env.MILEPOST_BIN ?? path.resolve(ROOT, process.env.CARGO_TARGET_DIR ?? "target", "debug/milepost");
 
 export async function freePort() {
   const server = createServer().listen(0, "127.0.0.1");
@@ -37,8 +35,7 @@ export class Server {
     server.directory = mkdtempSync("/tmp/milepost-browser-");
     chmodSync(server.directory, 0o755);
     server.port = await freePort();
-    server.webPort = FRONT ? await freePort() : server.port;
-    server.origin = `http://127.0.0.1:${server.webPort}`;
+    server.origin = `http://127.0.0.1:${server.port}`;
     server.grpc = new Grpc(`127.0.0.1:${server.port}`);
     await server.run();
     return server;
@@ -53,10 +50,9 @@ export class Server {
       path.join(this.directory, "data"),
       "--bcrypt-cost",
       "4",
-      ...(FRONT && this.options.includes("--frame-ancestors") ? [] : this.options),
+      ...this.options,
     ];
     this.process = spawn(BINARY, ["serve", ...options], { stdio });
-    if (FRONT) this.front = spawn(FRONT[0], [...FRONT.slice(1), this.webPort, this.port, ...this.options], { stdio });
     await this.grpc.ready();
     await this.answers();
   }
@@ -72,13 +68,11 @@ export class Server {
 
   async kill() {
     await end(this.process, "SIGKILL");
-    if (this.front) await end(this.front, "SIGKILL");
   }
 
   async stop() {
     this.grpc.close();
     await end(this.process);
-    if (this.front) await end(this.front);
     rmSync(this.directory, { recursive: true, force: true });
   }
 }

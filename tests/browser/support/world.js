@@ -29,8 +29,11 @@ export const withPage = (act, options) => async () => {
 };
 
 /** Opens a job as its provider sees it. */
-export async function openAsProvider(page, job) {
-  await signIn(page, world.server.origin, world.provider, PASSWORD);
+export const openAsProvider = (page, job) => openAs(page, world.provider, job);
+
+/** Opens a job as a user sees it. */
+export async function openAs(page, user, job) {
+  await signIn(page, world.server.origin, user, PASSWORD);
   await page.goto(`${world.server.origin}/#/jobs/${job.id}`);
   await page.locator("#percent").waitFor();
 }

@@ -7,7 +7,7 @@ use milepost_client::pb;
 use tonic::Code;
 
 use super::{Guarantee, IndexedHistory, Log, Origin, Violations, losses::Loss};
-use crate::history::{Attempt, Batch, Close, Moment, Outcome, Refusal, UnknownReason};
+use crate::history::{Attempt, Batch, Cancellation, Close, Moment, Outcome, Refusal, UnknownReason};
 
 pub fn check(indexed: &IndexedHistory<'_>, violations: &mut Violations) {
     for (job, log) in indexed.logs.iter().enumerate() {
@@ -26,6 +26,74 @@ pub fn check(indexed: &IndexedHistory<'_>, violations: &mut Violations) {
     }
     for close in &indexed.history.closes {
         check_close(indexed, close, violations);
+    }
+    for cancellation in &indexed.history.cancellations {
+        check_cancellation(indexed, cancellation, violations);
+    }
+    for read in indexed.history.final_reads.iter().filter(|read| read.replica == 0) {
+        check_server_events(&read.found, &read.log, violations);
+    }
+}
+
+/// Checks the events that the server alone writes: a `silent` one only after as long a silence of
+/// the provider as the job allows, at most one until the provider's next event, and at most one
+/// request of a cancellation.
+fn check_server_events(job: &pb::Job, log: &[Arc<pb::Event>], violations: &mut Violations) {
+    let nanos = |at: Option<prost_types::Timestamp>| {
+        let at = at.unwrap_or_default();
+        i128::from(at.seconds) * 1_000_000_000 + i128::from(at.nanos)
+    };
+    let longest =
+        job.max_silence.map(|length| i128::from(length.seconds) * 1_000_000_000 + i128::from(length.nanos));
+    let (mut since, mut silent, mut cancellations) = (nanos(job.created_at), false, 0);
+    for event in log {
+        let at = nanos(event.created_at);
+        match event.kind() {
+            pb::EventKind::Silent => {
+                if std::mem::replace(&mut silent, true) {
+                    let what = "a second `silent` event without an event of the provider between";
+                    violations.add(Guarantee::Unique, Some(&event.id), what);
+                }
+                if longest.is_none_or(|longest| at - since < longest) {
+                    let what = format!(
+                        "a `silent` event {} ns after the provider's last event; the job allows {longest:?}",
+                        at - since
+                    );
+                    violations.add(Guarantee::Contract, Some(&event.id), what);
+                }
+            }
+            pb::EventKind::CancellationRequested => {
+                cancellations += 1;
+                if cancellations > 1 {
+                    let what = "a second request of a cancellation";
+                    violations.add(Guarantee::Unique, Some(&event.id), what);
+                }
+            }
+            _ => (since, silent) = (at, false),
+        }
+    }
+}
+
+fn check_cancellation(
+    indexed: &IndexedHistory<'_>,
+    cancellation: &Cancellation,
+    violations: &mut Violations,
+) {
+    let Cancellation { job, reason, sent_at, outcome } = cancellation;
+    if indexed.is_gone(*job) || indexed.losses_after(*job, *sent_at).next().is_some() {
+        return;
+    }
+    let log = &indexed.logs[*job].events;
+    let stored = log.iter().find(|event| event.kind() == pb::EventKind::CancellationRequested);
+    let is_right = match (outcome, stored) {
+        (Ok(existed), Some(event)) => *existed || event.name == *reason,
+        // It was closed without.
+        (Err(refusal), stored) => refusal.code == Code::FailedPrecondition && stored.is_none(),
+        (Ok(_), None) => false,
+    };
+    if !is_right {
+        let what = format!("RequestCancellation was answered by {outcome:?}, stored is {stored:?}");
+        violations.add(Guarantee::Durable, stored.map(|event| event.id.as_str()), what);
     }
 }
 
@@ -106,7 +174,7 @@ fn check_log(indexed: &IndexedHistory<'_>, job: usize, log: &Log, violations: &m
         let answered = match origin {
             Origin::Batch(number) => indexed.acknowledged_at(&indexed.history.batches[number]),
             Origin::Close(number) => Some(indexed.history.closes[number].ended_at),
-            Origin::Unknown => None,
+            Origin::Cancellation(_) | Origin::Server | Origin::Unknown => None,
         };
         earliest_answer = earliest_answer.min(answered.unwrap_or(Moment::MAX));
     }
@@ -129,7 +197,7 @@ pub(super) fn check_states(
         if replay.closed {
             violations.add(Guarantee::Terminating, id, "stored after the event that closed the job");
         }
-        replay.apply(event.kind(), &event.step_tag);
+        replay.apply(event.kind(), &event.step_tag, event.step_percent);
         if event.status() != replay.status || event.progress != Some(replay.progress) {
             let what = format!(
                 "stored with {:?} {:?}, by the rules it is {:?} {:?}",
@@ -291,9 +359,15 @@ fn check_refusal(
                 expected != last && (possible.contains(&last) || losses.any(was_possible))
             }
             // Refusals in publish streams are recorded without a last sequence. They are
-            // wrong unless events are lost: a publisher is its job's only writer and knows
-            // the last sequence.
-            _ => indexed.losses(batch.job).any(|loss| attempt.ended_at >= loss.set_back.lost_from),
+            // wrong unless the server has written an event before, or events are lost: a
+            // publisher is its job's only writer, and counts what it has sent.
+            _ => {
+                let before = |event: &&Arc<pb::Event>| {
+                    batch.expected.is_some_and(|expected| event.sequence <= expected + 1)
+                };
+                log.events.iter().filter(before).any(|event| is_written_by_server(event))
+                    || indexed.losses(batch.job).any(|loss| attempt.ended_at >= loss.set_back.lost_from)
+            }
         },
         Code::NotFound => indexed.is_gone(batch.job),
         Code::FailedPrecondition => {
@@ -343,6 +417,11 @@ fn check_published(indexed: &IndexedHistory<'_>, batches: &[&Batch], violations:
     }
 }
 
+/// Whether no writer sent the event.
+fn is_written_by_server(event: &pb::Event) -> bool {
+    matches!(event.kind(), pb::EventKind::Silent | pb::EventKind::CancellationRequested)
+}
+
 /// Whether an event is stored as it was sent; times are stored in microseconds.
 fn is_same(sent: &pb::NewEvent, stored: &pb::Event) -> bool {
     let occurred_at = sent.occurred_at.map(|mut at| {
@@ -352,6 +431,7 @@ fn is_same(sent: &pb::NewEvent, stored: &pb::Event) -> bool {
     sent.kind == stored.kind
         && sent.name == stored.name
         && sent.step_tag == stored.step_tag
+        && sent.step_percent == stored.step_percent
         && sent.metadata.clone().unwrap_or_default() == stored.metadata.clone().unwrap_or_default()
         && occurred_at == stored.occurred_at
 }

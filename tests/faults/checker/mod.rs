@@ -83,6 +83,9 @@ impl fmt::Display for Guarantee {
 enum Origin {
     Batch(usize),
     Close(usize),
+    Cancellation(usize),
+    /// A `silent` event, which no request asks for.
+    Server,
     Unknown,
 }
 
@@ -170,6 +173,21 @@ impl<'a> IndexedHistory<'a> {
                 log.acknowledged.push((close.ended_at, closed.last_sequence));
             }
         }
+        for (number, cancellation) in history.cancellations.iter().enumerate() {
+            let log = &mut logs[cancellation.job];
+            for (event, origin) in log.events.iter().zip(&mut log.origins) {
+                let kind = pb::EventKind::CancellationRequested;
+                if (event.kind(), &event.name) == (kind, &cancellation.reason) {
+                    *origin = Origin::Cancellation(number);
+                }
+            }
+        }
+        for log in &mut logs {
+            let silent = log.events.iter().zip(&mut log.origins);
+            silent
+                .filter(|(event, _)| event.kind() == pb::EventKind::Silent)
+                .for_each(|(_, origin)| *origin = Origin::Server);
+        }
         for (job, log) in logs.iter_mut().enumerate() {
             let lost = losses(history, job).flat_map(|loss| &loss.log.events[loss.log.kept..]);
             log.lost_ids = lost.map(|event| event.id.clone()).collect();
@@ -227,7 +245,8 @@ fn first_sent_at(history: &History, origin: Origin) -> Moment {
     match origin {
         Origin::Batch(number) => history.batches[number].first_sent_at(),
         Origin::Close(number) => history.closes[number].sent_at,
-        Origin::Unknown => Moment::ZERO,
+        Origin::Cancellation(number) => history.cancellations[number].sent_at,
+        Origin::Server | Origin::Unknown => Moment::ZERO,
     }
 }
 

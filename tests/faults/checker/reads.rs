@@ -94,7 +94,7 @@ fn answered(job: &pb::Job) -> State {
 fn expected(indexed: &IndexedHistory<'_>, number: usize, log: &[Arc<pb::Event>]) -> State {
     let mut replay = indexed.replay(number);
     for event in log {
-        replay.apply(event.kind(), &event.step_tag);
+        replay.apply(event.kind(), &event.step_tag, event.step_percent);
     }
     (i64::try_from(log.len()).unwrap(), replay.status, Some(replay.progress), replay.closed)
 }

@@ -72,7 +72,7 @@ impl<'a> WatcherCheck<'a> {
             let length = usize::try_from(state.last_sequence).unwrap_or(usize::MAX);
             let mut replay = self.indexed.replay(job);
             let events = loss.log.events.iter().take(length);
-            events.for_each(|event| replay.apply(event.kind(), &event.step_tag));
+            events.for_each(|event| replay.apply(event.kind(), &event.step_tag, event.step_percent));
             loss.concerns(state.last_sequence)
                 && length <= loss.log.events.len()
                 && (state.status(), state.progress) == (replay.status, Some(replay.progress))
@@ -102,7 +102,7 @@ impl<'a> WatcherCheck<'a> {
         };
         let goes_on = match &message.body {
             Body::Events(events) if events.iter().any(is_new) => Some(Guarantee::LostCommits),
-            Body::Events(_) | Body::CaughtUp(_) | Body::Heartbeat => is_late.then_some(Guarantee::InTime),
+            Body::Events(_) | Body::CaughtUp(..) | Body::Heartbeat => is_late.then_some(Guarantee::InTime),
             Body::End(..) | Body::ListEnd => None,
         };
         if let Some(guarantee) = goes_on {

@@ -3,7 +3,7 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use milepost_client::pb::{Event, JobState, WatchEndReason};
+use milepost_client::pb::{Event, JobState, StepState, WatchEndReason};
 
 use super::{Guarantee, IndexedHistory, Violations, log::is_closing};
 use crate::{
@@ -123,7 +123,7 @@ impl WatcherCheck<'_> {
                         self.receive(stream, event, &mut cursor, violations);
                     }
                 }
-                Body::CaughtUp(state) => {
+                Body::CaughtUp(state, steps) => {
                     if std::mem::replace(&mut caught_up, true) {
                         let what = format!("{}: `caught_up` comes twice", self.label(stream));
                         violations.add(Guarantee::Complete, None, what);
@@ -145,7 +145,7 @@ impl WatcherCheck<'_> {
                         self.live_since.get_or_insert(message.received_at);
                         self.checked.clear();
                     }
-                    self.check_state(stream, state.as_ref(), &mut cursor, violations);
+                    self.check_state(stream, state.as_ref(), Some(steps), &mut cursor, violations);
                 }
                 Body::ListEnd => {
                     self.check_acknowledged(
@@ -162,7 +162,7 @@ impl WatcherCheck<'_> {
                 Body::End(reason, state) => {
                     ended = true;
                     if *reason != WatchEndReason::LogSetBack {
-                        self.check_state(stream, state.as_ref(), &mut cursor, violations);
+                        self.check_state(stream, state.as_ref(), None, &mut cursor, violations);
                     }
                     self.check_end(stream, message, *reason, state.as_ref(), &cursor, violations);
                 }
@@ -373,6 +373,7 @@ impl WatcherCheck<'_> {
         &self,
         stream: &Stream,
         state: Option<&JobState>,
+        steps: Option<&[StepState]>,
         cursor: &mut Cursor,
         violations: &mut Violations,
     ) {
@@ -384,13 +385,15 @@ impl WatcherCheck<'_> {
         let mut replay = self.indexed.replay(job);
         let log = self.log(cursor, job);
         for event in log.iter().take(usize::try_from(state.last_sequence).unwrap()) {
-            replay.apply(event.kind(), &event.step_tag);
+            replay.apply(event.kind(), &event.step_tag, event.step_percent);
         }
         let exists = usize::try_from(state.last_sequence).is_ok_and(|last| last <= log.len());
-        let is_right = exists && (state.status(), state.progress) == (replay.status, Some(replay.progress));
+        let is_right = exists
+            && (state.status(), state.progress) == (replay.status, Some(replay.progress))
+            && steps.is_none_or(|steps| replay.has_steps(steps));
         if !is_right && !self.is_lost_state(stream, job, state, cursor) {
             let what = format!(
-                "{}: received {state:?}, by the log it is {:?} {:?}",
+                "{}: received {state:?} {steps:?}, by the log it is {:?} {:?}",
                 self.label(stream),
                 replay.status,
                 replay.progress
@@ -487,7 +490,7 @@ impl WatcherCheck<'_> {
             self.indexed.logs[job]
                 .events
                 .iter()
-                .for_each(|event| replay.apply(event.kind(), &event.step_tag));
+                .for_each(|event| replay.apply(event.kind(), &event.step_tag, event.step_percent));
             if replay.closed && !is_closed {
                 let what = format!(
                     "{}: the job is closed, but the watch did not end with JOB_CLOSED",

@@ -26,7 +26,15 @@ fn at(seconds: u64) -> Moment {
 fn new_event(id: &str, kind: EventKind, step_tag: &str) -> pb::NewEvent {
     let occurred_at = Some(prost_types::Timestamp { seconds: 7, nanos: 1_999 });
     let (id, step_tag) = (id.to_owned(), step_tag.to_owned());
-    pb::NewEvent { id, kind: kind.into(), name: "name".to_owned(), step_tag, metadata: None, occurred_at }
+    pb::NewEvent {
+        id,
+        kind: kind.into(),
+        name: "name".to_owned(),
+        step_tag,
+        metadata: None,
+        occurred_at,
+        ..Default::default()
+    }
 }
 
 /// A sequence, and the job's state after it: status, points done of 4, percent.
@@ -44,6 +52,7 @@ fn stored(job: &str, sent: &pb::NewEvent, state: State) -> Arc<pb::Event> {
         kind: sent.kind,
         name: sent.name.clone(),
         step_tag: sent.step_tag.clone(),
+        step_percent: sent.step_percent,
         occurred_at: sent.occurred_at.map(|at| prost_types::Timestamp { nanos: 1_000, ..at }),
         status: state.1.into(),
         progress: progress(state),
@@ -92,9 +101,9 @@ fn state(state: State) -> Option<pb::JobState> {
 /// by its second. The answer to the first batch was lost once. One watcher watches all
 /// jobs, another the first job.
 fn history() -> History {
-    use EventKind::{Complete, Error, Info, Step};
+    use EventKind::{Complete, Error, Info, Progress, Step};
     let a = new_event("a", Step, "one");
-    let b = new_event("b", Info, "");
+    let b = pb::NewEvent { step_percent: Some(50), ..new_event("b", Progress, "two") };
     let c = new_event("c", Error, "");
     let d = new_event("d", Step, "two");
     let e = new_event("e", Complete, "");
@@ -103,8 +112,8 @@ fn history() -> History {
     let g = pb::NewEvent { name: "a reason".to_owned(), ..g };
     let states = [
         (1, JobStatus::Running, 1, 25),
-        (2, JobStatus::Running, 1, 25),
-        (3, JobStatus::Failed, 1, 25),
+        (2, JobStatus::Running, 1, 62),
+        (3, JobStatus::Failed, 1, 62),
         (4, JobStatus::Running, 4, 99),
         (5, JobStatus::Complete, 4, 100),
     ];
@@ -180,7 +189,7 @@ fn history() -> History {
                         5,
                         events(&[log[0].clone(), other_log[0].clone(), log[1].clone(), log[2].clone()]),
                     ),
-                    message(5, Body::CaughtUp(None)),
+                    message(5, Body::CaughtUp(None, Vec::new())),
                     message(7, events(&log[3..4])),
                 ],
                 StreamEnd::ClosedByWatcher,
@@ -190,13 +199,20 @@ fn history() -> History {
                 8,
                 vec![
                     message(8, events(&log[3..4])),
-                    message(8, Body::CaughtUp(None)),
+                    message(8, Body::CaughtUp(None, Vec::new())),
                     message(9, events(&[log[4].clone(), other_log[1].clone()])),
                 ],
                 StreamEnd::ClosedByWatcher,
             ),
         ],
     );
+    let step = |tag: &str, status: pb::StepStatus, percent| pb::StepState {
+        step_tag: tag.to_owned(),
+        status: status.into(),
+        percent,
+        ..Default::default()
+    };
+    let steps = vec![step("one", pb::StepStatus::Done, 100), step("two", pb::StepStatus::UnderWay, 50)];
     let job_watcher = watcher_record(
         Scope::Job(JOB),
         vec![stream(
@@ -204,7 +220,7 @@ fn history() -> History {
             5,
             vec![
                 message(5, events(&log[1..3])),
-                message(5, Body::CaughtUp(state(states[2]))),
+                message(5, Body::CaughtUp(state(states[2]), steps)),
                 message(9, events(&log[3..])),
                 message(9, Body::End(pb::WatchEndReason::JobClosed, state(states[4]))),
             ],
@@ -230,6 +246,7 @@ fn history() -> History {
     History {
         configurations: vec![vec![("one".to_owned(), 1), ("two".to_owned(), 3)]],
         jobs: vec![job("job"), job("other")],
+        cancellations: Vec::new(),
         closes: vec![Close {
             job: OTHER_JOB,
             reason: "a reason".to_owned(),
@@ -488,10 +505,14 @@ fn a_wrong_status_or_progress_is_detected() {
     });
     assert_detects(Guarantee::Deterministic, |history| history.final_reads[2].found.last_sequence = 4);
     assert_detects(Guarantee::Deterministic, |history| {
-        let Body::CaughtUp(Some(state)) = &mut history.watchers[1].streams[0].messages[1].body else {
+        let Body::CaughtUp(Some(state), _) = &mut history.watchers[1].streams[0].messages[1].body else {
             panic!()
         };
         state.last_sequence = 2;
+    });
+    assert_detects(Guarantee::Deterministic, |history| {
+        let Body::CaughtUp(_, steps) = &mut history.watchers[1].streams[0].messages[1].body else { panic!() };
+        steps[1].percent = 49;
     });
 }
 

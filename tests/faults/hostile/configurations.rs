@@ -56,10 +56,11 @@ pub async fn register_and_use(mut hostile: Hostile) {
 async fn create_job(hostile: &Hostile, id: &str, version: &str) -> Result<(), Code> {
     let request = pb::CreateJobRequest {
         provider_job_id: id.to_owned(),
-        customer_id: hostile.context.revoked_from.id.clone(),
+        customer: Some(pb::create_job_request::Customer::CustomerId(hostile.context.revoked_from.id.clone())),
         configuration_tag: TAG.to_owned(),
         configuration_version: version.to_owned(),
         provider_job_name: String::new(),
+        ..Default::default()
     };
     hostile.call(hostile.client.jobs.clone().create_job(request)).await.map(drop)
 }

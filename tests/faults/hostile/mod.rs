@@ -156,10 +156,13 @@ impl Hostile {
     async fn create_job_of(&mut self, provider_job_id: &str) -> Option<String> {
         let request = pb::CreateJobRequest {
             provider_job_id: provider_job_id.to_owned(),
-            customer_id: self.context.revoked_from.id.clone(),
+            customer: Some(pb::create_job_request::Customer::CustomerId(
+                self.context.revoked_from.id.clone(),
+            )),
             configuration_tag: configuration_tag(0),
             configuration_version: String::new(),
             provider_job_name: "A hostile job".to_owned(),
+            ..Default::default()
         };
         while !self.is_finishing() {
             let mut client = self.client.jobs.clone();

@@ -66,6 +66,7 @@ pub fn large_configuration(tag: &str, version: &str) -> pb::RegisterJobConfigura
         name: "Large".to_owned(),
         version: version.to_owned(),
         steps: (0..CONFIGURATION_STEPS).map(step).collect(),
+        ..Default::default()
     }
 }
 

@@ -33,7 +33,7 @@ const CALLERS: [&str; 13] = [
 
 /// The code that each method answers to each of [`CALLERS`], in their order: O is
 /// OK, U UNAUTHENTICATED, P PERMISSION_DENIED, N NOT_FOUND.
-const EXPECTED: [(&str, &str); 24] = [
+const EXPECTED: [(&str, &str); 27] = [
     ("AuthService/SignUp", "OOOOOO O OO OO OO"),
     ("AuthService/LogIn", "OOOOOO O OO OO OO"),
     // These methods concern the caller alone, so that NOT_FOUND cannot occur.
@@ -41,6 +41,7 @@ const EXPECTED: [(&str, &str); 24] = [
     ("AuthService/GetCurrentUser", "UUUUUU O OO OO OO"),
     ("AuthService/UpdateCurrentUser", "UUUUUU P PP OO OO"),
     ("AuthService/ChangePassword", "UUUUUU P PP OO OO"),
+    ("AuthService/RenewCustomerCode", "UUUUUU P PP OO PP"),
     ("AuthService/CreateApiKey", "UUUUUU P PP OO OO"),
     ("AuthService/ListApiKeys", "UUUUUU P PP OO OO"),
     ("AuthService/ExpireApiKey", "UUUUUU P PP ON ON"),
@@ -56,6 +57,8 @@ const EXPECTED: [(&str, &str); 24] = [
     ("JobService/GetJob", "UUUUUU P ON ON ON"),
     ("JobService/ListJobs", "UUUUUU P PP OO OO"),
     ("JobService/CloseJob", "UUUUUU P PP PP ON"),
+    ("JobService/RequestCancellation", "UUUUUU P PP ON PP"),
+    ("JobService/EstimateJob", "UUUUUU P ON ON ON"),
     ("EventService/AppendEvents", "UUUUUU P PP PP ON"),
     ("EventService/ListEvents", "UUUUUU P ON ON ON"),
     ("EventService/WatchEvents", "UUUUUU P ON ON ON"),
@@ -135,6 +138,7 @@ impl World {
                     "GetJobConfiguration"
                     | "ListJobConfigurations"
                     | "GetJob"
+                    | "EstimateJob"
                     | "ListJobs"
                     | "ListEvents"
                     | "WatchEvents"
@@ -142,7 +146,7 @@ impl World {
                     "CreateApiKey" | "ListApiKeys" | "ExpireApiKey" | "RotateApiKey" => {
                         &[ApiKeyScope::Read, ApiKeyScope::Append]
                     }
-                    "LogOut" | "UpdateCurrentUser" | "ChangePassword" => {
+                    "LogOut" | "UpdateCurrentUser" | "ChangePassword" | "RenewCustomerCode" => {
                         &[ApiKeyScope::Read, ApiKeyScope::Append, ApiKeyScope::Manage]
                     }
                     _ => &[ApiKeyScope::Read, ApiKeyScope::Manage],
@@ -177,9 +181,8 @@ impl World {
             .encode_to_vec(),
             "LogIn" => pb::LogInRequest { email: self.provider.email.clone(), password: PASSWORD.to_owned() }
                 .encode_to_vec(),
-            "LogOut" | "GetCurrentUser" | "CreateApiKey" | "ListApiKeys" | "GetUsage" | "ListJobs" => {
-                Vec::new()
-            }
+            "LogOut" | "GetCurrentUser" | "RenewCustomerCode" | "CreateApiKey" | "ListApiKeys"
+            | "GetUsage" | "ListJobs" => Vec::new(),
             "UpdateCurrentUser" => {
                 pb::UpdateCurrentUserRequest { user: Some(pb::User::default()), update_mask: None }
                     .encode_to_vec()
@@ -222,6 +225,13 @@ impl World {
             "GetJob" => {
                 let job = Some(pb::get_job_request::Job::JobId(job_id));
                 pb::GetJobRequest { job }.encode_to_vec()
+            }
+            "RequestCancellation" => {
+                pb::RequestCancellationRequest { job_id, ..Default::default() }.encode_to_vec()
+            }
+            "EstimateJob" => {
+                let job = Some(pb::estimate_job_request::Job::JobId(job_id));
+                pb::EstimateJobRequest { job }.encode_to_vec()
             }
             "CloseJob" => {
                 let job = Some(pb::close_job_request::Job::JobId(job_id));

@@ -157,11 +157,11 @@ async fn a_key_is_limited_to_its_scopes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_customers_key_cannot_have_the_scope_append() {
+async fn a_customers_key_has_the_scope_append_only_if_it_is_asked_for() {
     let server = TestServer::start().await;
     let mut customer = server.customer().await;
-    let answer = key_with(&mut customer, &[ApiKeyScope::Append]).await;
-    assert_refused(answer, Code::InvalidArgument, ErrorReason::FieldInvalid);
+    let asked = key_with(&mut customer, &[ApiKeyScope::Append]).await.unwrap().api_key.unwrap();
+    assert_eq!(asked.scopes, [ApiKeyScope::Append as i32]);
     let default = key_with(&mut customer, &[]).await.unwrap().api_key.unwrap();
     assert_eq!(default.scopes, [ApiKeyScope::Read as i32]);
 }

@@ -65,6 +65,10 @@ fn token(id: &str) -> pb::ExpireWatchTokenRequest {
     pb::ExpireWatchTokenRequest { watch_token_id: id.to_owned() }
 }
 
+async fn renew(session: &Caller) -> Result<(), Status> {
+    session.auth.clone().renew_customer_code(pb::RenewCustomerCodeRequest {}).await.map(drop)
+}
+
 fn closing(job: &pb::Job) -> pb::CloseJobRequest {
     let job = Some(pb::close_job_request::Job::JobId(job.id.clone()));
     pb::CloseJobRequest { job, reason: "no longer needed".to_owned() }
@@ -153,6 +157,15 @@ async fn each_act_writes_one_audit_entry_and_one_log_line_without_secrets() {
     let acts: Vec<_> = of_customer.iter().map(|entry| entry["act"].clone()).collect();
     assert_eq!(acts, ["sign_up", "api_key_created"]);
     expected.extend(of_customer.into_iter().map(without_id));
+    let current = customer.session.current_user().await.unwrap();
+    let Some(pb::get_current_user_response::Credential::Session(of_customer)) = current.credential else {
+        panic!("{current:?}");
+    };
+    let mut auth = customer.session.auth.clone();
+    let (_, request) = answered(auth.renew_customer_code(pb::RenewCustomerCodeRequest {}).await);
+    let actor =
+        json!({"actor": "session", "actor_user_id": customer.id, "actor_credential_id": of_customer.id});
+    expected.push(entry("customer_code_renewed", request, actor.clone(), json!({"user_id": customer.id})));
     let by_key = server.with_secret(&rotated.secret);
     let mut provider = User {
         id: user.clone(),
@@ -175,6 +188,14 @@ async fn each_act_writes_one_audit_entry_and_one_log_line_without_secrets() {
     let (_, request) = answered(provider.jobs.close_job(closing(&job)).await);
     let subject = json!({"user_id": user, "job_id": job.id});
     expected.push(entry("job_closed", request, with_key(), subject));
+    let asked = provider.job(&customer).await;
+    let mut jobs = customer.session.jobs.clone();
+    let cancellation = pb::RequestCancellationRequest { job_id: asked.id.clone(), reason: "why".to_owned() };
+    let (_, request) = answered(jobs.request_cancellation(cancellation.clone()).await);
+    let subject = json!({"user_id": customer.id, "job_id": asked.id});
+    expected.push(entry("cancellation_requested", request, actor, subject));
+    // The second request changes nothing.
+    assert!(jobs.request_cancellation(cancellation).await.unwrap().into_inner().existed);
     secrets.push(created.secret);
 
     let (_, request) = answered(session.auth.log_out(pb::LogOutRequest {}).await);
@@ -251,6 +272,7 @@ fn as_entry(mut line: Value) -> Value {
 struct Scene {
     server: TestServer,
     provider: User,
+    customer: User,
     job: pb::Job,
     other_job: pb::Job,
     key_id: String,
@@ -265,7 +287,7 @@ impl Scene {
         let (job, other_job) = (provider.job(&customer).await, provider.job(&customer).await);
         let key_id = provider.keys().await.remove(0).id;
         let token = provider.auth.create_watch_token(token_of(&job)).await.unwrap().into_inner();
-        Self { server, provider, job, other_job, key_id, token_id: token.watch_token.unwrap().id }
+        Self { server, provider, customer, job, other_job, key_id, token_id: token.watch_token.unwrap().id }
     }
 
     /// All rows but for the times of their last use and update.
@@ -297,6 +319,7 @@ impl Scene {
             provider.auth.expire_watch_token(token(&self.token_id)).await.map(drop),
             session.expire_api_key(key(&self.key_id)).await.map(drop),
             session.log_out(pb::LogOutRequest {}).await.map(drop),
+            renew(&self.customer.session).await,
         ]
     }
 }
@@ -358,6 +381,7 @@ async fn an_act_whose_audit_entry_cannot_be_stored_is_rolled_back() {
             "watch_token_expired",
             "api_key_expired",
             "log_out",
+            "customer_code_renewed",
         ]
     );
 }
@@ -391,7 +415,7 @@ async fn refused_calls_write_no_audit_entry() {
         answer.unwrap();
     }
     let before = entries(&scene.server.database).await;
-    let Scene { server, provider, job, other_job, key_id, token_id } = &mut scene;
+    let Scene { server, provider, job, other_job, key_id, token_id, .. } = &mut scene;
     let email = provider.email.clone();
     let mut unauthenticated = server.anonymous().auth;
     let mut session = log_in(server, &email, NEW_PASSWORD).await;
@@ -408,6 +432,7 @@ async fn refused_calls_write_no_audit_entry() {
         other.clone().key.auth.create_watch_token(token_of(job)).await.map(drop),
         other.clone().key.jobs.close_job(closing(job)).await.map(drop),
         session.jobs.close_job(closing(other_job)).await.map(drop),
+        renew(&session).await,
     ];
     for (n, answer) in refusals.into_iter().enumerate() {
         assert!(answer.is_err(), "{n}");

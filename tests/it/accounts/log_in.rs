@@ -213,15 +213,16 @@ async fn a_log_in_succeeds_although_its_password_hash_cannot_be_replaced() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_trusted_proxy_is_recognized_by_its_ipv4_address_on_a_dual_stack_listener() {
     let database = TestDatabase::migrated().await;
-    let settings = [
-        ("DATABASE_URL", database.url.as_str()),
-        ("MILEPOST_UNSAFE_DATABASE", "true"),
-        ("MILEPOST_INSECURE_LISTEN", "true"),
-        ("MILEPOST_SIGN_UP", "open"),
-        ("MILEPOST_TRUSTED_PROXY", "127.0.0.8/31,::ffff:127.0.0.16/124"),
-    ];
-    let settings = settings.map(|(name, value)| (name, value.to_owned())).to_vec();
-    let server = ServerProcess::start_with("::", settings).await;
+    let server = ServerProcess::on_at(
+        &database,
+        "::",
+        &[
+            ("MILEPOST_INSECURE_LISTEN", "true"),
+            ("MILEPOST_SIGN_UP", "open"),
+            ("MILEPOST_TRUSTED_PROXY", "127.0.0.8/31,::ffff:127.0.0.16/124"),
+        ],
+    )
+    .await;
     let clients = Clients::of(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), server.address.port()));
     let customer = clients.customer().await;
 

@@ -10,10 +10,11 @@ use crate::support::{TestDatabase, TestServer, User, raw, registration, within_t
 
 /// The statements that look for what a request names. Those of the server's own tasks, which
 /// run at any time, have other texts.
-const LOOK_UPS: [&str; 6] = [
+const LOOK_UPS: [&str; 7] = [
     "\"jobs\"",
     "\"job_configurations\"",
     "\"users\".\"role\" =",
+    "\"users\".\"customer_code\" =",
     "UPDATE \"api_keys\"",
     "\"api_keys\".\"id\" =",
     "\"watch_tokens\".\"id\" =",
@@ -205,18 +206,26 @@ async fn configurations_credentials_and_customers_of_others_are_looked_for_as_un
     }
 
     let disabled = world.server.customer().await;
+    let code_of_disabled = disabled.customer_code().await;
     world
         .database
         .execute(&format!("UPDATE users SET disabled_at = now() WHERE id = '{}'", disabled.id))
         .await;
     let named = |customer_id| {
         let request = provider.new_job(&customer);
-        pb::CreateJobRequest { customer_id, ..request }.encode_to_vec()
+        let customer = Some(pb::create_job_request::Customer::CustomerId(customer_id));
+        pb::CreateJobRequest { customer, ..request }.encode_to_vec()
     };
     let messages = vec![
         ("an unknown customer", named(unknown())),
         ("a provider", named(world.owner.id.clone())),
         ("a disabled customer", named(disabled.id)),
+    ];
+    world.assert_alike(&provider.key_secret, "JobService/CreateJob", Code::NotFound, messages).await;
+    let coded = |code: &str| provider.new_job_by_code(&customer, code).encode_to_vec();
+    let messages = vec![
+        ("an unknown code", coded("0000000000")),
+        ("the code of a disabled customer", coded(&code_of_disabled)),
     ];
     world.assert_alike(&provider.key_secret, "JobService/CreateJob", Code::NotFound, messages).await;
 }

@@ -5,7 +5,7 @@ use serde_json::Value;
 
 use crate::{
     accounts::access::{World, call, methods},
-    support::{TestDatabase, TestServer, User},
+    support::{TestDatabase, TestServer, User, error, info},
 };
 
 /// Jobs of each of the two providers; one in a hundred is open.
@@ -39,14 +39,17 @@ async fn fixture() -> Fixture {
     database
         .execute(&format!(
             "INSERT INTO jobs (id, provider_id, customer_id, job_configuration_id, configuration_tag,
-                               provider_job_id, provider_job_name, points_total, status, last_sequence,
-                               last_event_id, percent, closed_at, created_at)
+                               provider_job_id, provider_job_name, points_total, created_at)
              SELECT gen_random_uuid(), provider_id, customer_id, job_configuration_id, configuration_tag,
-                    'scan-' || lpad(n::text, 6, '0'), 'patient-' || n, points_total,
-                    CASE WHEN n % 100 = 0 THEN 'running' ELSE 'complete' END::job_status, 1, gen_random_uuid(),
-                    CASE WHEN n % 100 = 0 THEN 0 ELSE 100 END,
-                    CASE WHEN n % 100 > 0 THEN now() END, now() - n * interval '1 s'
-             FROM jobs, generate_series(1, {JOBS}) AS n"
+                    'scan-' || lpad(n::text, 6, '0'), 'patient-' || n, points_total, now() - n * interval '1 s'
+             FROM jobs, generate_series(1, {JOBS}) AS n;
+             UPDATE job_states AS state SET last_sequence = 1, last_event_id = gen_random_uuid(),
+                 status = (CASE WHEN is_open THEN 'running' ELSE 'complete' END)::job_status,
+                 closed = NOT is_open, percent = CASE WHEN is_open THEN 0 ELSE 100 END
+             FROM jobs, LATERAL (SELECT provider_job_id LIKE '%00' AS is_open) AS given
+             WHERE jobs.id = state.job_id AND provider_job_id LIKE 'scan-%';
+             UPDATE jobs SET status = state.status, closed_at = CASE WHEN closed THEN now() END
+             FROM job_states AS state WHERE state.job_id = jobs.id"
         ))
         .await;
     let long_job = format!("scan-{JOBS:06}");
@@ -56,7 +59,8 @@ async fn fixture() -> Fixture {
                                  points_done, percent, created_at)
              SELECT id, n, row_number() OVER (), gen_random_uuid(), 'info', '', '', 'running', 0, 0, now()
              FROM jobs, generate_series(1, {EVENTS}) AS n WHERE provider_job_id = '{long_job}';
-             UPDATE jobs SET last_sequence = {EVENTS} WHERE provider_job_id = '{long_job}';
+             UPDATE job_states SET last_sequence = {EVENTS}
+             FROM jobs WHERE jobs.id = job_id AND provider_job_id = '{long_job}';
              UPDATE event_log SET position = (SELECT count(*) FROM events);
              ANALYZE"
         ))
@@ -75,8 +79,8 @@ fn nodes(node: &Value) -> Vec<&Value> {
 }
 
 /// Tables that grow without bound.
-const READ: [&str; 7] =
-    ["jobs", "events", "sessions", "api_keys", "watch_tokens", "usage_changes", "user_usage"];
+const READ: [&str; 8] =
+    ["jobs", "job_states", "events", "sessions", "api_keys", "watch_tokens", "usage_changes", "user_usage"];
 
 /// What the scans of a plan read of these tables: the table, the node type and
 /// the number of rows, including those that a filter removed.
@@ -211,16 +215,18 @@ async fn small_jobs(server: &TestServer) -> (User, User) {
         .database
         .execute(&format!(
             "INSERT INTO jobs (id, provider_id, customer_id, job_configuration_id, configuration_tag,
-                               provider_job_id, provider_job_name, points_total, status, last_sequence,
-                               last_event_id)
+                               provider_job_id, provider_job_name, points_total)
              SELECT gen_random_uuid(), provider_id, customer_id, job_configuration_id, configuration_tag,
-                    'scan-' || n, '', points_total, 'running', 20, gen_random_uuid()
+                    'scan-' || n, '', points_total
              FROM jobs, generate_series(1, {JOBS}) AS n;
+             UPDATE job_states SET last_sequence = 20, last_event_id = gen_random_uuid(), status = 'running'
+             FROM jobs WHERE jobs.id = job_id AND provider_job_id LIKE 'scan-%';
+             UPDATE jobs SET status = 'running' WHERE provider_job_id LIKE 'scan-%';
              INSERT INTO events (job_id, sequence, position, id, kind, name, event_metadata, status,
                                  points_done, percent, created_at)
-             SELECT id, n, row_number() OVER (ORDER BY n, id), gen_random_uuid(), 'info', '', '', 'running',
-                    0, 0, now()
-             FROM jobs, generate_series(1, 20) AS n WHERE last_sequence = 20;
+             SELECT job_id, n, row_number() OVER (ORDER BY n, job_id), gen_random_uuid(), 'info', '', '',
+                    'running', 0, 0, now()
+             FROM job_states, generate_series(1, 20) AS n WHERE last_sequence = 20;
              UPDATE event_log SET position = (SELECT count(*) FROM events)"
         ))
         .await;
@@ -264,14 +270,14 @@ async fn repeated_events_are_looked_up_one_by_one_however_long_the_log_of_their_
              SELECT jobs.id, n, position + n, gen_random_uuid(), 'info', '', '', 'running', 0, 0, now()
              FROM jobs, event_log, generate_series(21, {EVENTS}) AS n
              WHERE provider_job_id = 'scan-7' AND provider_id = '{0}';
-             UPDATE jobs SET last_sequence = {EVENTS}
-             WHERE provider_job_id = 'scan-7' AND provider_id = '{0}';
+             UPDATE job_states SET last_sequence = {EVENTS}
+             FROM jobs WHERE jobs.id = job_id AND provider_job_id = 'scan-7' AND provider_id = '{0}';
              UPDATE event_log SET position = (SELECT max(position) FROM events)",
             provider.id
         ))
         .await;
     let ids = format!(
-        "SELECT events.id::text AS text FROM events JOIN jobs ON jobs.id = job_id
+        "SELECT events.id::text AS text FROM events JOIN job_states USING (job_id)
          WHERE last_sequence = {EVENTS} AND sequence % 50 = 0 LIMIT {SENT}"
     );
     let kind = pb::EventKind::Info.into();
@@ -288,6 +294,38 @@ async fn repeated_events_are_looked_up_one_by_one_however_long_the_log_of_their_
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_an_append_runs_is_planned_once_for_tables_of_any_size() {
+    let server = TestServer::on(TestDatabase::migrated().await).await;
+    let (provider, _, job) = server.job(&[("load", 1)]).await;
+    let database = &server.database;
+    database.log_plans().await;
+    let server = server.replica().await;
+    let mut provider = server.same(&provider);
+    provider.append(&job, [info("opens the connection")]).await;
+    let before = database.plans().await.len();
+    provider.append(&job, [info("changes no status")]).await;
+    provider.append(&job, [error("changes the status")]).await;
+
+    let plans = &database.plans().await[before..];
+    // The statement that writes jobs also sets the time of a job that is closed in job_states.
+    for (written, times) in [("event_log", 2), ("events", 2), ("job_states", 3), ("jobs", 1)] {
+        let writes = |plan: &&Value| {
+            let mut nodes = nodes(&plan["Plan"]).into_iter();
+            nodes.any(|node| node["Node Type"] == "ModifyTable" && node["Relation Name"] == written)
+        };
+        let plans: Vec<_> = plans.iter().filter(writes).collect();
+        assert_eq!(plans.len(), times, "{written}");
+        for plan in plans {
+            let settings = &plan["Settings"];
+            assert_eq!(settings["plan_cache_mode"], "force_generic_plan", "{written}");
+            for off in ["jit", "enable_seqscan", "enable_bitmapscan", "enable_hashjoin", "enable_mergejoin"] {
+                assert_eq!(settings[off], "off", "{written}: {off}");
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn retention_reads_ranges_of_indexes_even_without_table_statistics() {
     const KEPT: u64 = 20_000;
     const EXPIRED: u64 = 3;
@@ -301,17 +339,21 @@ async fn retention_reads_ranges_of_indexes_even_without_table_statistics() {
     database
         .execute(&format!(
             "INSERT INTO jobs (id, provider_id, customer_id, job_configuration_id, configuration_tag,
-                               provider_job_id, provider_job_name, points_total, status, last_sequence,
-                               last_event_id, percent, closed_at)
+                               provider_job_id, provider_job_name, points_total)
              SELECT gen_random_uuid(), provider_id, customer_id, job_configuration_id, configuration_tag,
-                    'scan-' || n, '', points_total, 'complete', CASE WHEN n > {KEPT} THEN 4000 ELSE 1 END,
-                    gen_random_uuid(), 100,
-                    now() - CASE WHEN n > {KEPT} THEN interval '2 h' ELSE interval '0' END
+                    n, '', points_total
              FROM jobs, generate_series(1, {KEPT} + {EXPIRED}) AS n;
+             UPDATE job_states SET status = 'complete', closed = true, percent = 100,
+                 last_sequence = CASE WHEN provider_job_id::integer > {KEPT} THEN 4000 ELSE 1 END,
+                 last_event_id = gen_random_uuid()
+             FROM jobs WHERE jobs.id = job_id AND provider_job_id ~ '^[0-9]+$';
+             UPDATE jobs SET status = 'complete',
+                 closed_at = now() - CASE WHEN last_sequence > 1 THEN interval '2 h' ELSE interval '0' END
+             FROM job_states WHERE jobs.id = job_id AND closed;
              INSERT INTO events (job_id, sequence, position, id, kind, name, event_metadata, status,
                                  points_done, percent, created_at)
-             SELECT id, n, row_number() OVER (), gen_random_uuid(), 'info', '', '', 'running', 0, 0, now()
-             FROM jobs, generate_series(1, last_sequence) AS n;
+             SELECT job_id, n, row_number() OVER (), gen_random_uuid(), 'info', '', '', 'running', 0, 0, now()
+             FROM job_states, generate_series(1, last_sequence) AS n;
              UPDATE event_log SET position = (SELECT count(*) FROM events)"
         ))
         .await;

@@ -228,7 +228,7 @@ async fn many_watches_that_read_the_end_of_the_log_leave_connections_for_calls()
         watch.caught_up().await;
         watches.push(watch);
     }
-    let locker = server.database.lock("jobs").await;
+    let locker = server.database.lock("job_states").await;
     // As if retention had removed an event before the tail read it. Each watch has to
     // check in the database whether it missed an event.
     server.database.execute("UPDATE event_log SET position = position + 1").await;

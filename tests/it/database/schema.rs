@@ -3,10 +3,10 @@
 use milepost::db::migrations;
 use milepost_client::pb::{self, create_watch_token_request::Job};
 
-use crate::support::{TestDatabase, TestServer, complete, registration, step};
+use crate::support::{TestDatabase, TestServer, complete, error, info, registration, step};
 
 /// Tables that hold no entities.
-const BOOKKEEPING: &str = "('schema_compatibility', 'event_log', 'retention', 'removed_logs', 'log_in_attempts', 'sign_up_windows', 'histories', 'user_usage', 'usage_changes', 'event_usage', 'credential_removal', '__diesel_schema_migrations')";
+const BOOKKEEPING: &str = "('schema_compatibility', 'job_states', 'job_silences', 'step_times', 'untimed_jobs', 'server_times', 'event_log', 'retention', 'removed_logs', 'log_in_attempts', 'sign_up_windows', 'histories', 'user_usage', 'usage_changes', 'event_usage', 'credential_removal', '__diesel_schema_migrations')";
 
 async fn texts(sql: &str) -> Vec<String> {
     TestDatabase::migrated().await.texts(sql).await
@@ -65,11 +65,12 @@ async fn every_foreign_key_has_an_index() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_entity_has_id_created_at_and_updated_at() {
+    // That of a job is in job_states.
     let missing = texts(&format!(
         "SELECT relname || '.' || wanted.name AS text
          FROM pg_class, (VALUES ('id', 'uuid'), ('created_at', 'timestamptz'), ('updated_at', 'timestamptz'))
              AS wanted (name, type)
-         WHERE relkind = 'r' AND relnamespace = 'public'::regnamespace AND relname NOT IN {BOOKKEEPING}
+         WHERE (relname, wanted.name) <> ('jobs', 'updated_at') AND relkind = 'r' AND relnamespace = 'public'::regnamespace AND relname NOT IN {BOOKKEEPING}
          AND NOT EXISTS (
              SELECT FROM pg_attribute
              WHERE attrelid = pg_class.oid AND attname = wanted.name AND attnotnull
@@ -81,7 +82,7 @@ async fn every_entity_has_id_created_at_and_updated_at() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_database_sets_updated_at_of_every_entity() {
-    // append_events sets that of a job.
+    // append_events sets that of a job, in job_states.
     let unset = texts(&format!(
         "SELECT relname::text AS text FROM pg_class
          WHERE relkind = 'r' AND relnamespace = 'public'::regnamespace
@@ -115,7 +116,8 @@ async fn the_times_that_one_transaction_sets_in_a_row_are_equal() {
         // Use is no change.
         server.database.execute(&format!("UPDATE {table} SET last_used_at = clock_timestamp()")).await;
     }
-    let others = ["users", "job_configurations", "step_configurations", "metadata_configurations", "jobs"];
+    let jobs = "jobs JOIN job_states ON job_id = id";
+    let others = ["users", "job_configurations", "step_configurations", "metadata_configurations", jobs];
     for table in credentials.into_iter().chain(others) {
         assert_eq!(rows(table, "created_at <> updated_at").await, 0, "{table}");
         assert!(rows(table, "true").await > 0, "{table}");
@@ -164,21 +166,34 @@ async fn rows_of_immutable_tables_cannot_be_updated() {
     assert_eq!(unguarded, no_rows());
 }
 
-/// The triggers `events_references` check in place of foreign keys, for all events of a
-/// statement at once.
+/// SQL that appends an event to a job as a caller does who takes `last_event_id` for its last
+/// one, and returns the outcome.
+fn append(job_id: &str, last_event_id: &str, step_id: &str, points: i64, percent: i16) -> String {
+    format!(
+        "SELECT (append_events(ARRAY[{job_id}]::uuid[], ARRAY[coalesce(last_sequence, 0)],
+            ARRAY[{last_event_id}]::uuid[], ARRAY[1], ARRAY[new_id], ARRAY['running']::job_status[],
+            ARRAY[{points}]::bigint[], ARRAY[{percent}]::smallint[], ARRAY[coalesce(steps, '')],
+            ARRAY[0]::bigint[], ARRAY[false], ARRAY[true], ARRAY[false], ARRAY[false], ARRAY[false],
+            ARRAY[1], ARRAY[new_id], ARRAY[false],
+            ARRAY[coalesce(last_sequence, 0) + 1], ARRAY['info']::event_kind[], ARRAY[''],
+            ARRAY[{step_id}]::uuid[], ARRAY[NULL]::smallint[], ARRAY['']::bytea[], ARRAY[NULL]::timestamptz[],
+            ARRAY['running']::job_status[], ARRAY[{points}]::bigint[],
+            ARRAY[{percent}]::smallint[])).outcomes[1]::text AS text
+         FROM gen_random_uuid() AS new_id LEFT JOIN job_states ON job_id = {job_id}"
+    )
+}
+
+/// append_events and the triggers `jobs_refuse_delete` and `step_configurations_refuse_delete`
+/// do what foreign keys would do.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_event_references_an_existing_job_and_a_step_of_it() {
-    const INSERT: &str = "
-        INSERT INTO events (job_id, sequence, position, id, kind, name, step_configuration_id,
-                            event_metadata, status, points_done, percent, created_at)
-        VALUES ($JOB, 1, 1, gen_random_uuid(), 'step', '', $STEP, '', 'running', 0, 0, now())";
     const OWNED: &str = "
         WITH provider AS (
             INSERT INTO users (id, role, email, email_key, password_hash, first_name, last_name)
             VALUES (gen_random_uuid(), 'provider', 'p@example.com', 'p@example.com', '$2b$04$' || repeat('x', 53), '', '') RETURNING id),
         customer AS (
-            INSERT INTO users (id, role, email, email_key, password_hash, first_name, last_name)
-            VALUES (gen_random_uuid(), 'customer', 'c@example.com', 'c@example.com', '$2b$04$' || repeat('x', 53), '', '') RETURNING id),
+            INSERT INTO users (id, role, email, email_key, password_hash, first_name, last_name, customer_code)
+            VALUES (gen_random_uuid(), 'customer', 'c@example.com', 'c@example.com', '$2b$04$' || repeat('x', 53), '', '', '0123456789') RETURNING id),
         configuration AS (
             INSERT INTO job_configurations (id, provider_id, tag, name, version, precedence, release)
             SELECT gen_random_uuid(), id, tag, tag, '1.0.0', '\\x00', true
@@ -192,18 +207,19 @@ async fn an_event_references_an_existing_job_and_a_step_of_it() {
         FROM configuration, customer";
     let database = TestDatabase::migrated().await;
     database.execute(OWNED).await;
-    let insert = |job: &str, step: &str| {
-        let step = format!("(SELECT id FROM step_configurations WHERE tag = '{step}')");
-        let sql = INSERT.replace("$JOB", job).replace("$STEP", &step);
-        let database = &database;
-        async move { database.violated_by(&sql).await }
-    };
-    let own_job = "(SELECT id FROM jobs WHERE provider_job_id = 'own')";
+    let job = |name: &str| format!("(SELECT id FROM jobs WHERE provider_job_id = '{name}')");
+    let step = |tag: &str| format!("(SELECT id FROM step_configurations WHERE tag = '{tag}')");
 
-    for (job, step) in [("gen_random_uuid()", "own"), (own_job, "other")] {
-        assert_eq!(insert(job, step).await.as_deref(), Some("events_references"), "{job} {step}");
+    let unknown_job = append("gen_random_uuid()", "NULL", "NULL", 0, 0);
+    assert_eq!(database.texts(&unknown_job).await, ["1"]);
+    for step in [step("other"), "gen_random_uuid()".to_owned()] {
+        let violated = database.violated_by(&append(&job("own"), "NULL", &step, 0, 0)).await;
+        assert_eq!(violated.as_deref(), Some("events_references"), "{step}");
     }
-    assert_eq!(insert(own_job, "own").await, None);
+    let position = "SELECT position::text AS text FROM event_log";
+    assert_eq!(database.texts(position).await, ["0"]);
+    assert_eq!(database.texts(&append(&job("own"), "NULL", &step("own"), 0, 0)).await, ["0"]);
+    assert_eq!(database.texts(position).await, ["1"]);
 
     for delete in ["DELETE FROM jobs", "DELETE FROM step_configurations"] {
         let violated = database.violated_by(delete).await;
@@ -227,16 +243,7 @@ async fn nothing_is_appended_to_a_job_that_is_not_as_the_caller_knows_it() {
         jobs.push(job.id);
     }
     let outcome = |job: &str, last_event_id: &str, points: i64, percent: i16| {
-        let sql = format!(
-            "SELECT (append_events(ARRAY[jobs.id], ARRAY[last_sequence], ARRAY[{last_event_id}]::uuid[], ARRAY[1],
-                ARRAY[new_id], ARRAY['running']::job_status[], ARRAY[{points}]::bigint[],
-                ARRAY[{percent}]::smallint[], ARRAY[steps_done], ARRAY[false], ARRAY[1], ARRAY[new_id],
-                ARRAY[false], ARRAY[last_sequence + 1], ARRAY['info']::event_kind[], ARRAY[''],
-                ARRAY[NULL]::uuid[], ARRAY['']::bytea[], ARRAY[NULL]::timestamptz[],
-                ARRAY['running']::job_status[], ARRAY[{points}]::bigint[],
-                ARRAY[{percent}]::smallint[])).outcomes[1]::text AS text
-             FROM jobs, gen_random_uuid() AS new_id WHERE jobs.id = '{job}'"
-        );
+        let sql = append(&format!("'{job}'"), last_event_id, "NULL", points, percent);
         let database = &server.database;
         async move { database.texts(&sql).await }
     };
@@ -253,6 +260,39 @@ async fn nothing_is_appended_to_a_job_that_is_not_as_the_caller_knows_it() {
     }
     assert_eq!(server.count("events").await, 2);
     assert_eq!(outcome(open, "last_event_id", 1, 50).await, ["0"]);
+}
+
+/// The filters of `ListJobs` read the columns of `jobs`, appends those of `job_states`.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_has_the_same_status_in_both_of_its_rows() {
+    let server = TestServer::start().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[("a", 1)]).await;
+    let logs = [
+        vec![],
+        vec![step("a")],
+        vec![info("x"), error("x")],
+        vec![error("x"), step("a"), info("x")],
+        vec![step("a"), complete()],
+    ];
+    for closes in [false, true] {
+        for log in &logs {
+            let job = provider.job(&customer).await;
+            // One by one, since a batch has only one effect on the status.
+            for event in log {
+                provider.append(&job, [event.clone()]).await;
+            }
+            if closes && log.last().is_none_or(|last| last.kind() != pb::EventKind::Complete) {
+                provider.close(&job).await.unwrap();
+            }
+        }
+    }
+    let found = "SELECT format('%s %s', jobs.status, closed) AS text FROM jobs JOIN job_states ON job_id = id
+                 WHERE jobs.status = job_states.status AND (closed_at IS NOT NULL) = closed
+                 AND (closed_at = updated_at OR NOT closed) ORDER BY created_at";
+    let expected = ["pending f", "running f", "failed f", "running f", "complete t"];
+    let closed = ["cancelled t", "cancelled t", "failed t", "cancelled t", "complete t"];
+    assert_eq!(server.database.texts(found).await, [expected, closed].concat());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -292,14 +292,16 @@ async fn an_event_arrives_within_a_second_when_no_notification_was_sent() {
     for n in 0..7 {
         // Like a replica that exits between the commit and the notification.
         let append = format!(
-            "SELECT append_events(ARRAY[jobs.id], ARRAY[{n}]::bigint[], ARRAY[last_event_id], ARRAY[1],
+            "SELECT append_events(ARRAY[job_id], ARRAY[{n}]::bigint[], ARRAY[last_event_id], ARRAY[1],
                 ARRAY[event_id], ARRAY['running']::job_status[], ARRAY[0]::bigint[], ARRAY[0]::smallint[],
-                ARRAY[steps_done], ARRAY[false],
+                ARRAY[steps], ARRAY[0]::bigint[], ARRAY[false], ARRAY[{n} = 0],
+                ARRAY[false], ARRAY[false], ARRAY[false],
                 ARRAY[1], ARRAY[event_id], ARRAY[false], ARRAY[{n} + 1]::bigint[],
-                ARRAY['info']::event_kind[], ARRAY['{n}'], ARRAY[NULL]::uuid[], ARRAY['']::bytea[],
+                ARRAY['info']::event_kind[], ARRAY['{n}'], ARRAY[NULL]::uuid[], ARRAY[NULL]::smallint[],
+                ARRAY['']::bytea[],
                 ARRAY[NULL]::timestamptz[], ARRAY['running']::job_status[], ARRAY[0]::bigint[],
                 ARRAY[0]::smallint[])
-             FROM jobs, gen_random_uuid() AS event_id WHERE jobs.id = '{id}'",
+             FROM job_states, gen_random_uuid() AS event_id WHERE job_id = '{id}'",
             id = job.id,
         );
         server.database.execute(&append).await;

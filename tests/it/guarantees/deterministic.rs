@@ -79,7 +79,8 @@ async fn status_and_progress_are_right_when_another_replica_appends_as_many_even
     let mut other = server.database.connect().await;
     let sql = format!(
         "BEGIN;
-         UPDATE jobs SET last_sequence = 2, status = 'failed' WHERE id = '{id}';
+         UPDATE job_states SET last_sequence = 2, status = 'failed' WHERE job_id = '{id}';
+         UPDATE jobs SET status = 'failed' WHERE id = '{id}';
          UPDATE event_log SET position = position + 1;
          INSERT INTO events (job_id, sequence, position, id, kind, name, event_metadata, status, points_done, percent, created_at)
          SELECT '{id}', 2, position, gen_random_uuid(), 'error', 'the other''s', '', 'failed', 0, 0, clock_timestamp()

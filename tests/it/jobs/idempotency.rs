@@ -5,7 +5,9 @@ use prost_types::{Timestamp, Value};
 use tonic::{Code, Request};
 use uuid::Uuid;
 
-use crate::support::{TestServer, assert_refused, complete, info, named, registration, step, with_metadata};
+use crate::support::{
+    TestServer, assert_refused, complete, info, named, progress, registration, step, with_metadata,
+};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_repeated_registration_changes_nothing_and_sets_existed() {
@@ -72,6 +74,10 @@ async fn ten_concurrent_identical_registrations_insert_one_row_and_all_succeed()
     assert_eq!(server.count("step_configurations").await, 2);
 }
 
+fn by_id(customer_id: &str) -> Option<pb::create_job_request::Customer> {
+    Some(pb::create_job_request::Customer::CustomerId(customer_id.to_owned()))
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_repeated_create_job_changes_nothing_and_sets_existed() {
     let server = TestServer::start().await;
@@ -92,7 +98,7 @@ async fn a_repeated_create_job_changes_nothing_and_sets_existed() {
     }
 
     let cases = [
-        (pb::CreateJobRequest { customer_id: other.id, ..request.clone() }, "customer_id"),
+        (pb::CreateJobRequest { customer: by_id(&other.id), ..request.clone() }, "customer_id"),
         (pb::CreateJobRequest { provider_job_name: "x".to_owned(), ..request.clone() }, "provider_job_name"),
         (
             pb::CreateJobRequest { configuration_version: "2.0.0".to_owned(), ..request.clone() },
@@ -198,6 +204,12 @@ async fn a_stored_event_id_with_other_content_is_refused_with_the_fields_that_di
         assert!(!refusal.fields.is_empty());
     }
     assert_eq!(provider.list(&job).await.len(), 1, "no event of a refused batch is stored");
+    let moved = progress("report", 0);
+    provider.append(&job, [moved.clone()]).await;
+    let answer = provider.try_append(&job, [NewEvent { step_percent: None, ..moved.clone() }]).await;
+    let refusal = assert_refused(answer, Code::AlreadyExists, ErrorReason::EventDiffers);
+    assert_eq!(refusal.fields, ["events[0].step_percent"]);
+    assert!(provider.append(&job, [moved]).await[0].existed);
 
     // `occurred_at` is compared in microseconds and an id without regard to case.
     let mut same = stored.clone();
@@ -282,7 +294,7 @@ async fn a_repeated_create_job_is_compared_even_if_its_customer_is_disabled() {
     assert!(again.existed && again.job.unwrap().id == job.id);
     let renamed = pb::CreateJobRequest { provider_job_name: "Another".to_owned(), ..stored.clone() };
     let of_other_customer =
-        pb::CreateJobRequest { customer_id: Uuid::now_v7().to_string(), ..stored.clone() };
+        pb::CreateJobRequest { customer: by_id(&Uuid::now_v7().to_string()), ..stored.clone() };
     let of_other_tag = pb::CreateJobRequest { configuration_tag: "none".to_owned(), ..stored.clone() };
     for (request, field) in [
         (renamed, "provider_job_name"),

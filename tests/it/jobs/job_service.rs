@@ -63,7 +63,15 @@ async fn a_new_job_is_pending_and_visible_to_its_provider_and_its_customer() {
         (Some(party(&provider)), Some(party(&customer)))
     );
 
-    let expected = pb::GetJobResponse { job: Some(job.clone()), job_configuration: Some(configuration) };
+    let steps = configuration.steps.iter().map(|step| pb::StepState {
+        step_tag: step.tag.clone(),
+        step_name: step.name.clone(),
+        status: pb::StepStatus::ToCome.into(),
+        percent: 0,
+    });
+    let steps = steps.collect();
+    let expected =
+        pb::GetJobResponse { job: Some(job.clone()), job_configuration: Some(configuration), steps };
     let by_provider_job_id = ByKey::ProviderJobId(job.provider_job_id.clone());
     assert_eq!(find(&mut provider, by_provider_job_id).await.unwrap(), expected);
     assert_eq!(find(&mut provider, ByKey::JobId(job.id.clone())).await.unwrap(), expected);
@@ -122,10 +130,14 @@ async fn create_job_requires_an_existing_customer_and_configuration() {
     let valid = provider.new_job(&customer);
     let other_provider = server.provider().await;
     let unknown_id = "00000000-0000-7000-8000-000000000000";
+    let for_customer = |id: &str| {
+        let customer = Some(pb::create_job_request::Customer::CustomerId(id.to_owned()));
+        pb::CreateJobRequest { customer, ..valid.clone() }
+    };
 
     let cases = [
-        (pb::CreateJobRequest { customer_id: unknown_id.to_owned(), ..valid.clone() }, "milepost.v1.User"),
-        (pb::CreateJobRequest { customer_id: other_provider.id, ..valid.clone() }, "milepost.v1.User"),
+        (for_customer(unknown_id), "milepost.v1.User"),
+        (for_customer(&other_provider.id), "milepost.v1.User"),
         (
             pb::CreateJobRequest { configuration_tag: "other".to_owned(), ..valid.clone() },
             "milepost.v1.JobConfiguration",
@@ -145,10 +157,10 @@ async fn create_job_requires_an_existing_customer_and_configuration() {
     }
     let malformed = pb::CreateJobRequest {
         provider_job_id: " scan".to_owned(),
-        customer_id: "somebody".to_owned(),
         configuration_tag: String::new(),
         configuration_version: "one".to_owned(),
         provider_job_name: "x".repeat(257),
+        ..for_customer("somebody")
     };
     assert_violations(
         provider.jobs.create_job(malformed).await,

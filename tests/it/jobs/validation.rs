@@ -9,8 +9,8 @@ use prost_types::{Value, value::Kind};
 use tonic::Code;
 
 use crate::support::{
-    TestServer, User, assert_refused, assert_violations, complete, info, metadata, named, registration, step,
-    with_metadata,
+    TestServer, User, assert_refused, assert_violations, complete, info, metadata, named, progress,
+    registration, step, with_metadata,
 };
 
 const LONG: usize = 100_000;
@@ -58,6 +58,11 @@ async fn an_invalid_event_is_refused_with_its_fields_and_no_event_of_its_batch_i
         (NewEvent { step_tag: "lo\0ad".to_owned(), ..step("load") }, &["events[1].step_tag"]),
         (step("no-such-step"), &["events[1].step_tag"]),
         (NewEvent { step_tag: "no-such-step".to_owned(), ..info("x") }, &["events[1].step_tag"]),
+        (progress("", 1), &["events[1].step_tag"]),
+        (progress("no-such-step", 1), &["events[1].step_tag"]),
+        (progress("load", 100), &["events[1].step_percent"]),
+        (progress("load", -1), &["events[1].step_percent"]),
+        (NewEvent { step_percent: Some(1), ..step("load") }, &["events[1].step_percent"]),
         (with_metadata(info("x"), [("inner", nested())]), &["events[1].metadata.inner"]),
         (
             with_metadata(info("x"), [("list", Value::from(vec![Value::from(1.0)]))]),
@@ -361,7 +366,7 @@ async fn a_kinds_filter_has_at_most_as_many_entries_as_there_are_kinds() {
         kinds: vec![EventKind::Step.into(); count],
         ..Default::default()
     };
-    let (at, past, far) = (kinds(5), kinds(6), kinds(900_000));
+    let (at, past, far) = (kinds(8), kinds(9), kinds(900_000));
     provider.events.list_events(at).await.unwrap();
     for past in [past, far] {
         let refused = provider.events.list_events(past).await;

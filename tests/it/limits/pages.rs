@@ -85,7 +85,7 @@ async fn no_page_of_jobs_is_larger_than_one_mebibyte() {
     for n in 0..300 {
         let request = pb::CreateJobRequest {
             provider_job_id: longest(&n.to_string()),
-            customer_id: scene.customer_id.clone(),
+            customer: Some(pb::create_job_request::Customer::CustomerId(scene.customer_id.clone())),
             configuration_tag: scene.job.configuration_tag.clone(),
             provider_job_name: longest(""),
             ..Default::default()

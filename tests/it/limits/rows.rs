@@ -3,15 +3,16 @@
 use std::time::Duration;
 
 use milepost::limits::{
-    BATCH_EVENTS, CONFIGURATION_STEPS, KEY_OVERLAP, METADATA_BYTES, METADATA_NAMES, PASSWORD_MAX_BYTES,
-    PASSWORD_MIN_BYTES, STEP_METADATA, STEP_POINTS, TEXT_CHARS, WATCH_TOKEN_LIFETIME,
+    BATCH_EVENTS, CONFIGURATION_STEPS, KEY_OVERLAP, MAX_SILENCE, METADATA_BYTES, METADATA_NAMES,
+    PASSWORD_MAX_BYTES, PASSWORD_MIN_BYTES, STEP_METADATA, STEP_PERCENT, STEP_POINTS, TEXT_CHARS,
+    WATCH_TOKEN_LIFETIME,
 };
 use milepost_client::pb;
 use prost::Message;
 use prost_types::{Struct, Value};
 
 use super::scene::{Scene, assert_limit_named, exactly, large, sign_up};
-use crate::support::{info, registration, with_metadata};
+use crate::support::{info, progress, registration, with_metadata};
 
 /// A request at a limit and one past it.
 struct Row {
@@ -58,6 +59,30 @@ impl Scene {
                 &events(BATCH_EVENTS + 1),
             ),
             row(&["BATCH_EVENTS"], APPEND, "events", 1, &events(1), &events(0)),
+            row(
+                &["STEP_PERCENT"],
+                APPEND,
+                "events[0].step_percent",
+                STEP_PERCENT,
+                &one(progress(&"ü".repeat(TEXT_CHARS), i32::from(STEP_PERCENT))),
+                &one(progress(&"ü".repeat(TEXT_CHARS), i32::from(STEP_PERCENT) + 1)),
+            ),
+            row(
+                &["MAX_SILENCE"],
+                REGISTER,
+                "max_silence",
+                10,
+                &silence("2.4.0", exactly(MAX_SILENCE.0)),
+                &silence("2.4.1", prost_types::Duration { seconds: 9, nanos: 999_999_999 }),
+            ),
+            row(
+                &["MAX_SILENCE"],
+                REGISTER,
+                "max_silence",
+                30,
+                &silence("2.5.0", exactly(MAX_SILENCE.1)),
+                &silence("2.5.1", longer(MAX_SILENCE.1)),
+            ),
             row(
                 &["METADATA_NAMES"],
                 APPEND,
@@ -166,6 +191,10 @@ fn names(count: usize) -> pb::NewEvent {
 fn steps(version: &str, count: usize) -> pb::RegisterJobConfigurationRequest {
     let tags: Vec<String> = (0..count).map(|n| n.to_string()).collect();
     registration(version, &tags.iter().map(|tag| (tag.as_str(), 1)).collect::<Vec<_>>())
+}
+
+fn silence(version: &str, length: prost_types::Duration) -> pb::RegisterJobConfigurationRequest {
+    pb::RegisterJobConfigurationRequest { max_silence: Some(length), ..registration(version, &[("load", 1)]) }
 }
 
 fn declared(version: &str, count: usize) -> pb::RegisterJobConfigurationRequest {

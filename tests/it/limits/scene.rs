@@ -11,7 +11,7 @@ use tonic::{Code, Status};
 use uuid::Uuid;
 
 use crate::support::{
-    PASSWORD, TestServer, User, assert_refused, info, raw, registration, with_metadata, within_timeout,
+    TestServer, User, assert_refused, info, raw, registration, with_metadata, within_timeout,
 };
 
 /// A provider with a job, whose only step has a tag of the maximal length.
@@ -20,6 +20,7 @@ pub(super) struct Scene {
     pub(super) provider: User,
     pub(super) secret: String,
     pub(super) customer_id: String,
+    customer_secret: String,
     pub(super) job: pb::Job,
     pub(super) api_key_id: String,
 }
@@ -32,12 +33,12 @@ impl Scene {
         request.steps[0].tag = "ü".repeat(TEXT_CHARS);
         provider.register(request).await;
         let job = provider.job(&customer).await;
-        let log_in = pb::LogInRequest { email: provider.email.clone(), password: PASSWORD.to_owned() };
-        let session = server.anonymous().auth.log_in(log_in).await.unwrap().into_inner().session;
+        let (secret, customer_secret) = (server.log_in(&provider).await, server.log_in(&customer).await);
         let key = provider.session.auth.create_api_key(pb::CreateApiKeyRequest::default()).await.unwrap();
         Self {
             provider,
-            secret: session.unwrap().secret,
+            secret,
+            customer_secret,
             customer_id: customer.id,
             job,
             api_key_id: key.into_inner().api_key.unwrap().id,
@@ -48,7 +49,9 @@ impl Scene {
     pub(super) async fn call(&self, method: &str, message: Vec<u8>) -> Result<Bytes, Status> {
         let first = async {
             let channel = self.server.channel.clone();
-            let mut answers = raw::open(channel, Some(&self.secret), method, [message]).await?;
+            let is_of_customer = method == "JobService/RequestCancellation";
+            let secret = if is_of_customer { &self.customer_secret } else { &self.secret };
+            let mut answers = raw::open(channel, Some(secret), method, [message]).await?;
             Ok::<_, Status>(answers.message().await?.expect("an answer"))
         };
         let answer = within_timeout("an answer", first).await?;

@@ -2,7 +2,7 @@
 
 /// Limits of `src/limits.rs` and `src/config.rs` without a row in `rows.rs`: the
 /// limit, and the file and the name of its test.
-const ELSEWHERE: [(&str, &str, &str); 60] = [
+const ELSEWHERE: [(&str, &str, &str); 61] = [
     ("TEXT_CHARS", "tests/it/limits/texts.rs", "every_text_has_at_most_256_characters"),
     ("MESSAGE_BYTES", "tests/it/limits/calls.rs", "a_message_has_at_most_one_mebibyte"),
     ("MESSAGE_BYTES", "tests/it/limits/pages.rs", "no_page_of_events_is_larger_than_one_mebibyte"),
@@ -51,6 +51,11 @@ const ELSEWHERE: [(&str, &str, &str); 60] = [
         "repeated_failures_are_throttled_on_every_replica_except_for_known_pairs",
     ),
     ("OTHER_FREE", "tests/it/accounts/log_in.rs", "failures_of_one_email_from_many_addresses_are_throttled"),
+    (
+        "UNKNOWN_FREE",
+        "tests/it/jobs/customer_codes.rs",
+        "unknown_codes_of_one_provider_are_throttled_on_every_server_whatever_succeeds_between",
+    ),
     ("bcrypt_parallel", "src/auth/password.rs", "the_wait_for_a_permit_to_hash_is_bounded"),
     (
         "bcrypt_parallel",
@@ -173,7 +178,7 @@ const ELSEWHERE: [(&str, &str, &str); 60] = [
         "one_address_has_a_limited_number_of_connections_and_others_have_their_own",
     ),
     ("HANDSHAKES", "src/server/incoming.rs", "one_handshake_too_many_ends_the_oldest"),
-    ("start_timeout", "tests/it/database/starts.rs", "a_start_waits_no_longer_than_its_timeout"),
+    ("start_timeout", "tests/it/database/first_connection.rs", "a_start_waits_no_longer_than_its_timeout"),
     ("retention", "tests/it/log/retention.rs", "events_are_removed_a_set_time_after_their_job_closed"),
     ("session_lifetime", "tests/it/accounts/auth.rs", "a_session_expires_after_its_lifetime"),
     (

@@ -43,7 +43,7 @@ impl Scene {
             }
             "CreateJob" => pb::CreateJobRequest {
                 provider_job_id: Uuid::now_v7().to_string(),
-                customer_id: self.customer_id.clone(),
+                customer: Some(pb::create_job_request::Customer::CustomerId(self.customer_id.clone())),
                 configuration_tag: self.job.configuration_tag.clone(),
                 ..Default::default()
             }
@@ -59,6 +59,9 @@ impl Scene {
                 reason: String::new(),
             }
             .encode_to_vec(),
+            "RequestCancellation" => {
+                pb::RequestCancellationRequest { job_id, reason: String::new() }.encode_to_vec()
+            }
             "AppendEvents" => self.batch(vec![event()]).encode_to_vec(),
             "PublishEvents" => pb::PublishEventsRequest {
                 job: Some(pb::publish_events_request::Job::JobId(job_id)),
@@ -74,6 +77,7 @@ impl Scene {
             "CreateWatchToken" => self.token(exactly(Duration::from_secs(60))).encode_to_vec(),
             "ListEvents"
             | "GetJob"
+            | "EstimateJob"
             | "ListWatchTokens"
             | "ListJobs"
             | "ListJobConfigurations"
@@ -93,6 +97,7 @@ fn is_no_text(method: &str, path: &str) -> bool {
         || [
             "job_id",
             "customer_id",
+            "customer_code",
             "counterpart_id",
             "api_key_id",
             "watch_token_id",

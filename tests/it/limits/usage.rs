@@ -171,6 +171,7 @@ async fn stored_bytes_are_limited_on_every_server_and_retention_gives_them_back(
     assert_refused(refused, Code::ResourceExhausted, ErrorReason::QuotaExceeded);
 
     here.close(&scene.job).await.unwrap();
+    scene.here.database.keep_step_times().await;
     let step = "SELECT (remove_expired_events(interval '0', 100, 40)).deleted::text AS text";
     for deleted in ["0", "40", "27", "0"] {
         assert_eq!(scene.here.database.texts(step).await, [deleted]);
@@ -223,9 +224,7 @@ async fn what_a_server_appended_before_it_stopped_is_counted() {
     not_before_midnight().await;
     let server = TestServer::start().await;
     let (provider, _, job) = server.job(&[("load", 1)]).await;
-    let settings = [("DATABASE_URL", server.database.url.as_str()), ("MILEPOST_UNSAFE_DATABASE", "true")];
-    let settings = settings.map(|(name, value)| (name, value.to_owned())).to_vec();
-    let mut stopping = ServerProcess::start_with("127.0.0.1", settings).await;
+    let mut stopping = ServerProcess::on(&server.database).await;
     // Over a connection that is closed at once, so that the drain waits for nothing.
     let mut there = stopping.other_clients().same(&provider);
     there.append(&job, [info("1"), info("2")]).await;

@@ -19,6 +19,7 @@ use crate::support::{
 /// One step of the removal, with a retention time of zero. Returns how many jobs were
 /// marked and how many events were deleted.
 async fn remove(server: &TestServer, most_jobs: u32, most_events: u32) -> (u32, u32) {
+    server.database.keep_step_times().await;
     let sql = format!(
         "SELECT unnest(ARRAY[marked, deleted])::text AS text
          FROM remove_expired_events(interval '0', {most_jobs}, {most_events})"
@@ -389,8 +390,9 @@ async fn a_watch_ends_if_events_were_appended_and_removed_before_the_tail_read_t
     // of the log has moved, but no events.
     let append_and_remove = format!(
         "BEGIN;
-         UPDATE jobs SET last_sequence = 2, last_event_id = gen_random_uuid(), status = 'cancelled',
-             closed_at = clock_timestamp() WHERE id = '{id}';
+         UPDATE job_states SET last_sequence = 2, last_event_id = gen_random_uuid(), status = 'cancelled',
+             closed = true WHERE job_id = '{id}';
+         UPDATE jobs SET status = 'cancelled', closed_at = clock_timestamp() WHERE id = '{id}';
          UPDATE event_log SET position = position + 2;
          INSERT INTO events (job_id, sequence, position, id, kind, name, event_metadata, status, points_done, percent, created_at)
          SELECT '{id}', n, position - 2 + n, gen_random_uuid(), kind::event_kind, '', '', status::job_status, 0, 0, clock_timestamp()

@@ -1,10 +1,15 @@
 //! The tail of the log goes on, whatever one tenant stores.
 
+use std::time::Duration;
+
+use diesel_async::SimpleAsyncConnection as _;
+use futures_util::StreamExt as _;
 use milepost_client::pb::{self, ErrorReason};
+use tokio::time::timeout;
 use tonic::Code;
 use tonic_health::pb::health_check_response::ServingStatus;
 
-use crate::support::{TestServer, Watch, assert_refused, info, step, within_timeout};
+use crate::support::{TIMEOUT, TestServer, Watch, assert_refused, info, step, within_timeout};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_tail_needs_no_metadata_of_any_configuration() {
@@ -23,13 +28,13 @@ async fn the_tail_needs_no_metadata_of_any_configuration() {
 pub async fn append_unreadable(server: &TestServer, job: &pb::Job) {
     let append = format!(
         "BEGIN;
-        UPDATE jobs SET last_sequence = last_sequence + 1, last_event_id = gen_random_uuid()
-            WHERE id = '{id}';
+        UPDATE job_states SET last_sequence = last_sequence + 1, last_event_id = gen_random_uuid()
+            WHERE job_id = '{id}';
         UPDATE event_log SET position = position + 1;
         INSERT INTO events (job_id, sequence, position, id, kind, name, event_metadata, status,
             points_done, percent, created_at)
-        SELECT jobs.id, last_sequence, position, last_event_id, 'info', '', '', 'running', 0, 0, 'infinity'
-        FROM jobs, event_log WHERE jobs.id = '{id}';
+        SELECT job_id, last_sequence, position, last_event_id, 'info', '', '', 'running', 0, 0, 'infinity'
+        FROM job_states, event_log WHERE job_id = '{id}';
         COMMIT",
         id = job.id
     );
@@ -123,4 +128,33 @@ async fn a_configuration_is_read_from_the_database_once() {
     let _locked = server.database.lock("metadata_configurations").await;
     let second = provider.configurations.get_job_configuration(request()).await.unwrap().into_inner();
     assert_eq!(first, second);
+}
+
+/// A server that hears of no other one has nobody to tell of its commits. It tells another one as
+/// soon as that one listens, and also that it may have missed some.
+#[tokio::test(flavor = "multi_thread")]
+async fn commits_are_announced_while_another_server_listens() {
+    let server = TestServer::start().await;
+    let (mut provider, _, job) = server.job(&[]).await;
+    let mut connection = server.database.connect().await;
+    connection.batch_execute("LISTEN milepost").await.unwrap();
+    let mut heard = std::pin::pin!(connection.notifications_stream());
+    // Returns once events are announced; false after a while in which none were.
+    let mut announced = async |patience| {
+        let announced = async { while !heard.next().await.unwrap().unwrap().payload.starts_with("log ") {} };
+        timeout(patience, announced).await.is_ok()
+    };
+    within_timeout("silence", async {
+        loop {
+            provider.append(&job, [info("to nobody")]).await;
+            if !announced(Duration::from_millis(300)).await {
+                break;
+            }
+        }
+    })
+    .await;
+    let _replica = server.replica().await;
+    assert!(announced(TIMEOUT).await, "the new server may have missed the last event");
+    provider.append(&job, [info("to the new server")]).await;
+    assert!(announced(TIMEOUT).await);
 }

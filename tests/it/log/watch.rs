@@ -289,9 +289,9 @@ async fn a_replay_that_finds_no_events_sends_heartbeats() {
     let many_jobs = format!(
         "UPDATE event_log SET position = 10000000000;
          INSERT INTO jobs (id, provider_id, customer_id, job_configuration_id, configuration_tag,
-                           provider_job_id, provider_job_name, points_total, status, last_sequence, last_event_id)
+                           provider_job_id, provider_job_name, points_total)
          SELECT gen_random_uuid(), provider_id, customer_id, job_configuration_id, configuration_tag,
-                'scan-' || n, '', points_total, status, last_sequence, last_event_id
+                'scan-' || n, '', points_total
          FROM jobs, generate_series(1, 1000) AS n WHERE id = '{}';
          CREATE OR REPLACE FUNCTION sequence_at(job uuid, last_sequence bigint, log_position bigint)
          RETURNS bigint LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.01); RETURN 0; END'",

@@ -35,11 +35,27 @@ fn settings_md_lists_every_setting_of_serve_with_its_default() {
     assert_eq!(listed, flags);
 }
 
+#[test]
+fn command_line_md_names_every_command() {
+    let page = page("docs/command-line.md");
+    let rows: Vec<&str> = page.lines().filter(|line| line.starts_with("| `milepost ")).collect();
+    for command in Cli::command().get_subcommands().filter(|command| !command.is_hide_set()) {
+        let name = format!("milepost {}", command.get_name());
+        let of_group: Vec<String> = command
+            .get_subcommands()
+            .map(|subcommand| format!("`{name} {}`", subcommand.get_name()))
+            .collect();
+        for name in if of_group.is_empty() { vec![format!("`{name}`")] } else { of_group } {
+            assert_eq!(rows.iter().filter(|row| row.contains(&name)).count(), 1, "{name}");
+        }
+    }
+}
+
 /// The families of metrics that a text names.
 fn families(text: &str) -> BTreeSet<&str> {
     let names = text.split(|c: char| !c.is_ascii_lowercase() && c != '_');
     names
-        .filter(|name| name.starts_with("milepost_"))
+        .filter(|name| name.starts_with("milepost_") || name.starts_with("process_"))
         .map(|name| {
             let suffixes = ["_bucket", "_sum", "_count", "_total", "_info"];
             suffixes.iter().find_map(|suffix| name.strip_suffix(suffix)).unwrap_or(name)
@@ -48,7 +64,7 @@ fn families(text: &str) -> BTreeSet<&str> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn monitoring_md_names_the_metrics_that_a_server_exports_and_its_alerts_no_others() {
+async fn monitoring_md_names_the_metrics_that_a_server_exports_and_no_others() {
     let server = TestServer::start().await;
     server.customer().await;
     let sign_up =

@@ -1,6 +1,11 @@
 //! The metrics endpoint, as Prometheus scrapes it.
 
-use std::{collections::BTreeMap, net::SocketAddr};
+use std::{
+    collections::BTreeMap,
+    fs,
+    net::SocketAddr,
+    time::{Duration, SystemTime},
+};
 
 use milepost_client::pb::{self, ErrorReason, EventKind, watch_events_request::Scope};
 use prost_types::{Value, value::Kind};
@@ -64,7 +69,8 @@ fn parse(text: &str) -> Samples {
     for line in body.lines() {
         if let Some(meta) = line.strip_prefix("# ") {
             let [keyword, name, rest] = meta.splitn(3, ' ').collect::<Vec<_>>().try_into().unwrap();
-            assert!(is_name(name) && name.starts_with("milepost_"), "{line}");
+            let is_known = ["milepost_", "process_"].iter().any(|prefix| name.starts_with(prefix));
+            assert!(is_name(name) && is_known, "{line}");
             match keyword {
                 "HELP" => assert!(!rest.is_empty() && !kinds.contains_key(name), "{line}"),
                 "TYPE" => {
@@ -464,4 +470,47 @@ async fn refusal_series_start_at_zero_so_that_the_first_refusal_is_an_increase()
             assert_eq!(samples.get(&series), Some(&0.0), "{series}");
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_process_is_measured_by_the_standard_metrics() {
+    // The number in a line of a file of this process.
+    let number = |file: &str, begins: &str| -> f64 {
+        let text = fs::read_to_string(format!("/proc/self/{file}")).unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix(begins)).unwrap();
+        line.split_whitespace().next().unwrap().parse().unwrap()
+    };
+    let server = TestServer::start().await;
+    let first = scrape(&server).await;
+    // Other tests of this process run at the same time.
+    for (metric, line) in
+        [("process_resident_memory_bytes", "VmRSS:"), ("process_virtual_memory_bytes", "VmSize:")]
+    {
+        let ratio = first[metric] / (number("status", line) * 1024.0);
+        assert!((0.5..2.0).contains(&ratio), "{metric} is {ratio} times {line}");
+    }
+    assert_eq!(first["process_max_fds"], number("limits", "Max open files"));
+    assert!(first["process_open_fds"] >= 3.0 && first["process_open_fds"] <= first["process_max_fds"]);
+
+    let second = scrape(&server).await;
+    assert!(first["process_cpu_seconds_total"] > 0.0);
+    assert!(first["process_cpu_seconds_total"] <= second["process_cpu_seconds_total"]);
+    let started = first["process_start_time_seconds"];
+    assert_eq!(started, second["process_start_time_seconds"]);
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs_f64();
+    let uptime = fs::read_to_string("/proc/uptime").unwrap();
+    let uptime: f64 = uptime.split_whitespace().next().unwrap().parse().unwrap();
+    // The start of the system is known to the second.
+    assert!((now - uptime - 2.0..now + 1.0).contains(&started), "{started} at {now}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_retention_removes_is_counted() {
+    let retention = Some(Duration::from_secs(1));
+    let server = TestServer::with_retention(TestDatabase::migrated().await, retention).await;
+    let (mut provider, _, job) = server.job(&[]).await;
+    assert_eq!(scrape(&server).await["milepost_removed_events_total"], 0.0);
+    provider.append(&job, [info("one"), complete()]).await;
+    let samples = wait_for_sample(&server, "milepost_removed_events_total", |removed| removed == 2.0).await;
+    assert_eq!(samples["milepost_removals_total"], 1.0);
 }

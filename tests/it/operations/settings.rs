@@ -49,16 +49,9 @@ async fn help_lists_every_setting_with_its_flag_its_variable_and_its_default_or_
 #[tokio::test]
 async fn serve_does_not_start_unless_streams_per_user_is_less_than_streams_per_connection() {
     for (of_user, of_connection) in [("1000", "1000"), ("99999", "1000"), ("500", "2")] {
-        let mut serve = Command::new(env!("CARGO_BIN_EXE_milepost"));
-        serve
-            .args(["serve", "--streams-per-user", of_user, "--streams-per-connection", of_connection])
-            .env_remove("DATABASE_URL")
-            .env("MILEPOST_DATA_DIR", "/dev/null/nowhere")
-            .stdin(Stdio::null())
-            .kill_on_drop(true);
-        let output = within_timeout("a refusal", serve.output()).await.unwrap();
-        let stderr = String::from_utf8(output.stderr).unwrap();
-        assert_eq!((output.status.code(), stderr.lines().count()), (Some(1), 1), "{stderr}");
+        let arguments = ["--streams-per-user", of_user, "--streams-per-connection", of_connection];
+        let (code, stderr) = refused(&arguments).await;
+        assert_eq!((code, stderr.lines().count()), (Some(1), 1), "{stderr}");
         let named = format!("--streams-per-user {of_user} must be less than");
         assert!(stderr.contains(&named) && stderr.contains(of_connection), "{stderr}");
     }
@@ -74,27 +67,30 @@ async fn an_invalid_value_is_a_usage_error_that_says_what_to_write() {
         ("--metrics-listen", "localhost", "127.0.0.1:PORT"),
         ("--allow-origin", "https://app.example.com/", "https://app.example.com or"),
     ] {
-        let mut serve = Command::new(env!("CARGO_BIN_EXE_milepost"));
-        serve
-            .args(["serve", setting, value])
-            .env_remove("DATABASE_URL")
-            .env("MILEPOST_DATA_DIR", "/dev/null/nowhere")
-            .stdin(Stdio::null())
-            .kill_on_drop(true);
-        let output = within_timeout("a refusal", serve.output()).await.unwrap();
-        let stderr = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(2), "{setting} {value}: {stderr}");
+        let (code, stderr) = refused(&[setting, value]).await;
+        assert_eq!(code, Some(2), "{setting} {value}: {stderr}");
         assert!(stderr.contains(setting) && stderr.contains(words), "{words} in {stderr}");
     }
+}
+
+/// The exit code and the errors of a server that does not start with these arguments.
+async fn refused(arguments: &[&str]) -> (Option<i32>, String) {
+    let mut serve = Command::new(env!("CARGO_BIN_EXE_milepost"));
+    serve
+        .arg("serve")
+        .args(arguments)
+        .env_remove("DATABASE_URL")
+        .env("MILEPOST_DATA_DIR", "/dev/null/nowhere")
+        .stdin(Stdio::null())
+        .kill_on_drop(true);
+    let output = within_timeout("a refusal", serve.output()).await.unwrap();
+    (output.status.code(), String::from_utf8(output.stderr).unwrap())
 }
 
 /// A server on a new database, with one more environment variable.
 async fn configured(variable: &'static str, value: &str) -> ServerProcess {
     let database = TestDatabase::migrated().await;
-    let settings =
-        [("DATABASE_URL", database.url.as_str()), ("MILEPOST_UNSAFE_DATABASE", "true"), (variable, value)];
-    let settings = settings.map(|(name, value)| (name, value.to_owned())).to_vec();
-    ServerProcess::start_with("127.0.0.1", settings).await
+    ServerProcess::on_with(&database, &[(variable, value)]).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -113,11 +109,11 @@ async fn a_variable_that_is_no_setting_is_warned_of_with_the_nearest_setting() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pool_beyond_max_connections_is_warned_of_with_the_numbers() {
     let warning = "lower --database-connections to";
-    let server = configured("MILEPOST_DATABASE_CONNECTIONS", "487").await;
+    let server = configured("MILEPOST_DATABASE_CONNECTIONS", "486").await;
     let log = server.log();
-    for words in [warning, "to 486 or raise", "\"max_connections\":500", "\"database_connections\":487"] {
+    for words in [warning, "to 485 or raise", "\"max_connections\":500", "\"database_connections\":486"] {
         assert!(log.contains(words), "{words} in {log}");
     }
-    let server = configured("MILEPOST_DATABASE_CONNECTIONS", "486").await;
+    let server = configured("MILEPOST_DATABASE_CONNECTIONS", "485").await;
     assert!(!server.log().contains(warning), "{}", server.log());
 }

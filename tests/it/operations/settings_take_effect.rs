@@ -43,39 +43,39 @@ impl Fixture {
         let collector = TcpListener::bind("127.0.0.1:0").unwrap();
         let (metrics_listen, otlp_endpoint) =
             (metrics.to_string(), format!("http://{}", collector.local_addr().unwrap()));
-        let settings = [
-            ("DATABASE_URL", server.database.url.as_str()),
-            ("MILEPOST_UNSAFE_DATABASE", "true"),
-            ("MILEPOST_DATABASE_CONNECTIONS", "4"),
-            ("MILEPOST_DATABASE_CONNECT_TIMEOUT_S", "1"),
-            ("MILEPOST_REQUEST_TIMEOUT_S", "2"),
-            ("MILEPOST_STATEMENT_TIMEOUT_S", "4"),
-            ("MILEPOST_SYNCHRONOUS_COMMIT", "remote_apply"),
-            ("MILEPOST_SIGN_UP", "closed"),
-            ("MILEPOST_SESSION_LIFETIME_S", "77"),
-            ("MILEPOST_BCRYPT_COST", "5"),
-            ("MILEPOST_TRUSTED_PROXY", "127.0.0.8,127.0.0.9"),
-            ("MILEPOST_ALLOW_ORIGIN", "https://one.example,https://two.example"),
-            ("MILEPOST_FRAME_ANCESTORS", "https://portal.example,https://two.example"),
-            ("MILEPOST_STREAMS_PER_CONNECTION", "7"),
-            ("MILEPOST_STREAMS_PER_USER", "2"),
-            ("MILEPOST_PUBLISH_WINDOW", "2"),
-            ("MILEPOST_RETENTION_S", "1"),
-            ("MILEPOST_DRAIN_DEADLINE_S", "1"),
-            ("MILEPOST_CONFIGURATIONS_PER_USER", "21"),
-            ("MILEPOST_OPEN_JOBS_PER_USER", "22"),
-            ("MILEPOST_API_KEYS_PER_USER", "23"),
-            ("MILEPOST_SESSIONS_PER_USER", "24"),
-            ("MILEPOST_WATCH_TOKENS_PER_USER", "25"),
-            ("MILEPOST_STORED_MIB_PER_USER", "26"),
-            ("MILEPOST_EVENTS_PER_USER_DAY", "27000"),
-            ("MILEPOST_METRICS_LISTEN", &metrics_listen),
-            ("MILEPOST_OTLP_ENDPOINT", &otlp_endpoint),
-            ("MILEPOST_LOG_FORMAT", "text"),
-            ("MILEPOST_LOG_LEVEL", "warn"),
-        ];
-        let settings = settings.map(|(name, value)| (name, value.to_owned())).to_vec();
-        let configured = ServerProcess::start_with("127.0.0.1", settings).await;
+        let configured = ServerProcess::on_with(
+            &server.database,
+            &[
+                ("MILEPOST_DATABASE_CONNECTIONS", "4"),
+                ("MILEPOST_DATABASE_CONNECT_TIMEOUT_S", "1"),
+                ("MILEPOST_REQUEST_TIMEOUT_S", "2"),
+                ("MILEPOST_STATEMENT_TIMEOUT_S", "4"),
+                ("MILEPOST_SYNCHRONOUS_COMMIT", "remote_apply"),
+                ("MILEPOST_SIGN_UP", "closed"),
+                ("MILEPOST_SESSION_LIFETIME_S", "77"),
+                ("MILEPOST_BCRYPT_COST", "5"),
+                ("MILEPOST_TRUSTED_PROXY", "127.0.0.8,127.0.0.9"),
+                ("MILEPOST_ALLOW_ORIGIN", "https://one.example,https://two.example"),
+                ("MILEPOST_FRAME_ANCESTORS", "https://portal.example,https://two.example"),
+                ("MILEPOST_STREAMS_PER_CONNECTION", "7"),
+                ("MILEPOST_STREAMS_PER_USER", "2"),
+                ("MILEPOST_PUBLISH_WINDOW", "2"),
+                ("MILEPOST_RETENTION_S", "1"),
+                ("MILEPOST_DRAIN_DEADLINE_S", "1"),
+                ("MILEPOST_CONFIGURATIONS_PER_USER", "21"),
+                ("MILEPOST_OPEN_JOBS_PER_USER", "22"),
+                ("MILEPOST_API_KEYS_PER_USER", "23"),
+                ("MILEPOST_SESSIONS_PER_USER", "24"),
+                ("MILEPOST_WATCH_TOKENS_PER_USER", "25"),
+                ("MILEPOST_STORED_MIB_PER_USER", "26"),
+                ("MILEPOST_EVENTS_PER_USER_DAY", "27000"),
+                ("MILEPOST_METRICS_LISTEN", &metrics_listen),
+                ("MILEPOST_OTLP_ENDPOINT", &otlp_endpoint),
+                ("MILEPOST_LOG_FORMAT", "text"),
+                ("MILEPOST_LOG_LEVEL", "warn"),
+            ],
+        )
+        .await;
         let (provider, customer) = (configured.same(&provider), configured.same(&customer));
         Self { server, configured, metrics, collector, provider, customer, job }
     }
@@ -298,13 +298,8 @@ async fn bcrypt_parallel_bounds_how_many_passwords_are_hashed_at_once() {
     );
     server.database.execute(&cost).await;
     let start = async |parallel: &str, busy: usize| {
-        let settings = [
-            ("DATABASE_URL", server.database.url.as_str()),
-            ("MILEPOST_UNSAFE_DATABASE", "true"),
-            ("MILEPOST_BCRYPT_PARALLEL", parallel),
-        ];
-        let settings = settings.map(|(name, value)| (name, value.to_owned())).to_vec();
-        let configured = ServerProcess::start_with("127.0.0.1", settings).await;
+        let configured =
+            ServerProcess::on_with(&server.database, &[("MILEPOST_BCRYPT_PARALLEL", parallel)]).await;
         for _ in 0..busy {
             tokio::spawn(log_in(&configured, &slow));
         }

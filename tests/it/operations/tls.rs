@@ -277,13 +277,7 @@ async fn a_plaintext_listener_beyond_loopback_requires_insecure_listen() {
     assert!(!files.path("data").exists(), "the data directory was not created");
 
     let database = TestDatabase::migrated().await;
-    let settings = [
-        ("DATABASE_URL", database.url.as_str()),
-        ("MILEPOST_UNSAFE_DATABASE", "true"),
-        ("MILEPOST_INSECURE_LISTEN", "true"),
-    ];
-    let settings = settings.map(|(name, value)| (name, value.to_owned())).to_vec();
-    let server = ServerProcess::start_with("0.0.0.0", settings).await;
+    let server = ServerProcess::on_at(&database, "0.0.0.0", &[("MILEPOST_INSECURE_LISTEN", "true")]).await;
     let answer = Clients::of(([127, 0, 0, 1], server.address.port()).into()).anonymous().current_user().await;
     assert_refused(answer, Code::Unauthenticated, ErrorReason::CredentialInvalid);
 }

@@ -339,5 +339,5 @@ async fn the_standard_variables_enable_traces_and_the_last_spans_are_exported() 
     assert_eq!(collector.resource("service.version").unwrap(), env!("CARGO_PKG_VERSION"));
     let appends = spans.iter().filter(|span| span.name == APPEND).count();
     assert!(appends >= 6, "{appends}");
-    only(&spans, "milepost.v1.JobService/CreateJob");
+    assert!(spans.iter().any(|span| span.name == "milepost.v1.JobService/CreateJob"));
 }

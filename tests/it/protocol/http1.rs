@@ -14,6 +14,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
+use super::SHORT_KEEPALIVE;
 use crate::support::{ServerProcess, TestDatabase, TestServer, info, named, within_timeout};
 
 /// Sends these bytes and nothing else; returns what the server has answered when it closes the
@@ -186,6 +187,24 @@ async fn an_answer_before_the_body_was_read_arrives() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_writes_before_it_reads_gets_the_answer_to_a_request_that_was_not_read() {
+    // More than the buffers of the connection hold, and less than is read on.
+    const BODY: usize = 7 * limits::MESSAGE_BYTES / 2;
+    let server = TestServer::start().await;
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_send_buffer_size(16 * 1024).unwrap();
+    let mut stream = socket.connect(server.address).await.unwrap();
+    let head = format!("POST /nowhere HTTP/1.1\r\nhost: x\r\ncontent-length: {BODY}\r\n\r\n");
+    stream.write_all(head.as_bytes()).await.unwrap();
+    for _ in 0..BODY / 1024 {
+        within_timeout("the server to read", stream.write_all(&[b'x'; 1024])).await.unwrap();
+    }
+    let mut answered = [0; 12];
+    within_timeout("the answer", stream.read_exact(&mut answered)).await.unwrap();
+    assert_eq!(&answered, b"HTTP/1.1 404");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn one_address_has_a_limited_number_of_connections_and_others_have_their_own() {
     // Both ends of each connection are in this process.
     let files = getrlimit(Resource::Nofile);
@@ -203,7 +222,8 @@ async fn one_address_has_a_limited_number_of_connections_and_others_have_their_o
         open.push(stream);
     }
     let mut refused = connect(50).await;
-    refused.write_all(b"GET / HTTP/1.1\r\n").await.unwrap();
+    // A whole request, which without the limit would be answered.
+    refused.write_all(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
     // With a reset, if the server has not read all of it.
     let end = within_timeout("the end", refused.read(&mut [0])).await;
     assert!(matches!(end, Ok(0) | Err(_)), "{end:?}");
@@ -224,15 +244,7 @@ async fn one_address_has_a_limited_number_of_connections_and_others_have_their_o
 #[tokio::test(flavor = "multi_thread")]
 async fn a_watch_whose_peer_takes_nothing_any_more_is_disconnected_and_no_longer_counted() {
     let database = TestDatabase::migrated().await;
-    let settings = [
-        ("DATABASE_URL", database.url.as_str()),
-        ("MILEPOST_UNSAFE_DATABASE", "true"),
-        ("MILEPOST_KEEPALIVE_INTERVAL_S", "1"),
-        ("MILEPOST_KEEPALIVE_TIMEOUT_S", "1"),
-        ("MILEPOST_STREAMS_PER_USER", "1"),
-    ];
-    let settings = settings.map(|(name, value)| (name, value.to_owned())).to_vec();
-    let server = ServerProcess::start_with("127.0.0.1", settings).await;
+    let server = ServerProcess::on_with(&database, &SHORT_KEEPALIVE).await;
     let (mut provider, customer) = (server.provider().await, server.customer().await);
     provider.configuration(&[]).await;
     let job = provider.job(&customer).await;

@@ -19,10 +19,8 @@ use tokio::{
 };
 use tonic::{Code, Status};
 
-use crate::support::{
-    STREAMS_PER_CONNECTION, ServerProcess, TestDatabase, TestServer, User, assert_refused, info,
-    within_timeout,
-};
+use super::SHORT_KEEPALIVE;
+use crate::support::{ServerProcess, TestDatabase, TestServer, User, assert_refused, info, within_timeout};
 
 /// Frame types, flags and error codes of HTTP/2 (RFC 9113).
 const HEADERS: u8 = 1;
@@ -145,30 +143,26 @@ async fn a_deadline_covers_the_whole_stream() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_connection_announces_max_concurrent_streams_and_refuses_one_more() {
-    let server = TestServer::start().await;
+    const STREAMS: u32 = 10;
+    let database = TestDatabase::migrated().await;
+    let settings =
+        [("MILEPOST_STREAMS_PER_CONNECTION", &*STREAMS.to_string()), ("MILEPOST_STREAMS_PER_USER", "2")];
+    let server = ServerProcess::on_with(&database, &settings).await;
     let mut client = Frames::connect(server.address).await;
     let announced = client.settings.iter().find(|(id, _)| *id == 3).map(|(_, value)| *value);
-    assert_eq!(announced, Some(STREAMS_PER_CONNECTION));
-    // Each call stays open, because the server waits for its message.
-    for _ in 0..STREAMS_PER_CONNECTION {
-        client.open(END_HEADERS).await;
-    }
-    let last = client.open(END_HEADERS).await;
-    assert_eq!(client.read_until(RST_STREAM).await, (last, REFUSED_STREAM));
+    assert_eq!(announced, Some(STREAMS));
+    // Each call stays open for seconds, because the server waits for its message. They come at
+    // once, so that the last one is there before the first one has ended.
+    let streams: Vec<u32> = (0..=STREAMS).map(|_| client.next_stream()).collect();
+    let frames = streams.iter().map(|stream| frame(HEADERS, END_HEADERS, *stream, REQUEST));
+    client.send(&frames.collect::<Vec<_>>().concat()).await;
+    assert_eq!(client.read_until(RST_STREAM).await, (streams[streams.len() - 1], REFUSED_STREAM));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_stops_answering_pings_is_disconnected_and_its_streams_are_no_longer_counted() {
     let database = TestDatabase::migrated().await;
-    let settings = [
-        ("DATABASE_URL", database.url.as_str()),
-        ("MILEPOST_UNSAFE_DATABASE", "true"),
-        ("MILEPOST_KEEPALIVE_INTERVAL_S", "1"),
-        ("MILEPOST_KEEPALIVE_TIMEOUT_S", "1"),
-        ("MILEPOST_STREAMS_PER_USER", "1"),
-    ];
-    let settings = settings.map(|(name, value)| (name, value.to_owned())).to_vec();
-    let server = ServerProcess::start_with("127.0.0.1", settings).await;
+    let server = ServerProcess::on_with(&database, &SHORT_KEEPALIVE).await;
     let (mut provider, customer, job) = server.job(&[]).await;
     let scope = Some(pb::watch_events_request::Scope::JobId(job.id.clone()));
     let watch = pb::WatchEventsRequest { scope, ..Default::default() };
@@ -286,12 +280,6 @@ impl Frames {
     async fn send(&mut self, frames: &[u8]) {
         // The server may have closed the connection already.
         let _ = within_timeout("the server to read", self.stream.write_all(frames)).await;
-    }
-
-    async fn open(&mut self, flags: u8) -> u32 {
-        let stream = self.next_stream();
-        self.send(&frame(HEADERS, flags, stream, REQUEST)).await;
-        stream
     }
 
     /// A request must not have the pseudo-header `:status` (RFC 9113, section 8.3).

@@ -204,6 +204,7 @@ pub fn registration(version: &str, steps: &[(&str, i64)]) -> pb::RegisterJobConf
         name: "Analysis".to_owned(),
         version: version.to_owned(),
         steps: steps.iter().map(step).collect(),
+        ..Default::default()
     }
 }
 
@@ -248,11 +249,23 @@ impl User {
     pub fn new_job(&self, customer: &User) -> pb::CreateJobRequest {
         pb::CreateJobRequest {
             provider_job_id: Uuid::now_v7().to_string(),
-            customer_id: customer.id.clone(),
+            customer: Some(pb::create_job_request::Customer::CustomerId(customer.id.clone())),
             configuration_tag: TAG.to_owned(),
             configuration_version: String::new(),
             provider_job_name: "A job".to_owned(),
+            ..Default::default()
         }
+    }
+
+    /// The same, for the customer whose code this is.
+    pub fn new_job_by_code(&self, customer: &User, code: &str) -> pb::CreateJobRequest {
+        let code = pb::create_job_request::Customer::CustomerCode(code.to_owned());
+        pb::CreateJobRequest { customer: Some(code), ..self.new_job(customer) }
+    }
+
+    /// The code of this customer.
+    pub async fn customer_code(&self) -> String {
+        self.current_user().await.unwrap().user.unwrap().customer_code
     }
 
     /// Creates a job of the latest configuration.
@@ -263,8 +276,13 @@ impl User {
 
     /// The job as it is now.
     pub async fn get(&mut self, job: &pb::Job) -> pb::Job {
+        self.find(job).await.job.unwrap()
+    }
+
+    /// The job with its configuration and the states of its steps.
+    pub async fn find(&mut self, job: &pb::Job) -> pb::GetJobResponse {
         let request = pb::GetJobRequest { job: Some(pb::get_job_request::Job::JobId(job.id.clone())) };
-        self.jobs.get_job(request).await.unwrap().into_inner().job.unwrap()
+        self.jobs.get_job(request).await.unwrap().into_inner()
     }
 
     /// Appends a batch, which the server may refuse.

@@ -146,10 +146,13 @@ impl TestDatabase {
         locker
     }
 
-    /// Locks the row of a job. Appends to it wait until the returned connection is dropped.
+    /// Locks the rows of a job. Appends to it wait until the returned connection is dropped.
     pub async fn lock_job(&self, job: &pb::Job) -> AsyncPgConnection {
         let mut locker = self.connect().await;
-        let lock = format!("BEGIN; SELECT 1 FROM jobs WHERE id = '{}' FOR UPDATE", job.id);
+        let lock = format!(
+            "BEGIN; SELECT 1 FROM job_states JOIN jobs ON jobs.id = job_id WHERE job_id = '{}' FOR UPDATE",
+            job.id
+        );
         locker.batch_execute(&lock).await.unwrap();
         locker
     }
@@ -193,6 +196,14 @@ impl TestDatabase {
         self.execute(&sql).await;
     }
 
+    /// Returns once the step times of all completed jobs are kept, for which retention waits.
+    pub async fn keep_step_times(&self) {
+        while !self.texts("SELECT job_id::text AS text FROM untimed_jobs").await.is_empty() {
+            // A job that a server is at is passed over.
+            self.execute("SELECT keep_step_times(1000000)").await;
+        }
+    }
+
     /// Makes Postgres log the plan of each statement with its actual row counts
     /// and times. Holds for connections opened from now on.
     pub async fn log_plans(&self) {
@@ -201,6 +212,7 @@ impl TestDatabase {
             ("auto_explain.log_min_duration", "0"),
             ("auto_explain.log_analyze", "on"),
             ("auto_explain.log_nested_statements", "on"),
+            ("auto_explain.log_settings", "on"),
             ("auto_explain.log_format", "json"),
         ];
         for (name, value) in settings {

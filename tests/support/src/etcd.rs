@@ -1,19 +1,14 @@
-//! etcd with a new data directory.
+//! etcd with a data directory of its own.
 
 use std::net::SocketAddr;
 
-use tokio::process::Child;
+use tokio::process::{Child, Command};
 
-use crate::{
-    TemporaryDir,
-    installed::{make_postgres_dir, postgres_command},
-    own_address,
-};
+use crate::{TemporaryDir, own_address};
 
-/// Starts an etcd of one member at this address, as the user of Postgres. Its data are in
-/// `DIR/name`, and its log is in `DIR/name.log`.
-pub fn start_etcd(dir: &TemporaryDir, name: &str, address: SocketAddr) -> Child {
-    make_postgres_dir(&dir.path().join(name));
+/// Starts an etcd of one member at this address by the command of its program. Its data are
+/// in `DIR/name`, and its log is in `DIR/name.log`.
+pub fn start_etcd(mut command: Command, dir: &TemporaryDir, name: &str, address: SocketAddr) -> Child {
     let (clients, peers) = (format!("http://{address}"), format!("http://{}", own_address("127.0.0.1")));
     let cluster = format!("default={peers}");
     let arguments = [
@@ -27,7 +22,6 @@ pub fn start_etcd(dir: &TemporaryDir, name: &str, address: SocketAddr) -> Child 
         ["--quota-backend-bytes", "8589934592"],
         ["--log-level", "error"],
     ];
-    let mut command = postgres_command("etcd");
     command.args(arguments.as_flattened());
     dir.run(command, &format!("{name}.log"))
 }

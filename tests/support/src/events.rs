@@ -12,12 +12,18 @@ fn event(kind: EventKind, name: &str, step_tag: &str) -> NewEvent {
         step_tag: step_tag.to_owned(),
         metadata: None,
         occurred_at: None,
+        step_percent: None,
     }
 }
 
 /// A `step` event: the step of this tag is done.
 pub fn step(tag: &str) -> NewEvent {
     event(EventKind::Step, tag, tag)
+}
+
+/// A `progress` event: the step of this tag is under way, so far.
+pub fn progress(tag: &str, percent: i32) -> NewEvent {
+    NewEvent { step_percent: Some(percent), ..event(EventKind::Progress, "", tag) }
 }
 
 /// An `info` event.

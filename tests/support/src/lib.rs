@@ -16,6 +16,7 @@ mod certificates;
 mod clients;
 mod clock;
 mod cluster;
+pub mod connect_client;
 mod documentation;
 mod etcd;
 mod events;
@@ -43,7 +44,7 @@ pub use clock::Clock;
 pub use cluster::{TestDatabase, database};
 pub use documentation::{blocks, page};
 pub use etcd::start_etcd;
-pub use events::{complete, error, info, metadata, named, step, with_metadata};
+pub use events::{complete, error, info, metadata, named, progress, step, with_metadata};
 pub use http1::http;
 pub use installed::is_root;
 pub use machine::machine;
@@ -98,10 +99,13 @@ pub async fn until(limit: Duration, awaited: impl Display, holds: impl AsyncFn()
     .await;
 }
 
-/// The `milepost` binary of this build, which Cargo names to the tests and benchmarks
-/// that it runs.
+/// The `milepost` binary: of this build, which Cargo names to the tests and benchmarks that
+/// it runs, or for other programs the one that MILEPOST_BIN names. `/proc` has the same path of
+/// the processes that run it.
 pub fn binary() -> PathBuf {
-    env::var_os("CARGO_BIN_EXE_milepost").expect("`cargo test` or `cargo bench` runs this process").into()
+    let binary = env::var_os("CARGO_BIN_EXE_milepost").or_else(|| env::var_os("MILEPOST_BIN"));
+    let binary = binary.expect("`cargo test` or `cargo bench` runs this process, or MILEPOST_BIN is set");
+    PathBuf::from(binary).canonicalize().expect("the binary was built")
 }
 
 /// Prints a line of a report. The test harness would capture `println!`.

@@ -60,10 +60,21 @@ impl ServerProcess {
 
     /// Starts a replica on a database of the tests' shared Postgres.
     pub async fn on(database: &TestDatabase) -> Self {
+        Self::on_with(database, &[]).await
+    }
+
+    /// The same with more environment variables.
+    pub async fn on_with(database: &TestDatabase, more: &[(&'static str, &str)]) -> Self {
+        Self::on_at(database, "127.0.0.1", more).await
+    }
+
+    /// The same on this local address.
+    pub async fn on_at(database: &TestDatabase, host: &str, more: &[(&'static str, &str)]) -> Self {
         // The shared Postgres runs with fsync off, which a server refuses without
         // MILEPOST_UNSAFE_DATABASE.
         let settings = [("DATABASE_URL", database.url.as_str()), ("MILEPOST_UNSAFE_DATABASE", "true")];
-        Self::start_with("127.0.0.1", settings.map(|(name, value)| (name, value.to_owned())).to_vec()).await
+        let settings = settings.iter().chain(more).map(|(name, value)| (*name, (*value).to_owned()));
+        Self::start_with(host, settings.collect()).await
     }
 
     /// Starts a server on this local address, with more environment variables.
@@ -164,6 +175,11 @@ impl ServerProcess {
     /// The memory that the server has now, in bytes.
     pub fn resident_bytes(&self) -> usize {
         processes::resident_bytes(self.pids()[0])
+    }
+
+    /// The processor time that the server has used.
+    pub fn processor_time(&self) -> Duration {
+        processes::processor_time(self.pids()[0])
     }
 
     /// The most memory that the server had so far, in bytes.

@@ -1,6 +1,6 @@
 //! Processes of this machine, by `/proc`.
 
-use std::fs;
+use std::{fs, time::Duration};
 
 pub use rustix::process::Signal;
 use rustix::{io::Errno, process::Pid};
@@ -60,6 +60,34 @@ pub fn resident_bytes(pid: u32) -> usize {
     memory(pid, "VmRSS")
 }
 
+/// The processor time that the process has used, in user and system mode. The operating
+/// system counts it in ticks, most often of 10 ms.
+pub fn processor_time(pid: u32) -> Duration {
+    of_ticks(ticks(pid, &USED).unwrap_or_else(|| panic!("process {pid} runs")))
+}
+
+/// The processor time of the process and of its children. Those that have ended count as
+/// soon as the process has waited for them.
+pub fn processor_time_with_children(pid: u32) -> Duration {
+    let children = children(pid).into_iter().filter_map(|child| ticks(child, &USED)).sum::<u64>();
+    let own = ticks(pid, &[USED, ENDED].concat()).unwrap_or_else(|| panic!("process {pid} runs"));
+    of_ticks(own + children)
+}
+
+/// The fields of `/proc/PID/stat` with the ticks of the process, in user and system mode.
+const USED: [usize; 2] = [11, 12];
+/// Those with the ticks of its children that have ended.
+const ENDED: [usize; 2] = [13, 14];
+
+/// The sum of these fields; none of a process that has ended.
+fn ticks(pid: u32, fields: &[usize]) -> Option<u64> {
+    fields.iter().map(|&field| stat(pid, field)?.parse::<u64>().ok()).sum()
+}
+
+fn of_ticks(ticks: u64) -> Duration {
+    Duration::from_micros(ticks * 1_000_000 / rustix::param::clock_ticks_per_second())
+}
+
 fn memory(pid: u32, name: &str) -> usize {
     let memory = status(pid, name).unwrap_or_else(|| panic!("process {pid} runs"));
     memory.trim_end_matches(" kB").parse::<usize>().expect("kilobytes") * 1024
@@ -67,9 +95,14 @@ fn memory(pid: u32, name: &str) -> usize {
 
 /// When the process started, in clock ticks since the start of the machine.
 pub(crate) fn start_time(pid: u32) -> Option<String> {
+    stat(pid, 19)
+}
+
+/// A field of `/proc/PID/stat`, counted from 0 after the name of the program.
+fn stat(pid: u32, field: usize) -> Option<String> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name of the program, in parentheses, may have spaces.
-    Some(stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.to_owned())
+    // The name, in parentheses, may have spaces.
+    Some(stat.rsplit_once(')')?.1.split_whitespace().nth(field)?.to_owned())
 }
 
 /// A line of `/proc/PID/status`.

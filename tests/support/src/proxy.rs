@@ -1,5 +1,5 @@
-//! A proxy between a server and Postgres, which can cut, refuse, delay, hold and drop
-//! what passes.
+//! A proxy between a server and Postgres, or between clients and a server, which can cut,
+//! refuse, delay, hold and drop what passes.
 
 use std::{
     fs, io,
@@ -10,13 +10,13 @@ use std::{
 
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, copy, sink, split},
-    net::{TcpListener, UnixListener, UnixStream},
+    net::{TcpListener, TcpStream, UnixListener, UnixStream},
     sync::watch,
     time::sleep,
 };
 use tokio_postgres::config::Host;
 
-use crate::url;
+use crate::{own_address, url};
 
 /// How the proxy treats connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,6 +30,8 @@ pub enum Mode {
     Jitter(Duration),
     /// Forwards no bytes until the mode changes.
     Hold,
+    /// Forwards what clients send, and no answers until the mode changes.
+    HoldAnswers,
     /// Reads bytes and drops them. A connection that is open in this mode stays
     /// silent for good, as after the loss of a machine.
     Discard,
@@ -52,13 +54,13 @@ const STARTING: &[u8] = b"SFATAL\0VFATAL\0C57P03\0Mthe database system is starti
 /// A proxy that runs until it is dropped.
 #[derive(Debug)]
 pub struct Proxy {
-    /// The database's URL through this proxy.
+    /// The URL of the database or server through this proxy.
     pub url: String,
     mode: watch::Sender<Mode>,
     /// Counts the cuts.
     cuts: watch::Sender<u32>,
-    /// The directory of the socket to which new connections lead.
-    postgres: watch::Sender<PathBuf>,
+    /// To which new connections lead.
+    target: watch::Sender<Address>,
 }
 
 impl Proxy {
@@ -70,7 +72,16 @@ impl Proxy {
         let address = listener.local_addr().unwrap();
         let (user, database) = (config.get_user().unwrap(), config.get_dbname().unwrap());
         let url = format!("postgresql://{user}@{address}/{database}");
-        Self::start(Address::Tcp(address), Listener::Tcp(listener), dir, url)
+        Self::start(Address::Tcp(address), Listener::Tcp(listener), Address::postgres(dir), url)
+    }
+
+    /// Starts a proxy between clients and the server at this address.
+    pub async fn to_server(server: SocketAddr) -> Self {
+        // No other process gets the port while the proxy refuses connections.
+        let address = own_address("127.0.0.1");
+        let (url, address) = (format!("http://{address}"), Address::Tcp(address));
+        let listener = address.bind().await;
+        Self::start(address, listener, Address::Tcp(server), url)
     }
 
     /// Starts a proxy on a socket in a new directory to the socket in another directory.
@@ -78,15 +89,16 @@ impl Proxy {
         fs::create_dir(dir).unwrap();
         let socket = socket_in(dir);
         let listener = Listener::Unix(UnixListener::bind(&socket).unwrap());
-        Self::start(Address::Unix(socket), listener, postgres, url(&[dir], "milepost"))
+        let target = Address::postgres(postgres);
+        Self::start(Address::Unix(socket), listener, target, url(&[dir], "milepost"))
     }
 
-    fn start(address: Address, listener: Listener, postgres: &Path, url: String) -> Self {
+    fn start(address: Address, listener: Listener, target: Address, url: String) -> Self {
         let (mode, cuts) = (watch::Sender::new(Mode::Pass), watch::Sender::new(0));
-        let postgres = watch::Sender::new(postgres.to_owned());
-        let route = Route { modes: mode.subscribe(), cuts: cuts.subscribe(), postgres: postgres.subscribe() };
+        let target = watch::Sender::new(target);
+        let route = Route { modes: mode.subscribe(), cuts: cuts.subscribe(), target: target.subscribe() };
         tokio::spawn(route.run(address, listener));
-        Self { url, mode, cuts, postgres }
+        Self { url, mode, cuts, target }
     }
 
     pub fn set(&self, mode: Mode) {
@@ -100,7 +112,7 @@ impl Proxy {
 
     /// Leads new connections to the socket in another directory; open ones stay.
     pub fn lead_to(&self, postgres: &Path) {
-        self.postgres.send_replace(postgres.to_owned());
+        self.target.send_replace(Address::postgres(postgres));
     }
 }
 
@@ -108,12 +120,26 @@ fn socket_in(dir: &Path) -> PathBuf {
     dir.join(".s.PGSQL.5432")
 }
 
+#[derive(Clone, Debug)]
 enum Address {
     Tcp(SocketAddr),
     Unix(PathBuf),
 }
 
 impl Address {
+    /// The Postgres whose socket is in this directory.
+    fn postgres(dir: &Path) -> Self {
+        Self::Unix(socket_in(dir))
+    }
+
+    async fn connect(&self) -> io::Result<Box<dyn Stream>> {
+        let stream: Box<dyn Stream> = match self {
+            Self::Tcp(address) => Box::new(TcpStream::connect(address).await?),
+            Self::Unix(path) => Box::new(UnixStream::connect(path).await?),
+        };
+        Ok(stream)
+    }
+
     async fn bind(&self) -> Listener {
         match self {
             Self::Tcp(address) => Listener::Tcp(TcpListener::bind(address).await.unwrap()),
@@ -151,7 +177,7 @@ impl Listener {
 struct Route {
     modes: watch::Receiver<Mode>,
     cuts: watch::Receiver<u32>,
-    postgres: watch::Receiver<PathBuf>,
+    target: watch::Receiver<Address>,
 }
 
 impl Route {
@@ -185,9 +211,9 @@ impl Route {
             }
             return;
         }
-        let (socket, mut closing) = (socket_in(&self.postgres.borrow()), self.modes.clone());
+        let (target, mut closing) = (self.target.borrow().clone(), self.modes.clone());
         tokio::select! {
-            () = forward(client, socket, self.modes) => {}
+            () = forward(client, target, self.modes) => {}
             _ = self.cuts.changed() => {}
             _ = closing.wait_for(|mode| mode.closes()) => {}
         }
@@ -204,18 +230,18 @@ async fn answer_starting(mut client: Box<dyn Stream>) {
 }
 
 /// Forwards bytes both ways until either side closes.
-async fn forward(client: Box<dyn Stream>, postgres: PathBuf, modes: watch::Receiver<Mode>) {
-    // Without Postgres the client's connection is closed by being dropped.
-    let Ok(postgres) = UnixStream::connect(postgres).await else { return };
-    let ((mut from_client, mut to_client), (from_postgres, to_postgres)) = (split(client), split(postgres));
+async fn forward(client: Box<dyn Stream>, target: Address, modes: watch::Receiver<Mode>) {
+    // Without a target the client's connection is closed by being dropped.
+    let Ok(target) = target.connect().await else { return };
+    let ((mut from_client, mut to_client), (from_target, to_target)) = (split(client), split(target));
     let mut discarding = modes.clone();
     tokio::select! {
         biased;
         discards = discarding.wait_for(|mode| *mode == Mode::Discard) => if discards.is_err() { return },
-        () = pump(&mut from_client, to_postgres, modes.clone()) => return,
-        () = pump(from_postgres, &mut to_client, modes.clone()) => return,
+        () = pump(&mut from_client, to_target, modes.clone(), &[Mode::Hold]) => return,
+        () = pump(from_target, &mut to_client, modes.clone(), &[Mode::Hold, Mode::HoldAnswers]) => return,
     }
-    // Postgres has lost its connection and ends the session; the client is told nothing.
+    // The target has lost its connection and ends the session; the client is told nothing.
     let _ = copy(&mut from_client, &mut sink()).await;
 }
 
@@ -223,6 +249,7 @@ async fn pump(
     mut from: impl AsyncRead + Unpin,
     mut to: impl AsyncWrite + Unpin,
     mut modes: watch::Receiver<Mode>,
+    holding: &[Mode],
 ) {
     let mut buffer = vec![0; 32 * 1024];
     while let Ok(read @ 1..) = from.read(&mut buffer).await {
@@ -232,7 +259,7 @@ async fn pump(
             Mode::Jitter(most) => sleep(most.mul_f64(fastrand::f64())).await,
             _ => {}
         }
-        let passed = modes.wait_for(|mode| *mode != Mode::Hold).await.is_ok();
+        let passed = modes.wait_for(|mode| !holding.contains(mode)).await.is_ok();
         if !passed || to.write_all(&buffer[..read]).await.is_err() {
             return;
         }

@@ -43,7 +43,7 @@ find "$1" -name postmaster.pid | while read -r file; do
     done
 done
 while read -r _ mount _; do
-    case "$mount" in "$1"/*) umount -l "$mount" ;; esac
+    case "$mount" in "$1" | "$1"/*) umount -l "$mount" ;; esac
 done </proc/mounts
 rm -rf "$1"
 "#;

@@ -24,6 +24,22 @@ pub struct User {
     /// When the user was last changed.
     #[prost(message, optional, tag = "7")]
     pub updated_at: ::core::option::Option<::prost_types::Timestamp>,
+    /// Only of a customer: the code by which a provider creates jobs for them, see
+    /// CreateJobRequest. 10 characters of Crockford's base32: digits and upper-case
+    /// letters without I, L, O and U. It is made at sign-up and changes only by
+    /// RenewCustomerCode. It grants nothing but new jobs for the customer.
+    #[prost(string, tag = "8")]
+    pub customer_code: ::prost::alloc::string::String,
+}
+impl ::prost::Name for User {
+    const NAME: &'static str = "User";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.User".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.User".into()
+    }
 }
 /// The credential that SignUp and LogIn create.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -44,6 +60,16 @@ pub struct Session {
     /// When the session was last changed. Use does not change it.
     #[prost(message, optional, tag = "5")]
     pub updated_at: ::core::option::Option<::prost_types::Timestamp>,
+}
+impl ::prost::Name for Session {
+    const NAME: &'static str = "Session";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.Session".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.Session".into()
+    }
 }
 /// An API key without its secret.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -77,6 +103,16 @@ pub struct ApiKey {
     #[prost(message, optional, tag = "9")]
     pub updated_at: ::core::option::Option<::prost_types::Timestamp>,
 }
+impl ::prost::Name for ApiKey {
+    const NAME: &'static str = "ApiKey";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.ApiKey".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.ApiKey".into()
+    }
+}
 /// A watch token without its secret.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct WatchToken {
@@ -109,6 +145,16 @@ pub struct WatchToken {
     #[prost(message, optional, tag = "9")]
     pub updated_at: ::core::option::Option<::prost_types::Timestamp>,
 }
+impl ::prost::Name for WatchToken {
+    const NAME: &'static str = "WatchToken";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.WatchToken".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.WatchToken".into()
+    }
+}
 /// The user to create.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SignUpRequest {
@@ -136,6 +182,16 @@ pub struct SignUpRequest {
     #[prost(string, tag = "5")]
     pub last_name: ::prost::alloc::string::String,
 }
+impl ::prost::Name for SignUpRequest {
+    const NAME: &'static str = "SignUpRequest";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.SignUpRequest".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.SignUpRequest".into()
+    }
+}
 /// The new user and their first session.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SignUpResponse {
@@ -145,6 +201,16 @@ pub struct SignUpResponse {
     /// The session, with its secret.
     #[prost(message, optional, tag = "2")]
     pub session: ::core::option::Option<Session>,
+}
+impl ::prost::Name for SignUpResponse {
+    const NAME: &'static str = "SignUpResponse";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.SignUpResponse".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.SignUpResponse".into()
+    }
 }
 /// The e-mail and password of a user.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -157,6 +223,16 @@ pub struct LogInRequest {
     #[prost(string, tag = "2")]
     pub password: ::prost::alloc::string::String,
 }
+impl ::prost::Name for LogInRequest {
+    const NAME: &'static str = "LogInRequest";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.LogInRequest".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.LogInRequest".into()
+    }
+}
 /// The user and a new session.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct LogInResponse {
@@ -167,15 +243,55 @@ pub struct LogInResponse {
     #[prost(message, optional, tag = "2")]
     pub session: ::core::option::Option<Session>,
 }
+impl ::prost::Name for LogInResponse {
+    const NAME: &'static str = "LogInResponse";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.LogInResponse".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.LogInResponse".into()
+    }
+}
 /// Empty: the session is the one that the call is made with.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct LogOutRequest {}
+impl ::prost::Name for LogOutRequest {
+    const NAME: &'static str = "LogOutRequest";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.LogOutRequest".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.LogOutRequest".into()
+    }
+}
 /// Empty.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct LogOutResponse {}
+impl ::prost::Name for LogOutResponse {
+    const NAME: &'static str = "LogOutResponse";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.LogOutResponse".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.LogOutResponse".into()
+    }
+}
 /// Empty: the credential of the call identifies the user.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GetCurrentUserRequest {}
+impl ::prost::Name for GetCurrentUserRequest {
+    const NAME: &'static str = "GetCurrentUserRequest";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.GetCurrentUserRequest".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.GetCurrentUserRequest".into()
+    }
+}
 /// The user and the credential of the call.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GetCurrentUserResponse {
@@ -202,6 +318,16 @@ pub mod get_current_user_response {
         WatchToken(super::WatchToken),
     }
 }
+impl ::prost::Name for GetCurrentUserResponse {
+    const NAME: &'static str = "GetCurrentUserResponse";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.GetCurrentUserResponse".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.GetCurrentUserResponse".into()
+    }
+}
 /// The new names of the user.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct UpdateCurrentUserRequest {
@@ -213,12 +339,32 @@ pub struct UpdateCurrentUserRequest {
     #[prost(message, optional, tag = "2")]
     pub update_mask: ::core::option::Option<::prost_types::FieldMask>,
 }
+impl ::prost::Name for UpdateCurrentUserRequest {
+    const NAME: &'static str = "UpdateCurrentUserRequest";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.UpdateCurrentUserRequest".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.UpdateCurrentUserRequest".into()
+    }
+}
 /// The user with the new names.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct UpdateCurrentUserResponse {
     /// The user.
     #[prost(message, optional, tag = "1")]
     pub user: ::core::option::Option<User>,
+}
+impl ::prost::Name for UpdateCurrentUserResponse {
+    const NAME: &'static str = "UpdateCurrentUserResponse";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.UpdateCurrentUserResponse".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.UpdateCurrentUserResponse".into()
+    }
 }
 /// The current and the new password.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -230,6 +376,46 @@ pub struct ChangePasswordRequest {
     #[prost(string, tag = "2")]
     pub new_password: ::prost::alloc::string::String,
 }
+impl ::prost::Name for ChangePasswordRequest {
+    const NAME: &'static str = "ChangePasswordRequest";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.ChangePasswordRequest".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.ChangePasswordRequest".into()
+    }
+}
+/// Empty: the session of the call identifies the customer.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RenewCustomerCodeRequest {}
+impl ::prost::Name for RenewCustomerCodeRequest {
+    const NAME: &'static str = "RenewCustomerCodeRequest";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.RenewCustomerCodeRequest".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.RenewCustomerCodeRequest".into()
+    }
+}
+/// The customer with the new code.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RenewCustomerCodeResponse {
+    /// The user.
+    #[prost(message, optional, tag = "1")]
+    pub user: ::core::option::Option<User>,
+}
+impl ::prost::Name for RenewCustomerCodeResponse {
+    const NAME: &'static str = "RenewCustomerCodeResponse";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.RenewCustomerCodeResponse".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.RenewCustomerCodeResponse".into()
+    }
+}
 /// The effect on the user's credentials.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ChangePasswordResponse {
@@ -239,6 +425,16 @@ pub struct ChangePasswordResponse {
     /// The number of API keys that are still valid.
     #[prost(int32, tag = "2")]
     pub valid_api_keys: i32,
+}
+impl ::prost::Name for ChangePasswordResponse {
+    const NAME: &'static str = "ChangePasswordResponse";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.ChangePasswordResponse".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.ChangePasswordResponse".into()
+    }
 }
 /// The API key to create.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -251,9 +447,19 @@ pub struct CreateApiKeyRequest {
     #[prost(message, optional, tag = "2")]
     pub expires_at: ::core::option::Option<::prost_types::Timestamp>,
     /// The methods that the key may call. Empty: READ, and for a provider also
-    /// APPEND. A customer's key cannot have APPEND.
+    /// APPEND.
     #[prost(enumeration = "ApiKeyScope", repeated, tag = "3")]
     pub scopes: ::prost::alloc::vec::Vec<i32>,
+}
+impl ::prost::Name for CreateApiKeyRequest {
+    const NAME: &'static str = "CreateApiKeyRequest";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.CreateApiKeyRequest".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.CreateApiKeyRequest".into()
+    }
 }
 /// The new API key.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -266,6 +472,16 @@ pub struct CreateApiKeyResponse {
     #[prost(string, tag = "2")]
     pub secret: ::prost::alloc::string::String,
 }
+impl ::prost::Name for CreateApiKeyResponse {
+    const NAME: &'static str = "CreateApiKeyResponse";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.CreateApiKeyResponse".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.CreateApiKeyResponse".into()
+    }
+}
 /// A page of the user's API keys.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ListApiKeysRequest {
@@ -275,6 +491,16 @@ pub struct ListApiKeysRequest {
     /// The `next_page_token` of the previous page. Empty: the first page.
     #[prost(string, tag = "2")]
     pub page_token: ::prost::alloc::string::String,
+}
+impl ::prost::Name for ListApiKeysRequest {
+    const NAME: &'static str = "ListApiKeysRequest";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.ListApiKeysRequest".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.ListApiKeysRequest".into()
+    }
 }
 /// A page of API keys.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -286,6 +512,16 @@ pub struct ListApiKeysResponse {
     #[prost(string, tag = "2")]
     pub next_page_token: ::prost::alloc::string::String,
 }
+impl ::prost::Name for ListApiKeysResponse {
+    const NAME: &'static str = "ListApiKeysResponse";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.ListApiKeysResponse".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.ListApiKeysResponse".into()
+    }
+}
 /// The API key to end.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ExpireApiKeyRequest {
@@ -293,12 +529,32 @@ pub struct ExpireApiKeyRequest {
     #[prost(string, tag = "1")]
     pub api_key_id: ::prost::alloc::string::String,
 }
+impl ::prost::Name for ExpireApiKeyRequest {
+    const NAME: &'static str = "ExpireApiKeyRequest";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.ExpireApiKeyRequest".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.ExpireApiKeyRequest".into()
+    }
+}
 /// The API key after it was ended.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ExpireApiKeyResponse {
     /// The revoked key.
     #[prost(message, optional, tag = "1")]
     pub api_key: ::core::option::Option<ApiKey>,
+}
+impl ::prost::Name for ExpireApiKeyResponse {
+    const NAME: &'static str = "ExpireApiKeyResponse";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.ExpireApiKeyResponse".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.ExpireApiKeyResponse".into()
+    }
 }
 /// The API key to replace.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -310,6 +566,16 @@ pub struct RotateApiKeyRequest {
     /// the old key at once.
     #[prost(message, optional, tag = "2")]
     pub overlap: ::core::option::Option<::prost_types::Duration>,
+}
+impl ::prost::Name for RotateApiKeyRequest {
+    const NAME: &'static str = "RotateApiKeyRequest";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.RotateApiKeyRequest".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.RotateApiKeyRequest".into()
+    }
 }
 /// The new and the old API key.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -325,6 +591,16 @@ pub struct RotateApiKeyResponse {
     /// an overlap of 0 s.
     #[prost(message, optional, tag = "3")]
     pub old_api_key: ::core::option::Option<ApiKey>,
+}
+impl ::prost::Name for RotateApiKeyResponse {
+    const NAME: &'static str = "RotateApiKeyResponse";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.RotateApiKeyResponse".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.RotateApiKeyResponse".into()
+    }
 }
 /// The watch token to create.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -352,6 +628,16 @@ pub mod create_watch_token_request {
         ProviderJobId(::prost::alloc::string::String),
     }
 }
+impl ::prost::Name for CreateWatchTokenRequest {
+    const NAME: &'static str = "CreateWatchTokenRequest";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.CreateWatchTokenRequest".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.CreateWatchTokenRequest".into()
+    }
+}
 /// The new watch token.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct CreateWatchTokenResponse {
@@ -362,6 +648,16 @@ pub struct CreateWatchTokenResponse {
     /// later call returns it.
     #[prost(string, tag = "2")]
     pub secret: ::prost::alloc::string::String,
+}
+impl ::prost::Name for CreateWatchTokenResponse {
+    const NAME: &'static str = "CreateWatchTokenResponse";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.CreateWatchTokenResponse".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.CreateWatchTokenResponse".into()
+    }
 }
 /// A page of a job's watch tokens.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -390,6 +686,16 @@ pub mod list_watch_tokens_request {
         ProviderJobId(::prost::alloc::string::String),
     }
 }
+impl ::prost::Name for ListWatchTokensRequest {
+    const NAME: &'static str = "ListWatchTokensRequest";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.ListWatchTokensRequest".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.ListWatchTokensRequest".into()
+    }
+}
 /// A page of watch tokens.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ListWatchTokensResponse {
@@ -400,12 +706,32 @@ pub struct ListWatchTokensResponse {
     #[prost(string, tag = "2")]
     pub next_page_token: ::prost::alloc::string::String,
 }
+impl ::prost::Name for ListWatchTokensResponse {
+    const NAME: &'static str = "ListWatchTokensResponse";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.ListWatchTokensResponse".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.ListWatchTokensResponse".into()
+    }
+}
 /// The watch token to end.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ExpireWatchTokenRequest {
     /// The id of the token.
     #[prost(string, tag = "1")]
     pub watch_token_id: ::prost::alloc::string::String,
+}
+impl ::prost::Name for ExpireWatchTokenRequest {
+    const NAME: &'static str = "ExpireWatchTokenRequest";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.ExpireWatchTokenRequest".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.ExpireWatchTokenRequest".into()
+    }
 }
 /// The watch token after it was ended.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -414,9 +740,29 @@ pub struct ExpireWatchTokenResponse {
     #[prost(message, optional, tag = "1")]
     pub watch_token: ::core::option::Option<WatchToken>,
 }
+impl ::prost::Name for ExpireWatchTokenResponse {
+    const NAME: &'static str = "ExpireWatchTokenResponse";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.ExpireWatchTokenResponse".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.ExpireWatchTokenResponse".into()
+    }
+}
 /// Empty: the credential of the call identifies the user.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GetUsageRequest {}
+impl ::prost::Name for GetUsageRequest {
+    const NAME: &'static str = "GetUsageRequest";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.GetUsageRequest".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.GetUsageRequest".into()
+    }
+}
 /// What a user has, and the most that the user may have. The name of a field is also the
 /// metadata `quota` of an error QUOTA_EXCEEDED. Later versions may add fields.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -458,6 +804,16 @@ pub struct GetUsageResponse {
     #[prost(message, optional, tag = "9")]
     pub each_server: ::core::option::Option<ServerLimits>,
 }
+impl ::prost::Name for GetUsageResponse {
+    const NAME: &'static str = "GetUsageResponse";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.GetUsageResponse".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.GetUsageResponse".into()
+    }
+}
 /// What one user may do on each server at once or in a second. What is beyond a limit is
 /// refused with RESOURCE_EXHAUSTED (OVERLOADED) and RetryInfo. A PublishEvents stream is not
 /// refused for its events or bytes; it is read more slowly.
@@ -479,6 +835,16 @@ pub struct ServerLimits {
     #[prost(int64, tag = "5")]
     pub streams: i64,
 }
+impl ::prost::Name for ServerLimits {
+    const NAME: &'static str = "ServerLimits";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.ServerLimits".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.ServerLimits".into()
+    }
+}
 /// The use of one quota.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct QuotaUsage {
@@ -490,13 +856,24 @@ pub struct QuotaUsage {
     #[prost(int64, tag = "2")]
     pub limit: i64,
 }
+impl ::prost::Name for QuotaUsage {
+    const NAME: &'static str = "QuotaUsage";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.QuotaUsage".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.QuotaUsage".into()
+    }
+}
 /// The role of a user. It never changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
 pub enum UserRole {
     /// Not a role; INVALID_ARGUMENT in a request.
     Unspecified = 0,
-    /// A user for whom providers run jobs: reads and watches these jobs.
+    /// A user for whom providers run jobs: reads and watches these jobs, and may ask to
+    /// stop them.
     Customer = 1,
     /// A user who runs jobs: registers configurations, creates jobs, appends events.
     Provider = 2,
@@ -529,11 +906,12 @@ impl UserRole {
 pub enum ApiKeyScope {
     /// Not a scope; INVALID_ARGUMENT in a request.
     Unspecified = 0,
-    /// GetJob, ListJobs, ListEvents, WatchEvents, GetJobConfiguration,
+    /// GetJob, ListJobs, EstimateJob, ListEvents, WatchEvents, GetJobConfiguration,
     /// ListJobConfigurations and GetUsage. GetCurrentUser needs no scope.
     Read = 1,
     /// The writes of a provider: RegisterJobConfiguration, CreateJob, CloseJob,
-    /// AppendEvents, PublishEvents, and the methods for watch tokens.
+    /// AppendEvents, PublishEvents, and the methods for watch tokens. Those of a customer:
+    /// RequestCancellation.
     Append = 2,
     /// CreateApiKey, ListApiKeys, ExpireApiKey and RotateApiKey.
     Manage = 3,
@@ -837,6 +1215,36 @@ pub mod auth_service_client {
                 .insert(GrpcMethod::new("milepost.v1.AuthService", "ChangePassword"));
             self.inner.unary(req, path, codec).await
         }
+        /// Gives a customer a new customer code, which `customer_code` of the user is from
+        /// then on. The old code is unknown at once; jobs that were created by it stay.
+        /// Needs the role customer and a session.
+        ///
+        /// Not idempotent: each call makes another code. After a lost answer call
+        /// GetCurrentUser, which returns the present one.
+        pub async fn renew_customer_code(
+            &mut self,
+            request: impl tonic::IntoRequest<super::RenewCustomerCodeRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::RenewCustomerCodeResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/milepost.v1.AuthService/RenewCustomerCode",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("milepost.v1.AuthService", "RenewCustomerCode"));
+            self.inner.unary(req, path, codec).await
+        }
         /// Creates an API key of the user and returns its secret, which no later call
         /// returns. Needs a session, or an API key with scope MANAGE. An API key can give
         /// the new key only scopes that it has itself, and no later expiry than its own.
@@ -872,7 +1280,8 @@ pub mod auth_service_client {
             self.inner.unary(req, path, codec).await
         }
         /// Lists the API keys of the user without their secrets, oldest first. Keys that
-        /// expired or were revoked are listed for 30 days and then removed. Needs a session, or an API key with scope MANAGE.
+        /// expired or were revoked are listed for 30 days and then removed. Needs a session,
+        /// or an API key with scope MANAGE.
         pub async fn list_api_keys(
             &mut self,
             request: impl tonic::IntoRequest<super::ListApiKeysRequest>,
@@ -1002,8 +1411,8 @@ pub mod auth_service_client {
             self.inner.unary(req, path, codec).await
         }
         /// Lists the watch tokens of a job without their secrets, oldest first. Tokens that
-        /// expired or were revoked are listed for 30 days and then removed. Needs the job's provider: a session, or an API key with
-        /// scope APPEND.
+        /// expired or were revoked are listed for 30 days and then removed. Needs the job's
+        /// provider: a session, or an API key with scope APPEND.
         pub async fn list_watch_tokens(
             &mut self,
             request: impl tonic::IntoRequest<super::ListWatchTokensRequest>,
@@ -1119,6 +1528,20 @@ pub struct JobConfiguration {
     /// The same as `created_at`: a version never changes.
     #[prost(message, optional, tag = "8")]
     pub updated_at: ::core::option::Option<::prost_types::Timestamp>,
+    /// How long the provider of a job may send no event, unless CreateJob says otherwise:
+    /// see CreateJobRequest. Absent: for ever.
+    #[prost(message, optional, tag = "9")]
+    pub max_silence: ::core::option::Option<::prost_types::Duration>,
+}
+impl ::prost::Name for JobConfiguration {
+    const NAME: &'static str = "JobConfiguration";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.JobConfiguration".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.JobConfiguration".into()
+    }
 }
 /// A step of a configuration.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -1146,6 +1569,16 @@ pub struct StepConfiguration {
     #[prost(message, optional, tag = "7")]
     pub updated_at: ::core::option::Option<::prost_types::Timestamp>,
 }
+impl ::prost::Name for StepConfiguration {
+    const NAME: &'static str = "StepConfiguration";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.StepConfiguration".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.StepConfiguration".into()
+    }
+}
 /// A metadata name that events of a step may carry. If an event of the step has the
 /// name, its value is checked against the kind. Events may also carry names that
 /// are not declared.
@@ -1170,6 +1603,16 @@ pub struct MetadataConfiguration {
     #[prost(message, optional, tag = "6")]
     pub updated_at: ::core::option::Option<::prost_types::Timestamp>,
 }
+impl ::prost::Name for MetadataConfiguration {
+    const NAME: &'static str = "MetadataConfiguration";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.MetadataConfiguration".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.MetadataConfiguration".into()
+    }
+}
 /// The version to register.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct RegisterJobConfigurationRequest {
@@ -1185,6 +1628,20 @@ pub struct RegisterJobConfigurationRequest {
     /// At most 200, in order. May be the steps of a configuration that was read.
     #[prost(message, repeated, tag = "4")]
     pub steps: ::prost::alloc::vec::Vec<StepConfiguration>,
+    /// How long the provider of a job may send no event, unless CreateJob says otherwise:
+    /// 10 seconds to 30 days, cut to microseconds. Absent: for ever.
+    #[prost(message, optional, tag = "5")]
+    pub max_silence: ::core::option::Option<::prost_types::Duration>,
+}
+impl ::prost::Name for RegisterJobConfigurationRequest {
+    const NAME: &'static str = "RegisterJobConfigurationRequest";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.RegisterJobConfigurationRequest".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.RegisterJobConfigurationRequest".into()
+    }
 }
 /// The registered version.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -1195,6 +1652,16 @@ pub struct RegisterJobConfigurationResponse {
     /// The same version was registered before, with the same content.
     #[prost(bool, tag = "2")]
     pub existed: bool,
+}
+impl ::prost::Name for RegisterJobConfigurationResponse {
+    const NAME: &'static str = "RegisterJobConfigurationResponse";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.RegisterJobConfigurationResponse".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.RegisterJobConfigurationResponse".into()
+    }
 }
 /// The configuration to return.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1219,12 +1686,32 @@ pub mod get_job_configuration_request {
         Tag(::prost::alloc::string::String),
     }
 }
+impl ::prost::Name for GetJobConfigurationRequest {
+    const NAME: &'static str = "GetJobConfigurationRequest";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.GetJobConfigurationRequest".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.GetJobConfigurationRequest".into()
+    }
+}
 /// The configuration.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct GetJobConfigurationResponse {
     /// The configuration with all its steps and metadata.
     #[prost(message, optional, tag = "1")]
     pub job_configuration: ::core::option::Option<JobConfiguration>,
+}
+impl ::prost::Name for GetJobConfigurationResponse {
+    const NAME: &'static str = "GetJobConfigurationResponse";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.GetJobConfigurationResponse".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.GetJobConfigurationResponse".into()
+    }
 }
 /// A page of the caller's configurations.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1241,6 +1728,16 @@ pub struct ListJobConfigurationsRequest {
     #[prost(string, tag = "3")]
     pub page_token: ::prost::alloc::string::String,
 }
+impl ::prost::Name for ListJobConfigurationsRequest {
+    const NAME: &'static str = "ListJobConfigurationsRequest";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.ListJobConfigurationsRequest".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.ListJobConfigurationsRequest".into()
+    }
+}
 /// A page of configurations. It may have fewer than `page_size`, since a page has
 /// at most 1 MiB, unless a single configuration is larger.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -1251,6 +1748,16 @@ pub struct ListJobConfigurationsResponse {
     /// The `page_token` of the next page. Empty: there is no next page.
     #[prost(string, tag = "2")]
     pub next_page_token: ::prost::alloc::string::String,
+}
+impl ::prost::Name for ListJobConfigurationsResponse {
+    const NAME: &'static str = "ListJobConfigurationsResponse";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.ListJobConfigurationsResponse".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.ListJobConfigurationsResponse".into()
+    }
 }
 /// The type of the value of a metadata name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
@@ -1525,7 +2032,7 @@ pub enum ErrorReason {
     /// or the user is disabled. The error does not tell which.
     LogInFailed = 2,
     /// PERMISSION_DENIED: the caller's role may not call the method. The metadata
-    /// `role` of ErrorInfo names the roles that may: `PROVIDER` or
+    /// `role` of ErrorInfo names the roles that may: `PROVIDER`, `CUSTOMER` or
     /// `PROVIDER OR CUSTOMER`. A watch token has no role.
     RoleRequired = 3,
     /// PERMISSION_DENIED: the API key lacks the scope that the metadata `scope` of
@@ -1581,8 +2088,8 @@ pub enum ErrorReason {
     /// from the beginning (the oldest event that is kept) or from now.
     EventsExpired = 17,
     /// RESOURCE_EXHAUSTED: a limit on concurrent or repeated use is reached.
-    /// QuotaFailure names what is limited, such as `streams of one user`, `calls a second  of one user`, `bytes of messages of one user` or `calls of one user that wait for  the database`. Try again after the delay in RetryInfo; where it goes on, send fewer
-    /// calls at once.
+    /// QuotaFailure names what is limited, such as `streams of one user`, `calls a second  of one user`, `bytes of messages of one user`, `calls of one user that wait for  the database` or `unknown customer codes of one provider`. Try again after the
+    /// delay in RetryInfo; where it goes on, send fewer calls at once.
     Overloaded = 18,
     /// UNAVAILABLE: the database does not answer. Try again after the delay in
     /// RetryInfo. A write may or may not have happened; with the same key or event ids
@@ -1703,10 +2210,48 @@ pub struct Progress {
     /// The points of all steps of the job's configuration.
     #[prost(int64, tag = "2")]
     pub points_total: i64,
-    /// `points_done` of `points_total` in whole percent, rounded down. At most 99
-    /// before COMPLETE and 100 after it. Never falls.
+    /// How much of `points_total` is done, in whole percent, rounded down: `points_done`
+    /// and, of each step under way, its percent of its points. At most 99 before COMPLETE
+    /// and 100 after it. Never falls.
     #[prost(int32, tag = "3")]
     pub percent: i32,
+}
+impl ::prost::Name for Progress {
+    const NAME: &'static str = "Progress";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.Progress".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.Progress".into()
+    }
+}
+/// The state of a step of a job.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct StepState {
+    /// The tag of the step.
+    #[prost(string, tag = "1")]
+    pub step_tag: ::prost::alloc::string::String,
+    /// The name of the step.
+    #[prost(string, tag = "2")]
+    pub step_name: ::prost::alloc::string::String,
+    /// How far the step is.
+    #[prost(enumeration = "StepStatus", tag = "3")]
+    pub status: i32,
+    /// UNDER_WAY: the highest `step_percent` of the step's PROGRESS events, 0 to 99, 0
+    /// without one. TO_COME: 0. DONE: 100.
+    #[prost(int32, tag = "4")]
+    pub percent: i32,
+}
+impl ::prost::Name for StepState {
+    const NAME: &'static str = "StepState";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.StepState".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.StepState".into()
+    }
 }
 /// The provider or the customer of a job.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1720,6 +2265,16 @@ pub struct Party {
     /// May be empty.
     #[prost(string, tag = "3")]
     pub last_name: ::prost::alloc::string::String,
+}
+impl ::prost::Name for Party {
+    const NAME: &'static str = "Party";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.Party".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.Party".into()
+    }
 }
 /// A job.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1769,6 +2324,23 @@ pub struct Job {
     /// The name of that configuration, to display.
     #[prost(string, tag = "15")]
     pub configuration_name: ::prost::alloc::string::String,
+    /// How long the provider may send no event, until a SILENT event is written. Absent:
+    /// for ever.
+    #[prost(message, optional, tag = "16")]
+    pub max_silence: ::core::option::Option<::prost_types::Duration>,
+    /// When the customer asked to stop the job, by RequestCancellation. Absent: never.
+    #[prost(message, optional, tag = "17")]
+    pub cancellation_requested_at: ::core::option::Option<::prost_types::Timestamp>,
+}
+impl ::prost::Name for Job {
+    const NAME: &'static str = "Job";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.Job".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.Job".into()
+    }
 }
 /// The job to create.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1776,9 +2348,6 @@ pub struct CreateJobRequest {
     /// Required: not empty, no white space at either end.
     #[prost(string, tag = "1")]
     pub provider_job_id: ::prost::alloc::string::String,
-    /// Required: the user id of a customer.
-    #[prost(string, tag = "2")]
-    pub customer_id: ::prost::alloc::string::String,
     /// Required: the tag of one of the caller's configurations.
     #[prost(string, tag = "3")]
     pub configuration_tag: ::prost::alloc::string::String,
@@ -1788,6 +2357,40 @@ pub struct CreateJobRequest {
     /// A name to display. May be empty.
     #[prost(string, tag = "5")]
     pub provider_job_name: ::prost::alloc::string::String,
+    /// How long the job's provider may send no event: 10 seconds to 30 days, cut to
+    /// microseconds. Then one SILENT event is written, within 5 seconds, and the job is
+    /// STALLED until the provider's next event. Time in which no server was there does not
+    /// count. Absent: as the configuration says.
+    #[prost(message, optional, tag = "7")]
+    pub max_silence: ::core::option::Option<::prost_types::Duration>,
+    /// Required: for whom the job is run.
+    #[prost(oneof = "create_job_request::Customer", tags = "2, 6")]
+    pub customer: ::core::option::Option<create_job_request::Customer>,
+}
+/// Nested message and enum types in `CreateJobRequest`.
+pub mod create_job_request {
+    /// Required: for whom the job is run.
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Customer {
+        /// The user id of a customer.
+        #[prost(string, tag = "2")]
+        CustomerId(::prost::alloc::string::String),
+        /// The customer code of a customer, which customers see in GetCurrentUser and can
+        /// read out. Lower case, hyphens anywhere, and I, L and O for 1, 1 and 0 are
+        /// accepted. Job.customer has the customer's id, which never changes.
+        #[prost(string, tag = "6")]
+        CustomerCode(::prost::alloc::string::String),
+    }
+}
+impl ::prost::Name for CreateJobRequest {
+    const NAME: &'static str = "CreateJobRequest";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.CreateJobRequest".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.CreateJobRequest".into()
+    }
 }
 /// The created job.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1798,6 +2401,16 @@ pub struct CreateJobResponse {
     /// The job was created before, with the same content.
     #[prost(bool, tag = "2")]
     pub existed: bool,
+}
+impl ::prost::Name for CreateJobResponse {
+    const NAME: &'static str = "CreateJobResponse";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.CreateJobResponse".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.CreateJobResponse".into()
+    }
 }
 /// The job to return.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1819,6 +2432,16 @@ pub mod get_job_request {
         ProviderJobId(::prost::alloc::string::String),
     }
 }
+impl ::prost::Name for GetJobRequest {
+    const NAME: &'static str = "GetJobRequest";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.GetJobRequest".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.GetJobRequest".into()
+    }
+}
 /// The job and its configuration.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct GetJobResponse {
@@ -1828,12 +2451,26 @@ pub struct GetJobResponse {
     /// The job's configuration with all its steps and metadata.
     #[prost(message, optional, tag = "2")]
     pub job_configuration: ::core::option::Option<JobConfiguration>,
+    /// The state of each step of that configuration, in its order, after the job's last
+    /// event.
+    #[prost(message, repeated, tag = "3")]
+    pub steps: ::prost::alloc::vec::Vec<StepState>,
+}
+impl ::prost::Name for GetJobResponse {
+    const NAME: &'static str = "GetJobResponse";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.GetJobResponse".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.GetJobResponse".into()
+    }
 }
 /// A page of the caller's jobs. A job is listed if it matches all filters that are
 /// given.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ListJobsRequest {
-    /// Jobs with any of these statuses; at most 5. Empty: all.
+    /// Jobs with any of these statuses; at most 6. Empty: all.
     #[prost(enumeration = "JobStatus", repeated, tag = "1")]
     pub statuses: ::prost::alloc::vec::Vec<i32>,
     /// Open jobs, closed jobs or both.
@@ -1868,6 +2505,16 @@ pub struct ListJobsRequest {
     #[prost(string, tag = "10")]
     pub page_token: ::prost::alloc::string::String,
 }
+impl ::prost::Name for ListJobsRequest {
+    const NAME: &'static str = "ListJobsRequest";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.ListJobsRequest".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.ListJobsRequest".into()
+    }
+}
 /// A page of jobs. It may have fewer than `page_size` jobs, or none, before the end:
 /// only an empty `next_page_token` marks the last page.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -1878,6 +2525,16 @@ pub struct ListJobsResponse {
     /// The `page_token` of the next page. Empty: there is no next page.
     #[prost(string, tag = "2")]
     pub next_page_token: ::prost::alloc::string::String,
+}
+impl ::prost::Name for ListJobsResponse {
+    const NAME: &'static str = "ListJobsResponse";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.ListJobsResponse".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.ListJobsResponse".into()
+    }
 }
 /// The job to close.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1902,6 +2559,16 @@ pub mod close_job_request {
         ProviderJobId(::prost::alloc::string::String),
     }
 }
+impl ::prost::Name for CloseJobRequest {
+    const NAME: &'static str = "CloseJobRequest";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.CloseJobRequest".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.CloseJobRequest".into()
+    }
+}
 /// The closed job.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct CloseJobResponse {
@@ -1912,31 +2579,178 @@ pub struct CloseJobResponse {
     #[prost(bool, tag = "2")]
     pub existed: bool,
 }
+impl ::prost::Name for CloseJobResponse {
+    const NAME: &'static str = "CloseJobResponse";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.CloseJobResponse".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.CloseJobResponse".into()
+    }
+}
+/// The job whose provider is asked to stop.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RequestCancellationRequest {
+    /// Required: the job's id.
+    #[prost(string, tag = "1")]
+    pub job_id: ::prost::alloc::string::String,
+    /// The reason, which becomes the name of the CANCELLATION_REQUESTED event. May be
+    /// empty.
+    #[prost(string, tag = "2")]
+    pub reason: ::prost::alloc::string::String,
+}
+impl ::prost::Name for RequestCancellationRequest {
+    const NAME: &'static str = "RequestCancellationRequest";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.RequestCancellationRequest".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.RequestCancellationRequest".into()
+    }
+}
+/// The job whose provider was asked to stop.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RequestCancellationResponse {
+    /// The job in its present state.
+    #[prost(message, optional, tag = "1")]
+    pub job: ::core::option::Option<Job>,
+    /// It was requested before.
+    #[prost(bool, tag = "2")]
+    pub existed: bool,
+}
+impl ::prost::Name for RequestCancellationResponse {
+    const NAME: &'static str = "RequestCancellationResponse";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.RequestCancellationResponse".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.RequestCancellationResponse".into()
+    }
+}
+/// The job to estimate.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct EstimateJobRequest {
+    /// Required.
+    #[prost(oneof = "estimate_job_request::Job", tags = "1, 2")]
+    pub job: ::core::option::Option<estimate_job_request::Job>,
+}
+/// Nested message and enum types in `EstimateJobRequest`.
+pub mod estimate_job_request {
+    /// Required.
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Job {
+        /// The job's id.
+        #[prost(string, tag = "1")]
+        JobId(::prost::alloc::string::String),
+        /// The provider's id of the job. Only this provider may use it.
+        #[prost(string, tag = "2")]
+        ProviderJobId(::prost::alloc::string::String),
+    }
+}
+impl ::prost::Name for EstimateJobRequest {
+    const NAME: &'static str = "EstimateJobRequest";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.EstimateJobRequest".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.EstimateJobRequest".into()
+    }
+}
+/// When the job will probably be complete.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct EstimateJobResponse {
+    /// How many completed jobs the estimate rests on; fewer than 10 are too few. They are
+    /// among the last 200 completed jobs of the same configuration tag, those of the same
+    /// version first: those that, after the step that this job finished last (without
+    /// one: after their creation), took longer than has passed since for this job.
+    #[prost(int32, tag = "3")]
+    pub jobs: i32,
+    /// When the estimate was made, by the database's clock.
+    #[prost(message, optional, tag = "4")]
+    pub estimated_at: ::core::option::Option<::prost_types::Timestamp>,
+    /// Either an estimate or the reason for none.
+    #[prost(oneof = "estimate_job_response::Outcome", tags = "1, 2")]
+    pub outcome: ::core::option::Option<estimate_job_response::Outcome>,
+}
+/// Nested message and enum types in `EstimateJobResponse`.
+pub mod estimate_job_response {
+    /// Either an estimate or the reason for none.
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Outcome {
+        /// The estimate.
+        #[prost(message, tag = "1")]
+        Estimate(super::Estimate),
+        /// Why there is none.
+        #[prost(enumeration = "super::NoEstimateReason", tag = "2")]
+        NoEstimate(i32),
+    }
+}
+impl ::prost::Name for EstimateJobResponse {
+    const NAME: &'static str = "EstimateJobResponse";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.EstimateJobResponse".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.EstimateJobResponse".into()
+    }
+}
+/// When a job will probably be complete.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Estimate {
+    /// The 50th percentile of the completion time: as likely before as after it.
+    #[prost(message, optional, tag = "1")]
+    pub p50: ::core::option::Option<::prost_types::Timestamp>,
+    /// The 90th percentile: nine in ten jobs are complete before it.
+    #[prost(message, optional, tag = "2")]
+    pub p90: ::core::option::Option<::prost_types::Timestamp>,
+}
+impl ::prost::Name for Estimate {
+    const NAME: &'static str = "Estimate";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.Estimate".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.Estimate".into()
+    }
+}
 /// The status of a job. Its events alone determine it: a row is the kind of the
 /// next event, a column the status before it, a cell the status after it.
 ///
-/// event    | PENDING   | RUNNING   | FAILED           | closed
-/// STEP     | RUNNING   | RUNNING   | RUNNING          | refused
-/// INFO     | RUNNING   | RUNNING   | FAILED           | refused
-/// ERROR    | FAILED    | FAILED    | FAILED           | refused
-/// COMPLETE | COMPLETE  | COMPLETE  | COMPLETE         | refused
-/// CLOSE    | CANCELLED | CANCELLED | FAILED (closed)  | see CloseJob
+/// event    | PENDING   | RUNNING   | STALLED   | FAILED          | closed
+/// STEP     | RUNNING   | RUNNING   | RUNNING   | RUNNING         | refused
+/// PROGRESS | RUNNING   | RUNNING   | RUNNING   | RUNNING         | refused
+/// INFO     | RUNNING   | RUNNING   | RUNNING   | FAILED          | refused
+/// ERROR    | FAILED    | FAILED    | FAILED    | FAILED          | refused
+/// COMPLETE | COMPLETE  | COMPLETE  | COMPLETE  | COMPLETE        | refused
+/// CLOSE    | CANCELLED | CANCELLED | CANCELLED | FAILED (closed) | see CloseJob
+/// SILENT   | STALLED   | STALLED   | none      | FAILED          | none
+///
+/// CANCELLATION_REQUESTED changes no status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
 pub enum JobStatus {
     /// Never in a response; INVALID_ARGUMENT in a filter.
     Unspecified = 0,
-    /// The job has no event yet.
+    /// The job has no event of its provider yet.
     Pending = 1,
     /// Work is under way.
     Running = 2,
-    /// After an ERROR event. Unless the job is closed, the next STEP event makes it
-    /// RUNNING again.
+    /// After an ERROR event. Unless the job is closed, the next STEP or PROGRESS event
+    /// makes it RUNNING again.
     Failed = 3,
     /// After a COMPLETE event. The job is closed.
     Complete = 4,
     /// After CloseJob. The job is closed.
     Cancelled = 5,
+    /// After a SILENT event: the provider sent no event for longer than `max_silence`.
+    /// The next event of the provider ends it.
+    Stalled = 6,
 }
 impl JobStatus {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -1951,6 +2765,7 @@ impl JobStatus {
             Self::Failed => "JOB_STATUS_FAILED",
             Self::Complete => "JOB_STATUS_COMPLETE",
             Self::Cancelled => "JOB_STATUS_CANCELLED",
+            Self::Stalled => "JOB_STATUS_STALLED",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -1962,6 +2777,44 @@ impl JobStatus {
             "JOB_STATUS_FAILED" => Some(Self::Failed),
             "JOB_STATUS_COMPLETE" => Some(Self::Complete),
             "JOB_STATUS_CANCELLED" => Some(Self::Cancelled),
+            "JOB_STATUS_STALLED" => Some(Self::Stalled),
+            _ => None,
+        }
+    }
+}
+/// How far a step is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum StepStatus {
+    /// Never in a response.
+    Unspecified = 0,
+    /// No event names the step.
+    ToCome = 1,
+    /// An event names the step, and none of them is a STEP event.
+    UnderWay = 2,
+    /// The step has a STEP event.
+    Done = 3,
+}
+impl StepStatus {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "STEP_STATUS_UNSPECIFIED",
+            Self::ToCome => "STEP_STATUS_TO_COME",
+            Self::UnderWay => "STEP_STATUS_UNDER_WAY",
+            Self::Done => "STEP_STATUS_DONE",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "STEP_STATUS_UNSPECIFIED" => Some(Self::Unspecified),
+            "STEP_STATUS_TO_COME" => Some(Self::ToCome),
+            "STEP_STATUS_UNDER_WAY" => Some(Self::UnderWay),
+            "STEP_STATUS_DONE" => Some(Self::Done),
             _ => None,
         }
     }
@@ -1995,6 +2848,39 @@ impl JobOpenness {
             "JOB_OPENNESS_UNSPECIFIED" => Some(Self::Unspecified),
             "JOB_OPENNESS_OPEN" => Some(Self::Open),
             "JOB_OPENNESS_CLOSED" => Some(Self::Closed),
+            _ => None,
+        }
+    }
+}
+/// Why there is no estimate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum NoEstimateReason {
+    /// Never in a response.
+    Unspecified = 0,
+    /// Fewer than 10 completed jobs can be compared with this one.
+    TooFewJobs = 1,
+    /// The job is closed.
+    JobClosed = 2,
+}
+impl NoEstimateReason {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "NO_ESTIMATE_REASON_UNSPECIFIED",
+            Self::TooFewJobs => "NO_ESTIMATE_REASON_TOO_FEW_JOBS",
+            Self::JobClosed => "NO_ESTIMATE_REASON_JOB_CLOSED",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "NO_ESTIMATE_REASON_UNSPECIFIED" => Some(Self::Unspecified),
+            "NO_ESTIMATE_REASON_TOO_FEW_JOBS" => Some(Self::TooFewJobs),
+            "NO_ESTIMATE_REASON_JOB_CLOSED" => Some(Self::JobClosed),
             _ => None,
         }
     }
@@ -2096,11 +2982,15 @@ pub mod job_service_client {
         /// Creates a job in status PENDING. Needs the role provider and scope APPEND.
         ///
         /// Idempotent by provider_job_id: the same customer, tag, name and, if given,
-        /// version again returns the stored job with `existed`. Anything else fails with
-        /// ALREADY_EXISTS (JOB_DIFFERS).
+        /// version and `max_silence` again returns the stored job with `existed`. Anything else fails with
+        /// ALREADY_EXISTS (JOB_DIFFERS). The customer may be named by another code than
+        /// before, or by the id: the customers are compared.
         /// Errors: NOT_FOUND for an unknown or disabled customer, or an unknown
-        /// configuration; RESOURCE_EXHAUSTED (QUOTA_EXCEEDED) if the provider has too many
-        /// open jobs or stored bytes, unless the job exists.
+        /// configuration; RESOURCE_EXHAUSTED (OVERLOADED) for a `customer_code` after the
+        /// provider has sent 100 unknown ones, for a second, then twice as long after each
+        /// further one, at most a minute; they are forgotten after 15 minutes without one;
+        /// RESOURCE_EXHAUSTED (QUOTA_EXCEEDED) if the provider has too many open jobs or
+        /// stored bytes, unless the job exists.
         pub async fn create_job(
             &mut self,
             request: impl tonic::IntoRequest<super::CreateJobRequest>,
@@ -2125,8 +3015,9 @@ pub mod job_service_client {
                 .insert(GrpcMethod::new("milepost.v1.JobService", "CreateJob"));
             self.inner.unary(req, path, codec).await
         }
-        /// Returns a job with its status, its progress and its configuration. Needs the
-        /// job's provider or customer; scope READ.
+        /// Returns a job with its status, its progress, the state of its steps and its
+        /// configuration. Needs the job's provider, its customer, or a watch token of the job;
+        /// scope READ.
         ///
         /// Errors: NOT_FOUND.
         pub async fn get_job(
@@ -2210,6 +3101,70 @@ pub mod job_service_client {
                 .insert(GrpcMethod::new("milepost.v1.JobService", "CloseJob"));
             self.inner.unary(req, path, codec).await
         }
+        /// Asks the provider of a job to stop it: appends one event of kind
+        /// CANCELLATION_REQUESTED, which changes neither status nor progress. The provider
+        /// hears of it in watches and in the answer to each append, and decides what comes of
+        /// it. Needs the job's customer; scope APPEND.
+        ///
+        /// Idempotent: a job of which it was requested before is returned unchanged, with
+        /// `existed`, whatever the reason in the request, also once it is closed.
+        /// Errors: NOT_FOUND; FAILED_PRECONDITION (JOB_CLOSED) if the job is closed.
+        pub async fn request_cancellation(
+            &mut self,
+            request: impl tonic::IntoRequest<super::RequestCancellationRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::RequestCancellationResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/milepost.v1.JobService/RequestCancellation",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(
+                    GrpcMethod::new("milepost.v1.JobService", "RequestCancellation"),
+                );
+            self.inner.unary(req, path, codec).await
+        }
+        /// Says when an open job will probably be complete, by how long completed jobs of the
+        /// same configuration tag took from the step that this job finished last. Needs the
+        /// job's provider, its customer, or a watch token of the job; scope READ. Ask again
+        /// after each step: an estimate is never part of an event.
+        ///
+        /// Errors: NOT_FOUND.
+        pub async fn estimate_job(
+            &mut self,
+            request: impl tonic::IntoRequest<super::EstimateJobRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::EstimateJobResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/milepost.v1.JobService/EstimateJob",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("milepost.v1.JobService", "EstimateJob"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// An event of a job's log.
@@ -2257,6 +3212,19 @@ pub struct Event {
     /// The provider's id of the job.
     #[prost(string, tag = "13")]
     pub provider_job_id: ::prost::alloc::string::String,
+    /// How far the step is, by a PROGRESS event: 0 to 99. Absent: the event does not say.
+    #[prost(int32, optional, tag = "14")]
+    pub step_percent: ::core::option::Option<i32>,
+}
+impl ::prost::Name for Event {
+    const NAME: &'static str = "Event";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.Event".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.Event".into()
+    }
 }
 /// An event to append.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -2265,14 +3233,15 @@ pub struct NewEvent {
     /// batch is INVALID_ARGUMENT. Empty: the server makes an id.
     #[prost(string, tag = "1")]
     pub id: ::prost::alloc::string::String,
-    /// Required; not CLOSE.
+    /// Required: STEP, ERROR, INFO, COMPLETE or PROGRESS.
     #[prost(enumeration = "EventKind", tag = "2")]
     pub kind: i32,
     /// A text to display. May be empty.
     #[prost(string, tag = "3")]
     pub name: ::prost::alloc::string::String,
-    /// The tag of a step of the job's configuration. STEP marks this step as done. Empty:
-    /// the event belongs to no step, as in a job whose configuration has none.
+    /// The tag of a step of the job's configuration. STEP marks this step as done; the
+    /// first event of any other kind marks it as under way. Empty: the event belongs to no
+    /// step, as in a job whose configuration has none; INVALID_ARGUMENT for PROGRESS.
     #[prost(string, tag = "4")]
     pub step_tag: ::prost::alloc::string::String,
     /// At most 64 names of at most 256 characters each, and 16 KiB encoded. Null,
@@ -2287,12 +3256,28 @@ pub struct NewEvent {
     /// When the event occurred, by the provider's clock; cut to microseconds.
     #[prost(message, optional, tag = "6")]
     pub occurred_at: ::core::option::Option<::prost_types::Timestamp>,
+    /// How far the step is, 0 to 99. Only for PROGRESS, otherwise INVALID_ARGUMENT. Lower
+    /// than before, it changes nothing. Absent: the event says only that the step is under
+    /// way.
+    #[prost(int32, optional, tag = "7")]
+    pub step_percent: ::core::option::Option<i32>,
+}
+impl ::prost::Name for NewEvent {
+    const NAME: &'static str = "NewEvent";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.NewEvent".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.NewEvent".into()
+    }
 }
 /// A batch for one job.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct AppendEventsRequest {
     /// The sequence of the job's last event before this batch; 0 for a job without
     /// events. If the job's last sequence is another one, the call fails with ABORTED.
+    /// Events that the server writes count as well: read on after ABORTED.
     /// Ignored if all events of the batch are stored already. Absent: the batch is
     /// appended at the end of the log, wherever that is.
     #[prost(int64, optional, tag = "3")]
@@ -2317,6 +3302,16 @@ pub mod append_events_request {
         ProviderJobId(::prost::alloc::string::String),
     }
 }
+impl ::prost::Name for AppendEventsRequest {
+    const NAME: &'static str = "AppendEventsRequest";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.AppendEventsRequest".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.AppendEventsRequest".into()
+    }
+}
 /// The result for one event of a batch.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct AppendedEvent {
@@ -2336,12 +3331,36 @@ pub struct AppendedEvent {
     #[prost(message, optional, tag = "5")]
     pub progress: ::core::option::Option<Progress>,
 }
+impl ::prost::Name for AppendedEvent {
+    const NAME: &'static str = "AppendedEvent";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.AppendedEvent".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.AppendedEvent".into()
+    }
+}
 /// The result of a batch.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct AppendEventsResponse {
     /// One for each event of the request, in the same order.
     #[prost(message, repeated, tag = "1")]
     pub events: ::prost::alloc::vec::Vec<AppendedEvent>,
+    /// When the job's customer asked to stop the job, by RequestCancellation. Absent:
+    /// never.
+    #[prost(message, optional, tag = "2")]
+    pub cancellation_requested_at: ::core::option::Option<::prost_types::Timestamp>,
+}
+impl ::prost::Name for AppendEventsResponse {
+    const NAME: &'static str = "AppendEventsResponse";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.AppendEventsResponse".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.AppendEventsResponse".into()
+    }
 }
 /// A batch of a publish stream.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -2372,6 +3391,16 @@ pub mod publish_events_request {
         ProviderJobId(::prost::alloc::string::String),
     }
 }
+impl ::prost::Name for PublishEventsRequest {
+    const NAME: &'static str = "PublishEventsRequest";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.PublishEventsRequest".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.PublishEventsRequest".into()
+    }
+}
 /// The answer to one batch.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct PublishEventsResponse {
@@ -2397,6 +3426,16 @@ pub mod publish_events_response {
         Refused(::tonic_types::Status),
     }
 }
+impl ::prost::Name for PublishEventsResponse {
+    const NAME: &'static str = "PublishEventsResponse";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.PublishEventsResponse".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.PublishEventsResponse".into()
+    }
+}
 /// A page of a job's events.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ListEventsRequest {
@@ -2404,7 +3443,7 @@ pub struct ListEventsRequest {
     /// last sequence: OUT_OF_RANGE.
     #[prost(int64, tag = "3")]
     pub after_sequence: i64,
-    /// List only events of these kinds, each named once. Empty: all kinds.
+    /// List only events of these kinds. Empty: all kinds.
     #[prost(enumeration = "EventKind", repeated, tag = "4")]
     pub kinds: ::prost::alloc::vec::Vec<i32>,
     /// Most events of the page: default 50, cut to 500, negative INVALID_ARGUMENT.
@@ -2431,6 +3470,16 @@ pub mod list_events_request {
         ProviderJobId(::prost::alloc::string::String),
     }
 }
+impl ::prost::Name for ListEventsRequest {
+    const NAME: &'static str = "ListEventsRequest";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.ListEventsRequest".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.ListEventsRequest".into()
+    }
+}
 /// A page of events. It may have fewer than `page_size` events, or none, before the
 /// end, since a page has at most 1 MiB, unless a single event is larger. Only an
 /// empty `next_page_token` marks the last page.
@@ -2442,6 +3491,16 @@ pub struct ListEventsResponse {
     /// The `page_token` of the next page. Empty: there is no next page.
     #[prost(string, tag = "2")]
     pub next_page_token: ::prost::alloc::string::String,
+}
+impl ::prost::Name for ListEventsResponse {
+    const NAME: &'static str = "ListEventsResponse";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.ListEventsResponse".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.ListEventsResponse".into()
+    }
 }
 /// All jobs that the caller may see, including jobs that are created later.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -2456,14 +3515,34 @@ pub struct AllJobs {
     #[prost(string, tag = "2")]
     pub counterpart_id: ::prost::alloc::string::String,
 }
+impl ::prost::Name for AllJobs {
+    const NAME: &'static str = "AllJobs";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.AllJobs".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.AllJobs".into()
+    }
+}
 /// Start without the past.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct FromNow {}
+impl ::prost::Name for FromNow {
+    const NAME: &'static str = "FromNow";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.FromNow".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.FromNow".into()
+    }
+}
 /// The jobs and events to watch, and where to start.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct WatchEventsRequest {
-    /// Send only events of these kinds, each named once; `caught_up`, `heartbeat` and
-    /// `end` are sent regardless. Empty: all kinds.
+    /// Send only events of these kinds; `caught_up`, `heartbeat` and `end` are sent
+    /// regardless. Empty: all kinds.
     #[prost(enumeration = "EventKind", repeated, tag = "4")]
     pub kinds: ::prost::alloc::vec::Vec<i32>,
     /// The time without a message after which a heartbeat is sent: cut to 5 to 60 s,
@@ -2506,6 +3585,16 @@ pub mod watch_events_request {
         FromNow(super::FromNow),
     }
 }
+impl ::prost::Name for WatchEventsRequest {
+    const NAME: &'static str = "WatchEventsRequest";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.WatchEventsRequest".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.WatchEventsRequest".into()
+    }
+}
 /// A message of a watch.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct WatchEventsResponse {
@@ -2536,12 +3625,32 @@ pub mod watch_events_response {
         End(super::WatchEnd),
     }
 }
+impl ::prost::Name for WatchEventsResponse {
+    const NAME: &'static str = "WatchEventsResponse";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.WatchEventsResponse".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.WatchEventsResponse".into()
+    }
+}
 /// One or more events; at most 1 MiB.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct WatchedEvents {
     /// The events of each job in ascending sequence.
     #[prost(message, repeated, tag = "1")]
     pub events: ::prost::alloc::vec::Vec<Event>,
+}
+impl ::prost::Name for WatchedEvents {
+    const NAME: &'static str = "WatchedEvents";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.WatchedEvents".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.WatchedEvents".into()
+    }
 }
 /// The state of the watched job.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -2557,12 +3666,36 @@ pub struct JobState {
     #[prost(message, optional, tag = "3")]
     pub progress: ::core::option::Option<Progress>,
 }
+impl ::prost::Name for JobState {
+    const NAME: &'static str = "JobState";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.JobState".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.JobState".into()
+    }
+}
 /// All later events are new ones.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct CaughtUp {
     /// Only in a watch of one job.
     #[prost(message, optional, tag = "1")]
     pub job: ::core::option::Option<JobState>,
+    /// Only in a watch of one job: the state of each step of its configuration, in the
+    /// order of the configuration, after the last event of `job`.
+    #[prost(message, repeated, tag = "2")]
+    pub steps: ::prost::alloc::vec::Vec<StepState>,
+}
+impl ::prost::Name for CaughtUp {
+    const NAME: &'static str = "CaughtUp";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.CaughtUp".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.CaughtUp".into()
+    }
 }
 /// No message was sent for the interval, and less than a second ago the server had
 /// read the log to its end. None is sent while the database is unavailable. Before
@@ -2570,6 +3703,16 @@ pub struct CaughtUp {
 /// the last message.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Heartbeat {}
+impl ::prost::Name for Heartbeat {
+    const NAME: &'static str = "Heartbeat";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.Heartbeat".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.Heartbeat".into()
+    }
+}
 /// The last message of a watch.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct WatchEnd {
@@ -2580,6 +3723,16 @@ pub struct WatchEnd {
     #[prost(message, optional, tag = "2")]
     pub job: ::core::option::Option<JobState>,
 }
+impl ::prost::Name for WatchEnd {
+    const NAME: &'static str = "WatchEnd";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.WatchEnd".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.WatchEnd".into()
+    }
+}
 /// The kind of an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -2589,7 +3742,7 @@ pub enum EventKind {
     /// Work was done. With a step tag, that step is done: the first STEP event of a step
     /// adds its points to the progress. Without one it adds nothing.
     Step = 1,
-    /// Something went wrong. The job is FAILED until the next STEP event.
+    /// Something went wrong. The job is FAILED until the next STEP or PROGRESS event.
     Error = 2,
     /// Information for watchers.
     Info = 3,
@@ -2598,6 +3751,17 @@ pub enum EventKind {
     /// The job was closed by CloseJob, which alone appends this kind; INVALID_ARGUMENT
     /// in a batch.
     Close = 5,
+    /// A step is under way, and perhaps how far it is. Needs a step tag. The percent of
+    /// the job moves with the highest `step_percent` of each step, until the step's STEP
+    /// event. Of a step that has one, PROGRESS counts nothing.
+    Progress = 6,
+    /// The job's customer asked to stop it. RequestCancellation alone appends this kind,
+    /// at most once to a job; INVALID_ARGUMENT in a batch.
+    CancellationRequested = 7,
+    /// The job's provider sent no event for longer than the job's `max_silence`. The
+    /// server alone writes this kind, at most once between two events of the provider;
+    /// INVALID_ARGUMENT in a batch.
+    Silent = 8,
 }
 impl EventKind {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -2612,6 +3776,9 @@ impl EventKind {
             Self::Info => "EVENT_KIND_INFO",
             Self::Complete => "EVENT_KIND_COMPLETE",
             Self::Close => "EVENT_KIND_CLOSE",
+            Self::Progress => "EVENT_KIND_PROGRESS",
+            Self::CancellationRequested => "EVENT_KIND_CANCELLATION_REQUESTED",
+            Self::Silent => "EVENT_KIND_SILENT",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -2623,6 +3790,9 @@ impl EventKind {
             "EVENT_KIND_INFO" => Some(Self::Info),
             "EVENT_KIND_COMPLETE" => Some(Self::Complete),
             "EVENT_KIND_CLOSE" => Some(Self::Close),
+            "EVENT_KIND_PROGRESS" => Some(Self::Progress),
+            "EVENT_KIND_CANCELLATION_REQUESTED" => Some(Self::CancellationRequested),
+            "EVENT_KIND_SILENT" => Some(Self::Silent),
             _ => None,
         }
     }

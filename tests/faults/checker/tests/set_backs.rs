@@ -213,7 +213,7 @@ fn a_watch_that_goes_on_after_lost_events_is_detected() {
 #[test]
 fn an_accepted_token_of_a_lost_event_is_detected() {
     assert_detects(Guarantee::LostCommits, |history| {
-        let caught_up = Body::CaughtUp(None);
+        let caught_up = Body::CaughtUp(None, Vec::new());
         streams(history)[1].messages.push(message(9, caught_up));
         streams(history)[1].end = StreamEnd::ClosedByWatcher;
     });

@@ -39,14 +39,24 @@ struct Write {
 }
 
 impl Write {
+    fn is_of_customer(&self) -> bool {
+        ["AuthService/RenewCustomerCode", "JobService/RequestCancellation"].contains(&self.method)
+    }
+
     fn waits_for(&self, wait: Wait) -> bool {
-        let appends = ["EventService/AppendEvents", "EventService/PublishEvents", "JobService/CloseJob"];
+        let appends = [
+            "EventService/AppendEvents",
+            "EventService/PublishEvents",
+            "JobService/CloseJob",
+            "JobService/RequestCancellation",
+        ];
         wait == Wait::Connection || appends.contains(&self.method)
     }
 }
 
 const SESSIONS: &str = "SELECT (revoked_at IS NULL)::text AS text FROM sessions";
 const NAMES: &str = "SELECT first_name || ' ' || last_name AS text FROM users";
+const CUSTOMER_CODES: &str = "SELECT customer_code AS text FROM users WHERE role = 'customer'";
 const PASSWORDS: &str = "SELECT password_hash AS text FROM users
     UNION ALL SELECT failures::text FROM log_in_attempts";
 const API_KEYS: &str = "SELECT concat_ws(' ', id, expires_at, revoked_at) AS text FROM api_keys";
@@ -56,7 +66,7 @@ const JOBS: &str = "SELECT provider_job_id AS text FROM jobs";
 /// Without the events that the test appends under a valid credential.
 const EVENTS: &str = "SELECT kind || ' ' || name AS text FROM events WHERE name <> 'other'";
 
-const WRITES: [Write; 13] = [
+const WRITES: [Write; 15] = [
     Write {
         method: "AuthService/LogOut",
         request: |_| pb::LogOutRequest {}.encode_to_vec(),
@@ -74,6 +84,11 @@ const WRITES: [Write; 13] = [
         method: "AuthService/ChangePassword",
         request: |_| new_password().encode_to_vec(),
         written: PASSWORDS,
+    },
+    Write {
+        method: "AuthService/RenewCustomerCode",
+        request: |_| pb::RenewCustomerCodeRequest {}.encode_to_vec(),
+        written: CUSTOMER_CODES,
     },
     Write {
         method: "AuthService/CreateApiKey",
@@ -123,6 +138,14 @@ const WRITES: [Write; 13] = [
         written: EVENTS,
     },
     Write {
+        method: "JobService/RequestCancellation",
+        request: |scene| {
+            let job_id = scene.job.id.clone();
+            pb::RequestCancellationRequest { job_id, reason: "late".to_owned() }.encode_to_vec()
+        },
+        written: EVENTS,
+    },
+    Write {
         method: "EventService/AppendEvents",
         request: |scene| {
             let job = Some(pb::append_events_request::Job::JobId(scene.job.id.clone()));
@@ -141,7 +164,7 @@ const WRITES: [Write; 13] = [
 ];
 
 /// The methods that only read, or that need no credential.
-const OTHERS: [&str; 12] = [
+const OTHERS: [&str; 13] = [
     "AuthService/SignUp",
     "AuthService/LogIn",
     "AuthService/GetCurrentUser",
@@ -152,6 +175,7 @@ const OTHERS: [&str; 12] = [
     "ConfigurationService/ListJobConfigurations",
     "JobService/GetJob",
     "JobService/ListJobs",
+    "JobService/EstimateJob",
     "EventService/ListEvents",
     "EventService/WatchEvents",
 ];
@@ -174,7 +198,7 @@ async fn call(channel: Channel, secret: String, method: &str, message: Vec<u8>) 
     answer.map(drop).ok_or_else(|| Status::unknown("no message"))
 }
 
-/// A provider with two sessions, of which one ends while a call waits.
+/// A provider or a customer with two sessions, of which one ends while a call waits.
 struct Scene {
     server: TestServer,
     provider: User,
@@ -189,15 +213,16 @@ struct Scene {
 }
 
 impl Scene {
-    async fn new() -> Self {
+    async fn new(of_customer: bool) -> Self {
         let server = TestServer::start().await;
         let (mut provider, customer) = (server.provider().await, server.customer().await);
         provider.configuration(&[("load", 1)]).await;
         let (job, other_job) = (provider.job(&customer).await, provider.job(&customer).await);
         let keys = provider.session.auth.list_api_keys(pb::ListApiKeysRequest::default()).await.unwrap();
         let token = provider.auth.create_watch_token(watch_token_of(&other_job)).await.unwrap();
+        let email = if of_customer { &customer.email } else { &provider.email };
         let log_in = async || {
-            let request = pb::LogInRequest { email: provider.email.clone(), password: PASSWORD.to_owned() };
+            let request = pb::LogInRequest { email: email.clone(), password: PASSWORD.to_owned() };
             let session =
                 server.anonymous().auth.log_in(request).await.unwrap().into_inner().session.unwrap();
             // The server then needs no connection to authenticate a call.
@@ -259,7 +284,10 @@ impl Scene {
             Wait::JobState => {
                 // Looks the job up, but not its state.
                 provider.list(job).await;
-                held.locker.batch_execute("BEGIN; LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE").await.unwrap();
+                held.locker
+                    .batch_execute("BEGIN; LOCK TABLE job_states IN ACCESS EXCLUSIVE MODE")
+                    .await
+                    .unwrap();
             }
             Wait::Round => {
                 // The state of the job is known, so that a batch for it is planned at once.
@@ -335,7 +363,7 @@ fn is_refused(answer: &Result<(), Status>) -> bool {
 
 /// Ends the session of a call while the call waits; returns what was wrong then.
 async fn wrong_after(write: &Write, wait: Wait) -> Option<String> {
-    let mut scene = Scene::new().await;
+    let mut scene = Scene::new(write.is_of_customer()).await;
     let message = (write.request)(&scene);
     let held = scene.hold(wait).await;
     let calling = scene.call(&scene.ending, write.method, message.clone());
@@ -388,7 +416,7 @@ async fn a_batch_is_not_appended_if_its_session_ends_while_another_round_is_unde
 /// meanwhile the test has all connections, while the server verifies and hashes.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_password_is_not_changed_if_the_session_ends_while_bcrypt_works() {
-    let scene = Scene::new().await;
+    let scene = Scene::new(false).await;
     let Scene { server, ending, .. } = &scene;
     let method = "AuthService/ChangePassword";
     let change = WRITES.iter().find(|write| write.method == method).unwrap();

@@ -69,6 +69,8 @@ impl World {
         add("provider_job_id", &[names[0], names[1], names[2], &foreign.provider_job_id, "new", &new]);
         let user_ids = [&customer.id, &provider.id, &other_customer.id];
         add("customer_id", &[user_ids[0], user_ids[0], user_ids[1], user_ids[2], &new]);
+        let codes = [customer.customer_code().await, other_customer.customer_code().await];
+        add("customer_code", &[&codes[0], &codes[0].to_lowercase(), &codes[1], "0000000000", ""]);
         add("counterpart_id", &["", user_ids[0], user_ids[1], user_ids[2], &new]);
         for tag in ["tag", "configuration_tag"] {
             add(tag, &["analysis", "analysis", "load", "report", "another", ""]);
@@ -130,7 +132,7 @@ async fn check(checker: &mut User, listed: &pb::Job) -> Result<(), String> {
         if replay.closed || event.kind() == pb::EventKind::Unspecified {
             return Err(format!("the job has {event:?}; it is closed before: {}", replay.closed));
         }
-        replay.apply(event.kind(), &event.step_tag);
+        replay.apply(event.kind(), &event.step_tag, event.step_percent);
         last_sequence += 1;
         let expected = (last_sequence, replay.status, Some(replay.progress));
         if (event.sequence, event.status(), event.progress) != expected {
@@ -141,6 +143,9 @@ async fn check(checker: &mut User, listed: &pb::Job) -> Result<(), String> {
     if (job.last_sequence, job.status(), job.progress) != expected || job.closed_at.is_some() != replay.closed
     {
         return Err(format!("{job:?} should have {expected:?}"));
+    }
+    if !replay.has_steps(&found.steps) {
+        return Err(format!("{job:?} has wrong steps: {:?}", found.steps));
     }
     Ok(())
 }

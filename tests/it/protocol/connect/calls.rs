@@ -21,7 +21,7 @@ use tokio::{
 use tonic::{Code, Status};
 use tonic_types::pb::{ErrorInfo, Status as RpcStatus};
 
-use super::client::{Answer, VERSIONS, call, call_json, details, post, request};
+use crate::support::connect_client::{Answer, VERSIONS, call, call_json, details, post, request};
 use crate::{
     operations::metrics::wait_for_sample,
     support::{TestServer, User, info, raw, step, with_metadata, within_timeout},
@@ -196,7 +196,7 @@ async fn reads_can_be_got_and_nothing_else() {
         let text =
             percent_encoding::utf8_percent_encode(&message.to_string(), percent_encoding::NON_ALPHANUMERIC)
                 .to_string();
-        let is_read = ["Get", "List"].iter().any(|verb| method.name().starts_with(verb));
+        let is_read = ["Get", "List", "Estimate"].iter().any(|verb| method.name().starts_with(verb));
         for version in VERSIONS {
             let json = format!("connect=v1&encoding=json&message={text}");
             if !is_read {
@@ -369,9 +369,7 @@ async fn a_message_has_the_same_limits_as_json_and_compressed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_call_past_its_connect_timeout_gets_deadline_exceeded_with_details() {
     let (server, provider, job) = scene().await;
-    let mut locker = server.database.connect().await;
-    let lock = format!("BEGIN; SELECT 1 FROM jobs WHERE id = '{}' FOR UPDATE", job.id);
-    locker.batch_execute(&lock).await.unwrap();
+    let mut locker = server.database.lock_job(&job).await;
     let append = json!({ "jobId": job.id, "events": [{ "kind": "EVENT_KIND_INFO", "name": "held" }] });
     for version in VERSIONS {
         let head = post("EventService/AppendEvents", "application/json", Some(&provider.key_secret));
@@ -381,6 +379,17 @@ async fn a_call_past_its_connect_timeout_gets_deadline_exceeded_with_details() {
         assert_eq!(answer.json()["details"][0]["debug"]["reason"], "DEADLINE_EXCEEDED");
     }
     locker.batch_execute("COMMIT").await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn headers_of_grpc_mean_nothing_in_a_call_by_connect() {
+    let (server, provider, job) = scene().await;
+    for (name, value) in [("grpc-timeout", "1n"), ("grpc-encoding", "gzip"), ("grpc-encoding", "br")] {
+        let head = post("JobService/GetJob", "application/json", Some(&provider.key_secret));
+        let asked = json!({ "jobId": job.id }).to_string();
+        let answer = call(server.address, Version::HTTP_2, head.header(name, value), asked).await;
+        assert_eq!(answer.status, 200, "{name}: {answer:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -446,7 +455,7 @@ async fn whatever_bytes_are_sent_no_call_answers_with_a_fault_of_the_server() {
 fn reads_and_nothing_else_are_marked_as_without_side_effects() {
     for method in raw::methods() {
         let options = method.method_descriptor_proto().options.clone().unwrap_or_default();
-        let reads = ["Get", "List", "Watch"].iter().any(|verb| method.name().starts_with(verb));
+        let reads = ["Get", "List", "Watch", "Estimate"].iter().any(|verb| method.name().starts_with(verb));
         assert_eq!(options.idempotency_level == Some(1), reads, "{}", method.full_name());
     }
     assert!(DescriptorPool::decode(milepost::pb::FILE_DESCRIPTOR_SET).is_ok());

@@ -2,7 +2,7 @@
 
 use http::{Method, Version};
 
-use super::client::{Answer, VERSIONS, call, post, request};
+use crate::support::connect_client::{Answer, VERSIONS, call, post, request};
 use crate::support::{ALLOWED_ORIGIN, TestServer};
 
 const PATH: &str = "/milepost.v1.AuthService/GetCurrentUser";

@@ -11,7 +11,7 @@ use tokio::{
     net::TcpSocket,
 };
 
-use super::client::{JsonWatch, VERSIONS, call, envelope, post};
+use crate::support::connect_client::{JsonWatch, VERSIONS, call, envelope, post};
 use crate::{
     limits::fairness::metric,
     support::{TestServer, User, complete, error, info, named, step, with_metadata, within_timeout},

@@ -1,0 +1,1 @@
+"""The messages and the stubs that are generated from proto/milepost/v1."""

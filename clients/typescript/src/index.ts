@@ -1,0 +1,11 @@
+export { Code } from "@connectrpc/connect";
+export { withCredential } from "./credential.js";
+export { type ErrorDetail, type ErrorReasonName, MilepostError } from "./error.js";
+export * from "./generated/milepost/v1/auth_pb.js";
+export * from "./generated/milepost/v1/configurations_pb.js";
+export * from "./generated/milepost/v1/errors_pb.js";
+export * from "./generated/milepost/v1/events_pb.js";
+export * from "./generated/milepost/v1/jobs_pb.js";
+export type { JobRef } from "./job.js";
+export { type EventInit, Publisher, type PublisherOptions } from "./publisher.js";
+export { type Watch, watch, type WatchOptions, type WatchScope, type WatchStart } from "./watch.js";
