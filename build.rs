@@ -54,5 +54,7 @@ pub(crate) fn generator() -> tonic_prost_build::Builder {
 pub(crate) fn config() -> prost_build::Config {
     let mut config = prost_build::Config::new();
     config.enable_type_names();
+    // In the order of the keys, so that equal messages are encoded to equal bytes.
+    config.btree_map([".milepost"]);
     config
 }

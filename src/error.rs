@@ -74,6 +74,9 @@ pub enum Error {
         /// The first sequence that is left, if the request concerns one job.
         first_sequence: Option<i64>,
     },
+    /// Retention removes the events of the job that was to be held, or has removed them.
+    #[error("the events of the job have been removed")]
+    EventsRemoved(Uuid),
     /// A limit on what one server does at once, or in a period, is reached.
     #[error("too many {what} at once")]
     Overloaded {

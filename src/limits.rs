@@ -35,6 +35,12 @@ pub const MAX_SILENCE: (Duration, Duration) =
     (Duration::from_secs(10), Duration::from_secs(30 * 24 * 60 * 60));
 /// Most statuses in a filter of jobs: each status once.
 pub const JOB_STATUSES: usize = 6;
+/// Most labels of a job, and of a filter.
+pub const JOB_LABELS: usize = 16;
+/// Longest key of a label, in Unicode scalar values.
+pub const LABEL_KEY_CHARS: usize = 64;
+/// Shortest text that jobs are searched by, in Unicode scalar values.
+pub const SEARCH_TEXT_CHARS: usize = 3;
 /// Most scopes in a request for an API key: each scope once.
 pub const API_KEY_SCOPES: usize = 3;
 /// Most paths of an update mask. Two are valid; the others are reported as violations.

@@ -153,6 +153,17 @@ diesel::table! {
 }
 
 diesel::table! {
+    job_labels (job_id, key) {
+        job_id -> Uuid,
+        key -> Text,
+        value -> Text,
+        provider_id -> Uuid,
+        customer_id -> Uuid,
+        job_created_at -> Timestamptz,
+    }
+}
+
+diesel::table! {
     job_silences (job_id) {
         job_id -> Uuid,
         max_silence -> Int8,
@@ -183,6 +194,16 @@ diesel::table! {
 }
 
 diesel::table! {
+    job_texts (job_id) {
+        job_id -> Uuid,
+        provider_id -> Uuid,
+        customer_id -> Uuid,
+        provider_job_id -> Text,
+        provider_job_name -> Text,
+    }
+}
+
+diesel::table! {
     use diesel::sql_types::*;
     use super::sql_types::UserRole;
     use super::sql_types::JobStatus;
@@ -199,9 +220,12 @@ diesel::table! {
         provider_job_name -> Text,
         points_total -> Int8,
         max_silence -> Nullable<Int8>,
+        labels -> Array<Nullable<Text>>,
         status -> JobStatus,
         closed_at -> Nullable<Timestamptz>,
         events_removed -> Bool,
+        held_by_provider -> Bool,
+        held_by_customer -> Bool,
         created_at -> Timestamptz,
     }
 }
@@ -385,8 +409,10 @@ diesel::table! {
 
 diesel::joinable!(api_keys -> users (user_id));
 diesel::joinable!(event_usage -> users (user_id));
+diesel::joinable!(job_labels -> jobs (job_id));
 diesel::joinable!(job_silences -> jobs (job_id));
 diesel::joinable!(job_states -> jobs (job_id));
+diesel::joinable!(job_texts -> jobs (job_id));
 diesel::joinable!(metadata_configurations -> step_configurations (step_configuration_id));
 diesel::joinable!(removed_logs -> jobs (job_id));
 diesel::joinable!(sessions -> users (user_id));
@@ -406,8 +432,10 @@ diesel::allow_tables_to_appear_in_same_query!(
     events,
     histories,
     job_configurations,
+    job_labels,
     job_silences,
     job_states,
+    job_texts,
     jobs,
     log_in_attempts,
     metadata_configurations,

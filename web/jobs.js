@@ -137,7 +137,7 @@ class JobsView {
 		do {
 			const page = await this.#client.call(
 				"JobService/ListJobs",
-				{ ...this.#request(), pageSize: Math.min(MOST, this.#shown - jobs.length), pageToken },
+				{ filter: this.#request(), pageSize: Math.min(MOST, this.#shown - jobs.length), pageToken },
 				signal,
 			);
 			jobs.push(...(page.jobs ?? []));

@@ -21,11 +21,16 @@ CREATE TABLE jobs (
     points_total bigint NOT NULL,
     -- How long the provider may be silent, in microseconds; null for ever.
     max_silence bigint,
+    -- Each key and its value, by key.
+    labels text[] NOT NULL DEFAULT '{}',
     -- That of job_states, for the filters of ListJobs.
     status job_status NOT NULL DEFAULT 'pending',
     closed_at timestamptz,
     -- Set by retention, which then deletes the job's events.
     events_removed boolean NOT NULL DEFAULT false,
+    -- Retention leaves a job that either side holds.
+    held_by_provider boolean NOT NULL DEFAULT false,
+    held_by_customer boolean NOT NULL DEFAULT false,
     created_at timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT jobs_pkey PRIMARY KEY (id),
     CONSTRAINT jobs_provider_fkey FOREIGN KEY (provider_id, provider_role) REFERENCES users (id, role),
@@ -34,6 +39,7 @@ CREATE TABLE jobs (
     CONSTRAINT jobs_provider_id_provider_job_id_key UNIQUE (provider_id, provider_job_id),
     CONSTRAINT jobs_provider_job_id_check CHECK (char_length(provider_job_id) BETWEEN 1 AND 256 AND provider_job_id = btrim(provider_job_id)),
     CONSTRAINT jobs_provider_job_name_check CHECK (char_length(provider_job_name) <= 256),
+    CONSTRAINT jobs_labels_check CHECK (cardinality(labels) <= 32 AND cardinality(labels) % 2 = 0 AND array_position(labels, NULL) IS NULL),
     CONSTRAINT jobs_max_silence_check CHECK (max_silence BETWEEN 10000000 AND 2592000000000),
     CONSTRAINT jobs_closed_at_check CHECK (
         CASE status
@@ -42,7 +48,8 @@ CREATE TABLE jobs (
             WHEN 'failed' THEN true
             ELSE closed_at IS NULL
         END),
-    CONSTRAINT jobs_events_removed_check CHECK (NOT events_removed OR closed_at IS NOT NULL)
+    CONSTRAINT jobs_events_removed_check CHECK (NOT events_removed OR closed_at IS NOT NULL),
+    CONSTRAINT jobs_held_check CHECK (NOT (events_removed AND (held_by_provider OR held_by_customer)))
 );
 
 -- For ListJobs, newest first, by provider and by customer; each single filter is
@@ -66,10 +73,44 @@ CREATE INDEX jobs_customer_id_provider_job_name_idx ON jobs (customer_id, provid
 CREATE INDEX jobs_job_configuration_id_customer_id_idx ON jobs (job_configuration_id, customer_id);
 
 -- The jobs whose events retention removes next, in the order in which they closed.
-CREATE INDEX jobs_closed_at_idx ON jobs (closed_at) WHERE closed_at IS NOT NULL AND NOT events_removed;
+CREATE INDEX jobs_closed_at_idx ON jobs (closed_at)
+    WHERE closed_at IS NOT NULL AND NOT events_removed AND NOT held_by_provider AND NOT held_by_customer;
 
 -- The number of stalled jobs, for a metric.
 CREATE INDEX jobs_stalled_idx ON jobs (id) WHERE status = 'stalled';
+
+-- The labels of each job, one by one, for ListJobs: the jobs of a label are a range of an index,
+-- newest first. A row never changes.
+CREATE TABLE job_labels (
+    job_id uuid NOT NULL,
+    key text COLLATE "C" NOT NULL,
+    value text COLLATE "C" NOT NULL,
+    -- Copied from jobs.
+    provider_id uuid NOT NULL,
+    customer_id uuid NOT NULL,
+    job_created_at timestamptz NOT NULL,
+    CONSTRAINT job_labels_pkey PRIMARY KEY (job_id, key),
+    CONSTRAINT job_labels_job_id_fkey FOREIGN KEY (job_id) REFERENCES jobs (id) ON DELETE CASCADE,
+    CONSTRAINT job_labels_key_check CHECK (char_length(key) BETWEEN 1 AND 64),
+    CONSTRAINT job_labels_value_check CHECK (char_length(value) <= 256)
+);
+
+CREATE INDEX job_labels_provider_id_idx ON job_labels (provider_id, key, value, job_created_at DESC, job_id DESC);
+CREATE INDEX job_labels_customer_id_idx ON job_labels (customer_id, key, value, job_created_at DESC, job_id DESC);
+
+-- Whether all of the wanted labels are among these.
+CREATE FUNCTION has_labels(labels text[], wanted text[]) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
+    SELECT NOT EXISTS (
+        SELECT FROM generate_series(1, cardinality(wanted), 2) AS i
+        WHERE NOT EXISTS (
+            SELECT FROM generate_series(1, cardinality(labels), 2) AS j
+            WHERE labels[j] = wanted[i] AND labels[j + 1] = wanted[i + 1]));
+$$;
+
+-- About what the labels of a job take: their rows and index entries, and each text four times.
+CREATE FUNCTION label_bytes(labels text[]) RETURNS bigint LANGUAGE sql IMMUTABLE AS $$
+    SELECT cardinality(labels) / 2 * 400 + octet_length(array_to_string(labels, '')) * 4;
+$$;
 
 -- The state of each job after its last event. Each append makes a new version of the row.
 -- This table has no other index, so that such an update opens and locks one index, and
@@ -180,6 +221,9 @@ CREATE FUNCTION jobs_make_states() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     INSERT INTO job_states (job_id, job_configuration_id, points_total, status, closed, updated_at)
     SELECT id, job_configuration_id, points_total, status, closed_at IS NOT NULL, created_at FROM added;
+    INSERT INTO job_labels (job_id, key, value, provider_id, customer_id, job_created_at)
+    SELECT id, labels[i], labels[i + 1], provider_id, customer_id, created_at
+    FROM added CROSS JOIN LATERAL generate_series(1, cardinality(labels), 2) AS i;
     INSERT INTO job_silences (job_id, max_silence, due_at)
     SELECT id, max_silence, created_at + microseconds(max_silence) FROM added WHERE max_silence IS NOT NULL;
     RETURN NULL;
@@ -205,14 +249,16 @@ BEGIN
             stored_bytes = usage.stored_bytes + counted.bytes
         FROM (
             SELECT provider_id, count(*) FILTER (WHERE closed_at IS NULL) AS open,
-                sum(row_bytes + octet_length(provider_job_id) + octet_length(provider_job_name)) AS bytes
+                sum(row_bytes + octet_length(provider_job_id) + octet_length(provider_job_name)
+                    + label_bytes(labels)) AS bytes
             FROM changed GROUP BY provider_id
         ) AS counted
         WHERE usage.user_id = counted.provider_id;
     ELSE
         INSERT INTO usage_changes (user_id, open_jobs, stored_bytes)
         SELECT provider_id, -count(*) FILTER (WHERE closed_at IS NULL),
-            -sum(row_bytes + octet_length(provider_job_id) + octet_length(provider_job_name))
+            -sum(row_bytes + octet_length(provider_job_id) + octet_length(provider_job_name)
+                + label_bytes(labels))
         FROM changed GROUP BY provider_id;
     END IF;
     RETURN NULL;

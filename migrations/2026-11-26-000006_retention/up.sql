@@ -152,6 +152,7 @@ BEGIN
         WITH due AS (
             SELECT id FROM jobs
             WHERE closed_at < due_before AND NOT events_removed
+                AND NOT held_by_provider AND NOT held_by_customer
                 -- Estimates need the events of a completed job once.
                 AND NOT EXISTS (SELECT FROM untimed_jobs WHERE job_id = jobs.id)
             ORDER BY closed_at LIMIT most_jobs

@@ -6,7 +6,7 @@ CREATE TYPE audit_act AS ENUM (
     'sign_up', 'log_in', 'log_in_failed', 'log_out', 'session_ended', 'password_changed',
     'api_key_created', 'api_key_rotated', 'api_key_expired',
     'watch_token_created', 'watch_token_expired', 'job_closed', 'cancellation_requested',
-    'user_created', 'password_set', 'user_disabled', 'user_enabled', 'customer_code_renewed');
+    'job_held', 'job_released', 'user_created', 'password_set', 'user_disabled', 'user_enabled', 'customer_code_renewed');
 
 -- How the caller was authenticated. An operator works on the database itself.
 CREATE TYPE audit_actor AS ENUM ('anonymous', 'session', 'api_key', 'watch_token', 'operator');
@@ -47,7 +47,9 @@ CREATE TABLE audit_entries (
     CONSTRAINT audit_entries_watch_token_id_check CHECK (
         (watch_token_id IS NOT NULL) = (act IN ('watch_token_created', 'watch_token_expired'))),
     CONSTRAINT audit_entries_job_id_check CHECK (
-        (job_id IS NOT NULL) = (act IN ('watch_token_created', 'watch_token_expired', 'job_closed', 'cancellation_requested'))),
+        (job_id IS NOT NULL) = (act IN (
+            'watch_token_created', 'watch_token_expired', 'job_closed', 'cancellation_requested',
+            'job_held', 'job_released'))),
     CONSTRAINT audit_entries_request_id_check CHECK ((request_id IS NOT NULL) = (actor <> 'operator'))
 );
 

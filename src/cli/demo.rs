@@ -232,6 +232,7 @@ async fn create_job(provider: &Client, customer_id: &str, number: u32) -> Result
         configuration_version: String::new(),
         provider_job_name: format!("Thorax, slice {}", 30 + number),
         max_silence: None,
+        labels: [("scanner", "ct-2"), ("ward", "3b")].map(|(key, value)| (key.into(), value.into())).into(),
     };
     let created = provider.jobs().create_job(job).await?;
     Ok(created.into_inner().job.unwrap_or_default().id)

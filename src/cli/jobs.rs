@@ -5,9 +5,10 @@ use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
 use milepost_client::pb::{
-    CloseJobRequest, CreateJobRequest, EstimateJobRequest, GetJobRequest, Job, JobOpenness, ListJobsRequest,
-    NoEstimateReason, Party, Progress, RequestCancellationRequest, StepState, close_job_request,
-    create_job_request, estimate_job_request, estimate_job_response::Outcome, get_job_request,
+    CloseJobRequest, CreateJobRequest, EstimateJobRequest, GetJobRequest, Job, JobFilter, JobOpenness,
+    ListJobsRequest, NoEstimateReason, Party, Progress, RequestCancellationRequest, StepState,
+    close_job_request, create_job_request, estimate_job_request, estimate_job_response::Outcome,
+    get_job_request,
 };
 use prost_types::{Duration, Timestamp};
 
@@ -43,6 +44,20 @@ enum Command {
 
 #[derive(Args, Clone, Debug)]
 struct List {
+    #[command(flatten)]
+    filter: Filter,
+
+    /// Most jobs to list [default: all]
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
+    limit: Option<u32>,
+
+    #[command(flatten)]
+    api: Api,
+}
+
+/// Which jobs: those that match all that is given.
+#[derive(Args, Clone, Debug)]
+pub(super) struct Filter {
     /// Only jobs with one of these statuses, separated by commas
     #[arg(long, value_name = "STATUSES", value_delimiter = ',', value_parser = values::enum_value("JobStatus"))]
     status: Vec<i32>,
@@ -75,12 +90,30 @@ struct List {
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     provider_job_name_prefix: String,
 
-    /// Most jobs to list [default: all]
-    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
-    limit: Option<u32>,
+    /// Only jobs with this label; may be given several times
+    #[arg(long, value_name = "KEY=VALUE", value_parser = values::label)]
+    label: Vec<(String, String)>,
 
-    #[command(flatten)]
-    api: Api,
+    /// Only jobs whose provider_job_id or name contains this text of at least 3 characters, in any case
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    text: String,
+}
+
+impl From<Filter> for JobFilter {
+    fn from(filter: Filter) -> Self {
+        Self {
+            statuses: filter.status,
+            openness: filter.openness.unwrap_or(JobOpenness::Unspecified.into()),
+            configuration_tag: filter.configuration_tag,
+            counterpart_id: filter.counterpart_id,
+            created_from: filter.created_from,
+            created_before: filter.created_before,
+            provider_job_id_prefix: filter.provider_job_id_prefix,
+            provider_job_name_prefix: filter.provider_job_name_prefix,
+            labels: filter.label.into_iter().collect(),
+            text: filter.text,
+        }
+    }
 }
 
 #[derive(Args, Clone, Debug)]
@@ -122,6 +155,10 @@ struct Create {
     /// says]
     #[arg(long, value_name = "SECONDS")]
     max_silence: Option<u32>,
+
+    /// Label to file the job under; may be given several times
+    #[arg(long, value_name = "KEY=VALUE", value_parser = values::label)]
+    label: Vec<(String, String)>,
 
     #[command(flatten)]
     api: Api,
@@ -179,17 +216,8 @@ impl Jobs {
 impl List {
     async fn run(self) -> Result<(), BoxError> {
         let mut jobs = self.api.connect().await?.jobs();
-        let request = ListJobsRequest {
-            statuses: self.status,
-            openness: self.openness.unwrap_or(JobOpenness::Unspecified.into()),
-            configuration_tag: self.configuration_tag,
-            counterpart_id: self.counterpart_id,
-            created_from: self.created_from,
-            created_before: self.created_before,
-            provider_job_id_prefix: self.provider_job_id_prefix,
-            provider_job_name_prefix: self.provider_job_name_prefix,
-            ..ListJobsRequest::default()
-        };
+        let filter = Some(self.filter.into());
+        let request = ListJobsRequest { filter, ..ListJobsRequest::default() };
         let columns =
             ["ID", "STATUS", "PROGRESS", "CONFIGURATION", "CREATED", "CLOSED", "PROVIDER JOB ID", "NAME"];
         let list = self.api.output.list(&columns, row);
@@ -223,6 +251,7 @@ impl Create {
             configuration_version: self.configuration_version,
             provider_job_name: self.provider_job_name,
             max_silence: self.max_silence.map(|seconds| Duration { seconds: seconds.into(), nanos: 0 }),
+            labels: self.label.into_iter().collect(),
         };
         let answer = jobs.create_job(request).await?.into_inner();
         self.api.output.answer(&answer, fields(answer.job.as_ref(), answer.existed))
@@ -287,7 +316,7 @@ fn row(job: &Job) -> Row {
     ]
 }
 
-fn fields(job: Option<&Job>, existed: bool) -> Vec<(&'static str, String)> {
+pub(super) fn fields(job: Option<&Job>, existed: bool) -> Vec<(&'static str, String)> {
     let Some(job) = job else { return Vec::new() };
     let Progress { points_done, points_total, .. } = job.progress.unwrap_or_default();
     vec![
@@ -305,6 +334,8 @@ fn fields(job: Option<&Job>, existed: bool) -> Vec<(&'static str, String)> {
         ("closed", time(job.closed_at)),
         ("asked to stop", time(job.cancellation_requested_at)),
         ("longest silence", seconds(job.max_silence)),
+        ("labels", labels(job)),
+        ("held by", held_by(job).to_owned()),
     ]
 }
 
@@ -324,6 +355,20 @@ fn print_step_states(output: Output, steps: &[StepState]) -> Result<(), BoxError
 fn party(party: Option<&Party>) -> String {
     let texts = party.map(|party| [&party.id, &party.first_name, &party.last_name].map(String::as_str));
     texts.unwrap_or_default().join(" ").trim_end().to_owned()
+}
+
+fn labels(job: &Job) -> String {
+    let labels: Vec<String> = job.labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
+    labels.join(" ")
+}
+
+fn held_by(job: &Job) -> &'static str {
+    match (job.held_by_provider, job.held_by_customer) {
+        (true, true) => "provider and customer",
+        (true, false) => "provider",
+        (false, true) => "customer",
+        (false, false) => "",
+    }
 }
 
 fn status(job: &Job) -> String {

@@ -8,6 +8,7 @@ mod demo;
 mod events;
 mod exit;
 mod health;
+mod hold;
 mod init;
 mod jobs;
 mod keys;
@@ -73,6 +74,8 @@ enum Command {
     Watch(watch::Watch),
     /// Make a link that shows a job in a browser, to whoever has the link
     Share(share::Share),
+    /// Keep a job from retention, or no longer
+    Hold(hold::Hold),
     /// Show a sample job: acts as its provider and its customer, on a running server or one that it starts
     Demo(demo::Demo),
     /// Ask a server whether it is ready, or whether it runs at all
@@ -97,6 +100,7 @@ pub async fn run(cli: Cli) -> Result<ExitCode, BoxError> {
         | Command::Keys(_)
         | Command::Watch(_)
         | Command::Share(_)
+        | Command::Hold(_)
         | Command::Health(_)
         | Command::Completion(_)
         | Command::Man(_) => "warn",
@@ -116,6 +120,7 @@ pub async fn run(cli: Cli) -> Result<ExitCode, BoxError> {
         Command::Keys(command) => command.run().await,
         Command::Watch(command) => command.run().await,
         Command::Share(command) => command.run().await,
+        Command::Hold(command) => command.run().await,
         Command::Demo(command) => command.run().await,
         Command::Health(command) => command.run().await,
         Command::Completion(command) => command.run(),

@@ -45,6 +45,12 @@ pub(super) fn time(text: &str) -> Result<Timestamp, String> {
     }
 }
 
+/// Parses `KEY=VALUE`.
+pub(super) fn label(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("write KEY=VALUE")?;
+    Ok((key.to_owned(), value.to_owned()))
+}
+
 /// Parses `NAME=VALUE`. VALUE is a number, true, false or a quoted text if it is so in JSON.
 /// Otherwise it is a text as it stands.
 pub(super) fn metadata(text: &str) -> Result<(String, Value), String> {

@@ -1,12 +1,12 @@
 //! How many items the fields of requests may have, for [`prune`](super::prune::prune).
 
 use crate::limits::{
-    API_KEY_SCOPES, BATCH_EVENTS, CONFIGURATION_STEPS, EVENT_KINDS, JOB_STATUSES, METADATA_NAMES,
+    API_KEY_SCOPES, BATCH_EVENTS, CONFIGURATION_STEPS, EVENT_KINDS, JOB_LABELS, JOB_STATUSES, METADATA_NAMES,
     STEP_METADATA, UPDATE_MASK_PATHS,
 };
 
-/// The rules for the fields of a message, by number. Fields of one number or text need none.
-/// One field is counted, over all pieces of the messages that are not repeated in it.
+/// The rules for the fields of a message, by number, which is less than 100. Fields of one number
+/// or text need none.
 #[derive(Debug)]
 pub(super) struct Rules(&'static [(u32, Rule)]);
 
@@ -40,19 +40,15 @@ pub(super) fn rules_of(name: &str) -> Option<&'static Rules> {
         "RegisterJobConfigurationRequest" => {
             &Rules(&[(4, Rule::Messages(CONFIGURATION_STEPS, &STEP)), (5, Rule::Message(&NOTHING))])
         }
-        "CreateJobRequest" => &Rules(&[(7, Rule::Message(&NOTHING))]),
+        "CreateJobRequest" => &Rules(&[(7, Rule::Message(&NOTHING)), (8, LABELS)]),
         "ListEventsRequest" => &Rules(&[(4, Rule::Numbers(EVENT_KINDS))]),
         "WatchEventsRequest" => &Rules(&[
-            (3, Rule::Message(&NOTHING)),
+            (3, Rule::Message(&ALL_JOBS)),
             (4, Rule::Numbers(EVENT_KINDS)),
             (7, Rule::Message(&NOTHING)),
             (8, Rule::Message(&NOTHING)),
         ]),
-        "ListJobsRequest" => &Rules(&[
-            (1, Rule::Numbers(JOB_STATUSES)),
-            (5, Rule::Message(&NOTHING)),
-            (6, Rule::Message(&NOTHING)),
-        ]),
+        "ListJobsRequest" => &Rules(&[(1, Rule::Message(&JOB_FILTER))]),
         "UpdateCurrentUserRequest" => &Rules(&[(1, Rule::Message(&USER)), (2, Rule::Message(&FIELD_MASK))]),
         "CreateApiKeyRequest" => &Rules(&[(2, Rule::Message(&NOTHING)), (3, Rule::Numbers(API_KEY_SCOPES))]),
         "RotateApiKeyRequest" => &Rules(&[(2, Rule::Message(&NOTHING))]),
@@ -64,6 +60,14 @@ pub(super) fn rules_of(name: &str) -> Option<&'static Rules> {
 
 /// Of a message whose fields are numbers and texts.
 const NOTHING: Rules = Rules(&[]);
+const LABELS: Rule = Rule::Map(JOB_LABELS, &NOTHING);
+const ALL_JOBS: Rules = Rules(&[(3, LABELS)]);
+const JOB_FILTER: Rules = Rules(&[
+    (1, Rule::Numbers(JOB_STATUSES)),
+    (5, Rule::Message(&NOTHING)),
+    (6, Rule::Message(&NOTHING)),
+    (9, LABELS),
+]);
 const NEW_EVENT: Rules = Rules(&[(5, Rule::Message(&STRUCT)), (6, Rule::Message(&NOTHING))]);
 const STRUCT: Rules = Rules(&[(1, Rule::Map(METADATA_NAMES, &STRUCT_ENTRY))]);
 const STRUCT_ENTRY: Rules = Rules(&[(2, Rule::Message(&STRUCT_VALUE))]);

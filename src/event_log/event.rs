@@ -156,6 +156,8 @@ mod tests {
     use prost_types::{Struct, Value};
 
     use super::*;
+    use crate::models::labels::Labels;
+
     fn job() -> Arc<JobIdentity> {
         Arc::new(JobIdentity {
             id: Uuid::from_u128(3),
@@ -164,6 +166,7 @@ mod tests {
             provider_job_id: "scan-1".to_owned(),
             configuration_id: Uuid::from_u128(1),
             configuration_tag: "ct".to_owned(),
+            labels: Labels::default(),
             points_total: 1,
         })
     }

@@ -209,6 +209,7 @@ impl JobCache {
             provider_job_id: head.provider_job_id,
             configuration_id: head.job_configuration_id,
             configuration_tag: head.configuration_tag,
+            labels: head.labels,
             points_total: head.points_total,
         });
         self.of(Some(connection.identity())).jobs.insert(job.id, Arc::clone(&job));

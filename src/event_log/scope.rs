@@ -10,6 +10,7 @@ use crate::{
         caller::{Viewer, Visibility},
         job::JobScope,
         job_identity::JobIdentity,
+        labels::Labels,
     },
     progress::EventKind,
 };
@@ -25,6 +26,8 @@ pub(crate) enum Scope {
         configuration_tag: String,
         /// Only jobs with this user on the other side.
         counterpart_id: Option<Uuid>,
+        /// Only jobs with all of these labels.
+        labels: Labels,
     },
 }
 
@@ -32,9 +35,10 @@ impl Scope {
     pub(crate) fn contains(&self, job: &JobIdentity) -> bool {
         match self {
             Self::Job(own) => own.id == job.id,
-            Self::All { viewer, configuration_tag, counterpart_id } => {
+            Self::All { viewer, configuration_tag, counterpart_id, labels } => {
                 viewer.sees(job.id, job.provider_id, job.customer_id)
                     && (configuration_tag.is_empty() || *configuration_tag == job.configuration_tag)
+                    && job.labels.contain(labels)
                     && counterpart_id.is_none_or(|id| match viewer.visibility() {
                         Visibility::Provider(_) => id == job.customer_id,
                         Visibility::Customer(_) | Visibility::Job(_) => id == job.provider_id,
@@ -47,10 +51,11 @@ impl Scope {
     pub(crate) fn jobs(&self) -> Option<JobScope<'_>> {
         match self {
             Self::Job(_) => None,
-            Self::All { viewer, configuration_tag, counterpart_id } => Some(JobScope {
+            Self::All { viewer, configuration_tag, counterpart_id, labels } => Some(JobScope {
                 visibility: viewer.visibility(),
                 configuration_tag,
                 counterpart_id: *counterpart_id,
+                labels,
             }),
         }
     }
@@ -102,7 +107,7 @@ impl Binding {
         };
         match scope {
             Scope::Job(job) => text(&format!("job {}", job.id)),
-            Scope::All { viewer, configuration_tag, counterpart_id } => {
+            Scope::All { viewer, configuration_tag, counterpart_id, labels } => {
                 let (role, id) = match viewer.visibility() {
                     Visibility::Provider(id) => ("provider", id),
                     Visibility::Customer(id) => ("customer", id),
@@ -110,6 +115,11 @@ impl Binding {
                 };
                 text(&format!("all {role} {id} {}", counterpart_id.unwrap_or(Uuid::nil())));
                 text(configuration_tag);
+                text(&labels.0.len().to_string());
+                labels.0.iter().for_each(|(key, value)| {
+                    text(key);
+                    text(value);
+                });
             }
         }
         let mut kinds: Vec<String> = kinds.iter().map(|kind| format!("{kind:?}")).collect();

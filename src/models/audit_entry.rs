@@ -45,6 +45,8 @@ pg_enum! {
         /// By `CloseJob` only; a completion is an event of the job's log.
         JobClosed = "job_closed",
         CancellationRequested = "cancellation_requested",
+        JobHeld = "job_held",
+        JobReleased = "job_released",
         UserCreated = "user_created",
         PasswordSet = "password_set",
         UserDisabled = "user_disabled",

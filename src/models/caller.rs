@@ -111,6 +111,18 @@ impl Caller {
         Ok(Customer { id })
     }
 
+    /// Returns the proof that a side of a job may hold it. Fails with [`Error::RoleRequired`] for a
+    /// watch token, or with [`Error::ScopeRequired`].
+    pub fn holder(&self) -> Result<Holder> {
+        let visibility = match self.subject {
+            Subject::User { id, role: UserRole::Provider } => Visibility::Provider(id),
+            Subject::User { id, role: UserRole::Customer } => Visibility::Customer(id),
+            Subject::Job(_) => return Err(Error::RoleRequired("provider or customer")),
+        };
+        require(&self.scopes, &[KeyScope::Append])?;
+        Ok(Holder(Viewer { visibility, tenant: self.tenant }))
+    }
+
     /// As [`Self::viewer`], for methods that concern more than one job. Fails with
     /// [`Error::RoleRequired`] for a watch token.
     pub fn user_viewer(&self) -> Result<Viewer> {
@@ -209,6 +221,16 @@ impl Customer {
 impl From<Customer> for Viewer {
     fn from(customer: Customer) -> Self {
         Self { visibility: Visibility::Customer(customer.id), tenant: customer.tenant() }
+    }
+}
+
+/// Proof of [`Caller::holder`].
+#[derive(Clone, Copy, Debug)]
+pub struct Holder(Viewer);
+
+impl Holder {
+    pub fn viewer(self) -> Viewer {
+        self.0
     }
 }
 

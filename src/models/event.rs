@@ -21,6 +21,7 @@ use crate::{
     models::{
         caller::{Viewer, Visibility},
         job::WalkedJob,
+        labels::Labels,
         visible_jobs,
     },
     progress::{EventKind, JobState, JobStatus, Progress},
@@ -238,6 +239,7 @@ pub struct JobHead {
     pub configuration_tag: String,
     /// The provider's own id for the job.
     pub provider_job_id: String,
+    pub labels: Labels,
     pub points_total: i64,
 }
 

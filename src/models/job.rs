@@ -1,6 +1,8 @@
 //! Jobs, which a provider runs for a customer.
 
+mod hold;
 mod list;
+mod text;
 mod walk;
 
 use std::fmt;
@@ -12,12 +14,14 @@ use uuid::Uuid;
 
 pub use self::{
     list::{JobFilters, JobPage},
+    text::SearchText,
     walk::{JobScope, JobWalk, WalkPoint, WalkedJob},
 };
 use super::{
     caller::{Provider, Viewer, Visibility},
     customer_code::CustomerKey,
     job_configuration::{ConfigurationKey, JobConfiguration},
+    labels::Labels,
     max_silence::{self, MaxSilence},
     usage,
     user::User,
@@ -29,7 +33,7 @@ use crate::{
     error::{Error, Resource, Result, Violations},
     progress::{JobStatus, Progress, Steps, Weights},
     quota::Quota,
-    schema::{job_configurations, job_states, jobs, step_configurations, users},
+    schema::{job_configurations, job_states, job_texts, jobs, step_configurations, users},
 };
 
 /// The key by which a request names a job.
@@ -82,6 +86,10 @@ pub struct Job {
     pub last_sequence: i64,
     /// How long the provider may be silent; none for ever.
     pub max_silence: Option<MaxSilence>,
+    pub labels: Labels,
+    /// Whether the provider and the customer hold the job, so that retention removes nothing of it.
+    pub held_by_provider: bool,
+    pub held_by_customer: bool,
     /// When the customer asked to stop; none if never.
     pub cancellation_requested_at: Option<DateTime<Utc>>,
     /// When the job was closed; none for an open job.
@@ -118,6 +126,7 @@ pub struct NewJob {
     pub configuration_version: Option<String>,
     /// None: that of the configuration.
     pub max_silence: Option<MaxSilence>,
+    pub labels: Labels,
 }
 
 impl Job {
@@ -145,6 +154,9 @@ impl Job {
                 job_states::steps,
                 job_states::last_sequence,
                 jobs::max_silence,
+                jobs::labels,
+                jobs::held_by_provider,
+                jobs::held_by_customer,
                 job_states::cancellation_requested_at,
                 jobs::closed_at,
                 jobs::created_at,
@@ -269,9 +281,10 @@ impl NewJob {
         customer_id: Uuid,
         (job_configuration_id, points_total, max_silence): (Uuid, i64, Option<MaxSilence>),
     ) -> Result<bool> {
+        let id = Uuid::now_v7();
         let inserted = diesel::insert_into(jobs::table)
             .values((
-                jobs::id.eq(Uuid::now_v7()),
+                jobs::id.eq(id),
                 jobs::provider_id.eq(provider.id()),
                 jobs::customer_id.eq(customer_id),
                 jobs::job_configuration_id.eq(job_configuration_id),
@@ -280,12 +293,26 @@ impl NewJob {
                 jobs::provider_job_name.eq(&self.provider_job_name),
                 jobs::points_total.eq(points_total),
                 jobs::max_silence.eq(max_silence),
+                jobs::labels.eq(&self.labels),
             ))
             .on_conflict((jobs::provider_id, jobs::provider_job_id))
             .do_nothing()
             .execute(tx)
             .await?;
-        Ok(inserted == 1)
+        if inserted == 0 {
+            return Ok(false);
+        }
+        diesel::insert_into(job_texts::table)
+            .values((
+                job_texts::job_id.eq(id),
+                job_texts::provider_id.eq(provider.id()),
+                job_texts::customer_id.eq(customer_id),
+                job_texts::provider_job_id.eq(text::folded(&self.provider_job_id)),
+                job_texts::provider_job_name.eq(text::folded(&self.provider_job_name)),
+            ))
+            .execute(tx)
+            .await?;
+        Ok(true)
     }
 
     /// Returns the stored job of the same key, if its content is the same.
@@ -311,6 +338,9 @@ impl NewJob {
             ("provider_job_name", &self.provider_job_name, &stored.provider_job_name),
         ] {
             differences.add_if_different(field, given, stored);
+        }
+        if self.labels != stored.labels {
+            differences.add("labels", "are stored with other keys or values");
         }
         if self.max_silence.is_some() && self.max_silence != stored.max_silence {
             differences.add("max_silence", max_silence::is_stored_as(stored.max_silence));

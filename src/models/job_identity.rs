@@ -4,7 +4,10 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::job_configuration::{JobConfiguration, MetadataConfiguration, StepConfiguration};
+use super::{
+    job_configuration::{JobConfiguration, MetadataConfiguration, StepConfiguration},
+    labels::Labels,
+};
 use crate::progress::Weights;
 
 /// Bytes that an allocation and its place in a cache take beside the content.
@@ -20,6 +23,7 @@ pub(crate) struct JobIdentity {
     pub(crate) provider_job_id: String,
     pub(crate) configuration_id: Uuid,
     pub(crate) configuration_tag: String,
+    pub(crate) labels: Labels,
     /// The sum of the weights of the configuration's steps.
     pub(crate) points_total: i64,
 }
@@ -27,7 +31,8 @@ pub(crate) struct JobIdentity {
 impl JobIdentity {
     /// About how many bytes of memory this takes.
     pub(crate) fn bytes(&self) -> usize {
-        size_of::<Self>() + OVERHEAD + self.provider_job_id.len() + self.configuration_tag.len()
+        let labels = self.labels.bytes() + self.labels.0.len() * 2 * OVERHEAD;
+        size_of::<Self>() + OVERHEAD + self.provider_job_id.len() + self.configuration_tag.len() + labels
     }
 }
 

@@ -23,6 +23,7 @@ pub mod history;
 pub mod job;
 pub mod job_configuration;
 pub(crate) mod job_identity;
+pub mod labels;
 pub mod log_in_throttle;
 pub mod max_silence;
 mod pg_enum;

@@ -17,6 +17,7 @@ use crate::{
     models::{
         CreationCursor, history, interval,
         job::{JobScope, WalkPoint},
+        labels::has_labels,
     },
     schema::{job_states, jobs, removed_logs, retention},
 };
@@ -107,7 +108,11 @@ impl Removed<'_> {
                 selected = selected.filter(removed_logs::position.gt(end).or(exists(unread)));
             }
         }
-        let JobScope { visibility, configuration_tag, counterpart_id } = self.scope;
+        let JobScope { visibility, configuration_tag, counterpart_id, labels } = self.scope;
+        if !labels.is_empty() {
+            let labelled = jobs::table.filter(jobs::id.eq(removed_logs::job_id));
+            selected = selected.filter(exists(labelled.filter(has_labels(jobs::labels, labels))));
+        }
         if !configuration_tag.is_empty() {
             selected = selected.filter(removed_logs::configuration_tag.eq(configuration_tag));
         }

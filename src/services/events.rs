@@ -125,14 +125,14 @@ impl EventService for EventApi {
         let (scope, kinds, start, heartbeat) = watch_request(request.into_inner())?;
         let scope = match scope {
             UncheckedScope::Job(key) => Scope::Job(self.0.log.jobs.find(viewer, &key).await?),
-            UncheckedScope::All { configuration_tag, counterpart_id } => {
+            UncheckedScope::All { configuration_tag, counterpart_id, labels } => {
                 // A token is bound to its tag, which was looked for when the watch began.
                 if !configuration_tag.is_empty() && !matches!(start, Start::Resume(_)) {
                     read!(self.0.database, viewer.tenant(), |conn| {
                         JobConfiguration::demand_tag(conn, viewer, &configuration_tag)
                     })?;
                 }
-                Scope::All { viewer, configuration_tag, counterpart_id }
+                Scope::All { viewer, configuration_tag, counterpart_id, labels }
             }
         };
         let query = WatchQuery { filter: Filter::new(scope, kinds), start, heartbeat };

@@ -18,12 +18,12 @@ use crate::{
     db::read,
     error::{Error, Resource, Result, Violations, quoted},
     estimate::{Estimate, estimate},
-    limits::JOB_STATUSES,
+    limits::{JOB_STATUSES, SEARCH_TEXT_CHARS},
     models::{
         CreationCursor,
         caller::{KeyScope, Viewer},
         customer_code::{CustomerCode, CustomerKey},
-        job::{Job, JobFilters, JobKey, JobPage, NewJob, Party},
+        job::{Job, JobFilters, JobKey, JobPage, NewJob, Party, SearchText},
         job_identity::Configuration,
         step_times::SinceStep,
     },
@@ -111,6 +111,23 @@ impl JobService for JobApi {
         Ok(Response::new(pb::RequestCancellationResponse { job: Some(job.into()), existed }))
     }
 
+    async fn hold_job(&self, request: Request<pb::HoldJobRequest>) -> Answer<pb::HoldJobResponse> {
+        let credential = credential_of(&request)?;
+        let holder = credential.caller().holder()?;
+        let origin = self.0.origin(&request, &credential);
+        let pb::HoldJobRequest { job, held } = request.into_inner();
+        let key = Violations::check(|v| job_key!(v, job, hold_job_request))?;
+        let viewer = holder.viewer();
+        let job = self.0.log.jobs.find(viewer, &key).await?;
+        let key = JobKey::Id(job.id);
+        let changed = self.0.database.write(credential, move |tx| {
+            async move { Job::hold(tx, holder, &job, held, origin).await }.boxed()
+        });
+        let existed = changed.await?;
+        let job = read!(self.0.database, viewer.tenant(), |conn| Job::find(conn, viewer, &key))?;
+        Ok(Response::new(pb::HoldJobResponse { job: Some(job.into()), existed }))
+    }
+
     async fn estimate_job(
         &self,
         request: Request<pb::EstimateJobRequest>,
@@ -160,6 +177,7 @@ impl TryFrom<pb::CreateJobRequest> for NewJob {
             .map(|version| version.to_string()),
             provider_job_name: parse::text(v, "provider_job_name", request.provider_job_name),
             max_silence: parse::max_silence(v, request.max_silence),
+            labels: parse::labels(v, "labels", request.labels),
         };
         violations.or(new)
     }
@@ -245,34 +263,57 @@ fn list(
     let mut violations = Violations::default();
     let v = &mut violations;
     let page = PageRequest::take(v, viewer.id(), &mut request);
+    let filters = job_filters(v, request.filter.unwrap_or_default());
+    violations.or((filters, page))
+}
+
+/// The field `filter`.
+fn job_filters(violations: &mut Violations, filter: pb::JobFilter) -> JobFilters {
+    let v = violations;
     let filters = JobFilters {
-        statuses: statuses(v, &request.statuses),
-        open: open(v, request.openness),
-        configuration_tag: parse::optional_key_text(v, "configuration_tag", request.configuration_tag),
-        counterpart_id: parse::optional_uuid(v, "counterpart_id", &request.counterpart_id),
-        created_from: parse::timestamp(v, "created_from", request.created_from),
-        created_before: parse::timestamp(v, "created_before", request.created_before),
-        provider_job_id_prefix: parse::text(v, "provider_job_id_prefix", request.provider_job_id_prefix),
+        statuses: statuses(v, &filter.statuses),
+        open: open(v, filter.openness),
+        configuration_tag: parse::optional_key_text(v, "filter.configuration_tag", filter.configuration_tag),
+        counterpart_id: parse::optional_uuid(v, "filter.counterpart_id", &filter.counterpart_id),
+        created_from: parse::timestamp(v, "filter.created_from", filter.created_from),
+        created_before: parse::timestamp(v, "filter.created_before", filter.created_before),
+        provider_job_id_prefix: parse::text(
+            v,
+            "filter.provider_job_id_prefix",
+            filter.provider_job_id_prefix,
+        ),
         provider_job_name_prefix: parse::text(
             v,
-            "provider_job_name_prefix",
-            request.provider_job_name_prefix,
+            "filter.provider_job_name_prefix",
+            filter.provider_job_name_prefix,
         ),
+        labels: parse::labels(v, "filter.labels", filter.labels),
+        text: search_text(v, filter.text),
     };
     if let (Some(from), Some(before)) = (filters.created_from, filters.created_before)
         && before < from
     {
-        violations.add("created_before", "must not be before created_from");
+        v.add("filter.created_before", "must not be before filter.created_from");
     }
-    violations.or((filters, page))
+    filters
+}
+
+fn search_text(violations: &mut Violations, text: String) -> Option<SearchText> {
+    if text.is_empty() {
+        return None;
+    }
+    if text.chars().nth(SEARCH_TEXT_CHARS - 1).is_none() {
+        violations.add("filter.text", format!("must have at least {SEARCH_TEXT_CHARS} characters"));
+    }
+    Some(SearchText::new(&parse::text(violations, "filter.text", text)))
 }
 
 fn statuses(violations: &mut Violations, given: &[i32]) -> Vec<JobStatus> {
     if given.len() > JOB_STATUSES {
-        violations.add("statuses", format!("must be at most {JOB_STATUSES}"));
+        violations.add("filter.statuses", format!("must be at most {JOB_STATUSES}"));
         return Vec::new();
     }
-    parse::distinct(violations, "statuses", given, |given| {
+    parse::distinct(violations, "filter.statuses", given, |given| {
         format!("{given} is not one of PENDING, RUNNING, STALLED, FAILED, COMPLETE and CANCELLED")
     })
 }
@@ -283,7 +324,7 @@ fn open(violations: &mut Violations, given: i32) -> Option<bool> {
         Ok(pb::JobOpenness::Open) => Some(true),
         Ok(pb::JobOpenness::Closed) => Some(false),
         Err(_) => {
-            violations.add("openness", format!("{given} is neither OPEN nor CLOSED"));
+            violations.add("filter.openness", format!("{given} is neither OPEN nor CLOSED"));
             None
         }
     }
@@ -309,6 +350,9 @@ impl From<Job> for pb::Job {
             configuration_name: job.configuration_name,
             max_silence: job.max_silence.map(duration),
             cancellation_requested_at: job.cancellation_requested_at.map(timestamp),
+            labels: job.labels.0,
+            held_by_provider: job.held_by_provider,
+            held_by_customer: job.held_by_customer,
         }
     }
 }
@@ -340,6 +384,7 @@ mod tests {
             configuration_version: "1".to_owned(),
             provider_job_name: "x".repeat(100_000),
             max_silence: Some(prost_types::Duration { seconds: 9, nanos: 999_999_999 }),
+            labels: [(String::new(), String::new())].into(),
         };
         assert_eq!(
             fields(NewJob::try_from(request)),
@@ -349,7 +394,8 @@ mod tests {
                 "configuration_tag",
                 "configuration_version",
                 "provider_job_name",
-                "max_silence"
+                "max_silence",
+                "labels"
             ]
         );
     }
@@ -364,7 +410,7 @@ mod tests {
     fn unknown_statuses_are_refused_and_repeated_ones_are_kept_once() {
         let parsed = |given: &[i32]| Violations::check(|violations| statuses(violations, given));
         assert_eq!(parsed(&[2, 1, 2]).expect("valid"), [JobStatus::Running, JobStatus::Pending]);
-        assert_eq!(fields(parsed(&[1, 0, 7])), ["statuses[1]", "statuses[2]"]);
-        assert_eq!(fields(parsed(&[1; 7])), ["statuses"]);
+        assert_eq!(fields(parsed(&[1, 0, 7])), ["filter.statuses[1]", "filter.statuses[2]"]);
+        assert_eq!(fields(parsed(&[1; 7])), ["filter.statuses"]);
     }
 }

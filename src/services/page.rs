@@ -214,7 +214,8 @@ mod tests {
     fn the_binding_tells_callers_methods_and_queries_apart() {
         let (caller, other) = (Uuid::from_u128(1), Uuid::from_u128(2));
         let jobs = pb::ListJobsRequest::default();
-        let of_tag = pb::ListJobsRequest { configuration_tag: "ct".to_owned(), ..Default::default() };
+        let filter = pb::JobFilter { configuration_tag: "ct".to_owned(), ..Default::default() };
+        let of_tag = pb::ListJobsRequest { filter: Some(filter), ..Default::default() };
         let bindings = [
             binding(caller, &jobs),
             binding(other, &jobs),

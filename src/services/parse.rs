@@ -2,7 +2,7 @@
 //! that one answer lists all violations. They are called in field order, and
 //! [`Violations::or`] ends the parsing.
 
-use std::{fmt, time::Duration};
+use std::{collections::BTreeMap, fmt, time::Duration};
 
 use chrono::{DateTime, Utc};
 use prost_types::Timestamp;
@@ -10,8 +10,8 @@ use uuid::Uuid;
 
 use crate::{
     error::{Violations, check_text, quoted},
-    limits::{PAGE_DEFAULT, PAGE_MAX},
-    models::max_silence::MaxSilence,
+    limits::{JOB_LABELS, LABEL_KEY_CHARS, PAGE_DEFAULT, PAGE_MAX},
+    models::{labels::Labels, max_silence::MaxSilence},
     proto_enums::ProtoEnum,
 };
 
@@ -122,6 +122,26 @@ pub(super) fn duration(
             default
         }
     }
+}
+
+/// At most [`JOB_LABELS`] labels: keys by the rule of [`key_text`], of at most
+/// [`LABEL_KEY_CHARS`] characters, and texts. Each violation is of the field, or of the
+/// value of a key.
+pub(super) fn labels(violations: &mut Violations, field: &str, given: BTreeMap<String, String>) -> Labels {
+    if given.len() > JOB_LABELS {
+        violations.add(field, format!("must be at most {JOB_LABELS}"));
+        return Labels::default();
+    }
+    let labels = given.into_iter().map(|(key, value)| {
+        if key.chars().nth(LABEL_KEY_CHARS).is_some() {
+            violations.add(field, format!("{} must have at most {LABEL_KEY_CHARS} characters", quoted(&key)));
+            return (key, value);
+        }
+        let key = key_text(violations, field, key);
+        let value = text(violations, format_args!("{field}.{key}"), value);
+        (key, value)
+    });
+    Labels(labels.collect())
 }
 
 /// The field `max_silence`; none if absent or after a violation.

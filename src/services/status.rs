@@ -226,6 +226,8 @@ fn answer(error: &Error) -> Answer<'_> {
                 None => answer,
             }
         }
+        Error::EventsRemoved(job_id) => Answer::new(Code::FailedPrecondition, Reason::EventsRemoved)
+            .precondition(job_id, "retention has removed the events of the job"),
         Error::Overloaded { what, retry_after } => Answer::new(Code::ResourceExhausted, Reason::Overloaded)
             .quota(what, format!("too many {what} at once"))
             .retry(*retry_after),
@@ -361,6 +363,7 @@ pub(crate) mod tests {
             (Error::PositionBeyondLog, Code::OutOfRange, "POSITION_BEYOND_LOG"),
             (Error::LogSetBack, Code::OutOfRange, "LOG_SET_BACK"),
             (Error::EventsExpired { first_sequence: Some(3) }, Code::OutOfRange, "EVENTS_EXPIRED"),
+            (Error::EventsRemoved(Uuid::nil()), Code::FailedPrecondition, "EVENTS_REMOVED"),
             (Error::Overloaded { what: "log-ins", retry_after }, Code::ResourceExhausted, "OVERLOADED"),
             (Error::RateExceeded { what: "calls", retry_after }, Code::ResourceExhausted, "OVERLOADED"),
             (used_up(Some(retry_after)), Code::ResourceExhausted, "QUOTA_EXCEEDED"),

@@ -2,6 +2,7 @@
 //! the recorded history, and the signal to finish.
 
 use std::{
+    collections::BTreeMap,
     fmt::Display,
     net::SocketAddr,
     sync::{
@@ -285,6 +286,7 @@ impl Context {
             provider_job_name: "A job".to_owned(),
             // Some jobs are left alone for so long.
             max_silence: random.bool().then_some(prost_types::Duration { seconds: 10, nanos: 0 }),
+            labels: BTreeMap::new(),
         };
         loop {
             let client = &mut clients[random.usize(..2)];

@@ -1,7 +1,7 @@
 //! Revokers: each makes a session, an API key or a watch token, uses it on both servers by
 //! calls and open watches, ends it, and goes on trying to use it.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use milepost_client::pb::{
     self, WatchEndReason,
@@ -101,6 +101,7 @@ async fn create_job(context: &Context) -> String {
         configuration_version: String::new(),
         provider_job_name: "A job to watch".to_owned(),
         max_silence: None,
+        labels: BTreeMap::new(),
     };
     loop {
         let created = context.client(0, &context.revoker).jobs.create_job(request.clone()).await;

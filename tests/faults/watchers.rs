@@ -1,7 +1,7 @@
 //! Watchers: some stay, some read slowly, and some close their stream and resume with
 //! a token, at the same replica or the other.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use milepost_client::pb::{
     self, EventKind,
@@ -157,6 +157,7 @@ impl Watcher {
         RequestScope::AllJobs(pb::AllJobs {
             configuration_tag: configuration.map(configuration_tag).unwrap_or_default(),
             counterpart_id: counterpart.map(|number| counterparts[number].id.clone()).unwrap_or_default(),
+            labels: BTreeMap::new(),
         })
     }
 

@@ -45,6 +45,10 @@ pub(super) struct Tail {
     )]
     counterpart_id: String,
 
+    /// Only jobs with this label; may be given several times
+    #[arg(long, value_name = "KEY=VALUE", value_parser = values::label, conflicts_with = "job")]
+    label: Vec<(String, String)>,
+
     /// Only events of these kinds, separated by commas
     #[arg(long, value_name = "KINDS", value_delimiter = ',', value_parser = values::enum_value("EventKind"))]
     kind: Vec<i32>,
@@ -75,6 +79,7 @@ impl Tail {
             None => Scope::AllJobs(AllJobs {
                 configuration_tag: self.configuration_tag,
                 counterpart_id: self.counterpart_id,
+                labels: self.label.into_iter().collect(),
             }),
         };
         let start = if self.from_now {

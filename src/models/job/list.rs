@@ -1,7 +1,8 @@
 //! Pages of jobs, newest first, by filters that combine.
 //!
-//! Each filter alone selects a range of an index. The index has the jobs in the order
-//! of their creation or, for a prefix, in the order of the text. A combination of
+//! Each filter alone selects a range of an index, and each label. The index has the jobs in the
+//! order of their creation or, for a prefix, in the order of the text. A text that jobs contain is
+//! looked for among the newest jobs first, and then by the index of trigrams. A combination of
 //! filters reads one such range and leaves out the jobs that do not match the other
 //! filters. One page reads at most [`CANDIDATES`] jobs of the range, so it may be
 //! short.
@@ -9,21 +10,22 @@
 use std::cmp::Reverse;
 
 use chrono::{DateTime, Utc};
-use diesel::{pg::Pg, prelude::*, sql_types};
+use diesel::{dsl::exists, pg::Pg, prelude::*, sql_types};
 use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use uuid::Uuid;
 
-use super::Job;
+use super::{Job, text::SearchText};
 use crate::{
     error::Result,
     models::{
         CreationCursor,
         caller::{Viewer, Visibility},
         job_configuration::JobConfiguration,
+        labels::{Labels, has_labels},
         visible_jobs,
     },
     progress::JobStatus,
-    schema::jobs,
+    schema::{job_labels, job_texts, jobs},
 };
 
 /// Most jobs of one range of an index that are read for a page.
@@ -47,6 +49,10 @@ pub struct JobFilters {
     pub provider_job_id_prefix: String,
     /// The job's `provider_job_name` starts with this text.
     pub provider_job_name_prefix: String,
+    /// The job has all of these labels.
+    pub labels: Labels,
+    /// The job's `provider_job_id` or `provider_job_name` contains this text.
+    pub text: Option<SearchText>,
 }
 
 #[derive(Clone, Debug)]
@@ -75,9 +81,21 @@ impl Job {
     ) -> Result<JobPage> {
         let conditions = filters.conditions();
         let query = ListQuery { visibility: viewer.visibility(), filters, after, limit };
-        let Found { mut keys, rest } = match query.by_prefix(conn, &conditions).await? {
+        let found = match query.by_prefix(conn, &conditions).await? {
+            Some(found) => Some(found),
+            None => query.by_label(conn, &conditions).await?,
+        };
+        let Found { mut keys, rest } = match found {
             Some(found) => found,
-            None => query.by_creation(conn, &conditions).await?,
+            None => {
+                let newest = query.by_creation(conn, &conditions).await?;
+                // A page of a common text is full without the index, which would find too much.
+                let is_full = i64::try_from(newest.keys.len()).is_ok_and(|count| count > limit);
+                match newest.rest.filter(|_| !is_full) {
+                    Some(_) => query.by_text(conn, &conditions).await?.unwrap_or(newest),
+                    None => newest,
+                }
+            }
         };
         if let (true, Some(tag)) = (keys.is_empty(), &filters.configuration_tag) {
             JobConfiguration::demand_tag(conn, viewer, tag).await?;
@@ -107,12 +125,14 @@ enum Condition<'a> {
     ConfigurationTag(&'a str),
     ProviderJobIdPrefix(&'a str),
     ProviderJobNamePrefix(&'a str),
+    Labels(&'a Labels),
+    Text(&'a SearchText),
 }
 
 impl JobFilters {
     /// Lists the filters that are given, without those by time of creation. The filter
-    /// that probably matches the fewest jobs comes first, except that prefixes come
-    /// last.
+    /// that probably matches the fewest jobs comes first, except that prefixes, labels
+    /// and the text come last.
     fn conditions(&self) -> Vec<Condition<'_>> {
         let statuses = Some(&self.statuses[..]).filter(|statuses| !statuses.is_empty());
         let id_prefix = Some(&self.provider_job_id_prefix[..]).filter(|prefix| !prefix.is_empty());
@@ -125,6 +145,8 @@ impl JobFilters {
             self.open.filter(|open| !open).map(Condition::Open),
             id_prefix.map(Condition::ProviderJobIdPrefix),
             name_prefix.map(Condition::ProviderJobNamePrefix),
+            Some(&self.labels).filter(|labels| !labels.is_empty()).map(Condition::Labels),
+            self.text.as_ref().map(Condition::Text),
         ]
         .into_iter()
         .flatten()
@@ -140,6 +162,9 @@ impl JobFilters {
 
 /// A query that selects the cursors of jobs.
 type Keys<'a> = jobs::BoxedQuery<'a, Pg, (sql_types::Timestamptz, sql_types::Uuid)>;
+
+/// A query that selects the cursors of jobs by a label.
+type Labelled<'a> = job_labels::BoxedQuery<'a, Pg, (sql_types::Timestamptz, sql_types::Uuid)>;
 
 /// Cursors of matching jobs, newest first. There is one more than the limit if so many
 /// jobs match.
@@ -206,6 +231,13 @@ impl<'a> ListQuery<'a> {
                     None => query,
                 }
             }
+            (Condition::Labels(labels), _) => query.filter(has_labels(jobs::labels, labels)),
+            (Condition::Text(text), _) => {
+                let texts = job_texts::table.filter(job_texts::job_id.eq(jobs::id));
+                let by_id = job_texts::provider_job_id.like(text.pattern());
+                let by_name = job_texts::provider_job_name.like(text.pattern());
+                query.filter(exists(texts.filter(by_id.or(by_name))))
+            }
         }
     }
 
@@ -224,18 +256,95 @@ impl<'a> ListQuery<'a> {
                 Condition::Counterpart(_)
                 | Condition::Open(_)
                 | Condition::Statuses(_)
-                | Condition::ConfigurationTag(_) => continue,
+                | Condition::ConfigurationTag(_)
+                | Condition::Labels(_)
+                | Condition::Text(_) => continue,
             };
             let candidates: Vec<CreationCursor> = query.load(conn).await?;
             if i64::try_from(candidates.len()).is_ok_and(|count| count <= CANDIDATES) {
-                let ids = candidates.into_iter().map(|candidate| candidate.id);
-                let query =
-                    conditions.iter().fold(self.remaining(), |query, other| self.narrow(query, *other));
-                let keys = query.filter(jobs::id.eq_any(ids)).load(conn).await?;
+                let keys =
+                    self.among(conn, conditions, candidates.iter().map(|candidate| candidate.id)).await?;
                 return Ok(Some(self.newest(keys, None)));
             }
         }
         Ok(None)
+    }
+
+    /// Reads all jobs that match the text. Returns none without a text, if more than
+    /// [`CANDIDATES`] jobs match, or if the index does not have the text.
+    async fn by_text(
+        self,
+        conn: &mut AsyncPgConnection,
+        conditions: &[Condition<'a>],
+    ) -> Result<Option<Found>> {
+        let Some(text) = &self.filters.text else { return Ok(None) };
+        let found = text.find(conn, self.visibility, CANDIDATES + 1).await?;
+        let is_all = |found: &Vec<Uuid>| i64::try_from(found.len()).is_ok_and(|count| count <= CANDIDATES);
+        let Some(ids) = found.filter(is_all) else { return Ok(None) };
+        let keys = self.among(conn, conditions, ids).await?;
+        Ok(Some(self.newest(keys, None)))
+    }
+
+    /// The jobs among these candidates that match all conditions.
+    async fn among(
+        self,
+        conn: &mut AsyncPgConnection,
+        conditions: &[Condition<'a>],
+        candidates: impl IntoIterator<Item = Uuid>,
+    ) -> Result<Vec<CreationCursor>> {
+        let query =
+            conditions.iter().fold(self.remaining(), |query, condition| self.narrow(query, *condition));
+        Ok(query.filter(jobs::id.eq_any(candidates)).load(conn).await?)
+    }
+
+    /// Reads the jobs of one label, newest first: of the first one that not more than
+    /// [`CANDIDATES`] jobs have, or of the first one. Returns none without labels.
+    async fn by_label(
+        self,
+        conn: &mut AsyncPgConnection,
+        conditions: &[Condition<'a>],
+    ) -> Result<Option<Found>> {
+        let alone = conditions.len() == 1 && self.filters.labels.0.len() == 1;
+        let most = if alone { self.limit + 1 } else { CANDIDATES };
+        let mut first = None;
+        for (key, value) in &self.filters.labels.0 {
+            let candidates = self.labelled(key, value).limit(most).load::<CreationCursor>(conn).await?;
+            if alone {
+                return Ok(Some(Found { keys: candidates, rest: None }));
+            }
+            let is_all = i64::try_from(candidates.len()).is_ok_and(|count| count < most);
+            if is_all {
+                let keys =
+                    self.among(conn, conditions, candidates.iter().map(|candidate| candidate.id)).await?;
+                return Ok(Some(self.newest(keys, None)));
+            }
+            first.get_or_insert(candidates);
+        }
+        let Some(candidates) = first else { return Ok(None) };
+        let keys = self.among(conn, conditions, candidates.iter().map(|candidate| candidate.id)).await?;
+        Ok(Some(self.newest(keys, candidates.last().copied())))
+    }
+
+    /// The visible jobs with this label, newest first, after those of the previous pages.
+    fn labelled(self, key: &'a str, value: &'a str) -> Labelled<'a> {
+        use job_labels::{customer_id, job_created_at, job_id, provider_id};
+        let query = job_labels::table.select((job_created_at, job_id)).into_boxed();
+        let mut query = match self.visibility {
+            Visibility::Provider(id) => query.filter(provider_id.eq(id)),
+            Visibility::Customer(id) => query.filter(customer_id.eq(id)),
+            Visibility::Job(id) => query.filter(job_id.eq(id)),
+        };
+        query = query.filter(job_labels::key.eq(key)).filter(job_labels::value.eq(value));
+        if let Some(from) = self.filters.created_from {
+            query = query.filter(job_created_at.ge(from));
+        }
+        if let Some(before) = self.filters.created_before {
+            query = query.filter(job_created_at.lt(before));
+        }
+        if let Some(CreationCursor { created_at: at, id }) = self.after {
+            query = query.filter(job_created_at.le(at).and(job_created_at.lt(at).or(job_id.lt(id))));
+        }
+        query.order((job_created_at.desc(), job_id.desc()))
     }
 
     /// Reads jobs in the order of their creation: those that match the first condition,
@@ -249,9 +358,14 @@ impl<'a> ListQuery<'a> {
                 first @ (Condition::Counterpart(_) | Condition::Open(_) | Condition::ConfigurationTag(_)),
                 others,
             )) => (vec![Some(*first)], others),
-            Some((Condition::ProviderJobIdPrefix(_) | Condition::ProviderJobNamePrefix(_), _)) | None => {
-                (vec![None], conditions)
-            }
+            Some((
+                Condition::ProviderJobIdPrefix(_)
+                | Condition::ProviderJobNamePrefix(_)
+                | Condition::Labels(_)
+                | Condition::Text(_),
+                _,
+            ))
+            | None => (vec![None], conditions),
         };
         let newest_first = (jobs::created_at.desc(), jobs::id.desc());
         let mut keys = Vec::new();

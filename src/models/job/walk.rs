@@ -6,14 +6,14 @@ use diesel::{
     pg::Pg,
     prelude::*,
     query_builder::{AstPass, Query, QueryFragment, QueryId},
-    sql_types::{BigInt, Text, Timestamptz, Uuid as SqlUuid},
+    sql_types::{Array, BigInt, Nullable, Text, Timestamptz, Uuid as SqlUuid},
 };
 use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use uuid::Uuid;
 
 use crate::{
     error::Result,
-    models::{CreationCursor, caller::Visibility, visible_jobs},
+    models::{CreationCursor, caller::Visibility, labels::Labels, visible_jobs},
     schema::jobs,
 };
 
@@ -25,6 +25,8 @@ pub struct JobScope<'a> {
     pub configuration_tag: &'a str,
     /// Only jobs whose other party is this user.
     pub counterpart_id: Option<Uuid>,
+    /// Only jobs with all of these labels.
+    pub labels: &'a Labels,
 }
 
 /// How far the jobs of a scope were walked.
@@ -63,7 +65,8 @@ pub struct JobWalk<'a> {
 
 impl<'a> JobScope<'a> {
     /// Whether the scope has more jobs than this. It looks at no more of them. With both a
-    /// counterpart and a tag, jobs of other tags count too, since a walk looks at them.
+    /// counterpart and a tag, jobs of other tags count too, and always those of other labels,
+    /// since a walk looks at them.
     pub async fn has_more_than(self, connection: &mut AsyncPgConnection, jobs: i64) -> Result<bool> {
         let mut query = jobs::table.select(jobs::id).order((jobs::created_at, jobs::id)).into_boxed();
         query = visible_jobs!(query, self.visibility);
@@ -118,7 +121,9 @@ impl QueryFragment<Pg> for WalkQuery<'_> {
         }
         out.push_sql(" FROM (SELECT created_at, id, NOT events_removed AND ");
         out.push_bind_param::<Text, _>(&scope.configuration_tag)?;
-        out.push_sql(" IN ('', configuration_tag) AS wanted FROM jobs WHERE ");
+        out.push_sql(" IN ('', configuration_tag) AND has_labels(labels, ");
+        out.push_bind_param::<Array<Nullable<Text>>, _>(scope.labels)?;
+        out.push_sql(") AS wanted FROM jobs WHERE ");
         let (own, other) = match &scope.visibility {
             Visibility::Provider(id) => (("provider_id = ", id), "customer_id = "),
             Visibility::Customer(id) => (("customer_id = ", id), "provider_id = "),

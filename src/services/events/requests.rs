@@ -8,7 +8,7 @@ use crate::{
     error::{Result, Violations},
     event_log::{ResumeToken, Start},
     limits,
-    models::job::JobKey,
+    models::{job::JobKey, labels::Labels},
     pb,
     progress::EventKind,
     services::{
@@ -56,7 +56,7 @@ impl ListQuery {
 /// The scope of a watch, whose job is not read yet.
 pub(super) enum UncheckedScope {
     Job(JobKey),
-    All { configuration_tag: String, counterpart_id: Option<Uuid> },
+    All { configuration_tag: String, counterpart_id: Option<Uuid>, labels: Labels },
 }
 
 pub(super) fn watch_request(
@@ -76,6 +76,7 @@ pub(super) fn watch_request(
             )
             .unwrap_or_default(),
             counterpart_id: parse::optional_uuid(v, "all_jobs.counterpart_id", &all.counterpart_id),
+            labels: parse::labels(v, "all_jobs.labels", all.labels),
         },
         None => UncheckedScope::Job(no_job(v, "scope")),
     };

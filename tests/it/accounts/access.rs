@@ -33,7 +33,7 @@ const CALLERS: [&str; 13] = [
 
 /// The code that each method answers to each of [`CALLERS`], in their order: O is
 /// OK, U UNAUTHENTICATED, P PERMISSION_DENIED, N NOT_FOUND.
-const EXPECTED: [(&str, &str); 27] = [
+const EXPECTED: [(&str, &str); 28] = [
     ("AuthService/SignUp", "OOOOOO O OO OO OO"),
     ("AuthService/LogIn", "OOOOOO O OO OO OO"),
     // These methods concern the caller alone, so that NOT_FOUND cannot occur.
@@ -58,6 +58,7 @@ const EXPECTED: [(&str, &str); 27] = [
     ("JobService/ListJobs", "UUUUUU P PP OO OO"),
     ("JobService/CloseJob", "UUUUUU P PP PP ON"),
     ("JobService/RequestCancellation", "UUUUUU P PP ON PP"),
+    ("JobService/HoldJob", "UUUUUU P PP ON ON"),
     ("JobService/EstimateJob", "UUUUUU P ON ON ON"),
     ("EventService/AppendEvents", "UUUUUU P PP PP ON"),
     ("EventService/ListEvents", "UUUUUU P ON ON ON"),
@@ -228,6 +229,10 @@ impl World {
             }
             "RequestCancellation" => {
                 pb::RequestCancellationRequest { job_id, ..Default::default() }.encode_to_vec()
+            }
+            "HoldJob" => {
+                let job = Some(pb::hold_job_request::Job::JobId(job_id));
+                pb::HoldJobRequest { job, held: true }.encode_to_vec()
             }
             "EstimateJob" => {
                 let job = Some(pb::estimate_job_request::Job::JobId(job_id));

@@ -193,9 +193,16 @@ async fn each_act_writes_one_audit_entry_and_one_log_line_without_secrets() {
     let cancellation = pb::RequestCancellationRequest { job_id: asked.id.clone(), reason: "why".to_owned() };
     let (_, request) = answered(jobs.request_cancellation(cancellation.clone()).await);
     let subject = json!({"user_id": customer.id, "job_id": asked.id});
-    expected.push(entry("cancellation_requested", request, actor, subject));
+    expected.push(entry("cancellation_requested", request, actor.clone(), subject));
     // The second request changes nothing.
     assert!(jobs.request_cancellation(cancellation).await.unwrap().into_inner().existed);
+    for (act, held) in [("job_held", true), ("job_released", false)] {
+        let held = pb::HoldJobRequest { job: Some(pb::hold_job_request::Job::JobId(asked.id.clone())), held };
+        let (_, request) = answered(jobs.hold_job(held.clone()).await);
+        let subject = json!({"user_id": customer.id, "job_id": asked.id});
+        expected.push(entry(act, request, actor.clone(), subject));
+        assert!(jobs.hold_job(held).await.unwrap().into_inner().existed);
+    }
     secrets.push(created.secret);
 
     let (_, request) = answered(session.auth.log_out(pb::LogOutRequest {}).await);

@@ -96,7 +96,7 @@ const OF_VIEWERS: [(&str, Named); 3] = [
         pb::WatchEventsRequest { scope, ..Default::default() }.encode_to_vec()
     }),
 ];
-const OF_PROVIDERS: [(&str, Named); 5] = [
+const OF_PROVIDERS: [(&str, Named); 6] = [
     ("EventService/AppendEvents", |id| {
         let job = Some(pb::append_events_request::Job::JobId(id));
         let events = vec![crate::support::info("an event")];
@@ -111,6 +111,10 @@ const OF_PROVIDERS: [(&str, Named); 5] = [
     ("JobService/CloseJob", |id| {
         let job = Some(pb::close_job_request::Job::JobId(id));
         pb::CloseJobRequest { job, ..Default::default() }.encode_to_vec()
+    }),
+    ("JobService/HoldJob", |id| {
+        let job = Some(pb::hold_job_request::Job::JobId(id));
+        pb::HoldJobRequest { job, held: true }.encode_to_vec()
     }),
     ("AuthService/CreateWatchToken", |id| {
         let job = Some(pb::create_watch_token_request::Job::JobId(id));
@@ -243,7 +247,8 @@ async fn a_filter_by_a_configuration_tag_of_somebody_else_is_looked_for_as_an_un
             pb::ListJobConfigurationsRequest { tag, ..Default::default() }.encode_to_vec()
         }),
         ("JobService/ListJobs", |configuration_tag| {
-            pb::ListJobsRequest { configuration_tag, ..Default::default() }.encode_to_vec()
+            let filter = Some(pb::JobFilter { configuration_tag, ..Default::default() });
+            pb::ListJobsRequest { filter, ..Default::default() }.encode_to_vec()
         }),
         ("EventService/WatchEvents", |configuration_tag| {
             let all = pb::AllJobs { configuration_tag, ..Default::default() };
@@ -262,7 +267,10 @@ async fn a_filter_by_a_configuration_tag_of_somebody_else_is_looked_for_as_an_un
 async fn a_list_by_an_unknown_counterpart_is_read_as_one_by_a_stranger() {
     let world = World::new().await;
     let provider = world.server.provider().await;
-    let by = |counterpart_id| pb::ListJobsRequest { counterpart_id, ..Default::default() }.encode_to_vec();
+    let by = |counterpart_id| {
+        let filter = Some(pb::JobFilter { counterpart_id, ..Default::default() });
+        pb::ListJobsRequest { filter, ..Default::default() }.encode_to_vec()
+    };
     remember(&world.server, &provider.key_secret).await;
     let stranger = world.job.customer.clone().unwrap().id;
     let messages = vec![("an unknown user", by(unknown())), ("a stranger", by(stranger))];

@@ -39,10 +39,15 @@ async fn fixture() -> Fixture {
     database
         .execute(&format!(
             "INSERT INTO jobs (id, provider_id, customer_id, job_configuration_id, configuration_tag,
-                               provider_job_id, provider_job_name, points_total, created_at)
+                               provider_job_id, provider_job_name, points_total, labels, created_at)
              SELECT gen_random_uuid(), provider_id, customer_id, job_configuration_id, configuration_tag,
-                    'scan-' || lpad(n::text, 6, '0'), 'patient-' || n, points_total, now() - n * interval '1 s'
+                    'scan-' || lpad(n::text, 6, '0'), 'patient-' || n, points_total,
+                    ARRAY['number', n::text, 'parity', CASE n % 2 WHEN 0 THEN 'even' ELSE 'odd' END,
+                          'third', (n % 3)::text],
+                    now() - n * interval '1 s'
              FROM jobs, generate_series(1, {JOBS}) AS n;
+             INSERT INTO job_texts SELECT id, provider_id, customer_id, provider_job_id, provider_job_name FROM jobs
+             WHERE provider_job_id LIKE 'scan-%';
              UPDATE job_states AS state SET last_sequence = 1, last_event_id = gen_random_uuid(),
                  status = (CASE WHEN is_open THEN 'running' ELSE 'complete' END)::job_status,
                  closed = NOT is_open, percent = CASE WHEN is_open THEN 0 ELSE 100 END
@@ -79,8 +84,17 @@ fn nodes(node: &Value) -> Vec<&Value> {
 }
 
 /// Tables that grow without bound.
-const READ: [&str; 8] =
-    ["jobs", "job_states", "events", "sessions", "api_keys", "watch_tokens", "usage_changes", "user_usage"];
+const READ: [&str; 9] = [
+    "jobs",
+    "job_states",
+    "job_labels",
+    "events",
+    "sessions",
+    "api_keys",
+    "watch_tokens",
+    "usage_changes",
+    "user_usage",
+];
 
 /// What the scans of a plan read of these tables: the table, the node type and
 /// the number of rows, including those that a filter removed.
@@ -115,7 +129,11 @@ async fn assert_read_by_ranges(database: &TestDatabase, label: &str, before: usi
 #[tokio::test(flavor = "multi_thread")]
 async fn list_jobs_reads_ranges_of_indexes() {
     let Fixture { database, _server, mut provider, mut customer, .. } = fixture().await;
-    let base = || pb::ListJobsRequest { page_size: 20, ..Default::default() };
+    let base = pb::JobFilter::default;
+    let page = |filter| pb::ListJobsRequest { filter: Some(filter), page_size: 20, ..Default::default() };
+    let labels = |given: &[(&str, &str)]| {
+        given.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+    };
     let text = str::to_owned;
     let running = i32::from(pb::JobStatus::Running);
     let complete = i32::from(pb::JobStatus::Complete);
@@ -126,56 +144,91 @@ async fn list_jobs_reads_ranges_of_indexes() {
     };
     let singles = [
         ("no filter", base()),
-        ("running", pb::ListJobsRequest { statuses: vec![running], ..base() }),
-        ("complete", pb::ListJobsRequest { statuses: vec![complete], ..base() }),
-        ("running or complete", pb::ListJobsRequest { statuses: vec![running, complete], ..base() }),
-        ("open", pb::ListJobsRequest { openness: open, ..base() }),
-        ("closed", pb::ListJobsRequest { openness: closed, ..base() }),
-        ("tag", pb::ListJobsRequest { configuration_tag: text("analysis"), ..base() }),
-        ("from", pb::ListJobsRequest { created_from: hours_ago(6), ..base() }),
-        ("before", pb::ListJobsRequest { created_before: hours_ago(6), ..base() }),
-        ("id", pb::ListJobsRequest { provider_job_id_prefix: text("scan-00001"), ..base() }),
-        ("name", pb::ListJobsRequest { provider_job_name_prefix: text("patient-2999"), ..base() }),
+        ("running", pb::JobFilter { statuses: vec![running], ..base() }),
+        ("complete", pb::JobFilter { statuses: vec![complete], ..base() }),
+        ("running or complete", pb::JobFilter { statuses: vec![running, complete], ..base() }),
+        ("open", pb::JobFilter { openness: open, ..base() }),
+        ("closed", pb::JobFilter { openness: closed, ..base() }),
+        ("tag", pb::JobFilter { configuration_tag: text("analysis"), ..base() }),
+        ("from", pb::JobFilter { created_from: hours_ago(6), ..base() }),
+        ("before", pb::JobFilter { created_before: hours_ago(6), ..base() }),
+        ("id", pb::JobFilter { provider_job_id_prefix: text("scan-00001"), ..base() }),
+        ("name", pb::JobFilter { provider_job_name_prefix: text("patient-2999"), ..base() }),
+        ("common label", pb::JobFilter { labels: labels(&[("parity", "even")]), ..base() }),
+        ("rare label", pb::JobFilter { labels: labels(&[("number", "29999")]), ..base() }),
     ];
     let counterparts = [provider.id.clone(), customer.id.clone()];
     for (user, other) in [(&mut provider, &counterparts[1]), (&mut customer, &counterparts[0])] {
-        let with = ("counterpart", pb::ListJobsRequest { counterpart_id: other.clone(), ..base() });
-        for (label, request) in singles.iter().cloned().chain([with]) {
+        let with = ("counterpart", pb::JobFilter { counterpart_id: other.clone(), ..base() });
+        for (label, filter) in singles.iter().cloned().chain([with]) {
             let before = database.plans().await.len();
-            user.jobs.list_jobs(request).await.unwrap();
+            user.jobs.list_jobs(page(filter)).await.unwrap();
             // For a filter that most jobs pass, Postgres may read the range of all jobs.
             assert_read_by_ranges(&database, label, before, 3.0 * PAGE).await;
         }
         let combined = [
             (
                 "running scans",
-                pb::ListJobsRequest {
-                    statuses: vec![running],
-                    provider_job_id_prefix: text("scan-0"),
-                    ..base()
-                },
+                pb::JobFilter { statuses: vec![running], provider_job_id_prefix: text("scan-0"), ..base() },
             ),
-            (
-                "closed and running",
-                pb::ListJobsRequest { statuses: vec![running], openness: closed, ..base() },
-            ),
+            ("closed and running", pb::JobFilter { statuses: vec![running], openness: closed, ..base() }),
             (
                 "closed, by counterpart and name",
-                pb::ListJobsRequest {
+                pb::JobFilter {
                     openness: closed,
                     counterpart_id: other.clone(),
                     provider_job_name_prefix: text("patient-"),
                     ..base()
                 },
             ),
+            (
+                "common labels",
+                pb::JobFilter { labels: labels(&[("parity", "even"), ("third", "0")]), ..base() },
+            ),
+            ("labels", pb::JobFilter { labels: labels(&[("parity", "odd"), ("number", "29999")]), ..base() }),
+            ("common text", pb::JobFilter { text: text("patient"), ..base() }),
+            ("rare text", pb::JobFilter { text: text("ient-2999"), ..base() }),
+            (
+                "closed, by label",
+                pb::JobFilter { openness: closed, labels: labels(&[("parity", "even")]), ..base() },
+            ),
         ];
-        for (label, request) in combined {
+        for (label, filter) in combined {
             let before = database.plans().await.len();
-            user.jobs.list_jobs(request).await.unwrap();
+            user.jobs.list_jobs(page(filter)).await.unwrap();
             // The range may contain as many jobs of the other provider.
             assert_read_by_ranges(&database, label, before, 3.0 * FILTERED_ROWS).await;
         }
     }
+}
+
+/// The newest jobs do not match; where the index of trigrams does not help, pages are short.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_search_finds_old_jobs_among_many() {
+    let Fixture { _server, mut provider, mut customer, .. } = fixture().await;
+    let search = async |user: &mut User, text: &str| {
+        let filter = Some(pb::JobFilter { text: text.to_owned(), ..Default::default() });
+        let mut request = pb::ListJobsRequest { filter, ..Default::default() };
+        let (mut pages, mut found) = (0, Vec::new());
+        loop {
+            let page = user.jobs.list_jobs(request.clone()).await.unwrap().into_inner();
+            pages += 1;
+            found.extend(page.jobs.into_iter().map(|job| job.provider_job_name));
+            request.page_token = page.next_page_token;
+            if request.page_token.is_empty() {
+                return (found, pages);
+            }
+        }
+    };
+    let old = ["patient-2999", "patient-29990", "patient-29991", "patient-29992"];
+    let (found, pages) = search(&mut provider, "TIENT-2999").await;
+    assert_eq!((&found[..4], found.len(), pages), (&old.map(str::to_owned)[..], 11, 1));
+    // Of two providers, so that more of them are newer.
+    let (found, pages) = search(&mut customer, "TIENT-2999").await;
+    assert_eq!((found.len(), pages), (22, 1));
+    // Three characters in a row, of which none is a letter or a digit.
+    let (found, pages) = search(&mut provider, "---").await;
+    assert_eq!((found.len(), pages), (0, 4));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -6,7 +6,7 @@ use milepost_client::pb::{self, create_watch_token_request::Job};
 use crate::support::{TestDatabase, TestServer, complete, error, info, registration, step};
 
 /// Tables that hold no entities.
-const BOOKKEEPING: &str = "('schema_compatibility', 'job_states', 'job_silences', 'step_times', 'untimed_jobs', 'server_times', 'event_log', 'retention', 'removed_logs', 'log_in_attempts', 'sign_up_windows', 'histories', 'user_usage', 'usage_changes', 'event_usage', 'credential_removal', '__diesel_schema_migrations')";
+const BOOKKEEPING: &str = "('schema_compatibility', 'job_states', 'job_labels', 'job_texts', 'job_silences', 'step_times', 'untimed_jobs', 'server_times', 'event_log', 'retention', 'removed_logs', 'log_in_attempts', 'sign_up_windows', 'histories', 'user_usage', 'usage_changes', 'event_usage', 'credential_removal', '__diesel_schema_migrations')";
 
 async fn texts(sql: &str) -> Vec<String> {
     TestDatabase::migrated().await.texts(sql).await

@@ -14,7 +14,8 @@ async fn find(user: &mut User, job: ByKey) -> Result<pb::GetJobResponse, Status>
 }
 
 /// `provider_job_id` of each job that matches, over all pages.
-async fn list(user: &mut User, mut request: pb::ListJobsRequest) -> Vec<String> {
+async fn list(user: &mut User, filter: pb::JobFilter, page_size: i32) -> Vec<String> {
+    let mut request = pb::ListJobsRequest { filter: Some(filter), page_size, ..Default::default() };
     let mut listed = Vec::new();
     loop {
         let page = user.jobs.list_jobs(request.clone()).await.unwrap().into_inner();
@@ -24,6 +25,10 @@ async fn list(user: &mut User, mut request: pb::ListJobsRequest) -> Vec<String> 
         }
         request.page_token = page.next_page_token;
     }
+}
+
+fn by(filter: pb::JobFilter) -> pb::ListJobsRequest {
+    pb::ListJobsRequest { filter: Some(filter), ..Default::default() }
 }
 
 async fn job_called(provider: &mut User, customer: &User, name: &str) -> pb::Job {
@@ -89,7 +94,7 @@ async fn the_job_of_another_user_is_not_found() {
             ErrorReason::ResourceNotFound,
         );
         assert_eq!(refusal.details.resource_info().unwrap().resource_type, "milepost.v1.Job");
-        assert_eq!(list(&mut other_user, pb::ListJobsRequest::default()).await, Vec::<String>::new());
+        assert_eq!(list(&mut other_user, pb::JobFilter::default(), 0).await, Vec::<String>::new());
     }
     let mut other_provider = server.provider().await;
     for answer in [
@@ -199,35 +204,31 @@ async fn jobs_are_listed_newest_first_and_filters_combine() {
     provider.append(&jobs[2], [step("load")]).await;
     provider.close(&jobs[1]).await.unwrap();
 
-    let all = pb::ListJobsRequest::default;
+    let all = pb::JobFilter::default;
     let from_third = jobs[2].created_at;
     let cases = [
         (all(), vec!["c%_", "b2", "b1", "a2", "a1"]),
-        (pb::ListJobsRequest { page_size: 2, ..all() }, vec!["c%_", "b2", "b1", "a2", "a1"]),
-        (pb::ListJobsRequest { statuses: vec![JobStatus::Pending.into()], ..all() }, vec!["c%_", "b2"]),
+        (pb::JobFilter { statuses: vec![JobStatus::Pending.into()], ..all() }, vec!["c%_", "b2"]),
         (
-            pb::ListJobsRequest {
-                statuses: vec![JobStatus::Complete.into(), JobStatus::Running.into()],
-                page_size: 1,
-                ..all()
-            },
+            pb::JobFilter { statuses: vec![JobStatus::Complete.into(), JobStatus::Running.into()], ..all() },
             vec!["b1", "a1"],
         ),
-        (pb::ListJobsRequest { openness: JobOpenness::Closed.into(), ..all() }, vec!["a2", "a1"]),
+        (pb::JobFilter { openness: JobOpenness::Closed.into(), ..all() }, vec!["a2", "a1"]),
+        (pb::JobFilter { openness: JobOpenness::Open.into(), ..all() }, vec!["c%_", "b2", "b1"]),
+        (pb::JobFilter { configuration_tag: "other".to_owned(), ..all() }, vec!["c%_"]),
+        (pb::JobFilter { counterpart_id: grace.id.clone(), ..all() }, vec!["b2", "a2"]),
+        (pb::JobFilter { provider_job_id_prefix: "b".to_owned(), ..all() }, vec!["b2", "b1"]),
+        (pb::JobFilter { provider_job_id_prefix: "c%".to_owned(), ..all() }, vec!["c%_"]),
+        (pb::JobFilter { provider_job_id_prefix: "_".to_owned(), ..all() }, vec![]),
+        (pb::JobFilter { provider_job_name_prefix: "job a".to_owned(), ..all() }, vec!["a2", "a1"]),
+        (pb::JobFilter { created_from: from_third, ..all() }, vec!["c%_", "b2", "b1"]),
+        (pb::JobFilter { text: "OB B".to_owned(), ..all() }, vec!["b2", "b1"]),
+        (pb::JobFilter { text: "C%_".to_owned(), ..all() }, vec!["c%_"]),
+        (pb::JobFilter { text: "c__".to_owned(), ..all() }, vec![]),
+        (pb::JobFilter { text: "1job".to_owned(), ..all() }, vec![]),
+        (pb::JobFilter { created_before: from_third, ..all() }, vec!["a2", "a1"]),
         (
-            pb::ListJobsRequest { openness: JobOpenness::Open.into(), page_size: 2, ..all() },
-            vec!["c%_", "b2", "b1"],
-        ),
-        (pb::ListJobsRequest { configuration_tag: "other".to_owned(), ..all() }, vec!["c%_"]),
-        (pb::ListJobsRequest { counterpart_id: grace.id.clone(), ..all() }, vec!["b2", "a2"]),
-        (pb::ListJobsRequest { provider_job_id_prefix: "b".to_owned(), ..all() }, vec!["b2", "b1"]),
-        (pb::ListJobsRequest { provider_job_id_prefix: "c%".to_owned(), ..all() }, vec!["c%_"]),
-        (pb::ListJobsRequest { provider_job_id_prefix: "_".to_owned(), ..all() }, vec![]),
-        (pb::ListJobsRequest { provider_job_name_prefix: "job a".to_owned(), ..all() }, vec!["a2", "a1"]),
-        (pb::ListJobsRequest { created_from: from_third, ..all() }, vec!["c%_", "b2", "b1"]),
-        (pb::ListJobsRequest { created_before: from_third, ..all() }, vec!["a2", "a1"]),
-        (
-            pb::ListJobsRequest {
+            pb::JobFilter {
                 counterpart_id: ada.id.clone(),
                 created_from: from_third,
                 openness: JobOpenness::Open.into(),
@@ -237,26 +238,58 @@ async fn jobs_are_listed_newest_first_and_filters_combine() {
             vec!["b1"],
         ),
     ];
-    for (request, expected) in cases {
-        assert_eq!(list(&mut provider, request.clone()).await, expected, "{request:?}");
+    for (filter, expected) in cases {
+        for page_size in [0, 1, 2] {
+            assert_eq!(list(&mut provider, filter.clone(), page_size).await, expected, "{filter:?}");
+        }
     }
-    assert_eq!(list(&mut ada, all()).await, ["c%_", "b1", "a1"]);
-    let of_provider = pb::ListJobsRequest { counterpart_id: provider.id.clone(), ..all() };
-    assert_eq!(list(&mut ada, of_provider).await, ["c%_", "b1", "a1"]);
+    assert_eq!(list(&mut ada, all(), 0).await, ["c%_", "b1", "a1"]);
+    let of_provider = pb::JobFilter { counterpart_id: provider.id.clone(), ..all() };
+    assert_eq!(list(&mut ada, of_provider, 0).await, ["c%_", "b1", "a1"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn jobs_are_searched_by_three_characters_at_least() {
+    let server = TestServer::start().await;
+    let (mut provider, customer) = (server.provider().await, server.customer().await);
+    provider.configuration(&[]).await;
+    let named = async |provider: &mut User, name: &str| {
+        let new = pb::CreateJobRequest { provider_job_name: name.to_owned(), ..provider.new_job(&customer) };
+        provider.jobs.create_job(new).await.unwrap().into_inner().job.unwrap()
+    };
+    let job = named(&mut provider, "Größe ΑΒΓ 中文字 \\_%").await;
+    named(&mut provider, "another").await;
+    let search = |text: &str| {
+        let filter = Some(pb::JobFilter { text: text.to_owned(), ..Default::default() });
+        pb::ListJobsRequest { filter, ..Default::default() }
+    };
+    for text in ["größe", "GRÖSSE", "αβγ", "中文字", "\\_%", " \\_", "öße α", &job.provider_job_id]
+    {
+        let found = provider.jobs.list_jobs(search(text)).await.unwrap().into_inner().jobs;
+        let expected = if text == "GRÖSSE" { vec![] } else { vec![job.clone()] };
+        assert_eq!(found, expected, "{text}");
+    }
+    for short in ["x", "中文", "%%"] {
+        assert_violations(provider.jobs.list_jobs(search(short)).await, &["filter.text"]);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_list_by_an_unknown_configuration_tag_is_not_found_for_a_provider_and_empty_for_a_customer() {
     let server = TestServer::start().await;
     let (mut provider, mut customer) = (server.provider().await, server.customer().await);
-    let of_tag = |tag: &str| pb::ListJobsRequest { configuration_tag: tag.to_owned(), ..Default::default() };
+    let of_tag = |tag: &str| pb::JobFilter { configuration_tag: tag.to_owned(), ..Default::default() };
     let stored = provider.configuration(&[]).await;
-    assert_eq!(list(&mut provider, of_tag(&stored.tag)).await, Vec::<String>::new(), "no job of the tag yet");
+    assert_eq!(
+        list(&mut provider, of_tag(&stored.tag), 0).await,
+        Vec::<String>::new(),
+        "no job of the tag yet"
+    );
     let job = provider.job(&customer).await;
-    assert_eq!(list(&mut provider, of_tag(&stored.tag)).await, [job.provider_job_id]);
+    assert_eq!(list(&mut provider, of_tag(&stored.tag), 0).await, [job.provider_job_id]);
 
     let refusal = assert_refused(
-        provider.jobs.list_jobs(of_tag("analysys")).await,
+        provider.jobs.list_jobs(by(of_tag("analysys"))).await,
         Code::NotFound,
         ErrorReason::ResourceNotFound,
     );
@@ -265,9 +298,9 @@ async fn a_list_by_an_unknown_configuration_tag_is_not_found_for_a_provider_and_
         (resource.resource_type.as_str(), resource.resource_name.as_str()),
         ("milepost.v1.JobConfiguration", "analysys")
     );
-    assert_eq!(list(&mut customer, of_tag("analysys")).await, Vec::<String>::new());
+    assert_eq!(list(&mut customer, of_tag("analysys"), 0).await, Vec::<String>::new());
     for user in [&mut provider, &mut customer] {
-        assert_violations(user.jobs.list_jobs(of_tag("analysis ")).await, &["configuration_tag"]);
+        assert_violations(user.jobs.list_jobs(by(of_tag("analysis "))).await, &["filter.configuration_tag"]);
     }
 }
 
@@ -276,13 +309,13 @@ async fn a_reversed_creation_time_range_is_refused() {
     let server = TestServer::start().await;
     let mut customer = server.customer().await;
     let at = |seconds| Some(prost_types::Timestamp { seconds, nanos: 0 });
-    let range = |from, before| pb::ListJobsRequest {
+    let range = |from, before| pb::JobFilter {
         created_from: at(from),
         created_before: at(before),
         ..Default::default()
     };
-    assert_violations(customer.jobs.list_jobs(range(2, 1)).await, &["created_before"]);
-    assert_eq!(list(&mut customer, range(2, 2)).await, Vec::<String>::new(), "a range may be empty");
+    assert_violations(customer.jobs.list_jobs(by(range(2, 1))).await, &["filter.created_before"]);
+    assert_eq!(list(&mut customer, range(2, 2), 0).await, Vec::<String>::new(), "a range may be empty");
 }
 
 #[tokio::test(flavor = "multi_thread")]

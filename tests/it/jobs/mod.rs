@@ -6,6 +6,7 @@ mod customer_codes;
 mod estimates;
 mod idempotency;
 mod job_service;
+mod labels;
 mod progress;
 mod silence;
 mod validation;

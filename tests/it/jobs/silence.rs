@@ -47,7 +47,8 @@ async fn a_silent_job_is_stalled_until_the_next_event_of_its_provider() {
     let waited = created.elapsed();
     assert!(waited > Duration::from_secs(9), "{waited:?}");
     assert_eq!((silent.kind(), silent.status(), silent.sequence), (EventKind::Silent, JobStatus::Stalled, 1));
-    let stalled = pb::ListJobsRequest { statuses: vec![JobStatus::Stalled.into()], ..Default::default() };
+    let filter = Some(pb::JobFilter { statuses: vec![JobStatus::Stalled.into()], ..Default::default() });
+    let stalled = pb::ListJobsRequest { filter, ..Default::default() };
     let listed = customer.jobs.list_jobs(stalled).await.unwrap().into_inner().jobs;
     assert_eq!(listed.iter().map(|listed| &listed.id).collect::<Vec<_>>(), [&job.id]);
 

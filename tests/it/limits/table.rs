@@ -2,7 +2,7 @@
 
 /// Limits of `src/limits.rs` and `src/config.rs` without a row in `rows.rs`: the
 /// limit, and the file and the name of its test.
-const ELSEWHERE: [(&str, &str, &str); 61] = [
+const ELSEWHERE: [(&str, &str, &str); 64] = [
     ("TEXT_CHARS", "tests/it/limits/texts.rs", "every_text_has_at_most_256_characters"),
     ("MESSAGE_BYTES", "tests/it/limits/calls.rs", "a_message_has_at_most_one_mebibyte"),
     ("MESSAGE_BYTES", "tests/it/limits/pages.rs", "no_page_of_events_is_larger_than_one_mebibyte"),
@@ -115,6 +115,13 @@ const ELSEWHERE: [(&str, &str, &str); 61] = [
     ("total_bytes_in_flight_mib", "src/auth/tenants.rs", "bytes_are_held_by_tenant_and_in_all"),
     ("MESSAGE_CHARGE_BYTES", "src/auth/tenants.rs", "bytes_are_held_by_tenant_and_in_all"),
     ("ANSWER_BYTES", "src/server/in_flight.rs", "a_large_answer_counts_until_it_was_sent"),
+    ("JOB_LABELS", "tests/it/jobs/labels.rs", "a_job_and_a_filter_have_at_most_16_labels_of_bounded_texts"),
+    (
+        "LABEL_KEY_CHARS",
+        "tests/it/jobs/labels.rs",
+        "a_job_and_a_filter_have_at_most_16_labels_of_bounded_texts",
+    ),
+    ("SEARCH_TEXT_CHARS", "tests/it/jobs/job_service.rs", "jobs_are_searched_by_three_characters_at_least"),
     ("JOB_STATUSES", "src/services/jobs.rs", "unknown_statuses_are_refused_and_repeated_ones_are_kept_once"),
     ("UPDATE_MASK_PATHS", "tests/it/accounts/auth.rs", "every_invalid_path_of_an_update_mask_is_reported"),
     ("API_KEY_SCOPES", "tests/it/accounts/api_keys.rs", "an_api_key_is_asked_for_with_each_scope_once"),

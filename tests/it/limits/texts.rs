@@ -62,6 +62,11 @@ impl Scene {
             "RequestCancellation" => {
                 pb::RequestCancellationRequest { job_id, reason: String::new() }.encode_to_vec()
             }
+            "HoldJob" => pb::HoldJobRequest {
+                job: Some(pb::hold_job_request::Job::ProviderJobId("none".to_owned())),
+                held: true,
+            }
+            .encode_to_vec(),
             "AppendEvents" => self.batch(vec![event()]).encode_to_vec(),
             "PublishEvents" => pb::PublishEventsRequest {
                 job: Some(pb::publish_events_request::Job::JobId(job_id)),
@@ -116,8 +121,10 @@ fn strings(message: &MessageDescriptor, within: &str, paths: &mut Vec<String>) {
         let path = format!("{within}{}{index}", field.name());
         match field.kind() {
             Kind::String => paths.push(path),
-            // Metadata has limits of its own.
-            Kind::Message(inner) if !inner.full_name().starts_with("google.protobuf.Struct") => {
+            // Metadata and labels have limits of their own.
+            Kind::Message(inner)
+                if !field.is_map() && !inner.full_name().starts_with("google.protobuf.Struct") =>
+            {
                 strings(&inner, &format!("{path}."), paths);
             }
             _ => {}

@@ -1,6 +1,7 @@
 //! The event log: PublishEvents, WatchEvents, the tail, and retention.
 
 mod histories;
+mod holds;
 mod past;
 mod publish;
 mod retention;

@@ -166,7 +166,7 @@ async fn the_past_of_a_scope_costs_what_the_scope_has() {
     ];
     for (index, (user, tag, counterpart_id, token, jobs, each)) in scopes.into_iter().enumerate() {
         let before = database.plans().await.len();
-        let all = pb::AllJobs { configuration_tag: tag.to_owned(), counterpart_id };
+        let all = pb::AllJobs { configuration_tag: tag.to_owned(), counterpart_id, ..Default::default() };
         let (past, _) = watch(&mut user.clone(), &all, token).await.caught_up().await;
         for job in jobs {
             let sequences: Vec<_> = of_job(&past, job).iter().map(|event| event.sequence).collect();

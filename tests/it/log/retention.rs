@@ -28,12 +28,12 @@ async fn remove(server: &TestServer, most_jobs: u32, most_events: u32) -> (u32, 
     (step[0].parse().unwrap(), step[1].parse().unwrap())
 }
 
-async fn remove_all(server: &TestServer) {
+pub(super) async fn remove_all(server: &TestServer) {
     while remove(server, 100, 1_000).await != (0, 0) {}
 }
 
 /// A job with this many `info` events and a `complete`.
-async fn completed(provider: &mut User, customer: &User, events: usize) -> pb::Job {
+pub(super) async fn completed(provider: &mut User, customer: &User, events: usize) -> pb::Job {
     let job = provider.job(customer).await;
     let infos: Vec<_> = (0..events).map(|n| info(&format!("{n}"))).collect();
     for batch in infos.chunks(500) {

@@ -30,7 +30,8 @@ type UserRole int32
 const (
 	// Not a role; INVALID_ARGUMENT in a request.
 	UserRole_USER_ROLE_UNSPECIFIED UserRole = 0
-	// A user for whom providers run jobs: reads and watches these jobs.
+	// A user for whom providers run jobs: reads and watches these jobs, and may ask to
+	// stop them.
 	UserRole_USER_ROLE_CUSTOMER UserRole = 1
 	// A user who runs jobs: registers configurations, creates jobs, appends events.
 	UserRole_USER_ROLE_PROVIDER UserRole = 2
@@ -87,8 +88,8 @@ const (
 	// ListJobConfigurations and GetUsage. GetCurrentUser needs no scope.
 	ApiKeyScope_API_KEY_SCOPE_READ ApiKeyScope = 1
 	// The writes of a provider: RegisterJobConfiguration, CreateJob, CloseJob,
-	// AppendEvents, PublishEvents, and the methods for watch tokens. Those of a customer:
-	// RequestCancellation.
+	// AppendEvents, PublishEvents, and the methods for watch tokens. The write of a
+	// customer: RequestCancellation. The write of both: HoldJob.
 	ApiKeyScope_API_KEY_SCOPE_APPEND ApiKeyScope = 2
 	// CreateApiKey, ListApiKeys, ExpireApiKey and RotateApiKey.
 	ApiKeyScope_API_KEY_SCOPE_MANAGE ApiKeyScope = 3

@@ -147,6 +147,9 @@ const (
 	// free again on the next day. Otherwise close jobs, or ask the operator. A request
 	// that repeats a stored write, by its key or event ids, is not refused.
 	ErrorReason_ERROR_REASON_QUOTA_EXCEEDED ErrorReason = 26
+	// FAILED_PRECONDITION: retention removes the events of the job to hold, or has
+	// removed them.
+	ErrorReason_ERROR_REASON_EVENTS_REMOVED ErrorReason = 27
 )
 
 // Enum value maps for ErrorReason.
@@ -179,6 +182,7 @@ var (
 		24: "ERROR_REASON_LOG_IN_THROTTLED",
 		25: "ERROR_REASON_LOG_SET_BACK",
 		26: "ERROR_REASON_QUOTA_EXCEEDED",
+		27: "ERROR_REASON_EVENTS_REMOVED",
 	}
 	ErrorReason_value = map[string]int32{
 		"ERROR_REASON_UNSPECIFIED":                 0,
@@ -208,6 +212,7 @@ var (
 		"ERROR_REASON_LOG_IN_THROTTLED":            24,
 		"ERROR_REASON_LOG_SET_BACK":                25,
 		"ERROR_REASON_QUOTA_EXCEEDED":              26,
+		"ERROR_REASON_EVENTS_REMOVED":              27,
 	}
 )
 
@@ -242,7 +247,7 @@ var File_milepost_v1_errors_proto protoreflect.FileDescriptor
 
 const file_milepost_v1_errors_proto_rawDesc = "" +
 	"\n" +
-	"\x18milepost/v1/errors.proto\x12\vmilepost.v1*\xa3\a\n" +
+	"\x18milepost/v1/errors.proto\x12\vmilepost.v1*\xc4\a\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12#\n" +
 	"\x1fERROR_REASON_CREDENTIAL_INVALID\x10\x01\x12\x1e\n" +
@@ -271,7 +276,8 @@ const file_milepost_v1_errors_proto_rawDesc = "" +
 	"(ERROR_REASON_WATCH_TOKEN_ALREADY_EXPIRED\x10\x17\x12!\n" +
 	"\x1dERROR_REASON_LOG_IN_THROTTLED\x10\x18\x12\x1d\n" +
 	"\x19ERROR_REASON_LOG_SET_BACK\x10\x19\x12\x1f\n" +
-	"\x1bERROR_REASON_QUOTA_EXCEEDED\x10\x1aBL\n" +
+	"\x1bERROR_REASON_QUOTA_EXCEEDED\x10\x1a\x12\x1f\n" +
+	"\x1bERROR_REASON_EVENTS_REMOVED\x10\x1bBL\n" +
 	"\x0fcom.milepost.v1B\vErrorsProtoP\x01Z*milepost/clients/go/milepost/v1;milepostv1b\x06proto3"
 
 var (

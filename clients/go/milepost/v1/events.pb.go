@@ -468,6 +468,7 @@ type AppendEventsRequest struct {
 	Job isAppendEventsRequest_Job `protobuf_oneof:"job"`
 	// The sequence of the job's last event before this batch; 0 for a job without
 	// events. If the job's last sequence is another one, the call fails with ABORTED.
+	// Events that the server writes count as well: read on after ABORTED.
 	// Ignored if all events of the batch are stored already. Absent: the batch is
 	// appended at the end of the log, wherever that is.
 	ExpectedSequence *int64 `protobuf:"varint,3,opt,name=expected_sequence,json=expectedSequence,proto3,oneof" json:"expected_sequence,omitempty"`
@@ -1106,6 +1107,8 @@ type AllJobs struct {
 	// customer the provider. No job matches any other id: the watch does not tell
 	// whether there is such a user. Empty: all.
 	CounterpartId string `protobuf:"bytes,2,opt,name=counterpart_id,json=counterpartId,proto3" json:"counterpart_id,omitempty"`
+	// Only jobs with all of these labels; at most 16. Empty: all.
+	Labels        map[string]string `protobuf:"bytes,3,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1152,6 +1155,13 @@ func (x *AllJobs) GetCounterpartId() string {
 		return x.CounterpartId
 	}
 	return ""
+}
+
+func (x *AllJobs) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
 }
 
 // Start without the past.
@@ -1849,10 +1859,14 @@ const file_milepost_v1_events_proto_rawDesc = "" +
 	"\x03job\"h\n" +
 	"\x12ListEventsResponse\x12*\n" +
 	"\x06events\x18\x01 \x03(\v2\x12.milepost.v1.EventR\x06events\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"]\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xd2\x01\n" +
 	"\aAllJobs\x12+\n" +
 	"\x11configuration_tag\x18\x01 \x01(\tR\x10configurationTag\x12%\n" +
-	"\x0ecounterpart_id\x18\x02 \x01(\tR\rcounterpartId\"\t\n" +
+	"\x0ecounterpart_id\x18\x02 \x01(\tR\rcounterpartId\x128\n" +
+	"\x06labels\x18\x03 \x03(\v2 .milepost.v1.AllJobs.LabelsEntryR\x06labels\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\t\n" +
 	"\aFromNow\"\x95\x03\n" +
 	"\x12WatchEventsRequest\x12\x17\n" +
 	"\x06job_id\x18\x01 \x01(\tH\x00R\x05jobId\x12(\n" +
@@ -1923,7 +1937,7 @@ func file_milepost_v1_events_proto_rawDescGZIP() []byte {
 }
 
 var file_milepost_v1_events_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_milepost_v1_events_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
+var file_milepost_v1_events_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
 var file_milepost_v1_events_proto_goTypes = []any{
 	(EventKind)(0),                // 0: milepost.v1.EventKind
 	(WatchEndReason)(0),           // 1: milepost.v1.WatchEndReason
@@ -1945,62 +1959,64 @@ var file_milepost_v1_events_proto_goTypes = []any{
 	(*CaughtUp)(nil),              // 17: milepost.v1.CaughtUp
 	(*Heartbeat)(nil),             // 18: milepost.v1.Heartbeat
 	(*WatchEnd)(nil),              // 19: milepost.v1.WatchEnd
-	(*structpb.Struct)(nil),       // 20: google.protobuf.Struct
-	(*timestamppb.Timestamp)(nil), // 21: google.protobuf.Timestamp
-	(JobStatus)(0),                // 22: milepost.v1.JobStatus
-	(*Progress)(nil),              // 23: milepost.v1.Progress
-	(*status.Status)(nil),         // 24: google.rpc.Status
-	(*durationpb.Duration)(nil),   // 25: google.protobuf.Duration
-	(*StepState)(nil),             // 26: milepost.v1.StepState
+	nil,                           // 20: milepost.v1.AllJobs.LabelsEntry
+	(*structpb.Struct)(nil),       // 21: google.protobuf.Struct
+	(*timestamppb.Timestamp)(nil), // 22: google.protobuf.Timestamp
+	(JobStatus)(0),                // 23: milepost.v1.JobStatus
+	(*Progress)(nil),              // 24: milepost.v1.Progress
+	(*status.Status)(nil),         // 25: google.rpc.Status
+	(*durationpb.Duration)(nil),   // 26: google.protobuf.Duration
+	(*StepState)(nil),             // 27: milepost.v1.StepState
 }
 var file_milepost_v1_events_proto_depIdxs = []int32{
 	0,  // 0: milepost.v1.Event.kind:type_name -> milepost.v1.EventKind
-	20, // 1: milepost.v1.Event.metadata:type_name -> google.protobuf.Struct
-	21, // 2: milepost.v1.Event.occurred_at:type_name -> google.protobuf.Timestamp
-	21, // 3: milepost.v1.Event.created_at:type_name -> google.protobuf.Timestamp
-	22, // 4: milepost.v1.Event.status:type_name -> milepost.v1.JobStatus
-	23, // 5: milepost.v1.Event.progress:type_name -> milepost.v1.Progress
+	21, // 1: milepost.v1.Event.metadata:type_name -> google.protobuf.Struct
+	22, // 2: milepost.v1.Event.occurred_at:type_name -> google.protobuf.Timestamp
+	22, // 3: milepost.v1.Event.created_at:type_name -> google.protobuf.Timestamp
+	23, // 4: milepost.v1.Event.status:type_name -> milepost.v1.JobStatus
+	24, // 5: milepost.v1.Event.progress:type_name -> milepost.v1.Progress
 	0,  // 6: milepost.v1.NewEvent.kind:type_name -> milepost.v1.EventKind
-	20, // 7: milepost.v1.NewEvent.metadata:type_name -> google.protobuf.Struct
-	21, // 8: milepost.v1.NewEvent.occurred_at:type_name -> google.protobuf.Timestamp
+	21, // 7: milepost.v1.NewEvent.metadata:type_name -> google.protobuf.Struct
+	22, // 8: milepost.v1.NewEvent.occurred_at:type_name -> google.protobuf.Timestamp
 	3,  // 9: milepost.v1.AppendEventsRequest.events:type_name -> milepost.v1.NewEvent
-	22, // 10: milepost.v1.AppendedEvent.status:type_name -> milepost.v1.JobStatus
-	23, // 11: milepost.v1.AppendedEvent.progress:type_name -> milepost.v1.Progress
+	23, // 10: milepost.v1.AppendedEvent.status:type_name -> milepost.v1.JobStatus
+	24, // 11: milepost.v1.AppendedEvent.progress:type_name -> milepost.v1.Progress
 	5,  // 12: milepost.v1.AppendEventsResponse.events:type_name -> milepost.v1.AppendedEvent
-	21, // 13: milepost.v1.AppendEventsResponse.cancellation_requested_at:type_name -> google.protobuf.Timestamp
+	22, // 13: milepost.v1.AppendEventsResponse.cancellation_requested_at:type_name -> google.protobuf.Timestamp
 	3,  // 14: milepost.v1.PublishEventsRequest.events:type_name -> milepost.v1.NewEvent
 	6,  // 15: milepost.v1.PublishEventsResponse.appended:type_name -> milepost.v1.AppendEventsResponse
-	24, // 16: milepost.v1.PublishEventsResponse.refused:type_name -> google.rpc.Status
+	25, // 16: milepost.v1.PublishEventsResponse.refused:type_name -> google.rpc.Status
 	0,  // 17: milepost.v1.ListEventsRequest.kinds:type_name -> milepost.v1.EventKind
 	2,  // 18: milepost.v1.ListEventsResponse.events:type_name -> milepost.v1.Event
-	11, // 19: milepost.v1.WatchEventsRequest.all_jobs:type_name -> milepost.v1.AllJobs
-	0,  // 20: milepost.v1.WatchEventsRequest.kinds:type_name -> milepost.v1.EventKind
-	12, // 21: milepost.v1.WatchEventsRequest.from_now:type_name -> milepost.v1.FromNow
-	25, // 22: milepost.v1.WatchEventsRequest.heartbeat_interval:type_name -> google.protobuf.Duration
-	15, // 23: milepost.v1.WatchEventsResponse.events:type_name -> milepost.v1.WatchedEvents
-	17, // 24: milepost.v1.WatchEventsResponse.caught_up:type_name -> milepost.v1.CaughtUp
-	18, // 25: milepost.v1.WatchEventsResponse.heartbeat:type_name -> milepost.v1.Heartbeat
-	19, // 26: milepost.v1.WatchEventsResponse.end:type_name -> milepost.v1.WatchEnd
-	2,  // 27: milepost.v1.WatchedEvents.events:type_name -> milepost.v1.Event
-	22, // 28: milepost.v1.JobState.status:type_name -> milepost.v1.JobStatus
-	23, // 29: milepost.v1.JobState.progress:type_name -> milepost.v1.Progress
-	16, // 30: milepost.v1.CaughtUp.job:type_name -> milepost.v1.JobState
-	26, // 31: milepost.v1.CaughtUp.steps:type_name -> milepost.v1.StepState
-	1,  // 32: milepost.v1.WatchEnd.reason:type_name -> milepost.v1.WatchEndReason
-	16, // 33: milepost.v1.WatchEnd.job:type_name -> milepost.v1.JobState
-	4,  // 34: milepost.v1.EventService.AppendEvents:input_type -> milepost.v1.AppendEventsRequest
-	7,  // 35: milepost.v1.EventService.PublishEvents:input_type -> milepost.v1.PublishEventsRequest
-	9,  // 36: milepost.v1.EventService.ListEvents:input_type -> milepost.v1.ListEventsRequest
-	13, // 37: milepost.v1.EventService.WatchEvents:input_type -> milepost.v1.WatchEventsRequest
-	6,  // 38: milepost.v1.EventService.AppendEvents:output_type -> milepost.v1.AppendEventsResponse
-	8,  // 39: milepost.v1.EventService.PublishEvents:output_type -> milepost.v1.PublishEventsResponse
-	10, // 40: milepost.v1.EventService.ListEvents:output_type -> milepost.v1.ListEventsResponse
-	14, // 41: milepost.v1.EventService.WatchEvents:output_type -> milepost.v1.WatchEventsResponse
-	38, // [38:42] is the sub-list for method output_type
-	34, // [34:38] is the sub-list for method input_type
-	34, // [34:34] is the sub-list for extension type_name
-	34, // [34:34] is the sub-list for extension extendee
-	0,  // [0:34] is the sub-list for field type_name
+	20, // 19: milepost.v1.AllJobs.labels:type_name -> milepost.v1.AllJobs.LabelsEntry
+	11, // 20: milepost.v1.WatchEventsRequest.all_jobs:type_name -> milepost.v1.AllJobs
+	0,  // 21: milepost.v1.WatchEventsRequest.kinds:type_name -> milepost.v1.EventKind
+	12, // 22: milepost.v1.WatchEventsRequest.from_now:type_name -> milepost.v1.FromNow
+	26, // 23: milepost.v1.WatchEventsRequest.heartbeat_interval:type_name -> google.protobuf.Duration
+	15, // 24: milepost.v1.WatchEventsResponse.events:type_name -> milepost.v1.WatchedEvents
+	17, // 25: milepost.v1.WatchEventsResponse.caught_up:type_name -> milepost.v1.CaughtUp
+	18, // 26: milepost.v1.WatchEventsResponse.heartbeat:type_name -> milepost.v1.Heartbeat
+	19, // 27: milepost.v1.WatchEventsResponse.end:type_name -> milepost.v1.WatchEnd
+	2,  // 28: milepost.v1.WatchedEvents.events:type_name -> milepost.v1.Event
+	23, // 29: milepost.v1.JobState.status:type_name -> milepost.v1.JobStatus
+	24, // 30: milepost.v1.JobState.progress:type_name -> milepost.v1.Progress
+	16, // 31: milepost.v1.CaughtUp.job:type_name -> milepost.v1.JobState
+	27, // 32: milepost.v1.CaughtUp.steps:type_name -> milepost.v1.StepState
+	1,  // 33: milepost.v1.WatchEnd.reason:type_name -> milepost.v1.WatchEndReason
+	16, // 34: milepost.v1.WatchEnd.job:type_name -> milepost.v1.JobState
+	4,  // 35: milepost.v1.EventService.AppendEvents:input_type -> milepost.v1.AppendEventsRequest
+	7,  // 36: milepost.v1.EventService.PublishEvents:input_type -> milepost.v1.PublishEventsRequest
+	9,  // 37: milepost.v1.EventService.ListEvents:input_type -> milepost.v1.ListEventsRequest
+	13, // 38: milepost.v1.EventService.WatchEvents:input_type -> milepost.v1.WatchEventsRequest
+	6,  // 39: milepost.v1.EventService.AppendEvents:output_type -> milepost.v1.AppendEventsResponse
+	8,  // 40: milepost.v1.EventService.PublishEvents:output_type -> milepost.v1.PublishEventsResponse
+	10, // 41: milepost.v1.EventService.ListEvents:output_type -> milepost.v1.ListEventsResponse
+	14, // 42: milepost.v1.EventService.WatchEvents:output_type -> milepost.v1.WatchEventsResponse
+	39, // [39:43] is the sub-list for method output_type
+	35, // [35:39] is the sub-list for method input_type
+	35, // [35:35] is the sub-list for extension type_name
+	35, // [35:35] is the sub-list for extension extendee
+	0,  // [0:35] is the sub-list for field type_name
 }
 
 func init() { file_milepost_v1_events_proto_init() }
@@ -2047,7 +2063,7 @@ func file_milepost_v1_events_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_milepost_v1_events_proto_rawDesc), len(file_milepost_v1_events_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   18,
+			NumMessages:   19,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -513,8 +513,14 @@ type Job struct {
 	MaxSilence *durationpb.Duration `protobuf:"bytes,16,opt,name=max_silence,json=maxSilence,proto3" json:"max_silence,omitempty"`
 	// When the customer asked to stop the job, by RequestCancellation. Absent: never.
 	CancellationRequestedAt *timestamppb.Timestamp `protobuf:"bytes,17,opt,name=cancellation_requested_at,json=cancellationRequestedAt,proto3" json:"cancellation_requested_at,omitempty"`
-	unknownFields           protoimpl.UnknownFields
-	sizeCache               protoimpl.SizeCache
+	// What the provider files the job under; at most 16 labels. Never change.
+	Labels map[string]string `protobuf:"bytes,18,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// The provider holds the job: retention removes nothing of it.
+	HeldByProvider bool `protobuf:"varint,19,opt,name=held_by_provider,json=heldByProvider,proto3" json:"held_by_provider,omitempty"`
+	// The customer holds the job: retention removes nothing of it.
+	HeldByCustomer bool `protobuf:"varint,20,opt,name=held_by_customer,json=heldByCustomer,proto3" json:"held_by_customer,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *Job) Reset() {
@@ -666,6 +672,27 @@ func (x *Job) GetCancellationRequestedAt() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *Job) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
+func (x *Job) GetHeldByProvider() bool {
+	if x != nil {
+		return x.HeldByProvider
+	}
+	return false
+}
+
+func (x *Job) GetHeldByCustomer() bool {
+	if x != nil {
+		return x.HeldByCustomer
+	}
+	return false
+}
+
 // The job to create.
 type CreateJobRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -688,7 +715,11 @@ type CreateJobRequest struct {
 	// microseconds. Then one SILENT event is written, within 5 seconds, and the job is
 	// STALLED until the provider's next event. Time in which no server was there does not
 	// count. Absent: as the configuration says.
-	MaxSilence    *durationpb.Duration `protobuf:"bytes,7,opt,name=max_silence,json=maxSilence,proto3" json:"max_silence,omitempty"`
+	MaxSilence *durationpb.Duration `protobuf:"bytes,7,opt,name=max_silence,json=maxSilence,proto3" json:"max_silence,omitempty"`
+	// What to file the job under, for filters, summaries and exports: at most 16 labels.
+	// A key has 1 to 64 characters, without white space at either end; a value has at
+	// most 256 characters.
+	Labels        map[string]string `protobuf:"bytes,8,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -779,6 +810,13 @@ func (x *CreateJobRequest) GetProviderJobName() string {
 func (x *CreateJobRequest) GetMaxSilence() *durationpb.Duration {
 	if x != nil {
 		return x.MaxSilence
+	}
+	return nil
+}
+
+func (x *CreateJobRequest) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
 	}
 	return nil
 }
@@ -1010,11 +1048,11 @@ func (x *GetJobResponse) GetSteps() []*StepState {
 	return nil
 }
 
-// A page of the caller's jobs. A job is listed if it matches all filters that are
-// given.
-type ListJobsRequest struct {
+// Which of the caller's jobs a request concerns: those that match all conditions that
+// are given.
+type JobFilter struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Jobs with any of these statuses; at most 5. Empty: all.
+	// Jobs with any of these statuses; at most 6. Empty: all.
 	Statuses []JobStatus `protobuf:"varint,1,rep,packed,name=statuses,proto3,enum=milepost.v1.JobStatus" json:"statuses,omitempty"`
 	// Open jobs, closed jobs or both.
 	Openness JobOpenness `protobuf:"varint,2,opt,name=openness,proto3,enum=milepost.v1.JobOpenness" json:"openness,omitempty"`
@@ -1022,7 +1060,7 @@ type ListJobsRequest struct {
 	// configurations, otherwise NOT_FOUND. A customer may name any tag. Empty: all.
 	ConfigurationTag string `protobuf:"bytes,3,opt,name=configuration_tag,json=configurationTag,proto3" json:"configuration_tag,omitempty"`
 	// Jobs with this user as the other party: for a provider the customer, for a
-	// customer the provider. The list is empty for any other id: it does not tell
+	// customer the provider. No job matches any other id: the answer does not tell
 	// whether there is such a user. Empty: all.
 	CounterpartId string `protobuf:"bytes,4,opt,name=counterpart_id,json=counterpartId,proto3" json:"counterpart_id,omitempty"`
 	// Jobs created at this time or later.
@@ -1033,18 +1071,132 @@ type ListJobsRequest struct {
 	ProviderJobIdPrefix string `protobuf:"bytes,7,opt,name=provider_job_id_prefix,json=providerJobIdPrefix,proto3" json:"provider_job_id_prefix,omitempty"`
 	// Jobs whose provider_job_name starts with this text. Empty: all.
 	ProviderJobNamePrefix string `protobuf:"bytes,8,opt,name=provider_job_name_prefix,json=providerJobNamePrefix,proto3" json:"provider_job_name_prefix,omitempty"`
+	// Jobs with all of these labels; at most 16. Empty: all.
+	Labels map[string]string `protobuf:"bytes,9,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// Jobs whose provider_job_id or provider_job_name contains this text, in upper or
+	// lower case: 3 to 256 characters. Empty: all.
+	Text          string `protobuf:"bytes,10,opt,name=text,proto3" json:"text,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *JobFilter) Reset() {
+	*x = JobFilter{}
+	mi := &file_milepost_v1_jobs_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *JobFilter) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*JobFilter) ProtoMessage() {}
+
+func (x *JobFilter) ProtoReflect() protoreflect.Message {
+	mi := &file_milepost_v1_jobs_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use JobFilter.ProtoReflect.Descriptor instead.
+func (*JobFilter) Descriptor() ([]byte, []int) {
+	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *JobFilter) GetStatuses() []JobStatus {
+	if x != nil {
+		return x.Statuses
+	}
+	return nil
+}
+
+func (x *JobFilter) GetOpenness() JobOpenness {
+	if x != nil {
+		return x.Openness
+	}
+	return JobOpenness_JOB_OPENNESS_UNSPECIFIED
+}
+
+func (x *JobFilter) GetConfigurationTag() string {
+	if x != nil {
+		return x.ConfigurationTag
+	}
+	return ""
+}
+
+func (x *JobFilter) GetCounterpartId() string {
+	if x != nil {
+		return x.CounterpartId
+	}
+	return ""
+}
+
+func (x *JobFilter) GetCreatedFrom() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CreatedFrom
+	}
+	return nil
+}
+
+func (x *JobFilter) GetCreatedBefore() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CreatedBefore
+	}
+	return nil
+}
+
+func (x *JobFilter) GetProviderJobIdPrefix() string {
+	if x != nil {
+		return x.ProviderJobIdPrefix
+	}
+	return ""
+}
+
+func (x *JobFilter) GetProviderJobNamePrefix() string {
+	if x != nil {
+		return x.ProviderJobNamePrefix
+	}
+	return ""
+}
+
+func (x *JobFilter) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
+func (x *JobFilter) GetText() string {
+	if x != nil {
+		return x.Text
+	}
+	return ""
+}
+
+// A page of the caller's jobs.
+type ListJobsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Which jobs to list. Absent: all.
+	Filter *JobFilter `protobuf:"bytes,1,opt,name=filter,proto3" json:"filter,omitempty"`
 	// Most jobs of the page: default 50, cut to 500, negative INVALID_ARGUMENT.
-	PageSize int32 `protobuf:"varint,9,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
-	// The `next_page_token` of the previous page, with the same filters. Empty: the
+	PageSize int32 `protobuf:"varint,2,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	// The `next_page_token` of the previous page, with the same filter. Empty: the
 	// first page.
-	PageToken     string `protobuf:"bytes,10,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	PageToken     string `protobuf:"bytes,3,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ListJobsRequest) Reset() {
 	*x = ListJobsRequest{}
-	mi := &file_milepost_v1_jobs_proto_msgTypes[8]
+	mi := &file_milepost_v1_jobs_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1056,7 +1208,7 @@ func (x *ListJobsRequest) String() string {
 func (*ListJobsRequest) ProtoMessage() {}
 
 func (x *ListJobsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_milepost_v1_jobs_proto_msgTypes[8]
+	mi := &file_milepost_v1_jobs_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1069,63 +1221,14 @@ func (x *ListJobsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListJobsRequest.ProtoReflect.Descriptor instead.
 func (*ListJobsRequest) Descriptor() ([]byte, []int) {
-	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{8}
+	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{9}
 }
 
-func (x *ListJobsRequest) GetStatuses() []JobStatus {
+func (x *ListJobsRequest) GetFilter() *JobFilter {
 	if x != nil {
-		return x.Statuses
+		return x.Filter
 	}
 	return nil
-}
-
-func (x *ListJobsRequest) GetOpenness() JobOpenness {
-	if x != nil {
-		return x.Openness
-	}
-	return JobOpenness_JOB_OPENNESS_UNSPECIFIED
-}
-
-func (x *ListJobsRequest) GetConfigurationTag() string {
-	if x != nil {
-		return x.ConfigurationTag
-	}
-	return ""
-}
-
-func (x *ListJobsRequest) GetCounterpartId() string {
-	if x != nil {
-		return x.CounterpartId
-	}
-	return ""
-}
-
-func (x *ListJobsRequest) GetCreatedFrom() *timestamppb.Timestamp {
-	if x != nil {
-		return x.CreatedFrom
-	}
-	return nil
-}
-
-func (x *ListJobsRequest) GetCreatedBefore() *timestamppb.Timestamp {
-	if x != nil {
-		return x.CreatedBefore
-	}
-	return nil
-}
-
-func (x *ListJobsRequest) GetProviderJobIdPrefix() string {
-	if x != nil {
-		return x.ProviderJobIdPrefix
-	}
-	return ""
-}
-
-func (x *ListJobsRequest) GetProviderJobNamePrefix() string {
-	if x != nil {
-		return x.ProviderJobNamePrefix
-	}
-	return ""
 }
 
 func (x *ListJobsRequest) GetPageSize() int32 {
@@ -1156,7 +1259,7 @@ type ListJobsResponse struct {
 
 func (x *ListJobsResponse) Reset() {
 	*x = ListJobsResponse{}
-	mi := &file_milepost_v1_jobs_proto_msgTypes[9]
+	mi := &file_milepost_v1_jobs_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1168,7 +1271,7 @@ func (x *ListJobsResponse) String() string {
 func (*ListJobsResponse) ProtoMessage() {}
 
 func (x *ListJobsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_milepost_v1_jobs_proto_msgTypes[9]
+	mi := &file_milepost_v1_jobs_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1181,7 +1284,7 @@ func (x *ListJobsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListJobsResponse.ProtoReflect.Descriptor instead.
 func (*ListJobsResponse) Descriptor() ([]byte, []int) {
-	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{9}
+	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ListJobsResponse) GetJobs() []*Job {
@@ -1216,7 +1319,7 @@ type CloseJobRequest struct {
 
 func (x *CloseJobRequest) Reset() {
 	*x = CloseJobRequest{}
-	mi := &file_milepost_v1_jobs_proto_msgTypes[10]
+	mi := &file_milepost_v1_jobs_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1228,7 +1331,7 @@ func (x *CloseJobRequest) String() string {
 func (*CloseJobRequest) ProtoMessage() {}
 
 func (x *CloseJobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_milepost_v1_jobs_proto_msgTypes[10]
+	mi := &file_milepost_v1_jobs_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1241,7 +1344,7 @@ func (x *CloseJobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseJobRequest.ProtoReflect.Descriptor instead.
 func (*CloseJobRequest) Descriptor() ([]byte, []int) {
-	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{10}
+	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *CloseJobRequest) GetJob() isCloseJobRequest_Job {
@@ -1307,7 +1410,7 @@ type CloseJobResponse struct {
 
 func (x *CloseJobResponse) Reset() {
 	*x = CloseJobResponse{}
-	mi := &file_milepost_v1_jobs_proto_msgTypes[11]
+	mi := &file_milepost_v1_jobs_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1319,7 +1422,7 @@ func (x *CloseJobResponse) String() string {
 func (*CloseJobResponse) ProtoMessage() {}
 
 func (x *CloseJobResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_milepost_v1_jobs_proto_msgTypes[11]
+	mi := &file_milepost_v1_jobs_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1332,7 +1435,7 @@ func (x *CloseJobResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseJobResponse.ProtoReflect.Descriptor instead.
 func (*CloseJobResponse) Descriptor() ([]byte, []int) {
-	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{11}
+	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *CloseJobResponse) GetJob() *Job {
@@ -1363,7 +1466,7 @@ type RequestCancellationRequest struct {
 
 func (x *RequestCancellationRequest) Reset() {
 	*x = RequestCancellationRequest{}
-	mi := &file_milepost_v1_jobs_proto_msgTypes[12]
+	mi := &file_milepost_v1_jobs_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1375,7 +1478,7 @@ func (x *RequestCancellationRequest) String() string {
 func (*RequestCancellationRequest) ProtoMessage() {}
 
 func (x *RequestCancellationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_milepost_v1_jobs_proto_msgTypes[12]
+	mi := &file_milepost_v1_jobs_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1388,7 +1491,7 @@ func (x *RequestCancellationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RequestCancellationRequest.ProtoReflect.Descriptor instead.
 func (*RequestCancellationRequest) Descriptor() ([]byte, []int) {
-	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{12}
+	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *RequestCancellationRequest) GetJobId() string {
@@ -1418,7 +1521,7 @@ type RequestCancellationResponse struct {
 
 func (x *RequestCancellationResponse) Reset() {
 	*x = RequestCancellationResponse{}
-	mi := &file_milepost_v1_jobs_proto_msgTypes[13]
+	mi := &file_milepost_v1_jobs_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1430,7 +1533,7 @@ func (x *RequestCancellationResponse) String() string {
 func (*RequestCancellationResponse) ProtoMessage() {}
 
 func (x *RequestCancellationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_milepost_v1_jobs_proto_msgTypes[13]
+	mi := &file_milepost_v1_jobs_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1443,7 +1546,7 @@ func (x *RequestCancellationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RequestCancellationResponse.ProtoReflect.Descriptor instead.
 func (*RequestCancellationResponse) Descriptor() ([]byte, []int) {
-	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{13}
+	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *RequestCancellationResponse) GetJob() *Job {
@@ -1454,6 +1557,157 @@ func (x *RequestCancellationResponse) GetJob() *Job {
 }
 
 func (x *RequestCancellationResponse) GetExisted() bool {
+	if x != nil {
+		return x.Existed
+	}
+	return false
+}
+
+// The job to hold, or not to hold any longer.
+type HoldJobRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Required.
+	//
+	// Types that are valid to be assigned to Job:
+	//
+	//	*HoldJobRequest_JobId
+	//	*HoldJobRequest_ProviderJobId
+	Job isHoldJobRequest_Job `protobuf_oneof:"job"`
+	// Whether the caller holds the job from now on.
+	Held          bool `protobuf:"varint,3,opt,name=held,proto3" json:"held,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HoldJobRequest) Reset() {
+	*x = HoldJobRequest{}
+	mi := &file_milepost_v1_jobs_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HoldJobRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HoldJobRequest) ProtoMessage() {}
+
+func (x *HoldJobRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_milepost_v1_jobs_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HoldJobRequest.ProtoReflect.Descriptor instead.
+func (*HoldJobRequest) Descriptor() ([]byte, []int) {
+	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *HoldJobRequest) GetJob() isHoldJobRequest_Job {
+	if x != nil {
+		return x.Job
+	}
+	return nil
+}
+
+func (x *HoldJobRequest) GetJobId() string {
+	if x != nil {
+		if x, ok := x.Job.(*HoldJobRequest_JobId); ok {
+			return x.JobId
+		}
+	}
+	return ""
+}
+
+func (x *HoldJobRequest) GetProviderJobId() string {
+	if x != nil {
+		if x, ok := x.Job.(*HoldJobRequest_ProviderJobId); ok {
+			return x.ProviderJobId
+		}
+	}
+	return ""
+}
+
+func (x *HoldJobRequest) GetHeld() bool {
+	if x != nil {
+		return x.Held
+	}
+	return false
+}
+
+type isHoldJobRequest_Job interface {
+	isHoldJobRequest_Job()
+}
+
+type HoldJobRequest_JobId struct {
+	// The job's id.
+	JobId string `protobuf:"bytes,1,opt,name=job_id,json=jobId,proto3,oneof"`
+}
+
+type HoldJobRequest_ProviderJobId struct {
+	// The provider's id of the job. Only this provider may use it.
+	ProviderJobId string `protobuf:"bytes,2,opt,name=provider_job_id,json=providerJobId,proto3,oneof"`
+}
+
+func (*HoldJobRequest_JobId) isHoldJobRequest_Job() {}
+
+func (*HoldJobRequest_ProviderJobId) isHoldJobRequest_Job() {}
+
+// The job after the call.
+type HoldJobResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The job in its present state.
+	Job *Job `protobuf:"bytes,1,opt,name=job,proto3" json:"job,omitempty"`
+	// The caller's hold was as wanted before.
+	Existed       bool `protobuf:"varint,2,opt,name=existed,proto3" json:"existed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HoldJobResponse) Reset() {
+	*x = HoldJobResponse{}
+	mi := &file_milepost_v1_jobs_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HoldJobResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HoldJobResponse) ProtoMessage() {}
+
+func (x *HoldJobResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_milepost_v1_jobs_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HoldJobResponse.ProtoReflect.Descriptor instead.
+func (*HoldJobResponse) Descriptor() ([]byte, []int) {
+	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *HoldJobResponse) GetJob() *Job {
+	if x != nil {
+		return x.Job
+	}
+	return nil
+}
+
+func (x *HoldJobResponse) GetExisted() bool {
 	if x != nil {
 		return x.Existed
 	}
@@ -1476,7 +1730,7 @@ type EstimateJobRequest struct {
 
 func (x *EstimateJobRequest) Reset() {
 	*x = EstimateJobRequest{}
-	mi := &file_milepost_v1_jobs_proto_msgTypes[14]
+	mi := &file_milepost_v1_jobs_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1488,7 +1742,7 @@ func (x *EstimateJobRequest) String() string {
 func (*EstimateJobRequest) ProtoMessage() {}
 
 func (x *EstimateJobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_milepost_v1_jobs_proto_msgTypes[14]
+	mi := &file_milepost_v1_jobs_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1501,7 +1755,7 @@ func (x *EstimateJobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EstimateJobRequest.ProtoReflect.Descriptor instead.
 func (*EstimateJobRequest) Descriptor() ([]byte, []int) {
-	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{14}
+	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *EstimateJobRequest) GetJob() isEstimateJobRequest_Job {
@@ -1570,7 +1824,7 @@ type EstimateJobResponse struct {
 
 func (x *EstimateJobResponse) Reset() {
 	*x = EstimateJobResponse{}
-	mi := &file_milepost_v1_jobs_proto_msgTypes[15]
+	mi := &file_milepost_v1_jobs_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1582,7 +1836,7 @@ func (x *EstimateJobResponse) String() string {
 func (*EstimateJobResponse) ProtoMessage() {}
 
 func (x *EstimateJobResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_milepost_v1_jobs_proto_msgTypes[15]
+	mi := &file_milepost_v1_jobs_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1595,7 +1849,7 @@ func (x *EstimateJobResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EstimateJobResponse.ProtoReflect.Descriptor instead.
 func (*EstimateJobResponse) Descriptor() ([]byte, []int) {
-	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{15}
+	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *EstimateJobResponse) GetOutcome() isEstimateJobResponse_Outcome {
@@ -1668,7 +1922,7 @@ type Estimate struct {
 
 func (x *Estimate) Reset() {
 	*x = Estimate{}
-	mi := &file_milepost_v1_jobs_proto_msgTypes[16]
+	mi := &file_milepost_v1_jobs_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1680,7 +1934,7 @@ func (x *Estimate) String() string {
 func (*Estimate) ProtoMessage() {}
 
 func (x *Estimate) ProtoReflect() protoreflect.Message {
-	mi := &file_milepost_v1_jobs_proto_msgTypes[16]
+	mi := &file_milepost_v1_jobs_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1693,7 +1947,7 @@ func (x *Estimate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Estimate.ProtoReflect.Descriptor instead.
 func (*Estimate) Descriptor() ([]byte, []int) {
-	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{16}
+	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Estimate) GetP50() *timestamppb.Timestamp {
@@ -1729,7 +1983,7 @@ const file_milepost_v1_jobs_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1d\n" +
 	"\n" +
 	"first_name\x18\x02 \x01(\tR\tfirstName\x12\x1b\n" +
-	"\tlast_name\x18\x03 \x01(\tR\blastName\"\xd7\x06\n" +
+	"\tlast_name\x18\x03 \x01(\tR\blastName\"\x9c\b\n" +
 	"\x03Job\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
 	"\bprovider\x18\x02 \x01(\v2\x12.milepost.v1.PartyR\bprovider\x12.\n" +
@@ -1751,7 +2005,13 @@ const file_milepost_v1_jobs_proto_rawDesc = "" +
 	"\x12configuration_name\x18\x0f \x01(\tR\x11configurationName\x12:\n" +
 	"\vmax_silence\x18\x10 \x01(\v2\x19.google.protobuf.DurationR\n" +
 	"maxSilence\x12V\n" +
-	"\x19cancellation_requested_at\x18\x11 \x01(\v2\x1a.google.protobuf.TimestampR\x17cancellationRequestedAt\"\xda\x02\n" +
+	"\x19cancellation_requested_at\x18\x11 \x01(\v2\x1a.google.protobuf.TimestampR\x17cancellationRequestedAt\x124\n" +
+	"\x06labels\x18\x12 \x03(\v2\x1c.milepost.v1.Job.LabelsEntryR\x06labels\x12(\n" +
+	"\x10held_by_provider\x18\x13 \x01(\bR\x0eheldByProvider\x12(\n" +
+	"\x10held_by_customer\x18\x14 \x01(\bR\x0eheldByCustomer\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xd8\x03\n" +
 	"\x10CreateJobRequest\x12&\n" +
 	"\x0fprovider_job_id\x18\x01 \x01(\tR\rproviderJobId\x12!\n" +
 	"\vcustomer_id\x18\x02 \x01(\tH\x00R\n" +
@@ -1761,7 +2021,11 @@ const file_milepost_v1_jobs_proto_rawDesc = "" +
 	"\x15configuration_version\x18\x04 \x01(\tR\x14configurationVersion\x12*\n" +
 	"\x11provider_job_name\x18\x05 \x01(\tR\x0fproviderJobName\x12:\n" +
 	"\vmax_silence\x18\a \x01(\v2\x19.google.protobuf.DurationR\n" +
-	"maxSilenceB\n" +
+	"maxSilence\x12A\n" +
+	"\x06labels\x18\b \x03(\v2).milepost.v1.CreateJobRequest.LabelsEntryR\x06labels\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\n" +
 	"\n" +
 	"\bcustomer\"Q\n" +
 	"\x11CreateJobResponse\x12\"\n" +
@@ -1774,8 +2038,8 @@ const file_milepost_v1_jobs_proto_rawDesc = "" +
 	"\x0eGetJobResponse\x12\"\n" +
 	"\x03job\x18\x01 \x01(\v2\x10.milepost.v1.JobR\x03job\x12J\n" +
 	"\x11job_configuration\x18\x02 \x01(\v2\x1d.milepost.v1.JobConfigurationR\x10jobConfiguration\x12,\n" +
-	"\x05steps\x18\x03 \x03(\v2\x16.milepost.v1.StepStateR\x05steps\"\xfb\x03\n" +
-	"\x0fListJobsRequest\x122\n" +
+	"\x05steps\x18\x03 \x03(\v2\x16.milepost.v1.StepStateR\x05steps\"\xc4\x04\n" +
+	"\tJobFilter\x122\n" +
 	"\bstatuses\x18\x01 \x03(\x0e2\x16.milepost.v1.JobStatusR\bstatuses\x124\n" +
 	"\bopenness\x18\x02 \x01(\x0e2\x18.milepost.v1.JobOpennessR\bopenness\x12+\n" +
 	"\x11configuration_tag\x18\x03 \x01(\tR\x10configurationTag\x12%\n" +
@@ -1783,11 +2047,18 @@ const file_milepost_v1_jobs_proto_rawDesc = "" +
 	"\fcreated_from\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\vcreatedFrom\x12A\n" +
 	"\x0ecreated_before\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\rcreatedBefore\x123\n" +
 	"\x16provider_job_id_prefix\x18\a \x01(\tR\x13providerJobIdPrefix\x127\n" +
-	"\x18provider_job_name_prefix\x18\b \x01(\tR\x15providerJobNamePrefix\x12\x1b\n" +
-	"\tpage_size\x18\t \x01(\x05R\bpageSize\x12\x1d\n" +
+	"\x18provider_job_name_prefix\x18\b \x01(\tR\x15providerJobNamePrefix\x12:\n" +
+	"\x06labels\x18\t \x03(\v2\".milepost.v1.JobFilter.LabelsEntryR\x06labels\x12\x12\n" +
+	"\x04text\x18\n" +
+	" \x01(\tR\x04text\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"}\n" +
+	"\x0fListJobsRequest\x12.\n" +
+	"\x06filter\x18\x01 \x01(\v2\x16.milepost.v1.JobFilterR\x06filter\x12\x1b\n" +
+	"\tpage_size\x18\x02 \x01(\x05R\bpageSize\x12\x1d\n" +
 	"\n" +
-	"page_token\x18\n" +
-	" \x01(\tR\tpageToken\"`\n" +
+	"page_token\x18\x03 \x01(\tR\tpageToken\"`\n" +
 	"\x10ListJobsResponse\x12$\n" +
 	"\x04jobs\x18\x01 \x03(\v2\x10.milepost.v1.JobR\x04jobs\x12&\n" +
 	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"s\n" +
@@ -1803,6 +2074,14 @@ const file_milepost_v1_jobs_proto_rawDesc = "" +
 	"\x06job_id\x18\x01 \x01(\tR\x05jobId\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\"[\n" +
 	"\x1bRequestCancellationResponse\x12\"\n" +
+	"\x03job\x18\x01 \x01(\v2\x10.milepost.v1.JobR\x03job\x12\x18\n" +
+	"\aexisted\x18\x02 \x01(\bR\aexisted\"n\n" +
+	"\x0eHoldJobRequest\x12\x17\n" +
+	"\x06job_id\x18\x01 \x01(\tH\x00R\x05jobId\x12(\n" +
+	"\x0fprovider_job_id\x18\x02 \x01(\tH\x00R\rproviderJobId\x12\x12\n" +
+	"\x04held\x18\x03 \x01(\bR\x04heldB\x05\n" +
+	"\x03job\"O\n" +
+	"\x0fHoldJobResponse\x12\"\n" +
 	"\x03job\x18\x01 \x01(\v2\x10.milepost.v1.JobR\x03job\x12\x18\n" +
 	"\aexisted\x18\x02 \x01(\bR\aexisted\"^\n" +
 	"\x12EstimateJobRequest\x12\x17\n" +
@@ -1840,14 +2119,15 @@ const file_milepost_v1_jobs_proto_rawDesc = "" +
 	"\x10NoEstimateReason\x12\"\n" +
 	"\x1eNO_ESTIMATE_REASON_UNSPECIFIED\x10\x00\x12#\n" +
 	"\x1fNO_ESTIMATE_REASON_TOO_FEW_JOBS\x10\x01\x12!\n" +
-	"\x1dNO_ESTIMATE_REASON_JOB_CLOSED\x10\x022\xf8\x03\n" +
+	"\x1dNO_ESTIMATE_REASON_JOB_CLOSED\x10\x022\xbe\x04\n" +
 	"\n" +
 	"JobService\x12J\n" +
 	"\tCreateJob\x12\x1d.milepost.v1.CreateJobRequest\x1a\x1e.milepost.v1.CreateJobResponse\x12F\n" +
 	"\x06GetJob\x12\x1a.milepost.v1.GetJobRequest\x1a\x1b.milepost.v1.GetJobResponse\"\x03\x90\x02\x01\x12L\n" +
 	"\bListJobs\x12\x1c.milepost.v1.ListJobsRequest\x1a\x1d.milepost.v1.ListJobsResponse\"\x03\x90\x02\x01\x12G\n" +
 	"\bCloseJob\x12\x1c.milepost.v1.CloseJobRequest\x1a\x1d.milepost.v1.CloseJobResponse\x12h\n" +
-	"\x13RequestCancellation\x12'.milepost.v1.RequestCancellationRequest\x1a(.milepost.v1.RequestCancellationResponse\x12U\n" +
+	"\x13RequestCancellation\x12'.milepost.v1.RequestCancellationRequest\x1a(.milepost.v1.RequestCancellationResponse\x12D\n" +
+	"\aHoldJob\x12\x1b.milepost.v1.HoldJobRequest\x1a\x1c.milepost.v1.HoldJobResponse\x12U\n" +
 	"\vEstimateJob\x12\x1f.milepost.v1.EstimateJobRequest\x1a .milepost.v1.EstimateJobResponse\"\x03\x90\x02\x01BJ\n" +
 	"\x0fcom.milepost.v1B\tJobsProtoP\x01Z*milepost/clients/go/milepost/v1;milepostv1b\x06proto3"
 
@@ -1864,7 +2144,7 @@ func file_milepost_v1_jobs_proto_rawDescGZIP() []byte {
 }
 
 var file_milepost_v1_jobs_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_milepost_v1_jobs_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
+var file_milepost_v1_jobs_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
 var file_milepost_v1_jobs_proto_goTypes = []any{
 	(JobStatus)(0),                      // 0: milepost.v1.JobStatus
 	(StepStatus)(0),                     // 1: milepost.v1.StepStatus
@@ -1878,18 +2158,24 @@ var file_milepost_v1_jobs_proto_goTypes = []any{
 	(*CreateJobResponse)(nil),           // 9: milepost.v1.CreateJobResponse
 	(*GetJobRequest)(nil),               // 10: milepost.v1.GetJobRequest
 	(*GetJobResponse)(nil),              // 11: milepost.v1.GetJobResponse
-	(*ListJobsRequest)(nil),             // 12: milepost.v1.ListJobsRequest
-	(*ListJobsResponse)(nil),            // 13: milepost.v1.ListJobsResponse
-	(*CloseJobRequest)(nil),             // 14: milepost.v1.CloseJobRequest
-	(*CloseJobResponse)(nil),            // 15: milepost.v1.CloseJobResponse
-	(*RequestCancellationRequest)(nil),  // 16: milepost.v1.RequestCancellationRequest
-	(*RequestCancellationResponse)(nil), // 17: milepost.v1.RequestCancellationResponse
-	(*EstimateJobRequest)(nil),          // 18: milepost.v1.EstimateJobRequest
-	(*EstimateJobResponse)(nil),         // 19: milepost.v1.EstimateJobResponse
-	(*Estimate)(nil),                    // 20: milepost.v1.Estimate
-	(*timestamppb.Timestamp)(nil),       // 21: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),         // 22: google.protobuf.Duration
-	(*JobConfiguration)(nil),            // 23: milepost.v1.JobConfiguration
+	(*JobFilter)(nil),                   // 12: milepost.v1.JobFilter
+	(*ListJobsRequest)(nil),             // 13: milepost.v1.ListJobsRequest
+	(*ListJobsResponse)(nil),            // 14: milepost.v1.ListJobsResponse
+	(*CloseJobRequest)(nil),             // 15: milepost.v1.CloseJobRequest
+	(*CloseJobResponse)(nil),            // 16: milepost.v1.CloseJobResponse
+	(*RequestCancellationRequest)(nil),  // 17: milepost.v1.RequestCancellationRequest
+	(*RequestCancellationResponse)(nil), // 18: milepost.v1.RequestCancellationResponse
+	(*HoldJobRequest)(nil),              // 19: milepost.v1.HoldJobRequest
+	(*HoldJobResponse)(nil),             // 20: milepost.v1.HoldJobResponse
+	(*EstimateJobRequest)(nil),          // 21: milepost.v1.EstimateJobRequest
+	(*EstimateJobResponse)(nil),         // 22: milepost.v1.EstimateJobResponse
+	(*Estimate)(nil),                    // 23: milepost.v1.Estimate
+	nil,                                 // 24: milepost.v1.Job.LabelsEntry
+	nil,                                 // 25: milepost.v1.CreateJobRequest.LabelsEntry
+	nil,                                 // 26: milepost.v1.JobFilter.LabelsEntry
+	(*timestamppb.Timestamp)(nil),       // 27: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),         // 28: google.protobuf.Duration
+	(*JobConfiguration)(nil),            // 29: milepost.v1.JobConfiguration
 }
 var file_milepost_v1_jobs_proto_depIdxs = []int32{
 	1,  // 0: milepost.v1.StepState.status:type_name -> milepost.v1.StepStatus
@@ -1897,45 +2183,52 @@ var file_milepost_v1_jobs_proto_depIdxs = []int32{
 	6,  // 2: milepost.v1.Job.customer:type_name -> milepost.v1.Party
 	0,  // 3: milepost.v1.Job.status:type_name -> milepost.v1.JobStatus
 	4,  // 4: milepost.v1.Job.progress:type_name -> milepost.v1.Progress
-	21, // 5: milepost.v1.Job.closed_at:type_name -> google.protobuf.Timestamp
-	21, // 6: milepost.v1.Job.created_at:type_name -> google.protobuf.Timestamp
-	21, // 7: milepost.v1.Job.updated_at:type_name -> google.protobuf.Timestamp
-	22, // 8: milepost.v1.Job.max_silence:type_name -> google.protobuf.Duration
-	21, // 9: milepost.v1.Job.cancellation_requested_at:type_name -> google.protobuf.Timestamp
-	22, // 10: milepost.v1.CreateJobRequest.max_silence:type_name -> google.protobuf.Duration
-	7,  // 11: milepost.v1.CreateJobResponse.job:type_name -> milepost.v1.Job
-	7,  // 12: milepost.v1.GetJobResponse.job:type_name -> milepost.v1.Job
-	23, // 13: milepost.v1.GetJobResponse.job_configuration:type_name -> milepost.v1.JobConfiguration
-	5,  // 14: milepost.v1.GetJobResponse.steps:type_name -> milepost.v1.StepState
-	0,  // 15: milepost.v1.ListJobsRequest.statuses:type_name -> milepost.v1.JobStatus
-	2,  // 16: milepost.v1.ListJobsRequest.openness:type_name -> milepost.v1.JobOpenness
-	21, // 17: milepost.v1.ListJobsRequest.created_from:type_name -> google.protobuf.Timestamp
-	21, // 18: milepost.v1.ListJobsRequest.created_before:type_name -> google.protobuf.Timestamp
-	7,  // 19: milepost.v1.ListJobsResponse.jobs:type_name -> milepost.v1.Job
-	7,  // 20: milepost.v1.CloseJobResponse.job:type_name -> milepost.v1.Job
-	7,  // 21: milepost.v1.RequestCancellationResponse.job:type_name -> milepost.v1.Job
-	20, // 22: milepost.v1.EstimateJobResponse.estimate:type_name -> milepost.v1.Estimate
-	3,  // 23: milepost.v1.EstimateJobResponse.no_estimate:type_name -> milepost.v1.NoEstimateReason
-	21, // 24: milepost.v1.EstimateJobResponse.estimated_at:type_name -> google.protobuf.Timestamp
-	21, // 25: milepost.v1.Estimate.p50:type_name -> google.protobuf.Timestamp
-	21, // 26: milepost.v1.Estimate.p90:type_name -> google.protobuf.Timestamp
-	8,  // 27: milepost.v1.JobService.CreateJob:input_type -> milepost.v1.CreateJobRequest
-	10, // 28: milepost.v1.JobService.GetJob:input_type -> milepost.v1.GetJobRequest
-	12, // 29: milepost.v1.JobService.ListJobs:input_type -> milepost.v1.ListJobsRequest
-	14, // 30: milepost.v1.JobService.CloseJob:input_type -> milepost.v1.CloseJobRequest
-	16, // 31: milepost.v1.JobService.RequestCancellation:input_type -> milepost.v1.RequestCancellationRequest
-	18, // 32: milepost.v1.JobService.EstimateJob:input_type -> milepost.v1.EstimateJobRequest
-	9,  // 33: milepost.v1.JobService.CreateJob:output_type -> milepost.v1.CreateJobResponse
-	11, // 34: milepost.v1.JobService.GetJob:output_type -> milepost.v1.GetJobResponse
-	13, // 35: milepost.v1.JobService.ListJobs:output_type -> milepost.v1.ListJobsResponse
-	15, // 36: milepost.v1.JobService.CloseJob:output_type -> milepost.v1.CloseJobResponse
-	17, // 37: milepost.v1.JobService.RequestCancellation:output_type -> milepost.v1.RequestCancellationResponse
-	19, // 38: milepost.v1.JobService.EstimateJob:output_type -> milepost.v1.EstimateJobResponse
-	33, // [33:39] is the sub-list for method output_type
-	27, // [27:33] is the sub-list for method input_type
-	27, // [27:27] is the sub-list for extension type_name
-	27, // [27:27] is the sub-list for extension extendee
-	0,  // [0:27] is the sub-list for field type_name
+	27, // 5: milepost.v1.Job.closed_at:type_name -> google.protobuf.Timestamp
+	27, // 6: milepost.v1.Job.created_at:type_name -> google.protobuf.Timestamp
+	27, // 7: milepost.v1.Job.updated_at:type_name -> google.protobuf.Timestamp
+	28, // 8: milepost.v1.Job.max_silence:type_name -> google.protobuf.Duration
+	27, // 9: milepost.v1.Job.cancellation_requested_at:type_name -> google.protobuf.Timestamp
+	24, // 10: milepost.v1.Job.labels:type_name -> milepost.v1.Job.LabelsEntry
+	28, // 11: milepost.v1.CreateJobRequest.max_silence:type_name -> google.protobuf.Duration
+	25, // 12: milepost.v1.CreateJobRequest.labels:type_name -> milepost.v1.CreateJobRequest.LabelsEntry
+	7,  // 13: milepost.v1.CreateJobResponse.job:type_name -> milepost.v1.Job
+	7,  // 14: milepost.v1.GetJobResponse.job:type_name -> milepost.v1.Job
+	29, // 15: milepost.v1.GetJobResponse.job_configuration:type_name -> milepost.v1.JobConfiguration
+	5,  // 16: milepost.v1.GetJobResponse.steps:type_name -> milepost.v1.StepState
+	0,  // 17: milepost.v1.JobFilter.statuses:type_name -> milepost.v1.JobStatus
+	2,  // 18: milepost.v1.JobFilter.openness:type_name -> milepost.v1.JobOpenness
+	27, // 19: milepost.v1.JobFilter.created_from:type_name -> google.protobuf.Timestamp
+	27, // 20: milepost.v1.JobFilter.created_before:type_name -> google.protobuf.Timestamp
+	26, // 21: milepost.v1.JobFilter.labels:type_name -> milepost.v1.JobFilter.LabelsEntry
+	12, // 22: milepost.v1.ListJobsRequest.filter:type_name -> milepost.v1.JobFilter
+	7,  // 23: milepost.v1.ListJobsResponse.jobs:type_name -> milepost.v1.Job
+	7,  // 24: milepost.v1.CloseJobResponse.job:type_name -> milepost.v1.Job
+	7,  // 25: milepost.v1.RequestCancellationResponse.job:type_name -> milepost.v1.Job
+	7,  // 26: milepost.v1.HoldJobResponse.job:type_name -> milepost.v1.Job
+	23, // 27: milepost.v1.EstimateJobResponse.estimate:type_name -> milepost.v1.Estimate
+	3,  // 28: milepost.v1.EstimateJobResponse.no_estimate:type_name -> milepost.v1.NoEstimateReason
+	27, // 29: milepost.v1.EstimateJobResponse.estimated_at:type_name -> google.protobuf.Timestamp
+	27, // 30: milepost.v1.Estimate.p50:type_name -> google.protobuf.Timestamp
+	27, // 31: milepost.v1.Estimate.p90:type_name -> google.protobuf.Timestamp
+	8,  // 32: milepost.v1.JobService.CreateJob:input_type -> milepost.v1.CreateJobRequest
+	10, // 33: milepost.v1.JobService.GetJob:input_type -> milepost.v1.GetJobRequest
+	13, // 34: milepost.v1.JobService.ListJobs:input_type -> milepost.v1.ListJobsRequest
+	15, // 35: milepost.v1.JobService.CloseJob:input_type -> milepost.v1.CloseJobRequest
+	17, // 36: milepost.v1.JobService.RequestCancellation:input_type -> milepost.v1.RequestCancellationRequest
+	19, // 37: milepost.v1.JobService.HoldJob:input_type -> milepost.v1.HoldJobRequest
+	21, // 38: milepost.v1.JobService.EstimateJob:input_type -> milepost.v1.EstimateJobRequest
+	9,  // 39: milepost.v1.JobService.CreateJob:output_type -> milepost.v1.CreateJobResponse
+	11, // 40: milepost.v1.JobService.GetJob:output_type -> milepost.v1.GetJobResponse
+	14, // 41: milepost.v1.JobService.ListJobs:output_type -> milepost.v1.ListJobsResponse
+	16, // 42: milepost.v1.JobService.CloseJob:output_type -> milepost.v1.CloseJobResponse
+	18, // 43: milepost.v1.JobService.RequestCancellation:output_type -> milepost.v1.RequestCancellationResponse
+	20, // 44: milepost.v1.JobService.HoldJob:output_type -> milepost.v1.HoldJobResponse
+	22, // 45: milepost.v1.JobService.EstimateJob:output_type -> milepost.v1.EstimateJobResponse
+	39, // [39:46] is the sub-list for method output_type
+	32, // [32:39] is the sub-list for method input_type
+	32, // [32:32] is the sub-list for extension type_name
+	32, // [32:32] is the sub-list for extension extendee
+	0,  // [0:32] is the sub-list for field type_name
 }
 
 func init() { file_milepost_v1_jobs_proto_init() }
@@ -1952,15 +2245,19 @@ func file_milepost_v1_jobs_proto_init() {
 		(*GetJobRequest_JobId)(nil),
 		(*GetJobRequest_ProviderJobId)(nil),
 	}
-	file_milepost_v1_jobs_proto_msgTypes[10].OneofWrappers = []any{
+	file_milepost_v1_jobs_proto_msgTypes[11].OneofWrappers = []any{
 		(*CloseJobRequest_JobId)(nil),
 		(*CloseJobRequest_ProviderJobId)(nil),
 	}
-	file_milepost_v1_jobs_proto_msgTypes[14].OneofWrappers = []any{
+	file_milepost_v1_jobs_proto_msgTypes[15].OneofWrappers = []any{
+		(*HoldJobRequest_JobId)(nil),
+		(*HoldJobRequest_ProviderJobId)(nil),
+	}
+	file_milepost_v1_jobs_proto_msgTypes[17].OneofWrappers = []any{
 		(*EstimateJobRequest_JobId)(nil),
 		(*EstimateJobRequest_ProviderJobId)(nil),
 	}
-	file_milepost_v1_jobs_proto_msgTypes[15].OneofWrappers = []any{
+	file_milepost_v1_jobs_proto_msgTypes[18].OneofWrappers = []any{
 		(*EstimateJobResponse_Estimate)(nil),
 		(*EstimateJobResponse_NoEstimate)(nil),
 	}
@@ -1970,7 +2267,7 @@ func file_milepost_v1_jobs_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_milepost_v1_jobs_proto_rawDesc), len(file_milepost_v1_jobs_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   17,
+			NumMessages:   23,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

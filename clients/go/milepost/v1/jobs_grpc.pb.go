@@ -24,6 +24,7 @@ const (
 	JobService_ListJobs_FullMethodName            = "/milepost.v1.JobService/ListJobs"
 	JobService_CloseJob_FullMethodName            = "/milepost.v1.JobService/CloseJob"
 	JobService_RequestCancellation_FullMethodName = "/milepost.v1.JobService/RequestCancellation"
+	JobService_HoldJob_FullMethodName             = "/milepost.v1.JobService/HoldJob"
 	JobService_EstimateJob_FullMethodName         = "/milepost.v1.JobService/EstimateJob"
 )
 
@@ -37,8 +38,8 @@ const (
 type JobServiceClient interface {
 	// Creates a job in status PENDING. Needs the role provider and scope APPEND.
 	//
-	// Idempotent by provider_job_id: the same customer, tag, name and, if given,
-	// version again returns the stored job with `existed`. Anything else fails with
+	// Idempotent by provider_job_id: the same customer, tag, name, labels and, if given,
+	// version and `max_silence` again returns the stored job with `existed`. Anything else fails with
 	// ALREADY_EXISTS (JOB_DIFFERS). The customer may be named by another code than
 	// before, or by the id: the customers are compared.
 	// Errors: NOT_FOUND for an unknown or disabled customer, or an unknown
@@ -48,8 +49,9 @@ type JobServiceClient interface {
 	// RESOURCE_EXHAUSTED (QUOTA_EXCEEDED) if the provider has too many open jobs or
 	// stored bytes, unless the job exists.
 	CreateJob(ctx context.Context, in *CreateJobRequest, opts ...grpc.CallOption) (*CreateJobResponse, error)
-	// Returns a job with its status, its progress and its configuration. Needs the
-	// job's provider or customer; scope READ.
+	// Returns a job with its status, its progress, the state of its steps and its
+	// configuration. Needs the job's provider, its customer, or a watch token of the job;
+	// scope READ.
 	//
 	// Errors: NOT_FOUND.
 	GetJob(ctx context.Context, in *GetJobRequest, opts ...grpc.CallOption) (*GetJobResponse, error)
@@ -76,6 +78,15 @@ type JobServiceClient interface {
 	// `existed`, whatever the reason in the request, also once it is closed.
 	// Errors: NOT_FOUND; FAILED_PRECONDITION (JOB_CLOSED) if the job is closed.
 	RequestCancellation(ctx context.Context, in *RequestCancellationRequest, opts ...grpc.CallOption) (*RequestCancellationResponse, error)
+	// Sets or lifts the caller's hold of a job. Retention removes nothing of a job that
+	// either side holds. A new job is held by nobody. Needs the job's provider or its
+	// customer; scope APPEND.
+	//
+	// Idempotent: if the caller's hold is already as wanted, the job is returned
+	// unchanged, with `existed`.
+	// Errors: NOT_FOUND; FAILED_PRECONDITION (EVENTS_REMOVED) to hold a job whose events
+	// retention removes or has removed.
+	HoldJob(ctx context.Context, in *HoldJobRequest, opts ...grpc.CallOption) (*HoldJobResponse, error)
 	// Says when an open job will probably be complete, by how long completed jobs of the
 	// same configuration tag took from the step that this job finished last. Needs the
 	// job's provider, its customer, or a watch token of the job; scope READ. Ask again
@@ -143,6 +154,16 @@ func (c *jobServiceClient) RequestCancellation(ctx context.Context, in *RequestC
 	return out, nil
 }
 
+func (c *jobServiceClient) HoldJob(ctx context.Context, in *HoldJobRequest, opts ...grpc.CallOption) (*HoldJobResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(HoldJobResponse)
+	err := c.cc.Invoke(ctx, JobService_HoldJob_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *jobServiceClient) EstimateJob(ctx context.Context, in *EstimateJobRequest, opts ...grpc.CallOption) (*EstimateJobResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(EstimateJobResponse)
@@ -163,8 +184,8 @@ func (c *jobServiceClient) EstimateJob(ctx context.Context, in *EstimateJobReque
 type JobServiceServer interface {
 	// Creates a job in status PENDING. Needs the role provider and scope APPEND.
 	//
-	// Idempotent by provider_job_id: the same customer, tag, name and, if given,
-	// version again returns the stored job with `existed`. Anything else fails with
+	// Idempotent by provider_job_id: the same customer, tag, name, labels and, if given,
+	// version and `max_silence` again returns the stored job with `existed`. Anything else fails with
 	// ALREADY_EXISTS (JOB_DIFFERS). The customer may be named by another code than
 	// before, or by the id: the customers are compared.
 	// Errors: NOT_FOUND for an unknown or disabled customer, or an unknown
@@ -174,8 +195,9 @@ type JobServiceServer interface {
 	// RESOURCE_EXHAUSTED (QUOTA_EXCEEDED) if the provider has too many open jobs or
 	// stored bytes, unless the job exists.
 	CreateJob(context.Context, *CreateJobRequest) (*CreateJobResponse, error)
-	// Returns a job with its status, its progress and its configuration. Needs the
-	// job's provider or customer; scope READ.
+	// Returns a job with its status, its progress, the state of its steps and its
+	// configuration. Needs the job's provider, its customer, or a watch token of the job;
+	// scope READ.
 	//
 	// Errors: NOT_FOUND.
 	GetJob(context.Context, *GetJobRequest) (*GetJobResponse, error)
@@ -202,6 +224,15 @@ type JobServiceServer interface {
 	// `existed`, whatever the reason in the request, also once it is closed.
 	// Errors: NOT_FOUND; FAILED_PRECONDITION (JOB_CLOSED) if the job is closed.
 	RequestCancellation(context.Context, *RequestCancellationRequest) (*RequestCancellationResponse, error)
+	// Sets or lifts the caller's hold of a job. Retention removes nothing of a job that
+	// either side holds. A new job is held by nobody. Needs the job's provider or its
+	// customer; scope APPEND.
+	//
+	// Idempotent: if the caller's hold is already as wanted, the job is returned
+	// unchanged, with `existed`.
+	// Errors: NOT_FOUND; FAILED_PRECONDITION (EVENTS_REMOVED) to hold a job whose events
+	// retention removes or has removed.
+	HoldJob(context.Context, *HoldJobRequest) (*HoldJobResponse, error)
 	// Says when an open job will probably be complete, by how long completed jobs of the
 	// same configuration tag took from the step that this job finished last. Needs the
 	// job's provider, its customer, or a watch token of the job; scope READ. Ask again
@@ -233,6 +264,9 @@ func (UnimplementedJobServiceServer) CloseJob(context.Context, *CloseJobRequest)
 }
 func (UnimplementedJobServiceServer) RequestCancellation(context.Context, *RequestCancellationRequest) (*RequestCancellationResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method RequestCancellation not implemented")
+}
+func (UnimplementedJobServiceServer) HoldJob(context.Context, *HoldJobRequest) (*HoldJobResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method HoldJob not implemented")
 }
 func (UnimplementedJobServiceServer) EstimateJob(context.Context, *EstimateJobRequest) (*EstimateJobResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method EstimateJob not implemented")
@@ -348,6 +382,24 @@ func _JobService_RequestCancellation_Handler(srv interface{}, ctx context.Contex
 	return interceptor(ctx, in, info, handler)
 }
 
+func _JobService_HoldJob_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(HoldJobRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(JobServiceServer).HoldJob(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: JobService_HoldJob_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(JobServiceServer).HoldJob(ctx, req.(*HoldJobRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _JobService_EstimateJob_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(EstimateJobRequest)
 	if err := dec(in); err != nil {
@@ -392,6 +444,10 @@ var JobService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "RequestCancellation",
 			Handler:    _JobService_RequestCancellation_Handler,
+		},
+		{
+			MethodName: "HoldJob",
+			Handler:    _JobService_HoldJob_Handler,
 		},
 		{
 			MethodName: "EstimateJob",

@@ -910,8 +910,8 @@ pub enum ApiKeyScope {
     /// ListJobConfigurations and GetUsage. GetCurrentUser needs no scope.
     Read = 1,
     /// The writes of a provider: RegisterJobConfiguration, CreateJob, CloseJob,
-    /// AppendEvents, PublishEvents, and the methods for watch tokens. Those of a customer:
-    /// RequestCancellation.
+    /// AppendEvents, PublishEvents, and the methods for watch tokens. The write of a
+    /// customer: RequestCancellation. The write of both: HoldJob.
     Append = 2,
     /// CreateApiKey, ListApiKeys, ExpireApiKey and RotateApiKey.
     Manage = 3,
@@ -2124,6 +2124,9 @@ pub enum ErrorReason {
     /// free again on the next day. Otherwise close jobs, or ask the operator. A request
     /// that repeats a stored write, by its key or event ids, is not refused.
     QuotaExceeded = 26,
+    /// FAILED_PRECONDITION: retention removes the events of the job to hold, or has
+    /// removed them.
+    EventsRemoved = 27,
 }
 impl ErrorReason {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -2159,6 +2162,7 @@ impl ErrorReason {
             Self::LogInThrottled => "ERROR_REASON_LOG_IN_THROTTLED",
             Self::LogSetBack => "ERROR_REASON_LOG_SET_BACK",
             Self::QuotaExceeded => "ERROR_REASON_QUOTA_EXCEEDED",
+            Self::EventsRemoved => "ERROR_REASON_EVENTS_REMOVED",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -2195,6 +2199,7 @@ impl ErrorReason {
             "ERROR_REASON_LOG_IN_THROTTLED" => Some(Self::LogInThrottled),
             "ERROR_REASON_LOG_SET_BACK" => Some(Self::LogSetBack),
             "ERROR_REASON_QUOTA_EXCEEDED" => Some(Self::QuotaExceeded),
+            "ERROR_REASON_EVENTS_REMOVED" => Some(Self::EventsRemoved),
             _ => None,
         }
     }
@@ -2277,7 +2282,7 @@ impl ::prost::Name for Party {
     }
 }
 /// A job.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Job {
     /// UUID.
     #[prost(string, tag = "1")]
@@ -2331,6 +2336,18 @@ pub struct Job {
     /// When the customer asked to stop the job, by RequestCancellation. Absent: never.
     #[prost(message, optional, tag = "17")]
     pub cancellation_requested_at: ::core::option::Option<::prost_types::Timestamp>,
+    /// What the provider files the job under; at most 16 labels. Never change.
+    #[prost(btree_map = "string, string", tag = "18")]
+    pub labels: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
+    /// The provider holds the job: retention removes nothing of it.
+    #[prost(bool, tag = "19")]
+    pub held_by_provider: bool,
+    /// The customer holds the job: retention removes nothing of it.
+    #[prost(bool, tag = "20")]
+    pub held_by_customer: bool,
 }
 impl ::prost::Name for Job {
     const NAME: &'static str = "Job";
@@ -2343,7 +2360,7 @@ impl ::prost::Name for Job {
     }
 }
 /// The job to create.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct CreateJobRequest {
     /// Required: not empty, no white space at either end.
     #[prost(string, tag = "1")]
@@ -2363,6 +2380,14 @@ pub struct CreateJobRequest {
     /// count. Absent: as the configuration says.
     #[prost(message, optional, tag = "7")]
     pub max_silence: ::core::option::Option<::prost_types::Duration>,
+    /// What to file the job under, for filters, summaries and exports: at most 16 labels.
+    /// A key has 1 to 64 characters, without white space at either end; a value has at
+    /// most 256 characters.
+    #[prost(btree_map = "string, string", tag = "8")]
+    pub labels: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
     /// Required: for whom the job is run.
     #[prost(oneof = "create_job_request::Customer", tags = "2, 6")]
     pub customer: ::core::option::Option<create_job_request::Customer>,
@@ -2393,7 +2418,7 @@ impl ::prost::Name for CreateJobRequest {
     }
 }
 /// The created job.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct CreateJobResponse {
     /// The job in its present state.
     #[prost(message, optional, tag = "1")]
@@ -2466,10 +2491,10 @@ impl ::prost::Name for GetJobResponse {
         "/milepost.v1.GetJobResponse".into()
     }
 }
-/// A page of the caller's jobs. A job is listed if it matches all filters that are
-/// given.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct ListJobsRequest {
+/// Which of the caller's jobs a request concerns: those that match all conditions that
+/// are given.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct JobFilter {
     /// Jobs with any of these statuses; at most 6. Empty: all.
     #[prost(enumeration = "JobStatus", repeated, tag = "1")]
     pub statuses: ::prost::alloc::vec::Vec<i32>,
@@ -2481,7 +2506,7 @@ pub struct ListJobsRequest {
     #[prost(string, tag = "3")]
     pub configuration_tag: ::prost::alloc::string::String,
     /// Jobs with this user as the other party: for a provider the customer, for a
-    /// customer the provider. The list is empty for any other id: it does not tell
+    /// customer the provider. No job matches any other id: the answer does not tell
     /// whether there is such a user. Empty: all.
     #[prost(string, tag = "4")]
     pub counterpart_id: ::prost::alloc::string::String,
@@ -2497,12 +2522,39 @@ pub struct ListJobsRequest {
     /// Jobs whose provider_job_name starts with this text. Empty: all.
     #[prost(string, tag = "8")]
     pub provider_job_name_prefix: ::prost::alloc::string::String,
-    /// Most jobs of the page: default 50, cut to 500, negative INVALID_ARGUMENT.
-    #[prost(int32, tag = "9")]
-    pub page_size: i32,
-    /// The `next_page_token` of the previous page, with the same filters. Empty: the
-    /// first page.
+    /// Jobs with all of these labels; at most 16. Empty: all.
+    #[prost(btree_map = "string, string", tag = "9")]
+    pub labels: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
+    /// Jobs whose provider_job_id or provider_job_name contains this text, in upper or
+    /// lower case: 3 to 256 characters. Empty: all.
     #[prost(string, tag = "10")]
+    pub text: ::prost::alloc::string::String,
+}
+impl ::prost::Name for JobFilter {
+    const NAME: &'static str = "JobFilter";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.JobFilter".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.JobFilter".into()
+    }
+}
+/// A page of the caller's jobs.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ListJobsRequest {
+    /// Which jobs to list. Absent: all.
+    #[prost(message, optional, tag = "1")]
+    pub filter: ::core::option::Option<JobFilter>,
+    /// Most jobs of the page: default 50, cut to 500, negative INVALID_ARGUMENT.
+    #[prost(int32, tag = "2")]
+    pub page_size: i32,
+    /// The `next_page_token` of the previous page, with the same filter. Empty: the
+    /// first page.
+    #[prost(string, tag = "3")]
     pub page_token: ::prost::alloc::string::String,
 }
 impl ::prost::Name for ListJobsRequest {
@@ -2570,7 +2622,7 @@ impl ::prost::Name for CloseJobRequest {
     }
 }
 /// The closed job.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct CloseJobResponse {
     /// The job in its present state.
     #[prost(message, optional, tag = "1")]
@@ -2611,7 +2663,7 @@ impl ::prost::Name for RequestCancellationRequest {
     }
 }
 /// The job whose provider was asked to stop.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct RequestCancellationResponse {
     /// The job in its present state.
     #[prost(message, optional, tag = "1")]
@@ -2628,6 +2680,59 @@ impl ::prost::Name for RequestCancellationResponse {
     }
     fn type_url() -> ::prost::alloc::string::String {
         "/milepost.v1.RequestCancellationResponse".into()
+    }
+}
+/// The job to hold, or not to hold any longer.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct HoldJobRequest {
+    /// Whether the caller holds the job from now on.
+    #[prost(bool, tag = "3")]
+    pub held: bool,
+    /// Required.
+    #[prost(oneof = "hold_job_request::Job", tags = "1, 2")]
+    pub job: ::core::option::Option<hold_job_request::Job>,
+}
+/// Nested message and enum types in `HoldJobRequest`.
+pub mod hold_job_request {
+    /// Required.
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Job {
+        /// The job's id.
+        #[prost(string, tag = "1")]
+        JobId(::prost::alloc::string::String),
+        /// The provider's id of the job. Only this provider may use it.
+        #[prost(string, tag = "2")]
+        ProviderJobId(::prost::alloc::string::String),
+    }
+}
+impl ::prost::Name for HoldJobRequest {
+    const NAME: &'static str = "HoldJobRequest";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.HoldJobRequest".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.HoldJobRequest".into()
+    }
+}
+/// The job after the call.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct HoldJobResponse {
+    /// The job in its present state.
+    #[prost(message, optional, tag = "1")]
+    pub job: ::core::option::Option<Job>,
+    /// The caller's hold was as wanted before.
+    #[prost(bool, tag = "2")]
+    pub existed: bool,
+}
+impl ::prost::Name for HoldJobResponse {
+    const NAME: &'static str = "HoldJobResponse";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.HoldJobResponse".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.HoldJobResponse".into()
     }
 }
 /// The job to estimate.
@@ -2981,7 +3086,7 @@ pub mod job_service_client {
         }
         /// Creates a job in status PENDING. Needs the role provider and scope APPEND.
         ///
-        /// Idempotent by provider_job_id: the same customer, tag, name and, if given,
+        /// Idempotent by provider_job_id: the same customer, tag, name, labels and, if given,
         /// version and `max_silence` again returns the stored job with `existed`. Anything else fails with
         /// ALREADY_EXISTS (JOB_DIFFERS). The customer may be named by another code than
         /// before, or by the id: the customers are compared.
@@ -3133,6 +3238,38 @@ pub mod job_service_client {
                 .insert(
                     GrpcMethod::new("milepost.v1.JobService", "RequestCancellation"),
                 );
+            self.inner.unary(req, path, codec).await
+        }
+        /// Sets or lifts the caller's hold of a job. Retention removes nothing of a job that
+        /// either side holds. A new job is held by nobody. Needs the job's provider or its
+        /// customer; scope APPEND.
+        ///
+        /// Idempotent: if the caller's hold is already as wanted, the job is returned
+        /// unchanged, with `existed`.
+        /// Errors: NOT_FOUND; FAILED_PRECONDITION (EVENTS_REMOVED) to hold a job whose events
+        /// retention removes or has removed.
+        pub async fn hold_job(
+            &mut self,
+            request: impl tonic::IntoRequest<super::HoldJobRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::HoldJobResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/milepost.v1.JobService/HoldJob",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("milepost.v1.JobService", "HoldJob"));
             self.inner.unary(req, path, codec).await
         }
         /// Says when an open job will probably be complete, by how long completed jobs of the
@@ -3503,7 +3640,7 @@ impl ::prost::Name for ListEventsResponse {
     }
 }
 /// All jobs that the caller may see, including jobs that are created later.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct AllJobs {
     /// Only jobs with this configuration tag. For a provider it is a tag of their own
     /// configurations, otherwise NOT_FOUND. A customer may name any tag. Empty: all.
@@ -3514,6 +3651,12 @@ pub struct AllJobs {
     /// whether there is such a user. Empty: all.
     #[prost(string, tag = "2")]
     pub counterpart_id: ::prost::alloc::string::String,
+    /// Only jobs with all of these labels; at most 16. Empty: all.
+    #[prost(btree_map = "string, string", tag = "3")]
+    pub labels: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
 }
 impl ::prost::Name for AllJobs {
     const NAME: &'static str = "AllJobs";
@@ -3539,7 +3682,7 @@ impl ::prost::Name for FromNow {
     }
 }
 /// The jobs and events to watch, and where to start.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct WatchEventsRequest {
     /// Send only events of these kinds; `caught_up`, `heartbeat` and `end` are sent
     /// regardless. Empty: all kinds.
@@ -3559,7 +3702,7 @@ pub struct WatchEventsRequest {
 /// Nested message and enum types in `WatchEventsRequest`.
 pub mod watch_events_request {
     /// Required.
-    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
     pub enum Scope {
         /// One job, by its id.
         #[prost(string, tag = "1")]

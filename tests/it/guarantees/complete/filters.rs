@@ -1,5 +1,6 @@
-//! Completeness of watches of all jobs that filter by configuration tag or by
-//! counterpart.
+//! Completeness of watches of all jobs that filter by configuration tag, counterpart or labels.
+
+use std::collections::BTreeMap;
 
 use milepost_client::pb::{self, Event, watch_events_request::Scope};
 
@@ -36,7 +37,9 @@ impl Mixture {
             for tag in ["scan", "study"] {
                 for (customer, customer_name) in self.customers.iter().zip(["ada", "grace"]) {
                     let configuration_tag = tag.to_owned();
-                    let request = pb::CreateJobRequest { configuration_tag, ..provider.new_job(customer) };
+                    let labels = labels(&[("customer", customer_name), ("tag", tag)]);
+                    let new = provider.new_job(customer);
+                    let request = pb::CreateJobRequest { configuration_tag, labels, ..new };
                     let job = provider.jobs.create_job(request).await.unwrap().into_inner().job.unwrap();
                     self.jobs.push((format!("{provider_name} {tag} {customer_name}"), index, job));
                 }
@@ -59,6 +62,10 @@ impl Mixture {
     }
 }
 
+fn labels(given: &[(&str, &str)]) -> BTreeMap<String, String> {
+    given.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+}
+
 fn sorted(names: impl IntoIterator<Item = String>) -> Vec<String> {
     let mut names: Vec<String> = names.into_iter().collect();
     names.sort();
@@ -79,21 +86,30 @@ async fn filtered_watches_of_all_jobs_receive_events_of_jobs_created_later() {
     let [ada, grace] = mixture.customers.each_ref().map(|user| user.id.clone());
     let (of_first, of_ada) = (mixture.providers[0].clone(), mixture.customers[0].clone());
     let mut watches = Vec::new();
-    for (user, tag, counterpart, expected) in [
-        (&of_first, "", "", vec!["first"]),
-        (&of_first, "scan", "", vec!["first", "scan"]),
-        (&of_first, "study", "", vec!["first", "study"]),
-        (&of_first, "", ada.as_str(), vec!["first", "ada"]),
-        (&of_first, "study", grace.as_str(), vec!["first", "study", "grace"]),
-        (&of_ada, "", "", vec!["ada"]),
-        (&of_ada, "scan", "", vec!["scan", "ada"]),
-        (&of_ada, "another", "", vec!["none"]),
-        (&of_ada, "", second.as_str(), vec!["second", "ada"]),
-        (&of_ada, "study", first.as_str(), vec!["first", "study", "ada"]),
-        (&of_ada, "", grace.as_str(), vec!["none"]),
+    for (user, tag, counterpart, labelled, expected) in [
+        (&of_first, "", "", &[][..], vec!["first"]),
+        (&of_first, "scan", "", &[][..], vec!["first", "scan"]),
+        (&of_first, "study", "", &[][..], vec!["first", "study"]),
+        (&of_first, "", ada.as_str(), &[][..], vec!["first", "ada"]),
+        (&of_first, "study", grace.as_str(), &[][..], vec!["first", "study", "grace"]),
+        (&of_ada, "", "", &[][..], vec!["ada"]),
+        (&of_ada, "scan", "", &[][..], vec!["scan", "ada"]),
+        (&of_ada, "another", "", &[][..], vec!["none"]),
+        (&of_ada, "", second.as_str(), &[][..], vec!["second", "ada"]),
+        (&of_ada, "study", first.as_str(), &[][..], vec!["first", "study", "ada"]),
+        (&of_ada, "", grace.as_str(), &[][..], vec!["none"]),
+        (&of_first, "", "", &[("customer", "ada")][..], vec!["first", "ada"]),
+        (&of_first, "", "", &[("customer", "ada"), ("tag", "scan")], vec!["first", "scan", "ada"]),
+        (&of_first, "scan", ada.as_str(), &[("customer", "ada")], vec!["first", "scan", "ada"]),
+        (&of_first, "scan", "", &[("tag", "study")], vec!["none"]),
+        (&of_first, "", "", &[("customer", "ad")], vec!["none"]),
+        (&of_first, "", "", &[("ada", "customer")], vec!["none"]),
+        (&of_ada, "", "", &[("tag", "scan")], vec!["scan", "ada"]),
+        (&of_ada, "", second.as_str(), &[("tag", "scan")], vec!["second", "scan", "ada"]),
     ] {
         let (configuration_tag, counterpart_id) = (tag.to_owned(), counterpart.to_owned());
-        let scope = Some(Scope::AllJobs(pb::AllJobs { configuration_tag, counterpart_id }));
+        let scope =
+            Some(Scope::AllJobs(pb::AllJobs { configuration_tag, counterpart_id, labels: labels(labelled) }));
         let request = pb::WatchEventsRequest { scope, ..Default::default() };
         let mut watch = user.clone().watch_by(request).await.unwrap();
         let (past, _) = watch.caught_up().await;

@@ -63,10 +63,11 @@ const API_KEYS: &str = "SELECT concat_ws(' ', id, expires_at, revoked_at) AS tex
 const WATCH_TOKENS: &str = "SELECT concat_ws(' ', id, revoked_at) AS text FROM watch_tokens";
 const CONFIGURATIONS: &str = "SELECT tag || ' ' || version AS text FROM job_configurations";
 const JOBS: &str = "SELECT provider_job_id AS text FROM jobs";
+const HOLDS: &str = "SELECT held_by_provider::text AS text FROM jobs";
 /// Without the events that the test appends under a valid credential.
 const EVENTS: &str = "SELECT kind || ' ' || name AS text FROM events WHERE name <> 'other'";
 
-const WRITES: [Write; 15] = [
+const WRITES: [Write; 16] = [
     Write {
         method: "AuthService/LogOut",
         request: |_| pb::LogOutRequest {}.encode_to_vec(),
@@ -144,6 +145,14 @@ const WRITES: [Write; 15] = [
             pb::RequestCancellationRequest { job_id, reason: "late".to_owned() }.encode_to_vec()
         },
         written: EVENTS,
+    },
+    Write {
+        method: "JobService/HoldJob",
+        request: |scene| {
+            let job = Some(pb::hold_job_request::Job::JobId(scene.job.id.clone()));
+            pb::HoldJobRequest { job, held: true }.encode_to_vec()
+        },
+        written: HOLDS,
     },
     Write {
         method: "EventService/AppendEvents",

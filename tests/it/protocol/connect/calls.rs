@@ -43,7 +43,9 @@ fn requests(method: &MethodDescriptor, job: &pb::Job) -> Vec<Value> {
     let asked = match method.name() {
         "GetJob" | "ListEvents" | "WatchEvents" => json!({ "jobId": job.id }),
         "GetJobConfiguration" => json!({ "id": job.job_configuration_id }),
-        "ListJobs" => json!({ "pageSize": 7, "statuses": ["JOB_STATUS_RUNNING"] }),
+        "ListJobs" => {
+            json!({ "pageSize": 7, "filter": { "statuses": ["JOB_STATUS_RUNNING"], "labels": { "k": "v" } } })
+        }
         "CreateJob" => json!({ "providerJobId": "é", "customerId": "no id", "configurationTag": "\n" }),
         "AppendEvents" => {
             json!({ "jobId": job.id, "events": [{ "kind": "EVENT_KIND_STEP", "stepTag": "?" }] })

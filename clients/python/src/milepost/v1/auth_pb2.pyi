@@ -31,7 +31,9 @@ class _UserRoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_UserRole.Val
     USER_ROLE_UNSPECIFIED: _UserRole.ValueType  # 0
     """Not a role; INVALID_ARGUMENT in a request."""
     USER_ROLE_CUSTOMER: _UserRole.ValueType  # 1
-    """A user for whom providers run jobs: reads and watches these jobs."""
+    """A user for whom providers run jobs: reads and watches these jobs, and may ask to
+    stop them.
+    """
     USER_ROLE_PROVIDER: _UserRole.ValueType  # 2
     """A user who runs jobs: registers configurations, creates jobs, appends events."""
 
@@ -41,7 +43,9 @@ class UserRole(_UserRole, metaclass=_UserRoleEnumTypeWrapper):
 USER_ROLE_UNSPECIFIED: UserRole.ValueType  # 0
 """Not a role; INVALID_ARGUMENT in a request."""
 USER_ROLE_CUSTOMER: UserRole.ValueType  # 1
-"""A user for whom providers run jobs: reads and watches these jobs."""
+"""A user for whom providers run jobs: reads and watches these jobs, and may ask to
+stop them.
+"""
 USER_ROLE_PROVIDER: UserRole.ValueType  # 2
 """A user who runs jobs: registers configurations, creates jobs, appends events."""
 Global___UserRole: _TypeAlias = UserRole  # noqa: Y015
@@ -60,8 +64,8 @@ class _ApiKeyScopeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ApiKeySco
     """
     API_KEY_SCOPE_APPEND: _ApiKeyScope.ValueType  # 2
     """The writes of a provider: RegisterJobConfiguration, CreateJob, CloseJob,
-    AppendEvents, PublishEvents, and the methods for watch tokens. Those of a customer:
-    RequestCancellation.
+    AppendEvents, PublishEvents, and the methods for watch tokens. The write of a
+    customer: RequestCancellation. The write of both: HoldJob.
     """
     API_KEY_SCOPE_MANAGE: _ApiKeyScope.ValueType  # 3
     """CreateApiKey, ListApiKeys, ExpireApiKey and RotateApiKey."""
@@ -77,8 +81,8 @@ ListJobConfigurations and GetUsage. GetCurrentUser needs no scope.
 """
 API_KEY_SCOPE_APPEND: ApiKeyScope.ValueType  # 2
 """The writes of a provider: RegisterJobConfiguration, CreateJob, CloseJob,
-AppendEvents, PublishEvents, and the methods for watch tokens. Those of a customer:
-RequestCancellation.
+AppendEvents, PublishEvents, and the methods for watch tokens. The write of a
+customer: RequestCancellation. The write of both: HoldJob.
 """
 API_KEY_SCOPE_MANAGE: ApiKeyScope.ValueType  # 3
 """CreateApiKey, ListApiKeys, ExpireApiKey and RotateApiKey."""

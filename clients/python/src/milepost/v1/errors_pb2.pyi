@@ -152,6 +152,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     free again on the next day. Otherwise close jobs, or ask the operator. A request
     that repeats a stored write, by its key or event ids, is not refused.
     """
+    ERROR_REASON_EVENTS_REMOVED: _ErrorReason.ValueType  # 27
+    """FAILED_PRECONDITION: retention removes the events of the job to hold, or has
+    removed them.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed, and what the caller can do about it.
@@ -304,5 +308,9 @@ its name (`quota`, a field of GetUsageResponse), its `limit`, and what is `used`
 as QuotaFailure has. RetryInfo is there only if waiting helps: events_per_day is
 free again on the next day. Otherwise close jobs, or ask the operator. A request
 that repeats a stored write, by its key or event ids, is not refused.
+"""
+ERROR_REASON_EVENTS_REMOVED: ErrorReason.ValueType  # 27
+"""FAILED_PRECONDITION: retention removes the events of the job to hold, or has
+removed them.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -324,6 +324,7 @@ class AppendEventsRequest(_message.Message):
     expected_sequence: _builtins.int
     """The sequence of the job's last event before this batch; 0 for a job without
     events. If the job's last sequence is another one, the call fails with ABORTED.
+    Events that the server writes count as well: read on after ABORTED.
     Ignored if all events of the batch are stored already. Absent: the batch is
     appended at the end of the log, wherever that is.
     """
@@ -600,8 +601,29 @@ class AllJobs(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     CONFIGURATION_TAG_FIELD_NUMBER: _builtins.int
     COUNTERPART_ID_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
     configuration_tag: _builtins.str
     """Only jobs with this configuration tag. For a provider it is a tag of their own
     configurations, otherwise NOT_FOUND. A customer may name any tag. Empty: all.
@@ -611,15 +633,20 @@ class AllJobs(_message.Message):
     customer the provider. No job matches any other id: the watch does not tell
     whether there is such a user. Empty: all.
     """
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Only jobs with all of these labels; at most 16. Empty: all."""
+
     def __init__(
         self,
         *,
         configuration_tag: _builtins.str = ...,
         counterpart_id: _builtins.str = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["configuration_tag", b"configuration_tag", "counterpart_id", b"counterpart_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["configuration_tag", b"configuration_tag", "counterpart_id", b"counterpart_id", "labels", b"labels"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

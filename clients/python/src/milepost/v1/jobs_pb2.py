@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from milepost.v1 import configurations_pb2 as milepost_dot_v1_dot_configurations__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16milepost/v1/jobs.proto\x12\x0bmilepost.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a milepost/v1/configurations.proto\"F\n\x08Progress\x12\x13\n\x0bpoints_done\x18\x01 \x01(\x03\x12\x14\n\x0cpoints_total\x18\x02 \x01(\x03\x12\x0f\n\x07percent\x18\x03 \x01(\x05\"j\n\tStepState\x12\x10\n\x08step_tag\x18\x01 \x01(\t\x12\x11\n\tstep_name\x18\x02 \x01(\t\x12\'\n\x06status\x18\x03 \x01(\x0e\x32\x17.milepost.v1.StepStatus\x12\x0f\n\x07percent\x18\x04 \x01(\x05\":\n\x05Party\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\nfirst_name\x18\x02 \x01(\t\x12\x11\n\tlast_name\x18\x03 \x01(\t\"\xeb\x04\n\x03Job\x12\n\n\x02id\x18\x01 \x01(\t\x12$\n\x08provider\x18\x02 \x01(\x0b\x32\x12.milepost.v1.Party\x12$\n\x08\x63ustomer\x18\x03 \x01(\x0b\x32\x12.milepost.v1.Party\x12\x17\n\x0fprovider_job_id\x18\x04 \x01(\t\x12\x19\n\x11provider_job_name\x18\x05 \x01(\t\x12\x1c\n\x14job_configuration_id\x18\x06 \x01(\t\x12\x19\n\x11\x63onfiguration_tag\x18\x07 \x01(\t\x12\x1d\n\x15\x63onfiguration_version\x18\x08 \x01(\t\x12&\n\x06status\x18\t \x01(\x0e\x32\x16.milepost.v1.JobStatus\x12\'\n\x08progress\x18\n \x01(\x0b\x32\x15.milepost.v1.Progress\x12\x15\n\rlast_sequence\x18\x0b \x01(\x03\x12-\n\tclosed_at\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\ncreated_at\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nupdated_at\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1a\n\x12\x63onfiguration_name\x18\x0f \x01(\t\x12.\n\x0bmax_silence\x18\x10 \x01(\x0b\x32\x19.google.protobuf.Duration\x12=\n\x19\x63\x61ncellation_requested_at\x18\x11 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xec\x01\n\x10\x43reateJobRequest\x12\x17\n\x0fprovider_job_id\x18\x01 \x01(\t\x12\x15\n\x0b\x63ustomer_id\x18\x02 \x01(\tH\x00\x12\x17\n\rcustomer_code\x18\x06 \x01(\tH\x00\x12\x19\n\x11\x63onfiguration_tag\x18\x03 \x01(\t\x12\x1d\n\x15\x63onfiguration_version\x18\x04 \x01(\t\x12\x19\n\x11provider_job_name\x18\x05 \x01(\t\x12.\n\x0bmax_silence\x18\x07 \x01(\x0b\x32\x19.google.protobuf.DurationB\n\n\x08\x63ustomer\"C\n\x11\x43reateJobResponse\x12\x1d\n\x03job\x18\x01 \x01(\x0b\x32\x10.milepost.v1.Job\x12\x0f\n\x07\x65xisted\x18\x02 \x01(\x08\"C\n\rGetJobRequest\x12\x10\n\x06job_id\x18\x01 \x01(\tH\x00\x12\x19\n\x0fprovider_job_id\x18\x02 \x01(\tH\x00\x42\x05\n\x03job\"\x90\x01\n\x0eGetJobResponse\x12\x1d\n\x03job\x18\x01 \x01(\x0b\x32\x10.milepost.v1.Job\x12\x38\n\x11job_configuration\x18\x02 \x01(\x0b\x32\x1d.milepost.v1.JobConfiguration\x12%\n\x05steps\x18\x03 \x03(\x0b\x32\x16.milepost.v1.StepState\"\xe9\x02\n\x0fListJobsRequest\x12(\n\x08statuses\x18\x01 \x03(\x0e\x32\x16.milepost.v1.JobStatus\x12*\n\x08openness\x18\x02 \x01(\x0e\x32\x18.milepost.v1.JobOpenness\x12\x19\n\x11\x63onfiguration_tag\x18\x03 \x01(\t\x12\x16\n\x0e\x63ounterpart_id\x18\x04 \x01(\t\x12\x30\n\x0c\x63reated_from\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0e\x63reated_before\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1e\n\x16provider_job_id_prefix\x18\x07 \x01(\t\x12 \n\x18provider_job_name_prefix\x18\x08 \x01(\t\x12\x11\n\tpage_size\x18\t \x01(\x05\x12\x12\n\npage_token\x18\n \x01(\t\"K\n\x10ListJobsResponse\x12\x1e\n\x04jobs\x18\x01 \x03(\x0b\x32\x10.milepost.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"U\n\x0f\x43loseJobRequest\x12\x10\n\x06job_id\x18\x01 \x01(\tH\x00\x12\x19\n\x0fprovider_job_id\x18\x02 \x01(\tH\x00\x12\x0e\n\x06reason\x18\x03 \x01(\tB\x05\n\x03job\"B\n\x10\x43loseJobResponse\x12\x1d\n\x03job\x18\x01 \x01(\x0b\x32\x10.milepost.v1.Job\x12\x0f\n\x07\x65xisted\x18\x02 \x01(\x08\"<\n\x1aRequestCancellationRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"M\n\x1bRequestCancellationResponse\x12\x1d\n\x03job\x18\x01 \x01(\x0b\x32\x10.milepost.v1.Job\x12\x0f\n\x07\x65xisted\x18\x02 \x01(\x08\"H\n\x12\x45stimateJobRequest\x12\x10\n\x06job_id\x18\x01 \x01(\tH\x00\x12\x19\n\x0fprovider_job_id\x18\x02 \x01(\tH\x00\x42\x05\n\x03job\"\xc1\x01\n\x13\x45stimateJobResponse\x12)\n\x08\x65stimate\x18\x01 \x01(\x0b\x32\x15.milepost.v1.EstimateH\x00\x12\x34\n\x0bno_estimate\x18\x02 \x01(\x0e\x32\x1d.milepost.v1.NoEstimateReasonH\x00\x12\x0c\n\x04jobs\x18\x03 \x01(\x05\x12\x30\n\x0c\x65stimated_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\t\n\x07outcome\"\\\n\x08\x45stimate\x12\'\n\x03p50\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x03p90\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*\xb9\x01\n\tJobStatus\x12\x1a\n\x16JOB_STATUS_UNSPECIFIED\x10\x00\x12\x16\n\x12JOB_STATUS_PENDING\x10\x01\x12\x16\n\x12JOB_STATUS_RUNNING\x10\x02\x12\x15\n\x11JOB_STATUS_FAILED\x10\x03\x12\x17\n\x13JOB_STATUS_COMPLETE\x10\x04\x12\x18\n\x14JOB_STATUS_CANCELLED\x10\x05\x12\x16\n\x12JOB_STATUS_STALLED\x10\x06*s\n\nStepStatus\x12\x1b\n\x17STEP_STATUS_UNSPECIFIED\x10\x00\x12\x17\n\x13STEP_STATUS_TO_COME\x10\x01\x12\x19\n\x15STEP_STATUS_UNDER_WAY\x10\x02\x12\x14\n\x10STEP_STATUS_DONE\x10\x03*[\n\x0bJobOpenness\x12\x1c\n\x18JOB_OPENNESS_UNSPECIFIED\x10\x00\x12\x15\n\x11JOB_OPENNESS_OPEN\x10\x01\x12\x17\n\x13JOB_OPENNESS_CLOSED\x10\x02*~\n\x10NoEstimateReason\x12\"\n\x1eNO_ESTIMATE_REASON_UNSPECIFIED\x10\x00\x12#\n\x1fNO_ESTIMATE_REASON_TOO_FEW_JOBS\x10\x01\x12!\n\x1dNO_ESTIMATE_REASON_JOB_CLOSED\x10\x02\x32\xf8\x03\n\nJobService\x12J\n\tCreateJob\x12\x1d.milepost.v1.CreateJobRequest\x1a\x1e.milepost.v1.CreateJobResponse\x12\x46\n\x06GetJob\x12\x1a.milepost.v1.GetJobRequest\x1a\x1b.milepost.v1.GetJobResponse\"\x03\x90\x02\x01\x12L\n\x08ListJobs\x12\x1c.milepost.v1.ListJobsRequest\x1a\x1d.milepost.v1.ListJobsResponse\"\x03\x90\x02\x01\x12G\n\x08\x43loseJob\x12\x1c.milepost.v1.CloseJobRequest\x1a\x1d.milepost.v1.CloseJobResponse\x12h\n\x13RequestCancellation\x12\'.milepost.v1.RequestCancellationRequest\x1a(.milepost.v1.RequestCancellationResponse\x12U\n\x0b\x45stimateJob\x12\x1f.milepost.v1.EstimateJobRequest\x1a .milepost.v1.EstimateJobResponse\"\x03\x90\x02\x01\x42J\n\x0f\x63om.milepost.v1B\tJobsProtoP\x01Z*milepost/clients/go/milepost/v1;milepostv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16milepost/v1/jobs.proto\x12\x0bmilepost.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a milepost/v1/configurations.proto\"F\n\x08Progress\x12\x13\n\x0bpoints_done\x18\x01 \x01(\x03\x12\x14\n\x0cpoints_total\x18\x02 \x01(\x03\x12\x0f\n\x07percent\x18\x03 \x01(\x05\"j\n\tStepState\x12\x10\n\x08step_tag\x18\x01 \x01(\t\x12\x11\n\tstep_name\x18\x02 \x01(\t\x12\'\n\x06status\x18\x03 \x01(\x0e\x32\x17.milepost.v1.StepStatus\x12\x0f\n\x07percent\x18\x04 \x01(\x05\":\n\x05Party\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\nfirst_name\x18\x02 \x01(\t\x12\x11\n\tlast_name\x18\x03 \x01(\t\"\xfc\x05\n\x03Job\x12\n\n\x02id\x18\x01 \x01(\t\x12$\n\x08provider\x18\x02 \x01(\x0b\x32\x12.milepost.v1.Party\x12$\n\x08\x63ustomer\x18\x03 \x01(\x0b\x32\x12.milepost.v1.Party\x12\x17\n\x0fprovider_job_id\x18\x04 \x01(\t\x12\x19\n\x11provider_job_name\x18\x05 \x01(\t\x12\x1c\n\x14job_configuration_id\x18\x06 \x01(\t\x12\x19\n\x11\x63onfiguration_tag\x18\x07 \x01(\t\x12\x1d\n\x15\x63onfiguration_version\x18\x08 \x01(\t\x12&\n\x06status\x18\t \x01(\x0e\x32\x16.milepost.v1.JobStatus\x12\'\n\x08progress\x18\n \x01(\x0b\x32\x15.milepost.v1.Progress\x12\x15\n\rlast_sequence\x18\x0b \x01(\x03\x12-\n\tclosed_at\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\ncreated_at\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nupdated_at\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1a\n\x12\x63onfiguration_name\x18\x0f \x01(\t\x12.\n\x0bmax_silence\x18\x10 \x01(\x0b\x32\x19.google.protobuf.Duration\x12=\n\x19\x63\x61ncellation_requested_at\x18\x11 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x06labels\x18\x12 \x03(\x0b\x32\x1c.milepost.v1.Job.LabelsEntry\x12\x18\n\x10held_by_provider\x18\x13 \x01(\x08\x12\x18\n\x10held_by_customer\x18\x14 \x01(\x08\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xd6\x02\n\x10\x43reateJobRequest\x12\x17\n\x0fprovider_job_id\x18\x01 \x01(\t\x12\x15\n\x0b\x63ustomer_id\x18\x02 \x01(\tH\x00\x12\x17\n\rcustomer_code\x18\x06 \x01(\tH\x00\x12\x19\n\x11\x63onfiguration_tag\x18\x03 \x01(\t\x12\x1d\n\x15\x63onfiguration_version\x18\x04 \x01(\t\x12\x19\n\x11provider_job_name\x18\x05 \x01(\t\x12.\n\x0bmax_silence\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x39\n\x06labels\x18\x08 \x03(\x0b\x32).milepost.v1.CreateJobRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\n\n\x08\x63ustomer\"C\n\x11\x43reateJobResponse\x12\x1d\n\x03job\x18\x01 \x01(\x0b\x32\x10.milepost.v1.Job\x12\x0f\n\x07\x65xisted\x18\x02 \x01(\x08\"C\n\rGetJobRequest\x12\x10\n\x06job_id\x18\x01 \x01(\tH\x00\x12\x19\n\x0fprovider_job_id\x18\x02 \x01(\tH\x00\x42\x05\n\x03job\"\x90\x01\n\x0eGetJobResponse\x12\x1d\n\x03job\x18\x01 \x01(\x0b\x32\x10.milepost.v1.Job\x12\x38\n\x11job_configuration\x18\x02 \x01(\x0b\x32\x1d.milepost.v1.JobConfiguration\x12%\n\x05steps\x18\x03 \x03(\x0b\x32\x16.milepost.v1.StepState\"\xad\x03\n\tJobFilter\x12(\n\x08statuses\x18\x01 \x03(\x0e\x32\x16.milepost.v1.JobStatus\x12*\n\x08openness\x18\x02 \x01(\x0e\x32\x18.milepost.v1.JobOpenness\x12\x19\n\x11\x63onfiguration_tag\x18\x03 \x01(\t\x12\x16\n\x0e\x63ounterpart_id\x18\x04 \x01(\t\x12\x30\n\x0c\x63reated_from\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0e\x63reated_before\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1e\n\x16provider_job_id_prefix\x18\x07 \x01(\t\x12 \n\x18provider_job_name_prefix\x18\x08 \x01(\t\x12\x32\n\x06labels\x18\t \x03(\x0b\x32\".milepost.v1.JobFilter.LabelsEntry\x12\x0c\n\x04text\x18\n \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"`\n\x0fListJobsRequest\x12&\n\x06\x66ilter\x18\x01 \x01(\x0b\x32\x16.milepost.v1.JobFilter\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"K\n\x10ListJobsResponse\x12\x1e\n\x04jobs\x18\x01 \x03(\x0b\x32\x10.milepost.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"U\n\x0f\x43loseJobRequest\x12\x10\n\x06job_id\x18\x01 \x01(\tH\x00\x12\x19\n\x0fprovider_job_id\x18\x02 \x01(\tH\x00\x12\x0e\n\x06reason\x18\x03 \x01(\tB\x05\n\x03job\"B\n\x10\x43loseJobResponse\x12\x1d\n\x03job\x18\x01 \x01(\x0b\x32\x10.milepost.v1.Job\x12\x0f\n\x07\x65xisted\x18\x02 \x01(\x08\"<\n\x1aRequestCancellationRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"M\n\x1bRequestCancellationResponse\x12\x1d\n\x03job\x18\x01 \x01(\x0b\x32\x10.milepost.v1.Job\x12\x0f\n\x07\x65xisted\x18\x02 \x01(\x08\"R\n\x0eHoldJobRequest\x12\x10\n\x06job_id\x18\x01 \x01(\tH\x00\x12\x19\n\x0fprovider_job_id\x18\x02 \x01(\tH\x00\x12\x0c\n\x04held\x18\x03 \x01(\x08\x42\x05\n\x03job\"A\n\x0fHoldJobResponse\x12\x1d\n\x03job\x18\x01 \x01(\x0b\x32\x10.milepost.v1.Job\x12\x0f\n\x07\x65xisted\x18\x02 \x01(\x08\"H\n\x12\x45stimateJobRequest\x12\x10\n\x06job_id\x18\x01 \x01(\tH\x00\x12\x19\n\x0fprovider_job_id\x18\x02 \x01(\tH\x00\x42\x05\n\x03job\"\xc1\x01\n\x13\x45stimateJobResponse\x12)\n\x08\x65stimate\x18\x01 \x01(\x0b\x32\x15.milepost.v1.EstimateH\x00\x12\x34\n\x0bno_estimate\x18\x02 \x01(\x0e\x32\x1d.milepost.v1.NoEstimateReasonH\x00\x12\x0c\n\x04jobs\x18\x03 \x01(\x05\x12\x30\n\x0c\x65stimated_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\t\n\x07outcome\"\\\n\x08\x45stimate\x12\'\n\x03p50\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x03p90\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*\xb9\x01\n\tJobStatus\x12\x1a\n\x16JOB_STATUS_UNSPECIFIED\x10\x00\x12\x16\n\x12JOB_STATUS_PENDING\x10\x01\x12\x16\n\x12JOB_STATUS_RUNNING\x10\x02\x12\x15\n\x11JOB_STATUS_FAILED\x10\x03\x12\x17\n\x13JOB_STATUS_COMPLETE\x10\x04\x12\x18\n\x14JOB_STATUS_CANCELLED\x10\x05\x12\x16\n\x12JOB_STATUS_STALLED\x10\x06*s\n\nStepStatus\x12\x1b\n\x17STEP_STATUS_UNSPECIFIED\x10\x00\x12\x17\n\x13STEP_STATUS_TO_COME\x10\x01\x12\x19\n\x15STEP_STATUS_UNDER_WAY\x10\x02\x12\x14\n\x10STEP_STATUS_DONE\x10\x03*[\n\x0bJobOpenness\x12\x1c\n\x18JOB_OPENNESS_UNSPECIFIED\x10\x00\x12\x15\n\x11JOB_OPENNESS_OPEN\x10\x01\x12\x17\n\x13JOB_OPENNESS_CLOSED\x10\x02*~\n\x10NoEstimateReason\x12\"\n\x1eNO_ESTIMATE_REASON_UNSPECIFIED\x10\x00\x12#\n\x1fNO_ESTIMATE_REASON_TOO_FEW_JOBS\x10\x01\x12!\n\x1dNO_ESTIMATE_REASON_JOB_CLOSED\x10\x02\x32\xbe\x04\n\nJobService\x12J\n\tCreateJob\x12\x1d.milepost.v1.CreateJobRequest\x1a\x1e.milepost.v1.CreateJobResponse\x12\x46\n\x06GetJob\x12\x1a.milepost.v1.GetJobRequest\x1a\x1b.milepost.v1.GetJobResponse\"\x03\x90\x02\x01\x12L\n\x08ListJobs\x12\x1c.milepost.v1.ListJobsRequest\x1a\x1d.milepost.v1.ListJobsResponse\"\x03\x90\x02\x01\x12G\n\x08\x43loseJob\x12\x1c.milepost.v1.CloseJobRequest\x1a\x1d.milepost.v1.CloseJobResponse\x12h\n\x13RequestCancellation\x12\'.milepost.v1.RequestCancellationRequest\x1a(.milepost.v1.RequestCancellationResponse\x12\x44\n\x07HoldJob\x12\x1b.milepost.v1.HoldJobRequest\x1a\x1c.milepost.v1.HoldJobResponse\x12U\n\x0b\x45stimateJob\x12\x1f.milepost.v1.EstimateJobRequest\x1a .milepost.v1.EstimateJobResponse\"\x03\x90\x02\x01\x42J\n\x0f\x63om.milepost.v1B\tJobsProtoP\x01Z*milepost/clients/go/milepost/v1;milepostv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,20 +35,26 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'milepost.v1.jobs_pb2', _glo
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\017com.milepost.v1B\tJobsProtoP\001Z*milepost/clients/go/milepost/v1;milepostv1'
+  _globals['_JOB_LABELSENTRY']._loaded_options = None
+  _globals['_JOB_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_CREATEJOBREQUEST_LABELSENTRY']._loaded_options = None
+  _globals['_CREATEJOBREQUEST_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_JOBFILTER_LABELSENTRY']._loaded_options = None
+  _globals['_JOBFILTER_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_JOBSERVICE'].methods_by_name['GetJob']._loaded_options = None
   _globals['_JOBSERVICE'].methods_by_name['GetJob']._serialized_options = b'\220\002\001'
   _globals['_JOBSERVICE'].methods_by_name['ListJobs']._loaded_options = None
   _globals['_JOBSERVICE'].methods_by_name['ListJobs']._serialized_options = b'\220\002\001'
   _globals['_JOBSERVICE'].methods_by_name['EstimateJob']._loaded_options = None
   _globals['_JOBSERVICE'].methods_by_name['EstimateJob']._serialized_options = b'\220\002\001'
-  _globals['_JOBSTATUS']._serialized_start=2626
-  _globals['_JOBSTATUS']._serialized_end=2811
-  _globals['_STEPSTATUS']._serialized_start=2813
-  _globals['_STEPSTATUS']._serialized_end=2928
-  _globals['_JOBOPENNESS']._serialized_start=2930
-  _globals['_JOBOPENNESS']._serialized_end=3021
-  _globals['_NOESTIMATEREASON']._serialized_start=3023
-  _globals['_NOESTIMATEREASON']._serialized_end=3149
+  _globals['_JOBSTATUS']._serialized_start=3194
+  _globals['_JOBSTATUS']._serialized_end=3379
+  _globals['_STEPSTATUS']._serialized_start=3381
+  _globals['_STEPSTATUS']._serialized_end=3496
+  _globals['_JOBOPENNESS']._serialized_start=3498
+  _globals['_JOBOPENNESS']._serialized_end=3589
+  _globals['_NOESTIMATEREASON']._serialized_start=3591
+  _globals['_NOESTIMATEREASON']._serialized_end=3717
   _globals['_PROGRESS']._serialized_start=138
   _globals['_PROGRESS']._serialized_end=208
   _globals['_STEPSTATE']._serialized_start=210
@@ -56,33 +62,45 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PARTY']._serialized_start=318
   _globals['_PARTY']._serialized_end=376
   _globals['_JOB']._serialized_start=379
-  _globals['_JOB']._serialized_end=998
-  _globals['_CREATEJOBREQUEST']._serialized_start=1001
-  _globals['_CREATEJOBREQUEST']._serialized_end=1237
-  _globals['_CREATEJOBRESPONSE']._serialized_start=1239
-  _globals['_CREATEJOBRESPONSE']._serialized_end=1306
-  _globals['_GETJOBREQUEST']._serialized_start=1308
-  _globals['_GETJOBREQUEST']._serialized_end=1375
-  _globals['_GETJOBRESPONSE']._serialized_start=1378
-  _globals['_GETJOBRESPONSE']._serialized_end=1522
-  _globals['_LISTJOBSREQUEST']._serialized_start=1525
-  _globals['_LISTJOBSREQUEST']._serialized_end=1886
-  _globals['_LISTJOBSRESPONSE']._serialized_start=1888
-  _globals['_LISTJOBSRESPONSE']._serialized_end=1963
-  _globals['_CLOSEJOBREQUEST']._serialized_start=1965
-  _globals['_CLOSEJOBREQUEST']._serialized_end=2050
-  _globals['_CLOSEJOBRESPONSE']._serialized_start=2052
-  _globals['_CLOSEJOBRESPONSE']._serialized_end=2118
-  _globals['_REQUESTCANCELLATIONREQUEST']._serialized_start=2120
-  _globals['_REQUESTCANCELLATIONREQUEST']._serialized_end=2180
-  _globals['_REQUESTCANCELLATIONRESPONSE']._serialized_start=2182
-  _globals['_REQUESTCANCELLATIONRESPONSE']._serialized_end=2259
-  _globals['_ESTIMATEJOBREQUEST']._serialized_start=2261
-  _globals['_ESTIMATEJOBREQUEST']._serialized_end=2333
-  _globals['_ESTIMATEJOBRESPONSE']._serialized_start=2336
-  _globals['_ESTIMATEJOBRESPONSE']._serialized_end=2529
-  _globals['_ESTIMATE']._serialized_start=2531
-  _globals['_ESTIMATE']._serialized_end=2623
-  _globals['_JOBSERVICE']._serialized_start=3152
-  _globals['_JOBSERVICE']._serialized_end=3656
+  _globals['_JOB']._serialized_end=1143
+  _globals['_JOB_LABELSENTRY']._serialized_start=1098
+  _globals['_JOB_LABELSENTRY']._serialized_end=1143
+  _globals['_CREATEJOBREQUEST']._serialized_start=1146
+  _globals['_CREATEJOBREQUEST']._serialized_end=1488
+  _globals['_CREATEJOBREQUEST_LABELSENTRY']._serialized_start=1098
+  _globals['_CREATEJOBREQUEST_LABELSENTRY']._serialized_end=1143
+  _globals['_CREATEJOBRESPONSE']._serialized_start=1490
+  _globals['_CREATEJOBRESPONSE']._serialized_end=1557
+  _globals['_GETJOBREQUEST']._serialized_start=1559
+  _globals['_GETJOBREQUEST']._serialized_end=1626
+  _globals['_GETJOBRESPONSE']._serialized_start=1629
+  _globals['_GETJOBRESPONSE']._serialized_end=1773
+  _globals['_JOBFILTER']._serialized_start=1776
+  _globals['_JOBFILTER']._serialized_end=2205
+  _globals['_JOBFILTER_LABELSENTRY']._serialized_start=1098
+  _globals['_JOBFILTER_LABELSENTRY']._serialized_end=1143
+  _globals['_LISTJOBSREQUEST']._serialized_start=2207
+  _globals['_LISTJOBSREQUEST']._serialized_end=2303
+  _globals['_LISTJOBSRESPONSE']._serialized_start=2305
+  _globals['_LISTJOBSRESPONSE']._serialized_end=2380
+  _globals['_CLOSEJOBREQUEST']._serialized_start=2382
+  _globals['_CLOSEJOBREQUEST']._serialized_end=2467
+  _globals['_CLOSEJOBRESPONSE']._serialized_start=2469
+  _globals['_CLOSEJOBRESPONSE']._serialized_end=2535
+  _globals['_REQUESTCANCELLATIONREQUEST']._serialized_start=2537
+  _globals['_REQUESTCANCELLATIONREQUEST']._serialized_end=2597
+  _globals['_REQUESTCANCELLATIONRESPONSE']._serialized_start=2599
+  _globals['_REQUESTCANCELLATIONRESPONSE']._serialized_end=2676
+  _globals['_HOLDJOBREQUEST']._serialized_start=2678
+  _globals['_HOLDJOBREQUEST']._serialized_end=2760
+  _globals['_HOLDJOBRESPONSE']._serialized_start=2762
+  _globals['_HOLDJOBRESPONSE']._serialized_end=2827
+  _globals['_ESTIMATEJOBREQUEST']._serialized_start=2829
+  _globals['_ESTIMATEJOBREQUEST']._serialized_end=2901
+  _globals['_ESTIMATEJOBRESPONSE']._serialized_start=2904
+  _globals['_ESTIMATEJOBRESPONSE']._serialized_end=3097
+  _globals['_ESTIMATE']._serialized_start=3099
+  _globals['_ESTIMATE']._serialized_end=3191
+  _globals['_JOBSERVICE']._serialized_start=3720
+  _globals['_JOBSERVICE']._serialized_end=4294
 # @@protoc_insertion_point(module_scope)

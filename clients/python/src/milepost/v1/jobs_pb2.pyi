@@ -267,6 +267,26 @@ class Job(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     ID_FIELD_NUMBER: _builtins.int
     PROVIDER_FIELD_NUMBER: _builtins.int
     CUSTOMER_FIELD_NUMBER: _builtins.int
@@ -284,6 +304,9 @@ class Job(_message.Message):
     CONFIGURATION_NAME_FIELD_NUMBER: _builtins.int
     MAX_SILENCE_FIELD_NUMBER: _builtins.int
     CANCELLATION_REQUESTED_AT_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    HELD_BY_PROVIDER_FIELD_NUMBER: _builtins.int
+    HELD_BY_CUSTOMER_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """UUID."""
     provider_job_id: _builtins.str
@@ -302,6 +325,10 @@ class Job(_message.Message):
     """The sequence of the last event; 0 if there is none."""
     configuration_name: _builtins.str
     """The name of that configuration, to display."""
+    held_by_provider: _builtins.bool
+    """The provider holds the job: retention removes nothing of it."""
+    held_by_customer: _builtins.bool
+    """The customer holds the job: retention removes nothing of it."""
     @_builtins.property
     def provider(self) -> Global___Party:
         """The user who runs the job."""
@@ -336,6 +363,10 @@ class Job(_message.Message):
     def cancellation_requested_at(self) -> _timestamp_pb2.Timestamp:
         """When the customer asked to stop the job, by RequestCancellation. Absent: never."""
 
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """What the provider files the job under; at most 16 labels. Never change."""
+
     def __init__(
         self,
         *,
@@ -356,10 +387,13 @@ class Job(_message.Message):
         configuration_name: _builtins.str = ...,
         max_silence: _duration_pb2.Duration | None = ...,
         cancellation_requested_at: _timestamp_pb2.Timestamp | None = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        held_by_provider: _builtins.bool = ...,
+        held_by_customer: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cancellation_requested_at", b"cancellation_requested_at", "closed_at", b"closed_at", "created_at", b"created_at", "customer", b"customer", "max_silence", b"max_silence", "progress", b"progress", "provider", b"provider", "updated_at", b"updated_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancellation_requested_at", b"cancellation_requested_at", "closed_at", b"closed_at", "configuration_name", b"configuration_name", "configuration_tag", b"configuration_tag", "configuration_version", b"configuration_version", "created_at", b"created_at", "customer", b"customer", "id", b"id", "job_configuration_id", b"job_configuration_id", "last_sequence", b"last_sequence", "max_silence", b"max_silence", "progress", b"progress", "provider", b"provider", "provider_job_id", b"provider_job_id", "provider_job_name", b"provider_job_name", "status", b"status", "updated_at", b"updated_at"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancellation_requested_at", b"cancellation_requested_at", "closed_at", b"closed_at", "configuration_name", b"configuration_name", "configuration_tag", b"configuration_tag", "configuration_version", b"configuration_version", "created_at", b"created_at", "customer", b"customer", "held_by_customer", b"held_by_customer", "held_by_provider", b"held_by_provider", "id", b"id", "job_configuration_id", b"job_configuration_id", "labels", b"labels", "last_sequence", b"last_sequence", "max_silence", b"max_silence", "progress", b"progress", "provider", b"provider", "provider_job_id", b"provider_job_id", "provider_job_name", b"provider_job_name", "status", b"status", "updated_at", b"updated_at"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -371,6 +405,26 @@ class CreateJobRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     PROVIDER_JOB_ID_FIELD_NUMBER: _builtins.int
     CUSTOMER_ID_FIELD_NUMBER: _builtins.int
     CUSTOMER_CODE_FIELD_NUMBER: _builtins.int
@@ -378,6 +432,7 @@ class CreateJobRequest(_message.Message):
     CONFIGURATION_VERSION_FIELD_NUMBER: _builtins.int
     PROVIDER_JOB_NAME_FIELD_NUMBER: _builtins.int
     MAX_SILENCE_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
     provider_job_id: _builtins.str
     """Required: not empty, no white space at either end."""
     customer_id: _builtins.str
@@ -401,6 +456,13 @@ class CreateJobRequest(_message.Message):
         count. Absent: as the configuration says.
         """
 
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """What to file the job under, for filters, summaries and exports: at most 16 labels.
+        A key has 1 to 64 characters, without white space at either end; a value has at
+        most 256 characters.
+        """
+
     def __init__(
         self,
         *,
@@ -411,10 +473,11 @@ class CreateJobRequest(_message.Message):
         configuration_version: _builtins.str = ...,
         provider_job_name: _builtins.str = ...,
         max_silence: _duration_pb2.Duration | None = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["customer", b"customer", "customer_code", b"customer_code", "customer_id", b"customer_id", "max_silence", b"max_silence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["configuration_tag", b"configuration_tag", "configuration_version", b"configuration_version", "customer", b"customer", "customer_code", b"customer_code", "customer_id", b"customer_id", "max_silence", b"max_silence", "provider_job_id", b"provider_job_id", "provider_job_name", b"provider_job_name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["configuration_tag", b"configuration_tag", "configuration_version", b"configuration_version", "customer", b"customer", "customer_code", b"customer_code", "customer_id", b"customer_id", "labels", b"labels", "max_silence", b"max_silence", "provider_job_id", b"provider_job_id", "provider_job_name", b"provider_job_name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_customer: _TypeAlias = _typing.Literal["customer_id", "customer_code"]  # noqa: Y015
     _WhichOneofArgType_customer: _TypeAlias = _typing.Literal["customer", b"customer"]  # noqa: Y015
@@ -517,12 +580,32 @@ class GetJobResponse(_message.Message):
 Global___GetJobResponse: _TypeAlias = GetJobResponse  # noqa: Y015
 
 @_typing.final
-class ListJobsRequest(_message.Message):
-    """A page of the caller's jobs. A job is listed if it matches all filters that are
-    given.
+class JobFilter(_message.Message):
+    """Which of the caller's jobs a request concerns: those that match all conditions that
+    are given.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     STATUSES_FIELD_NUMBER: _builtins.int
     OPENNESS_FIELD_NUMBER: _builtins.int
@@ -532,8 +615,8 @@ class ListJobsRequest(_message.Message):
     CREATED_BEFORE_FIELD_NUMBER: _builtins.int
     PROVIDER_JOB_ID_PREFIX_FIELD_NUMBER: _builtins.int
     PROVIDER_JOB_NAME_PREFIX_FIELD_NUMBER: _builtins.int
-    PAGE_SIZE_FIELD_NUMBER: _builtins.int
-    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
     openness: Global___JobOpenness.ValueType
     """Open jobs, closed jobs or both."""
     configuration_tag: _builtins.str
@@ -542,22 +625,20 @@ class ListJobsRequest(_message.Message):
     """
     counterpart_id: _builtins.str
     """Jobs with this user as the other party: for a provider the customer, for a
-    customer the provider. The list is empty for any other id: it does not tell
+    customer the provider. No job matches any other id: the answer does not tell
     whether there is such a user. Empty: all.
     """
     provider_job_id_prefix: _builtins.str
     """Jobs whose provider_job_id starts with this text. Empty: all."""
     provider_job_name_prefix: _builtins.str
     """Jobs whose provider_job_name starts with this text. Empty: all."""
-    page_size: _builtins.int
-    """Most jobs of the page: default 50, cut to 500, negative INVALID_ARGUMENT."""
-    page_token: _builtins.str
-    """The `next_page_token` of the previous page, with the same filters. Empty: the
-    first page.
+    text: _builtins.str
+    """Jobs whose provider_job_id or provider_job_name contains this text, in upper or
+    lower case: 3 to 256 characters. Empty: all.
     """
     @_builtins.property
     def statuses(self) -> _containers.RepeatedScalarFieldContainer[Global___JobStatus.ValueType]:
-        """Jobs with any of these statuses; at most 5. Empty: all."""
+        """Jobs with any of these statuses; at most 6. Empty: all."""
 
     @_builtins.property
     def created_from(self) -> _timestamp_pb2.Timestamp:
@@ -566,6 +647,10 @@ class ListJobsRequest(_message.Message):
     @_builtins.property
     def created_before(self) -> _timestamp_pb2.Timestamp:
         """Jobs created before this time. Earlier than `created_from`: INVALID_ARGUMENT."""
+
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Jobs with all of these labels; at most 16. Empty: all."""
 
     def __init__(
         self,
@@ -578,12 +663,46 @@ class ListJobsRequest(_message.Message):
         created_before: _timestamp_pb2.Timestamp | None = ...,
         provider_job_id_prefix: _builtins.str = ...,
         provider_job_name_prefix: _builtins.str = ...,
-        page_size: _builtins.int = ...,
-        page_token: _builtins.str = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        text: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_before", b"created_before", "created_from", b"created_from"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["configuration_tag", b"configuration_tag", "counterpart_id", b"counterpart_id", "created_before", b"created_before", "created_from", b"created_from", "openness", b"openness", "page_size", b"page_size", "page_token", b"page_token", "provider_job_id_prefix", b"provider_job_id_prefix", "provider_job_name_prefix", b"provider_job_name_prefix", "statuses", b"statuses"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["configuration_tag", b"configuration_tag", "counterpart_id", b"counterpart_id", "created_before", b"created_before", "created_from", b"created_from", "labels", b"labels", "openness", b"openness", "provider_job_id_prefix", b"provider_job_id_prefix", "provider_job_name_prefix", b"provider_job_name_prefix", "statuses", b"statuses", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JobFilter: _TypeAlias = JobFilter  # noqa: Y015
+
+@_typing.final
+class ListJobsRequest(_message.Message):
+    """A page of the caller's jobs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILTER_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """Most jobs of the page: default 50, cut to 500, negative INVALID_ARGUMENT."""
+    page_token: _builtins.str
+    """The `next_page_token` of the previous page, with the same filter. Empty: the
+    first page.
+    """
+    @_builtins.property
+    def filter(self) -> Global___JobFilter:
+        """Which jobs to list. Absent: all."""
+
+    def __init__(
+        self,
+        *,
+        filter: Global___JobFilter | None = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -734,6 +853,66 @@ class RequestCancellationResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RequestCancellationResponse: _TypeAlias = RequestCancellationResponse  # noqa: Y015
+
+@_typing.final
+class HoldJobRequest(_message.Message):
+    """The job to hold, or not to hold any longer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    PROVIDER_JOB_ID_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """The job's id."""
+    provider_job_id: _builtins.str
+    """The provider's id of the job. Only this provider may use it."""
+    held: _builtins.bool
+    """Whether the caller holds the job from now on."""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        provider_job_id: _builtins.str = ...,
+        held: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "job_id", b"job_id", "provider_job_id", b"provider_job_id"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["held", b"held", "job", b"job", "job_id", b"job_id", "provider_job_id", b"provider_job_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_job: _TypeAlias = _typing.Literal["job_id", "provider_job_id"]  # noqa: Y015
+    _WhichOneofArgType_job: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_job) -> _WhichOneofReturnType_job | None: ...
+
+Global___HoldJobRequest: _TypeAlias = HoldJobRequest  # noqa: Y015
+
+@_typing.final
+class HoldJobResponse(_message.Message):
+    """The job after the call."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    EXISTED_FIELD_NUMBER: _builtins.int
+    existed: _builtins.bool
+    """The caller's hold was as wanted before."""
+    @_builtins.property
+    def job(self) -> Global___Job:
+        """The job in its present state."""
+
+    def __init__(
+        self,
+        *,
+        job: Global___Job | None = ...,
+        existed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["existed", b"existed", "job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HoldJobResponse: _TypeAlias = HoldJobResponse  # noqa: Y015
 
 @_typing.final
 class EstimateJobRequest(_message.Message):

@@ -62,6 +62,11 @@ class JobServiceStub(object):
                 request_serializer=milepost_dot_v1_dot_jobs__pb2.RequestCancellationRequest.SerializeToString,
                 response_deserializer=milepost_dot_v1_dot_jobs__pb2.RequestCancellationResponse.FromString,
                 _registered_method=True)
+        self.HoldJob = channel.unary_unary(
+                '/milepost.v1.JobService/HoldJob',
+                request_serializer=milepost_dot_v1_dot_jobs__pb2.HoldJobRequest.SerializeToString,
+                response_deserializer=milepost_dot_v1_dot_jobs__pb2.HoldJobResponse.FromString,
+                _registered_method=True)
         self.EstimateJob = channel.unary_unary(
                 '/milepost.v1.JobService/EstimateJob',
                 request_serializer=milepost_dot_v1_dot_jobs__pb2.EstimateJobRequest.SerializeToString,
@@ -78,8 +83,8 @@ class JobServiceServicer(object):
     def CreateJob(self, request, context):
         """Creates a job in status PENDING. Needs the role provider and scope APPEND.
 
-        Idempotent by provider_job_id: the same customer, tag, name and, if given,
-        version again returns the stored job with `existed`. Anything else fails with
+        Idempotent by provider_job_id: the same customer, tag, name, labels and, if given,
+        version and `max_silence` again returns the stored job with `existed`. Anything else fails with
         ALREADY_EXISTS (JOB_DIFFERS). The customer may be named by another code than
         before, or by the id: the customers are compared.
         Errors: NOT_FOUND for an unknown or disabled customer, or an unknown
@@ -94,8 +99,9 @@ class JobServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetJob(self, request, context):
-        """Returns a job with its status, its progress and its configuration. Needs the
-        job's provider or customer; scope READ.
+        """Returns a job with its status, its progress, the state of its steps and its
+        configuration. Needs the job's provider, its customer, or a watch token of the job;
+        scope READ.
 
         Errors: NOT_FOUND.
         """
@@ -141,6 +147,20 @@ class JobServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def HoldJob(self, request, context):
+        """Sets or lifts the caller's hold of a job. Retention removes nothing of a job that
+        either side holds. A new job is held by nobody. Needs the job's provider or its
+        customer; scope APPEND.
+
+        Idempotent: if the caller's hold is already as wanted, the job is returned
+        unchanged, with `existed`.
+        Errors: NOT_FOUND; FAILED_PRECONDITION (EVENTS_REMOVED) to hold a job whose events
+        retention removes or has removed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def EstimateJob(self, request, context):
         """Says when an open job will probably be complete, by how long completed jobs of the
         same configuration tag took from the step that this job finished last. Needs the
@@ -180,6 +200,11 @@ def add_JobServiceServicer_to_server(servicer, server):
                     servicer.RequestCancellation,
                     request_deserializer=milepost_dot_v1_dot_jobs__pb2.RequestCancellationRequest.FromString,
                     response_serializer=milepost_dot_v1_dot_jobs__pb2.RequestCancellationResponse.SerializeToString,
+            ),
+            'HoldJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.HoldJob,
+                    request_deserializer=milepost_dot_v1_dot_jobs__pb2.HoldJobRequest.FromString,
+                    response_serializer=milepost_dot_v1_dot_jobs__pb2.HoldJobResponse.SerializeToString,
             ),
             'EstimateJob': grpc.unary_unary_rpc_method_handler(
                     servicer.EstimateJob,
@@ -325,6 +350,33 @@ class JobService(object):
             '/milepost.v1.JobService/RequestCancellation',
             milepost_dot_v1_dot_jobs__pb2.RequestCancellationRequest.SerializeToString,
             milepost_dot_v1_dot_jobs__pb2.RequestCancellationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def HoldJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/milepost.v1.JobService/HoldJob',
+            milepost_dot_v1_dot_jobs__pb2.HoldJobRequest.SerializeToString,
+            milepost_dot_v1_dot_jobs__pb2.HoldJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,8 +39,8 @@ class JobServiceStub:
     CreateJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.CreateJobRequest, _jobs_pb2.CreateJobResponse]
     """Creates a job in status PENDING. Needs the role provider and scope APPEND.
 
-    Idempotent by provider_job_id: the same customer, tag, name and, if given,
-    version again returns the stored job with `existed`. Anything else fails with
+    Idempotent by provider_job_id: the same customer, tag, name, labels and, if given,
+    version and `max_silence` again returns the stored job with `existed`. Anything else fails with
     ALREADY_EXISTS (JOB_DIFFERS). The customer may be named by another code than
     before, or by the id: the customers are compared.
     Errors: NOT_FOUND for an unknown or disabled customer, or an unknown
@@ -51,8 +51,9 @@ class JobServiceStub:
     stored bytes, unless the job exists.
     """
     GetJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.GetJobRequest, _jobs_pb2.GetJobResponse]
-    """Returns a job with its status, its progress and its configuration. Needs the
-    job's provider or customer; scope READ.
+    """Returns a job with its status, its progress, the state of its steps and its
+    configuration. Needs the job's provider, its customer, or a watch token of the job;
+    scope READ.
 
     Errors: NOT_FOUND.
     """
@@ -82,6 +83,16 @@ class JobServiceStub:
     `existed`, whatever the reason in the request, also once it is closed.
     Errors: NOT_FOUND; FAILED_PRECONDITION (JOB_CLOSED) if the job is closed.
     """
+    HoldJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.HoldJobRequest, _jobs_pb2.HoldJobResponse]
+    """Sets or lifts the caller's hold of a job. Retention removes nothing of a job that
+    either side holds. A new job is held by nobody. Needs the job's provider or its
+    customer; scope APPEND.
+
+    Idempotent: if the caller's hold is already as wanted, the job is returned
+    unchanged, with `existed`.
+    Errors: NOT_FOUND; FAILED_PRECONDITION (EVENTS_REMOVED) to hold a job whose events
+    retention removes or has removed.
+    """
     EstimateJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.EstimateJobRequest, _jobs_pb2.EstimateJobResponse]
     """Says when an open job will probably be complete, by how long completed jobs of the
     same configuration tag took from the step that this job finished last. Needs the
@@ -102,8 +113,8 @@ class JobServiceAsyncStub(JobServiceStub):
     CreateJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.CreateJobRequest, _jobs_pb2.CreateJobResponse]  # type: ignore[assignment]
     """Creates a job in status PENDING. Needs the role provider and scope APPEND.
 
-    Idempotent by provider_job_id: the same customer, tag, name and, if given,
-    version again returns the stored job with `existed`. Anything else fails with
+    Idempotent by provider_job_id: the same customer, tag, name, labels and, if given,
+    version and `max_silence` again returns the stored job with `existed`. Anything else fails with
     ALREADY_EXISTS (JOB_DIFFERS). The customer may be named by another code than
     before, or by the id: the customers are compared.
     Errors: NOT_FOUND for an unknown or disabled customer, or an unknown
@@ -114,8 +125,9 @@ class JobServiceAsyncStub(JobServiceStub):
     stored bytes, unless the job exists.
     """
     GetJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.GetJobRequest, _jobs_pb2.GetJobResponse]  # type: ignore[assignment]
-    """Returns a job with its status, its progress and its configuration. Needs the
-    job's provider or customer; scope READ.
+    """Returns a job with its status, its progress, the state of its steps and its
+    configuration. Needs the job's provider, its customer, or a watch token of the job;
+    scope READ.
 
     Errors: NOT_FOUND.
     """
@@ -145,6 +157,16 @@ class JobServiceAsyncStub(JobServiceStub):
     `existed`, whatever the reason in the request, also once it is closed.
     Errors: NOT_FOUND; FAILED_PRECONDITION (JOB_CLOSED) if the job is closed.
     """
+    HoldJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.HoldJobRequest, _jobs_pb2.HoldJobResponse]  # type: ignore[assignment]
+    """Sets or lifts the caller's hold of a job. Retention removes nothing of a job that
+    either side holds. A new job is held by nobody. Needs the job's provider or its
+    customer; scope APPEND.
+
+    Idempotent: if the caller's hold is already as wanted, the job is returned
+    unchanged, with `existed`.
+    Errors: NOT_FOUND; FAILED_PRECONDITION (EVENTS_REMOVED) to hold a job whose events
+    retention removes or has removed.
+    """
     EstimateJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.EstimateJobRequest, _jobs_pb2.EstimateJobResponse]  # type: ignore[assignment]
     """Says when an open job will probably be complete, by how long completed jobs of the
     same configuration tag took from the step that this job finished last. Needs the
@@ -168,8 +190,8 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_jobs_pb2.CreateJobResponse, _abc.Awaitable[_jobs_pb2.CreateJobResponse]]:
         """Creates a job in status PENDING. Needs the role provider and scope APPEND.
 
-        Idempotent by provider_job_id: the same customer, tag, name and, if given,
-        version again returns the stored job with `existed`. Anything else fails with
+        Idempotent by provider_job_id: the same customer, tag, name, labels and, if given,
+        version and `max_silence` again returns the stored job with `existed`. Anything else fails with
         ALREADY_EXISTS (JOB_DIFFERS). The customer may be named by another code than
         before, or by the id: the customers are compared.
         Errors: NOT_FOUND for an unknown or disabled customer, or an unknown
@@ -186,8 +208,9 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _jobs_pb2.GetJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_jobs_pb2.GetJobResponse, _abc.Awaitable[_jobs_pb2.GetJobResponse]]:
-        """Returns a job with its status, its progress and its configuration. Needs the
-        job's provider or customer; scope READ.
+        """Returns a job with its status, its progress, the state of its steps and its
+        configuration. Needs the job's provider, its customer, or a watch token of the job;
+        scope READ.
 
         Errors: NOT_FOUND.
         """
@@ -234,6 +257,22 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         Idempotent: a job of which it was requested before is returned unchanged, with
         `existed`, whatever the reason in the request, also once it is closed.
         Errors: NOT_FOUND; FAILED_PRECONDITION (JOB_CLOSED) if the job is closed.
+        """
+
+    @_abc_1.abstractmethod
+    def HoldJob(
+        self,
+        request: _jobs_pb2.HoldJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.HoldJobResponse, _abc.Awaitable[_jobs_pb2.HoldJobResponse]]:
+        """Sets or lifts the caller's hold of a job. Retention removes nothing of a job that
+        either side holds. A new job is held by nobody. Needs the job's provider or its
+        customer; scope APPEND.
+
+        Idempotent: if the caller's hold is already as wanted, the job is returned
+        unchanged, with `existed`.
+        Errors: NOT_FOUND; FAILED_PRECONDITION (EVENTS_REMOVED) to hold a job whose events
+        retention removes or has removed.
         """
 
     @_abc_1.abstractmethod

@@ -1303,7 +1303,8 @@ export enum UserRole {
   UNSPECIFIED = 0,
 
   /**
-   * A user for whom providers run jobs: reads and watches these jobs.
+   * A user for whom providers run jobs: reads and watches these jobs, and may ask to
+   * stop them.
    *
    * @generated from enum value: USER_ROLE_CUSTOMER = 1;
    */
@@ -1346,8 +1347,8 @@ export enum ApiKeyScope {
 
   /**
    * The writes of a provider: RegisterJobConfiguration, CreateJob, CloseJob,
-   * AppendEvents, PublishEvents, and the methods for watch tokens. Those of a customer:
-   * RequestCancellation.
+   * AppendEvents, PublishEvents, and the methods for watch tokens. The write of a
+   * customer: RequestCancellation. The write of both: HoldJob.
    *
    * @generated from enum value: API_KEY_SCOPE_APPEND = 2;
    */

@@ -14,7 +14,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file milepost/v1/jobs.proto.
  */
 export const file_milepost_v1_jobs: GenFile = /*@__PURE__*/
-  fileDesc("ChZtaWxlcG9zdC92MS9qb2JzLnByb3RvEgttaWxlcG9zdC52MSJGCghQcm9ncmVzcxITCgtwb2ludHNfZG9uZRgBIAEoAxIUCgxwb2ludHNfdG90YWwYAiABKAMSDwoHcGVyY2VudBgDIAEoBSJqCglTdGVwU3RhdGUSEAoIc3RlcF90YWcYASABKAkSEQoJc3RlcF9uYW1lGAIgASgJEicKBnN0YXR1cxgDIAEoDjIXLm1pbGVwb3N0LnYxLlN0ZXBTdGF0dXMSDwoHcGVyY2VudBgEIAEoBSI6CgVQYXJ0eRIKCgJpZBgBIAEoCRISCgpmaXJzdF9uYW1lGAIgASgJEhEKCWxhc3RfbmFtZRgDIAEoCSLrBAoDSm9iEgoKAmlkGAEgASgJEiQKCHByb3ZpZGVyGAIgASgLMhIubWlsZXBvc3QudjEuUGFydHkSJAoIY3VzdG9tZXIYAyABKAsyEi5taWxlcG9zdC52MS5QYXJ0eRIXCg9wcm92aWRlcl9qb2JfaWQYBCABKAkSGQoRcHJvdmlkZXJfam9iX25hbWUYBSABKAkSHAoUam9iX2NvbmZpZ3VyYXRpb25faWQYBiABKAkSGQoRY29uZmlndXJhdGlvbl90YWcYByABKAkSHQoVY29uZmlndXJhdGlvbl92ZXJzaW9uGAggASgJEiYKBnN0YXR1cxgJIAEoDjIWLm1pbGVwb3N0LnYxLkpvYlN0YXR1cxInCghwcm9ncmVzcxgKIAEoCzIVLm1pbGVwb3N0LnYxLlByb2dyZXNzEhUKDWxhc3Rfc2VxdWVuY2UYCyABKAMSLQoJY2xvc2VkX2F0GAwgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIuCgpjcmVhdGVkX2F0GA0gASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIuCgp1cGRhdGVkX2F0GA4gASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIaChJjb25maWd1cmF0aW9uX25hbWUYDyABKAkSLgoLbWF4X3NpbGVuY2UYECABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SPQoZY2FuY2VsbGF0aW9uX3JlcXVlc3RlZF9hdBgRIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXAi7AEKEENyZWF0ZUpvYlJlcXVlc3QSFwoPcHJvdmlkZXJfam9iX2lkGAEgASgJEhUKC2N1c3RvbWVyX2lkGAIgASgJSAASFwoNY3VzdG9tZXJfY29kZRgGIAEoCUgAEhkKEWNvbmZpZ3VyYXRpb25fdGFnGAMgASgJEh0KFWNvbmZpZ3VyYXRpb25fdmVyc2lvbhgEIAEoCRIZChFwcm92aWRlcl9qb2JfbmFtZRgFIAEoCRIuCgttYXhfc2lsZW5jZRgHIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbkIKCghjdXN0b21lciJDChFDcmVhdGVKb2JSZXNwb25zZRIdCgNqb2IYASABKAsyEC5taWxlcG9zdC52MS5Kb2ISDwoHZXhpc3RlZBgCIAEoCCJDCg1HZXRKb2JSZXF1ZXN0EhAKBmpvYl9pZBgBIAEoCUgAEhkKD3Byb3ZpZGVyX2pvYl9pZBgCIAEoCUgAQgUKA2pvYiKQAQoOR2V0Sm9iUmVzcG9uc2USHQoDam9iGAEgASgLMhAubWlsZXBvc3QudjEuSm9iEjgKEWpvYl9jb25maWd1cmF0aW9uGAIgASgLMh0ubWlsZXBvc3QudjEuSm9iQ29uZmlndXJhdGlvbhIlCgVzdGVwcxgDIAMoCzIWLm1pbGVwb3N0LnYxLlN0ZXBTdGF0ZSLpAgoPTGlzdEpvYnNSZXF1ZXN0EigKCHN0YXR1c2VzGAEgAygOMhYubWlsZXBvc3QudjEuSm9iU3RhdHVzEioKCG9wZW5uZXNzGAIgASgOMhgubWlsZXBvc3QudjEuSm9iT3Blbm5lc3MSGQoRY29uZmlndXJhdGlvbl90YWcYAyABKAkSFgoOY291bnRlcnBhcnRfaWQYBCABKAkSMAoMY3JlYXRlZF9mcm9tGAUgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIyCg5jcmVhdGVkX2JlZm9yZRgGIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASHgoWcHJvdmlkZXJfam9iX2lkX3ByZWZpeBgHIAEoCRIgChhwcm92aWRlcl9qb2JfbmFtZV9wcmVmaXgYCCABKAkSEQoJcGFnZV9zaXplGAkgASgFEhIKCnBhZ2VfdG9rZW4YCiABKAkiSwoQTGlzdEpvYnNSZXNwb25zZRIeCgRqb2JzGAEgAygLMhAubWlsZXBvc3QudjEuSm9iEhcKD25leHRfcGFnZV90b2tlbhgCIAEoCSJVCg9DbG9zZUpvYlJlcXVlc3QSEAoGam9iX2lkGAEgASgJSAASGQoPcHJvdmlkZXJfam9iX2lkGAIgASgJSAASDgoGcmVhc29uGAMgASgJQgUKA2pvYiJCChBDbG9zZUpvYlJlc3BvbnNlEh0KA2pvYhgBIAEoCzIQLm1pbGVwb3N0LnYxLkpvYhIPCgdleGlzdGVkGAIgASgIIjwKGlJlcXVlc3RDYW5jZWxsYXRpb25SZXF1ZXN0Eg4KBmpvYl9pZBgBIAEoCRIOCgZyZWFzb24YAiABKAkiTQobUmVxdWVzdENhbmNlbGxhdGlvblJlc3BvbnNlEh0KA2pvYhgBIAEoCzIQLm1pbGVwb3N0LnYxLkpvYhIPCgdleGlzdGVkGAIgASgIIkgKEkVzdGltYXRlSm9iUmVxdWVzdBIQCgZqb2JfaWQYASABKAlIABIZCg9wcm92aWRlcl9qb2JfaWQYAiABKAlIAEIFCgNqb2IiwQEKE0VzdGltYXRlSm9iUmVzcG9uc2USKQoIZXN0aW1hdGUYASABKAsyFS5taWxlcG9zdC52MS5Fc3RpbWF0ZUgAEjQKC25vX2VzdGltYXRlGAIgASgOMh0ubWlsZXBvc3QudjEuTm9Fc3RpbWF0ZVJlYXNvbkgAEgwKBGpvYnMYAyABKAUSMAoMZXN0aW1hdGVkX2F0GAQgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcEIJCgdvdXRjb21lIlwKCEVzdGltYXRlEicKA3A1MBgBIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASJwoDcDkwGAIgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcCq5AQoJSm9iU3RhdHVzEhoKFkpPQl9TVEFUVVNfVU5TUEVDSUZJRUQQABIWChJKT0JfU1RBVFVTX1BFTkRJTkcQARIWChJKT0JfU1RBVFVTX1JVTk5JTkcQAhIVChFKT0JfU1RBVFVTX0ZBSUxFRBADEhcKE0pPQl9TVEFUVVNfQ09NUExFVEUQBBIYChRKT0JfU1RBVFVTX0NBTkNFTExFRBAFEhYKEkpPQl9TVEFUVVNfU1RBTExFRBAGKnMKClN0ZXBTdGF0dXMSGwoXU1RFUF9TVEFUVVNfVU5TUEVDSUZJRUQQABIXChNTVEVQX1NUQVRVU19UT19DT01FEAESGQoVU1RFUF9TVEFUVVNfVU5ERVJfV0FZEAISFAoQU1RFUF9TVEFUVVNfRE9ORRADKlsKC0pvYk9wZW5uZXNzEhwKGEpPQl9PUEVOTkVTU19VTlNQRUNJRklFRBAAEhUKEUpPQl9PUEVOTkVTU19PUEVOEAESFwoTSk9CX09QRU5ORVNTX0NMT1NFRBACKn4KEE5vRXN0aW1hdGVSZWFzb24SIgoeTk9fRVNUSU1BVEVfUkVBU09OX1VOU1BFQ0lGSUVEEAASIwofTk9fRVNUSU1BVEVfUkVBU09OX1RPT19GRVdfSk9CUxABEiEKHU5PX0VTVElNQVRFX1JFQVNPTl9KT0JfQ0xPU0VEEAIy+AMKCkpvYlNlcnZpY2USSgoJQ3JlYXRlSm9iEh0ubWlsZXBvc3QudjEuQ3JlYXRlSm9iUmVxdWVzdBoeLm1pbGVwb3N0LnYxLkNyZWF0ZUpvYlJlc3BvbnNlEkYKBkdldEpvYhIaLm1pbGVwb3N0LnYxLkdldEpvYlJlcXVlc3QaGy5taWxlcG9zdC52MS5HZXRKb2JSZXNwb25zZSIDkAIBEkwKCExpc3RKb2JzEhwubWlsZXBvc3QudjEuTGlzdEpvYnNSZXF1ZXN0Gh0ubWlsZXBvc3QudjEuTGlzdEpvYnNSZXNwb25zZSIDkAIBEkcKCENsb3NlSm9iEhwubWlsZXBvc3QudjEuQ2xvc2VKb2JSZXF1ZXN0Gh0ubWlsZXBvc3QudjEuQ2xvc2VKb2JSZXNwb25zZRJoChNSZXF1ZXN0Q2FuY2VsbGF0aW9uEicubWlsZXBvc3QudjEuUmVxdWVzdENhbmNlbGxhdGlvblJlcXVlc3QaKC5taWxlcG9zdC52MS5SZXF1ZXN0Q2FuY2VsbGF0aW9uUmVzcG9uc2USVQoLRXN0aW1hdGVKb2ISHy5taWxlcG9zdC52MS5Fc3RpbWF0ZUpvYlJlcXVlc3QaIC5taWxlcG9zdC52MS5Fc3RpbWF0ZUpvYlJlc3BvbnNlIgOQAgFCSgoPY29tLm1pbGVwb3N0LnYxQglKb2JzUHJvdG9QAVoqbWlsZXBvc3QvY2xpZW50cy9nby9taWxlcG9zdC92MTttaWxlcG9zdHYxYgZwcm90bzM", [file_google_protobuf_duration, file_google_protobuf_timestamp, file_milepost_v1_configurations]);
+  fileDesc("ChZtaWxlcG9zdC92MS9qb2JzLnByb3RvEgttaWxlcG9zdC52MSJGCghQcm9ncmVzcxITCgtwb2ludHNfZG9uZRgBIAEoAxIUCgxwb2ludHNfdG90YWwYAiABKAMSDwoHcGVyY2VudBgDIAEoBSJqCglTdGVwU3RhdGUSEAoIc3RlcF90YWcYASABKAkSEQoJc3RlcF9uYW1lGAIgASgJEicKBnN0YXR1cxgDIAEoDjIXLm1pbGVwb3N0LnYxLlN0ZXBTdGF0dXMSDwoHcGVyY2VudBgEIAEoBSI6CgVQYXJ0eRIKCgJpZBgBIAEoCRISCgpmaXJzdF9uYW1lGAIgASgJEhEKCWxhc3RfbmFtZRgDIAEoCSL8BQoDSm9iEgoKAmlkGAEgASgJEiQKCHByb3ZpZGVyGAIgASgLMhIubWlsZXBvc3QudjEuUGFydHkSJAoIY3VzdG9tZXIYAyABKAsyEi5taWxlcG9zdC52MS5QYXJ0eRIXCg9wcm92aWRlcl9qb2JfaWQYBCABKAkSGQoRcHJvdmlkZXJfam9iX25hbWUYBSABKAkSHAoUam9iX2NvbmZpZ3VyYXRpb25faWQYBiABKAkSGQoRY29uZmlndXJhdGlvbl90YWcYByABKAkSHQoVY29uZmlndXJhdGlvbl92ZXJzaW9uGAggASgJEiYKBnN0YXR1cxgJIAEoDjIWLm1pbGVwb3N0LnYxLkpvYlN0YXR1cxInCghwcm9ncmVzcxgKIAEoCzIVLm1pbGVwb3N0LnYxLlByb2dyZXNzEhUKDWxhc3Rfc2VxdWVuY2UYCyABKAMSLQoJY2xvc2VkX2F0GAwgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIuCgpjcmVhdGVkX2F0GA0gASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIuCgp1cGRhdGVkX2F0GA4gASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIaChJjb25maWd1cmF0aW9uX25hbWUYDyABKAkSLgoLbWF4X3NpbGVuY2UYECABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SPQoZY2FuY2VsbGF0aW9uX3JlcXVlc3RlZF9hdBgRIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASLAoGbGFiZWxzGBIgAygLMhwubWlsZXBvc3QudjEuSm9iLkxhYmVsc0VudHJ5EhgKEGhlbGRfYnlfcHJvdmlkZXIYEyABKAgSGAoQaGVsZF9ieV9jdXN0b21lchgUIAEoCBotCgtMYWJlbHNFbnRyeRILCgNrZXkYASABKAkSDQoFdmFsdWUYAiABKAk6AjgBItYCChBDcmVhdGVKb2JSZXF1ZXN0EhcKD3Byb3ZpZGVyX2pvYl9pZBgBIAEoCRIVCgtjdXN0b21lcl9pZBgCIAEoCUgAEhcKDWN1c3RvbWVyX2NvZGUYBiABKAlIABIZChFjb25maWd1cmF0aW9uX3RhZxgDIAEoCRIdChVjb25maWd1cmF0aW9uX3ZlcnNpb24YBCABKAkSGQoRcHJvdmlkZXJfam9iX25hbWUYBSABKAkSLgoLbWF4X3NpbGVuY2UYByABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SOQoGbGFiZWxzGAggAygLMikubWlsZXBvc3QudjEuQ3JlYXRlSm9iUmVxdWVzdC5MYWJlbHNFbnRyeRotCgtMYWJlbHNFbnRyeRILCgNrZXkYASABKAkSDQoFdmFsdWUYAiABKAk6AjgBQgoKCGN1c3RvbWVyIkMKEUNyZWF0ZUpvYlJlc3BvbnNlEh0KA2pvYhgBIAEoCzIQLm1pbGVwb3N0LnYxLkpvYhIPCgdleGlzdGVkGAIgASgIIkMKDUdldEpvYlJlcXVlc3QSEAoGam9iX2lkGAEgASgJSAASGQoPcHJvdmlkZXJfam9iX2lkGAIgASgJSABCBQoDam9iIpABCg5HZXRKb2JSZXNwb25zZRIdCgNqb2IYASABKAsyEC5taWxlcG9zdC52MS5Kb2ISOAoRam9iX2NvbmZpZ3VyYXRpb24YAiABKAsyHS5taWxlcG9zdC52MS5Kb2JDb25maWd1cmF0aW9uEiUKBXN0ZXBzGAMgAygLMhYubWlsZXBvc3QudjEuU3RlcFN0YXRlIq0DCglKb2JGaWx0ZXISKAoIc3RhdHVzZXMYASADKA4yFi5taWxlcG9zdC52MS5Kb2JTdGF0dXMSKgoIb3Blbm5lc3MYAiABKA4yGC5taWxlcG9zdC52MS5Kb2JPcGVubmVzcxIZChFjb25maWd1cmF0aW9uX3RhZxgDIAEoCRIWCg5jb3VudGVycGFydF9pZBgEIAEoCRIwCgxjcmVhdGVkX2Zyb20YBSABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEjIKDmNyZWF0ZWRfYmVmb3JlGAYgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIeChZwcm92aWRlcl9qb2JfaWRfcHJlZml4GAcgASgJEiAKGHByb3ZpZGVyX2pvYl9uYW1lX3ByZWZpeBgIIAEoCRIyCgZsYWJlbHMYCSADKAsyIi5taWxlcG9zdC52MS5Kb2JGaWx0ZXIuTGFiZWxzRW50cnkSDAoEdGV4dBgKIAEoCRotCgtMYWJlbHNFbnRyeRILCgNrZXkYASABKAkSDQoFdmFsdWUYAiABKAk6AjgBImAKD0xpc3RKb2JzUmVxdWVzdBImCgZmaWx0ZXIYASABKAsyFi5taWxlcG9zdC52MS5Kb2JGaWx0ZXISEQoJcGFnZV9zaXplGAIgASgFEhIKCnBhZ2VfdG9rZW4YAyABKAkiSwoQTGlzdEpvYnNSZXNwb25zZRIeCgRqb2JzGAEgAygLMhAubWlsZXBvc3QudjEuSm9iEhcKD25leHRfcGFnZV90b2tlbhgCIAEoCSJVCg9DbG9zZUpvYlJlcXVlc3QSEAoGam9iX2lkGAEgASgJSAASGQoPcHJvdmlkZXJfam9iX2lkGAIgASgJSAASDgoGcmVhc29uGAMgASgJQgUKA2pvYiJCChBDbG9zZUpvYlJlc3BvbnNlEh0KA2pvYhgBIAEoCzIQLm1pbGVwb3N0LnYxLkpvYhIPCgdleGlzdGVkGAIgASgIIjwKGlJlcXVlc3RDYW5jZWxsYXRpb25SZXF1ZXN0Eg4KBmpvYl9pZBgBIAEoCRIOCgZyZWFzb24YAiABKAkiTQobUmVxdWVzdENhbmNlbGxhdGlvblJlc3BvbnNlEh0KA2pvYhgBIAEoCzIQLm1pbGVwb3N0LnYxLkpvYhIPCgdleGlzdGVkGAIgASgIIlIKDkhvbGRKb2JSZXF1ZXN0EhAKBmpvYl9pZBgBIAEoCUgAEhkKD3Byb3ZpZGVyX2pvYl9pZBgCIAEoCUgAEgwKBGhlbGQYAyABKAhCBQoDam9iIkEKD0hvbGRKb2JSZXNwb25zZRIdCgNqb2IYASABKAsyEC5taWxlcG9zdC52MS5Kb2ISDwoHZXhpc3RlZBgCIAEoCCJIChJFc3RpbWF0ZUpvYlJlcXVlc3QSEAoGam9iX2lkGAEgASgJSAASGQoPcHJvdmlkZXJfam9iX2lkGAIgASgJSABCBQoDam9iIsEBChNFc3RpbWF0ZUpvYlJlc3BvbnNlEikKCGVzdGltYXRlGAEgASgLMhUubWlsZXBvc3QudjEuRXN0aW1hdGVIABI0Cgtub19lc3RpbWF0ZRgCIAEoDjIdLm1pbGVwb3N0LnYxLk5vRXN0aW1hdGVSZWFzb25IABIMCgRqb2JzGAMgASgFEjAKDGVzdGltYXRlZF9hdBgEIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXBCCQoHb3V0Y29tZSJcCghFc3RpbWF0ZRInCgNwNTAYASABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEicKA3A5MBgCIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXAquQEKCUpvYlN0YXR1cxIaChZKT0JfU1RBVFVTX1VOU1BFQ0lGSUVEEAASFgoSSk9CX1NUQVRVU19QRU5ESU5HEAESFgoSSk9CX1NUQVRVU19SVU5OSU5HEAISFQoRSk9CX1NUQVRVU19GQUlMRUQQAxIXChNKT0JfU1RBVFVTX0NPTVBMRVRFEAQSGAoUSk9CX1NUQVRVU19DQU5DRUxMRUQQBRIWChJKT0JfU1RBVFVTX1NUQUxMRUQQBipzCgpTdGVwU3RhdHVzEhsKF1NURVBfU1RBVFVTX1VOU1BFQ0lGSUVEEAASFwoTU1RFUF9TVEFUVVNfVE9fQ09NRRABEhkKFVNURVBfU1RBVFVTX1VOREVSX1dBWRACEhQKEFNURVBfU1RBVFVTX0RPTkUQAypbCgtKb2JPcGVubmVzcxIcChhKT0JfT1BFTk5FU1NfVU5TUEVDSUZJRUQQABIVChFKT0JfT1BFTk5FU1NfT1BFThABEhcKE0pPQl9PUEVOTkVTU19DTE9TRUQQAip+ChBOb0VzdGltYXRlUmVhc29uEiIKHk5PX0VTVElNQVRFX1JFQVNPTl9VTlNQRUNJRklFRBAAEiMKH05PX0VTVElNQVRFX1JFQVNPTl9UT09fRkVXX0pPQlMQARIhCh1OT19FU1RJTUFURV9SRUFTT05fSk9CX0NMT1NFRBACMr4ECgpKb2JTZXJ2aWNlEkoKCUNyZWF0ZUpvYhIdLm1pbGVwb3N0LnYxLkNyZWF0ZUpvYlJlcXVlc3QaHi5taWxlcG9zdC52MS5DcmVhdGVKb2JSZXNwb25zZRJGCgZHZXRKb2ISGi5taWxlcG9zdC52MS5HZXRKb2JSZXF1ZXN0GhsubWlsZXBvc3QudjEuR2V0Sm9iUmVzcG9uc2UiA5ACARJMCghMaXN0Sm9icxIcLm1pbGVwb3N0LnYxLkxpc3RKb2JzUmVxdWVzdBodLm1pbGVwb3N0LnYxLkxpc3RKb2JzUmVzcG9uc2UiA5ACARJHCghDbG9zZUpvYhIcLm1pbGVwb3N0LnYxLkNsb3NlSm9iUmVxdWVzdBodLm1pbGVwb3N0LnYxLkNsb3NlSm9iUmVzcG9uc2USaAoTUmVxdWVzdENhbmNlbGxhdGlvbhInLm1pbGVwb3N0LnYxLlJlcXVlc3RDYW5jZWxsYXRpb25SZXF1ZXN0GigubWlsZXBvc3QudjEuUmVxdWVzdENhbmNlbGxhdGlvblJlc3BvbnNlEkQKB0hvbGRKb2ISGy5taWxlcG9zdC52MS5Ib2xkSm9iUmVxdWVzdBocLm1pbGVwb3N0LnYxLkhvbGRKb2JSZXNwb25zZRJVCgtFc3RpbWF0ZUpvYhIfLm1pbGVwb3N0LnYxLkVzdGltYXRlSm9iUmVxdWVzdBogLm1pbGVwb3N0LnYxLkVzdGltYXRlSm9iUmVzcG9uc2UiA5ACAUJKCg9jb20ubWlsZXBvc3QudjFCCUpvYnNQcm90b1ABWiptaWxlcG9zdC9jbGllbnRzL2dvL21pbGVwb3N0L3YxO21pbGVwb3N0djFiBnByb3RvMw", [file_google_protobuf_duration, file_google_protobuf_timestamp, file_milepost_v1_configurations]);
 
 /**
  * The progress of a job.
@@ -258,6 +258,27 @@ export type Job = Message<"milepost.v1.Job"> & {
    * @generated from field: google.protobuf.Timestamp cancellation_requested_at = 17;
    */
   cancellationRequestedAt?: Timestamp | undefined;
+
+  /**
+   * What the provider files the job under; at most 16 labels. Never change.
+   *
+   * @generated from field: map<string, string> labels = 18;
+   */
+  labels: { [key: string]: string };
+
+  /**
+   * The provider holds the job: retention removes nothing of it.
+   *
+   * @generated from field: bool held_by_provider = 19;
+   */
+  heldByProvider: boolean;
+
+  /**
+   * The customer holds the job: retention removes nothing of it.
+   *
+   * @generated from field: bool held_by_customer = 20;
+   */
+  heldByCustomer: boolean;
 };
 
 /**
@@ -335,6 +356,15 @@ export type CreateJobRequest = Message<"milepost.v1.CreateJobRequest"> & {
    * @generated from field: google.protobuf.Duration max_silence = 7;
    */
   maxSilence?: Duration | undefined;
+
+  /**
+   * What to file the job under, for filters, summaries and exports: at most 16 labels.
+   * A key has 1 to 64 characters, without white space at either end; a value has at
+   * most 256 characters.
+   *
+   * @generated from field: map<string, string> labels = 8;
+   */
+  labels: { [key: string]: string };
 };
 
 /**
@@ -446,14 +476,14 @@ export const GetJobResponseSchema: GenMessage<GetJobResponse> = /*@__PURE__*/
   messageDesc(file_milepost_v1_jobs, 7);
 
 /**
- * A page of the caller's jobs. A job is listed if it matches all filters that are
- * given.
+ * Which of the caller's jobs a request concerns: those that match all conditions that
+ * are given.
  *
- * @generated from message milepost.v1.ListJobsRequest
+ * @generated from message milepost.v1.JobFilter
  */
-export type ListJobsRequest = Message<"milepost.v1.ListJobsRequest"> & {
+export type JobFilter = Message<"milepost.v1.JobFilter"> & {
   /**
-   * Jobs with any of these statuses; at most 5. Empty: all.
+   * Jobs with any of these statuses; at most 6. Empty: all.
    *
    * @generated from field: repeated milepost.v1.JobStatus statuses = 1;
    */
@@ -476,7 +506,7 @@ export type ListJobsRequest = Message<"milepost.v1.ListJobsRequest"> & {
 
   /**
    * Jobs with this user as the other party: for a provider the customer, for a
-   * customer the provider. The list is empty for any other id: it does not tell
+   * customer the provider. No job matches any other id: the answer does not tell
    * whether there is such a user. Empty: all.
    *
    * @generated from field: string counterpart_id = 4;
@@ -512,17 +542,53 @@ export type ListJobsRequest = Message<"milepost.v1.ListJobsRequest"> & {
   providerJobNamePrefix: string;
 
   /**
+   * Jobs with all of these labels; at most 16. Empty: all.
+   *
+   * @generated from field: map<string, string> labels = 9;
+   */
+  labels: { [key: string]: string };
+
+  /**
+   * Jobs whose provider_job_id or provider_job_name contains this text, in upper or
+   * lower case: 3 to 256 characters. Empty: all.
+   *
+   * @generated from field: string text = 10;
+   */
+  text: string;
+};
+
+/**
+ * Describes the message milepost.v1.JobFilter.
+ * Use `create(JobFilterSchema)` to create a new message.
+ */
+export const JobFilterSchema: GenMessage<JobFilter> = /*@__PURE__*/
+  messageDesc(file_milepost_v1_jobs, 8);
+
+/**
+ * A page of the caller's jobs.
+ *
+ * @generated from message milepost.v1.ListJobsRequest
+ */
+export type ListJobsRequest = Message<"milepost.v1.ListJobsRequest"> & {
+  /**
+   * Which jobs to list. Absent: all.
+   *
+   * @generated from field: milepost.v1.JobFilter filter = 1;
+   */
+  filter?: JobFilter | undefined;
+
+  /**
    * Most jobs of the page: default 50, cut to 500, negative INVALID_ARGUMENT.
    *
-   * @generated from field: int32 page_size = 9;
+   * @generated from field: int32 page_size = 2;
    */
   pageSize: number;
 
   /**
-   * The `next_page_token` of the previous page, with the same filters. Empty: the
+   * The `next_page_token` of the previous page, with the same filter. Empty: the
    * first page.
    *
-   * @generated from field: string page_token = 10;
+   * @generated from field: string page_token = 3;
    */
   pageToken: string;
 };
@@ -532,7 +598,7 @@ export type ListJobsRequest = Message<"milepost.v1.ListJobsRequest"> & {
  * Use `create(ListJobsRequestSchema)` to create a new message.
  */
 export const ListJobsRequestSchema: GenMessage<ListJobsRequest> = /*@__PURE__*/
-  messageDesc(file_milepost_v1_jobs, 8);
+  messageDesc(file_milepost_v1_jobs, 9);
 
 /**
  * A page of jobs. It may have fewer than `page_size` jobs, or none, before the end:
@@ -561,7 +627,7 @@ export type ListJobsResponse = Message<"milepost.v1.ListJobsResponse"> & {
  * Use `create(ListJobsResponseSchema)` to create a new message.
  */
 export const ListJobsResponseSchema: GenMessage<ListJobsResponse> = /*@__PURE__*/
-  messageDesc(file_milepost_v1_jobs, 9);
+  messageDesc(file_milepost_v1_jobs, 10);
 
 /**
  * The job to close.
@@ -605,7 +671,7 @@ export type CloseJobRequest = Message<"milepost.v1.CloseJobRequest"> & {
  * Use `create(CloseJobRequestSchema)` to create a new message.
  */
 export const CloseJobRequestSchema: GenMessage<CloseJobRequest> = /*@__PURE__*/
-  messageDesc(file_milepost_v1_jobs, 10);
+  messageDesc(file_milepost_v1_jobs, 11);
 
 /**
  * The closed job.
@@ -633,7 +699,7 @@ export type CloseJobResponse = Message<"milepost.v1.CloseJobResponse"> & {
  * Use `create(CloseJobResponseSchema)` to create a new message.
  */
 export const CloseJobResponseSchema: GenMessage<CloseJobResponse> = /*@__PURE__*/
-  messageDesc(file_milepost_v1_jobs, 11);
+  messageDesc(file_milepost_v1_jobs, 12);
 
 /**
  * The job whose provider is asked to stop.
@@ -662,7 +728,7 @@ export type RequestCancellationRequest = Message<"milepost.v1.RequestCancellatio
  * Use `create(RequestCancellationRequestSchema)` to create a new message.
  */
 export const RequestCancellationRequestSchema: GenMessage<RequestCancellationRequest> = /*@__PURE__*/
-  messageDesc(file_milepost_v1_jobs, 12);
+  messageDesc(file_milepost_v1_jobs, 13);
 
 /**
  * The job whose provider was asked to stop.
@@ -690,7 +756,79 @@ export type RequestCancellationResponse = Message<"milepost.v1.RequestCancellati
  * Use `create(RequestCancellationResponseSchema)` to create a new message.
  */
 export const RequestCancellationResponseSchema: GenMessage<RequestCancellationResponse> = /*@__PURE__*/
-  messageDesc(file_milepost_v1_jobs, 13);
+  messageDesc(file_milepost_v1_jobs, 14);
+
+/**
+ * The job to hold, or not to hold any longer.
+ *
+ * @generated from message milepost.v1.HoldJobRequest
+ */
+export type HoldJobRequest = Message<"milepost.v1.HoldJobRequest"> & {
+  /**
+   * Required.
+   *
+   * @generated from oneof milepost.v1.HoldJobRequest.job
+   */
+  job: {
+    /**
+     * The job's id.
+     *
+     * @generated from field: string job_id = 1;
+     */
+    value: string;
+    case: "jobId";
+  } | {
+    /**
+     * The provider's id of the job. Only this provider may use it.
+     *
+     * @generated from field: string provider_job_id = 2;
+     */
+    value: string;
+    case: "providerJobId";
+  } | { case: undefined; value?: undefined };
+
+  /**
+   * Whether the caller holds the job from now on.
+   *
+   * @generated from field: bool held = 3;
+   */
+  held: boolean;
+};
+
+/**
+ * Describes the message milepost.v1.HoldJobRequest.
+ * Use `create(HoldJobRequestSchema)` to create a new message.
+ */
+export const HoldJobRequestSchema: GenMessage<HoldJobRequest> = /*@__PURE__*/
+  messageDesc(file_milepost_v1_jobs, 15);
+
+/**
+ * The job after the call.
+ *
+ * @generated from message milepost.v1.HoldJobResponse
+ */
+export type HoldJobResponse = Message<"milepost.v1.HoldJobResponse"> & {
+  /**
+   * The job in its present state.
+   *
+   * @generated from field: milepost.v1.Job job = 1;
+   */
+  job?: Job | undefined;
+
+  /**
+   * The caller's hold was as wanted before.
+   *
+   * @generated from field: bool existed = 2;
+   */
+  existed: boolean;
+};
+
+/**
+ * Describes the message milepost.v1.HoldJobResponse.
+ * Use `create(HoldJobResponseSchema)` to create a new message.
+ */
+export const HoldJobResponseSchema: GenMessage<HoldJobResponse> = /*@__PURE__*/
+  messageDesc(file_milepost_v1_jobs, 16);
 
 /**
  * The job to estimate.
@@ -727,7 +865,7 @@ export type EstimateJobRequest = Message<"milepost.v1.EstimateJobRequest"> & {
  * Use `create(EstimateJobRequestSchema)` to create a new message.
  */
 export const EstimateJobRequestSchema: GenMessage<EstimateJobRequest> = /*@__PURE__*/
-  messageDesc(file_milepost_v1_jobs, 14);
+  messageDesc(file_milepost_v1_jobs, 17);
 
 /**
  * When the job will probably be complete.
@@ -781,7 +919,7 @@ export type EstimateJobResponse = Message<"milepost.v1.EstimateJobResponse"> & {
  * Use `create(EstimateJobResponseSchema)` to create a new message.
  */
 export const EstimateJobResponseSchema: GenMessage<EstimateJobResponse> = /*@__PURE__*/
-  messageDesc(file_milepost_v1_jobs, 15);
+  messageDesc(file_milepost_v1_jobs, 18);
 
 /**
  * When a job will probably be complete.
@@ -809,7 +947,7 @@ export type Estimate = Message<"milepost.v1.Estimate"> & {
  * Use `create(EstimateSchema)` to create a new message.
  */
 export const EstimateSchema: GenMessage<Estimate> = /*@__PURE__*/
-  messageDesc(file_milepost_v1_jobs, 16);
+  messageDesc(file_milepost_v1_jobs, 19);
 
 /**
  * The status of a job. Its events alone determine it: a row is the kind of the
@@ -1007,8 +1145,8 @@ export const JobService: GenService<{
   /**
    * Creates a job in status PENDING. Needs the role provider and scope APPEND.
    *
-   * Idempotent by provider_job_id: the same customer, tag, name and, if given,
-   * version again returns the stored job with `existed`. Anything else fails with
+   * Idempotent by provider_job_id: the same customer, tag, name, labels and, if given,
+   * version and `max_silence` again returns the stored job with `existed`. Anything else fails with
    * ALREADY_EXISTS (JOB_DIFFERS). The customer may be named by another code than
    * before, or by the id: the customers are compared.
    * Errors: NOT_FOUND for an unknown or disabled customer, or an unknown
@@ -1026,8 +1164,9 @@ export const JobService: GenService<{
     output: typeof CreateJobResponseSchema;
   },
   /**
-   * Returns a job with its status, its progress and its configuration. Needs the
-   * job's provider or customer; scope READ.
+   * Returns a job with its status, its progress, the state of its steps and its
+   * configuration. Needs the job's provider, its customer, or a watch token of the job;
+   * scope READ.
    *
    * Errors: NOT_FOUND.
    *
@@ -1084,6 +1223,23 @@ export const JobService: GenService<{
     methodKind: "unary";
     input: typeof RequestCancellationRequestSchema;
     output: typeof RequestCancellationResponseSchema;
+  },
+  /**
+   * Sets or lifts the caller's hold of a job. Retention removes nothing of a job that
+   * either side holds. A new job is held by nobody. Needs the job's provider or its
+   * customer; scope APPEND.
+   *
+   * Idempotent: if the caller's hold is already as wanted, the job is returned
+   * unchanged, with `existed`.
+   * Errors: NOT_FOUND; FAILED_PRECONDITION (EVENTS_REMOVED) to hold a job whose events
+   * retention removes or has removed.
+   *
+   * @generated from rpc milepost.v1.JobService.HoldJob
+   */
+  holdJob: {
+    methodKind: "unary";
+    input: typeof HoldJobRequestSchema;
+    output: typeof HoldJobResponseSchema;
   },
   /**
    * Says when an open job will probably be complete, by how long completed jobs of the
