@@ -56,7 +56,7 @@ pub const PAGE_DEFAULT: i64 = 50;
 /// Largest page size; a larger one in a request is reduced to it.
 pub const PAGE_MAX: i64 = 500;
 /// Longest page token or resume token that is decoded, in bytes.
-pub const TOKEN_BYTES: usize = 1024;
+pub const TOKEN_BYTES: usize = 2048;
 /// Largest size of all details of an error together, in bytes of the base64 in which
 /// they travel. nginx, with its default buffers, answers 502 instead if the headers of an
 /// error take more than 4 KiB; the rest of them is for the message and for HTTP/2.

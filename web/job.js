@@ -152,6 +152,12 @@ class JobView {
 			fact("Configuration", [h("bdi", job.configurationName || configuration.name), ` ${job.configurationVersion}`]),
 			fact("Run by", person(job.provider)),
 			fact("for", person(job.customer)),
+			job.labels
+				? fact(
+						"Labels",
+						Object.entries(job.labels).map(each => h("bdi.tag", each.join("="))),
+					)
+				: "",
 			until ? fact("Link good until", when(until)) : "",
 		);
 		const share = $("#share");

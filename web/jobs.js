@@ -5,7 +5,9 @@
 
 import { now } from "./api.js";
 import { showConnection } from "./connection.js";
+import { download } from "./download.js";
 import { $, $$, fill, h, icon, setAttribute, setText, show } from "./dom.js";
+import { Month } from "./month.js";
 import { jobAddress, note } from "./router.js";
 import {
 	ago,
@@ -26,10 +28,22 @@ import { Watch } from "./watch.js";
 
 const PAGE = 50;
 const MOST = 500;
-const FIELDS = ["name", "id", "tag", "open", "from", "before"];
+const SHORTEST = 3;
+const FIELDS = ["text", "labels", "tag", "open", "from", "before"];
 const SOON_MS = 1000;
 const AGAIN_MS = 15_000;
 const TODAY_MS = 12 * 3600_000;
+
+/** `ward=3 b unit=ct` are two labels: each begins with a key without spaces and its `=`. */
+const labelsOf = text =>
+	Object.fromEntries(
+		text
+			.trim()
+			.split(/\s+(?=[^\s=]+=)/)
+			.filter(Boolean)
+			.map(label => [label.split("=")[0], label.split(/=(.*)/s)[1] ?? ""]),
+	);
+const textOf = labels => Object.entries(labels).map(each => each.join("="));
 
 const sequence = job => Number(job?.lastSequence ?? 0);
 
@@ -52,8 +66,11 @@ class JobsView {
 	#more = false;
 	#reading;
 	#soon;
+	#later;
 	#timers;
 	#parties = new Map();
+	#month;
+	#saving = new AbortController();
 
 	constructor(client, who, parameters, ended) {
 		this.#client = client;
@@ -62,6 +79,9 @@ class JobsView {
 		this.#restore(parameters);
 		this.#form.addEventListener("submit", event => event.preventDefault());
 		this.#form.addEventListener("input", () => this.#filter());
+		this.#month = new Month(parameters.get("month"), (...range) => this.#summarize(...range), () => this.#note());
+		this.#month.read();
+		$("#csv").addEventListener("click", ({ target }) => this.#save(target));
 		$("#more").addEventListener("click", () => {
 			this.#shown += PAGE;
 			this.#read();
@@ -69,7 +89,9 @@ class JobsView {
 		this.#timers = [
 			setInterval(() => this.#tick(), 1000),
 			setInterval(() => {
-				if (this.#connection.name === "live") this.#read();
+				if (this.#connection.name !== "live") return;
+				this.#read();
+				this.#month.read();
 			}, AGAIN_MS),
 		];
 		this.#watch = new Watch(client, {
@@ -89,7 +111,9 @@ class JobsView {
 	close() {
 		this.#watch.stop();
 		this.#reading?.abort("closed");
+		this.#saving.abort("closed");
 		clearTimeout(this.#soon);
+		clearTimeout(this.#later);
 		this.#timers.forEach(clearInterval);
 	}
 
@@ -169,15 +193,15 @@ class JobsView {
 	}
 
 	#request() {
-		const { name, id, tag, who, open, from, before } = this.#form.elements,
+		const { text, labels, tag, who, open, from, before } = this.#form.elements,
 			moment = input => (input.value ? new Date(`${input.value}T00:00`).toISOString() : undefined);
 		return {
 			statuses: this.#statuses().map(status => `JOB_STATUS_${status.toUpperCase()}`),
 			openness: `JOB_OPENNESS_${open.value.toUpperCase() || "UNSPECIFIED"}`,
 			configurationTag: tag.value.trim(),
 			counterpartId: who.value,
-			providerJobNamePrefix: name.value,
-			providerJobIdPrefix: id.value,
+			text: [...text.value].length < SHORTEST ? "" : text.value,
+			labels: labelsOf(labels.value),
 			createdFrom: moment(from),
 			createdBefore: moment(before),
 		};
@@ -200,14 +224,48 @@ class JobsView {
 		if (who) this.#party({ id: who }).selected = true;
 	}
 
+	async #summarize(createdFrom, createdBefore, timeZone) {
+		const { groups = [] } = await this.#client.call("JobService/SummarizeJobs", {
+			filter: { ...this.#request(), createdFrom, createdBefore },
+			period: "SUMMARY_PERIOD_DAY",
+			timeZone,
+		});
+		return groups;
+	}
+
+	async #save(button) {
+		button.disabled = true;
+		try {
+			await download(this.#client, this.#request(), this.#saving.signal);
+		} catch (error) {
+			if (!this.#saving.signal.aborted) this.#refused(error);
+		}
+		button.disabled = false;
+	}
+
 	#filter() {
+		this.#note();
+		this.#shown = PAGE;
+		this.#readSoon();
+		clearTimeout(this.#later);
+		this.#later = setTimeout(() => this.#month.read(), SOON_MS);
+	}
+
+	#note() {
 		const parameters = Object.fromEntries(
 			["who", ...FIELDS].map(field => [field, this.#form.elements[field].value]).filter(([, value]) => value),
 		);
 		const statuses = this.#statuses();
-		note("/jobs", { ...(statuses.length && { status: statuses.join(",") }), ...parameters });
-		this.#shown = PAGE;
-		this.#readSoon();
+		const { key: month } = this.#month;
+		note("/jobs", { ...(statuses.length && { status: statuses.join(",") }), ...parameters, ...(month && { month }) });
+	}
+
+	/** A label of a job becomes a filter, or no longer is one. */
+	#toggle(label) {
+		const { labels } = this.#form.elements,
+			given = textOf(labelsOf(labels.value));
+		labels.value = (given.includes(label) ? given.filter(each => each !== label) : [...given, label]).join(" ");
+		this.#filter();
 	}
 
 	/** A counterpart that was seen can be chosen. */
@@ -259,7 +317,7 @@ class JobsView {
 		$(".list table").hidden = !jobs.length;
 		$("#more").hidden = !this.#more;
 		setText($("#list-n"), jobs.length ? `${plural(jobs.length, "job")}${this.#more ? ", older ones follow" : ""}` : "");
-		const sifted = refusal || location.hash.includes("?");
+		const sifted = refusal || /\?(?!month=[^&]*$)/.test(location.hash);
 		const [head, text] = sifted
 			? ["No job is like that", refusal ?? "Every filter must hold."]
 			: ["No jobs yet", "A job shows here as soon as it is created, whether you run it or it is run for you."];
@@ -275,7 +333,7 @@ class JobsView {
 		for (const box of $$("#statuses :checked")) box.checked = false;
 		for (const element of this.#form.elements) if (element.name) element.value = "";
 		this.#filter();
-		this.#form.elements.name.focus();
+		this.#form.elements.text.focus();
 	}
 
 	#makeRow(job) {
@@ -292,6 +350,7 @@ class JobsView {
 				"td.j-n",
 				h("a.clip", { dir: "auto", href: jobAddress(job.id) }, job.providerJobName || job.providerJobId),
 				job.providerJobName && h("small.mono.clip", { dir: "auto" }, job.providerJobId),
+				textOf(job.labels ?? {}).map(label => h("button.tag", { dir: "auto", click: () => this.#toggle(label) }, label)),
 			),
 			h("td.j-p", h("span", h("span.mini", row.bar), row.value)),
 			h("td", h("span.clip", { dir: "auto" }, nameOf(other))),
@@ -321,6 +380,8 @@ class JobsView {
 			value = job.progress?.percent ?? 0;
 		if (!row) return;
 		setAttribute(row.element, "data-s", status);
+		const given = textOf(labelsOf(this.#form.elements.labels.value));
+		for (const tag of $$(".tag", row.element)) setAttribute(tag, "aria-pressed", `${given.includes(tag.textContent)}`);
 		fill(row.status, [status], () => [icon(status), word(status)]);
 		row.bar.style.setProperty("--part", `${value}%`);
 		setText(row.value, percent(value));

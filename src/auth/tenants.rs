@@ -29,6 +29,8 @@ use crate::{
 const BURST: Duration = Duration::from_secs(1);
 /// When a user with too much in flight should try again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// Most summaries that are made at once for all tenants together.
+const SUMMARIES: usize = 1_000;
 const MIB: usize = 1024 * 1024;
 
 /// What the tenants of this server use.
@@ -37,6 +39,8 @@ pub struct Tenants {
     settings: TenantSettings,
     active: Arc<Mutex<Active>>,
     bytes: Turns<Tenant>,
+    /// One for each tenant.
+    summaries: Turns<Tenant>,
 }
 
 #[derive(Debug)]
@@ -126,6 +130,7 @@ impl Tenants {
             settings,
             active: Arc::new(Mutex::new(active)),
             bytes: Turns::new(total_bytes_in_flight_mib * MIB, bytes_in_flight_mib * MIB),
+            summaries: Turns::new(SUMMARIES, 1),
         }
     }
 
@@ -185,6 +190,13 @@ impl Tenants {
     fn try_hold(&self, tenant: Tenant, bytes: usize) -> Option<HeldBytes> {
         let bytes = bytes.min(self.bytes.most_of_key());
         self.bytes.try_acquire_many(tenant, bytes).map(HeldBytes::from)
+    }
+
+    /// Counts a summary until the returned value is dropped; [`Error::Overloaded`] while another
+    /// one of the tenant is made.
+    pub fn open_summary(&self, tenant: Tenant) -> Result<Permits<Tenant>> {
+        let what = "summaries of one user";
+        self.summaries.try_acquire_many(tenant, 1).ok_or(Error::Overloaded { what, retry_after: RETRY_AFTER })
     }
 
     /// As [`Self::hold`], but waits for them, in turns with other tenants.

@@ -7,6 +7,7 @@ mod database;
 mod demo;
 mod events;
 mod exit;
+mod export;
 mod health;
 mod hold;
 mod init;
@@ -17,6 +18,7 @@ mod output;
 mod screen;
 mod serve;
 mod share;
+mod summary;
 mod user;
 mod values;
 mod variables;
@@ -74,6 +76,10 @@ enum Command {
     Watch(watch::Watch),
     /// Make a link that shows a job in a browser, to whoever has the link
     Share(share::Share),
+    /// Count jobs, and say how long they took
+    Summary(summary::Summary),
+    /// Write jobs or events as CSV or JSON lines
+    Export(export::Export),
     /// Keep a job from retention, or no longer
     Hold(hold::Hold),
     /// Show a sample job: acts as its provider and its customer, on a running server or one that it starts
@@ -100,6 +106,8 @@ pub async fn run(cli: Cli) -> Result<ExitCode, BoxError> {
         | Command::Keys(_)
         | Command::Watch(_)
         | Command::Share(_)
+        | Command::Summary(_)
+        | Command::Export(_)
         | Command::Hold(_)
         | Command::Health(_)
         | Command::Completion(_)
@@ -120,6 +128,8 @@ pub async fn run(cli: Cli) -> Result<ExitCode, BoxError> {
         Command::Keys(command) => command.run().await,
         Command::Watch(command) => command.run().await,
         Command::Share(command) => command.run().await,
+        Command::Summary(command) => command.run().await,
+        Command::Export(command) => command.run().await,
         Command::Hold(command) => command.run().await,
         Command::Demo(command) => command.run().await,
         Command::Health(command) => command.run().await,

@@ -71,8 +71,7 @@ impl Output {
         if self.is_json() {
             return List::Json(json);
         }
-        let header = columns.iter().map(|&column| column.to_owned()).collect();
-        List::Table(Table { header: Some(header), widths: Vec::new() }, row)
+        List::Table(Table::with(columns), row)
     }
 }
 
@@ -123,7 +122,13 @@ pub(super) struct Table {
 }
 
 impl Table {
-    fn print(&mut self, rows: Vec<Row>) -> io::Result<()> {
+    /// A table with this header.
+    pub(super) fn with(columns: &[&str]) -> Self {
+        let header = columns.iter().map(|&column| column.to_owned()).collect();
+        Self { header: Some(header), widths: Vec::new() }
+    }
+
+    pub(super) fn print(&mut self, rows: Vec<Row>) -> io::Result<()> {
         let rows = self.header.take().into_iter().chain(rows);
         let rows: Vec<Row> = rows.map(|row| row.iter().map(|text| clean(text)).collect()).collect();
         for row in &rows {

@@ -9,13 +9,16 @@
 //! | 6 | `append` | many callers, few transactions |
 //! | 6 | `watch` | the one loop behind every watch: the past, then the tail |
 //! | 6 | `list` | pages of one job's events |
+//! | 6 | `export` | the events of many jobs, job by job |
 //! | 6 | `retention` | removes the events that are not kept |
 //! | 6 | `step_times` | keeps what estimates rest on |
 //! | 5 | `reader` | what watches and lists need of the database, the job cache and the tail |
+//! | 5 | `walk` | reads events job by job |
 //! | 4 | `tail` | follows what was committed, in order, once per process |
 //! | 3 | `mailbox` | the events that wait for each watcher |
 //! | 3 | `job_cache` | what never changes about jobs, their steps and configurations |
 //! | 2 | `event` | a row, encoded once for all watchers |
+//! | 3 | `page_size` | how many events one query reads |
 //! | 2 | `position` | how far a watch has read; resume tokens |
 //! | 1 | `scope` | which events a watch asks for |
 //! | 1 | `abort` | ends the process when a vital task panics |
@@ -25,9 +28,11 @@ mod abort;
 mod append;
 mod background;
 mod event;
+mod export;
 mod job_cache;
 mod list;
 mod mailbox;
+mod page_size;
 mod position;
 mod reader;
 mod retention;
@@ -35,6 +40,7 @@ mod scope;
 mod silence;
 mod step_times;
 mod tail;
+mod walk;
 mod watch;
 
 use std::{sync::Arc, time::Duration};
@@ -46,6 +52,7 @@ use self::{append::Appender, job_cache::JobCache, reader::Reader, tail::Tail};
 pub(crate) use self::{
     append::{Appended, Batch, NewEvent, PendingAnswer, Step, StreamOrder},
     event::LogEvent,
+    export::{EventExport, ExportPoint, ExportQuery, Exported},
     position::ResumeToken,
     scope::{Filter, Scope},
     watch::{Body, EndReason, Message, Start, Watch, WatchQuery},
@@ -192,6 +199,11 @@ impl EventLog {
         limit: i64,
     ) -> Result<(Vec<Arc<LogEvent>>, Option<i64>)> {
         list::list(&self.reader, tenant, job, after, kinds, limit).await
+    }
+
+    /// Begins an export of events, or goes on with one from a point.
+    pub(crate) fn export(&self, query: ExportQuery, point: Option<ExportPoint>) -> EventExport {
+        EventExport::new(Arc::clone(&self.reader), query, point)
     }
 
     /// Opens a watch; it ends with the credential and when the server drains.

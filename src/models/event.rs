@@ -7,7 +7,10 @@ mod query;
 use std::collections::HashMap;
 
 use chrono::{DateTime, Utc};
-use diesel::prelude::*;
+use diesel::{
+    prelude::*,
+    sql_types::{BigInt, Uuid as SqlUuid},
+};
 use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use uuid::Uuid;
 
@@ -27,6 +30,11 @@ use crate::{
     progress::{EventKind, JobState, JobStatus, Progress},
     schema::{events, job_states, jobs},
 };
+
+diesel::define_sql_function! {
+    /// See migrations/2026-11-26-000005_event_log/up.sql.
+    fn sequence_at(job: SqlUuid, last_sequence: BigInt, log_position: BigInt) -> BigInt;
+}
 
 /// An event of the log.
 #[derive(Clone, Debug, Queryable, Selectable)]
@@ -136,6 +144,20 @@ impl Event {
         let through: Vec<i64> = parts.iter().map(|part| part.through).collect();
         let rows = Rows::Ranges { jobs: &jobs, after: &after, through: &through };
         Ok(EventQuery::new(rows).load(connection).await?)
+    }
+
+    /// The sequence of the last event of each of these jobs up to a position of the log; 0 without
+    /// one, and for a job whose events retention removes.
+    pub async fn sequences_at(
+        connection: &mut AsyncPgConnection,
+        jobs: &[Uuid],
+        position: i64,
+    ) -> Result<HashMap<Uuid, i64>> {
+        let sequence = sequence_at(jobs::id, job_states::last_sequence, position);
+        let query = jobs::table.inner_join(job_states::table).filter(jobs::id.eq_any(jobs));
+        let kept = query.filter(jobs::events_removed.eq(false));
+        let sequences: Vec<(Uuid, i64)> = kept.select((jobs::id, sequence)).load(connection).await?;
+        Ok(sequences.into_iter().collect())
     }
 
     /// The position of an event of a job; none without that event.

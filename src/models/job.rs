@@ -1,7 +1,9 @@
 //! Jobs, which a provider runs for a customer.
 
+mod export;
 mod hold;
 mod list;
+mod summary;
 mod text;
 mod walk;
 
@@ -13,7 +15,9 @@ use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use uuid::Uuid;
 
 pub use self::{
+    export::ExportPage,
     list::{JobFilters, JobPage},
+    summary::{Figures, Grouping, Period, Summary},
     text::SearchText,
     walk::{JobScope, JobWalk, WalkPoint, WalkedJob},
 };
@@ -105,6 +109,14 @@ pub struct Party {
     pub id: Uuid,
     pub first_name: String,
     pub last_name: String,
+}
+
+impl Party {
+    /// The users of these ids.
+    pub async fn load(conn: &mut AsyncPgConnection, ids: &[Uuid]) -> Result<Vec<Self>> {
+        let query = users::table.filter(users::id.eq_any(ids));
+        Ok(query.select((users::id, users::first_name, users::last_name)).load(conn).await?)
+    }
 }
 
 /// Points done, points in total, percent.

@@ -10,7 +10,10 @@ use diesel::{
     data_types::PgInterval,
     sql_types::{Nullable, Timestamptz},
 };
+use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use uuid::Uuid;
+
+use crate::error::Result;
 
 pub mod api_key;
 pub mod audit_entry;
@@ -37,8 +40,16 @@ pub mod version_order;
 pub mod watch_token;
 
 diesel::define_sql_function! {
+    fn clock_timestamp() -> Timestamptz;
+}
+diesel::define_sql_function! {
     /// Whether a credential with these times is valid at present.
     fn is_valid(revoked_at: Nullable<Timestamptz>, expires_at: Nullable<Timestamptz>) -> Bool;
+}
+
+/// The time by the database's clock.
+pub(crate) async fn now(connection: &mut AsyncPgConnection) -> Result<DateTime<Utc>> {
+    Ok(diesel::select(clock_timestamp()).get_result(connection).await?)
 }
 
 /// A Postgres interval counts microseconds.

@@ -27,6 +27,15 @@ macro_rules! pg_enum {
             pub(crate) fn label(self) -> &'static str {
                 match self { $(Self::$variant => $label,)+ }
             }
+
+            /// The value with this label in the Postgres enum.
+            #[allow(dead_code, reason = "for the enums whose labels are read as texts")]
+            pub(crate) fn of_label(label: &str) -> Option<Self> {
+                match label {
+                    $($label => Some(Self::$variant),)+
+                    _ => None,
+                }
+            }
         }
 
         const _: () = {
@@ -42,10 +51,8 @@ macro_rules! pg_enum {
 
             impl deserialize::FromSql<sql_types::$sql, pg::Pg> for $enum {
                 fn from_sql(value: pg::PgValue<'_>) -> deserialize::Result<Self> {
-                    match std::str::from_utf8(value.as_bytes())? {
-                        $($label => Ok(Self::$variant),)+
-                        other => Err(format!("unknown label {other}").into()),
-                    }
+                    let label = std::str::from_utf8(value.as_bytes())?;
+                    Self::of_label(label).ok_or_else(|| format!("unknown label {label}").into())
                 }
             }
         };

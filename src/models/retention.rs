@@ -9,6 +9,7 @@ use diesel::{
     sql_types::{Bool, Integer, Interval},
 };
 use diesel_async::{AsyncPgConnection, RunQueryDsl};
+use uuid::Uuid;
 
 use super::caller::Visibility;
 use crate::{
@@ -47,6 +48,21 @@ pub async fn remove_step(tx: &mut Transaction<'_>, age: Duration) -> Result<(u64
         tracing::debug!(jobs = marked, events = deleted, "removed expired events");
     }
     Ok((marked.unsigned_abs(), deleted.unsigned_abs()))
+}
+
+/// Whether one of these jobs had an event up to a position of the log, and was removed after the
+/// removal with a number.
+pub async fn removed_since(
+    connection: &mut AsyncPgConnection,
+    jobs: &[Uuid],
+    number: i64,
+    position: i64,
+) -> Result<bool> {
+    let removed = removed_logs::table
+        .filter(removed_logs::job_id.eq_any(jobs))
+        .filter(removed_logs::number.gt(number))
+        .filter(removed_logs::first_position.le(position));
+    Ok(diesel::select(exists(removed)).get_result(connection).await?)
 }
 
 /// Selects the removed job logs that affect a watch of all jobs.

@@ -35,8 +35,13 @@ use crate::{
 const MILEPOST: &str = "/milepost.";
 const OPEN: [&str; 2] = ["/milepost.v1.AuthService/SignUp", "/milepost.v1.AuthService/LogIn"];
 /// The methods whose answers are streams; the requests of the first one are, too.
+const STREAMS: [&str; 4] = [
+    PUBLISH,
+    "/milepost.v1.EventService/WatchEvents",
+    "/milepost.v1.EventService/ExportEvents",
+    "/milepost.v1.JobService/ExportJobs",
+];
 const PUBLISH: &str = "/milepost.v1.EventService/PublishEvents";
-const WATCH: &str = "/milepost.v1.EventService/WatchEvents";
 /// A method whose answer is about as large as its message.
 const APPEND: &str = "/milepost.v1.EventService/AppendEvents";
 /// Never refused: an orchestrator must not take a server that is busy for one that fails.
@@ -111,7 +116,7 @@ async fn call_of_user(
     credential: Arc<Credential>,
 ) -> Result<Response<Body>, Infallible> {
     let path = request.uri().path();
-    let (streams, publishes, appends) = ([PUBLISH, WATCH].contains(&path), path == PUBLISH, path == APPEND);
+    let (streams, publishes, appends) = (STREAMS.contains(&path), path == PUBLISH, path == APPEND);
     let (tenants, tenant) = (app.auth.tenants(), credential.caller().tenant());
     let opened = if streams {
         tenants.open_stream(tenant).map(|()| None)

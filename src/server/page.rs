@@ -32,10 +32,10 @@ macro_rules! files {
 
 /// The document, which is served at `/`.
 const DOCUMENT: &str = "index.html";
-static FILES: [(&str, &[u8]); 21] = files!(
-    "account.js" "api.js" "connection.js" "dom.js" "events.js" "form.js" "icon.svg" "index.html" "job.js"
-    "jobs.js" "keys.js" "list.js" "log.js" "main.js" "router.js" "session.js" "share.js" "steps.js" "style.css"
-    "watch.js" "words.js"
+static FILES: [(&str, &[u8]); 23] = files!(
+    "account.js" "api.js" "connection.js" "dom.js" "download.js" "events.js" "form.js" "icon.svg" "index.html"
+    "job.js" "jobs.js" "keys.js" "list.js" "log.js" "main.js" "month.js" "router.js" "session.js" "share.js"
+    "steps.js" "style.css" "watch.js" "words.js"
 );
 
 /// What the document may load, and who may show it in a frame is added.

@@ -5,9 +5,9 @@ mod publish;
 mod requests;
 mod submitted;
 
-use std::{pin::Pin, sync::Arc};
+use std::sync::Arc;
 
-use futures_util::{Stream, StreamExt as _, stream};
+use futures_util::{StreamExt as _, stream};
 use opentelemetry::trace::FutureExt as _;
 use tokio::sync::mpsc;
 use tonic::{Request, Response, Status, Streaming};
@@ -19,7 +19,11 @@ use self::{
     submitted::{Found, Submitted},
 };
 use super::{
-    Answer, App, Encoding, Peer, credential_of, held_bytes, held_messages, jobs::step_states, page::Page,
+    Answer, App, Encoding, Peer, credential_of,
+    export::{self, Answers},
+    held_bytes, held_messages,
+    jobs::step_states,
+    page::Page,
 };
 use crate::{
     db::read,
@@ -37,8 +41,6 @@ pub struct EventApi(pub App);
 
 /// The method under which the answers of a publish stream are counted.
 const PUBLISH: &str = "/milepost.v1.EventService/PublishEvents";
-
-type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 #[tonic::async_trait]
 impl EventService for EventApi {
@@ -108,6 +110,18 @@ impl EventService for EventApi {
         }
         let next_page_token = query.page.next_token(more.as_ref());
         Ok(Response::new(pb::ListEventsResponse { events: page.items, next_page_token }))
+    }
+
+    type ExportEventsStream = Answers<pb::ExportEventsResponse>;
+
+    async fn export_events(
+        &self,
+        request: Request<pb::ExportEventsRequest>,
+    ) -> Answer<Self::ExportEventsStream> {
+        let credential = credential_of(&request)?;
+        let viewer = credential.caller().user_viewer()?;
+        let reset = Peer::of(&request).reset;
+        Ok(Response::new(export::events(&self.0, credential, viewer, reset, request.into_inner()).await?))
     }
 
     type WatchEventsStream = Answers<pb::WatchEventsResponse>;

@@ -8,27 +8,28 @@ use tonic::{Request, Response};
 use uuid::Uuid;
 
 use super::{
-    Answer, App,
+    Answer, App, Peer,
     configurations::optional_version,
     credential_of,
+    export::{self, Answers},
+    filter::job_filters,
     page::{Page, PageRequest},
-    parse,
+    parse, summary,
 };
 use crate::{
     db::read,
     error::{Error, Resource, Result, Violations, quoted},
     estimate::{Estimate, estimate},
-    limits::{JOB_STATUSES, SEARCH_TEXT_CHARS},
     models::{
         CreationCursor,
         caller::{KeyScope, Viewer},
         customer_code::{CustomerCode, CustomerKey},
-        job::{Job, JobFilters, JobKey, JobPage, NewJob, Party, SearchText},
+        job::{Job, JobFilters, JobKey, JobPage, NewJob, Party},
         job_identity::Configuration,
         step_times::SinceStep,
     },
     pb::{self, job_service_server::JobService},
-    progress::{JobStatus, StepState, Steps},
+    progress::{StepState, Steps},
     proto_enums::{ProtoEnum as _, duration, timestamp},
 };
 
@@ -126,6 +127,24 @@ impl JobService for JobApi {
         let existed = changed.await?;
         let job = read!(self.0.database, viewer.tenant(), |conn| Job::find(conn, viewer, &key))?;
         Ok(Response::new(pb::HoldJobResponse { job: Some(job.into()), existed }))
+    }
+
+    async fn summarize_jobs(
+        &self,
+        request: Request<pb::SummarizeJobsRequest>,
+    ) -> Answer<pb::SummarizeJobsResponse> {
+        let credential = credential_of(&request)?;
+        let viewer = credential.caller().user_viewer()?;
+        Ok(Response::new(summary::summarize(&self.0, viewer, request.into_inner()).await?))
+    }
+
+    type ExportJobsStream = Answers<pb::ExportJobsResponse>;
+
+    async fn export_jobs(&self, request: Request<pb::ExportJobsRequest>) -> Answer<Self::ExportJobsStream> {
+        let credential = credential_of(&request)?;
+        let viewer = credential.caller().user_viewer()?;
+        let reset = Peer::of(&request).reset;
+        Ok(Response::new(export::jobs(&self.0, credential, viewer, reset, request.into_inner()).await?))
     }
 
     async fn estimate_job(
@@ -263,71 +282,8 @@ fn list(
     let mut violations = Violations::default();
     let v = &mut violations;
     let page = PageRequest::take(v, viewer.id(), &mut request);
-    let filters = job_filters(v, request.filter.unwrap_or_default());
+    let filters = job_filters(v, request.filter);
     violations.or((filters, page))
-}
-
-/// The field `filter`.
-fn job_filters(violations: &mut Violations, filter: pb::JobFilter) -> JobFilters {
-    let v = violations;
-    let filters = JobFilters {
-        statuses: statuses(v, &filter.statuses),
-        open: open(v, filter.openness),
-        configuration_tag: parse::optional_key_text(v, "filter.configuration_tag", filter.configuration_tag),
-        counterpart_id: parse::optional_uuid(v, "filter.counterpart_id", &filter.counterpart_id),
-        created_from: parse::timestamp(v, "filter.created_from", filter.created_from),
-        created_before: parse::timestamp(v, "filter.created_before", filter.created_before),
-        provider_job_id_prefix: parse::text(
-            v,
-            "filter.provider_job_id_prefix",
-            filter.provider_job_id_prefix,
-        ),
-        provider_job_name_prefix: parse::text(
-            v,
-            "filter.provider_job_name_prefix",
-            filter.provider_job_name_prefix,
-        ),
-        labels: parse::labels(v, "filter.labels", filter.labels),
-        text: search_text(v, filter.text),
-    };
-    if let (Some(from), Some(before)) = (filters.created_from, filters.created_before)
-        && before < from
-    {
-        v.add("filter.created_before", "must not be before filter.created_from");
-    }
-    filters
-}
-
-fn search_text(violations: &mut Violations, text: String) -> Option<SearchText> {
-    if text.is_empty() {
-        return None;
-    }
-    if text.chars().nth(SEARCH_TEXT_CHARS - 1).is_none() {
-        violations.add("filter.text", format!("must have at least {SEARCH_TEXT_CHARS} characters"));
-    }
-    Some(SearchText::new(&parse::text(violations, "filter.text", text)))
-}
-
-fn statuses(violations: &mut Violations, given: &[i32]) -> Vec<JobStatus> {
-    if given.len() > JOB_STATUSES {
-        violations.add("filter.statuses", format!("must be at most {JOB_STATUSES}"));
-        return Vec::new();
-    }
-    parse::distinct(violations, "filter.statuses", given, |given| {
-        format!("{given} is not one of PENDING, RUNNING, STALLED, FAILED, COMPLETE and CANCELLED")
-    })
-}
-
-fn open(violations: &mut Violations, given: i32) -> Option<bool> {
-    match pb::JobOpenness::try_from(given) {
-        Ok(pb::JobOpenness::Unspecified) => None,
-        Ok(pb::JobOpenness::Open) => Some(true),
-        Ok(pb::JobOpenness::Closed) => Some(false),
-        Err(_) => {
-            violations.add("filter.openness", format!("{given} is neither OPEN nor CLOSED"));
-            None
-        }
-    }
 }
 
 impl From<Job> for pb::Job {
@@ -404,13 +360,5 @@ mod tests {
     fn a_request_to_close_must_name_its_job() {
         let request = pb::CloseJobRequest { job: None, reason: "x".repeat(257) };
         assert_eq!(fields(close(request)), ["job", "reason"]);
-    }
-
-    #[test]
-    fn unknown_statuses_are_refused_and_repeated_ones_are_kept_once() {
-        let parsed = |given: &[i32]| Violations::check(|violations| statuses(violations, given));
-        assert_eq!(parsed(&[2, 1, 2]).expect("valid"), [JobStatus::Running, JobStatus::Pending]);
-        assert_eq!(fields(parsed(&[1, 0, 7])), ["filter.statuses[1]", "filter.statuses[2]"]);
-        assert_eq!(fields(parsed(&[1; 7])), ["filter.statuses"]);
     }
 }

@@ -5,10 +5,13 @@ pub mod auth;
 mod client_address;
 pub mod configurations;
 pub mod events;
+mod export;
+mod filter;
 pub mod jobs;
 mod page;
 mod parse;
 pub mod status;
+mod summary;
 
 use std::{
     net::{IpAddr, SocketAddr},

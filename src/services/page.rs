@@ -20,7 +20,7 @@ use crate::{
 const VERSION: u8 = 1;
 /// Bytes of the query's hash in a token. They tell queries apart and are no protection
 /// against forged tokens.
-const QUERY_BYTES: usize = 8;
+pub(super) const QUERY_BYTES: usize = 8;
 
 /// A request for a page of a list.
 pub(super) trait ListRequest: Message {
@@ -47,7 +47,8 @@ list_requests!(
     ListEventsRequest,
     ListJobConfigurationsRequest,
     ListJobsRequest,
-    ListWatchTokensRequest
+    ListWatchTokensRequest,
+    SummarizeJobsRequest
 );
 
 /// What a page token says: after which item the next page starts.
@@ -99,8 +100,13 @@ impl<C: Cursor> PageRequest<C> {
 }
 
 fn binding<R: ListRequest>(caller: Uuid, query: &R) -> [u8; QUERY_BYTES] {
+    binding_of(R::NAME, caller, query)
+}
+
+/// What binds a token to the caller and to a request, without the token itself.
+pub(super) fn binding_of(name: &str, caller: Uuid, query: &impl Message) -> [u8; QUERY_BYTES] {
     let digest = Sha256::new()
-        .chain_update(R::NAME)
+        .chain_update(name)
         .chain_update(caller.as_bytes())
         .chain_update(query.encode_to_vec())
         .finalize();
@@ -148,6 +154,18 @@ impl Cursor for i64 {
 
     fn from_bytes(bytes: &[u8]) -> Option<Self> {
         bytes.try_into().map(Self::from_be_bytes).ok().filter(|sequence| *sequence >= 0)
+    }
+}
+
+/// The key of the last item.
+impl Cursor for String {
+    fn to_bytes(&self) -> Vec<u8> {
+        self.as_bytes().to_vec()
+    }
+
+    /// None also for NUL, which Postgres has in no text.
+    fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        Self::from_utf8(bytes.to_vec()).ok().filter(|text| !text.contains('\0'))
     }
 }
 

@@ -10,8 +10,9 @@ use uuid::Uuid;
 
 use crate::{
     error::{Violations, check_text, quoted},
-    limits::{JOB_LABELS, LABEL_KEY_CHARS, PAGE_DEFAULT, PAGE_MAX},
+    limits::{EVENT_KINDS, JOB_LABELS, LABEL_KEY_CHARS, PAGE_DEFAULT, PAGE_MAX},
     models::{labels::Labels, max_silence::MaxSilence},
+    progress::EventKind,
     proto_enums::ProtoEnum,
 };
 
@@ -142,6 +143,15 @@ pub(super) fn labels(violations: &mut Violations, field: &str, given: BTreeMap<S
         (key, value)
     });
     Labels(labels.collect())
+}
+
+/// The field `kinds`.
+pub(super) fn event_kinds(violations: &mut Violations, kinds: &[i32]) -> Vec<EventKind> {
+    if kinds.len() > EVENT_KINDS {
+        violations.add("kinds", format!("must be at most {}", EVENT_KINDS));
+        return Vec::new();
+    }
+    distinct(violations, "kinds", kinds, |_| "is not a kind of event".to_owned())
 }
 
 /// The field `max_silence`; none if absent or after a violation.

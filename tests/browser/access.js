@@ -55,7 +55,7 @@ async function* views(page) {
   await signIn(page, origin, world.provider, PASSWORD);
   await page.locator("#jobs > tr").first().waitFor();
   yield "the list";
-  await page.goto(`${origin}/#/jobs?name=nothing`);
+  await page.goto(`${origin}/#/jobs?text=nothing`);
   await page.getByText("No job is like that").waitFor();
   yield "an empty list";
   for (const [name, job] of Object.entries({ running, complete, failed, pending })) {

@@ -112,7 +112,7 @@ test(
     await page.getByText("This link is not valid").waitFor();
     await check("a broken link");
     await page.goto(
-      `${origin}/#/jobs?name=${encodeURIComponent(hostile("filter"))}&who=${encodeURIComponent(hostile("who"))}&status=x`,
+      `${origin}/#/jobs?text=${encodeURIComponent(hostile("filter"))}&who=${encodeURIComponent(hostile("who"))}&status=x`,
     );
     await page.locator("#filters").waitFor();
     await check("the filters");

@@ -545,7 +545,7 @@ test(
     await assertShowsAll(page, await world.provider.listEvents(job));
     const list = await page.context().newPage();
     await signIn(list, world.server.origin, world.customer, PASSWORD);
-    await list.getByLabel("Stalled").check();
+    await list.getByLabel("Stalled", { exact: true }).check();
     await list.locator(`[data-job="${job.id}"]`).getByText("Stalled").waitFor();
     // The others leave the list when it is read by the filter.
     await list.locator("#jobs > tr").nth(1).waitFor({ state: "detached" });

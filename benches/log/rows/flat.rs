@@ -9,12 +9,15 @@ use std::{
 use milepost_client::{
     Client,
     pb::{
-        AllJobs, FromNow, GetJobRequest, ListEventsRequest, ListJobsRequest, get_job_request,
-        list_events_request,
+        AllJobs, FromNow, GetJobRequest, ListEventsRequest, ListJobsRequest, SummarizeJobsRequest,
+        SummaryPeriod, get_job_request, list_events_request,
+        summarize_jobs_request::GroupBy,
         watch_events_request::{Scope, Start},
     },
 };
 use milepost_testing::{ServerProcess, connect};
+
+use tokio::task::JoinHandle;
 
 use crate::{
     Result,
@@ -36,6 +39,9 @@ const MISSED: usize = 10;
 
 /// The calls, each a row of the table.
 const CALLS: [&str; 6] = ["append", "get-job", "resume-job", "resume-all", "list-jobs", "list-events"];
+
+/// Longest median of a summary of a million jobs, in milliseconds.
+const MOST_OF_A_SUMMARY: f64 = 2_000.0;
 
 /// A server on a filled database.
 struct Side {
@@ -64,6 +70,9 @@ pub(super) async fn measure(harness: &Harness) -> Result<Vec<Outcome>> {
     let mut alone = Side::fill(harness, large / SMALL_TENANT).await?;
     let past = "flat-small-tenant";
     let mut of_small = Outcome::new(past, "ms p50").compared_with("without the others", None);
+    let mut of_summary =
+        Outcome::new("summarize", "ms p50").compared_with("with few", Some(Goal::Within(MOST_OF_A_SUMMARY)));
+    let mut beside_summary = Outcome::new("append-beside-summary", "ms p50").compared_with("alone", None);
     let outcome = |call: &&str| {
         Outcome::new(format!("flat-{call}"), "ms p50").compared_with("with few", Some(Goal::AtMost(1.2)))
     };
@@ -79,8 +88,25 @@ pub(super) async fn measure(harness: &Harness) -> Result<Vec<Outcome>> {
         let [among, alone] = alternate(past, [&mut many, &mut alone], share).await?;
         of_small.add_milepost(among);
         of_small.add_peer(alone);
+        let [in_large, in_small] = alternate("summarize", [&mut many, &mut few], share).await?;
+        of_summary.add_milepost(in_large);
+        of_summary.add_peer(in_small);
+        let alone = many.appends(share).await?;
+        let customer = many.customer.clone();
+        let summaries: JoinHandle<Result<()>> = tokio::spawn(async move {
+            loop {
+                summarize(&customer).await?;
+            }
+        });
+        beside_summary.add_milepost(many.appends(share).await?);
+        beside_summary.add_peer(alone);
+        if summaries.is_finished() {
+            summaries.await??
+        } else {
+            summaries.abort();
+        }
     }
-    outcomes.push(of_small);
+    outcomes.extend([of_small, of_summary, beside_summary]);
     Ok(outcomes)
 }
 
@@ -153,6 +179,18 @@ impl Side {
         Ok(())
     }
 
+    /// The median of appends one after the other.
+    async fn appends(&mut self, time: Duration) -> Result<Measure> {
+        let (started, mut latencies) = (Instant::now(), Vec::new());
+        while started.elapsed() < time {
+            let called = Instant::now();
+            self.call("append").await?;
+            latencies.push(called.elapsed());
+        }
+        let latencies = latency(&latencies);
+        Ok(Measure { value: latencies[0], latencies: Some(latencies) })
+    }
+
     async fn call(&mut self, call: &str) -> Result<()> {
         self.next = (self.next + 7) % self.jobs.len();
         let job = self.jobs[self.next].clone();
@@ -182,6 +220,7 @@ impl Side {
                 let scope = Scope::AllJobs(AllJobs::default());
                 watch(&self.small, scope, None).await?;
             }
+            "summarize" => summarize(&self.customer).await?,
             "list-jobs" => {
                 let page = self.customer.jobs().list_jobs(ListJobsRequest::default()).await?.into_inner();
                 page.jobs.get(49).ok_or("a page has fewer items than expected")?;
@@ -195,6 +234,15 @@ impl Side {
         }
         Ok(())
     }
+}
+
+/// Counts the customer's jobs by month.
+async fn summarize(customer: &Client) -> Result<()> {
+    let group_by = Some(GroupBy::Period(SummaryPeriod::Month.into()));
+    let request = SummarizeJobsRequest { group_by, ..Default::default() };
+    let answer = customer.jobs().summarize_jobs(request).await?.into_inner();
+    let counted = answer.total.filter(|total| total.jobs >= i64::from(JOBS));
+    counted.map(drop).ok_or_else(|| "a summary counts fewer jobs than there are".into())
 }
 
 /// SQL that inserts jobs and their events as appends would have stored them.

@@ -4,10 +4,14 @@
 use std::time::Instant;
 
 use futures_util::StreamExt as _;
-use milepost_client::pb::{
-    WatchEventsRequest,
-    watch_events_request::{Scope, Start},
-    watch_events_response::Message,
+use milepost_client::{
+    Client,
+    pb::{
+        ExportEventsRequest, WatchEventsRequest,
+        export_events_response::Message as Exported,
+        watch_events_request::{Scope, Start},
+        watch_events_response::Message,
+    },
 };
 use milepost_testing::connect;
 
@@ -36,6 +40,7 @@ pub(super) async fn measure(harness: &Harness, name: &str) -> Result<Vec<Outcome
     let customer = accounts::connect(server.address, &accounts.customer, 1).await?.remove(0);
 
     let mut rate = Outcome::new(name, "events/s").compared_with("COPY out", None);
+    let mut export = Outcome::new("export", "events/s").compared_with("replay", Some(Goal::AtLeast(0.5)));
     let mut memory =
         Outcome::new(format!("{name}-memory"), "kB").compared_with("none", Some(Goal::Within(GOAL_KB)));
     for _ in 0..harness.options.rounds {
@@ -61,7 +66,12 @@ pub(super) async fn measure(harness: &Harness, name: &str) -> Result<Vec<Outcome
         if last != i64::from(EVENTS) {
             return Err(format!("the watch ended after {last} events of {EVENTS}").into());
         }
-        rate.add_milepost(Measure::of(f64::from(EVENTS) / started.elapsed().as_secs_f64()));
+        let replayed = Measure::of(f64::from(EVENTS) / started.elapsed().as_secs_f64());
+        rate.add_milepost(replayed);
+        let started = Instant::now();
+        export_all(&customer).await?;
+        export.add_milepost(Measure::of(f64::from(EVENTS) / started.elapsed().as_secs_f64()));
+        export.add_peer(replayed);
         let grown = server.resident_bytes().saturating_sub(before) / 1_000;
         memory.add_milepost(Measure::of(f64::from(u32::try_from(grown)?)));
 
@@ -78,7 +88,26 @@ pub(super) async fn measure(harness: &Harness, name: &str) -> Result<Vec<Outcome
         }
         rate.add_peer(Measure::of(f64::from(EVENTS) / started.elapsed().as_secs_f64()));
     }
-    Ok(vec![rate, memory])
+    Ok(vec![rate, export, memory])
+}
+
+/// Exports all events of the customer's jobs.
+async fn export_all(customer: &Client) -> Result<()> {
+    let mut stream = customer.events().export_events(ExportEventsRequest::default()).await?.into_inner();
+    let mut last = 0;
+    while let Some(Exported::Events(exported)) = stream.message().await?.and_then(|answer| answer.message) {
+        for event in exported.jobs.into_iter().flat_map(|job| job.events) {
+            if event.sequence != last + 1 {
+                return Err(format!("event {} was exported after event {last}", event.sequence).into());
+            }
+            last = event.sequence;
+        }
+    }
+    if last == i64::from(EVENTS) {
+        Ok(())
+    } else {
+        Err(format!("{last} of {EVENTS} events were exported").into())
+    }
 }
 
 /// SQL that inserts the events of the job as appends would have stored them.

@@ -16,7 +16,6 @@
 
 mod message;
 mod past;
-mod walk;
 
 use std::{
     collections::VecDeque,
@@ -27,10 +26,11 @@ use std::{
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 pub(crate) use self::message::{Body, EndReason, Message, Start, WatchQuery};
-use self::past::{PAGE_BYTES, Page, Past};
+use self::past::{Page, Past};
 use super::{
     event::LogEvent,
     mailbox::{Delivered, Delivery, Subscription},
+    page_size::PAGE_BYTES,
     position::{Position, ResumeToken, Run, Walk},
     reader::{Reached, Reader, Standing},
     scope::{Filter, Scope},

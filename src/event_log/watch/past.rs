@@ -5,15 +5,16 @@ use std::sync::Arc;
 use diesel_async::AsyncPgConnection;
 use uuid::Uuid;
 
-use super::walk::{self, Piece};
 use crate::{
     db::{Connection, Identified as _, Identity},
     error::{Error, Result},
     event_log::{
         event::LogEvent,
+        page_size::PageSize,
         position::{Position, Walk},
         reader::Reader,
         scope::Scope,
+        walk::{self, Piece},
     },
     models::{
         caller::Tenant,
@@ -23,11 +24,6 @@ use crate::{
     },
 };
 
-/// Most events that one page reads.
-const PAGE: i64 = 200;
-/// Most bytes of events that wait to be sent: a page of larger events is cut, and
-/// the next one is read shorter.
-pub(super) const PAGE_BYTES: usize = 256 * 1024;
 /// Positions of the log that one query looks through for visible events.
 const WINDOW: i64 = 10_000;
 
@@ -39,8 +35,7 @@ pub(super) struct Past {
     /// The database in which this end was read. A page of another one might have other
     /// events at the same positions.
     identity: Identity,
-    /// Most events of the next page.
-    page: i64,
+    page: PageSize,
     /// The client asked for everything that is kept, not for a certain position.
     from_beginning: bool,
     /// Up to here the log is scanned, since a walk of the scope's jobs would cost more.
@@ -63,7 +58,7 @@ pub(super) struct Page {
 
 impl Past {
     pub(super) fn new(end: i64, identity: Identity, from_beginning: bool) -> Self {
-        Self { end, identity, page: PAGE, from_beginning, scan_to: 0, piece: None }
+        Self { end, identity, page: PageSize::default(), from_beginning, scan_to: 0, piece: None }
     }
 
     /// Takes this past for a task that reads a page and gives the past back. If the read is
@@ -92,12 +87,9 @@ impl Past {
         (self.end, self.identity, self.scan_to, self.piece) = (end, identity, 0, None);
     }
 
-    /// Has the next page be shorter, after one that could not be read; false if that page had
-    /// a single event.
+    /// See [`PageSize::shorten`].
     pub(super) fn shorten(&mut self) -> bool {
-        let longer = self.page > 1;
-        self.page = (self.page / 2).max(1);
-        longer
+        self.page.shorten()
     }
 
     /// Reads a page after the position; none if the database is another one than that of
@@ -136,7 +128,7 @@ impl Past {
         };
         let mut events = reader.encode(&mut connection, rows).await?;
         drop(connection);
-        let cut = self.cut(&mut events);
+        let cut = self.page.cut(&mut events);
         let last = events.last().filter(|_| cut).map(|last| last.cursor_in(scope));
         let read_to = last.unwrap_or(read_to);
         events.retain(|event| scope.contains(&event.job));
@@ -182,7 +174,7 @@ impl Past {
                 none.insert(Box::new(piece))
             }
         };
-        let part = piece.part(self.page);
+        let part = piece.part(self.page.events());
         let rows = if part.jobs.is_empty() {
             Vec::new()
         } else {
@@ -191,7 +183,7 @@ impl Past {
         let whole = count(&rows) == part.count();
         let mut events = reader.encode(connection, rows).await?;
         let mut point = part.point;
-        if self.cut(&mut events) {
+        if self.page.cut(&mut events) {
             let last = events.last().and_then(|last| part.point_after(last.job.id, last.sequence));
             point = Some(last.ok_or_else(|| Error::internal("an event of a job that was not asked for"))?);
         }
@@ -225,8 +217,8 @@ impl Past {
         job_id: Uuid,
         cursor: i64,
     ) -> Result<(Vec<Event>, i64)> {
-        let rows = Event::list_of_job(connection, job_id, cursor, self.end, &[], self.page).await?;
-        let whole = self.page.min(self.end - cursor);
+        let rows = Event::list_of_job(connection, job_id, cursor, self.end, &[], self.page.events()).await?;
+        let whole = self.page.events().min(self.end - cursor);
         // Retention deletes a log from its beginning: a page may be full and yet not
         // begin after the cursor.
         if count(&rows) < whole || rows.last().is_some_and(|row| row.sequence != cursor + whole) {
@@ -243,9 +235,9 @@ impl Past {
         Position { cursor, removals, .. }: Position,
         skips: bool,
     ) -> Result<(Vec<Event>, i64, i64)> {
-        let page = self.page;
+        let page = self.page.events();
         let through = self.end.min(cursor + WINDOW);
-        let rows = if through - cursor <= page && removals == 0 && page == PAGE {
+        let rows = if through - cursor <= page && removals == 0 && page == PageSize::MOST {
             // For so few events, leaving out the invisible ones afterwards costs less
             // than a query for the visible ones. A shorter page follows one that failed,
             // perhaps because of an invisible event.
@@ -271,25 +263,6 @@ impl Past {
             return Err(Error::EventsExpired { first_sequence: None });
         }
         Ok((rows, read_to, removals))
-    }
-
-    /// Cuts a page of large events, and sets the size of the next page. Whether this page was
-    /// cut: at least its first event is left.
-    fn cut(&mut self, events: &mut Vec<Arc<LogEvent>>) -> bool {
-        let mut bytes = 0;
-        let fit = events.iter().take_while(|event| {
-            let fits = bytes < PAGE_BYTES;
-            bytes += event.encoded.len();
-            fits
-        });
-        let fit = fit.count();
-        if fit == events.len() {
-            self.page = (self.page * 2).min(PAGE);
-            return false;
-        }
-        events.truncate(fit);
-        self.page = i64::try_from(fit).unwrap_or(PAGE).min(PAGE);
-        true
     }
 }
 

@@ -21,7 +21,7 @@ use crate::{
         CreationCursor,
         caller::{Viewer, Visibility},
         job_configuration::JobConfiguration,
-        labels::{Labels, has_labels},
+        labels::Labels,
         visible_jobs,
     },
     progress::JobStatus,
@@ -53,6 +53,8 @@ pub struct JobFilters {
     pub labels: Labels,
     /// The job's `provider_job_id` or `provider_job_name` contains this text.
     pub text: Option<SearchText>,
+    /// The job was closed before this time.
+    pub closed_before: Option<DateTime<Utc>>,
 }
 
 #[derive(Clone, Debug)]
@@ -118,7 +120,7 @@ impl Job {
 
 /// One of [`JobFilters`] that is given.
 #[derive(Clone, Copy)]
-enum Condition<'a> {
+pub(super) enum Condition<'a> {
     Counterpart(Uuid),
     Open(bool),
     Statuses(&'a [JobStatus]),
@@ -127,13 +129,94 @@ enum Condition<'a> {
     ProviderJobNamePrefix(&'a str),
     Labels(&'a Labels),
     Text(&'a SearchText),
+    ClosedBefore(DateTime<Utc>),
+}
+
+impl<'a> Condition<'a> {
+    /// Cuts a query to the jobs that match.
+    pub(super) fn narrow<C>(self, visibility: Visibility, query: Jobs<'a, C>) -> Jobs<'a, C> {
+        match (self, visibility) {
+            (Self::Counterpart(id), Visibility::Provider(_)) => query.filter(jobs::customer_id.eq(id)),
+            (Self::Counterpart(id), Visibility::Customer(_)) => query.filter(jobs::provider_id.eq(id)),
+            (Self::Counterpart(id), Visibility::Job(_)) => {
+                query.filter(jobs::provider_id.eq(id).or(jobs::customer_id.eq(id)))
+            }
+            (Self::Open(true), _) => query.filter(jobs::closed_at.is_null()),
+            (Self::Open(false), _) => query.filter(jobs::closed_at.is_not_null()),
+            (Self::Statuses(&[status]), _) => query.filter(jobs::status.eq(status)),
+            (Self::Statuses(statuses), _) => query.filter(jobs::status.eq_any(statuses)),
+            (Self::ConfigurationTag(tag), _) => query.filter(jobs::configuration_tag.eq(tag)),
+            (Self::ProviderJobIdPrefix(prefix), _) => {
+                let query = query.filter(jobs::provider_job_id.ge(prefix));
+                match after_prefix(prefix) {
+                    Some(end) => query.filter(jobs::provider_job_id.lt(end)),
+                    None => query,
+                }
+            }
+            (Self::ProviderJobNamePrefix(prefix), _) => {
+                let query = query.filter(jobs::provider_job_name.ge(prefix));
+                match after_prefix(prefix) {
+                    Some(end) => query.filter(jobs::provider_job_name.lt(end)),
+                    None => query,
+                }
+            }
+            // The side's id stands in these, too, so that they are ranges of indexes of their own
+            // where the jobs are many.
+            (Self::Labels(labels), visibility) => labels.0.iter().fold(query, |query, (key, value)| {
+                let of_job = job_labels::table.filter(job_labels::job_id.eq(jobs::id));
+                let of_job = of_job.filter(job_labels::key.eq(key)).filter(job_labels::value.eq(value));
+                match visibility {
+                    Visibility::Provider(id) => {
+                        query.filter(exists(of_job.filter(job_labels::provider_id.eq(id))))
+                    }
+                    Visibility::Customer(id) => {
+                        query.filter(exists(of_job.filter(job_labels::customer_id.eq(id))))
+                    }
+                    Visibility::Job(_) => query.filter(exists(of_job)),
+                }
+            }),
+            (Self::ClosedBefore(before), _) => query.filter(jobs::closed_at.lt(before)),
+            (Self::Text(text), visibility) => {
+                let by_id = job_texts::provider_job_id.like(text.pattern());
+                let by_name = job_texts::provider_job_name.like(text.pattern());
+                let of_job = job_texts::table.filter(job_texts::job_id.eq(jobs::id));
+                let of_job = of_job.filter(by_id.or(by_name));
+                match visibility {
+                    Visibility::Provider(id) => {
+                        query.filter(exists(of_job.filter(job_texts::provider_id.eq(id))))
+                    }
+                    Visibility::Customer(id) => {
+                        query.filter(exists(of_job.filter(job_texts::customer_id.eq(id))))
+                    }
+                    Visibility::Job(_) => query.filter(exists(of_job)),
+                }
+            }
+        }
+    }
 }
 
 impl JobFilters {
+    /// Cuts a query to the jobs that are visible and match all filters.
+    pub(super) fn narrow<'a, C>(&'a self, visibility: Visibility, query: Jobs<'a, C>) -> Jobs<'a, C> {
+        let query = self.created(visible_jobs!(query, visibility));
+        self.conditions().into_iter().fold(query, |query, condition| condition.narrow(visibility, query))
+    }
+
+    /// Cuts a query to the jobs that match the filters by time of creation.
+    pub(super) fn created<'a, C>(&self, mut query: Jobs<'a, C>) -> Jobs<'a, C> {
+        if let Some(from) = self.created_from {
+            query = query.filter(jobs::created_at.ge(from));
+        }
+        if let Some(before) = self.created_before {
+            query = query.filter(jobs::created_at.lt(before));
+        }
+        query
+    }
+
     /// Lists the filters that are given, without those by time of creation. The filter
-    /// that probably matches the fewest jobs comes first, except that prefixes, labels
-    /// and the text come last.
-    fn conditions(&self) -> Vec<Condition<'_>> {
+    /// that probably matches the fewest jobs comes first, except that those without a range
+    /// in the order of creation come last.
+    pub(super) fn conditions(&self) -> Vec<Condition<'_>> {
         let statuses = Some(&self.statuses[..]).filter(|statuses| !statuses.is_empty());
         let id_prefix = Some(&self.provider_job_id_prefix[..]).filter(|prefix| !prefix.is_empty());
         let name_prefix = Some(&self.provider_job_name_prefix[..]).filter(|prefix| !prefix.is_empty());
@@ -147,6 +230,7 @@ impl JobFilters {
             name_prefix.map(Condition::ProviderJobNamePrefix),
             Some(&self.labels).filter(|labels| !labels.is_empty()).map(Condition::Labels),
             self.text.as_ref().map(Condition::Text),
+            self.closed_before.map(Condition::ClosedBefore),
         ]
         .into_iter()
         .flatten()
@@ -160,8 +244,11 @@ impl JobFilters {
     }
 }
 
+/// A query that selects these columns of jobs.
+pub(super) type Jobs<'a, C> = jobs::BoxedQuery<'a, Pg, C>;
+
 /// A query that selects the cursors of jobs.
-type Keys<'a> = jobs::BoxedQuery<'a, Pg, (sql_types::Timestamptz, sql_types::Uuid)>;
+type Keys<'a> = Jobs<'a, (sql_types::Timestamptz, sql_types::Uuid)>;
 
 /// A query that selects the cursors of jobs by a label.
 type Labelled<'a> = job_labels::BoxedQuery<'a, Pg, (sql_types::Timestamptz, sql_types::Uuid)>;
@@ -191,54 +278,12 @@ impl<'a> ListQuery<'a> {
     /// The visible jobs that match the filters by time of creation, after those of the
     /// previous pages.
     fn remaining(self) -> Keys<'a> {
-        let mut query = self.visible();
-        if let Some(from) = self.filters.created_from {
-            query = query.filter(jobs::created_at.ge(from));
-        }
-        if let Some(before) = self.filters.created_before {
-            query = query.filter(jobs::created_at.lt(before));
-        }
+        let mut query = self.filters.created(self.visible());
         if let Some(CreationCursor { created_at, id }) = self.after {
             let older = jobs::created_at.lt(created_at).or(jobs::id.lt(id));
             query = query.filter(jobs::created_at.le(created_at).and(older));
         }
         query
-    }
-
-    fn narrow(self, query: Keys<'a>, condition: Condition<'a>) -> Keys<'a> {
-        match (condition, self.visibility) {
-            (Condition::Counterpart(id), Visibility::Provider(_)) => query.filter(jobs::customer_id.eq(id)),
-            (Condition::Counterpart(id), Visibility::Customer(_)) => query.filter(jobs::provider_id.eq(id)),
-            (Condition::Counterpart(id), Visibility::Job(_)) => {
-                query.filter(jobs::provider_id.eq(id).or(jobs::customer_id.eq(id)))
-            }
-            (Condition::Open(true), _) => query.filter(jobs::closed_at.is_null()),
-            (Condition::Open(false), _) => query.filter(jobs::closed_at.is_not_null()),
-            (Condition::Statuses(&[status]), _) => query.filter(jobs::status.eq(status)),
-            (Condition::Statuses(statuses), _) => query.filter(jobs::status.eq_any(statuses)),
-            (Condition::ConfigurationTag(tag), _) => query.filter(jobs::configuration_tag.eq(tag)),
-            (Condition::ProviderJobIdPrefix(prefix), _) => {
-                let query = query.filter(jobs::provider_job_id.ge(prefix));
-                match after_prefix(prefix) {
-                    Some(end) => query.filter(jobs::provider_job_id.lt(end)),
-                    None => query,
-                }
-            }
-            (Condition::ProviderJobNamePrefix(prefix), _) => {
-                let query = query.filter(jobs::provider_job_name.ge(prefix));
-                match after_prefix(prefix) {
-                    Some(end) => query.filter(jobs::provider_job_name.lt(end)),
-                    None => query,
-                }
-            }
-            (Condition::Labels(labels), _) => query.filter(has_labels(jobs::labels, labels)),
-            (Condition::Text(text), _) => {
-                let texts = job_texts::table.filter(job_texts::job_id.eq(jobs::id));
-                let by_id = job_texts::provider_job_id.like(text.pattern());
-                let by_name = job_texts::provider_job_name.like(text.pattern());
-                query.filter(exists(texts.filter(by_id.or(by_name))))
-            }
-        }
     }
 
     /// Reads all jobs that match one of the prefixes. Returns none if each prefix
@@ -249,7 +294,7 @@ impl<'a> ListQuery<'a> {
         conditions: &[Condition<'a>],
     ) -> Result<Option<Found>> {
         for &condition in conditions {
-            let query = self.narrow(self.visible(), condition).limit(CANDIDATES + 1);
+            let query = condition.narrow(self.visibility, self.visible()).limit(CANDIDATES + 1);
             let query = match condition {
                 Condition::ProviderJobIdPrefix(_) => query.order(jobs::provider_job_id),
                 Condition::ProviderJobNamePrefix(_) => query.order(jobs::provider_job_name),
@@ -258,7 +303,8 @@ impl<'a> ListQuery<'a> {
                 | Condition::Statuses(_)
                 | Condition::ConfigurationTag(_)
                 | Condition::Labels(_)
-                | Condition::Text(_) => continue,
+                | Condition::Text(_)
+                | Condition::ClosedBefore(_) => continue,
             };
             let candidates: Vec<CreationCursor> = query.load(conn).await?;
             if i64::try_from(candidates.len()).is_ok_and(|count| count <= CANDIDATES) {
@@ -292,8 +338,9 @@ impl<'a> ListQuery<'a> {
         conditions: &[Condition<'a>],
         candidates: impl IntoIterator<Item = Uuid>,
     ) -> Result<Vec<CreationCursor>> {
-        let query =
-            conditions.iter().fold(self.remaining(), |query, condition| self.narrow(query, *condition));
+        let query = conditions
+            .iter()
+            .fold(self.remaining(), |query, condition| condition.narrow(self.visibility, query));
         Ok(query.filter(jobs::id.eq_any(candidates)).load(conn).await?)
     }
 
@@ -362,7 +409,8 @@ impl<'a> ListQuery<'a> {
                 Condition::ProviderJobIdPrefix(_)
                 | Condition::ProviderJobNamePrefix(_)
                 | Condition::Labels(_)
-                | Condition::Text(_),
+                | Condition::Text(_)
+                | Condition::ClosedBefore(_),
                 _,
             ))
             | None => (vec![None], conditions),
@@ -371,13 +419,15 @@ impl<'a> ListQuery<'a> {
         let mut keys = Vec::new();
         let mut rest = None;
         for range in ranges {
-            let range = || range.into_iter().fold(self.remaining(), |query, only| self.narrow(query, only));
+            let range = || {
+                range.into_iter().fold(self.remaining(), |query, only| only.narrow(self.visibility, query))
+            };
             let last_read: Option<CreationCursor> = if others.is_empty() {
                 None
             } else {
                 range().order(newest_first).offset(CANDIDATES - 1).first(conn).await.optional()?
             };
-            let mut query = others.iter().fold(range(), |query, other| self.narrow(query, *other));
+            let mut query = others.iter().fold(range(), |query, other| other.narrow(self.visibility, query));
             if let Some(CreationCursor { created_at, id }) = last_read {
                 let not_older = jobs::created_at.gt(created_at).or(jobs::id.ge(id));
                 query = query.filter(jobs::created_at.ge(created_at).and(not_older));

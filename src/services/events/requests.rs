@@ -18,14 +18,6 @@ use crate::{
     },
 };
 
-fn event_kinds(violations: &mut Violations, kinds: &[i32]) -> Vec<EventKind> {
-    if kinds.len() > limits::EVENT_KINDS {
-        violations.add("kinds", format!("must be at most {}", limits::EVENT_KINDS));
-        return Vec::new();
-    }
-    parse::distinct(violations, "kinds", kinds, |_| "is not a kind of event".to_owned())
-}
-
 /// The content of a `ListEventsRequest`.
 pub(super) struct ListQuery {
     pub(super) job: JobKey,
@@ -43,7 +35,7 @@ impl ListQuery {
         if request.after_sequence < 0 {
             violations.add("after_sequence", "must not be negative");
         }
-        let kinds = event_kinds(&mut violations, &request.kinds);
+        let kinds = parse::event_kinds(&mut violations, &request.kinds);
         violations.or(Self { job, after_sequence: request.after_sequence, kinds, page })
     }
 
@@ -80,7 +72,7 @@ pub(super) fn watch_request(
         },
         None => UncheckedScope::Job(no_job(v, "scope")),
     };
-    let kinds = event_kinds(&mut violations, &request.kinds);
+    let kinds = parse::event_kinds(&mut violations, &request.kinds);
     let start = match request.start {
         None => Start::Beginning,
         Some(RawStart::AfterSequence(sequence)) => {

@@ -33,7 +33,7 @@ const CALLERS: [&str; 13] = [
 
 /// The code that each method answers to each of [`CALLERS`], in their order: O is
 /// OK, U UNAUTHENTICATED, P PERMISSION_DENIED, N NOT_FOUND.
-const EXPECTED: [(&str, &str); 28] = [
+const EXPECTED: [(&str, &str); 31] = [
     ("AuthService/SignUp", "OOOOOO O OO OO OO"),
     ("AuthService/LogIn", "OOOOOO O OO OO OO"),
     // These methods concern the caller alone, so that NOT_FOUND cannot occur.
@@ -60,9 +60,12 @@ const EXPECTED: [(&str, &str); 28] = [
     ("JobService/RequestCancellation", "UUUUUU P PP ON PP"),
     ("JobService/HoldJob", "UUUUUU P PP ON ON"),
     ("JobService/EstimateJob", "UUUUUU P ON ON ON"),
+    ("JobService/SummarizeJobs", "UUUUUU P PP OO OO"),
+    ("JobService/ExportJobs", "UUUUUU P PP OO OO"),
     ("EventService/AppendEvents", "UUUUUU P PP PP ON"),
     ("EventService/ListEvents", "UUUUUU P ON ON ON"),
     ("EventService/WatchEvents", "UUUUUU P ON ON ON"),
+    ("EventService/ExportEvents", "UUUUUU P PP OO OO"),
 ];
 
 /// The stream refuses a batch with a message, not with its own status.
@@ -141,6 +144,9 @@ impl World {
                     | "GetJob"
                     | "EstimateJob"
                     | "ListJobs"
+                    | "SummarizeJobs"
+                    | "ExportJobs"
+                    | "ExportEvents"
                     | "ListEvents"
                     | "WatchEvents"
                     | "GetUsage" => &[ApiKeyScope::Append, ApiKeyScope::Manage],
@@ -183,7 +189,7 @@ impl World {
             "LogIn" => pb::LogInRequest { email: self.provider.email.clone(), password: PASSWORD.to_owned() }
                 .encode_to_vec(),
             "LogOut" | "GetCurrentUser" | "RenewCustomerCode" | "CreateApiKey" | "ListApiKeys"
-            | "GetUsage" | "ListJobs" => Vec::new(),
+            | "GetUsage" | "ListJobs" | "SummarizeJobs" | "ExportJobs" | "ExportEvents" => Vec::new(),
             "UpdateCurrentUser" => {
                 pb::UpdateCurrentUserRequest { user: Some(pb::User::default()), update_mask: None }
                     .encode_to_vec()

@@ -9,4 +9,5 @@ mod job_service;
 mod labels;
 mod progress;
 mod silence;
+mod summaries;
 mod validation;

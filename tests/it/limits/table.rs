@@ -122,7 +122,11 @@ const ELSEWHERE: [(&str, &str, &str); 64] = [
         "a_job_and_a_filter_have_at_most_16_labels_of_bounded_texts",
     ),
     ("SEARCH_TEXT_CHARS", "tests/it/jobs/job_service.rs", "jobs_are_searched_by_three_characters_at_least"),
-    ("JOB_STATUSES", "src/services/jobs.rs", "unknown_statuses_are_refused_and_repeated_ones_are_kept_once"),
+    (
+        "JOB_STATUSES",
+        "src/services/filter.rs",
+        "unknown_statuses_are_refused_and_repeated_ones_are_kept_once",
+    ),
     ("UPDATE_MASK_PATHS", "tests/it/accounts/auth.rs", "every_invalid_path_of_an_update_mask_is_reported"),
     ("API_KEY_SCOPES", "tests/it/accounts/api_keys.rs", "an_api_key_is_asked_for_with_each_scope_once"),
     (

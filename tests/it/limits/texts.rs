@@ -85,6 +85,9 @@ impl Scene {
             | "EstimateJob"
             | "ListWatchTokens"
             | "ListJobs"
+            | "SummarizeJobs"
+            | "ExportJobs"
+            | "ExportEvents"
             | "ListJobConfigurations"
             | "CreateApiKey" => Vec::new(),
             other => panic!("{other} has texts, but no valid request is defined here"),
@@ -92,7 +95,7 @@ impl Scene {
     }
 }
 
-/// Whether a string field is no text: an id, a token, a path of a field mask, or
+/// Whether a string field is no text: an id, a token, a time zone, the key of a label, a path of a field mask, or
 /// a new password, whose limit is in bytes.
 fn is_no_text(method: &str, path: &str) -> bool {
     let name = path.rsplit('.').next().unwrap();
@@ -108,6 +111,8 @@ fn is_no_text(method: &str, path: &str) -> bool {
             "watch_token_id",
             "page_token",
             "resume_token",
+            "time_zone",
+            "label_key",
             "new_password",
         ]
         .contains(&name)

@@ -1,5 +1,6 @@
 //! The event log: PublishEvents, WatchEvents, the tail, and retention.
 
+mod exports;
 mod histories;
 mod holds;
 mod past;

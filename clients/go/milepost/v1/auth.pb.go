@@ -84,8 +84,9 @@ type ApiKeyScope int32
 const (
 	// Not a scope; INVALID_ARGUMENT in a request.
 	ApiKeyScope_API_KEY_SCOPE_UNSPECIFIED ApiKeyScope = 0
-	// GetJob, ListJobs, EstimateJob, ListEvents, WatchEvents, GetJobConfiguration,
-	// ListJobConfigurations and GetUsage. GetCurrentUser needs no scope.
+	// GetJob, ListJobs, SummarizeJobs, ExportJobs, EstimateJob, ListEvents, WatchEvents,
+	// ExportEvents, GetJobConfiguration, ListJobConfigurations and GetUsage. GetCurrentUser
+	// needs no scope.
 	ApiKeyScope_API_KEY_SCOPE_READ ApiKeyScope = 1
 	// The writes of a provider: RegisterJobConfiguration, CreateJob, CloseJob,
 	// AppendEvents, PublishEvents, and the methods for watch tokens. The write of a

@@ -1785,6 +1785,297 @@ func (x *WatchEnd) GetJob() *JobState {
 	return nil
 }
 
+// The events to export.
+type ExportEventsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Of which jobs. Absent: of all.
+	Filter *JobFilter `protobuf:"bytes,1,opt,name=filter,proto3" json:"filter,omitempty"`
+	// Only of jobs that were closed before this time. Absent: of open jobs as well.
+	ClosedBefore *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=closed_before,json=closedBefore,proto3" json:"closed_before,omitempty"`
+	// Only events committed at this time or later.
+	CreatedFrom *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=created_from,json=createdFrom,proto3" json:"created_from,omitempty"`
+	// Only events committed before this time. Earlier than `created_from`:
+	// INVALID_ARGUMENT.
+	CreatedBefore *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=created_before,json=createdBefore,proto3" json:"created_before,omitempty"`
+	// Only events of these kinds. Empty: all kinds.
+	Kinds []EventKind `protobuf:"varint,5,rep,packed,name=kinds,proto3,enum=milepost.v1.EventKind" json:"kinds,omitempty"`
+	// Exactly after the message that carried this token, of an export by the same request.
+	// Empty: from the first event.
+	ResumeToken   string `protobuf:"bytes,6,opt,name=resume_token,json=resumeToken,proto3" json:"resume_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExportEventsRequest) Reset() {
+	*x = ExportEventsRequest{}
+	mi := &file_milepost_v1_events_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExportEventsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExportEventsRequest) ProtoMessage() {}
+
+func (x *ExportEventsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_milepost_v1_events_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExportEventsRequest.ProtoReflect.Descriptor instead.
+func (*ExportEventsRequest) Descriptor() ([]byte, []int) {
+	return file_milepost_v1_events_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *ExportEventsRequest) GetFilter() *JobFilter {
+	if x != nil {
+		return x.Filter
+	}
+	return nil
+}
+
+func (x *ExportEventsRequest) GetClosedBefore() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ClosedBefore
+	}
+	return nil
+}
+
+func (x *ExportEventsRequest) GetCreatedFrom() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CreatedFrom
+	}
+	return nil
+}
+
+func (x *ExportEventsRequest) GetCreatedBefore() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CreatedBefore
+	}
+	return nil
+}
+
+func (x *ExportEventsRequest) GetKinds() []EventKind {
+	if x != nil {
+		return x.Kinds
+	}
+	return nil
+}
+
+func (x *ExportEventsRequest) GetResumeToken() string {
+	if x != nil {
+		return x.ResumeToken
+	}
+	return ""
+}
+
+// A message of an export of events.
+type ExportEventsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Continues the export exactly after this message. Opaque; at most 200 characters. It
+	// is not a credential.
+	ResumeToken string `protobuf:"bytes,1,opt,name=resume_token,json=resumeToken,proto3" json:"resume_token,omitempty"`
+	// The content of the message.
+	//
+	// Types that are valid to be assigned to Message:
+	//
+	//	*ExportEventsResponse_Events
+	//	*ExportEventsResponse_End
+	Message       isExportEventsResponse_Message `protobuf_oneof:"message"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExportEventsResponse) Reset() {
+	*x = ExportEventsResponse{}
+	mi := &file_milepost_v1_events_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExportEventsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExportEventsResponse) ProtoMessage() {}
+
+func (x *ExportEventsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_milepost_v1_events_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExportEventsResponse.ProtoReflect.Descriptor instead.
+func (*ExportEventsResponse) Descriptor() ([]byte, []int) {
+	return file_milepost_v1_events_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *ExportEventsResponse) GetResumeToken() string {
+	if x != nil {
+		return x.ResumeToken
+	}
+	return ""
+}
+
+func (x *ExportEventsResponse) GetMessage() isExportEventsResponse_Message {
+	if x != nil {
+		return x.Message
+	}
+	return nil
+}
+
+func (x *ExportEventsResponse) GetEvents() *ExportedEvents {
+	if x != nil {
+		if x, ok := x.Message.(*ExportEventsResponse_Events); ok {
+			return x.Events
+		}
+	}
+	return nil
+}
+
+func (x *ExportEventsResponse) GetEnd() *ExportEnd {
+	if x != nil {
+		if x, ok := x.Message.(*ExportEventsResponse_End); ok {
+			return x.End
+		}
+	}
+	return nil
+}
+
+type isExportEventsResponse_Message interface {
+	isExportEventsResponse_Message()
+}
+
+type ExportEventsResponse_Events struct {
+	// Events.
+	Events *ExportedEvents `protobuf:"bytes,2,opt,name=events,proto3,oneof"`
+}
+
+type ExportEventsResponse_End struct {
+	// The last message.
+	End *ExportEnd `protobuf:"bytes,3,opt,name=end,proto3,oneof"`
+}
+
+func (*ExportEventsResponse_Events) isExportEventsResponse_Message() {}
+
+func (*ExportEventsResponse_End) isExportEventsResponse_Message() {}
+
+// Events; at most 1 MiB.
+type ExportedEvents struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// In the order of the creation of the jobs. A job may come again in the next message.
+	Jobs          []*EventsOfJob `protobuf:"bytes,1,rep,name=jobs,proto3" json:"jobs,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExportedEvents) Reset() {
+	*x = ExportedEvents{}
+	mi := &file_milepost_v1_events_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExportedEvents) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExportedEvents) ProtoMessage() {}
+
+func (x *ExportedEvents) ProtoReflect() protoreflect.Message {
+	mi := &file_milepost_v1_events_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExportedEvents.ProtoReflect.Descriptor instead.
+func (*ExportedEvents) Descriptor() ([]byte, []int) {
+	return file_milepost_v1_events_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *ExportedEvents) GetJobs() []*EventsOfJob {
+	if x != nil {
+		return x.Jobs
+	}
+	return nil
+}
+
+// Events of one job, and what they belong to.
+type EventsOfJob struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The job as it is when it is read.
+	Job *Job `protobuf:"bytes,1,opt,name=job,proto3" json:"job,omitempty"`
+	// In ascending sequence.
+	Events        []*Event `protobuf:"bytes,2,rep,name=events,proto3" json:"events,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EventsOfJob) Reset() {
+	*x = EventsOfJob{}
+	mi := &file_milepost_v1_events_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EventsOfJob) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EventsOfJob) ProtoMessage() {}
+
+func (x *EventsOfJob) ProtoReflect() protoreflect.Message {
+	mi := &file_milepost_v1_events_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EventsOfJob.ProtoReflect.Descriptor instead.
+func (*EventsOfJob) Descriptor() ([]byte, []int) {
+	return file_milepost_v1_events_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *EventsOfJob) GetJob() *Job {
+	if x != nil {
+		return x.Job
+	}
+	return nil
+}
+
+func (x *EventsOfJob) GetEvents() []*Event {
+	if x != nil {
+		return x.Events
+	}
+	return nil
+}
+
 var File_milepost_v1_events_proto protoreflect.FileDescriptor
 
 const file_milepost_v1_events_proto_rawDesc = "" +
@@ -1898,7 +2189,24 @@ const file_milepost_v1_events_proto_rawDesc = "" +
 	"\tHeartbeat\"h\n" +
 	"\bWatchEnd\x123\n" +
 	"\x06reason\x18\x01 \x01(\x0e2\x1b.milepost.v1.WatchEndReasonR\x06reason\x12'\n" +
-	"\x03job\x18\x02 \x01(\v2\x15.milepost.v1.JobStateR\x03job*\xed\x01\n" +
+	"\x03job\x18\x02 \x01(\v2\x15.milepost.v1.JobStateR\x03job\"\xd9\x02\n" +
+	"\x13ExportEventsRequest\x12.\n" +
+	"\x06filter\x18\x01 \x01(\v2\x16.milepost.v1.JobFilterR\x06filter\x12?\n" +
+	"\rclosed_before\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\fclosedBefore\x12=\n" +
+	"\fcreated_from\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\vcreatedFrom\x12A\n" +
+	"\x0ecreated_before\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\rcreatedBefore\x12,\n" +
+	"\x05kinds\x18\x05 \x03(\x0e2\x16.milepost.v1.EventKindR\x05kinds\x12!\n" +
+	"\fresume_token\x18\x06 \x01(\tR\vresumeToken\"\xa7\x01\n" +
+	"\x14ExportEventsResponse\x12!\n" +
+	"\fresume_token\x18\x01 \x01(\tR\vresumeToken\x125\n" +
+	"\x06events\x18\x02 \x01(\v2\x1b.milepost.v1.ExportedEventsH\x00R\x06events\x12*\n" +
+	"\x03end\x18\x03 \x01(\v2\x16.milepost.v1.ExportEndH\x00R\x03endB\t\n" +
+	"\amessage\">\n" +
+	"\x0eExportedEvents\x12,\n" +
+	"\x04jobs\x18\x01 \x03(\v2\x18.milepost.v1.EventsOfJobR\x04jobs\"]\n" +
+	"\vEventsOfJob\x12\"\n" +
+	"\x03job\x18\x01 \x01(\v2\x10.milepost.v1.JobR\x03job\x12*\n" +
+	"\x06events\x18\x02 \x03(\v2\x12.milepost.v1.EventR\x06events*\xed\x01\n" +
 	"\tEventKind\x12\x1a\n" +
 	"\x16EVENT_KIND_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fEVENT_KIND_STEP\x10\x01\x12\x14\n" +
@@ -1915,13 +2223,14 @@ const file_milepost_v1_events_proto_rawDesc = "" +
 	"\x19WATCH_END_REASON_DRAINING\x10\x02\x12%\n" +
 	"!WATCH_END_REASON_CREDENTIAL_ENDED\x10\x03\x12#\n" +
 	"\x1fWATCH_END_REASON_EVENTS_EXPIRED\x10\x04\x12!\n" +
-	"\x1dWATCH_END_REASON_LOG_SET_BACK\x10\x052\xec\x02\n" +
+	"\x1dWATCH_END_REASON_LOG_SET_BACK\x10\x052\xc8\x03\n" +
 	"\fEventService\x12S\n" +
 	"\fAppendEvents\x12 .milepost.v1.AppendEventsRequest\x1a!.milepost.v1.AppendEventsResponse\x12Z\n" +
 	"\rPublishEvents\x12!.milepost.v1.PublishEventsRequest\x1a\".milepost.v1.PublishEventsResponse(\x010\x01\x12R\n" +
 	"\n" +
 	"ListEvents\x12\x1e.milepost.v1.ListEventsRequest\x1a\x1f.milepost.v1.ListEventsResponse\"\x03\x90\x02\x01\x12W\n" +
-	"\vWatchEvents\x12\x1f.milepost.v1.WatchEventsRequest\x1a .milepost.v1.WatchEventsResponse\"\x03\x90\x02\x010\x01BL\n" +
+	"\vWatchEvents\x12\x1f.milepost.v1.WatchEventsRequest\x1a .milepost.v1.WatchEventsResponse\"\x03\x90\x02\x010\x01\x12Z\n" +
+	"\fExportEvents\x12 .milepost.v1.ExportEventsRequest\x1a!.milepost.v1.ExportEventsResponse\"\x03\x90\x02\x010\x01BL\n" +
 	"\x0fcom.milepost.v1B\vEventsProtoP\x01Z*milepost/clients/go/milepost/v1;milepostv1b\x06proto3"
 
 var (
@@ -1937,7 +2246,7 @@ func file_milepost_v1_events_proto_rawDescGZIP() []byte {
 }
 
 var file_milepost_v1_events_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_milepost_v1_events_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
+var file_milepost_v1_events_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
 var file_milepost_v1_events_proto_goTypes = []any{
 	(EventKind)(0),                // 0: milepost.v1.EventKind
 	(WatchEndReason)(0),           // 1: milepost.v1.WatchEndReason
@@ -1959,64 +2268,83 @@ var file_milepost_v1_events_proto_goTypes = []any{
 	(*CaughtUp)(nil),              // 17: milepost.v1.CaughtUp
 	(*Heartbeat)(nil),             // 18: milepost.v1.Heartbeat
 	(*WatchEnd)(nil),              // 19: milepost.v1.WatchEnd
-	nil,                           // 20: milepost.v1.AllJobs.LabelsEntry
-	(*structpb.Struct)(nil),       // 21: google.protobuf.Struct
-	(*timestamppb.Timestamp)(nil), // 22: google.protobuf.Timestamp
-	(JobStatus)(0),                // 23: milepost.v1.JobStatus
-	(*Progress)(nil),              // 24: milepost.v1.Progress
-	(*status.Status)(nil),         // 25: google.rpc.Status
-	(*durationpb.Duration)(nil),   // 26: google.protobuf.Duration
-	(*StepState)(nil),             // 27: milepost.v1.StepState
+	(*ExportEventsRequest)(nil),   // 20: milepost.v1.ExportEventsRequest
+	(*ExportEventsResponse)(nil),  // 21: milepost.v1.ExportEventsResponse
+	(*ExportedEvents)(nil),        // 22: milepost.v1.ExportedEvents
+	(*EventsOfJob)(nil),           // 23: milepost.v1.EventsOfJob
+	nil,                           // 24: milepost.v1.AllJobs.LabelsEntry
+	(*structpb.Struct)(nil),       // 25: google.protobuf.Struct
+	(*timestamppb.Timestamp)(nil), // 26: google.protobuf.Timestamp
+	(JobStatus)(0),                // 27: milepost.v1.JobStatus
+	(*Progress)(nil),              // 28: milepost.v1.Progress
+	(*status.Status)(nil),         // 29: google.rpc.Status
+	(*durationpb.Duration)(nil),   // 30: google.protobuf.Duration
+	(*StepState)(nil),             // 31: milepost.v1.StepState
+	(*JobFilter)(nil),             // 32: milepost.v1.JobFilter
+	(*ExportEnd)(nil),             // 33: milepost.v1.ExportEnd
+	(*Job)(nil),                   // 34: milepost.v1.Job
 }
 var file_milepost_v1_events_proto_depIdxs = []int32{
 	0,  // 0: milepost.v1.Event.kind:type_name -> milepost.v1.EventKind
-	21, // 1: milepost.v1.Event.metadata:type_name -> google.protobuf.Struct
-	22, // 2: milepost.v1.Event.occurred_at:type_name -> google.protobuf.Timestamp
-	22, // 3: milepost.v1.Event.created_at:type_name -> google.protobuf.Timestamp
-	23, // 4: milepost.v1.Event.status:type_name -> milepost.v1.JobStatus
-	24, // 5: milepost.v1.Event.progress:type_name -> milepost.v1.Progress
+	25, // 1: milepost.v1.Event.metadata:type_name -> google.protobuf.Struct
+	26, // 2: milepost.v1.Event.occurred_at:type_name -> google.protobuf.Timestamp
+	26, // 3: milepost.v1.Event.created_at:type_name -> google.protobuf.Timestamp
+	27, // 4: milepost.v1.Event.status:type_name -> milepost.v1.JobStatus
+	28, // 5: milepost.v1.Event.progress:type_name -> milepost.v1.Progress
 	0,  // 6: milepost.v1.NewEvent.kind:type_name -> milepost.v1.EventKind
-	21, // 7: milepost.v1.NewEvent.metadata:type_name -> google.protobuf.Struct
-	22, // 8: milepost.v1.NewEvent.occurred_at:type_name -> google.protobuf.Timestamp
+	25, // 7: milepost.v1.NewEvent.metadata:type_name -> google.protobuf.Struct
+	26, // 8: milepost.v1.NewEvent.occurred_at:type_name -> google.protobuf.Timestamp
 	3,  // 9: milepost.v1.AppendEventsRequest.events:type_name -> milepost.v1.NewEvent
-	23, // 10: milepost.v1.AppendedEvent.status:type_name -> milepost.v1.JobStatus
-	24, // 11: milepost.v1.AppendedEvent.progress:type_name -> milepost.v1.Progress
+	27, // 10: milepost.v1.AppendedEvent.status:type_name -> milepost.v1.JobStatus
+	28, // 11: milepost.v1.AppendedEvent.progress:type_name -> milepost.v1.Progress
 	5,  // 12: milepost.v1.AppendEventsResponse.events:type_name -> milepost.v1.AppendedEvent
-	22, // 13: milepost.v1.AppendEventsResponse.cancellation_requested_at:type_name -> google.protobuf.Timestamp
+	26, // 13: milepost.v1.AppendEventsResponse.cancellation_requested_at:type_name -> google.protobuf.Timestamp
 	3,  // 14: milepost.v1.PublishEventsRequest.events:type_name -> milepost.v1.NewEvent
 	6,  // 15: milepost.v1.PublishEventsResponse.appended:type_name -> milepost.v1.AppendEventsResponse
-	25, // 16: milepost.v1.PublishEventsResponse.refused:type_name -> google.rpc.Status
+	29, // 16: milepost.v1.PublishEventsResponse.refused:type_name -> google.rpc.Status
 	0,  // 17: milepost.v1.ListEventsRequest.kinds:type_name -> milepost.v1.EventKind
 	2,  // 18: milepost.v1.ListEventsResponse.events:type_name -> milepost.v1.Event
-	20, // 19: milepost.v1.AllJobs.labels:type_name -> milepost.v1.AllJobs.LabelsEntry
+	24, // 19: milepost.v1.AllJobs.labels:type_name -> milepost.v1.AllJobs.LabelsEntry
 	11, // 20: milepost.v1.WatchEventsRequest.all_jobs:type_name -> milepost.v1.AllJobs
 	0,  // 21: milepost.v1.WatchEventsRequest.kinds:type_name -> milepost.v1.EventKind
 	12, // 22: milepost.v1.WatchEventsRequest.from_now:type_name -> milepost.v1.FromNow
-	26, // 23: milepost.v1.WatchEventsRequest.heartbeat_interval:type_name -> google.protobuf.Duration
+	30, // 23: milepost.v1.WatchEventsRequest.heartbeat_interval:type_name -> google.protobuf.Duration
 	15, // 24: milepost.v1.WatchEventsResponse.events:type_name -> milepost.v1.WatchedEvents
 	17, // 25: milepost.v1.WatchEventsResponse.caught_up:type_name -> milepost.v1.CaughtUp
 	18, // 26: milepost.v1.WatchEventsResponse.heartbeat:type_name -> milepost.v1.Heartbeat
 	19, // 27: milepost.v1.WatchEventsResponse.end:type_name -> milepost.v1.WatchEnd
 	2,  // 28: milepost.v1.WatchedEvents.events:type_name -> milepost.v1.Event
-	23, // 29: milepost.v1.JobState.status:type_name -> milepost.v1.JobStatus
-	24, // 30: milepost.v1.JobState.progress:type_name -> milepost.v1.Progress
+	27, // 29: milepost.v1.JobState.status:type_name -> milepost.v1.JobStatus
+	28, // 30: milepost.v1.JobState.progress:type_name -> milepost.v1.Progress
 	16, // 31: milepost.v1.CaughtUp.job:type_name -> milepost.v1.JobState
-	27, // 32: milepost.v1.CaughtUp.steps:type_name -> milepost.v1.StepState
+	31, // 32: milepost.v1.CaughtUp.steps:type_name -> milepost.v1.StepState
 	1,  // 33: milepost.v1.WatchEnd.reason:type_name -> milepost.v1.WatchEndReason
 	16, // 34: milepost.v1.WatchEnd.job:type_name -> milepost.v1.JobState
-	4,  // 35: milepost.v1.EventService.AppendEvents:input_type -> milepost.v1.AppendEventsRequest
-	7,  // 36: milepost.v1.EventService.PublishEvents:input_type -> milepost.v1.PublishEventsRequest
-	9,  // 37: milepost.v1.EventService.ListEvents:input_type -> milepost.v1.ListEventsRequest
-	13, // 38: milepost.v1.EventService.WatchEvents:input_type -> milepost.v1.WatchEventsRequest
-	6,  // 39: milepost.v1.EventService.AppendEvents:output_type -> milepost.v1.AppendEventsResponse
-	8,  // 40: milepost.v1.EventService.PublishEvents:output_type -> milepost.v1.PublishEventsResponse
-	10, // 41: milepost.v1.EventService.ListEvents:output_type -> milepost.v1.ListEventsResponse
-	14, // 42: milepost.v1.EventService.WatchEvents:output_type -> milepost.v1.WatchEventsResponse
-	39, // [39:43] is the sub-list for method output_type
-	35, // [35:39] is the sub-list for method input_type
-	35, // [35:35] is the sub-list for extension type_name
-	35, // [35:35] is the sub-list for extension extendee
-	0,  // [0:35] is the sub-list for field type_name
+	32, // 35: milepost.v1.ExportEventsRequest.filter:type_name -> milepost.v1.JobFilter
+	26, // 36: milepost.v1.ExportEventsRequest.closed_before:type_name -> google.protobuf.Timestamp
+	26, // 37: milepost.v1.ExportEventsRequest.created_from:type_name -> google.protobuf.Timestamp
+	26, // 38: milepost.v1.ExportEventsRequest.created_before:type_name -> google.protobuf.Timestamp
+	0,  // 39: milepost.v1.ExportEventsRequest.kinds:type_name -> milepost.v1.EventKind
+	22, // 40: milepost.v1.ExportEventsResponse.events:type_name -> milepost.v1.ExportedEvents
+	33, // 41: milepost.v1.ExportEventsResponse.end:type_name -> milepost.v1.ExportEnd
+	23, // 42: milepost.v1.ExportedEvents.jobs:type_name -> milepost.v1.EventsOfJob
+	34, // 43: milepost.v1.EventsOfJob.job:type_name -> milepost.v1.Job
+	2,  // 44: milepost.v1.EventsOfJob.events:type_name -> milepost.v1.Event
+	4,  // 45: milepost.v1.EventService.AppendEvents:input_type -> milepost.v1.AppendEventsRequest
+	7,  // 46: milepost.v1.EventService.PublishEvents:input_type -> milepost.v1.PublishEventsRequest
+	9,  // 47: milepost.v1.EventService.ListEvents:input_type -> milepost.v1.ListEventsRequest
+	13, // 48: milepost.v1.EventService.WatchEvents:input_type -> milepost.v1.WatchEventsRequest
+	20, // 49: milepost.v1.EventService.ExportEvents:input_type -> milepost.v1.ExportEventsRequest
+	6,  // 50: milepost.v1.EventService.AppendEvents:output_type -> milepost.v1.AppendEventsResponse
+	8,  // 51: milepost.v1.EventService.PublishEvents:output_type -> milepost.v1.PublishEventsResponse
+	10, // 52: milepost.v1.EventService.ListEvents:output_type -> milepost.v1.ListEventsResponse
+	14, // 53: milepost.v1.EventService.WatchEvents:output_type -> milepost.v1.WatchEventsResponse
+	21, // 54: milepost.v1.EventService.ExportEvents:output_type -> milepost.v1.ExportEventsResponse
+	50, // [50:55] is the sub-list for method output_type
+	45, // [45:50] is the sub-list for method input_type
+	45, // [45:45] is the sub-list for extension type_name
+	45, // [45:45] is the sub-list for extension extendee
+	0,  // [0:45] is the sub-list for field type_name
 }
 
 func init() { file_milepost_v1_events_proto_init() }
@@ -2057,13 +2385,17 @@ func file_milepost_v1_events_proto_init() {
 		(*WatchEventsResponse_Heartbeat)(nil),
 		(*WatchEventsResponse_End)(nil),
 	}
+	file_milepost_v1_events_proto_msgTypes[19].OneofWrappers = []any{
+		(*ExportEventsResponse_Events)(nil),
+		(*ExportEventsResponse_End)(nil),
+	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_milepost_v1_events_proto_rawDesc), len(file_milepost_v1_events_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   19,
+			NumMessages:   23,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

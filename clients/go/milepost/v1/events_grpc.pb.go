@@ -23,6 +23,7 @@ const (
 	EventService_PublishEvents_FullMethodName = "/milepost.v1.EventService/PublishEvents"
 	EventService_ListEvents_FullMethodName    = "/milepost.v1.EventService/ListEvents"
 	EventService_WatchEvents_FullMethodName   = "/milepost.v1.EventService/WatchEvents"
+	EventService_ExportEvents_FullMethodName  = "/milepost.v1.EventService/ExportEvents"
 )
 
 // EventServiceClient is the client API for EventService service.
@@ -126,6 +127,30 @@ type EventServiceClient interface {
 	// the log (POSITION_BEYOND_LOG) and for a token whose events are lost
 	// (LOG_SET_BACK).
 	WatchEvents(ctx context.Context, in *WatchEventsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchEventsResponse], error)
+	// Sends the events of the caller's jobs that match the filter, job by job in the order
+	// of their creation, each with all that tells what it belongs to. It sends the events
+	// that were committed before the first call, so that each export ends. Needs scope
+	// READ.
+	//
+	// First message: `events`, or `end` if there is none.
+	// Order: the events of each job by sequence, those of a kind that is left out excepted.
+	// Duplicates: none within a stream, and none across streams that resume by token.
+	// End: `end` is the last message. A stream without `end` has lost its connection, has
+	// passed the client's deadline, which covers the whole stream, or has failed with the
+	// error in its status.
+	// Resume: keep the `resume_token` of the last message and call again with it and the
+	// same request, on any server.
+	//
+	// Retention: jobs whose events were removed before the first call are left out. If
+	// retention removes meanwhile what is still to be sent, the export ends with
+	// EVENTS_EXPIRED. Export closed jobs before retention comes to them: `closed_before`.
+	//
+	// Errors at the start: NOT_FOUND as ListJobs; INVALID_ARGUMENT, also for a token of
+	// another request; RESOURCE_EXHAUSTED (OVERLOADED) if the user has too many open
+	// streams on this server; OUT_OF_RANGE for a token whose events are lost
+	// (LOG_SET_BACK). Errors later: OUT_OF_RANGE (EVENTS_EXPIRED, LOG_SET_BACK),
+	// UNAVAILABLE (DRAINING).
+	ExportEvents(ctx context.Context, in *ExportEventsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ExportEventsResponse], error)
 }
 
 type eventServiceClient struct {
@@ -187,6 +212,25 @@ func (c *eventServiceClient) WatchEvents(ctx context.Context, in *WatchEventsReq
 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type EventService_WatchEventsClient = grpc.ServerStreamingClient[WatchEventsResponse]
+
+func (c *eventServiceClient) ExportEvents(ctx context.Context, in *ExportEventsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ExportEventsResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &EventService_ServiceDesc.Streams[2], EventService_ExportEvents_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[ExportEventsRequest, ExportEventsResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type EventService_ExportEventsClient = grpc.ServerStreamingClient[ExportEventsResponse]
 
 // EventServiceServer is the server API for EventService service.
 // All implementations must embed UnimplementedEventServiceServer
@@ -289,6 +333,30 @@ type EventServiceServer interface {
 	// the log (POSITION_BEYOND_LOG) and for a token whose events are lost
 	// (LOG_SET_BACK).
 	WatchEvents(*WatchEventsRequest, grpc.ServerStreamingServer[WatchEventsResponse]) error
+	// Sends the events of the caller's jobs that match the filter, job by job in the order
+	// of their creation, each with all that tells what it belongs to. It sends the events
+	// that were committed before the first call, so that each export ends. Needs scope
+	// READ.
+	//
+	// First message: `events`, or `end` if there is none.
+	// Order: the events of each job by sequence, those of a kind that is left out excepted.
+	// Duplicates: none within a stream, and none across streams that resume by token.
+	// End: `end` is the last message. A stream without `end` has lost its connection, has
+	// passed the client's deadline, which covers the whole stream, or has failed with the
+	// error in its status.
+	// Resume: keep the `resume_token` of the last message and call again with it and the
+	// same request, on any server.
+	//
+	// Retention: jobs whose events were removed before the first call are left out. If
+	// retention removes meanwhile what is still to be sent, the export ends with
+	// EVENTS_EXPIRED. Export closed jobs before retention comes to them: `closed_before`.
+	//
+	// Errors at the start: NOT_FOUND as ListJobs; INVALID_ARGUMENT, also for a token of
+	// another request; RESOURCE_EXHAUSTED (OVERLOADED) if the user has too many open
+	// streams on this server; OUT_OF_RANGE for a token whose events are lost
+	// (LOG_SET_BACK). Errors later: OUT_OF_RANGE (EVENTS_EXPIRED, LOG_SET_BACK),
+	// UNAVAILABLE (DRAINING).
+	ExportEvents(*ExportEventsRequest, grpc.ServerStreamingServer[ExportEventsResponse]) error
 	mustEmbedUnimplementedEventServiceServer()
 }
 
@@ -310,6 +378,9 @@ func (UnimplementedEventServiceServer) ListEvents(context.Context, *ListEventsRe
 }
 func (UnimplementedEventServiceServer) WatchEvents(*WatchEventsRequest, grpc.ServerStreamingServer[WatchEventsResponse]) error {
 	return status.Error(codes.Unimplemented, "method WatchEvents not implemented")
+}
+func (UnimplementedEventServiceServer) ExportEvents(*ExportEventsRequest, grpc.ServerStreamingServer[ExportEventsResponse]) error {
+	return status.Error(codes.Unimplemented, "method ExportEvents not implemented")
 }
 func (UnimplementedEventServiceServer) mustEmbedUnimplementedEventServiceServer() {}
 func (UnimplementedEventServiceServer) testEmbeddedByValue()                      {}
@@ -386,6 +457,17 @@ func _EventService_WatchEvents_Handler(srv interface{}, stream grpc.ServerStream
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type EventService_WatchEventsServer = grpc.ServerStreamingServer[WatchEventsResponse]
 
+func _EventService_ExportEvents_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(ExportEventsRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(EventServiceServer).ExportEvents(m, &grpc.GenericServerStream[ExportEventsRequest, ExportEventsResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type EventService_ExportEventsServer = grpc.ServerStreamingServer[ExportEventsResponse]
+
 // EventService_ServiceDesc is the grpc.ServiceDesc for EventService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -412,6 +494,11 @@ var EventService_ServiceDesc = grpc.ServiceDesc{
 		{
 			StreamName:    "WatchEvents",
 			Handler:       _EventService_WatchEvents_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "ExportEvents",
+			Handler:       _EventService_ExportEvents_Handler,
 			ServerStreams: true,
 		},
 	},

@@ -216,6 +216,124 @@ func (JobOpenness) EnumDescriptor() ([]byte, []int) {
 	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{2}
 }
 
+// A period by which jobs are counted.
+type SummaryPeriod int32
+
+const (
+	// Not a period; INVALID_ARGUMENT in a request.
+	SummaryPeriod_SUMMARY_PERIOD_UNSPECIFIED SummaryPeriod = 0
+	// From midnight to midnight.
+	SummaryPeriod_SUMMARY_PERIOD_DAY SummaryPeriod = 1
+	// From Monday to Sunday.
+	SummaryPeriod_SUMMARY_PERIOD_WEEK SummaryPeriod = 2
+	// A month of the calendar.
+	SummaryPeriod_SUMMARY_PERIOD_MONTH SummaryPeriod = 3
+	// A year of the calendar.
+	SummaryPeriod_SUMMARY_PERIOD_YEAR SummaryPeriod = 4
+)
+
+// Enum value maps for SummaryPeriod.
+var (
+	SummaryPeriod_name = map[int32]string{
+		0: "SUMMARY_PERIOD_UNSPECIFIED",
+		1: "SUMMARY_PERIOD_DAY",
+		2: "SUMMARY_PERIOD_WEEK",
+		3: "SUMMARY_PERIOD_MONTH",
+		4: "SUMMARY_PERIOD_YEAR",
+	}
+	SummaryPeriod_value = map[string]int32{
+		"SUMMARY_PERIOD_UNSPECIFIED": 0,
+		"SUMMARY_PERIOD_DAY":         1,
+		"SUMMARY_PERIOD_WEEK":        2,
+		"SUMMARY_PERIOD_MONTH":       3,
+		"SUMMARY_PERIOD_YEAR":        4,
+	}
+)
+
+func (x SummaryPeriod) Enum() *SummaryPeriod {
+	p := new(SummaryPeriod)
+	*p = x
+	return p
+}
+
+func (x SummaryPeriod) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (SummaryPeriod) Descriptor() protoreflect.EnumDescriptor {
+	return file_milepost_v1_jobs_proto_enumTypes[3].Descriptor()
+}
+
+func (SummaryPeriod) Type() protoreflect.EnumType {
+	return &file_milepost_v1_jobs_proto_enumTypes[3]
+}
+
+func (x SummaryPeriod) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use SummaryPeriod.Descriptor instead.
+func (SummaryPeriod) EnumDescriptor() ([]byte, []int) {
+	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{3}
+}
+
+// What jobs have in common that are counted together.
+type SummaryAttribute int32
+
+const (
+	// Not an attribute; INVALID_ARGUMENT in a request.
+	SummaryAttribute_SUMMARY_ATTRIBUTE_UNSPECIFIED SummaryAttribute = 0
+	// The configuration tag.
+	SummaryAttribute_SUMMARY_ATTRIBUTE_CONFIGURATION SummaryAttribute = 1
+	// The status.
+	SummaryAttribute_SUMMARY_ATTRIBUTE_STATUS SummaryAttribute = 2
+	// The other party: for a provider the customer, for a customer the provider.
+	SummaryAttribute_SUMMARY_ATTRIBUTE_COUNTERPART SummaryAttribute = 3
+)
+
+// Enum value maps for SummaryAttribute.
+var (
+	SummaryAttribute_name = map[int32]string{
+		0: "SUMMARY_ATTRIBUTE_UNSPECIFIED",
+		1: "SUMMARY_ATTRIBUTE_CONFIGURATION",
+		2: "SUMMARY_ATTRIBUTE_STATUS",
+		3: "SUMMARY_ATTRIBUTE_COUNTERPART",
+	}
+	SummaryAttribute_value = map[string]int32{
+		"SUMMARY_ATTRIBUTE_UNSPECIFIED":   0,
+		"SUMMARY_ATTRIBUTE_CONFIGURATION": 1,
+		"SUMMARY_ATTRIBUTE_STATUS":        2,
+		"SUMMARY_ATTRIBUTE_COUNTERPART":   3,
+	}
+)
+
+func (x SummaryAttribute) Enum() *SummaryAttribute {
+	p := new(SummaryAttribute)
+	*p = x
+	return p
+}
+
+func (x SummaryAttribute) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (SummaryAttribute) Descriptor() protoreflect.EnumDescriptor {
+	return file_milepost_v1_jobs_proto_enumTypes[4].Descriptor()
+}
+
+func (SummaryAttribute) Type() protoreflect.EnumType {
+	return &file_milepost_v1_jobs_proto_enumTypes[4]
+}
+
+func (x SummaryAttribute) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use SummaryAttribute.Descriptor instead.
+func (SummaryAttribute) EnumDescriptor() ([]byte, []int) {
+	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{4}
+}
+
 // Why there is no estimate.
 type NoEstimateReason int32
 
@@ -253,11 +371,11 @@ func (x NoEstimateReason) String() string {
 }
 
 func (NoEstimateReason) Descriptor() protoreflect.EnumDescriptor {
-	return file_milepost_v1_jobs_proto_enumTypes[3].Descriptor()
+	return file_milepost_v1_jobs_proto_enumTypes[5].Descriptor()
 }
 
 func (NoEstimateReason) Type() protoreflect.EnumType {
-	return &file_milepost_v1_jobs_proto_enumTypes[3]
+	return &file_milepost_v1_jobs_proto_enumTypes[5]
 }
 
 func (x NoEstimateReason) Number() protoreflect.EnumNumber {
@@ -266,7 +384,7 @@ func (x NoEstimateReason) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use NoEstimateReason.Descriptor instead.
 func (NoEstimateReason) EnumDescriptor() ([]byte, []int) {
-	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{3}
+	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{5}
 }
 
 // The progress of a job.
@@ -1301,6 +1419,745 @@ func (x *ListJobsResponse) GetNextPageToken() string {
 	return ""
 }
 
+// Which jobs to count, and by what.
+type SummarizeJobsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Which jobs to count. Absent: all.
+	Filter *JobFilter `protobuf:"bytes,1,opt,name=filter,proto3" json:"filter,omitempty"`
+	// What makes the groups. Absent: there are none, only the total.
+	//
+	// Types that are valid to be assigned to GroupBy:
+	//
+	//	*SummarizeJobsRequest_Period
+	//	*SummarizeJobsRequest_Attribute
+	//	*SummarizeJobsRequest_LabelKey
+	GroupBy isSummarizeJobsRequest_GroupBy `protobuf_oneof:"group_by"`
+	// An IANA time zone, such as Europe/Vienna, by which periods begin. Empty: UTC. Only
+	// for `period`, otherwise INVALID_ARGUMENT.
+	TimeZone string `protobuf:"bytes,5,opt,name=time_zone,json=timeZone,proto3" json:"time_zone,omitempty"`
+	// Most groups of the page: default 50, cut to 500, negative INVALID_ARGUMENT.
+	PageSize int32 `protobuf:"varint,6,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	// The `next_page_token` of the previous page, with the same filter, groups and time
+	// zone. Empty: the first page. Each page counts anew.
+	PageToken     string `protobuf:"bytes,7,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SummarizeJobsRequest) Reset() {
+	*x = SummarizeJobsRequest{}
+	mi := &file_milepost_v1_jobs_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SummarizeJobsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SummarizeJobsRequest) ProtoMessage() {}
+
+func (x *SummarizeJobsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_milepost_v1_jobs_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SummarizeJobsRequest.ProtoReflect.Descriptor instead.
+func (*SummarizeJobsRequest) Descriptor() ([]byte, []int) {
+	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *SummarizeJobsRequest) GetFilter() *JobFilter {
+	if x != nil {
+		return x.Filter
+	}
+	return nil
+}
+
+func (x *SummarizeJobsRequest) GetGroupBy() isSummarizeJobsRequest_GroupBy {
+	if x != nil {
+		return x.GroupBy
+	}
+	return nil
+}
+
+func (x *SummarizeJobsRequest) GetPeriod() SummaryPeriod {
+	if x != nil {
+		if x, ok := x.GroupBy.(*SummarizeJobsRequest_Period); ok {
+			return x.Period
+		}
+	}
+	return SummaryPeriod_SUMMARY_PERIOD_UNSPECIFIED
+}
+
+func (x *SummarizeJobsRequest) GetAttribute() SummaryAttribute {
+	if x != nil {
+		if x, ok := x.GroupBy.(*SummarizeJobsRequest_Attribute); ok {
+			return x.Attribute
+		}
+	}
+	return SummaryAttribute_SUMMARY_ATTRIBUTE_UNSPECIFIED
+}
+
+func (x *SummarizeJobsRequest) GetLabelKey() string {
+	if x != nil {
+		if x, ok := x.GroupBy.(*SummarizeJobsRequest_LabelKey); ok {
+			return x.LabelKey
+		}
+	}
+	return ""
+}
+
+func (x *SummarizeJobsRequest) GetTimeZone() string {
+	if x != nil {
+		return x.TimeZone
+	}
+	return ""
+}
+
+func (x *SummarizeJobsRequest) GetPageSize() int32 {
+	if x != nil {
+		return x.PageSize
+	}
+	return 0
+}
+
+func (x *SummarizeJobsRequest) GetPageToken() string {
+	if x != nil {
+		return x.PageToken
+	}
+	return ""
+}
+
+type isSummarizeJobsRequest_GroupBy interface {
+	isSummarizeJobsRequest_GroupBy()
+}
+
+type SummarizeJobsRequest_Period struct {
+	// The period in which the job was created, by `time_zone`.
+	Period SummaryPeriod `protobuf:"varint,2,opt,name=period,proto3,enum=milepost.v1.SummaryPeriod,oneof"`
+}
+
+type SummarizeJobsRequest_Attribute struct {
+	// An attribute of the job.
+	Attribute SummaryAttribute `protobuf:"varint,3,opt,name=attribute,proto3,enum=milepost.v1.SummaryAttribute,oneof"`
+}
+
+type SummarizeJobsRequest_LabelKey struct {
+	// The value of the label with this key. Jobs without it are a group, too.
+	LabelKey string `protobuf:"bytes,4,opt,name=label_key,json=labelKey,proto3,oneof"`
+}
+
+func (*SummarizeJobsRequest_Period) isSummarizeJobsRequest_GroupBy() {}
+
+func (*SummarizeJobsRequest_Attribute) isSummarizeJobsRequest_GroupBy() {}
+
+func (*SummarizeJobsRequest_LabelKey) isSummarizeJobsRequest_GroupBy() {}
+
+// Counted jobs.
+type SummarizeJobsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Groups with at least one job. Periods are in the order of time, statuses in that of
+	// the enum's names, all others in the order of bytes; the jobs without the label come
+	// first.
+	Groups []*JobGroup `protobuf:"bytes,1,rep,name=groups,proto3" json:"groups,omitempty"`
+	// The `page_token` of the next page. Empty: there is no next page.
+	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
+	// All jobs that match the filter, whatever page it is.
+	Total         *JobFigures `protobuf:"bytes,3,opt,name=total,proto3" json:"total,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SummarizeJobsResponse) Reset() {
+	*x = SummarizeJobsResponse{}
+	mi := &file_milepost_v1_jobs_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SummarizeJobsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SummarizeJobsResponse) ProtoMessage() {}
+
+func (x *SummarizeJobsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_milepost_v1_jobs_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SummarizeJobsResponse.ProtoReflect.Descriptor instead.
+func (*SummarizeJobsResponse) Descriptor() ([]byte, []int) {
+	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *SummarizeJobsResponse) GetGroups() []*JobGroup {
+	if x != nil {
+		return x.Groups
+	}
+	return nil
+}
+
+func (x *SummarizeJobsResponse) GetNextPageToken() string {
+	if x != nil {
+		return x.NextPageToken
+	}
+	return ""
+}
+
+func (x *SummarizeJobsResponse) GetTotal() *JobFigures {
+	if x != nil {
+		return x.Total
+	}
+	return nil
+}
+
+// The jobs of a group.
+type JobGroup struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What the jobs have in common. Absent: these jobs do not have the label.
+	//
+	// Types that are valid to be assigned to Key:
+	//
+	//	*JobGroup_PeriodStart
+	//	*JobGroup_ConfigurationTag
+	//	*JobGroup_Status
+	//	*JobGroup_Counterpart
+	//	*JobGroup_LabelValue
+	Key isJobGroup_Key `protobuf_oneof:"key"`
+	// The figures of these jobs.
+	Figures       *JobFigures `protobuf:"bytes,6,opt,name=figures,proto3" json:"figures,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *JobGroup) Reset() {
+	*x = JobGroup{}
+	mi := &file_milepost_v1_jobs_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *JobGroup) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*JobGroup) ProtoMessage() {}
+
+func (x *JobGroup) ProtoReflect() protoreflect.Message {
+	mi := &file_milepost_v1_jobs_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use JobGroup.ProtoReflect.Descriptor instead.
+func (*JobGroup) Descriptor() ([]byte, []int) {
+	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *JobGroup) GetKey() isJobGroup_Key {
+	if x != nil {
+		return x.Key
+	}
+	return nil
+}
+
+func (x *JobGroup) GetPeriodStart() *timestamppb.Timestamp {
+	if x != nil {
+		if x, ok := x.Key.(*JobGroup_PeriodStart); ok {
+			return x.PeriodStart
+		}
+	}
+	return nil
+}
+
+func (x *JobGroup) GetConfigurationTag() string {
+	if x != nil {
+		if x, ok := x.Key.(*JobGroup_ConfigurationTag); ok {
+			return x.ConfigurationTag
+		}
+	}
+	return ""
+}
+
+func (x *JobGroup) GetStatus() JobStatus {
+	if x != nil {
+		if x, ok := x.Key.(*JobGroup_Status); ok {
+			return x.Status
+		}
+	}
+	return JobStatus_JOB_STATUS_UNSPECIFIED
+}
+
+func (x *JobGroup) GetCounterpart() *Party {
+	if x != nil {
+		if x, ok := x.Key.(*JobGroup_Counterpart); ok {
+			return x.Counterpart
+		}
+	}
+	return nil
+}
+
+func (x *JobGroup) GetLabelValue() string {
+	if x != nil {
+		if x, ok := x.Key.(*JobGroup_LabelValue); ok {
+			return x.LabelValue
+		}
+	}
+	return ""
+}
+
+func (x *JobGroup) GetFigures() *JobFigures {
+	if x != nil {
+		return x.Figures
+	}
+	return nil
+}
+
+type isJobGroup_Key interface {
+	isJobGroup_Key()
+}
+
+type JobGroup_PeriodStart struct {
+	// When the period begins.
+	PeriodStart *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=period_start,json=periodStart,proto3,oneof"`
+}
+
+type JobGroup_ConfigurationTag struct {
+	// The configuration tag.
+	ConfigurationTag string `protobuf:"bytes,2,opt,name=configuration_tag,json=configurationTag,proto3,oneof"`
+}
+
+type JobGroup_Status struct {
+	// The status.
+	Status JobStatus `protobuf:"varint,3,opt,name=status,proto3,enum=milepost.v1.JobStatus,oneof"`
+}
+
+type JobGroup_Counterpart struct {
+	// The other party.
+	Counterpart *Party `protobuf:"bytes,4,opt,name=counterpart,proto3,oneof"`
+}
+
+type JobGroup_LabelValue struct {
+	// The value of the label.
+	LabelValue string `protobuf:"bytes,5,opt,name=label_value,json=labelValue,proto3,oneof"`
+}
+
+func (*JobGroup_PeriodStart) isJobGroup_Key() {}
+
+func (*JobGroup_ConfigurationTag) isJobGroup_Key() {}
+
+func (*JobGroup_Status) isJobGroup_Key() {}
+
+func (*JobGroup_Counterpart) isJobGroup_Key() {}
+
+func (*JobGroup_LabelValue) isJobGroup_Key() {}
+
+// The figures of some jobs.
+type JobFigures struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// How many jobs there are.
+	Jobs int64 `protobuf:"varint,1,opt,name=jobs,proto3" json:"jobs,omitempty"`
+	// How many of them have each status, without those that none has.
+	Statuses []*StatusCount `protobuf:"bytes,2,rep,name=statuses,proto3" json:"statuses,omitempty"`
+	// The median of the time from creation to completion of those that are complete.
+	// Absent: none is complete.
+	MedianDuration *durationpb.Duration `protobuf:"bytes,3,opt,name=median_duration,json=medianDuration,proto3" json:"median_duration,omitempty"`
+	// The 90th percentile of the same time.
+	P90Duration   *durationpb.Duration `protobuf:"bytes,4,opt,name=p90_duration,json=p90Duration,proto3" json:"p90_duration,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *JobFigures) Reset() {
+	*x = JobFigures{}
+	mi := &file_milepost_v1_jobs_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *JobFigures) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*JobFigures) ProtoMessage() {}
+
+func (x *JobFigures) ProtoReflect() protoreflect.Message {
+	mi := &file_milepost_v1_jobs_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use JobFigures.ProtoReflect.Descriptor instead.
+func (*JobFigures) Descriptor() ([]byte, []int) {
+	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *JobFigures) GetJobs() int64 {
+	if x != nil {
+		return x.Jobs
+	}
+	return 0
+}
+
+func (x *JobFigures) GetStatuses() []*StatusCount {
+	if x != nil {
+		return x.Statuses
+	}
+	return nil
+}
+
+func (x *JobFigures) GetMedianDuration() *durationpb.Duration {
+	if x != nil {
+		return x.MedianDuration
+	}
+	return nil
+}
+
+func (x *JobFigures) GetP90Duration() *durationpb.Duration {
+	if x != nil {
+		return x.P90Duration
+	}
+	return nil
+}
+
+// How many jobs have a status.
+type StatusCount struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The status.
+	Status JobStatus `protobuf:"varint,1,opt,name=status,proto3,enum=milepost.v1.JobStatus" json:"status,omitempty"`
+	// How many jobs.
+	Jobs          int64 `protobuf:"varint,2,opt,name=jobs,proto3" json:"jobs,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StatusCount) Reset() {
+	*x = StatusCount{}
+	mi := &file_milepost_v1_jobs_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StatusCount) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StatusCount) ProtoMessage() {}
+
+func (x *StatusCount) ProtoReflect() protoreflect.Message {
+	mi := &file_milepost_v1_jobs_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StatusCount.ProtoReflect.Descriptor instead.
+func (*StatusCount) Descriptor() ([]byte, []int) {
+	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *StatusCount) GetStatus() JobStatus {
+	if x != nil {
+		return x.Status
+	}
+	return JobStatus_JOB_STATUS_UNSPECIFIED
+}
+
+func (x *StatusCount) GetJobs() int64 {
+	if x != nil {
+		return x.Jobs
+	}
+	return 0
+}
+
+// The jobs to export.
+type ExportJobsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Which jobs. Absent: all.
+	Filter *JobFilter `protobuf:"bytes,1,opt,name=filter,proto3" json:"filter,omitempty"`
+	// Only jobs that were closed before this time. Absent: open jobs as well.
+	ClosedBefore *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=closed_before,json=closedBefore,proto3" json:"closed_before,omitempty"`
+	// Exactly after the message that carried this token, of an export by the same request.
+	// Empty: from the first job.
+	ResumeToken   string `protobuf:"bytes,3,opt,name=resume_token,json=resumeToken,proto3" json:"resume_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExportJobsRequest) Reset() {
+	*x = ExportJobsRequest{}
+	mi := &file_milepost_v1_jobs_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExportJobsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExportJobsRequest) ProtoMessage() {}
+
+func (x *ExportJobsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_milepost_v1_jobs_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExportJobsRequest.ProtoReflect.Descriptor instead.
+func (*ExportJobsRequest) Descriptor() ([]byte, []int) {
+	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *ExportJobsRequest) GetFilter() *JobFilter {
+	if x != nil {
+		return x.Filter
+	}
+	return nil
+}
+
+func (x *ExportJobsRequest) GetClosedBefore() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ClosedBefore
+	}
+	return nil
+}
+
+func (x *ExportJobsRequest) GetResumeToken() string {
+	if x != nil {
+		return x.ResumeToken
+	}
+	return ""
+}
+
+// A message of an export of jobs.
+type ExportJobsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Continues the export exactly after this message. Opaque; at most 200 characters. It
+	// is not a credential.
+	ResumeToken string `protobuf:"bytes,1,opt,name=resume_token,json=resumeToken,proto3" json:"resume_token,omitempty"`
+	// The content of the message.
+	//
+	// Types that are valid to be assigned to Message:
+	//
+	//	*ExportJobsResponse_Jobs
+	//	*ExportJobsResponse_End
+	Message       isExportJobsResponse_Message `protobuf_oneof:"message"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExportJobsResponse) Reset() {
+	*x = ExportJobsResponse{}
+	mi := &file_milepost_v1_jobs_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExportJobsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExportJobsResponse) ProtoMessage() {}
+
+func (x *ExportJobsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_milepost_v1_jobs_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExportJobsResponse.ProtoReflect.Descriptor instead.
+func (*ExportJobsResponse) Descriptor() ([]byte, []int) {
+	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *ExportJobsResponse) GetResumeToken() string {
+	if x != nil {
+		return x.ResumeToken
+	}
+	return ""
+}
+
+func (x *ExportJobsResponse) GetMessage() isExportJobsResponse_Message {
+	if x != nil {
+		return x.Message
+	}
+	return nil
+}
+
+func (x *ExportJobsResponse) GetJobs() *ExportedJobs {
+	if x != nil {
+		if x, ok := x.Message.(*ExportJobsResponse_Jobs); ok {
+			return x.Jobs
+		}
+	}
+	return nil
+}
+
+func (x *ExportJobsResponse) GetEnd() *ExportEnd {
+	if x != nil {
+		if x, ok := x.Message.(*ExportJobsResponse_End); ok {
+			return x.End
+		}
+	}
+	return nil
+}
+
+type isExportJobsResponse_Message interface {
+	isExportJobsResponse_Message()
+}
+
+type ExportJobsResponse_Jobs struct {
+	// Jobs.
+	Jobs *ExportedJobs `protobuf:"bytes,2,opt,name=jobs,proto3,oneof"`
+}
+
+type ExportJobsResponse_End struct {
+	// The last message.
+	End *ExportEnd `protobuf:"bytes,3,opt,name=end,proto3,oneof"`
+}
+
+func (*ExportJobsResponse_Jobs) isExportJobsResponse_Message() {}
+
+func (*ExportJobsResponse_End) isExportJobsResponse_Message() {}
+
+// One or more jobs; at most 1 MiB.
+type ExportedJobs struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// In the order of their creation.
+	Jobs          []*Job `protobuf:"bytes,1,rep,name=jobs,proto3" json:"jobs,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExportedJobs) Reset() {
+	*x = ExportedJobs{}
+	mi := &file_milepost_v1_jobs_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExportedJobs) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExportedJobs) ProtoMessage() {}
+
+func (x *ExportedJobs) ProtoReflect() protoreflect.Message {
+	mi := &file_milepost_v1_jobs_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExportedJobs.ProtoReflect.Descriptor instead.
+func (*ExportedJobs) Descriptor() ([]byte, []int) {
+	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *ExportedJobs) GetJobs() []*Job {
+	if x != nil {
+		return x.Jobs
+	}
+	return nil
+}
+
+// The end of an export.
+type ExportEnd struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// How many jobs or events were exported in all, also by the streams before that this
+	// one resumed.
+	Count         int64 `protobuf:"varint,1,opt,name=count,proto3" json:"count,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExportEnd) Reset() {
+	*x = ExportEnd{}
+	mi := &file_milepost_v1_jobs_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExportEnd) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExportEnd) ProtoMessage() {}
+
+func (x *ExportEnd) ProtoReflect() protoreflect.Message {
+	mi := &file_milepost_v1_jobs_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExportEnd.ProtoReflect.Descriptor instead.
+func (*ExportEnd) Descriptor() ([]byte, []int) {
+	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *ExportEnd) GetCount() int64 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
 // The job to close.
 type CloseJobRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1319,7 +2176,7 @@ type CloseJobRequest struct {
 
 func (x *CloseJobRequest) Reset() {
 	*x = CloseJobRequest{}
-	mi := &file_milepost_v1_jobs_proto_msgTypes[11]
+	mi := &file_milepost_v1_jobs_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1331,7 +2188,7 @@ func (x *CloseJobRequest) String() string {
 func (*CloseJobRequest) ProtoMessage() {}
 
 func (x *CloseJobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_milepost_v1_jobs_proto_msgTypes[11]
+	mi := &file_milepost_v1_jobs_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1344,7 +2201,7 @@ func (x *CloseJobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseJobRequest.ProtoReflect.Descriptor instead.
 func (*CloseJobRequest) Descriptor() ([]byte, []int) {
-	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{11}
+	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *CloseJobRequest) GetJob() isCloseJobRequest_Job {
@@ -1410,7 +2267,7 @@ type CloseJobResponse struct {
 
 func (x *CloseJobResponse) Reset() {
 	*x = CloseJobResponse{}
-	mi := &file_milepost_v1_jobs_proto_msgTypes[12]
+	mi := &file_milepost_v1_jobs_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1422,7 +2279,7 @@ func (x *CloseJobResponse) String() string {
 func (*CloseJobResponse) ProtoMessage() {}
 
 func (x *CloseJobResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_milepost_v1_jobs_proto_msgTypes[12]
+	mi := &file_milepost_v1_jobs_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1435,7 +2292,7 @@ func (x *CloseJobResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseJobResponse.ProtoReflect.Descriptor instead.
 func (*CloseJobResponse) Descriptor() ([]byte, []int) {
-	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{12}
+	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *CloseJobResponse) GetJob() *Job {
@@ -1466,7 +2323,7 @@ type RequestCancellationRequest struct {
 
 func (x *RequestCancellationRequest) Reset() {
 	*x = RequestCancellationRequest{}
-	mi := &file_milepost_v1_jobs_proto_msgTypes[13]
+	mi := &file_milepost_v1_jobs_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1478,7 +2335,7 @@ func (x *RequestCancellationRequest) String() string {
 func (*RequestCancellationRequest) ProtoMessage() {}
 
 func (x *RequestCancellationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_milepost_v1_jobs_proto_msgTypes[13]
+	mi := &file_milepost_v1_jobs_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1491,7 +2348,7 @@ func (x *RequestCancellationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RequestCancellationRequest.ProtoReflect.Descriptor instead.
 func (*RequestCancellationRequest) Descriptor() ([]byte, []int) {
-	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{13}
+	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *RequestCancellationRequest) GetJobId() string {
@@ -1521,7 +2378,7 @@ type RequestCancellationResponse struct {
 
 func (x *RequestCancellationResponse) Reset() {
 	*x = RequestCancellationResponse{}
-	mi := &file_milepost_v1_jobs_proto_msgTypes[14]
+	mi := &file_milepost_v1_jobs_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1533,7 +2390,7 @@ func (x *RequestCancellationResponse) String() string {
 func (*RequestCancellationResponse) ProtoMessage() {}
 
 func (x *RequestCancellationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_milepost_v1_jobs_proto_msgTypes[14]
+	mi := &file_milepost_v1_jobs_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1546,7 +2403,7 @@ func (x *RequestCancellationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RequestCancellationResponse.ProtoReflect.Descriptor instead.
 func (*RequestCancellationResponse) Descriptor() ([]byte, []int) {
-	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{14}
+	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *RequestCancellationResponse) GetJob() *Job {
@@ -1581,7 +2438,7 @@ type HoldJobRequest struct {
 
 func (x *HoldJobRequest) Reset() {
 	*x = HoldJobRequest{}
-	mi := &file_milepost_v1_jobs_proto_msgTypes[15]
+	mi := &file_milepost_v1_jobs_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1593,7 +2450,7 @@ func (x *HoldJobRequest) String() string {
 func (*HoldJobRequest) ProtoMessage() {}
 
 func (x *HoldJobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_milepost_v1_jobs_proto_msgTypes[15]
+	mi := &file_milepost_v1_jobs_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1606,7 +2463,7 @@ func (x *HoldJobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HoldJobRequest.ProtoReflect.Descriptor instead.
 func (*HoldJobRequest) Descriptor() ([]byte, []int) {
-	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{15}
+	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *HoldJobRequest) GetJob() isHoldJobRequest_Job {
@@ -1672,7 +2529,7 @@ type HoldJobResponse struct {
 
 func (x *HoldJobResponse) Reset() {
 	*x = HoldJobResponse{}
-	mi := &file_milepost_v1_jobs_proto_msgTypes[16]
+	mi := &file_milepost_v1_jobs_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1684,7 +2541,7 @@ func (x *HoldJobResponse) String() string {
 func (*HoldJobResponse) ProtoMessage() {}
 
 func (x *HoldJobResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_milepost_v1_jobs_proto_msgTypes[16]
+	mi := &file_milepost_v1_jobs_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1697,7 +2554,7 @@ func (x *HoldJobResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HoldJobResponse.ProtoReflect.Descriptor instead.
 func (*HoldJobResponse) Descriptor() ([]byte, []int) {
-	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{16}
+	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *HoldJobResponse) GetJob() *Job {
@@ -1730,7 +2587,7 @@ type EstimateJobRequest struct {
 
 func (x *EstimateJobRequest) Reset() {
 	*x = EstimateJobRequest{}
-	mi := &file_milepost_v1_jobs_proto_msgTypes[17]
+	mi := &file_milepost_v1_jobs_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1742,7 +2599,7 @@ func (x *EstimateJobRequest) String() string {
 func (*EstimateJobRequest) ProtoMessage() {}
 
 func (x *EstimateJobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_milepost_v1_jobs_proto_msgTypes[17]
+	mi := &file_milepost_v1_jobs_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1755,7 +2612,7 @@ func (x *EstimateJobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EstimateJobRequest.ProtoReflect.Descriptor instead.
 func (*EstimateJobRequest) Descriptor() ([]byte, []int) {
-	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{17}
+	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *EstimateJobRequest) GetJob() isEstimateJobRequest_Job {
@@ -1824,7 +2681,7 @@ type EstimateJobResponse struct {
 
 func (x *EstimateJobResponse) Reset() {
 	*x = EstimateJobResponse{}
-	mi := &file_milepost_v1_jobs_proto_msgTypes[18]
+	mi := &file_milepost_v1_jobs_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1836,7 +2693,7 @@ func (x *EstimateJobResponse) String() string {
 func (*EstimateJobResponse) ProtoMessage() {}
 
 func (x *EstimateJobResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_milepost_v1_jobs_proto_msgTypes[18]
+	mi := &file_milepost_v1_jobs_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1849,7 +2706,7 @@ func (x *EstimateJobResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EstimateJobResponse.ProtoReflect.Descriptor instead.
 func (*EstimateJobResponse) Descriptor() ([]byte, []int) {
-	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{18}
+	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *EstimateJobResponse) GetOutcome() isEstimateJobResponse_Outcome {
@@ -1922,7 +2779,7 @@ type Estimate struct {
 
 func (x *Estimate) Reset() {
 	*x = Estimate{}
-	mi := &file_milepost_v1_jobs_proto_msgTypes[19]
+	mi := &file_milepost_v1_jobs_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1934,7 +2791,7 @@ func (x *Estimate) String() string {
 func (*Estimate) ProtoMessage() {}
 
 func (x *Estimate) ProtoReflect() protoreflect.Message {
-	mi := &file_milepost_v1_jobs_proto_msgTypes[19]
+	mi := &file_milepost_v1_jobs_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1947,7 +2804,7 @@ func (x *Estimate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Estimate.ProtoReflect.Descriptor instead.
 func (*Estimate) Descriptor() ([]byte, []int) {
-	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{19}
+	return file_milepost_v1_jobs_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Estimate) GetP50() *timestamppb.Timestamp {
@@ -2061,7 +2918,53 @@ const file_milepost_v1_jobs_proto_rawDesc = "" +
 	"page_token\x18\x03 \x01(\tR\tpageToken\"`\n" +
 	"\x10ListJobsResponse\x12$\n" +
 	"\x04jobs\x18\x01 \x03(\v2\x10.milepost.v1.JobR\x04jobs\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"s\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xbf\x02\n" +
+	"\x14SummarizeJobsRequest\x12.\n" +
+	"\x06filter\x18\x01 \x01(\v2\x16.milepost.v1.JobFilterR\x06filter\x124\n" +
+	"\x06period\x18\x02 \x01(\x0e2\x1a.milepost.v1.SummaryPeriodH\x00R\x06period\x12=\n" +
+	"\tattribute\x18\x03 \x01(\x0e2\x1d.milepost.v1.SummaryAttributeH\x00R\tattribute\x12\x1d\n" +
+	"\tlabel_key\x18\x04 \x01(\tH\x00R\blabelKey\x12\x1b\n" +
+	"\ttime_zone\x18\x05 \x01(\tR\btimeZone\x12\x1b\n" +
+	"\tpage_size\x18\x06 \x01(\x05R\bpageSize\x12\x1d\n" +
+	"\n" +
+	"page_token\x18\a \x01(\tR\tpageTokenB\n" +
+	"\n" +
+	"\bgroup_by\"\x9d\x01\n" +
+	"\x15SummarizeJobsResponse\x12-\n" +
+	"\x06groups\x18\x01 \x03(\v2\x15.milepost.v1.JobGroupR\x06groups\x12&\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\x12-\n" +
+	"\x05total\x18\x03 \x01(\v2\x17.milepost.v1.JobFiguresR\x05total\"\xc1\x02\n" +
+	"\bJobGroup\x12?\n" +
+	"\fperiod_start\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampH\x00R\vperiodStart\x12-\n" +
+	"\x11configuration_tag\x18\x02 \x01(\tH\x00R\x10configurationTag\x120\n" +
+	"\x06status\x18\x03 \x01(\x0e2\x16.milepost.v1.JobStatusH\x00R\x06status\x126\n" +
+	"\vcounterpart\x18\x04 \x01(\v2\x12.milepost.v1.PartyH\x00R\vcounterpart\x12!\n" +
+	"\vlabel_value\x18\x05 \x01(\tH\x00R\n" +
+	"labelValue\x121\n" +
+	"\afigures\x18\x06 \x01(\v2\x17.milepost.v1.JobFiguresR\afiguresB\x05\n" +
+	"\x03key\"\xd8\x01\n" +
+	"\n" +
+	"JobFigures\x12\x12\n" +
+	"\x04jobs\x18\x01 \x01(\x03R\x04jobs\x124\n" +
+	"\bstatuses\x18\x02 \x03(\v2\x18.milepost.v1.StatusCountR\bstatuses\x12B\n" +
+	"\x0fmedian_duration\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x0emedianDuration\x12<\n" +
+	"\fp90_duration\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\vp90Duration\"Q\n" +
+	"\vStatusCount\x12.\n" +
+	"\x06status\x18\x01 \x01(\x0e2\x16.milepost.v1.JobStatusR\x06status\x12\x12\n" +
+	"\x04jobs\x18\x02 \x01(\x03R\x04jobs\"\xa7\x01\n" +
+	"\x11ExportJobsRequest\x12.\n" +
+	"\x06filter\x18\x01 \x01(\v2\x16.milepost.v1.JobFilterR\x06filter\x12?\n" +
+	"\rclosed_before\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\fclosedBefore\x12!\n" +
+	"\fresume_token\x18\x03 \x01(\tR\vresumeToken\"\x9f\x01\n" +
+	"\x12ExportJobsResponse\x12!\n" +
+	"\fresume_token\x18\x01 \x01(\tR\vresumeToken\x12/\n" +
+	"\x04jobs\x18\x02 \x01(\v2\x19.milepost.v1.ExportedJobsH\x00R\x04jobs\x12*\n" +
+	"\x03end\x18\x03 \x01(\v2\x16.milepost.v1.ExportEndH\x00R\x03endB\t\n" +
+	"\amessage\"4\n" +
+	"\fExportedJobs\x12$\n" +
+	"\x04jobs\x18\x01 \x03(\v2\x10.milepost.v1.JobR\x04jobs\"!\n" +
+	"\tExportEnd\x12\x14\n" +
+	"\x05count\x18\x01 \x01(\x03R\x05count\"s\n" +
 	"\x0fCloseJobRequest\x12\x17\n" +
 	"\x06job_id\x18\x01 \x01(\tH\x00R\x05jobId\x12(\n" +
 	"\x0fprovider_job_id\x18\x02 \x01(\tH\x00R\rproviderJobId\x12\x16\n" +
@@ -2115,11 +3018,22 @@ const file_milepost_v1_jobs_proto_rawDesc = "" +
 	"\vJobOpenness\x12\x1c\n" +
 	"\x18JOB_OPENNESS_UNSPECIFIED\x10\x00\x12\x15\n" +
 	"\x11JOB_OPENNESS_OPEN\x10\x01\x12\x17\n" +
-	"\x13JOB_OPENNESS_CLOSED\x10\x02*~\n" +
+	"\x13JOB_OPENNESS_CLOSED\x10\x02*\x93\x01\n" +
+	"\rSummaryPeriod\x12\x1e\n" +
+	"\x1aSUMMARY_PERIOD_UNSPECIFIED\x10\x00\x12\x16\n" +
+	"\x12SUMMARY_PERIOD_DAY\x10\x01\x12\x17\n" +
+	"\x13SUMMARY_PERIOD_WEEK\x10\x02\x12\x18\n" +
+	"\x14SUMMARY_PERIOD_MONTH\x10\x03\x12\x17\n" +
+	"\x13SUMMARY_PERIOD_YEAR\x10\x04*\x9b\x01\n" +
+	"\x10SummaryAttribute\x12!\n" +
+	"\x1dSUMMARY_ATTRIBUTE_UNSPECIFIED\x10\x00\x12#\n" +
+	"\x1fSUMMARY_ATTRIBUTE_CONFIGURATION\x10\x01\x12\x1c\n" +
+	"\x18SUMMARY_ATTRIBUTE_STATUS\x10\x02\x12!\n" +
+	"\x1dSUMMARY_ATTRIBUTE_COUNTERPART\x10\x03*~\n" +
 	"\x10NoEstimateReason\x12\"\n" +
 	"\x1eNO_ESTIMATE_REASON_UNSPECIFIED\x10\x00\x12#\n" +
 	"\x1fNO_ESTIMATE_REASON_TOO_FEW_JOBS\x10\x01\x12!\n" +
-	"\x1dNO_ESTIMATE_REASON_JOB_CLOSED\x10\x022\xbe\x04\n" +
+	"\x1dNO_ESTIMATE_REASON_JOB_CLOSED\x10\x022\xf1\x05\n" +
 	"\n" +
 	"JobService\x12J\n" +
 	"\tCreateJob\x12\x1d.milepost.v1.CreateJobRequest\x1a\x1e.milepost.v1.CreateJobResponse\x12F\n" +
@@ -2127,7 +3041,10 @@ const file_milepost_v1_jobs_proto_rawDesc = "" +
 	"\bListJobs\x12\x1c.milepost.v1.ListJobsRequest\x1a\x1d.milepost.v1.ListJobsResponse\"\x03\x90\x02\x01\x12G\n" +
 	"\bCloseJob\x12\x1c.milepost.v1.CloseJobRequest\x1a\x1d.milepost.v1.CloseJobResponse\x12h\n" +
 	"\x13RequestCancellation\x12'.milepost.v1.RequestCancellationRequest\x1a(.milepost.v1.RequestCancellationResponse\x12D\n" +
-	"\aHoldJob\x12\x1b.milepost.v1.HoldJobRequest\x1a\x1c.milepost.v1.HoldJobResponse\x12U\n" +
+	"\aHoldJob\x12\x1b.milepost.v1.HoldJobRequest\x1a\x1c.milepost.v1.HoldJobResponse\x12[\n" +
+	"\rSummarizeJobs\x12!.milepost.v1.SummarizeJobsRequest\x1a\".milepost.v1.SummarizeJobsResponse\"\x03\x90\x02\x01\x12T\n" +
+	"\n" +
+	"ExportJobs\x12\x1e.milepost.v1.ExportJobsRequest\x1a\x1f.milepost.v1.ExportJobsResponse\"\x03\x90\x02\x010\x01\x12U\n" +
 	"\vEstimateJob\x12\x1f.milepost.v1.EstimateJobRequest\x1a .milepost.v1.EstimateJobResponse\"\x03\x90\x02\x01BJ\n" +
 	"\x0fcom.milepost.v1B\tJobsProtoP\x01Z*milepost/clients/go/milepost/v1;milepostv1b\x06proto3"
 
@@ -2143,92 +3060,125 @@ func file_milepost_v1_jobs_proto_rawDescGZIP() []byte {
 	return file_milepost_v1_jobs_proto_rawDescData
 }
 
-var file_milepost_v1_jobs_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_milepost_v1_jobs_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
+var file_milepost_v1_jobs_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
+var file_milepost_v1_jobs_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
 var file_milepost_v1_jobs_proto_goTypes = []any{
 	(JobStatus)(0),                      // 0: milepost.v1.JobStatus
 	(StepStatus)(0),                     // 1: milepost.v1.StepStatus
 	(JobOpenness)(0),                    // 2: milepost.v1.JobOpenness
-	(NoEstimateReason)(0),               // 3: milepost.v1.NoEstimateReason
-	(*Progress)(nil),                    // 4: milepost.v1.Progress
-	(*StepState)(nil),                   // 5: milepost.v1.StepState
-	(*Party)(nil),                       // 6: milepost.v1.Party
-	(*Job)(nil),                         // 7: milepost.v1.Job
-	(*CreateJobRequest)(nil),            // 8: milepost.v1.CreateJobRequest
-	(*CreateJobResponse)(nil),           // 9: milepost.v1.CreateJobResponse
-	(*GetJobRequest)(nil),               // 10: milepost.v1.GetJobRequest
-	(*GetJobResponse)(nil),              // 11: milepost.v1.GetJobResponse
-	(*JobFilter)(nil),                   // 12: milepost.v1.JobFilter
-	(*ListJobsRequest)(nil),             // 13: milepost.v1.ListJobsRequest
-	(*ListJobsResponse)(nil),            // 14: milepost.v1.ListJobsResponse
-	(*CloseJobRequest)(nil),             // 15: milepost.v1.CloseJobRequest
-	(*CloseJobResponse)(nil),            // 16: milepost.v1.CloseJobResponse
-	(*RequestCancellationRequest)(nil),  // 17: milepost.v1.RequestCancellationRequest
-	(*RequestCancellationResponse)(nil), // 18: milepost.v1.RequestCancellationResponse
-	(*HoldJobRequest)(nil),              // 19: milepost.v1.HoldJobRequest
-	(*HoldJobResponse)(nil),             // 20: milepost.v1.HoldJobResponse
-	(*EstimateJobRequest)(nil),          // 21: milepost.v1.EstimateJobRequest
-	(*EstimateJobResponse)(nil),         // 22: milepost.v1.EstimateJobResponse
-	(*Estimate)(nil),                    // 23: milepost.v1.Estimate
-	nil,                                 // 24: milepost.v1.Job.LabelsEntry
-	nil,                                 // 25: milepost.v1.CreateJobRequest.LabelsEntry
-	nil,                                 // 26: milepost.v1.JobFilter.LabelsEntry
-	(*timestamppb.Timestamp)(nil),       // 27: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),         // 28: google.protobuf.Duration
-	(*JobConfiguration)(nil),            // 29: milepost.v1.JobConfiguration
+	(SummaryPeriod)(0),                  // 3: milepost.v1.SummaryPeriod
+	(SummaryAttribute)(0),               // 4: milepost.v1.SummaryAttribute
+	(NoEstimateReason)(0),               // 5: milepost.v1.NoEstimateReason
+	(*Progress)(nil),                    // 6: milepost.v1.Progress
+	(*StepState)(nil),                   // 7: milepost.v1.StepState
+	(*Party)(nil),                       // 8: milepost.v1.Party
+	(*Job)(nil),                         // 9: milepost.v1.Job
+	(*CreateJobRequest)(nil),            // 10: milepost.v1.CreateJobRequest
+	(*CreateJobResponse)(nil),           // 11: milepost.v1.CreateJobResponse
+	(*GetJobRequest)(nil),               // 12: milepost.v1.GetJobRequest
+	(*GetJobResponse)(nil),              // 13: milepost.v1.GetJobResponse
+	(*JobFilter)(nil),                   // 14: milepost.v1.JobFilter
+	(*ListJobsRequest)(nil),             // 15: milepost.v1.ListJobsRequest
+	(*ListJobsResponse)(nil),            // 16: milepost.v1.ListJobsResponse
+	(*SummarizeJobsRequest)(nil),        // 17: milepost.v1.SummarizeJobsRequest
+	(*SummarizeJobsResponse)(nil),       // 18: milepost.v1.SummarizeJobsResponse
+	(*JobGroup)(nil),                    // 19: milepost.v1.JobGroup
+	(*JobFigures)(nil),                  // 20: milepost.v1.JobFigures
+	(*StatusCount)(nil),                 // 21: milepost.v1.StatusCount
+	(*ExportJobsRequest)(nil),           // 22: milepost.v1.ExportJobsRequest
+	(*ExportJobsResponse)(nil),          // 23: milepost.v1.ExportJobsResponse
+	(*ExportedJobs)(nil),                // 24: milepost.v1.ExportedJobs
+	(*ExportEnd)(nil),                   // 25: milepost.v1.ExportEnd
+	(*CloseJobRequest)(nil),             // 26: milepost.v1.CloseJobRequest
+	(*CloseJobResponse)(nil),            // 27: milepost.v1.CloseJobResponse
+	(*RequestCancellationRequest)(nil),  // 28: milepost.v1.RequestCancellationRequest
+	(*RequestCancellationResponse)(nil), // 29: milepost.v1.RequestCancellationResponse
+	(*HoldJobRequest)(nil),              // 30: milepost.v1.HoldJobRequest
+	(*HoldJobResponse)(nil),             // 31: milepost.v1.HoldJobResponse
+	(*EstimateJobRequest)(nil),          // 32: milepost.v1.EstimateJobRequest
+	(*EstimateJobResponse)(nil),         // 33: milepost.v1.EstimateJobResponse
+	(*Estimate)(nil),                    // 34: milepost.v1.Estimate
+	nil,                                 // 35: milepost.v1.Job.LabelsEntry
+	nil,                                 // 36: milepost.v1.CreateJobRequest.LabelsEntry
+	nil,                                 // 37: milepost.v1.JobFilter.LabelsEntry
+	(*timestamppb.Timestamp)(nil),       // 38: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),         // 39: google.protobuf.Duration
+	(*JobConfiguration)(nil),            // 40: milepost.v1.JobConfiguration
 }
 var file_milepost_v1_jobs_proto_depIdxs = []int32{
 	1,  // 0: milepost.v1.StepState.status:type_name -> milepost.v1.StepStatus
-	6,  // 1: milepost.v1.Job.provider:type_name -> milepost.v1.Party
-	6,  // 2: milepost.v1.Job.customer:type_name -> milepost.v1.Party
+	8,  // 1: milepost.v1.Job.provider:type_name -> milepost.v1.Party
+	8,  // 2: milepost.v1.Job.customer:type_name -> milepost.v1.Party
 	0,  // 3: milepost.v1.Job.status:type_name -> milepost.v1.JobStatus
-	4,  // 4: milepost.v1.Job.progress:type_name -> milepost.v1.Progress
-	27, // 5: milepost.v1.Job.closed_at:type_name -> google.protobuf.Timestamp
-	27, // 6: milepost.v1.Job.created_at:type_name -> google.protobuf.Timestamp
-	27, // 7: milepost.v1.Job.updated_at:type_name -> google.protobuf.Timestamp
-	28, // 8: milepost.v1.Job.max_silence:type_name -> google.protobuf.Duration
-	27, // 9: milepost.v1.Job.cancellation_requested_at:type_name -> google.protobuf.Timestamp
-	24, // 10: milepost.v1.Job.labels:type_name -> milepost.v1.Job.LabelsEntry
-	28, // 11: milepost.v1.CreateJobRequest.max_silence:type_name -> google.protobuf.Duration
-	25, // 12: milepost.v1.CreateJobRequest.labels:type_name -> milepost.v1.CreateJobRequest.LabelsEntry
-	7,  // 13: milepost.v1.CreateJobResponse.job:type_name -> milepost.v1.Job
-	7,  // 14: milepost.v1.GetJobResponse.job:type_name -> milepost.v1.Job
-	29, // 15: milepost.v1.GetJobResponse.job_configuration:type_name -> milepost.v1.JobConfiguration
-	5,  // 16: milepost.v1.GetJobResponse.steps:type_name -> milepost.v1.StepState
+	6,  // 4: milepost.v1.Job.progress:type_name -> milepost.v1.Progress
+	38, // 5: milepost.v1.Job.closed_at:type_name -> google.protobuf.Timestamp
+	38, // 6: milepost.v1.Job.created_at:type_name -> google.protobuf.Timestamp
+	38, // 7: milepost.v1.Job.updated_at:type_name -> google.protobuf.Timestamp
+	39, // 8: milepost.v1.Job.max_silence:type_name -> google.protobuf.Duration
+	38, // 9: milepost.v1.Job.cancellation_requested_at:type_name -> google.protobuf.Timestamp
+	35, // 10: milepost.v1.Job.labels:type_name -> milepost.v1.Job.LabelsEntry
+	39, // 11: milepost.v1.CreateJobRequest.max_silence:type_name -> google.protobuf.Duration
+	36, // 12: milepost.v1.CreateJobRequest.labels:type_name -> milepost.v1.CreateJobRequest.LabelsEntry
+	9,  // 13: milepost.v1.CreateJobResponse.job:type_name -> milepost.v1.Job
+	9,  // 14: milepost.v1.GetJobResponse.job:type_name -> milepost.v1.Job
+	40, // 15: milepost.v1.GetJobResponse.job_configuration:type_name -> milepost.v1.JobConfiguration
+	7,  // 16: milepost.v1.GetJobResponse.steps:type_name -> milepost.v1.StepState
 	0,  // 17: milepost.v1.JobFilter.statuses:type_name -> milepost.v1.JobStatus
 	2,  // 18: milepost.v1.JobFilter.openness:type_name -> milepost.v1.JobOpenness
-	27, // 19: milepost.v1.JobFilter.created_from:type_name -> google.protobuf.Timestamp
-	27, // 20: milepost.v1.JobFilter.created_before:type_name -> google.protobuf.Timestamp
-	26, // 21: milepost.v1.JobFilter.labels:type_name -> milepost.v1.JobFilter.LabelsEntry
-	12, // 22: milepost.v1.ListJobsRequest.filter:type_name -> milepost.v1.JobFilter
-	7,  // 23: milepost.v1.ListJobsResponse.jobs:type_name -> milepost.v1.Job
-	7,  // 24: milepost.v1.CloseJobResponse.job:type_name -> milepost.v1.Job
-	7,  // 25: milepost.v1.RequestCancellationResponse.job:type_name -> milepost.v1.Job
-	7,  // 26: milepost.v1.HoldJobResponse.job:type_name -> milepost.v1.Job
-	23, // 27: milepost.v1.EstimateJobResponse.estimate:type_name -> milepost.v1.Estimate
-	3,  // 28: milepost.v1.EstimateJobResponse.no_estimate:type_name -> milepost.v1.NoEstimateReason
-	27, // 29: milepost.v1.EstimateJobResponse.estimated_at:type_name -> google.protobuf.Timestamp
-	27, // 30: milepost.v1.Estimate.p50:type_name -> google.protobuf.Timestamp
-	27, // 31: milepost.v1.Estimate.p90:type_name -> google.protobuf.Timestamp
-	8,  // 32: milepost.v1.JobService.CreateJob:input_type -> milepost.v1.CreateJobRequest
-	10, // 33: milepost.v1.JobService.GetJob:input_type -> milepost.v1.GetJobRequest
-	13, // 34: milepost.v1.JobService.ListJobs:input_type -> milepost.v1.ListJobsRequest
-	15, // 35: milepost.v1.JobService.CloseJob:input_type -> milepost.v1.CloseJobRequest
-	17, // 36: milepost.v1.JobService.RequestCancellation:input_type -> milepost.v1.RequestCancellationRequest
-	19, // 37: milepost.v1.JobService.HoldJob:input_type -> milepost.v1.HoldJobRequest
-	21, // 38: milepost.v1.JobService.EstimateJob:input_type -> milepost.v1.EstimateJobRequest
-	9,  // 39: milepost.v1.JobService.CreateJob:output_type -> milepost.v1.CreateJobResponse
-	11, // 40: milepost.v1.JobService.GetJob:output_type -> milepost.v1.GetJobResponse
-	14, // 41: milepost.v1.JobService.ListJobs:output_type -> milepost.v1.ListJobsResponse
-	16, // 42: milepost.v1.JobService.CloseJob:output_type -> milepost.v1.CloseJobResponse
-	18, // 43: milepost.v1.JobService.RequestCancellation:output_type -> milepost.v1.RequestCancellationResponse
-	20, // 44: milepost.v1.JobService.HoldJob:output_type -> milepost.v1.HoldJobResponse
-	22, // 45: milepost.v1.JobService.EstimateJob:output_type -> milepost.v1.EstimateJobResponse
-	39, // [39:46] is the sub-list for method output_type
-	32, // [32:39] is the sub-list for method input_type
-	32, // [32:32] is the sub-list for extension type_name
-	32, // [32:32] is the sub-list for extension extendee
-	0,  // [0:32] is the sub-list for field type_name
+	38, // 19: milepost.v1.JobFilter.created_from:type_name -> google.protobuf.Timestamp
+	38, // 20: milepost.v1.JobFilter.created_before:type_name -> google.protobuf.Timestamp
+	37, // 21: milepost.v1.JobFilter.labels:type_name -> milepost.v1.JobFilter.LabelsEntry
+	14, // 22: milepost.v1.ListJobsRequest.filter:type_name -> milepost.v1.JobFilter
+	9,  // 23: milepost.v1.ListJobsResponse.jobs:type_name -> milepost.v1.Job
+	14, // 24: milepost.v1.SummarizeJobsRequest.filter:type_name -> milepost.v1.JobFilter
+	3,  // 25: milepost.v1.SummarizeJobsRequest.period:type_name -> milepost.v1.SummaryPeriod
+	4,  // 26: milepost.v1.SummarizeJobsRequest.attribute:type_name -> milepost.v1.SummaryAttribute
+	19, // 27: milepost.v1.SummarizeJobsResponse.groups:type_name -> milepost.v1.JobGroup
+	20, // 28: milepost.v1.SummarizeJobsResponse.total:type_name -> milepost.v1.JobFigures
+	38, // 29: milepost.v1.JobGroup.period_start:type_name -> google.protobuf.Timestamp
+	0,  // 30: milepost.v1.JobGroup.status:type_name -> milepost.v1.JobStatus
+	8,  // 31: milepost.v1.JobGroup.counterpart:type_name -> milepost.v1.Party
+	20, // 32: milepost.v1.JobGroup.figures:type_name -> milepost.v1.JobFigures
+	21, // 33: milepost.v1.JobFigures.statuses:type_name -> milepost.v1.StatusCount
+	39, // 34: milepost.v1.JobFigures.median_duration:type_name -> google.protobuf.Duration
+	39, // 35: milepost.v1.JobFigures.p90_duration:type_name -> google.protobuf.Duration
+	0,  // 36: milepost.v1.StatusCount.status:type_name -> milepost.v1.JobStatus
+	14, // 37: milepost.v1.ExportJobsRequest.filter:type_name -> milepost.v1.JobFilter
+	38, // 38: milepost.v1.ExportJobsRequest.closed_before:type_name -> google.protobuf.Timestamp
+	24, // 39: milepost.v1.ExportJobsResponse.jobs:type_name -> milepost.v1.ExportedJobs
+	25, // 40: milepost.v1.ExportJobsResponse.end:type_name -> milepost.v1.ExportEnd
+	9,  // 41: milepost.v1.ExportedJobs.jobs:type_name -> milepost.v1.Job
+	9,  // 42: milepost.v1.CloseJobResponse.job:type_name -> milepost.v1.Job
+	9,  // 43: milepost.v1.RequestCancellationResponse.job:type_name -> milepost.v1.Job
+	9,  // 44: milepost.v1.HoldJobResponse.job:type_name -> milepost.v1.Job
+	34, // 45: milepost.v1.EstimateJobResponse.estimate:type_name -> milepost.v1.Estimate
+	5,  // 46: milepost.v1.EstimateJobResponse.no_estimate:type_name -> milepost.v1.NoEstimateReason
+	38, // 47: milepost.v1.EstimateJobResponse.estimated_at:type_name -> google.protobuf.Timestamp
+	38, // 48: milepost.v1.Estimate.p50:type_name -> google.protobuf.Timestamp
+	38, // 49: milepost.v1.Estimate.p90:type_name -> google.protobuf.Timestamp
+	10, // 50: milepost.v1.JobService.CreateJob:input_type -> milepost.v1.CreateJobRequest
+	12, // 51: milepost.v1.JobService.GetJob:input_type -> milepost.v1.GetJobRequest
+	15, // 52: milepost.v1.JobService.ListJobs:input_type -> milepost.v1.ListJobsRequest
+	26, // 53: milepost.v1.JobService.CloseJob:input_type -> milepost.v1.CloseJobRequest
+	28, // 54: milepost.v1.JobService.RequestCancellation:input_type -> milepost.v1.RequestCancellationRequest
+	30, // 55: milepost.v1.JobService.HoldJob:input_type -> milepost.v1.HoldJobRequest
+	17, // 56: milepost.v1.JobService.SummarizeJobs:input_type -> milepost.v1.SummarizeJobsRequest
+	22, // 57: milepost.v1.JobService.ExportJobs:input_type -> milepost.v1.ExportJobsRequest
+	32, // 58: milepost.v1.JobService.EstimateJob:input_type -> milepost.v1.EstimateJobRequest
+	11, // 59: milepost.v1.JobService.CreateJob:output_type -> milepost.v1.CreateJobResponse
+	13, // 60: milepost.v1.JobService.GetJob:output_type -> milepost.v1.GetJobResponse
+	16, // 61: milepost.v1.JobService.ListJobs:output_type -> milepost.v1.ListJobsResponse
+	27, // 62: milepost.v1.JobService.CloseJob:output_type -> milepost.v1.CloseJobResponse
+	29, // 63: milepost.v1.JobService.RequestCancellation:output_type -> milepost.v1.RequestCancellationResponse
+	31, // 64: milepost.v1.JobService.HoldJob:output_type -> milepost.v1.HoldJobResponse
+	18, // 65: milepost.v1.JobService.SummarizeJobs:output_type -> milepost.v1.SummarizeJobsResponse
+	23, // 66: milepost.v1.JobService.ExportJobs:output_type -> milepost.v1.ExportJobsResponse
+	33, // 67: milepost.v1.JobService.EstimateJob:output_type -> milepost.v1.EstimateJobResponse
+	59, // [59:68] is the sub-list for method output_type
+	50, // [50:59] is the sub-list for method input_type
+	50, // [50:50] is the sub-list for extension type_name
+	50, // [50:50] is the sub-list for extension extendee
+	0,  // [0:50] is the sub-list for field type_name
 }
 
 func init() { file_milepost_v1_jobs_proto_init() }
@@ -2246,18 +3196,34 @@ func file_milepost_v1_jobs_proto_init() {
 		(*GetJobRequest_ProviderJobId)(nil),
 	}
 	file_milepost_v1_jobs_proto_msgTypes[11].OneofWrappers = []any{
+		(*SummarizeJobsRequest_Period)(nil),
+		(*SummarizeJobsRequest_Attribute)(nil),
+		(*SummarizeJobsRequest_LabelKey)(nil),
+	}
+	file_milepost_v1_jobs_proto_msgTypes[13].OneofWrappers = []any{
+		(*JobGroup_PeriodStart)(nil),
+		(*JobGroup_ConfigurationTag)(nil),
+		(*JobGroup_Status)(nil),
+		(*JobGroup_Counterpart)(nil),
+		(*JobGroup_LabelValue)(nil),
+	}
+	file_milepost_v1_jobs_proto_msgTypes[17].OneofWrappers = []any{
+		(*ExportJobsResponse_Jobs)(nil),
+		(*ExportJobsResponse_End)(nil),
+	}
+	file_milepost_v1_jobs_proto_msgTypes[20].OneofWrappers = []any{
 		(*CloseJobRequest_JobId)(nil),
 		(*CloseJobRequest_ProviderJobId)(nil),
 	}
-	file_milepost_v1_jobs_proto_msgTypes[15].OneofWrappers = []any{
+	file_milepost_v1_jobs_proto_msgTypes[24].OneofWrappers = []any{
 		(*HoldJobRequest_JobId)(nil),
 		(*HoldJobRequest_ProviderJobId)(nil),
 	}
-	file_milepost_v1_jobs_proto_msgTypes[17].OneofWrappers = []any{
+	file_milepost_v1_jobs_proto_msgTypes[26].OneofWrappers = []any{
 		(*EstimateJobRequest_JobId)(nil),
 		(*EstimateJobRequest_ProviderJobId)(nil),
 	}
-	file_milepost_v1_jobs_proto_msgTypes[18].OneofWrappers = []any{
+	file_milepost_v1_jobs_proto_msgTypes[27].OneofWrappers = []any{
 		(*EstimateJobResponse_Estimate)(nil),
 		(*EstimateJobResponse_NoEstimate)(nil),
 	}
@@ -2266,8 +3232,8 @@ func file_milepost_v1_jobs_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_milepost_v1_jobs_proto_rawDesc), len(file_milepost_v1_jobs_proto_rawDesc)),
-			NumEnums:      4,
-			NumMessages:   23,
+			NumEnums:      6,
+			NumMessages:   32,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

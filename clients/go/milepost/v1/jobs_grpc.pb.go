@@ -25,6 +25,8 @@ const (
 	JobService_CloseJob_FullMethodName            = "/milepost.v1.JobService/CloseJob"
 	JobService_RequestCancellation_FullMethodName = "/milepost.v1.JobService/RequestCancellation"
 	JobService_HoldJob_FullMethodName             = "/milepost.v1.JobService/HoldJob"
+	JobService_SummarizeJobs_FullMethodName       = "/milepost.v1.JobService/SummarizeJobs"
+	JobService_ExportJobs_FullMethodName          = "/milepost.v1.JobService/ExportJobs"
 	JobService_EstimateJob_FullMethodName         = "/milepost.v1.JobService/EstimateJob"
 )
 
@@ -87,6 +89,28 @@ type JobServiceClient interface {
 	// Errors: NOT_FOUND; FAILED_PRECONDITION (EVENTS_REMOVED) to hold a job whose events
 	// retention removes or has removed.
 	HoldJob(ctx context.Context, in *HoldJobRequest, opts ...grpc.CallOption) (*HoldJobResponse, error)
+	// Counts the caller's jobs, and says how long those took that are complete: in all and,
+	// if the request asks for groups, for each group. Needs scope READ.
+	//
+	// Errors: NOT_FOUND as ListJobs; RESOURCE_EXHAUSTED (OVERLOADED) while another summary
+	// of the user is made on this server.
+	SummarizeJobs(ctx context.Context, in *SummarizeJobsRequest, opts ...grpc.CallOption) (*SummarizeJobsResponse, error)
+	// Sends each of the caller's jobs that match the filter, as it is when it is read, in
+	// the order of their creation. Needs scope READ.
+	//
+	// First message: `jobs`, or `end` if there is none.
+	// Duplicates: none within a stream, and none across streams that resume by token.
+	// Jobs that are created after the first call are left out.
+	// End: `end` is the last message. A stream without `end` has lost its connection, has
+	// passed the client's deadline, which covers the whole stream, or has failed with the
+	// error in its status.
+	// Resume: keep the `resume_token` of the last message and call again with it and the
+	// same request, on any server.
+	//
+	// Errors at the start: NOT_FOUND as ListJobs; INVALID_ARGUMENT, also for a token of
+	// another request; RESOURCE_EXHAUSTED (OVERLOADED) if the user has too many open
+	// streams on this server. Errors later: UNAVAILABLE (DRAINING).
+	ExportJobs(ctx context.Context, in *ExportJobsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ExportJobsResponse], error)
 	// Says when an open job will probably be complete, by how long completed jobs of the
 	// same configuration tag took from the step that this job finished last. Needs the
 	// job's provider, its customer, or a watch token of the job; scope READ. Ask again
@@ -164,6 +188,35 @@ func (c *jobServiceClient) HoldJob(ctx context.Context, in *HoldJobRequest, opts
 	return out, nil
 }
 
+func (c *jobServiceClient) SummarizeJobs(ctx context.Context, in *SummarizeJobsRequest, opts ...grpc.CallOption) (*SummarizeJobsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(SummarizeJobsResponse)
+	err := c.cc.Invoke(ctx, JobService_SummarizeJobs_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *jobServiceClient) ExportJobs(ctx context.Context, in *ExportJobsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ExportJobsResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &JobService_ServiceDesc.Streams[0], JobService_ExportJobs_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[ExportJobsRequest, ExportJobsResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type JobService_ExportJobsClient = grpc.ServerStreamingClient[ExportJobsResponse]
+
 func (c *jobServiceClient) EstimateJob(ctx context.Context, in *EstimateJobRequest, opts ...grpc.CallOption) (*EstimateJobResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(EstimateJobResponse)
@@ -233,6 +286,28 @@ type JobServiceServer interface {
 	// Errors: NOT_FOUND; FAILED_PRECONDITION (EVENTS_REMOVED) to hold a job whose events
 	// retention removes or has removed.
 	HoldJob(context.Context, *HoldJobRequest) (*HoldJobResponse, error)
+	// Counts the caller's jobs, and says how long those took that are complete: in all and,
+	// if the request asks for groups, for each group. Needs scope READ.
+	//
+	// Errors: NOT_FOUND as ListJobs; RESOURCE_EXHAUSTED (OVERLOADED) while another summary
+	// of the user is made on this server.
+	SummarizeJobs(context.Context, *SummarizeJobsRequest) (*SummarizeJobsResponse, error)
+	// Sends each of the caller's jobs that match the filter, as it is when it is read, in
+	// the order of their creation. Needs scope READ.
+	//
+	// First message: `jobs`, or `end` if there is none.
+	// Duplicates: none within a stream, and none across streams that resume by token.
+	// Jobs that are created after the first call are left out.
+	// End: `end` is the last message. A stream without `end` has lost its connection, has
+	// passed the client's deadline, which covers the whole stream, or has failed with the
+	// error in its status.
+	// Resume: keep the `resume_token` of the last message and call again with it and the
+	// same request, on any server.
+	//
+	// Errors at the start: NOT_FOUND as ListJobs; INVALID_ARGUMENT, also for a token of
+	// another request; RESOURCE_EXHAUSTED (OVERLOADED) if the user has too many open
+	// streams on this server. Errors later: UNAVAILABLE (DRAINING).
+	ExportJobs(*ExportJobsRequest, grpc.ServerStreamingServer[ExportJobsResponse]) error
 	// Says when an open job will probably be complete, by how long completed jobs of the
 	// same configuration tag took from the step that this job finished last. Needs the
 	// job's provider, its customer, or a watch token of the job; scope READ. Ask again
@@ -267,6 +342,12 @@ func (UnimplementedJobServiceServer) RequestCancellation(context.Context, *Reque
 }
 func (UnimplementedJobServiceServer) HoldJob(context.Context, *HoldJobRequest) (*HoldJobResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method HoldJob not implemented")
+}
+func (UnimplementedJobServiceServer) SummarizeJobs(context.Context, *SummarizeJobsRequest) (*SummarizeJobsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method SummarizeJobs not implemented")
+}
+func (UnimplementedJobServiceServer) ExportJobs(*ExportJobsRequest, grpc.ServerStreamingServer[ExportJobsResponse]) error {
+	return status.Error(codes.Unimplemented, "method ExportJobs not implemented")
 }
 func (UnimplementedJobServiceServer) EstimateJob(context.Context, *EstimateJobRequest) (*EstimateJobResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method EstimateJob not implemented")
@@ -400,6 +481,35 @@ func _JobService_HoldJob_Handler(srv interface{}, ctx context.Context, dec func(
 	return interceptor(ctx, in, info, handler)
 }
 
+func _JobService_SummarizeJobs_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SummarizeJobsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(JobServiceServer).SummarizeJobs(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: JobService_SummarizeJobs_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(JobServiceServer).SummarizeJobs(ctx, req.(*SummarizeJobsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _JobService_ExportJobs_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(ExportJobsRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(JobServiceServer).ExportJobs(m, &grpc.GenericServerStream[ExportJobsRequest, ExportJobsResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type JobService_ExportJobsServer = grpc.ServerStreamingServer[ExportJobsResponse]
+
 func _JobService_EstimateJob_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(EstimateJobRequest)
 	if err := dec(in); err != nil {
@@ -450,10 +560,20 @@ var JobService_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _JobService_HoldJob_Handler,
 		},
 		{
+			MethodName: "SummarizeJobs",
+			Handler:    _JobService_SummarizeJobs_Handler,
+		},
+		{
 			MethodName: "EstimateJob",
 			Handler:    _JobService_EstimateJob_Handler,
 		},
 	},
-	Streams:  []grpc.StreamDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "ExportJobs",
+			Handler:       _JobService_ExportJobs_Handler,
+			ServerStreams: true,
+		},
+	},
 	Metadata: "milepost/v1/jobs.proto",
 }

@@ -906,8 +906,9 @@ impl UserRole {
 pub enum ApiKeyScope {
     /// Not a scope; INVALID_ARGUMENT in a request.
     Unspecified = 0,
-    /// GetJob, ListJobs, EstimateJob, ListEvents, WatchEvents, GetJobConfiguration,
-    /// ListJobConfigurations and GetUsage. GetCurrentUser needs no scope.
+    /// GetJob, ListJobs, SummarizeJobs, ExportJobs, EstimateJob, ListEvents, WatchEvents,
+    /// ExportEvents, GetJobConfiguration, ListJobConfigurations and GetUsage. GetCurrentUser
+    /// needs no scope.
     Read = 1,
     /// The writes of a provider: RegisterJobConfiguration, CreateJob, CloseJob,
     /// AppendEvents, PublishEvents, and the methods for watch tokens. The write of a
@@ -2588,6 +2589,260 @@ impl ::prost::Name for ListJobsResponse {
         "/milepost.v1.ListJobsResponse".into()
     }
 }
+/// Which jobs to count, and by what.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct SummarizeJobsRequest {
+    /// Which jobs to count. Absent: all.
+    #[prost(message, optional, tag = "1")]
+    pub filter: ::core::option::Option<JobFilter>,
+    /// An IANA time zone, such as Europe/Vienna, by which periods begin. Empty: UTC. Only
+    /// for `period`, otherwise INVALID_ARGUMENT.
+    #[prost(string, tag = "5")]
+    pub time_zone: ::prost::alloc::string::String,
+    /// Most groups of the page: default 50, cut to 500, negative INVALID_ARGUMENT.
+    #[prost(int32, tag = "6")]
+    pub page_size: i32,
+    /// The `next_page_token` of the previous page, with the same filter, groups and time
+    /// zone. Empty: the first page. Each page counts anew.
+    #[prost(string, tag = "7")]
+    pub page_token: ::prost::alloc::string::String,
+    /// What makes the groups. Absent: there are none, only the total.
+    #[prost(oneof = "summarize_jobs_request::GroupBy", tags = "2, 3, 4")]
+    pub group_by: ::core::option::Option<summarize_jobs_request::GroupBy>,
+}
+/// Nested message and enum types in `SummarizeJobsRequest`.
+pub mod summarize_jobs_request {
+    /// What makes the groups. Absent: there are none, only the total.
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum GroupBy {
+        /// The period in which the job was created, by `time_zone`.
+        #[prost(enumeration = "super::SummaryPeriod", tag = "2")]
+        Period(i32),
+        /// An attribute of the job.
+        #[prost(enumeration = "super::SummaryAttribute", tag = "3")]
+        Attribute(i32),
+        /// The value of the label with this key. Jobs without it are a group, too.
+        #[prost(string, tag = "4")]
+        LabelKey(::prost::alloc::string::String),
+    }
+}
+impl ::prost::Name for SummarizeJobsRequest {
+    const NAME: &'static str = "SummarizeJobsRequest";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.SummarizeJobsRequest".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.SummarizeJobsRequest".into()
+    }
+}
+/// Counted jobs.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct SummarizeJobsResponse {
+    /// Groups with at least one job. Periods are in the order of time, statuses in that of
+    /// the enum's names, all others in the order of bytes; the jobs without the label come
+    /// first.
+    #[prost(message, repeated, tag = "1")]
+    pub groups: ::prost::alloc::vec::Vec<JobGroup>,
+    /// The `page_token` of the next page. Empty: there is no next page.
+    #[prost(string, tag = "2")]
+    pub next_page_token: ::prost::alloc::string::String,
+    /// All jobs that match the filter, whatever page it is.
+    #[prost(message, optional, tag = "3")]
+    pub total: ::core::option::Option<JobFigures>,
+}
+impl ::prost::Name for SummarizeJobsResponse {
+    const NAME: &'static str = "SummarizeJobsResponse";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.SummarizeJobsResponse".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.SummarizeJobsResponse".into()
+    }
+}
+/// The jobs of a group.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct JobGroup {
+    /// The figures of these jobs.
+    #[prost(message, optional, tag = "6")]
+    pub figures: ::core::option::Option<JobFigures>,
+    /// What the jobs have in common. Absent: these jobs do not have the label.
+    #[prost(oneof = "job_group::Key", tags = "1, 2, 3, 4, 5")]
+    pub key: ::core::option::Option<job_group::Key>,
+}
+/// Nested message and enum types in `JobGroup`.
+pub mod job_group {
+    /// What the jobs have in common. Absent: these jobs do not have the label.
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Key {
+        /// When the period begins.
+        #[prost(message, tag = "1")]
+        PeriodStart(::prost_types::Timestamp),
+        /// The configuration tag.
+        #[prost(string, tag = "2")]
+        ConfigurationTag(::prost::alloc::string::String),
+        /// The status.
+        #[prost(enumeration = "super::JobStatus", tag = "3")]
+        Status(i32),
+        /// The other party.
+        #[prost(message, tag = "4")]
+        Counterpart(super::Party),
+        /// The value of the label.
+        #[prost(string, tag = "5")]
+        LabelValue(::prost::alloc::string::String),
+    }
+}
+impl ::prost::Name for JobGroup {
+    const NAME: &'static str = "JobGroup";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.JobGroup".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.JobGroup".into()
+    }
+}
+/// The figures of some jobs.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct JobFigures {
+    /// How many jobs there are.
+    #[prost(int64, tag = "1")]
+    pub jobs: i64,
+    /// How many of them have each status, without those that none has.
+    #[prost(message, repeated, tag = "2")]
+    pub statuses: ::prost::alloc::vec::Vec<StatusCount>,
+    /// The median of the time from creation to completion of those that are complete.
+    /// Absent: none is complete.
+    #[prost(message, optional, tag = "3")]
+    pub median_duration: ::core::option::Option<::prost_types::Duration>,
+    /// The 90th percentile of the same time.
+    #[prost(message, optional, tag = "4")]
+    pub p90_duration: ::core::option::Option<::prost_types::Duration>,
+}
+impl ::prost::Name for JobFigures {
+    const NAME: &'static str = "JobFigures";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.JobFigures".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.JobFigures".into()
+    }
+}
+/// How many jobs have a status.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct StatusCount {
+    /// The status.
+    #[prost(enumeration = "JobStatus", tag = "1")]
+    pub status: i32,
+    /// How many jobs.
+    #[prost(int64, tag = "2")]
+    pub jobs: i64,
+}
+impl ::prost::Name for StatusCount {
+    const NAME: &'static str = "StatusCount";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.StatusCount".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.StatusCount".into()
+    }
+}
+/// The jobs to export.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ExportJobsRequest {
+    /// Which jobs. Absent: all.
+    #[prost(message, optional, tag = "1")]
+    pub filter: ::core::option::Option<JobFilter>,
+    /// Only jobs that were closed before this time. Absent: open jobs as well.
+    #[prost(message, optional, tag = "2")]
+    pub closed_before: ::core::option::Option<::prost_types::Timestamp>,
+    /// Exactly after the message that carried this token, of an export by the same request.
+    /// Empty: from the first job.
+    #[prost(string, tag = "3")]
+    pub resume_token: ::prost::alloc::string::String,
+}
+impl ::prost::Name for ExportJobsRequest {
+    const NAME: &'static str = "ExportJobsRequest";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.ExportJobsRequest".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.ExportJobsRequest".into()
+    }
+}
+/// A message of an export of jobs.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ExportJobsResponse {
+    /// Continues the export exactly after this message. Opaque; at most 200 characters. It
+    /// is not a credential.
+    #[prost(string, tag = "1")]
+    pub resume_token: ::prost::alloc::string::String,
+    /// The content of the message.
+    #[prost(oneof = "export_jobs_response::Message", tags = "2, 3")]
+    pub message: ::core::option::Option<export_jobs_response::Message>,
+}
+/// Nested message and enum types in `ExportJobsResponse`.
+pub mod export_jobs_response {
+    /// The content of the message.
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    pub enum Message {
+        /// Jobs.
+        #[prost(message, tag = "2")]
+        Jobs(super::ExportedJobs),
+        /// The last message.
+        #[prost(message, tag = "3")]
+        End(super::ExportEnd),
+    }
+}
+impl ::prost::Name for ExportJobsResponse {
+    const NAME: &'static str = "ExportJobsResponse";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.ExportJobsResponse".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.ExportJobsResponse".into()
+    }
+}
+/// One or more jobs; at most 1 MiB.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ExportedJobs {
+    /// In the order of their creation.
+    #[prost(message, repeated, tag = "1")]
+    pub jobs: ::prost::alloc::vec::Vec<Job>,
+}
+impl ::prost::Name for ExportedJobs {
+    const NAME: &'static str = "ExportedJobs";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.ExportedJobs".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.ExportedJobs".into()
+    }
+}
+/// The end of an export.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ExportEnd {
+    /// How many jobs or events were exported in all, also by the streams before that this
+    /// one resumed.
+    #[prost(int64, tag = "1")]
+    pub count: i64,
+}
+impl ::prost::Name for ExportEnd {
+    const NAME: &'static str = "ExportEnd";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.ExportEnd".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.ExportEnd".into()
+    }
+}
 /// The job to close.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct CloseJobRequest {
@@ -2957,6 +3212,84 @@ impl JobOpenness {
         }
     }
 }
+/// A period by which jobs are counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum SummaryPeriod {
+    /// Not a period; INVALID_ARGUMENT in a request.
+    Unspecified = 0,
+    /// From midnight to midnight.
+    Day = 1,
+    /// From Monday to Sunday.
+    Week = 2,
+    /// A month of the calendar.
+    Month = 3,
+    /// A year of the calendar.
+    Year = 4,
+}
+impl SummaryPeriod {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "SUMMARY_PERIOD_UNSPECIFIED",
+            Self::Day => "SUMMARY_PERIOD_DAY",
+            Self::Week => "SUMMARY_PERIOD_WEEK",
+            Self::Month => "SUMMARY_PERIOD_MONTH",
+            Self::Year => "SUMMARY_PERIOD_YEAR",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "SUMMARY_PERIOD_UNSPECIFIED" => Some(Self::Unspecified),
+            "SUMMARY_PERIOD_DAY" => Some(Self::Day),
+            "SUMMARY_PERIOD_WEEK" => Some(Self::Week),
+            "SUMMARY_PERIOD_MONTH" => Some(Self::Month),
+            "SUMMARY_PERIOD_YEAR" => Some(Self::Year),
+            _ => None,
+        }
+    }
+}
+/// What jobs have in common that are counted together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum SummaryAttribute {
+    /// Not an attribute; INVALID_ARGUMENT in a request.
+    Unspecified = 0,
+    /// The configuration tag.
+    Configuration = 1,
+    /// The status.
+    Status = 2,
+    /// The other party: for a provider the customer, for a customer the provider.
+    Counterpart = 3,
+}
+impl SummaryAttribute {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "SUMMARY_ATTRIBUTE_UNSPECIFIED",
+            Self::Configuration => "SUMMARY_ATTRIBUTE_CONFIGURATION",
+            Self::Status => "SUMMARY_ATTRIBUTE_STATUS",
+            Self::Counterpart => "SUMMARY_ATTRIBUTE_COUNTERPART",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "SUMMARY_ATTRIBUTE_UNSPECIFIED" => Some(Self::Unspecified),
+            "SUMMARY_ATTRIBUTE_CONFIGURATION" => Some(Self::Configuration),
+            "SUMMARY_ATTRIBUTE_STATUS" => Some(Self::Status),
+            "SUMMARY_ATTRIBUTE_COUNTERPART" => Some(Self::Counterpart),
+            _ => None,
+        }
+    }
+}
 /// Why there is no estimate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -3271,6 +3604,74 @@ pub mod job_service_client {
             req.extensions_mut()
                 .insert(GrpcMethod::new("milepost.v1.JobService", "HoldJob"));
             self.inner.unary(req, path, codec).await
+        }
+        /// Counts the caller's jobs, and says how long those took that are complete: in all and,
+        /// if the request asks for groups, for each group. Needs scope READ.
+        ///
+        /// Errors: NOT_FOUND as ListJobs; RESOURCE_EXHAUSTED (OVERLOADED) while another summary
+        /// of the user is made on this server.
+        pub async fn summarize_jobs(
+            &mut self,
+            request: impl tonic::IntoRequest<super::SummarizeJobsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::SummarizeJobsResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/milepost.v1.JobService/SummarizeJobs",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("milepost.v1.JobService", "SummarizeJobs"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Sends each of the caller's jobs that match the filter, as it is when it is read, in
+        /// the order of their creation. Needs scope READ.
+        ///
+        /// First message: `jobs`, or `end` if there is none.
+        /// Duplicates: none within a stream, and none across streams that resume by token.
+        /// Jobs that are created after the first call are left out.
+        /// End: `end` is the last message. A stream without `end` has lost its connection, has
+        /// passed the client's deadline, which covers the whole stream, or has failed with the
+        /// error in its status.
+        /// Resume: keep the `resume_token` of the last message and call again with it and the
+        /// same request, on any server.
+        ///
+        /// Errors at the start: NOT_FOUND as ListJobs; INVALID_ARGUMENT, also for a token of
+        /// another request; RESOURCE_EXHAUSTED (OVERLOADED) if the user has too many open
+        /// streams on this server. Errors later: UNAVAILABLE (DRAINING).
+        pub async fn export_jobs(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ExportJobsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::ExportJobsResponse>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/milepost.v1.JobService/ExportJobs",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("milepost.v1.JobService", "ExportJobs"));
+            self.inner.server_streaming(req, path, codec).await
         }
         /// Says when an open job will probably be complete, by how long completed jobs of the
         /// same configuration tag took from the step that this job finished last. Needs the
@@ -3876,6 +4277,111 @@ impl ::prost::Name for WatchEnd {
         "/milepost.v1.WatchEnd".into()
     }
 }
+/// The events to export.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ExportEventsRequest {
+    /// Of which jobs. Absent: of all.
+    #[prost(message, optional, tag = "1")]
+    pub filter: ::core::option::Option<JobFilter>,
+    /// Only of jobs that were closed before this time. Absent: of open jobs as well.
+    #[prost(message, optional, tag = "2")]
+    pub closed_before: ::core::option::Option<::prost_types::Timestamp>,
+    /// Only events committed at this time or later.
+    #[prost(message, optional, tag = "3")]
+    pub created_from: ::core::option::Option<::prost_types::Timestamp>,
+    /// Only events committed before this time. Earlier than `created_from`:
+    /// INVALID_ARGUMENT.
+    #[prost(message, optional, tag = "4")]
+    pub created_before: ::core::option::Option<::prost_types::Timestamp>,
+    /// Only events of these kinds. Empty: all kinds.
+    #[prost(enumeration = "EventKind", repeated, tag = "5")]
+    pub kinds: ::prost::alloc::vec::Vec<i32>,
+    /// Exactly after the message that carried this token, of an export by the same request.
+    /// Empty: from the first event.
+    #[prost(string, tag = "6")]
+    pub resume_token: ::prost::alloc::string::String,
+}
+impl ::prost::Name for ExportEventsRequest {
+    const NAME: &'static str = "ExportEventsRequest";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.ExportEventsRequest".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.ExportEventsRequest".into()
+    }
+}
+/// A message of an export of events.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ExportEventsResponse {
+    /// Continues the export exactly after this message. Opaque; at most 200 characters. It
+    /// is not a credential.
+    #[prost(string, tag = "1")]
+    pub resume_token: ::prost::alloc::string::String,
+    /// The content of the message.
+    #[prost(oneof = "export_events_response::Message", tags = "2, 3")]
+    pub message: ::core::option::Option<export_events_response::Message>,
+}
+/// Nested message and enum types in `ExportEventsResponse`.
+pub mod export_events_response {
+    /// The content of the message.
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    pub enum Message {
+        /// Events.
+        #[prost(message, tag = "2")]
+        Events(super::ExportedEvents),
+        /// The last message.
+        #[prost(message, tag = "3")]
+        End(super::ExportEnd),
+    }
+}
+impl ::prost::Name for ExportEventsResponse {
+    const NAME: &'static str = "ExportEventsResponse";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.ExportEventsResponse".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.ExportEventsResponse".into()
+    }
+}
+/// Events; at most 1 MiB.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ExportedEvents {
+    /// In the order of the creation of the jobs. A job may come again in the next message.
+    #[prost(message, repeated, tag = "1")]
+    pub jobs: ::prost::alloc::vec::Vec<EventsOfJob>,
+}
+impl ::prost::Name for ExportedEvents {
+    const NAME: &'static str = "ExportedEvents";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.ExportedEvents".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.ExportedEvents".into()
+    }
+}
+/// Events of one job, and what they belong to.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct EventsOfJob {
+    /// The job as it is when it is read.
+    #[prost(message, optional, tag = "1")]
+    pub job: ::core::option::Option<Job>,
+    /// In ascending sequence.
+    #[prost(message, repeated, tag = "2")]
+    pub events: ::prost::alloc::vec::Vec<Event>,
+}
+impl ::prost::Name for EventsOfJob {
+    const NAME: &'static str = "EventsOfJob";
+    const PACKAGE: &'static str = "milepost.v1";
+    fn full_name() -> ::prost::alloc::string::String {
+        "milepost.v1.EventsOfJob".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "/milepost.v1.EventsOfJob".into()
+    }
+}
 /// The kind of an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -4269,6 +4775,53 @@ pub mod event_service_client {
             let mut req = request.into_request();
             req.extensions_mut()
                 .insert(GrpcMethod::new("milepost.v1.EventService", "WatchEvents"));
+            self.inner.server_streaming(req, path, codec).await
+        }
+        /// Sends the events of the caller's jobs that match the filter, job by job in the order
+        /// of their creation, each with all that tells what it belongs to. It sends the events
+        /// that were committed before the first call, so that each export ends. Needs scope
+        /// READ.
+        ///
+        /// First message: `events`, or `end` if there is none.
+        /// Order: the events of each job by sequence, those of a kind that is left out excepted.
+        /// Duplicates: none within a stream, and none across streams that resume by token.
+        /// End: `end` is the last message. A stream without `end` has lost its connection, has
+        /// passed the client's deadline, which covers the whole stream, or has failed with the
+        /// error in its status.
+        /// Resume: keep the `resume_token` of the last message and call again with it and the
+        /// same request, on any server.
+        ///
+        /// Retention: jobs whose events were removed before the first call are left out. If
+        /// retention removes meanwhile what is still to be sent, the export ends with
+        /// EVENTS_EXPIRED. Export closed jobs before retention comes to them: `closed_before`.
+        ///
+        /// Errors at the start: NOT_FOUND as ListJobs; INVALID_ARGUMENT, also for a token of
+        /// another request; RESOURCE_EXHAUSTED (OVERLOADED) if the user has too many open
+        /// streams on this server; OUT_OF_RANGE for a token whose events are lost
+        /// (LOG_SET_BACK). Errors later: OUT_OF_RANGE (EVENTS_EXPIRED, LOG_SET_BACK),
+        /// UNAVAILABLE (DRAINING).
+        pub async fn export_events(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ExportEventsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::ExportEventsResponse>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/milepost.v1.EventService/ExportEvents",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("milepost.v1.EventService", "ExportEvents"));
             self.inner.server_streaming(req, path, codec).await
         }
     }

@@ -173,7 +173,7 @@ const WRITES: [Write; 16] = [
 ];
 
 /// The methods that only read, or that need no credential.
-const OTHERS: [&str; 13] = [
+const OTHERS: [&str; 16] = [
     "AuthService/SignUp",
     "AuthService/LogIn",
     "AuthService/GetCurrentUser",
@@ -185,6 +185,9 @@ const OTHERS: [&str; 13] = [
     "JobService/GetJob",
     "JobService/ListJobs",
     "JobService/EstimateJob",
+    "JobService/SummarizeJobs",
+    "JobService/ExportJobs",
+    "EventService/ExportEvents",
     "EventService/ListEvents",
     "EventService/WatchEvents",
 ];

@@ -59,8 +59,9 @@ class _ApiKeyScopeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ApiKeySco
     API_KEY_SCOPE_UNSPECIFIED: _ApiKeyScope.ValueType  # 0
     """Not a scope; INVALID_ARGUMENT in a request."""
     API_KEY_SCOPE_READ: _ApiKeyScope.ValueType  # 1
-    """GetJob, ListJobs, EstimateJob, ListEvents, WatchEvents, GetJobConfiguration,
-    ListJobConfigurations and GetUsage. GetCurrentUser needs no scope.
+    """GetJob, ListJobs, SummarizeJobs, ExportJobs, EstimateJob, ListEvents, WatchEvents,
+    ExportEvents, GetJobConfiguration, ListJobConfigurations and GetUsage. GetCurrentUser
+    needs no scope.
     """
     API_KEY_SCOPE_APPEND: _ApiKeyScope.ValueType  # 2
     """The writes of a provider: RegisterJobConfiguration, CreateJob, CloseJob,
@@ -76,8 +77,9 @@ class ApiKeyScope(_ApiKeyScope, metaclass=_ApiKeyScopeEnumTypeWrapper):
 API_KEY_SCOPE_UNSPECIFIED: ApiKeyScope.ValueType  # 0
 """Not a scope; INVALID_ARGUMENT in a request."""
 API_KEY_SCOPE_READ: ApiKeyScope.ValueType  # 1
-"""GetJob, ListJobs, EstimateJob, ListEvents, WatchEvents, GetJobConfiguration,
-ListJobConfigurations and GetUsage. GetCurrentUser needs no scope.
+"""GetJob, ListJobs, SummarizeJobs, ExportJobs, EstimateJob, ListEvents, WatchEvents,
+ExportEvents, GetJobConfiguration, ListJobConfigurations and GetUsage. GetCurrentUser
+needs no scope.
 """
 API_KEY_SCOPE_APPEND: ApiKeyScope.ValueType  # 2
 """The writes of a provider: RegisterJobConfiguration, CreateJob, CloseJob,

@@ -926,3 +926,151 @@ class WatchEnd(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchEnd: _TypeAlias = WatchEnd  # noqa: Y015
+
+@_typing.final
+class ExportEventsRequest(_message.Message):
+    """The events to export."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILTER_FIELD_NUMBER: _builtins.int
+    CLOSED_BEFORE_FIELD_NUMBER: _builtins.int
+    CREATED_FROM_FIELD_NUMBER: _builtins.int
+    CREATED_BEFORE_FIELD_NUMBER: _builtins.int
+    KINDS_FIELD_NUMBER: _builtins.int
+    RESUME_TOKEN_FIELD_NUMBER: _builtins.int
+    resume_token: _builtins.str
+    """Exactly after the message that carried this token, of an export by the same request.
+    Empty: from the first event.
+    """
+    @_builtins.property
+    def filter(self) -> _jobs_pb2.JobFilter:
+        """Of which jobs. Absent: of all."""
+
+    @_builtins.property
+    def closed_before(self) -> _timestamp_pb2.Timestamp:
+        """Only of jobs that were closed before this time. Absent: of open jobs as well."""
+
+    @_builtins.property
+    def created_from(self) -> _timestamp_pb2.Timestamp:
+        """Only events committed at this time or later."""
+
+    @_builtins.property
+    def created_before(self) -> _timestamp_pb2.Timestamp:
+        """Only events committed before this time. Earlier than `created_from`:
+        INVALID_ARGUMENT.
+        """
+
+    @_builtins.property
+    def kinds(self) -> _containers.RepeatedScalarFieldContainer[Global___EventKind.ValueType]:
+        """Only events of these kinds. Empty: all kinds."""
+
+    def __init__(
+        self,
+        *,
+        filter: _jobs_pb2.JobFilter | None = ...,
+        closed_before: _timestamp_pb2.Timestamp | None = ...,
+        created_from: _timestamp_pb2.Timestamp | None = ...,
+        created_before: _timestamp_pb2.Timestamp | None = ...,
+        kinds: _abc.Iterable[Global___EventKind.ValueType] | None = ...,
+        resume_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["closed_before", b"closed_before", "created_before", b"created_before", "created_from", b"created_from", "filter", b"filter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed_before", b"closed_before", "created_before", b"created_before", "created_from", b"created_from", "filter", b"filter", "kinds", b"kinds", "resume_token", b"resume_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportEventsRequest: _TypeAlias = ExportEventsRequest  # noqa: Y015
+
+@_typing.final
+class ExportEventsResponse(_message.Message):
+    """A message of an export of events."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESUME_TOKEN_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    resume_token: _builtins.str
+    """Continues the export exactly after this message. Opaque; at most 200 characters. It
+    is not a credential.
+    """
+    @_builtins.property
+    def events(self) -> Global___ExportedEvents:
+        """Events."""
+
+    @_builtins.property
+    def end(self) -> _jobs_pb2.ExportEnd:
+        """The last message."""
+
+    def __init__(
+        self,
+        *,
+        resume_token: _builtins.str = ...,
+        events: Global___ExportedEvents | None = ...,
+        end: _jobs_pb2.ExportEnd | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "events", b"events", "message", b"message"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "events", b"events", "message", b"message", "resume_token", b"resume_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["events", "end"]  # noqa: Y015
+    _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
+
+Global___ExportEventsResponse: _TypeAlias = ExportEventsResponse  # noqa: Y015
+
+@_typing.final
+class ExportedEvents(_message.Message):
+    """Events; at most 1 MiB."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOBS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def jobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___EventsOfJob]:
+        """In the order of the creation of the jobs. A job may come again in the next message."""
+
+    def __init__(
+        self,
+        *,
+        jobs: _abc.Iterable[Global___EventsOfJob] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["jobs", b"jobs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportedEvents: _TypeAlias = ExportedEvents  # noqa: Y015
+
+@_typing.final
+class EventsOfJob(_message.Message):
+    """Events of one job, and what they belong to."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def job(self) -> _jobs_pb2.Job:
+        """The job as it is when it is read."""
+
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___Event]:
+        """In ascending sequence."""
+
+    def __init__(
+        self,
+        *,
+        job: _jobs_pb2.Job | None = ...,
+        events: _abc.Iterable[Global___Event] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EventsOfJob: _TypeAlias = EventsOfJob  # noqa: Y015

@@ -65,6 +65,11 @@ class EventServiceStub(object):
                 request_serializer=milepost_dot_v1_dot_events__pb2.WatchEventsRequest.SerializeToString,
                 response_deserializer=milepost_dot_v1_dot_events__pb2.WatchEventsResponse.FromString,
                 _registered_method=True)
+        self.ExportEvents = channel.unary_stream(
+                '/milepost.v1.EventService/ExportEvents',
+                request_serializer=milepost_dot_v1_dot_events__pb2.ExportEventsRequest.SerializeToString,
+                response_deserializer=milepost_dot_v1_dot_events__pb2.ExportEventsResponse.FromString,
+                _registered_method=True)
 
 
 class EventServiceServicer(object):
@@ -186,6 +191,35 @@ class EventServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExportEvents(self, request, context):
+        """Sends the events of the caller's jobs that match the filter, job by job in the order
+        of their creation, each with all that tells what it belongs to. It sends the events
+        that were committed before the first call, so that each export ends. Needs scope
+        READ.
+
+        First message: `events`, or `end` if there is none.
+        Order: the events of each job by sequence, those of a kind that is left out excepted.
+        Duplicates: none within a stream, and none across streams that resume by token.
+        End: `end` is the last message. A stream without `end` has lost its connection, has
+        passed the client's deadline, which covers the whole stream, or has failed with the
+        error in its status.
+        Resume: keep the `resume_token` of the last message and call again with it and the
+        same request, on any server.
+
+        Retention: jobs whose events were removed before the first call are left out. If
+        retention removes meanwhile what is still to be sent, the export ends with
+        EVENTS_EXPIRED. Export closed jobs before retention comes to them: `closed_before`.
+
+        Errors at the start: NOT_FOUND as ListJobs; INVALID_ARGUMENT, also for a token of
+        another request; RESOURCE_EXHAUSTED (OVERLOADED) if the user has too many open
+        streams on this server; OUT_OF_RANGE for a token whose events are lost
+        (LOG_SET_BACK). Errors later: OUT_OF_RANGE (EVENTS_EXPIRED, LOG_SET_BACK),
+        UNAVAILABLE (DRAINING).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EventServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -208,6 +242,11 @@ def add_EventServiceServicer_to_server(servicer, server):
                     servicer.WatchEvents,
                     request_deserializer=milepost_dot_v1_dot_events__pb2.WatchEventsRequest.FromString,
                     response_serializer=milepost_dot_v1_dot_events__pb2.WatchEventsResponse.SerializeToString,
+            ),
+            'ExportEvents': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportEvents,
+                    request_deserializer=milepost_dot_v1_dot_events__pb2.ExportEventsRequest.FromString,
+                    response_serializer=milepost_dot_v1_dot_events__pb2.ExportEventsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -329,6 +368,33 @@ class EventService(object):
             '/milepost.v1.EventService/WatchEvents',
             milepost_dot_v1_dot_events__pb2.WatchEventsRequest.SerializeToString,
             milepost_dot_v1_dot_events__pb2.WatchEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/milepost.v1.EventService/ExportEvents',
+            milepost_dot_v1_dot_events__pb2.ExportEventsRequest.SerializeToString,
+            milepost_dot_v1_dot_events__pb2.ExportEventsResponse.FromString,
             options,
             channel_credentials,
             insecure,

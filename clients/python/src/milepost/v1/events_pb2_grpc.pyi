@@ -133,6 +133,31 @@ class EventServiceStub:
     the log (POSITION_BEYOND_LOG) and for a token whose events are lost
     (LOG_SET_BACK).
     """
+    ExportEvents: _grpc.UnaryStreamMultiCallable[_events_pb2.ExportEventsRequest, _events_pb2.ExportEventsResponse]
+    """Sends the events of the caller's jobs that match the filter, job by job in the order
+    of their creation, each with all that tells what it belongs to. It sends the events
+    that were committed before the first call, so that each export ends. Needs scope
+    READ.
+
+    First message: `events`, or `end` if there is none.
+    Order: the events of each job by sequence, those of a kind that is left out excepted.
+    Duplicates: none within a stream, and none across streams that resume by token.
+    End: `end` is the last message. A stream without `end` has lost its connection, has
+    passed the client's deadline, which covers the whole stream, or has failed with the
+    error in its status.
+    Resume: keep the `resume_token` of the last message and call again with it and the
+    same request, on any server.
+
+    Retention: jobs whose events were removed before the first call are left out. If
+    retention removes meanwhile what is still to be sent, the export ends with
+    EVENTS_EXPIRED. Export closed jobs before retention comes to them: `closed_before`.
+
+    Errors at the start: NOT_FOUND as ListJobs; INVALID_ARGUMENT, also for a token of
+    another request; RESOURCE_EXHAUSTED (OVERLOADED) if the user has too many open
+    streams on this server; OUT_OF_RANGE for a token whose events are lost
+    (LOG_SET_BACK). Errors later: OUT_OF_RANGE (EVENTS_EXPIRED, LOG_SET_BACK),
+    UNAVAILABLE (DRAINING).
+    """
 
 @_typing.type_check_only
 class EventServiceAsyncStub(EventServiceStub):
@@ -238,6 +263,31 @@ class EventServiceAsyncStub(EventServiceStub):
     unless the operator sets another number); OUT_OF_RANGE for a position beyond
     the log (POSITION_BEYOND_LOG) and for a token whose events are lost
     (LOG_SET_BACK).
+    """
+    ExportEvents: _aio.UnaryStreamMultiCallable[_events_pb2.ExportEventsRequest, _events_pb2.ExportEventsResponse]  # type: ignore[assignment]
+    """Sends the events of the caller's jobs that match the filter, job by job in the order
+    of their creation, each with all that tells what it belongs to. It sends the events
+    that were committed before the first call, so that each export ends. Needs scope
+    READ.
+
+    First message: `events`, or `end` if there is none.
+    Order: the events of each job by sequence, those of a kind that is left out excepted.
+    Duplicates: none within a stream, and none across streams that resume by token.
+    End: `end` is the last message. A stream without `end` has lost its connection, has
+    passed the client's deadline, which covers the whole stream, or has failed with the
+    error in its status.
+    Resume: keep the `resume_token` of the last message and call again with it and the
+    same request, on any server.
+
+    Retention: jobs whose events were removed before the first call are left out. If
+    retention removes meanwhile what is still to be sent, the export ends with
+    EVENTS_EXPIRED. Export closed jobs before retention comes to them: `closed_before`.
+
+    Errors at the start: NOT_FOUND as ListJobs; INVALID_ARGUMENT, also for a token of
+    another request; RESOURCE_EXHAUSTED (OVERLOADED) if the user has too many open
+    streams on this server; OUT_OF_RANGE for a token whose events are lost
+    (LOG_SET_BACK). Errors later: OUT_OF_RANGE (EVENTS_EXPIRED, LOG_SET_BACK),
+    UNAVAILABLE (DRAINING).
     """
 
 class EventServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -365,6 +415,37 @@ class EventServiceServicer(metaclass=_abc_1.ABCMeta):
         unless the operator sets another number); OUT_OF_RANGE for a position beyond
         the log (POSITION_BEYOND_LOG) and for a token whose events are lost
         (LOG_SET_BACK).
+        """
+
+    @_abc_1.abstractmethod
+    def ExportEvents(
+        self,
+        request: _events_pb2.ExportEventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_events_pb2.ExportEventsResponse], _abc.AsyncIterator[_events_pb2.ExportEventsResponse]]:
+        """Sends the events of the caller's jobs that match the filter, job by job in the order
+        of their creation, each with all that tells what it belongs to. It sends the events
+        that were committed before the first call, so that each export ends. Needs scope
+        READ.
+
+        First message: `events`, or `end` if there is none.
+        Order: the events of each job by sequence, those of a kind that is left out excepted.
+        Duplicates: none within a stream, and none across streams that resume by token.
+        End: `end` is the last message. A stream without `end` has lost its connection, has
+        passed the client's deadline, which covers the whole stream, or has failed with the
+        error in its status.
+        Resume: keep the `resume_token` of the last message and call again with it and the
+        same request, on any server.
+
+        Retention: jobs whose events were removed before the first call are left out. If
+        retention removes meanwhile what is still to be sent, the export ends with
+        EVENTS_EXPIRED. Export closed jobs before retention comes to them: `closed_before`.
+
+        Errors at the start: NOT_FOUND as ListJobs; INVALID_ARGUMENT, also for a token of
+        another request; RESOURCE_EXHAUSTED (OVERLOADED) if the user has too many open
+        streams on this server; OUT_OF_RANGE for a token whose events are lost
+        (LOG_SET_BACK). Errors later: OUT_OF_RANGE (EVENTS_EXPIRED, LOG_SET_BACK),
+        UNAVAILABLE (DRAINING).
         """
 
 def add_EventServiceServicer_to_server(servicer: EventServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -135,6 +135,66 @@ JOB_OPENNESS_CLOSED: JobOpenness.ValueType  # 2
 """Jobs that never change again."""
 Global___JobOpenness: _TypeAlias = JobOpenness  # noqa: Y015
 
+class _SummaryPeriod:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SummaryPeriodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SummaryPeriod.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SUMMARY_PERIOD_UNSPECIFIED: _SummaryPeriod.ValueType  # 0
+    """Not a period; INVALID_ARGUMENT in a request."""
+    SUMMARY_PERIOD_DAY: _SummaryPeriod.ValueType  # 1
+    """From midnight to midnight."""
+    SUMMARY_PERIOD_WEEK: _SummaryPeriod.ValueType  # 2
+    """From Monday to Sunday."""
+    SUMMARY_PERIOD_MONTH: _SummaryPeriod.ValueType  # 3
+    """A month of the calendar."""
+    SUMMARY_PERIOD_YEAR: _SummaryPeriod.ValueType  # 4
+    """A year of the calendar."""
+
+class SummaryPeriod(_SummaryPeriod, metaclass=_SummaryPeriodEnumTypeWrapper):
+    """A period by which jobs are counted."""
+
+SUMMARY_PERIOD_UNSPECIFIED: SummaryPeriod.ValueType  # 0
+"""Not a period; INVALID_ARGUMENT in a request."""
+SUMMARY_PERIOD_DAY: SummaryPeriod.ValueType  # 1
+"""From midnight to midnight."""
+SUMMARY_PERIOD_WEEK: SummaryPeriod.ValueType  # 2
+"""From Monday to Sunday."""
+SUMMARY_PERIOD_MONTH: SummaryPeriod.ValueType  # 3
+"""A month of the calendar."""
+SUMMARY_PERIOD_YEAR: SummaryPeriod.ValueType  # 4
+"""A year of the calendar."""
+Global___SummaryPeriod: _TypeAlias = SummaryPeriod  # noqa: Y015
+
+class _SummaryAttribute:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SummaryAttributeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SummaryAttribute.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SUMMARY_ATTRIBUTE_UNSPECIFIED: _SummaryAttribute.ValueType  # 0
+    """Not an attribute; INVALID_ARGUMENT in a request."""
+    SUMMARY_ATTRIBUTE_CONFIGURATION: _SummaryAttribute.ValueType  # 1
+    """The configuration tag."""
+    SUMMARY_ATTRIBUTE_STATUS: _SummaryAttribute.ValueType  # 2
+    """The status."""
+    SUMMARY_ATTRIBUTE_COUNTERPART: _SummaryAttribute.ValueType  # 3
+    """The other party: for a provider the customer, for a customer the provider."""
+
+class SummaryAttribute(_SummaryAttribute, metaclass=_SummaryAttributeEnumTypeWrapper):
+    """What jobs have in common that are counted together."""
+
+SUMMARY_ATTRIBUTE_UNSPECIFIED: SummaryAttribute.ValueType  # 0
+"""Not an attribute; INVALID_ARGUMENT in a request."""
+SUMMARY_ATTRIBUTE_CONFIGURATION: SummaryAttribute.ValueType  # 1
+"""The configuration tag."""
+SUMMARY_ATTRIBUTE_STATUS: SummaryAttribute.ValueType  # 2
+"""The status."""
+SUMMARY_ATTRIBUTE_COUNTERPART: SummaryAttribute.ValueType  # 3
+"""The other party: for a provider the customer, for a customer the provider."""
+Global___SummaryAttribute: _TypeAlias = SummaryAttribute  # noqa: Y015
+
 class _NoEstimateReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -737,6 +797,337 @@ class ListJobsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListJobsResponse: _TypeAlias = ListJobsResponse  # noqa: Y015
+
+@_typing.final
+class SummarizeJobsRequest(_message.Message):
+    """Which jobs to count, and by what."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILTER_FIELD_NUMBER: _builtins.int
+    PERIOD_FIELD_NUMBER: _builtins.int
+    ATTRIBUTE_FIELD_NUMBER: _builtins.int
+    LABEL_KEY_FIELD_NUMBER: _builtins.int
+    TIME_ZONE_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    period: Global___SummaryPeriod.ValueType
+    """The period in which the job was created, by `time_zone`."""
+    attribute: Global___SummaryAttribute.ValueType
+    """An attribute of the job."""
+    label_key: _builtins.str
+    """The value of the label with this key. Jobs without it are a group, too."""
+    time_zone: _builtins.str
+    """An IANA time zone, such as Europe/Vienna, by which periods begin. Empty: UTC. Only
+    for `period`, otherwise INVALID_ARGUMENT.
+    """
+    page_size: _builtins.int
+    """Most groups of the page: default 50, cut to 500, negative INVALID_ARGUMENT."""
+    page_token: _builtins.str
+    """The `next_page_token` of the previous page, with the same filter, groups and time
+    zone. Empty: the first page. Each page counts anew.
+    """
+    @_builtins.property
+    def filter(self) -> Global___JobFilter:
+        """Which jobs to count. Absent: all."""
+
+    def __init__(
+        self,
+        *,
+        filter: Global___JobFilter | None = ...,
+        period: Global___SummaryPeriod.ValueType = ...,
+        attribute: Global___SummaryAttribute.ValueType = ...,
+        label_key: _builtins.str = ...,
+        time_zone: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attribute", b"attribute", "filter", b"filter", "group_by", b"group_by", "label_key", b"label_key", "period", b"period"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attribute", b"attribute", "filter", b"filter", "group_by", b"group_by", "label_key", b"label_key", "page_size", b"page_size", "page_token", b"page_token", "period", b"period", "time_zone", b"time_zone"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_group_by: _TypeAlias = _typing.Literal["period", "attribute", "label_key"]  # noqa: Y015
+    _WhichOneofArgType_group_by: _TypeAlias = _typing.Literal["group_by", b"group_by"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_group_by) -> _WhichOneofReturnType_group_by | None: ...
+
+Global___SummarizeJobsRequest: _TypeAlias = SummarizeJobsRequest  # noqa: Y015
+
+@_typing.final
+class SummarizeJobsResponse(_message.Message):
+    """Counted jobs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUPS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """The `page_token` of the next page. Empty: there is no next page."""
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___JobGroup]:
+        """Groups with at least one job. Periods are in the order of time, statuses in that of
+        the enum's names, all others in the order of bytes; the jobs without the label come
+        first.
+        """
+
+    @_builtins.property
+    def total(self) -> Global___JobFigures:
+        """All jobs that match the filter, whatever page it is."""
+
+    def __init__(
+        self,
+        *,
+        groups: _abc.Iterable[Global___JobGroup] | None = ...,
+        next_page_token: _builtins.str = ...,
+        total: Global___JobFigures | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["total", b"total"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups", "next_page_token", b"next_page_token", "total", b"total"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SummarizeJobsResponse: _TypeAlias = SummarizeJobsResponse  # noqa: Y015
+
+@_typing.final
+class JobGroup(_message.Message):
+    """The jobs of a group."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PERIOD_START_FIELD_NUMBER: _builtins.int
+    CONFIGURATION_TAG_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    COUNTERPART_FIELD_NUMBER: _builtins.int
+    LABEL_VALUE_FIELD_NUMBER: _builtins.int
+    FIGURES_FIELD_NUMBER: _builtins.int
+    configuration_tag: _builtins.str
+    """The configuration tag."""
+    status: Global___JobStatus.ValueType
+    """The status."""
+    label_value: _builtins.str
+    """The value of the label."""
+    @_builtins.property
+    def period_start(self) -> _timestamp_pb2.Timestamp:
+        """When the period begins."""
+
+    @_builtins.property
+    def counterpart(self) -> Global___Party:
+        """The other party."""
+
+    @_builtins.property
+    def figures(self) -> Global___JobFigures:
+        """The figures of these jobs."""
+
+    def __init__(
+        self,
+        *,
+        period_start: _timestamp_pb2.Timestamp | None = ...,
+        configuration_tag: _builtins.str = ...,
+        status: Global___JobStatus.ValueType = ...,
+        counterpart: Global___Party | None = ...,
+        label_value: _builtins.str = ...,
+        figures: Global___JobFigures | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["configuration_tag", b"configuration_tag", "counterpart", b"counterpart", "figures", b"figures", "key", b"key", "label_value", b"label_value", "period_start", b"period_start", "status", b"status"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["configuration_tag", b"configuration_tag", "counterpart", b"counterpart", "figures", b"figures", "key", b"key", "label_value", b"label_value", "period_start", b"period_start", "status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_key: _TypeAlias = _typing.Literal["period_start", "configuration_tag", "status", "counterpart", "label_value"]  # noqa: Y015
+    _WhichOneofArgType_key: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_key) -> _WhichOneofReturnType_key | None: ...
+
+Global___JobGroup: _TypeAlias = JobGroup  # noqa: Y015
+
+@_typing.final
+class JobFigures(_message.Message):
+    """The figures of some jobs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOBS_FIELD_NUMBER: _builtins.int
+    STATUSES_FIELD_NUMBER: _builtins.int
+    MEDIAN_DURATION_FIELD_NUMBER: _builtins.int
+    P90_DURATION_FIELD_NUMBER: _builtins.int
+    jobs: _builtins.int
+    """How many jobs there are."""
+    @_builtins.property
+    def statuses(self) -> _containers.RepeatedCompositeFieldContainer[Global___StatusCount]:
+        """How many of them have each status, without those that none has."""
+
+    @_builtins.property
+    def median_duration(self) -> _duration_pb2.Duration:
+        """The median of the time from creation to completion of those that are complete.
+        Absent: none is complete.
+        """
+
+    @_builtins.property
+    def p90_duration(self) -> _duration_pb2.Duration:
+        """The 90th percentile of the same time."""
+
+    def __init__(
+        self,
+        *,
+        jobs: _builtins.int = ...,
+        statuses: _abc.Iterable[Global___StatusCount] | None = ...,
+        median_duration: _duration_pb2.Duration | None = ...,
+        p90_duration: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["median_duration", b"median_duration", "p90_duration", b"p90_duration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["jobs", b"jobs", "median_duration", b"median_duration", "p90_duration", b"p90_duration", "statuses", b"statuses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JobFigures: _TypeAlias = JobFigures  # noqa: Y015
+
+@_typing.final
+class StatusCount(_message.Message):
+    """How many jobs have a status."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATUS_FIELD_NUMBER: _builtins.int
+    JOBS_FIELD_NUMBER: _builtins.int
+    status: Global___JobStatus.ValueType
+    """The status."""
+    jobs: _builtins.int
+    """How many jobs."""
+    def __init__(
+        self,
+        *,
+        status: Global___JobStatus.ValueType = ...,
+        jobs: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["jobs", b"jobs", "status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StatusCount: _TypeAlias = StatusCount  # noqa: Y015
+
+@_typing.final
+class ExportJobsRequest(_message.Message):
+    """The jobs to export."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILTER_FIELD_NUMBER: _builtins.int
+    CLOSED_BEFORE_FIELD_NUMBER: _builtins.int
+    RESUME_TOKEN_FIELD_NUMBER: _builtins.int
+    resume_token: _builtins.str
+    """Exactly after the message that carried this token, of an export by the same request.
+    Empty: from the first job.
+    """
+    @_builtins.property
+    def filter(self) -> Global___JobFilter:
+        """Which jobs. Absent: all."""
+
+    @_builtins.property
+    def closed_before(self) -> _timestamp_pb2.Timestamp:
+        """Only jobs that were closed before this time. Absent: open jobs as well."""
+
+    def __init__(
+        self,
+        *,
+        filter: Global___JobFilter | None = ...,
+        closed_before: _timestamp_pb2.Timestamp | None = ...,
+        resume_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["closed_before", b"closed_before", "filter", b"filter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed_before", b"closed_before", "filter", b"filter", "resume_token", b"resume_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportJobsRequest: _TypeAlias = ExportJobsRequest  # noqa: Y015
+
+@_typing.final
+class ExportJobsResponse(_message.Message):
+    """A message of an export of jobs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESUME_TOKEN_FIELD_NUMBER: _builtins.int
+    JOBS_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    resume_token: _builtins.str
+    """Continues the export exactly after this message. Opaque; at most 200 characters. It
+    is not a credential.
+    """
+    @_builtins.property
+    def jobs(self) -> Global___ExportedJobs:
+        """Jobs."""
+
+    @_builtins.property
+    def end(self) -> Global___ExportEnd:
+        """The last message."""
+
+    def __init__(
+        self,
+        *,
+        resume_token: _builtins.str = ...,
+        jobs: Global___ExportedJobs | None = ...,
+        end: Global___ExportEnd | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "jobs", b"jobs", "message", b"message"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "jobs", b"jobs", "message", b"message", "resume_token", b"resume_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["jobs", "end"]  # noqa: Y015
+    _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
+
+Global___ExportJobsResponse: _TypeAlias = ExportJobsResponse  # noqa: Y015
+
+@_typing.final
+class ExportedJobs(_message.Message):
+    """One or more jobs; at most 1 MiB."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOBS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def jobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Job]:
+        """In the order of their creation."""
+
+    def __init__(
+        self,
+        *,
+        jobs: _abc.Iterable[Global___Job] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["jobs", b"jobs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportedJobs: _TypeAlias = ExportedJobs  # noqa: Y015
+
+@_typing.final
+class ExportEnd(_message.Message):
+    """The end of an export."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COUNT_FIELD_NUMBER: _builtins.int
+    count: _builtins.int
+    """How many jobs or events were exported in all, also by the streams before that this
+    one resumed.
+    """
+    def __init__(
+        self,
+        *,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportEnd: _TypeAlias = ExportEnd  # noqa: Y015
 
 @_typing.final
 class CloseJobRequest(_message.Message):

@@ -67,6 +67,16 @@ class JobServiceStub(object):
                 request_serializer=milepost_dot_v1_dot_jobs__pb2.HoldJobRequest.SerializeToString,
                 response_deserializer=milepost_dot_v1_dot_jobs__pb2.HoldJobResponse.FromString,
                 _registered_method=True)
+        self.SummarizeJobs = channel.unary_unary(
+                '/milepost.v1.JobService/SummarizeJobs',
+                request_serializer=milepost_dot_v1_dot_jobs__pb2.SummarizeJobsRequest.SerializeToString,
+                response_deserializer=milepost_dot_v1_dot_jobs__pb2.SummarizeJobsResponse.FromString,
+                _registered_method=True)
+        self.ExportJobs = channel.unary_stream(
+                '/milepost.v1.JobService/ExportJobs',
+                request_serializer=milepost_dot_v1_dot_jobs__pb2.ExportJobsRequest.SerializeToString,
+                response_deserializer=milepost_dot_v1_dot_jobs__pb2.ExportJobsResponse.FromString,
+                _registered_method=True)
         self.EstimateJob = channel.unary_unary(
                 '/milepost.v1.JobService/EstimateJob',
                 request_serializer=milepost_dot_v1_dot_jobs__pb2.EstimateJobRequest.SerializeToString,
@@ -161,6 +171,38 @@ class JobServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SummarizeJobs(self, request, context):
+        """Counts the caller's jobs, and says how long those took that are complete: in all and,
+        if the request asks for groups, for each group. Needs scope READ.
+
+        Errors: NOT_FOUND as ListJobs; RESOURCE_EXHAUSTED (OVERLOADED) while another summary
+        of the user is made on this server.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportJobs(self, request, context):
+        """Sends each of the caller's jobs that match the filter, as it is when it is read, in
+        the order of their creation. Needs scope READ.
+
+        First message: `jobs`, or `end` if there is none.
+        Duplicates: none within a stream, and none across streams that resume by token.
+        Jobs that are created after the first call are left out.
+        End: `end` is the last message. A stream without `end` has lost its connection, has
+        passed the client's deadline, which covers the whole stream, or has failed with the
+        error in its status.
+        Resume: keep the `resume_token` of the last message and call again with it and the
+        same request, on any server.
+
+        Errors at the start: NOT_FOUND as ListJobs; INVALID_ARGUMENT, also for a token of
+        another request; RESOURCE_EXHAUSTED (OVERLOADED) if the user has too many open
+        streams on this server. Errors later: UNAVAILABLE (DRAINING).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def EstimateJob(self, request, context):
         """Says when an open job will probably be complete, by how long completed jobs of the
         same configuration tag took from the step that this job finished last. Needs the
@@ -205,6 +247,16 @@ def add_JobServiceServicer_to_server(servicer, server):
                     servicer.HoldJob,
                     request_deserializer=milepost_dot_v1_dot_jobs__pb2.HoldJobRequest.FromString,
                     response_serializer=milepost_dot_v1_dot_jobs__pb2.HoldJobResponse.SerializeToString,
+            ),
+            'SummarizeJobs': grpc.unary_unary_rpc_method_handler(
+                    servicer.SummarizeJobs,
+                    request_deserializer=milepost_dot_v1_dot_jobs__pb2.SummarizeJobsRequest.FromString,
+                    response_serializer=milepost_dot_v1_dot_jobs__pb2.SummarizeJobsResponse.SerializeToString,
+            ),
+            'ExportJobs': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportJobs,
+                    request_deserializer=milepost_dot_v1_dot_jobs__pb2.ExportJobsRequest.FromString,
+                    response_serializer=milepost_dot_v1_dot_jobs__pb2.ExportJobsResponse.SerializeToString,
             ),
             'EstimateJob': grpc.unary_unary_rpc_method_handler(
                     servicer.EstimateJob,
@@ -377,6 +429,60 @@ class JobService(object):
             '/milepost.v1.JobService/HoldJob',
             milepost_dot_v1_dot_jobs__pb2.HoldJobRequest.SerializeToString,
             milepost_dot_v1_dot_jobs__pb2.HoldJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SummarizeJobs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/milepost.v1.JobService/SummarizeJobs',
+            milepost_dot_v1_dot_jobs__pb2.SummarizeJobsRequest.SerializeToString,
+            milepost_dot_v1_dot_jobs__pb2.SummarizeJobsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportJobs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/milepost.v1.JobService/ExportJobs',
+            milepost_dot_v1_dot_jobs__pb2.ExportJobsRequest.SerializeToString,
+            milepost_dot_v1_dot_jobs__pb2.ExportJobsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -93,6 +93,30 @@ class JobServiceStub:
     Errors: NOT_FOUND; FAILED_PRECONDITION (EVENTS_REMOVED) to hold a job whose events
     retention removes or has removed.
     """
+    SummarizeJobs: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.SummarizeJobsRequest, _jobs_pb2.SummarizeJobsResponse]
+    """Counts the caller's jobs, and says how long those took that are complete: in all and,
+    if the request asks for groups, for each group. Needs scope READ.
+
+    Errors: NOT_FOUND as ListJobs; RESOURCE_EXHAUSTED (OVERLOADED) while another summary
+    of the user is made on this server.
+    """
+    ExportJobs: _grpc.UnaryStreamMultiCallable[_jobs_pb2.ExportJobsRequest, _jobs_pb2.ExportJobsResponse]
+    """Sends each of the caller's jobs that match the filter, as it is when it is read, in
+    the order of their creation. Needs scope READ.
+
+    First message: `jobs`, or `end` if there is none.
+    Duplicates: none within a stream, and none across streams that resume by token.
+    Jobs that are created after the first call are left out.
+    End: `end` is the last message. A stream without `end` has lost its connection, has
+    passed the client's deadline, which covers the whole stream, or has failed with the
+    error in its status.
+    Resume: keep the `resume_token` of the last message and call again with it and the
+    same request, on any server.
+
+    Errors at the start: NOT_FOUND as ListJobs; INVALID_ARGUMENT, also for a token of
+    another request; RESOURCE_EXHAUSTED (OVERLOADED) if the user has too many open
+    streams on this server. Errors later: UNAVAILABLE (DRAINING).
+    """
     EstimateJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.EstimateJobRequest, _jobs_pb2.EstimateJobResponse]
     """Says when an open job will probably be complete, by how long completed jobs of the
     same configuration tag took from the step that this job finished last. Needs the
@@ -166,6 +190,30 @@ class JobServiceAsyncStub(JobServiceStub):
     unchanged, with `existed`.
     Errors: NOT_FOUND; FAILED_PRECONDITION (EVENTS_REMOVED) to hold a job whose events
     retention removes or has removed.
+    """
+    SummarizeJobs: _aio.UnaryUnaryMultiCallable[_jobs_pb2.SummarizeJobsRequest, _jobs_pb2.SummarizeJobsResponse]  # type: ignore[assignment]
+    """Counts the caller's jobs, and says how long those took that are complete: in all and,
+    if the request asks for groups, for each group. Needs scope READ.
+
+    Errors: NOT_FOUND as ListJobs; RESOURCE_EXHAUSTED (OVERLOADED) while another summary
+    of the user is made on this server.
+    """
+    ExportJobs: _aio.UnaryStreamMultiCallable[_jobs_pb2.ExportJobsRequest, _jobs_pb2.ExportJobsResponse]  # type: ignore[assignment]
+    """Sends each of the caller's jobs that match the filter, as it is when it is read, in
+    the order of their creation. Needs scope READ.
+
+    First message: `jobs`, or `end` if there is none.
+    Duplicates: none within a stream, and none across streams that resume by token.
+    Jobs that are created after the first call are left out.
+    End: `end` is the last message. A stream without `end` has lost its connection, has
+    passed the client's deadline, which covers the whole stream, or has failed with the
+    error in its status.
+    Resume: keep the `resume_token` of the last message and call again with it and the
+    same request, on any server.
+
+    Errors at the start: NOT_FOUND as ListJobs; INVALID_ARGUMENT, also for a token of
+    another request; RESOURCE_EXHAUSTED (OVERLOADED) if the user has too many open
+    streams on this server. Errors later: UNAVAILABLE (DRAINING).
     """
     EstimateJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.EstimateJobRequest, _jobs_pb2.EstimateJobResponse]  # type: ignore[assignment]
     """Says when an open job will probably be complete, by how long completed jobs of the
@@ -273,6 +321,42 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         unchanged, with `existed`.
         Errors: NOT_FOUND; FAILED_PRECONDITION (EVENTS_REMOVED) to hold a job whose events
         retention removes or has removed.
+        """
+
+    @_abc_1.abstractmethod
+    def SummarizeJobs(
+        self,
+        request: _jobs_pb2.SummarizeJobsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.SummarizeJobsResponse, _abc.Awaitable[_jobs_pb2.SummarizeJobsResponse]]:
+        """Counts the caller's jobs, and says how long those took that are complete: in all and,
+        if the request asks for groups, for each group. Needs scope READ.
+
+        Errors: NOT_FOUND as ListJobs; RESOURCE_EXHAUSTED (OVERLOADED) while another summary
+        of the user is made on this server.
+        """
+
+    @_abc_1.abstractmethod
+    def ExportJobs(
+        self,
+        request: _jobs_pb2.ExportJobsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_jobs_pb2.ExportJobsResponse], _abc.AsyncIterator[_jobs_pb2.ExportJobsResponse]]:
+        """Sends each of the caller's jobs that match the filter, as it is when it is read, in
+        the order of their creation. Needs scope READ.
+
+        First message: `jobs`, or `end` if there is none.
+        Duplicates: none within a stream, and none across streams that resume by token.
+        Jobs that are created after the first call are left out.
+        End: `end` is the last message. A stream without `end` has lost its connection, has
+        passed the client's deadline, which covers the whole stream, or has failed with the
+        error in its status.
+        Resume: keep the `resume_token` of the last message and call again with it and the
+        same request, on any server.
+
+        Errors at the start: NOT_FOUND as ListJobs; INVALID_ARGUMENT, also for a token of
+        another request; RESOURCE_EXHAUSTED (OVERLOADED) if the user has too many open
+        streams on this server. Errors later: UNAVAILABLE (DRAINING).
         """
 
     @_abc_1.abstractmethod

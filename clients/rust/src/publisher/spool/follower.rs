@@ -50,7 +50,7 @@ impl Follower {
                 Found::Record { end, job, content } => {
                     let room = self.engine.room(content.size()).await?;
                     let length = (end - start) as u64;
-                    self.engine.enqueue(job, content, room, length);
+                    self.engine.enqueue(job, *content, room, length);
                     self.offset += length;
                     end
                 }

@@ -13,7 +13,7 @@ const APPEND_EVENT: u8 = 2;
 #[derive(Debug, PartialEq)]
 pub(super) enum Found {
     /// A whole record.
-    Record { end: usize, job: Job, content: Content },
+    Record { end: usize, job: Job, content: Box<Content> },
     /// Bytes that are no record, up to the next record or the end.
     Damaged { end: usize },
     /// The same, with no record behind it: a record that was not written whole.
@@ -46,7 +46,7 @@ pub(in crate::publisher) fn encode(job: Job, content: Content) -> Vec<u8> {
 /// What stands at this place, which is before the end of the bytes.
 pub(super) fn find(bytes: &[u8], start: usize) -> Found {
     if let Some((end, job, content)) = decode(bytes, start) {
-        return Found::Record { end, job, content };
+        return Found::Record { end, job, content: Box::new(content) };
     }
     // First where the record itself says that it ends: inside of a damaged record may be what
     // looks like another one.

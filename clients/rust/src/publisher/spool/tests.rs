@@ -80,8 +80,10 @@ fn names_in(bytes: &[u8]) -> Vec<Option<String>> {
     let mut start = 0;
     let next = || {
         let (end, name) = match (start < bytes.len()).then(|| find(bytes, start))? {
-            Found::Record { end, content: Content::Event(event), .. } => (end, Some(event.name)),
-            Found::Record { end, content: Content::Job(request), .. } => (end, Some(request.provider_job_id)),
+            Found::Record { end, content, .. } => match *content {
+                Content::Event(event) => (end, Some(event.name)),
+                Content::Job(request) => (end, Some(request.provider_job_id)),
+            },
             Found::Damaged { end } => (end, None),
             Found::Torn => (bytes.len(), None),
         };
@@ -105,7 +107,7 @@ fn the_format_of_a_record_is_fixed() {
     let request = CreateJobRequest { provider_job_id: "p".to_owned(), ..CreateJobRequest::default() };
     let created = encode(Job::ProviderJobId("p".to_owned()), Content::Job(request.clone()));
     assert_eq!(created[8..], *b"\x01\x0a\x01p");
-    let (job, content) = (Job::ProviderJobId("p".to_owned()), Content::Job(request));
+    let (job, content) = (Job::ProviderJobId("p".to_owned()), Box::new(Content::Job(request)));
     assert_eq!(find(&created, 0), Found::Record { end: created.len(), job, content });
 }
 

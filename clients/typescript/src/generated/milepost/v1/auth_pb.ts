@@ -1338,8 +1338,9 @@ export enum ApiKeyScope {
   UNSPECIFIED = 0,
 
   /**
-   * GetJob, ListJobs, EstimateJob, ListEvents, WatchEvents, GetJobConfiguration,
-   * ListJobConfigurations and GetUsage. GetCurrentUser needs no scope.
+   * GetJob, ListJobs, SummarizeJobs, ExportJobs, EstimateJob, ListEvents, WatchEvents,
+   * ExportEvents, GetJobConfiguration, ListJobConfigurations and GetUsage. GetCurrentUser
+   * needs no scope.
    *
    * @generated from enum value: API_KEY_SCOPE_READ = 1;
    */

@@ -8,7 +8,7 @@ import type { Duration, Timestamp } from "@bufbuild/protobuf/wkt";
 import { file_google_protobuf_duration, file_google_protobuf_struct, file_google_protobuf_timestamp } from "@bufbuild/protobuf/wkt";
 import type { Status } from "../../google/rpc/status_pb.js";
 import { file_google_rpc_status } from "../../google/rpc/status_pb.js";
-import type { JobStatus, Progress, StepState } from "./jobs_pb.js";
+import type { ExportEnd, Job, JobFilter, JobStatus, Progress, StepState } from "./jobs_pb.js";
 import { file_milepost_v1_jobs } from "./jobs_pb.js";
 import type { JsonObject, Message } from "@bufbuild/protobuf";
 
@@ -16,7 +16,7 @@ import type { JsonObject, Message } from "@bufbuild/protobuf";
  * Describes the file milepost/v1/events.proto.
  */
 export const file_milepost_v1_events: GenFile = /*@__PURE__*/
-  fileDesc("ChhtaWxlcG9zdC92MS9ldmVudHMucHJvdG8SC21pbGVwb3N0LnYxIrADCgVFdmVudBIKCgJpZBgBIAEoCRIOCgZqb2JfaWQYAiABKAkSEAoIc2VxdWVuY2UYAyABKAMSJAoEa2luZBgEIAEoDjIWLm1pbGVwb3N0LnYxLkV2ZW50S2luZBIMCgRuYW1lGAUgASgJEhAKCHN0ZXBfdGFnGAYgASgJEhEKCXN0ZXBfbmFtZRgHIAEoCRIpCghtZXRhZGF0YRgIIAEoCzIXLmdvb2dsZS5wcm90b2J1Zi5TdHJ1Y3QSLwoLb2NjdXJyZWRfYXQYCSABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEi4KCmNyZWF0ZWRfYXQYCiABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEiYKBnN0YXR1cxgLIAEoDjIWLm1pbGVwb3N0LnYxLkpvYlN0YXR1cxInCghwcm9ncmVzcxgMIAEoCzIVLm1pbGVwb3N0LnYxLlByb2dyZXNzEhcKD3Byb3ZpZGVyX2pvYl9pZBgNIAEoCRIZCgxzdGVwX3BlcmNlbnQYDiABKAVIAIgBAUIPCg1fc3RlcF9wZXJjZW50IuQBCghOZXdFdmVudBIKCgJpZBgBIAEoCRIkCgRraW5kGAIgASgOMhYubWlsZXBvc3QudjEuRXZlbnRLaW5kEgwKBG5hbWUYAyABKAkSEAoIc3RlcF90YWcYBCABKAkSKQoIbWV0YWRhdGEYBSABKAsyFy5nb29nbGUucHJvdG9idWYuU3RydWN0Ei8KC29jY3VycmVkX2F0GAYgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIZCgxzdGVwX3BlcmNlbnQYByABKAVIAIgBAUIPCg1fc3RlcF9wZXJjZW50IqYBChNBcHBlbmRFdmVudHNSZXF1ZXN0EhAKBmpvYl9pZBgBIAEoCUgAEhkKD3Byb3ZpZGVyX2pvYl9pZBgCIAEoCUgAEh4KEWV4cGVjdGVkX3NlcXVlbmNlGAMgASgDSAGIAQESJQoGZXZlbnRzGAQgAygLMhUubWlsZXBvc3QudjEuTmV3RXZlbnRCBQoDam9iQhQKEl9leHBlY3RlZF9zZXF1ZW5jZSKPAQoNQXBwZW5kZWRFdmVudBIKCgJpZBgBIAEoCRIQCghzZXF1ZW5jZRgCIAEoAxIPCgdleGlzdGVkGAMgASgIEiYKBnN0YXR1cxgEIAEoDjIWLm1pbGVwb3N0LnYxLkpvYlN0YXR1cxInCghwcm9ncmVzcxgFIAEoCzIVLm1pbGVwb3N0LnYxLlByb2dyZXNzIoEBChRBcHBlbmRFdmVudHNSZXNwb25zZRIqCgZldmVudHMYASADKAsyGi5taWxlcG9zdC52MS5BcHBlbmRlZEV2ZW50Ej0KGWNhbmNlbGxhdGlvbl9yZXF1ZXN0ZWRfYXQYAiABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wIrkBChRQdWJsaXNoRXZlbnRzUmVxdWVzdBIQCghiYXRjaF9pZBgBIAEoCRIQCgZqb2JfaWQYAiABKAlIABIZCg9wcm92aWRlcl9qb2JfaWQYAyABKAlIABIeChFleHBlY3RlZF9zZXF1ZW5jZRgEIAEoA0gBiAEBEiUKBmV2ZW50cxgFIAMoCzIVLm1pbGVwb3N0LnYxLk5ld0V2ZW50QgUKA2pvYkIUChJfZXhwZWN0ZWRfc2VxdWVuY2UikgEKFVB1Ymxpc2hFdmVudHNSZXNwb25zZRIQCghiYXRjaF9pZBgBIAEoCRI1CghhcHBlbmRlZBgCIAEoCzIhLm1pbGVwb3N0LnYxLkFwcGVuZEV2ZW50c1Jlc3BvbnNlSAASJQoHcmVmdXNlZBgDIAEoCzISLmdvb2dsZS5ycGMuU3RhdHVzSABCCQoHb3V0Y29tZSKtAQoRTGlzdEV2ZW50c1JlcXVlc3QSEAoGam9iX2lkGAEgASgJSAASGQoPcHJvdmlkZXJfam9iX2lkGAIgASgJSAASFgoOYWZ0ZXJfc2VxdWVuY2UYAyABKAMSJQoFa2luZHMYBCADKA4yFi5taWxlcG9zdC52MS5FdmVudEtpbmQSEQoJcGFnZV9zaXplGAUgASgFEhIKCnBhZ2VfdG9rZW4YBiABKAlCBQoDam9iIlEKEkxpc3RFdmVudHNSZXNwb25zZRIiCgZldmVudHMYASADKAsyEi5taWxlcG9zdC52MS5FdmVudBIXCg9uZXh0X3BhZ2VfdG9rZW4YAiABKAkinQEKB0FsbEpvYnMSGQoRY29uZmlndXJhdGlvbl90YWcYASABKAkSFgoOY291bnRlcnBhcnRfaWQYAiABKAkSMAoGbGFiZWxzGAMgAygLMiAubWlsZXBvc3QudjEuQWxsSm9icy5MYWJlbHNFbnRyeRotCgtMYWJlbHNFbnRyeRILCgNrZXkYASABKAkSDQoFdmFsdWUYAiABKAk6AjgBIgkKB0Zyb21Ob3citwIKEldhdGNoRXZlbnRzUmVxdWVzdBIQCgZqb2JfaWQYASABKAlIABIZCg9wcm92aWRlcl9qb2JfaWQYAiABKAlIABIoCghhbGxfam9icxgDIAEoCzIULm1pbGVwb3N0LnYxLkFsbEpvYnNIABIlCgVraW5kcxgEIAMoDjIWLm1pbGVwb3N0LnYxLkV2ZW50S2luZBIYCg5hZnRlcl9zZXF1ZW5jZRgFIAEoA0gBEhYKDHJlc3VtZV90b2tlbhgGIAEoCUgBEigKCGZyb21fbm93GAcgASgLMhQubWlsZXBvc3QudjEuRnJvbU5vd0gBEjUKEmhlYXJ0YmVhdF9pbnRlcnZhbBgIIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbkIHCgVzY29wZUIHCgVzdGFydCLjAQoTV2F0Y2hFdmVudHNSZXNwb25zZRIUCgxyZXN1bWVfdG9rZW4YASABKAkSLAoGZXZlbnRzGAIgASgLMhoubWlsZXBvc3QudjEuV2F0Y2hlZEV2ZW50c0gAEioKCWNhdWdodF91cBgDIAEoCzIVLm1pbGVwb3N0LnYxLkNhdWdodFVwSAASKwoJaGVhcnRiZWF0GAQgASgLMhYubWlsZXBvc3QudjEuSGVhcnRiZWF0SAASJAoDZW5kGAUgASgLMhUubWlsZXBvc3QudjEuV2F0Y2hFbmRIAEIJCgdtZXNzYWdlIjMKDVdhdGNoZWRFdmVudHMSIgoGZXZlbnRzGAEgAygLMhIubWlsZXBvc3QudjEuRXZlbnQicgoISm9iU3RhdGUSFQoNbGFzdF9zZXF1ZW5jZRgBIAEoAxImCgZzdGF0dXMYAiABKA4yFi5taWxlcG9zdC52MS5Kb2JTdGF0dXMSJwoIcHJvZ3Jlc3MYAyABKAsyFS5taWxlcG9zdC52MS5Qcm9ncmVzcyJVCghDYXVnaHRVcBIiCgNqb2IYASABKAsyFS5taWxlcG9zdC52MS5Kb2JTdGF0ZRIlCgVzdGVwcxgCIAMoCzIWLm1pbGVwb3N0LnYxLlN0ZXBTdGF0ZSILCglIZWFydGJlYXQiWwoIV2F0Y2hFbmQSKwoGcmVhc29uGAEgASgOMhsubWlsZXBvc3QudjEuV2F0Y2hFbmRSZWFzb24SIgoDam9iGAIgASgLMhUubWlsZXBvc3QudjEuSm9iU3RhdGUq7QEKCUV2ZW50S2luZBIaChZFVkVOVF9LSU5EX1VOU1BFQ0lGSUVEEAASEwoPRVZFTlRfS0lORF9TVEVQEAESFAoQRVZFTlRfS0lORF9FUlJPUhACEhMKD0VWRU5UX0tJTkRfSU5GTxADEhcKE0VWRU5UX0tJTkRfQ09NUExFVEUQBBIUChBFVkVOVF9LSU5EX0NMT1NFEAUSFwoTRVZFTlRfS0lORF9QUk9HUkVTUxAGEiUKIUVWRU5UX0tJTkRfQ0FOQ0VMTEFUSU9OX1JFUVVFU1RFRBAHEhUKEUVWRU5UX0tJTkRfU0lMRU5UEAgq4QEKDldhdGNoRW5kUmVhc29uEiAKHFdBVENIX0VORF9SRUFTT05fVU5TUEVDSUZJRUQQABIfChtXQVRDSF9FTkRfUkVBU09OX0pPQl9DTE9TRUQQARIdChlXQVRDSF9FTkRfUkVBU09OX0RSQUlOSU5HEAISJQohV0FUQ0hfRU5EX1JFQVNPTl9DUkVERU5USUFMX0VOREVEEAMSIwofV0FUQ0hfRU5EX1JFQVNPTl9FVkVOVFNfRVhQSVJFRBAEEiEKHVdBVENIX0VORF9SRUFTT05fTE9HX1NFVF9CQUNLEAUy7AIKDEV2ZW50U2VydmljZRJTCgxBcHBlbmRFdmVudHMSIC5taWxlcG9zdC52MS5BcHBlbmRFdmVudHNSZXF1ZXN0GiEubWlsZXBvc3QudjEuQXBwZW5kRXZlbnRzUmVzcG9uc2USWgoNUHVibGlzaEV2ZW50cxIhLm1pbGVwb3N0LnYxLlB1Ymxpc2hFdmVudHNSZXF1ZXN0GiIubWlsZXBvc3QudjEuUHVibGlzaEV2ZW50c1Jlc3BvbnNlKAEwARJSCgpMaXN0RXZlbnRzEh4ubWlsZXBvc3QudjEuTGlzdEV2ZW50c1JlcXVlc3QaHy5taWxlcG9zdC52MS5MaXN0RXZlbnRzUmVzcG9uc2UiA5ACARJXCgtXYXRjaEV2ZW50cxIfLm1pbGVwb3N0LnYxLldhdGNoRXZlbnRzUmVxdWVzdBogLm1pbGVwb3N0LnYxLldhdGNoRXZlbnRzUmVzcG9uc2UiA5ACATABQkwKD2NvbS5taWxlcG9zdC52MUILRXZlbnRzUHJvdG9QAVoqbWlsZXBvc3QvY2xpZW50cy9nby9taWxlcG9zdC92MTttaWxlcG9zdHYxYgZwcm90bzM", [file_google_protobuf_duration, file_google_protobuf_struct, file_google_protobuf_timestamp, file_google_rpc_status, file_milepost_v1_jobs]);
+  fileDesc("ChhtaWxlcG9zdC92MS9ldmVudHMucHJvdG8SC21pbGVwb3N0LnYxIrADCgVFdmVudBIKCgJpZBgBIAEoCRIOCgZqb2JfaWQYAiABKAkSEAoIc2VxdWVuY2UYAyABKAMSJAoEa2luZBgEIAEoDjIWLm1pbGVwb3N0LnYxLkV2ZW50S2luZBIMCgRuYW1lGAUgASgJEhAKCHN0ZXBfdGFnGAYgASgJEhEKCXN0ZXBfbmFtZRgHIAEoCRIpCghtZXRhZGF0YRgIIAEoCzIXLmdvb2dsZS5wcm90b2J1Zi5TdHJ1Y3QSLwoLb2NjdXJyZWRfYXQYCSABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEi4KCmNyZWF0ZWRfYXQYCiABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEiYKBnN0YXR1cxgLIAEoDjIWLm1pbGVwb3N0LnYxLkpvYlN0YXR1cxInCghwcm9ncmVzcxgMIAEoCzIVLm1pbGVwb3N0LnYxLlByb2dyZXNzEhcKD3Byb3ZpZGVyX2pvYl9pZBgNIAEoCRIZCgxzdGVwX3BlcmNlbnQYDiABKAVIAIgBAUIPCg1fc3RlcF9wZXJjZW50IuQBCghOZXdFdmVudBIKCgJpZBgBIAEoCRIkCgRraW5kGAIgASgOMhYubWlsZXBvc3QudjEuRXZlbnRLaW5kEgwKBG5hbWUYAyABKAkSEAoIc3RlcF90YWcYBCABKAkSKQoIbWV0YWRhdGEYBSABKAsyFy5nb29nbGUucHJvdG9idWYuU3RydWN0Ei8KC29jY3VycmVkX2F0GAYgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIZCgxzdGVwX3BlcmNlbnQYByABKAVIAIgBAUIPCg1fc3RlcF9wZXJjZW50IqYBChNBcHBlbmRFdmVudHNSZXF1ZXN0EhAKBmpvYl9pZBgBIAEoCUgAEhkKD3Byb3ZpZGVyX2pvYl9pZBgCIAEoCUgAEh4KEWV4cGVjdGVkX3NlcXVlbmNlGAMgASgDSAGIAQESJQoGZXZlbnRzGAQgAygLMhUubWlsZXBvc3QudjEuTmV3RXZlbnRCBQoDam9iQhQKEl9leHBlY3RlZF9zZXF1ZW5jZSKPAQoNQXBwZW5kZWRFdmVudBIKCgJpZBgBIAEoCRIQCghzZXF1ZW5jZRgCIAEoAxIPCgdleGlzdGVkGAMgASgIEiYKBnN0YXR1cxgEIAEoDjIWLm1pbGVwb3N0LnYxLkpvYlN0YXR1cxInCghwcm9ncmVzcxgFIAEoCzIVLm1pbGVwb3N0LnYxLlByb2dyZXNzIoEBChRBcHBlbmRFdmVudHNSZXNwb25zZRIqCgZldmVudHMYASADKAsyGi5taWxlcG9zdC52MS5BcHBlbmRlZEV2ZW50Ej0KGWNhbmNlbGxhdGlvbl9yZXF1ZXN0ZWRfYXQYAiABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wIrkBChRQdWJsaXNoRXZlbnRzUmVxdWVzdBIQCghiYXRjaF9pZBgBIAEoCRIQCgZqb2JfaWQYAiABKAlIABIZCg9wcm92aWRlcl9qb2JfaWQYAyABKAlIABIeChFleHBlY3RlZF9zZXF1ZW5jZRgEIAEoA0gBiAEBEiUKBmV2ZW50cxgFIAMoCzIVLm1pbGVwb3N0LnYxLk5ld0V2ZW50QgUKA2pvYkIUChJfZXhwZWN0ZWRfc2VxdWVuY2UikgEKFVB1Ymxpc2hFdmVudHNSZXNwb25zZRIQCghiYXRjaF9pZBgBIAEoCRI1CghhcHBlbmRlZBgCIAEoCzIhLm1pbGVwb3N0LnYxLkFwcGVuZEV2ZW50c1Jlc3BvbnNlSAASJQoHcmVmdXNlZBgDIAEoCzISLmdvb2dsZS5ycGMuU3RhdHVzSABCCQoHb3V0Y29tZSKtAQoRTGlzdEV2ZW50c1JlcXVlc3QSEAoGam9iX2lkGAEgASgJSAASGQoPcHJvdmlkZXJfam9iX2lkGAIgASgJSAASFgoOYWZ0ZXJfc2VxdWVuY2UYAyABKAMSJQoFa2luZHMYBCADKA4yFi5taWxlcG9zdC52MS5FdmVudEtpbmQSEQoJcGFnZV9zaXplGAUgASgFEhIKCnBhZ2VfdG9rZW4YBiABKAlCBQoDam9iIlEKEkxpc3RFdmVudHNSZXNwb25zZRIiCgZldmVudHMYASADKAsyEi5taWxlcG9zdC52MS5FdmVudBIXCg9uZXh0X3BhZ2VfdG9rZW4YAiABKAkinQEKB0FsbEpvYnMSGQoRY29uZmlndXJhdGlvbl90YWcYASABKAkSFgoOY291bnRlcnBhcnRfaWQYAiABKAkSMAoGbGFiZWxzGAMgAygLMiAubWlsZXBvc3QudjEuQWxsSm9icy5MYWJlbHNFbnRyeRotCgtMYWJlbHNFbnRyeRILCgNrZXkYASABKAkSDQoFdmFsdWUYAiABKAk6AjgBIgkKB0Zyb21Ob3citwIKEldhdGNoRXZlbnRzUmVxdWVzdBIQCgZqb2JfaWQYASABKAlIABIZCg9wcm92aWRlcl9qb2JfaWQYAiABKAlIABIoCghhbGxfam9icxgDIAEoCzIULm1pbGVwb3N0LnYxLkFsbEpvYnNIABIlCgVraW5kcxgEIAMoDjIWLm1pbGVwb3N0LnYxLkV2ZW50S2luZBIYCg5hZnRlcl9zZXF1ZW5jZRgFIAEoA0gBEhYKDHJlc3VtZV90b2tlbhgGIAEoCUgBEigKCGZyb21fbm93GAcgASgLMhQubWlsZXBvc3QudjEuRnJvbU5vd0gBEjUKEmhlYXJ0YmVhdF9pbnRlcnZhbBgIIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbkIHCgVzY29wZUIHCgVzdGFydCLjAQoTV2F0Y2hFdmVudHNSZXNwb25zZRIUCgxyZXN1bWVfdG9rZW4YASABKAkSLAoGZXZlbnRzGAIgASgLMhoubWlsZXBvc3QudjEuV2F0Y2hlZEV2ZW50c0gAEioKCWNhdWdodF91cBgDIAEoCzIVLm1pbGVwb3N0LnYxLkNhdWdodFVwSAASKwoJaGVhcnRiZWF0GAQgASgLMhYubWlsZXBvc3QudjEuSGVhcnRiZWF0SAASJAoDZW5kGAUgASgLMhUubWlsZXBvc3QudjEuV2F0Y2hFbmRIAEIJCgdtZXNzYWdlIjMKDVdhdGNoZWRFdmVudHMSIgoGZXZlbnRzGAEgAygLMhIubWlsZXBvc3QudjEuRXZlbnQicgoISm9iU3RhdGUSFQoNbGFzdF9zZXF1ZW5jZRgBIAEoAxImCgZzdGF0dXMYAiABKA4yFi5taWxlcG9zdC52MS5Kb2JTdGF0dXMSJwoIcHJvZ3Jlc3MYAyABKAsyFS5taWxlcG9zdC52MS5Qcm9ncmVzcyJVCghDYXVnaHRVcBIiCgNqb2IYASABKAsyFS5taWxlcG9zdC52MS5Kb2JTdGF0ZRIlCgVzdGVwcxgCIAMoCzIWLm1pbGVwb3N0LnYxLlN0ZXBTdGF0ZSILCglIZWFydGJlYXQiWwoIV2F0Y2hFbmQSKwoGcmVhc29uGAEgASgOMhsubWlsZXBvc3QudjEuV2F0Y2hFbmRSZWFzb24SIgoDam9iGAIgASgLMhUubWlsZXBvc3QudjEuSm9iU3RhdGUikwIKE0V4cG9ydEV2ZW50c1JlcXVlc3QSJgoGZmlsdGVyGAEgASgLMhYubWlsZXBvc3QudjEuSm9iRmlsdGVyEjEKDWNsb3NlZF9iZWZvcmUYAiABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEjAKDGNyZWF0ZWRfZnJvbRgDIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASMgoOY3JlYXRlZF9iZWZvcmUYBCABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEiUKBWtpbmRzGAUgAygOMhYubWlsZXBvc3QudjEuRXZlbnRLaW5kEhQKDHJlc3VtZV90b2tlbhgGIAEoCSKNAQoURXhwb3J0RXZlbnRzUmVzcG9uc2USFAoMcmVzdW1lX3Rva2VuGAEgASgJEi0KBmV2ZW50cxgCIAEoCzIbLm1pbGVwb3N0LnYxLkV4cG9ydGVkRXZlbnRzSAASJQoDZW5kGAMgASgLMhYubWlsZXBvc3QudjEuRXhwb3J0RW5kSABCCQoHbWVzc2FnZSI4Cg5FeHBvcnRlZEV2ZW50cxImCgRqb2JzGAEgAygLMhgubWlsZXBvc3QudjEuRXZlbnRzT2ZKb2IiUAoLRXZlbnRzT2ZKb2ISHQoDam9iGAEgASgLMhAubWlsZXBvc3QudjEuSm9iEiIKBmV2ZW50cxgCIAMoCzISLm1pbGVwb3N0LnYxLkV2ZW50Ku0BCglFdmVudEtpbmQSGgoWRVZFTlRfS0lORF9VTlNQRUNJRklFRBAAEhMKD0VWRU5UX0tJTkRfU1RFUBABEhQKEEVWRU5UX0tJTkRfRVJST1IQAhITCg9FVkVOVF9LSU5EX0lORk8QAxIXChNFVkVOVF9LSU5EX0NPTVBMRVRFEAQSFAoQRVZFTlRfS0lORF9DTE9TRRAFEhcKE0VWRU5UX0tJTkRfUFJPR1JFU1MQBhIlCiFFVkVOVF9LSU5EX0NBTkNFTExBVElPTl9SRVFVRVNURUQQBxIVChFFVkVOVF9LSU5EX1NJTEVOVBAIKuEBCg5XYXRjaEVuZFJlYXNvbhIgChxXQVRDSF9FTkRfUkVBU09OX1VOU1BFQ0lGSUVEEAASHwobV0FUQ0hfRU5EX1JFQVNPTl9KT0JfQ0xPU0VEEAESHQoZV0FUQ0hfRU5EX1JFQVNPTl9EUkFJTklORxACEiUKIVdBVENIX0VORF9SRUFTT05fQ1JFREVOVElBTF9FTkRFRBADEiMKH1dBVENIX0VORF9SRUFTT05fRVZFTlRTX0VYUElSRUQQBBIhCh1XQVRDSF9FTkRfUkVBU09OX0xPR19TRVRfQkFDSxAFMsgDCgxFdmVudFNlcnZpY2USUwoMQXBwZW5kRXZlbnRzEiAubWlsZXBvc3QudjEuQXBwZW5kRXZlbnRzUmVxdWVzdBohLm1pbGVwb3N0LnYxLkFwcGVuZEV2ZW50c1Jlc3BvbnNlEloKDVB1Ymxpc2hFdmVudHMSIS5taWxlcG9zdC52MS5QdWJsaXNoRXZlbnRzUmVxdWVzdBoiLm1pbGVwb3N0LnYxLlB1Ymxpc2hFdmVudHNSZXNwb25zZSgBMAESUgoKTGlzdEV2ZW50cxIeLm1pbGVwb3N0LnYxLkxpc3RFdmVudHNSZXF1ZXN0Gh8ubWlsZXBvc3QudjEuTGlzdEV2ZW50c1Jlc3BvbnNlIgOQAgESVwoLV2F0Y2hFdmVudHMSHy5taWxlcG9zdC52MS5XYXRjaEV2ZW50c1JlcXVlc3QaIC5taWxlcG9zdC52MS5XYXRjaEV2ZW50c1Jlc3BvbnNlIgOQAgEwARJaCgxFeHBvcnRFdmVudHMSIC5taWxlcG9zdC52MS5FeHBvcnRFdmVudHNSZXF1ZXN0GiEubWlsZXBvc3QudjEuRXhwb3J0RXZlbnRzUmVzcG9uc2UiA5ACATABQkwKD2NvbS5taWxlcG9zdC52MUILRXZlbnRzUHJvdG9QAVoqbWlsZXBvc3QvY2xpZW50cy9nby9taWxlcG9zdC92MTttaWxlcG9zdHYxYgZwcm90bzM", [file_google_protobuf_duration, file_google_protobuf_struct, file_google_protobuf_timestamp, file_google_rpc_status, file_milepost_v1_jobs]);
 
 /**
  * An event of a job's log.
@@ -880,6 +880,158 @@ export const WatchEndSchema: GenMessage<WatchEnd> = /*@__PURE__*/
   messageDesc(file_milepost_v1_events, 17);
 
 /**
+ * The events to export.
+ *
+ * @generated from message milepost.v1.ExportEventsRequest
+ */
+export type ExportEventsRequest = Message<"milepost.v1.ExportEventsRequest"> & {
+  /**
+   * Of which jobs. Absent: of all.
+   *
+   * @generated from field: milepost.v1.JobFilter filter = 1;
+   */
+  filter?: JobFilter | undefined;
+
+  /**
+   * Only of jobs that were closed before this time. Absent: of open jobs as well.
+   *
+   * @generated from field: google.protobuf.Timestamp closed_before = 2;
+   */
+  closedBefore?: Timestamp | undefined;
+
+  /**
+   * Only events committed at this time or later.
+   *
+   * @generated from field: google.protobuf.Timestamp created_from = 3;
+   */
+  createdFrom?: Timestamp | undefined;
+
+  /**
+   * Only events committed before this time. Earlier than `created_from`:
+   * INVALID_ARGUMENT.
+   *
+   * @generated from field: google.protobuf.Timestamp created_before = 4;
+   */
+  createdBefore?: Timestamp | undefined;
+
+  /**
+   * Only events of these kinds. Empty: all kinds.
+   *
+   * @generated from field: repeated milepost.v1.EventKind kinds = 5;
+   */
+  kinds: EventKind[];
+
+  /**
+   * Exactly after the message that carried this token, of an export by the same request.
+   * Empty: from the first event.
+   *
+   * @generated from field: string resume_token = 6;
+   */
+  resumeToken: string;
+};
+
+/**
+ * Describes the message milepost.v1.ExportEventsRequest.
+ * Use `create(ExportEventsRequestSchema)` to create a new message.
+ */
+export const ExportEventsRequestSchema: GenMessage<ExportEventsRequest> = /*@__PURE__*/
+  messageDesc(file_milepost_v1_events, 18);
+
+/**
+ * A message of an export of events.
+ *
+ * @generated from message milepost.v1.ExportEventsResponse
+ */
+export type ExportEventsResponse = Message<"milepost.v1.ExportEventsResponse"> & {
+  /**
+   * Continues the export exactly after this message. Opaque; at most 200 characters. It
+   * is not a credential.
+   *
+   * @generated from field: string resume_token = 1;
+   */
+  resumeToken: string;
+
+  /**
+   * The content of the message.
+   *
+   * @generated from oneof milepost.v1.ExportEventsResponse.message
+   */
+  message: {
+    /**
+     * Events.
+     *
+     * @generated from field: milepost.v1.ExportedEvents events = 2;
+     */
+    value: ExportedEvents;
+    case: "events";
+  } | {
+    /**
+     * The last message.
+     *
+     * @generated from field: milepost.v1.ExportEnd end = 3;
+     */
+    value: ExportEnd;
+    case: "end";
+  } | { case: undefined; value?: undefined };
+};
+
+/**
+ * Describes the message milepost.v1.ExportEventsResponse.
+ * Use `create(ExportEventsResponseSchema)` to create a new message.
+ */
+export const ExportEventsResponseSchema: GenMessage<ExportEventsResponse> = /*@__PURE__*/
+  messageDesc(file_milepost_v1_events, 19);
+
+/**
+ * Events; at most 1 MiB.
+ *
+ * @generated from message milepost.v1.ExportedEvents
+ */
+export type ExportedEvents = Message<"milepost.v1.ExportedEvents"> & {
+  /**
+   * In the order of the creation of the jobs. A job may come again in the next message.
+   *
+   * @generated from field: repeated milepost.v1.EventsOfJob jobs = 1;
+   */
+  jobs: EventsOfJob[];
+};
+
+/**
+ * Describes the message milepost.v1.ExportedEvents.
+ * Use `create(ExportedEventsSchema)` to create a new message.
+ */
+export const ExportedEventsSchema: GenMessage<ExportedEvents> = /*@__PURE__*/
+  messageDesc(file_milepost_v1_events, 20);
+
+/**
+ * Events of one job, and what they belong to.
+ *
+ * @generated from message milepost.v1.EventsOfJob
+ */
+export type EventsOfJob = Message<"milepost.v1.EventsOfJob"> & {
+  /**
+   * The job as it is when it is read.
+   *
+   * @generated from field: milepost.v1.Job job = 1;
+   */
+  job?: Job | undefined;
+
+  /**
+   * In ascending sequence.
+   *
+   * @generated from field: repeated milepost.v1.Event events = 2;
+   */
+  events: Event[];
+};
+
+/**
+ * Describes the message milepost.v1.EventsOfJob.
+ * Use `create(EventsOfJobSchema)` to create a new message.
+ */
+export const EventsOfJobSchema: GenMessage<EventsOfJob> = /*@__PURE__*/
+  messageDesc(file_milepost_v1_events, 21);
+
+/**
  * The kind of an event.
  *
  * @generated from enum milepost.v1.EventKind
@@ -1154,6 +1306,38 @@ export const EventService: GenService<{
     methodKind: "server_streaming";
     input: typeof WatchEventsRequestSchema;
     output: typeof WatchEventsResponseSchema;
+  },
+  /**
+   * Sends the events of the caller's jobs that match the filter, job by job in the order
+   * of their creation, each with all that tells what it belongs to. It sends the events
+   * that were committed before the first call, so that each export ends. Needs scope
+   * READ.
+   *
+   * First message: `events`, or `end` if there is none.
+   * Order: the events of each job by sequence, those of a kind that is left out excepted.
+   * Duplicates: none within a stream, and none across streams that resume by token.
+   * End: `end` is the last message. A stream without `end` has lost its connection, has
+   * passed the client's deadline, which covers the whole stream, or has failed with the
+   * error in its status.
+   * Resume: keep the `resume_token` of the last message and call again with it and the
+   * same request, on any server.
+   *
+   * Retention: jobs whose events were removed before the first call are left out. If
+   * retention removes meanwhile what is still to be sent, the export ends with
+   * EVENTS_EXPIRED. Export closed jobs before retention comes to them: `closed_before`.
+   *
+   * Errors at the start: NOT_FOUND as ListJobs; INVALID_ARGUMENT, also for a token of
+   * another request; RESOURCE_EXHAUSTED (OVERLOADED) if the user has too many open
+   * streams on this server; OUT_OF_RANGE for a token whose events are lost
+   * (LOG_SET_BACK). Errors later: OUT_OF_RANGE (EVENTS_EXPIRED, LOG_SET_BACK),
+   * UNAVAILABLE (DRAINING).
+   *
+   * @generated from rpc milepost.v1.EventService.ExportEvents
+   */
+  exportEvents: {
+    methodKind: "server_streaming";
+    input: typeof ExportEventsRequestSchema;
+    output: typeof ExportEventsResponseSchema;
   },
 }> = /*@__PURE__*/
   serviceDesc(file_milepost_v1_events, 0);

@@ -14,7 +14,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file milepost/v1/jobs.proto.
  */
 export const file_milepost_v1_jobs: GenFile = /*@__PURE__*/
-  fileDesc("ChZtaWxlcG9zdC92MS9qb2JzLnByb3RvEgttaWxlcG9zdC52MSJGCghQcm9ncmVzcxITCgtwb2ludHNfZG9uZRgBIAEoAxIUCgxwb2ludHNfdG90YWwYAiABKAMSDwoHcGVyY2VudBgDIAEoBSJqCglTdGVwU3RhdGUSEAoIc3RlcF90YWcYASABKAkSEQoJc3RlcF9uYW1lGAIgASgJEicKBnN0YXR1cxgDIAEoDjIXLm1pbGVwb3N0LnYxLlN0ZXBTdGF0dXMSDwoHcGVyY2VudBgEIAEoBSI6CgVQYXJ0eRIKCgJpZBgBIAEoCRISCgpmaXJzdF9uYW1lGAIgASgJEhEKCWxhc3RfbmFtZRgDIAEoCSL8BQoDSm9iEgoKAmlkGAEgASgJEiQKCHByb3ZpZGVyGAIgASgLMhIubWlsZXBvc3QudjEuUGFydHkSJAoIY3VzdG9tZXIYAyABKAsyEi5taWxlcG9zdC52MS5QYXJ0eRIXCg9wcm92aWRlcl9qb2JfaWQYBCABKAkSGQoRcHJvdmlkZXJfam9iX25hbWUYBSABKAkSHAoUam9iX2NvbmZpZ3VyYXRpb25faWQYBiABKAkSGQoRY29uZmlndXJhdGlvbl90YWcYByABKAkSHQoVY29uZmlndXJhdGlvbl92ZXJzaW9uGAggASgJEiYKBnN0YXR1cxgJIAEoDjIWLm1pbGVwb3N0LnYxLkpvYlN0YXR1cxInCghwcm9ncmVzcxgKIAEoCzIVLm1pbGVwb3N0LnYxLlByb2dyZXNzEhUKDWxhc3Rfc2VxdWVuY2UYCyABKAMSLQoJY2xvc2VkX2F0GAwgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIuCgpjcmVhdGVkX2F0GA0gASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIuCgp1cGRhdGVkX2F0GA4gASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIaChJjb25maWd1cmF0aW9uX25hbWUYDyABKAkSLgoLbWF4X3NpbGVuY2UYECABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SPQoZY2FuY2VsbGF0aW9uX3JlcXVlc3RlZF9hdBgRIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASLAoGbGFiZWxzGBIgAygLMhwubWlsZXBvc3QudjEuSm9iLkxhYmVsc0VudHJ5EhgKEGhlbGRfYnlfcHJvdmlkZXIYEyABKAgSGAoQaGVsZF9ieV9jdXN0b21lchgUIAEoCBotCgtMYWJlbHNFbnRyeRILCgNrZXkYASABKAkSDQoFdmFsdWUYAiABKAk6AjgBItYCChBDcmVhdGVKb2JSZXF1ZXN0EhcKD3Byb3ZpZGVyX2pvYl9pZBgBIAEoCRIVCgtjdXN0b21lcl9pZBgCIAEoCUgAEhcKDWN1c3RvbWVyX2NvZGUYBiABKAlIABIZChFjb25maWd1cmF0aW9uX3RhZxgDIAEoCRIdChVjb25maWd1cmF0aW9uX3ZlcnNpb24YBCABKAkSGQoRcHJvdmlkZXJfam9iX25hbWUYBSABKAkSLgoLbWF4X3NpbGVuY2UYByABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SOQoGbGFiZWxzGAggAygLMikubWlsZXBvc3QudjEuQ3JlYXRlSm9iUmVxdWVzdC5MYWJlbHNFbnRyeRotCgtMYWJlbHNFbnRyeRILCgNrZXkYASABKAkSDQoFdmFsdWUYAiABKAk6AjgBQgoKCGN1c3RvbWVyIkMKEUNyZWF0ZUpvYlJlc3BvbnNlEh0KA2pvYhgBIAEoCzIQLm1pbGVwb3N0LnYxLkpvYhIPCgdleGlzdGVkGAIgASgIIkMKDUdldEpvYlJlcXVlc3QSEAoGam9iX2lkGAEgASgJSAASGQoPcHJvdmlkZXJfam9iX2lkGAIgASgJSABCBQoDam9iIpABCg5HZXRKb2JSZXNwb25zZRIdCgNqb2IYASABKAsyEC5taWxlcG9zdC52MS5Kb2ISOAoRam9iX2NvbmZpZ3VyYXRpb24YAiABKAsyHS5taWxlcG9zdC52MS5Kb2JDb25maWd1cmF0aW9uEiUKBXN0ZXBzGAMgAygLMhYubWlsZXBvc3QudjEuU3RlcFN0YXRlIq0DCglKb2JGaWx0ZXISKAoIc3RhdHVzZXMYASADKA4yFi5taWxlcG9zdC52MS5Kb2JTdGF0dXMSKgoIb3Blbm5lc3MYAiABKA4yGC5taWxlcG9zdC52MS5Kb2JPcGVubmVzcxIZChFjb25maWd1cmF0aW9uX3RhZxgDIAEoCRIWCg5jb3VudGVycGFydF9pZBgEIAEoCRIwCgxjcmVhdGVkX2Zyb20YBSABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEjIKDmNyZWF0ZWRfYmVmb3JlGAYgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIeChZwcm92aWRlcl9qb2JfaWRfcHJlZml4GAcgASgJEiAKGHByb3ZpZGVyX2pvYl9uYW1lX3ByZWZpeBgIIAEoCRIyCgZsYWJlbHMYCSADKAsyIi5taWxlcG9zdC52MS5Kb2JGaWx0ZXIuTGFiZWxzRW50cnkSDAoEdGV4dBgKIAEoCRotCgtMYWJlbHNFbnRyeRILCgNrZXkYASABKAkSDQoFdmFsdWUYAiABKAk6AjgBImAKD0xpc3RKb2JzUmVxdWVzdBImCgZmaWx0ZXIYASABKAsyFi5taWxlcG9zdC52MS5Kb2JGaWx0ZXISEQoJcGFnZV9zaXplGAIgASgFEhIKCnBhZ2VfdG9rZW4YAyABKAkiSwoQTGlzdEpvYnNSZXNwb25zZRIeCgRqb2JzGAEgAygLMhAubWlsZXBvc3QudjEuSm9iEhcKD25leHRfcGFnZV90b2tlbhgCIAEoCSJVCg9DbG9zZUpvYlJlcXVlc3QSEAoGam9iX2lkGAEgASgJSAASGQoPcHJvdmlkZXJfam9iX2lkGAIgASgJSAASDgoGcmVhc29uGAMgASgJQgUKA2pvYiJCChBDbG9zZUpvYlJlc3BvbnNlEh0KA2pvYhgBIAEoCzIQLm1pbGVwb3N0LnYxLkpvYhIPCgdleGlzdGVkGAIgASgIIjwKGlJlcXVlc3RDYW5jZWxsYXRpb25SZXF1ZXN0Eg4KBmpvYl9pZBgBIAEoCRIOCgZyZWFzb24YAiABKAkiTQobUmVxdWVzdENhbmNlbGxhdGlvblJlc3BvbnNlEh0KA2pvYhgBIAEoCzIQLm1pbGVwb3N0LnYxLkpvYhIPCgdleGlzdGVkGAIgASgIIlIKDkhvbGRKb2JSZXF1ZXN0EhAKBmpvYl9pZBgBIAEoCUgAEhkKD3Byb3ZpZGVyX2pvYl9pZBgCIAEoCUgAEgwKBGhlbGQYAyABKAhCBQoDam9iIkEKD0hvbGRKb2JSZXNwb25zZRIdCgNqb2IYASABKAsyEC5taWxlcG9zdC52MS5Kb2ISDwoHZXhpc3RlZBgCIAEoCCJIChJFc3RpbWF0ZUpvYlJlcXVlc3QSEAoGam9iX2lkGAEgASgJSAASGQoPcHJvdmlkZXJfam9iX2lkGAIgASgJSABCBQoDam9iIsEBChNFc3RpbWF0ZUpvYlJlc3BvbnNlEikKCGVzdGltYXRlGAEgASgLMhUubWlsZXBvc3QudjEuRXN0aW1hdGVIABI0Cgtub19lc3RpbWF0ZRgCIAEoDjIdLm1pbGVwb3N0LnYxLk5vRXN0aW1hdGVSZWFzb25IABIMCgRqb2JzGAMgASgFEjAKDGVzdGltYXRlZF9hdBgEIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXBCCQoHb3V0Y29tZSJcCghFc3RpbWF0ZRInCgNwNTAYASABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEicKA3A5MBgCIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXAquQEKCUpvYlN0YXR1cxIaChZKT0JfU1RBVFVTX1VOU1BFQ0lGSUVEEAASFgoSSk9CX1NUQVRVU19QRU5ESU5HEAESFgoSSk9CX1NUQVRVU19SVU5OSU5HEAISFQoRSk9CX1NUQVRVU19GQUlMRUQQAxIXChNKT0JfU1RBVFVTX0NPTVBMRVRFEAQSGAoUSk9CX1NUQVRVU19DQU5DRUxMRUQQBRIWChJKT0JfU1RBVFVTX1NUQUxMRUQQBipzCgpTdGVwU3RhdHVzEhsKF1NURVBfU1RBVFVTX1VOU1BFQ0lGSUVEEAASFwoTU1RFUF9TVEFUVVNfVE9fQ09NRRABEhkKFVNURVBfU1RBVFVTX1VOREVSX1dBWRACEhQKEFNURVBfU1RBVFVTX0RPTkUQAypbCgtKb2JPcGVubmVzcxIcChhKT0JfT1BFTk5FU1NfVU5TUEVDSUZJRUQQABIVChFKT0JfT1BFTk5FU1NfT1BFThABEhcKE0pPQl9PUEVOTkVTU19DTE9TRUQQAip+ChBOb0VzdGltYXRlUmVhc29uEiIKHk5PX0VTVElNQVRFX1JFQVNPTl9VTlNQRUNJRklFRBAAEiMKH05PX0VTVElNQVRFX1JFQVNPTl9UT09fRkVXX0pPQlMQARIhCh1OT19FU1RJTUFURV9SRUFTT05fSk9CX0NMT1NFRBACMr4ECgpKb2JTZXJ2aWNlEkoKCUNyZWF0ZUpvYhIdLm1pbGVwb3N0LnYxLkNyZWF0ZUpvYlJlcXVlc3QaHi5taWxlcG9zdC52MS5DcmVhdGVKb2JSZXNwb25zZRJGCgZHZXRKb2ISGi5taWxlcG9zdC52MS5HZXRKb2JSZXF1ZXN0GhsubWlsZXBvc3QudjEuR2V0Sm9iUmVzcG9uc2UiA5ACARJMCghMaXN0Sm9icxIcLm1pbGVwb3N0LnYxLkxpc3RKb2JzUmVxdWVzdBodLm1pbGVwb3N0LnYxLkxpc3RKb2JzUmVzcG9uc2UiA5ACARJHCghDbG9zZUpvYhIcLm1pbGVwb3N0LnYxLkNsb3NlSm9iUmVxdWVzdBodLm1pbGVwb3N0LnYxLkNsb3NlSm9iUmVzcG9uc2USaAoTUmVxdWVzdENhbmNlbGxhdGlvbhInLm1pbGVwb3N0LnYxLlJlcXVlc3RDYW5jZWxsYXRpb25SZXF1ZXN0GigubWlsZXBvc3QudjEuUmVxdWVzdENhbmNlbGxhdGlvblJlc3BvbnNlEkQKB0hvbGRKb2ISGy5taWxlcG9zdC52MS5Ib2xkSm9iUmVxdWVzdBocLm1pbGVwb3N0LnYxLkhvbGRKb2JSZXNwb25zZRJVCgtFc3RpbWF0ZUpvYhIfLm1pbGVwb3N0LnYxLkVzdGltYXRlSm9iUmVxdWVzdBogLm1pbGVwb3N0LnYxLkVzdGltYXRlSm9iUmVzcG9uc2UiA5ACAUJKCg9jb20ubWlsZXBvc3QudjFCCUpvYnNQcm90b1ABWiptaWxlcG9zdC9jbGllbnRzL2dvL21pbGVwb3N0L3YxO21pbGVwb3N0djFiBnByb3RvMw", [file_google_protobuf_duration, file_google_protobuf_timestamp, file_milepost_v1_configurations]);
+  fileDesc("ChZtaWxlcG9zdC92MS9qb2JzLnByb3RvEgttaWxlcG9zdC52MSJGCghQcm9ncmVzcxITCgtwb2ludHNfZG9uZRgBIAEoAxIUCgxwb2ludHNfdG90YWwYAiABKAMSDwoHcGVyY2VudBgDIAEoBSJqCglTdGVwU3RhdGUSEAoIc3RlcF90YWcYASABKAkSEQoJc3RlcF9uYW1lGAIgASgJEicKBnN0YXR1cxgDIAEoDjIXLm1pbGVwb3N0LnYxLlN0ZXBTdGF0dXMSDwoHcGVyY2VudBgEIAEoBSI6CgVQYXJ0eRIKCgJpZBgBIAEoCRISCgpmaXJzdF9uYW1lGAIgASgJEhEKCWxhc3RfbmFtZRgDIAEoCSL8BQoDSm9iEgoKAmlkGAEgASgJEiQKCHByb3ZpZGVyGAIgASgLMhIubWlsZXBvc3QudjEuUGFydHkSJAoIY3VzdG9tZXIYAyABKAsyEi5taWxlcG9zdC52MS5QYXJ0eRIXCg9wcm92aWRlcl9qb2JfaWQYBCABKAkSGQoRcHJvdmlkZXJfam9iX25hbWUYBSABKAkSHAoUam9iX2NvbmZpZ3VyYXRpb25faWQYBiABKAkSGQoRY29uZmlndXJhdGlvbl90YWcYByABKAkSHQoVY29uZmlndXJhdGlvbl92ZXJzaW9uGAggASgJEiYKBnN0YXR1cxgJIAEoDjIWLm1pbGVwb3N0LnYxLkpvYlN0YXR1cxInCghwcm9ncmVzcxgKIAEoCzIVLm1pbGVwb3N0LnYxLlByb2dyZXNzEhUKDWxhc3Rfc2VxdWVuY2UYCyABKAMSLQoJY2xvc2VkX2F0GAwgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIuCgpjcmVhdGVkX2F0GA0gASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIuCgp1cGRhdGVkX2F0GA4gASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIaChJjb25maWd1cmF0aW9uX25hbWUYDyABKAkSLgoLbWF4X3NpbGVuY2UYECABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SPQoZY2FuY2VsbGF0aW9uX3JlcXVlc3RlZF9hdBgRIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASLAoGbGFiZWxzGBIgAygLMhwubWlsZXBvc3QudjEuSm9iLkxhYmVsc0VudHJ5EhgKEGhlbGRfYnlfcHJvdmlkZXIYEyABKAgSGAoQaGVsZF9ieV9jdXN0b21lchgUIAEoCBotCgtMYWJlbHNFbnRyeRILCgNrZXkYASABKAkSDQoFdmFsdWUYAiABKAk6AjgBItYCChBDcmVhdGVKb2JSZXF1ZXN0EhcKD3Byb3ZpZGVyX2pvYl9pZBgBIAEoCRIVCgtjdXN0b21lcl9pZBgCIAEoCUgAEhcKDWN1c3RvbWVyX2NvZGUYBiABKAlIABIZChFjb25maWd1cmF0aW9uX3RhZxgDIAEoCRIdChVjb25maWd1cmF0aW9uX3ZlcnNpb24YBCABKAkSGQoRcHJvdmlkZXJfam9iX25hbWUYBSABKAkSLgoLbWF4X3NpbGVuY2UYByABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SOQoGbGFiZWxzGAggAygLMikubWlsZXBvc3QudjEuQ3JlYXRlSm9iUmVxdWVzdC5MYWJlbHNFbnRyeRotCgtMYWJlbHNFbnRyeRILCgNrZXkYASABKAkSDQoFdmFsdWUYAiABKAk6AjgBQgoKCGN1c3RvbWVyIkMKEUNyZWF0ZUpvYlJlc3BvbnNlEh0KA2pvYhgBIAEoCzIQLm1pbGVwb3N0LnYxLkpvYhIPCgdleGlzdGVkGAIgASgIIkMKDUdldEpvYlJlcXVlc3QSEAoGam9iX2lkGAEgASgJSAASGQoPcHJvdmlkZXJfam9iX2lkGAIgASgJSABCBQoDam9iIpABCg5HZXRKb2JSZXNwb25zZRIdCgNqb2IYASABKAsyEC5taWxlcG9zdC52MS5Kb2ISOAoRam9iX2NvbmZpZ3VyYXRpb24YAiABKAsyHS5taWxlcG9zdC52MS5Kb2JDb25maWd1cmF0aW9uEiUKBXN0ZXBzGAMgAygLMhYubWlsZXBvc3QudjEuU3RlcFN0YXRlIq0DCglKb2JGaWx0ZXISKAoIc3RhdHVzZXMYASADKA4yFi5taWxlcG9zdC52MS5Kb2JTdGF0dXMSKgoIb3Blbm5lc3MYAiABKA4yGC5taWxlcG9zdC52MS5Kb2JPcGVubmVzcxIZChFjb25maWd1cmF0aW9uX3RhZxgDIAEoCRIWCg5jb3VudGVycGFydF9pZBgEIAEoCRIwCgxjcmVhdGVkX2Zyb20YBSABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEjIKDmNyZWF0ZWRfYmVmb3JlGAYgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIeChZwcm92aWRlcl9qb2JfaWRfcHJlZml4GAcgASgJEiAKGHByb3ZpZGVyX2pvYl9uYW1lX3ByZWZpeBgIIAEoCRIyCgZsYWJlbHMYCSADKAsyIi5taWxlcG9zdC52MS5Kb2JGaWx0ZXIuTGFiZWxzRW50cnkSDAoEdGV4dBgKIAEoCRotCgtMYWJlbHNFbnRyeRILCgNrZXkYASABKAkSDQoFdmFsdWUYAiABKAk6AjgBImAKD0xpc3RKb2JzUmVxdWVzdBImCgZmaWx0ZXIYASABKAsyFi5taWxlcG9zdC52MS5Kb2JGaWx0ZXISEQoJcGFnZV9zaXplGAIgASgFEhIKCnBhZ2VfdG9rZW4YAyABKAkiSwoQTGlzdEpvYnNSZXNwb25zZRIeCgRqb2JzGAEgAygLMhAubWlsZXBvc3QudjEuSm9iEhcKD25leHRfcGFnZV90b2tlbhgCIAEoCSL7AQoUU3VtbWFyaXplSm9ic1JlcXVlc3QSJgoGZmlsdGVyGAEgASgLMhYubWlsZXBvc3QudjEuSm9iRmlsdGVyEiwKBnBlcmlvZBgCIAEoDjIaLm1pbGVwb3N0LnYxLlN1bW1hcnlQZXJpb2RIABIyCglhdHRyaWJ1dGUYAyABKA4yHS5taWxlcG9zdC52MS5TdW1tYXJ5QXR0cmlidXRlSAASEwoJbGFiZWxfa2V5GAQgASgJSAASEQoJdGltZV96b25lGAUgASgJEhEKCXBhZ2Vfc2l6ZRgGIAEoBRISCgpwYWdlX3Rva2VuGAcgASgJQgoKCGdyb3VwX2J5In8KFVN1bW1hcml6ZUpvYnNSZXNwb25zZRIlCgZncm91cHMYASADKAsyFS5taWxlcG9zdC52MS5Kb2JHcm91cBIXCg9uZXh0X3BhZ2VfdG9rZW4YAiABKAkSJgoFdG90YWwYAyABKAsyFy5taWxlcG9zdC52MS5Kb2JGaWd1cmVzIvgBCghKb2JHcm91cBIyCgxwZXJpb2Rfc3RhcnQYASABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wSAASGwoRY29uZmlndXJhdGlvbl90YWcYAiABKAlIABIoCgZzdGF0dXMYAyABKA4yFi5taWxlcG9zdC52MS5Kb2JTdGF0dXNIABIpCgtjb3VudGVycGFydBgEIAEoCzISLm1pbGVwb3N0LnYxLlBhcnR5SAASFQoLbGFiZWxfdmFsdWUYBSABKAlIABIoCgdmaWd1cmVzGAYgASgLMhcubWlsZXBvc3QudjEuSm9iRmlndXJlc0IFCgNrZXkiqwEKCkpvYkZpZ3VyZXMSDAoEam9icxgBIAEoAxIqCghzdGF0dXNlcxgCIAMoCzIYLm1pbGVwb3N0LnYxLlN0YXR1c0NvdW50EjIKD21lZGlhbl9kdXJhdGlvbhgDIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIvCgxwOTBfZHVyYXRpb24YBCABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24iQwoLU3RhdHVzQ291bnQSJgoGc3RhdHVzGAEgASgOMhYubWlsZXBvc3QudjEuSm9iU3RhdHVzEgwKBGpvYnMYAiABKAMihAEKEUV4cG9ydEpvYnNSZXF1ZXN0EiYKBmZpbHRlchgBIAEoCzIWLm1pbGVwb3N0LnYxLkpvYkZpbHRlchIxCg1jbG9zZWRfYmVmb3JlGAIgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIUCgxyZXN1bWVfdG9rZW4YAyABKAkihwEKEkV4cG9ydEpvYnNSZXNwb25zZRIUCgxyZXN1bWVfdG9rZW4YASABKAkSKQoEam9icxgCIAEoCzIZLm1pbGVwb3N0LnYxLkV4cG9ydGVkSm9ic0gAEiUKA2VuZBgDIAEoCzIWLm1pbGVwb3N0LnYxLkV4cG9ydEVuZEgAQgkKB21lc3NhZ2UiLgoMRXhwb3J0ZWRKb2JzEh4KBGpvYnMYASADKAsyEC5taWxlcG9zdC52MS5Kb2IiGgoJRXhwb3J0RW5kEg0KBWNvdW50GAEgASgDIlUKD0Nsb3NlSm9iUmVxdWVzdBIQCgZqb2JfaWQYASABKAlIABIZCg9wcm92aWRlcl9qb2JfaWQYAiABKAlIABIOCgZyZWFzb24YAyABKAlCBQoDam9iIkIKEENsb3NlSm9iUmVzcG9uc2USHQoDam9iGAEgASgLMhAubWlsZXBvc3QudjEuSm9iEg8KB2V4aXN0ZWQYAiABKAgiPAoaUmVxdWVzdENhbmNlbGxhdGlvblJlcXVlc3QSDgoGam9iX2lkGAEgASgJEg4KBnJlYXNvbhgCIAEoCSJNChtSZXF1ZXN0Q2FuY2VsbGF0aW9uUmVzcG9uc2USHQoDam9iGAEgASgLMhAubWlsZXBvc3QudjEuSm9iEg8KB2V4aXN0ZWQYAiABKAgiUgoOSG9sZEpvYlJlcXVlc3QSEAoGam9iX2lkGAEgASgJSAASGQoPcHJvdmlkZXJfam9iX2lkGAIgASgJSAASDAoEaGVsZBgDIAEoCEIFCgNqb2IiQQoPSG9sZEpvYlJlc3BvbnNlEh0KA2pvYhgBIAEoCzIQLm1pbGVwb3N0LnYxLkpvYhIPCgdleGlzdGVkGAIgASgIIkgKEkVzdGltYXRlSm9iUmVxdWVzdBIQCgZqb2JfaWQYASABKAlIABIZCg9wcm92aWRlcl9qb2JfaWQYAiABKAlIAEIFCgNqb2IiwQEKE0VzdGltYXRlSm9iUmVzcG9uc2USKQoIZXN0aW1hdGUYASABKAsyFS5taWxlcG9zdC52MS5Fc3RpbWF0ZUgAEjQKC25vX2VzdGltYXRlGAIgASgOMh0ubWlsZXBvc3QudjEuTm9Fc3RpbWF0ZVJlYXNvbkgAEgwKBGpvYnMYAyABKAUSMAoMZXN0aW1hdGVkX2F0GAQgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcEIJCgdvdXRjb21lIlwKCEVzdGltYXRlEicKA3A1MBgBIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASJwoDcDkwGAIgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcCq5AQoJSm9iU3RhdHVzEhoKFkpPQl9TVEFUVVNfVU5TUEVDSUZJRUQQABIWChJKT0JfU1RBVFVTX1BFTkRJTkcQARIWChJKT0JfU1RBVFVTX1JVTk5JTkcQAhIVChFKT0JfU1RBVFVTX0ZBSUxFRBADEhcKE0pPQl9TVEFUVVNfQ09NUExFVEUQBBIYChRKT0JfU1RBVFVTX0NBTkNFTExFRBAFEhYKEkpPQl9TVEFUVVNfU1RBTExFRBAGKnMKClN0ZXBTdGF0dXMSGwoXU1RFUF9TVEFUVVNfVU5TUEVDSUZJRUQQABIXChNTVEVQX1NUQVRVU19UT19DT01FEAESGQoVU1RFUF9TVEFUVVNfVU5ERVJfV0FZEAISFAoQU1RFUF9TVEFUVVNfRE9ORRADKlsKC0pvYk9wZW5uZXNzEhwKGEpPQl9PUEVOTkVTU19VTlNQRUNJRklFRBAAEhUKEUpPQl9PUEVOTkVTU19PUEVOEAESFwoTSk9CX09QRU5ORVNTX0NMT1NFRBACKpMBCg1TdW1tYXJ5UGVyaW9kEh4KGlNVTU1BUllfUEVSSU9EX1VOU1BFQ0lGSUVEEAASFgoSU1VNTUFSWV9QRVJJT0RfREFZEAESFwoTU1VNTUFSWV9QRVJJT0RfV0VFSxACEhgKFFNVTU1BUllfUEVSSU9EX01PTlRIEAMSFwoTU1VNTUFSWV9QRVJJT0RfWUVBUhAEKpsBChBTdW1tYXJ5QXR0cmlidXRlEiEKHVNVTU1BUllfQVRUUklCVVRFX1VOU1BFQ0lGSUVEEAASIwofU1VNTUFSWV9BVFRSSUJVVEVfQ09ORklHVVJBVElPThABEhwKGFNVTU1BUllfQVRUUklCVVRFX1NUQVRVUxACEiEKHVNVTU1BUllfQVRUUklCVVRFX0NPVU5URVJQQVJUEAMqfgoQTm9Fc3RpbWF0ZVJlYXNvbhIiCh5OT19FU1RJTUFURV9SRUFTT05fVU5TUEVDSUZJRUQQABIjCh9OT19FU1RJTUFURV9SRUFTT05fVE9PX0ZFV19KT0JTEAESIQodTk9fRVNUSU1BVEVfUkVBU09OX0pPQl9DTE9TRUQQAjLxBQoKSm9iU2VydmljZRJKCglDcmVhdGVKb2ISHS5taWxlcG9zdC52MS5DcmVhdGVKb2JSZXF1ZXN0Gh4ubWlsZXBvc3QudjEuQ3JlYXRlSm9iUmVzcG9uc2USRgoGR2V0Sm9iEhoubWlsZXBvc3QudjEuR2V0Sm9iUmVxdWVzdBobLm1pbGVwb3N0LnYxLkdldEpvYlJlc3BvbnNlIgOQAgESTAoITGlzdEpvYnMSHC5taWxlcG9zdC52MS5MaXN0Sm9ic1JlcXVlc3QaHS5taWxlcG9zdC52MS5MaXN0Sm9ic1Jlc3BvbnNlIgOQAgESRwoIQ2xvc2VKb2ISHC5taWxlcG9zdC52MS5DbG9zZUpvYlJlcXVlc3QaHS5taWxlcG9zdC52MS5DbG9zZUpvYlJlc3BvbnNlEmgKE1JlcXVlc3RDYW5jZWxsYXRpb24SJy5taWxlcG9zdC52MS5SZXF1ZXN0Q2FuY2VsbGF0aW9uUmVxdWVzdBooLm1pbGVwb3N0LnYxLlJlcXVlc3RDYW5jZWxsYXRpb25SZXNwb25zZRJECgdIb2xkSm9iEhsubWlsZXBvc3QudjEuSG9sZEpvYlJlcXVlc3QaHC5taWxlcG9zdC52MS5Ib2xkSm9iUmVzcG9uc2USWwoNU3VtbWFyaXplSm9icxIhLm1pbGVwb3N0LnYxLlN1bW1hcml6ZUpvYnNSZXF1ZXN0GiIubWlsZXBvc3QudjEuU3VtbWFyaXplSm9ic1Jlc3BvbnNlIgOQAgESVAoKRXhwb3J0Sm9icxIeLm1pbGVwb3N0LnYxLkV4cG9ydEpvYnNSZXF1ZXN0Gh8ubWlsZXBvc3QudjEuRXhwb3J0Sm9ic1Jlc3BvbnNlIgOQAgEwARJVCgtFc3RpbWF0ZUpvYhIfLm1pbGVwb3N0LnYxLkVzdGltYXRlSm9iUmVxdWVzdBogLm1pbGVwb3N0LnYxLkVzdGltYXRlSm9iUmVzcG9uc2UiA5ACAUJKCg9jb20ubWlsZXBvc3QudjFCCUpvYnNQcm90b1ABWiptaWxlcG9zdC9jbGllbnRzL2dvL21pbGVwb3N0L3YxO21pbGVwb3N0djFiBnByb3RvMw", [file_google_protobuf_duration, file_google_protobuf_timestamp, file_milepost_v1_configurations]);
 
 /**
  * The progress of a job.
@@ -630,6 +630,381 @@ export const ListJobsResponseSchema: GenMessage<ListJobsResponse> = /*@__PURE__*
   messageDesc(file_milepost_v1_jobs, 10);
 
 /**
+ * Which jobs to count, and by what.
+ *
+ * @generated from message milepost.v1.SummarizeJobsRequest
+ */
+export type SummarizeJobsRequest = Message<"milepost.v1.SummarizeJobsRequest"> & {
+  /**
+   * Which jobs to count. Absent: all.
+   *
+   * @generated from field: milepost.v1.JobFilter filter = 1;
+   */
+  filter?: JobFilter | undefined;
+
+  /**
+   * What makes the groups. Absent: there are none, only the total.
+   *
+   * @generated from oneof milepost.v1.SummarizeJobsRequest.group_by
+   */
+  groupBy: {
+    /**
+     * The period in which the job was created, by `time_zone`.
+     *
+     * @generated from field: milepost.v1.SummaryPeriod period = 2;
+     */
+    value: SummaryPeriod;
+    case: "period";
+  } | {
+    /**
+     * An attribute of the job.
+     *
+     * @generated from field: milepost.v1.SummaryAttribute attribute = 3;
+     */
+    value: SummaryAttribute;
+    case: "attribute";
+  } | {
+    /**
+     * The value of the label with this key. Jobs without it are a group, too.
+     *
+     * @generated from field: string label_key = 4;
+     */
+    value: string;
+    case: "labelKey";
+  } | { case: undefined; value?: undefined };
+
+  /**
+   * An IANA time zone, such as Europe/Vienna, by which periods begin. Empty: UTC. Only
+   * for `period`, otherwise INVALID_ARGUMENT.
+   *
+   * @generated from field: string time_zone = 5;
+   */
+  timeZone: string;
+
+  /**
+   * Most groups of the page: default 50, cut to 500, negative INVALID_ARGUMENT.
+   *
+   * @generated from field: int32 page_size = 6;
+   */
+  pageSize: number;
+
+  /**
+   * The `next_page_token` of the previous page, with the same filter, groups and time
+   * zone. Empty: the first page. Each page counts anew.
+   *
+   * @generated from field: string page_token = 7;
+   */
+  pageToken: string;
+};
+
+/**
+ * Describes the message milepost.v1.SummarizeJobsRequest.
+ * Use `create(SummarizeJobsRequestSchema)` to create a new message.
+ */
+export const SummarizeJobsRequestSchema: GenMessage<SummarizeJobsRequest> = /*@__PURE__*/
+  messageDesc(file_milepost_v1_jobs, 11);
+
+/**
+ * Counted jobs.
+ *
+ * @generated from message milepost.v1.SummarizeJobsResponse
+ */
+export type SummarizeJobsResponse = Message<"milepost.v1.SummarizeJobsResponse"> & {
+  /**
+   * Groups with at least one job. Periods are in the order of time, statuses in that of
+   * the enum's names, all others in the order of bytes; the jobs without the label come
+   * first.
+   *
+   * @generated from field: repeated milepost.v1.JobGroup groups = 1;
+   */
+  groups: JobGroup[];
+
+  /**
+   * The `page_token` of the next page. Empty: there is no next page.
+   *
+   * @generated from field: string next_page_token = 2;
+   */
+  nextPageToken: string;
+
+  /**
+   * All jobs that match the filter, whatever page it is.
+   *
+   * @generated from field: milepost.v1.JobFigures total = 3;
+   */
+  total?: JobFigures | undefined;
+};
+
+/**
+ * Describes the message milepost.v1.SummarizeJobsResponse.
+ * Use `create(SummarizeJobsResponseSchema)` to create a new message.
+ */
+export const SummarizeJobsResponseSchema: GenMessage<SummarizeJobsResponse> = /*@__PURE__*/
+  messageDesc(file_milepost_v1_jobs, 12);
+
+/**
+ * The jobs of a group.
+ *
+ * @generated from message milepost.v1.JobGroup
+ */
+export type JobGroup = Message<"milepost.v1.JobGroup"> & {
+  /**
+   * What the jobs have in common. Absent: these jobs do not have the label.
+   *
+   * @generated from oneof milepost.v1.JobGroup.key
+   */
+  key: {
+    /**
+     * When the period begins.
+     *
+     * @generated from field: google.protobuf.Timestamp period_start = 1;
+     */
+    value: Timestamp;
+    case: "periodStart";
+  } | {
+    /**
+     * The configuration tag.
+     *
+     * @generated from field: string configuration_tag = 2;
+     */
+    value: string;
+    case: "configurationTag";
+  } | {
+    /**
+     * The status.
+     *
+     * @generated from field: milepost.v1.JobStatus status = 3;
+     */
+    value: JobStatus;
+    case: "status";
+  } | {
+    /**
+     * The other party.
+     *
+     * @generated from field: milepost.v1.Party counterpart = 4;
+     */
+    value: Party;
+    case: "counterpart";
+  } | {
+    /**
+     * The value of the label.
+     *
+     * @generated from field: string label_value = 5;
+     */
+    value: string;
+    case: "labelValue";
+  } | { case: undefined; value?: undefined };
+
+  /**
+   * The figures of these jobs.
+   *
+   * @generated from field: milepost.v1.JobFigures figures = 6;
+   */
+  figures?: JobFigures | undefined;
+};
+
+/**
+ * Describes the message milepost.v1.JobGroup.
+ * Use `create(JobGroupSchema)` to create a new message.
+ */
+export const JobGroupSchema: GenMessage<JobGroup> = /*@__PURE__*/
+  messageDesc(file_milepost_v1_jobs, 13);
+
+/**
+ * The figures of some jobs.
+ *
+ * @generated from message milepost.v1.JobFigures
+ */
+export type JobFigures = Message<"milepost.v1.JobFigures"> & {
+  /**
+   * How many jobs there are.
+   *
+   * @generated from field: int64 jobs = 1;
+   */
+  jobs: bigint;
+
+  /**
+   * How many of them have each status, without those that none has.
+   *
+   * @generated from field: repeated milepost.v1.StatusCount statuses = 2;
+   */
+  statuses: StatusCount[];
+
+  /**
+   * The median of the time from creation to completion of those that are complete.
+   * Absent: none is complete.
+   *
+   * @generated from field: google.protobuf.Duration median_duration = 3;
+   */
+  medianDuration?: Duration | undefined;
+
+  /**
+   * The 90th percentile of the same time.
+   *
+   * @generated from field: google.protobuf.Duration p90_duration = 4;
+   */
+  p90Duration?: Duration | undefined;
+};
+
+/**
+ * Describes the message milepost.v1.JobFigures.
+ * Use `create(JobFiguresSchema)` to create a new message.
+ */
+export const JobFiguresSchema: GenMessage<JobFigures> = /*@__PURE__*/
+  messageDesc(file_milepost_v1_jobs, 14);
+
+/**
+ * How many jobs have a status.
+ *
+ * @generated from message milepost.v1.StatusCount
+ */
+export type StatusCount = Message<"milepost.v1.StatusCount"> & {
+  /**
+   * The status.
+   *
+   * @generated from field: milepost.v1.JobStatus status = 1;
+   */
+  status: JobStatus;
+
+  /**
+   * How many jobs.
+   *
+   * @generated from field: int64 jobs = 2;
+   */
+  jobs: bigint;
+};
+
+/**
+ * Describes the message milepost.v1.StatusCount.
+ * Use `create(StatusCountSchema)` to create a new message.
+ */
+export const StatusCountSchema: GenMessage<StatusCount> = /*@__PURE__*/
+  messageDesc(file_milepost_v1_jobs, 15);
+
+/**
+ * The jobs to export.
+ *
+ * @generated from message milepost.v1.ExportJobsRequest
+ */
+export type ExportJobsRequest = Message<"milepost.v1.ExportJobsRequest"> & {
+  /**
+   * Which jobs. Absent: all.
+   *
+   * @generated from field: milepost.v1.JobFilter filter = 1;
+   */
+  filter?: JobFilter | undefined;
+
+  /**
+   * Only jobs that were closed before this time. Absent: open jobs as well.
+   *
+   * @generated from field: google.protobuf.Timestamp closed_before = 2;
+   */
+  closedBefore?: Timestamp | undefined;
+
+  /**
+   * Exactly after the message that carried this token, of an export by the same request.
+   * Empty: from the first job.
+   *
+   * @generated from field: string resume_token = 3;
+   */
+  resumeToken: string;
+};
+
+/**
+ * Describes the message milepost.v1.ExportJobsRequest.
+ * Use `create(ExportJobsRequestSchema)` to create a new message.
+ */
+export const ExportJobsRequestSchema: GenMessage<ExportJobsRequest> = /*@__PURE__*/
+  messageDesc(file_milepost_v1_jobs, 16);
+
+/**
+ * A message of an export of jobs.
+ *
+ * @generated from message milepost.v1.ExportJobsResponse
+ */
+export type ExportJobsResponse = Message<"milepost.v1.ExportJobsResponse"> & {
+  /**
+   * Continues the export exactly after this message. Opaque; at most 200 characters. It
+   * is not a credential.
+   *
+   * @generated from field: string resume_token = 1;
+   */
+  resumeToken: string;
+
+  /**
+   * The content of the message.
+   *
+   * @generated from oneof milepost.v1.ExportJobsResponse.message
+   */
+  message: {
+    /**
+     * Jobs.
+     *
+     * @generated from field: milepost.v1.ExportedJobs jobs = 2;
+     */
+    value: ExportedJobs;
+    case: "jobs";
+  } | {
+    /**
+     * The last message.
+     *
+     * @generated from field: milepost.v1.ExportEnd end = 3;
+     */
+    value: ExportEnd;
+    case: "end";
+  } | { case: undefined; value?: undefined };
+};
+
+/**
+ * Describes the message milepost.v1.ExportJobsResponse.
+ * Use `create(ExportJobsResponseSchema)` to create a new message.
+ */
+export const ExportJobsResponseSchema: GenMessage<ExportJobsResponse> = /*@__PURE__*/
+  messageDesc(file_milepost_v1_jobs, 17);
+
+/**
+ * One or more jobs; at most 1 MiB.
+ *
+ * @generated from message milepost.v1.ExportedJobs
+ */
+export type ExportedJobs = Message<"milepost.v1.ExportedJobs"> & {
+  /**
+   * In the order of their creation.
+   *
+   * @generated from field: repeated milepost.v1.Job jobs = 1;
+   */
+  jobs: Job[];
+};
+
+/**
+ * Describes the message milepost.v1.ExportedJobs.
+ * Use `create(ExportedJobsSchema)` to create a new message.
+ */
+export const ExportedJobsSchema: GenMessage<ExportedJobs> = /*@__PURE__*/
+  messageDesc(file_milepost_v1_jobs, 18);
+
+/**
+ * The end of an export.
+ *
+ * @generated from message milepost.v1.ExportEnd
+ */
+export type ExportEnd = Message<"milepost.v1.ExportEnd"> & {
+  /**
+   * How many jobs or events were exported in all, also by the streams before that this
+   * one resumed.
+   *
+   * @generated from field: int64 count = 1;
+   */
+  count: bigint;
+};
+
+/**
+ * Describes the message milepost.v1.ExportEnd.
+ * Use `create(ExportEndSchema)` to create a new message.
+ */
+export const ExportEndSchema: GenMessage<ExportEnd> = /*@__PURE__*/
+  messageDesc(file_milepost_v1_jobs, 19);
+
+/**
  * The job to close.
  *
  * @generated from message milepost.v1.CloseJobRequest
@@ -671,7 +1046,7 @@ export type CloseJobRequest = Message<"milepost.v1.CloseJobRequest"> & {
  * Use `create(CloseJobRequestSchema)` to create a new message.
  */
 export const CloseJobRequestSchema: GenMessage<CloseJobRequest> = /*@__PURE__*/
-  messageDesc(file_milepost_v1_jobs, 11);
+  messageDesc(file_milepost_v1_jobs, 20);
 
 /**
  * The closed job.
@@ -699,7 +1074,7 @@ export type CloseJobResponse = Message<"milepost.v1.CloseJobResponse"> & {
  * Use `create(CloseJobResponseSchema)` to create a new message.
  */
 export const CloseJobResponseSchema: GenMessage<CloseJobResponse> = /*@__PURE__*/
-  messageDesc(file_milepost_v1_jobs, 12);
+  messageDesc(file_milepost_v1_jobs, 21);
 
 /**
  * The job whose provider is asked to stop.
@@ -728,7 +1103,7 @@ export type RequestCancellationRequest = Message<"milepost.v1.RequestCancellatio
  * Use `create(RequestCancellationRequestSchema)` to create a new message.
  */
 export const RequestCancellationRequestSchema: GenMessage<RequestCancellationRequest> = /*@__PURE__*/
-  messageDesc(file_milepost_v1_jobs, 13);
+  messageDesc(file_milepost_v1_jobs, 22);
 
 /**
  * The job whose provider was asked to stop.
@@ -756,7 +1131,7 @@ export type RequestCancellationResponse = Message<"milepost.v1.RequestCancellati
  * Use `create(RequestCancellationResponseSchema)` to create a new message.
  */
 export const RequestCancellationResponseSchema: GenMessage<RequestCancellationResponse> = /*@__PURE__*/
-  messageDesc(file_milepost_v1_jobs, 14);
+  messageDesc(file_milepost_v1_jobs, 23);
 
 /**
  * The job to hold, or not to hold any longer.
@@ -800,7 +1175,7 @@ export type HoldJobRequest = Message<"milepost.v1.HoldJobRequest"> & {
  * Use `create(HoldJobRequestSchema)` to create a new message.
  */
 export const HoldJobRequestSchema: GenMessage<HoldJobRequest> = /*@__PURE__*/
-  messageDesc(file_milepost_v1_jobs, 15);
+  messageDesc(file_milepost_v1_jobs, 24);
 
 /**
  * The job after the call.
@@ -828,7 +1203,7 @@ export type HoldJobResponse = Message<"milepost.v1.HoldJobResponse"> & {
  * Use `create(HoldJobResponseSchema)` to create a new message.
  */
 export const HoldJobResponseSchema: GenMessage<HoldJobResponse> = /*@__PURE__*/
-  messageDesc(file_milepost_v1_jobs, 16);
+  messageDesc(file_milepost_v1_jobs, 25);
 
 /**
  * The job to estimate.
@@ -865,7 +1240,7 @@ export type EstimateJobRequest = Message<"milepost.v1.EstimateJobRequest"> & {
  * Use `create(EstimateJobRequestSchema)` to create a new message.
  */
 export const EstimateJobRequestSchema: GenMessage<EstimateJobRequest> = /*@__PURE__*/
-  messageDesc(file_milepost_v1_jobs, 17);
+  messageDesc(file_milepost_v1_jobs, 26);
 
 /**
  * When the job will probably be complete.
@@ -919,7 +1294,7 @@ export type EstimateJobResponse = Message<"milepost.v1.EstimateJobResponse"> & {
  * Use `create(EstimateJobResponseSchema)` to create a new message.
  */
 export const EstimateJobResponseSchema: GenMessage<EstimateJobResponse> = /*@__PURE__*/
-  messageDesc(file_milepost_v1_jobs, 18);
+  messageDesc(file_milepost_v1_jobs, 27);
 
 /**
  * When a job will probably be complete.
@@ -947,7 +1322,7 @@ export type Estimate = Message<"milepost.v1.Estimate"> & {
  * Use `create(EstimateSchema)` to create a new message.
  */
 export const EstimateSchema: GenMessage<Estimate> = /*@__PURE__*/
-  messageDesc(file_milepost_v1_jobs, 19);
+  messageDesc(file_milepost_v1_jobs, 28);
 
 /**
  * The status of a job. Its events alone determine it: a row is the kind of the
@@ -1101,6 +1476,95 @@ export const JobOpennessSchema: GenEnum<JobOpenness> = /*@__PURE__*/
   enumDesc(file_milepost_v1_jobs, 2);
 
 /**
+ * A period by which jobs are counted.
+ *
+ * @generated from enum milepost.v1.SummaryPeriod
+ */
+export enum SummaryPeriod {
+  /**
+   * Not a period; INVALID_ARGUMENT in a request.
+   *
+   * @generated from enum value: SUMMARY_PERIOD_UNSPECIFIED = 0;
+   */
+  UNSPECIFIED = 0,
+
+  /**
+   * From midnight to midnight.
+   *
+   * @generated from enum value: SUMMARY_PERIOD_DAY = 1;
+   */
+  DAY = 1,
+
+  /**
+   * From Monday to Sunday.
+   *
+   * @generated from enum value: SUMMARY_PERIOD_WEEK = 2;
+   */
+  WEEK = 2,
+
+  /**
+   * A month of the calendar.
+   *
+   * @generated from enum value: SUMMARY_PERIOD_MONTH = 3;
+   */
+  MONTH = 3,
+
+  /**
+   * A year of the calendar.
+   *
+   * @generated from enum value: SUMMARY_PERIOD_YEAR = 4;
+   */
+  YEAR = 4,
+}
+
+/**
+ * Describes the enum milepost.v1.SummaryPeriod.
+ */
+export const SummaryPeriodSchema: GenEnum<SummaryPeriod> = /*@__PURE__*/
+  enumDesc(file_milepost_v1_jobs, 3);
+
+/**
+ * What jobs have in common that are counted together.
+ *
+ * @generated from enum milepost.v1.SummaryAttribute
+ */
+export enum SummaryAttribute {
+  /**
+   * Not an attribute; INVALID_ARGUMENT in a request.
+   *
+   * @generated from enum value: SUMMARY_ATTRIBUTE_UNSPECIFIED = 0;
+   */
+  UNSPECIFIED = 0,
+
+  /**
+   * The configuration tag.
+   *
+   * @generated from enum value: SUMMARY_ATTRIBUTE_CONFIGURATION = 1;
+   */
+  CONFIGURATION = 1,
+
+  /**
+   * The status.
+   *
+   * @generated from enum value: SUMMARY_ATTRIBUTE_STATUS = 2;
+   */
+  STATUS = 2,
+
+  /**
+   * The other party: for a provider the customer, for a customer the provider.
+   *
+   * @generated from enum value: SUMMARY_ATTRIBUTE_COUNTERPART = 3;
+   */
+  COUNTERPART = 3,
+}
+
+/**
+ * Describes the enum milepost.v1.SummaryAttribute.
+ */
+export const SummaryAttributeSchema: GenEnum<SummaryAttribute> = /*@__PURE__*/
+  enumDesc(file_milepost_v1_jobs, 4);
+
+/**
  * Why there is no estimate.
  *
  * @generated from enum milepost.v1.NoEstimateReason
@@ -1132,7 +1596,7 @@ export enum NoEstimateReason {
  * Describes the enum milepost.v1.NoEstimateReason.
  */
 export const NoEstimateReasonSchema: GenEnum<NoEstimateReason> = /*@__PURE__*/
-  enumDesc(file_milepost_v1_jobs, 3);
+  enumDesc(file_milepost_v1_jobs, 5);
 
 /**
  * Jobs: the work that a provider runs for a customer.
@@ -1240,6 +1704,44 @@ export const JobService: GenService<{
     methodKind: "unary";
     input: typeof HoldJobRequestSchema;
     output: typeof HoldJobResponseSchema;
+  },
+  /**
+   * Counts the caller's jobs, and says how long those took that are complete: in all and,
+   * if the request asks for groups, for each group. Needs scope READ.
+   *
+   * Errors: NOT_FOUND as ListJobs; RESOURCE_EXHAUSTED (OVERLOADED) while another summary
+   * of the user is made on this server.
+   *
+   * @generated from rpc milepost.v1.JobService.SummarizeJobs
+   */
+  summarizeJobs: {
+    methodKind: "unary";
+    input: typeof SummarizeJobsRequestSchema;
+    output: typeof SummarizeJobsResponseSchema;
+  },
+  /**
+   * Sends each of the caller's jobs that match the filter, as it is when it is read, in
+   * the order of their creation. Needs scope READ.
+   *
+   * First message: `jobs`, or `end` if there is none.
+   * Duplicates: none within a stream, and none across streams that resume by token.
+   * Jobs that are created after the first call are left out.
+   * End: `end` is the last message. A stream without `end` has lost its connection, has
+   * passed the client's deadline, which covers the whole stream, or has failed with the
+   * error in its status.
+   * Resume: keep the `resume_token` of the last message and call again with it and the
+   * same request, on any server.
+   *
+   * Errors at the start: NOT_FOUND as ListJobs; INVALID_ARGUMENT, also for a token of
+   * another request; RESOURCE_EXHAUSTED (OVERLOADED) if the user has too many open
+   * streams on this server. Errors later: UNAVAILABLE (DRAINING).
+   *
+   * @generated from rpc milepost.v1.JobService.ExportJobs
+   */
+  exportJobs: {
+    methodKind: "server_streaming";
+    input: typeof ExportJobsRequestSchema;
+    output: typeof ExportJobsResponseSchema;
   },
   /**
    * Says when an open job will probably be complete, by how long completed jobs of the

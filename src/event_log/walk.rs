@@ -1,4 +1,4 @@
-//! Reads the past of a watch of all jobs job by job.
+//! Reads events job by job: the past of a watch of all jobs, or an export.
 //!
 //! A scan of the log costs what everybody has appended, a walk of the scope's jobs what the
 //! scope has. Where the scope has so many jobs that most of the log is probably theirs, the
@@ -64,11 +64,18 @@ impl Piece {
     ) -> Result<Self> {
         let query = JobWalk { scope, after: position.cursor, through: walk.end };
         let jobs = query.list(connection, walk.point.job, JOBS).await?;
-        Ok(Self {
-            last: jobs.last().map(|last| last.job),
-            ends: i64::try_from(jobs.len()).is_ok_and(|jobs| jobs < JOBS),
-            jobs: jobs.into_iter().filter(|job| job.after < job.through).collect(),
-        })
+        let last = jobs.last().map(|last| last.job);
+        let ends = i64::try_from(jobs.len()).is_ok_and(|jobs| jobs < JOBS);
+        Ok(Self::new(jobs, last, ends))
+    }
+
+    /// These jobs, in the order of their creation, of those up to `last`.
+    pub(super) fn new(
+        jobs: impl IntoIterator<Item = WalkedJob>,
+        last: Option<CreationCursor>,
+        ends: bool,
+    ) -> Self {
+        Self { jobs: jobs.into_iter().filter(|job| job.after < job.through).collect(), last, ends }
     }
 
     /// Leaves out what lies before this point; whether there is more.
