@@ -155,7 +155,9 @@ class JobView {
 			job.labels
 				? fact(
 						"Labels",
-						Object.entries(job.labels).map(each => h("bdi.tag", each.join("="))),
+						Object.entries(job.labels)
+							.sort()
+							.map(each => h("bdi.tag", each.join("="))),
 					)
 				: "",
 			until ? fact("Link good until", when(until)) : "",

@@ -43,7 +43,10 @@ const labelsOf = text =>
 			.filter(Boolean)
 			.map(label => [label.split("=")[0], label.split(/=(.*)/s)[1] ?? ""]),
 	);
-const textOf = labels => Object.entries(labels).map(each => each.join("="));
+const textOf = labels =>
+	Object.entries(labels)
+		.sort()
+		.map(each => each.join("="));
 
 const sequence = job => Number(job?.lastSequence ?? 0);
 

@@ -70,12 +70,14 @@ async function main() {
     ["ct-004713", 3],
     ["ct-004714", 0],
   ]) {
-    const other = await provider.createJob(customer, { id, name: `CT chest ${id.slice(-4)}` });
+    const labels = { ward: count ? "3b" : "4a", scanner: "ct-2" },
+      other = await provider.createJob(customer, { id, name: `CT chest ${id.slice(-4)}`, labels });
     if (count) await provider.append(other, ...story(count));
     if (id === "ct-004713") await provider.append(other, { kind: "error", name: "Out of GPU memory", stepTag: "s4" });
   }
   await list.reload();
   await list.locator("#jobs > tr").nth(3).waitFor();
+  await list.locator("#plot rect").first().waitFor();
   await shot(list, "jobs");
   for (const page of [light, dark, phone, list]) await finish(page);
   await browser.close();

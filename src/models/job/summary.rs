@@ -59,7 +59,8 @@ pub struct Figures {
 #[derive(Clone, Debug)]
 pub struct Summary {
     pub total: Figures,
-    /// The key of each group: see [`Grouping::key`].
+    /// Each with its key as a text: the start of the period in UTC; the tag; the status; the id of the
+    /// counterpart; `=` and the value of the label, or nothing for the jobs without it.
     pub groups: Vec<(String, Figures)>,
 }
 
@@ -100,9 +101,7 @@ impl Grouping {
         Ok(())
     }
 
-    /// The key of a group as a text, in whose order the groups come: the start of the period, in
-    /// UTC; the tag; the status; the id of the counterpart; `=` and the value of the label, or
-    /// nothing for the jobs without it.
+    /// Writes the key of a group as a text, in whose order the groups come: see [`Summary::groups`].
     fn key(&self) -> &'static str {
         match self {
             Self::Created { .. } => "to_char(key AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"')",
