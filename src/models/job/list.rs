@@ -21,7 +21,7 @@ use crate::{
         CreationCursor,
         caller::{Viewer, Visibility},
         job_configuration::JobConfiguration,
-        labels::Labels,
+        labels::{Labels, has_labels},
         visible_jobs,
     },
     progress::JobStatus,
@@ -160,9 +160,22 @@ impl<'a> Condition<'a> {
                     None => query,
                 }
             }
-            // The side's id stands in these, too, so that they are ranges of indexes of their own
-            // where the jobs are many.
-            (Self::Labels(labels), visibility) => labels.0.iter().fold(query, |query, (key, value)| {
+            (Self::Labels(labels), _) => query.filter(has_labels(jobs::labels, labels)),
+            (Self::ClosedBefore(before), _) => query.filter(jobs::closed_at.lt(before)),
+            (Self::Text(text), _) => {
+                let of_job = job_texts::table.filter(job_texts::job_id.eq(jobs::id));
+                let by_id = job_texts::provider_job_id.like(text.pattern());
+                let by_name = job_texts::provider_job_name.like(text.pattern());
+                query.filter(exists(of_job.filter(by_id.or(by_name))))
+            }
+        }
+    }
+
+    /// As [`Self::narrow`], for a query of many jobs. The side's id stands beside labels and the
+    /// text, so that they are ranges of indexes of their own.
+    fn narrow_many<C>(self, visibility: Visibility, query: Jobs<'a, C>) -> Jobs<'a, C> {
+        match self {
+            Self::Labels(labels) => labels.0.iter().fold(query, |query, (key, value)| {
                 let of_job = job_labels::table.filter(job_labels::job_id.eq(jobs::id));
                 let of_job = of_job.filter(job_labels::key.eq(key)).filter(job_labels::value.eq(value));
                 match visibility {
@@ -175,8 +188,7 @@ impl<'a> Condition<'a> {
                     Visibility::Job(_) => query.filter(exists(of_job)),
                 }
             }),
-            (Self::ClosedBefore(before), _) => query.filter(jobs::closed_at.lt(before)),
-            (Self::Text(text), visibility) => {
+            Self::Text(text) => {
                 let by_id = job_texts::provider_job_id.like(text.pattern());
                 let by_name = job_texts::provider_job_name.like(text.pattern());
                 let of_job = job_texts::table.filter(job_texts::job_id.eq(jobs::id));
@@ -191,12 +203,25 @@ impl<'a> Condition<'a> {
                     Visibility::Job(_) => query.filter(exists(of_job)),
                 }
             }
+            Self::Counterpart(_)
+            | Self::Open(_)
+            | Self::Statuses(_)
+            | Self::ConfigurationTag(_)
+            | Self::ProviderJobIdPrefix(_)
+            | Self::ProviderJobNamePrefix(_)
+            | Self::ClosedBefore(_) => self.narrow(visibility, query),
         }
     }
 }
 
 impl JobFilters {
-    /// Cuts a query to the jobs that are visible and match all filters.
+    /// Cuts a query of many jobs to those that are visible and match all filters.
+    pub(super) fn narrow_many<'a, C>(&'a self, visibility: Visibility, query: Jobs<'a, C>) -> Jobs<'a, C> {
+        let query = self.created(visible_jobs!(query, visibility));
+        self.conditions().into_iter().fold(query, |query, condition| condition.narrow_many(visibility, query))
+    }
+
+    /// Cuts a query of a few jobs to those that are visible and match all filters.
     pub(super) fn narrow<'a, C>(&'a self, visibility: Visibility, query: Jobs<'a, C>) -> Jobs<'a, C> {
         let query = self.created(visible_jobs!(query, visibility));
         self.conditions().into_iter().fold(query, |query, condition| condition.narrow(visibility, query))

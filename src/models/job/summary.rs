@@ -132,7 +132,7 @@ impl Job {
             jobs::provider_id,
             jobs::customer_id,
         );
-        let matching = filters.narrow(visibility, jobs::table.select(columns).into_boxed());
+        let matching = filters.narrow_many(visibility, jobs::table.select(columns).into_boxed());
         let query = SummaryQuery { matching, visibility, grouping, after, limit };
         let mut rows: Vec<Row> = query.load(conn).await?;
         let total = Figures::from(&rows.remove(0));

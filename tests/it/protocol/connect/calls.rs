@@ -198,7 +198,8 @@ async fn reads_can_be_got_and_nothing_else() {
         let text =
             percent_encoding::utf8_percent_encode(&message.to_string(), percent_encoding::NON_ALPHANUMERIC)
                 .to_string();
-        let is_read = ["Get", "List", "Estimate"].iter().any(|verb| method.name().starts_with(verb));
+        let is_read =
+            ["Get", "List", "Estimate", "Summarize"].iter().any(|verb| method.name().starts_with(verb));
         for version in VERSIONS {
             let json = format!("connect=v1&encoding=json&message={text}");
             if !is_read {
@@ -457,7 +458,8 @@ async fn whatever_bytes_are_sent_no_call_answers_with_a_fault_of_the_server() {
 fn reads_and_nothing_else_are_marked_as_without_side_effects() {
     for method in raw::methods() {
         let options = method.method_descriptor_proto().options.clone().unwrap_or_default();
-        let reads = ["Get", "List", "Watch", "Estimate"].iter().any(|verb| method.name().starts_with(verb));
+        let verbs = ["Get", "List", "Watch", "Estimate", "Summarize", "Export"];
+        let reads = verbs.iter().any(|verb| method.name().starts_with(verb));
         assert_eq!(options.idempotency_level == Some(1), reads, "{}", method.full_name());
     }
     assert!(DescriptorPool::decode(milepost::pb::FILE_DESCRIPTOR_SET).is_ok());
