@@ -1,12 +1,13 @@
 //! Conversions between protobuf and the values of models: enums, progress and time.
 
+use std::time::Duration;
+
 use chrono::{DateTime, Utc};
 
 use crate::{
     models::{
         caller::{KeyScope, UserRole},
         job_configuration::MetadataKind,
-        max_silence::MaxSilence,
     },
     pb,
     progress::{EventKind, JobStatus, Progress},
@@ -61,9 +62,8 @@ impl From<Progress> for pb::Progress {
     }
 }
 
-pub(crate) fn duration(max_silence: MaxSilence) -> prost_types::Duration {
-    let length = max_silence.length();
-    let seconds = i64::try_from(length.as_secs()).unwrap_or_default();
+pub(crate) fn duration(length: Duration) -> prost_types::Duration {
+    let seconds = i64::try_from(length.as_secs()).unwrap_or(i64::MAX);
     prost_types::Duration { seconds, nanos: i32::try_from(length.subsec_nanos()).unwrap_or_default() }
 }
 

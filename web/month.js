@@ -3,7 +3,7 @@
 import { $, fill, h, svg, setText } from "./dom.js";
 import { number, plain, plural, word } from "./words.js";
 
-// From the ground up.
+// The statuses of a bar, from the ground up.
 const ORDER = ["complete", "running", "stalled", "failed", "cancelled", "pending"];
 const GROUND = 124;
 const LEFT = 4;

@@ -173,7 +173,7 @@ impl EventExport {
         let ExportPage { jobs, last, ends } = page;
         let ids: Vec<Uuid> = jobs.iter().map(|job| job.id).collect();
         let through = Event::sequences_at(connection, &ids, point.end).await?;
-        // After the events are counted: those of a removed job count as none.
+        // This check comes after the count, which leaves out the jobs whose events were removed.
         if retention::removed_since(connection, &ids, point.removals, point.end).await? {
             return Err(Error::EventsExpired { first_sequence: None });
         }

@@ -29,7 +29,6 @@ macro_rules! pg_enum {
             }
 
             /// The value with this label in the Postgres enum.
-            #[allow(dead_code, reason = "for the enums whose labels are read as texts")]
             pub(crate) fn of_label(label: &str) -> Option<Self> {
                 match label {
                     $($label => Some(Self::$variant),)+

@@ -256,7 +256,7 @@ impl From<JobConfiguration> for pb::JobConfiguration {
             created_at: Some(timestamp(created_at)),
             provider_id: provider_id.to_string(),
             updated_at: Some(timestamp(created_at)),
-            max_silence: max_silence.map(duration),
+            max_silence: max_silence.map(|silence| duration(silence.length())),
         }
     }
 }

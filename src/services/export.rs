@@ -34,7 +34,8 @@ pub(super) type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send
 
 /// First byte of a token: the version of its format.
 const VERSION: u8 = 1;
-/// Bytes of a message after which the next one begins. What comes last is smaller than the rest.
+/// Bytes of a message after which the next one begins. The other half of the largest message has
+/// room for the item that passes this bound.
 const BYTES: usize = MESSAGE_BYTES / 2;
 
 type Binding = [u8; QUERY_BYTES];

@@ -76,14 +76,7 @@ fn open(violations: &mut Violations, given: i32) -> Option<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::{Error, Result};
-
-    fn fields<T>(result: Result<T>) -> Vec<String> {
-        match result {
-            Err(Error::Invalid(violations)) => violations.iter().map(|v| v.field.clone()).collect(),
-            _ => Vec::new(),
-        }
-    }
+    use crate::services::jobs::tests::fields;
 
     #[test]
     fn unknown_statuses_are_refused_and_repeated_ones_are_kept_once() {

@@ -304,7 +304,7 @@ impl From<Job> for pb::Job {
             created_at: Some(timestamp(job.created_at)),
             updated_at: Some(timestamp(job.updated_at)),
             configuration_name: job.configuration_name,
-            max_silence: job.max_silence.map(duration),
+            max_silence: job.max_silence.map(|silence| duration(silence.length())),
             cancellation_requested_at: job.cancellation_requested_at.map(timestamp),
             labels: job.labels.0,
             held_by_provider: job.held_by_provider,
@@ -321,10 +321,11 @@ impl From<Party> for pb::Party {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn fields<T>(result: Result<T>) -> Vec<String> {
+    /// The fields of the violations.
+    pub(in crate::services) fn fields<T>(result: Result<T>) -> Vec<String> {
         match result {
             Err(Error::Invalid(violations)) => violations.iter().map(|v| v.field.clone()).collect(),
             _ => Vec::new(),

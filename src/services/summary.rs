@@ -1,6 +1,6 @@
 //! `SummarizeJobs`: figures of the caller's jobs.
 
-use std::{collections::HashMap, time::Duration};
+use std::collections::HashMap;
 
 use chrono::DateTime;
 
@@ -21,7 +21,7 @@ use crate::{
     },
     pb::{self, job_group::Key, summarize_jobs_request::GroupBy},
     progress::JobStatus,
-    proto_enums::{ProtoEnum as _, timestamp},
+    proto_enums::{ProtoEnum as _, duration, timestamp},
 };
 
 pub(super) async fn summarize(
@@ -156,13 +156,8 @@ impl From<Figures> for pb::JobFigures {
             statuses: statuses
                 .map(|(status, jobs)| pb::StatusCount { status: status.to_proto(), jobs })
                 .collect(),
-            median_duration: median.map(length),
-            p90_duration: p90.map(length),
+            median_duration: median.map(duration),
+            p90_duration: p90.map(duration),
         }
     }
-}
-
-fn length(duration: Duration) -> prost_types::Duration {
-    let seconds = i64::try_from(duration.as_secs()).unwrap_or(i64::MAX);
-    prost_types::Duration { seconds, nanos: i32::try_from(duration.subsec_nanos()).unwrap_or_default() }
 }

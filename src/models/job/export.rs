@@ -41,7 +41,7 @@ impl Job {
         let mut range =
             visible_jobs!(jobs::table.select((jobs::created_at, jobs::id)).into_boxed(), visibility);
         range = filters.created(range).filter(jobs::created_at.le(until));
-        // Their jobs are in the order of creation in an index.
+        // An index has the jobs of a counterpart, and those of a tag, in the order of creation.
         let conditions = filters.conditions();
         let indexed = conditions.iter().find(|condition| {
             matches!(condition, Condition::Counterpart(_) | Condition::ConfigurationTag(_))

@@ -16,9 +16,9 @@ use crate::{
 };
 
 impl Job {
-    /// Sets or lifts the holder's hold of a job, which the holder sees. Returns whether it was as wanted before. Fails
-    /// with [`Error::NotFound`], or with [`Error::EventsRemoved`] to hold a job whose events
-    /// retention removes.
+    /// Sets or lifts the holder's hold of a job, which the holder sees. Returns whether the hold
+    /// was as wanted before. Fails with [`Error::NotFound`], or with [`Error::EventsRemoved`] to
+    /// hold a job whose events retention removes.
     pub(crate) async fn hold(
         tx: &mut Transaction<'_>,
         holder: Holder,
