@@ -2,6 +2,7 @@ DROP TABLE untimed_jobs;
 DROP TABLE step_times;
 DROP TABLE job_silences;
 DROP TABLE job_states;
+DROP FUNCTION is_job_state;
 DROP TABLE job_labels;
 DROP TABLE jobs;
 DROP FUNCTION jobs_count_usage();

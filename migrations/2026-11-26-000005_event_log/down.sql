@@ -5,6 +5,7 @@ DROP FUNCTION step_configurations_refuse_delete();
 DROP TRIGGER jobs_refuse_delete ON jobs;
 DROP FUNCTION jobs_refuse_delete();
 DROP TABLE events;
+DROP FUNCTION is_event;
 DROP FUNCTION event_bytes;
 DROP FUNCTION events_refuse_delete();
 DROP TYPE event_kind;

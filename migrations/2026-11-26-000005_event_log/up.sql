@@ -20,6 +20,38 @@ INSERT INTO event_log DEFAULT VALUES;
 CREATE TYPE event_kind AS ENUM (
     'step', 'error', 'info', 'complete', 'close', 'progress', 'cancellation_requested', 'silent');
 
+-- The rules for a row of events, in a function for the same reason as is_job_state.
+CREATE FUNCTION is_event(
+    sequence bigint,
+    kind event_kind,
+    name text,
+    step_configuration_id uuid,
+    step_percent smallint,
+    event_metadata bytea,
+    status job_status,
+    percent smallint
+) RETURNS boolean LANGUAGE plpgsql IMMUTABLE AS $$
+BEGIN
+    RETURN sequence >= 1
+        AND char_length(name) <= 256
+        AND (kind <> 'progress' OR step_configuration_id IS NOT NULL)
+        AND (step_percent IS NULL OR kind = 'progress' AND step_percent BETWEEN 0 AND 99)
+        AND octet_length(event_metadata) <= 16384
+        AND percent BETWEEN 0 AND 100
+        AND (percent = 100) = (status = 'complete')
+        AND CASE kind
+            WHEN 'step' THEN status = 'running'
+            WHEN 'progress' THEN status = 'running'
+            WHEN 'info' THEN status IN ('running', 'failed')
+            WHEN 'error' THEN status = 'failed'
+            WHEN 'complete' THEN status = 'complete'
+            WHEN 'close' THEN status IN ('cancelled', 'failed')
+            WHEN 'cancellation_requested' THEN status IN ('pending', 'running', 'stalled', 'failed')
+            WHEN 'silent' THEN status IN ('stalled', 'failed')
+        END;
+END;
+$$;
+
 CREATE TABLE events (
     job_id uuid NOT NULL,
     sequence bigint NOT NULL,
@@ -46,23 +78,8 @@ CREATE TABLE events (
     CONSTRAINT events_pkey PRIMARY KEY (job_id, sequence),
     CONSTRAINT events_job_id_id_key UNIQUE (job_id, id),
     CONSTRAINT events_position_key UNIQUE (position),
-    CONSTRAINT events_sequence_check CHECK (sequence >= 1),
-    CONSTRAINT events_name_check CHECK (char_length(name) <= 256),
-    CONSTRAINT events_step_configuration_id_check CHECK (kind <> 'progress' OR step_configuration_id IS NOT NULL),
-    CONSTRAINT events_step_percent_check CHECK (step_percent IS NULL OR kind = 'progress' AND step_percent BETWEEN 0 AND 99),
-    CONSTRAINT events_event_metadata_check CHECK (octet_length(event_metadata) <= 16384),
-    CONSTRAINT events_percent_check CHECK (percent BETWEEN 0 AND 100 AND (percent = 100) = (status = 'complete')),
-    CONSTRAINT events_status_check CHECK (
-        CASE kind
-            WHEN 'step' THEN status = 'running'
-            WHEN 'progress' THEN status = 'running'
-            WHEN 'info' THEN status IN ('running', 'failed')
-            WHEN 'error' THEN status = 'failed'
-            WHEN 'complete' THEN status = 'complete'
-            WHEN 'close' THEN status IN ('cancelled', 'failed')
-            WHEN 'cancellation_requested' THEN status IN ('pending', 'running', 'stalled', 'failed')
-            WHEN 'silent' THEN status IN ('stalled', 'failed')
-        END)
+    CONSTRAINT events_rules_check CHECK (is_event(
+        sequence, kind, name, step_configuration_id, step_percent, event_metadata, status, percent))
 );
 
 -- What an event counts against the quota of stored bytes; event_bytes in

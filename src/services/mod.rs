@@ -23,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 use uuid::Uuid;
 
-use self::client_address::client_address;
+use self::{client_address::client_address, summary::TimeZones};
 use crate::{
     auth::{Auth, AuthSettings, Credential, HeldBytes, HeldMessages, StreamReset},
     config::QuotaSettings,
@@ -112,6 +112,7 @@ pub struct App {
     /// Cancelled when this server drains.
     pub draining: CancellationToken,
     pub telemetry: Telemetry,
+    time_zones: Arc<TimeZones>,
 }
 
 impl App {
@@ -134,7 +135,8 @@ impl App {
             Notification::Log => wake_tail(),
             Notification::Credentials => confirming.confirm_now(),
         });
-        Ok(Self { database, auth, log, quotas, draining: CancellationToken::new(), telemetry })
+        let draining = CancellationToken::new();
+        Ok(Self { database, auth, log, quotas, draining, telemetry, time_zones: Arc::default() })
     }
 
     /// The metrics as text, with the gauges set to their present values. It makes no query.

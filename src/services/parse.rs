@@ -125,24 +125,28 @@ pub(super) fn duration(
     }
 }
 
-/// At most [`JOB_LABELS`] labels: keys by the rule of [`key_text`], of at most
-/// [`LABEL_KEY_CHARS`] characters, and texts. Each violation is of the field, or of the
-/// value of a key.
+/// At most [`JOB_LABELS`] labels: keys by the rule of [`label_key`], and texts. Each violation is of the
+/// field, or of the value of a key.
 pub(super) fn labels(violations: &mut Violations, field: &str, given: BTreeMap<String, String>) -> Labels {
     if given.len() > JOB_LABELS {
         violations.add(field, format!("must be at most {JOB_LABELS}"));
         return Labels::default();
     }
-    let labels = given.into_iter().map(|(key, value)| {
-        if key.chars().nth(LABEL_KEY_CHARS).is_some() {
-            violations.add(field, format!("{} must have at most {LABEL_KEY_CHARS} characters", quoted(&key)));
-            return (key, value);
-        }
-        let key = key_text(violations, field, key);
+    let labels = given.into_iter().filter_map(|(key, value)| {
+        let key = label_key(violations, field, key)?;
         let value = text(violations, format_args!("{field}.{key}"), value);
-        (key, value)
+        Some((key, value))
     });
     Labels(labels.collect())
+}
+
+/// A key by the rule of [`key_text`], of at most [`LABEL_KEY_CHARS`] characters; none if it has more.
+pub(super) fn label_key(violations: &mut Violations, field: &str, key: String) -> Option<String> {
+    if key.chars().nth(LABEL_KEY_CHARS).is_some() {
+        violations.add(field, format!("{} must have at most {LABEL_KEY_CHARS} characters", quoted(&key)));
+        return None;
+    }
+    Some(key_text(violations, field, key))
 }
 
 /// The field `kinds`.

@@ -1,5 +1,7 @@
 //! Invariants of the schema, read from the catalogs of Postgres.
 
+use std::collections::BTreeMap;
+
 use milepost::db::migrations;
 use milepost_client::pb::{self, create_watch_token_request::Job};
 
@@ -164,6 +166,114 @@ async fn rows_of_immutable_tables_cannot_be_updated() {
     )
     .await;
     assert_eq!(unguarded, no_rows());
+}
+
+/// Each rule of `is_job_state`, broken by a row that follows all others where that is possible.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_of_job_states_follows_its_rules() {
+    const FAULTS: [&str; 20] = [
+        "points_done = points_total + 1",
+        "points_done = -1",
+        "percent = -1",
+        "percent = 101",
+        "percent = 100",
+        "status = 'complete', closed = true",
+        "steps = decode(repeat('00', 201), 'hex')",
+        "status = 'pending', last_sequence = -1",
+        "last_sequence = 0, last_event_id = NULL",
+        "last_step_sequence = -1",
+        "last_step_sequence = 2",
+        "status = 'pending', last_sequence = 0, last_event_id = NULL, silent = true",
+        "status = 'failed', closed = true, silent = true",
+        "status = 'stalled'",
+        "status = 'pending', last_sequence = 0, last_event_id = NULL, cancellation_requested_at = now()",
+        "last_event_id = NULL",
+        "closed = true",
+        "status = 'pending', closed = true",
+        "status = 'complete', percent = 100",
+        "status = 'cancelled'",
+    ];
+    let server = TestServer::start().await;
+    let (mut provider, _, job) = server.job(&[("load", 1)]).await;
+    provider.append(&job, [info("here")]).await;
+    let set = |change: &str| format!("UPDATE job_states SET {change} WHERE job_id = '{}'", job.id);
+    for fault in FAULTS {
+        let violated = server.database.violated_by(&set(fault)).await;
+        assert_eq!(violated.as_deref(), Some("job_states_rules_check"), "{fault}");
+    }
+    for allowed in ["percent = 99", "status = 'stalled', silent = true", "status = 'failed', silent = false"]
+    {
+        assert_eq!(server.database.violated_by(&set(allowed)).await, None, "{allowed}");
+    }
+}
+
+/// Each rule of `is_event`.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_of_events_follows_its_rules() {
+    const STATUSES: [&str; 6] = ["pending", "running", "stalled", "failed", "complete", "cancelled"];
+    const ALLOWED: [(&str, &[&str]); 8] = [
+        ("step", &["running"]),
+        ("progress", &["running"]),
+        ("info", &["running", "failed"]),
+        ("error", &["failed"]),
+        ("complete", &["complete"]),
+        ("close", &["failed", "cancelled"]),
+        ("cancellation_requested", &["pending", "running", "stalled", "failed"]),
+        ("silent", &["stalled", "failed"]),
+    ];
+    const PROGRESS: (&str, &str) = ("kind", "'progress'");
+    const STEP: (&str, &str) = ("step_configuration_id", "gen_random_uuid()");
+    const FAULTS: [&[(&str, &str)]; 10] = [
+        &[("sequence", "0")],
+        &[("name", "repeat('x', 257)")],
+        &[PROGRESS, ("step_percent", "5")],
+        &[("step_percent", "5")],
+        &[PROGRESS, STEP, ("step_percent", "-1")],
+        &[PROGRESS, STEP, ("step_percent", "100")],
+        &[("event_metadata", "decode(repeat('00', 16385), 'hex')")],
+        &[("percent", "-1")],
+        &[("percent", "101")],
+        &[("percent", "100")],
+    ];
+    let server = TestServer::start().await;
+    let (mut provider, _, job) = server.job(&[("load", 1)]).await;
+    provider.append(&job, [info("here")]).await;
+    let mut position = 1;
+    let mut violated_by = async |changes: &[(&str, &str)]| {
+        position += 1;
+        let number = position.to_string();
+        let mut row = BTreeMap::from([
+            ("sequence", &*number),
+            ("position", &*number),
+            ("id", "gen_random_uuid()"),
+            ("kind", "'info'"),
+            ("name", "''"),
+            ("step_configuration_id", "NULL"),
+            ("step_percent", "NULL"),
+            ("event_metadata", "''"),
+            ("status", "'running'"),
+            ("points_done", "0"),
+            ("percent", "0"),
+            ("created_at", "now()"),
+        ]);
+        row.extend(changes.iter().copied());
+        let (columns, values): (Vec<_>, Vec<_>) = row.into_iter().unzip();
+        let (columns, values) = (columns.join(", "), values.join(", "));
+        let insert = format!("INSERT INTO events (job_id, {columns}) VALUES ('{}', {values})", job.id);
+        server.database.violated_by(&insert).await
+    };
+    for fault in FAULTS {
+        assert_eq!(violated_by(fault).await.as_deref(), Some("events_rules_check"), "{fault:?}");
+    }
+    for (kind, allowed) in ALLOWED {
+        for status in STATUSES {
+            let (kind, quoted_status) = (format!("'{kind}'"), format!("'{status}'"));
+            let percent = if status == "complete" { "100" } else { "0" };
+            let row = [STEP, ("kind", &*kind), ("status", &*quoted_status), ("percent", percent)];
+            let expected = (!allowed.contains(&status)).then_some("events_rules_check");
+            assert_eq!(violated_by(&row).await.as_deref(), expected, "{row:?}");
+        }
+    }
 }
 
 /// SQL that appends an event to a job as a caller does who takes `last_event_id` for its last
