@@ -113,9 +113,10 @@ CREATE FUNCTION label_bytes(labels text[]) RETURNS bigint LANGUAGE sql IMMUTABLE
 $$;
 
 -- The rules for a row of job_states. They stand in a function because Postgres parses the expressions
--- of all CHECKs of a table anew for each statement that writes to the table: for the 17 rules of job_states
--- and events that took a quarter of the time in which append_events appends one event. A function of plpgsql
--- is parsed once for each connection. Rows that are stored are not checked again when it is replaced.
+-- of all CHECKs of a table anew for each statement that writes to the table. As CHECKs, the 17 rules of
+-- job_states and events took a quarter of the time in which append_events appends one event. Postgres parses
+-- a function of plpgsql once for each connection. It does not check stored rows again when the function is
+-- replaced.
 CREATE FUNCTION is_job_state(
     points_total bigint,
     status job_status,

@@ -67,8 +67,8 @@ pub(super) async fn summarize(
     Ok(pb::SummarizeJobsResponse { groups: page.items, next_page_token, total: Some(total.into()) })
 }
 
-/// The time zones that Postgres was asked for and knows. The answer takes it some ten milliseconds, since it
-/// reads all files of its time zones.
+/// Time zones that Postgres knows, as far as it was asked. Postgres reads all files of its time zones for each
+/// answer, which takes some 50 milliseconds.
 #[derive(Debug, Default)]
 pub(super) struct TimeZones(Mutex<HashSet<String>>);
 
