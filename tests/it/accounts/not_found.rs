@@ -11,7 +11,7 @@ use crate::support::{TestDatabase, TestServer, User, raw, registration, within_t
 /// The statements that look for what a request names. Those of the server's own tasks, which
 /// run at any time, have other texts.
 const LOOK_UPS: [&str; 7] = [
-    "\"jobs\"",
+    "\"jobs\".\"provider_id\"",
     "\"job_configurations\"",
     "\"users\".\"role\" =",
     "\"users\".\"customer_code\" =",
