@@ -12,7 +12,10 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use tokio::{sync::Notify, time::sleep};
+use tokio::{
+    sync::Notify,
+    time::{sleep, timeout},
+};
 
 use super::StreamReset;
 use crate::{
@@ -104,19 +107,18 @@ impl Credential {
     pub async fn ended(&self) {
         loop {
             // Before the end is read, so that no move falls between.
-            let moved = self.moved.notified();
+            let mut moved = pin!(self.moved.notified());
             let ends_at = self.ends_at();
             let left = ends_at.since(Moment::now());
             if left.is_zero() {
                 return;
             }
             if ends_at == Moment::NEVER {
-                moved.await;
-                continue;
-            }
-            tokio::select! {
-                () = moved => {}
-                () = sleep(left.min(LONGEST_SLEEP)) => {}
+                moved.as_mut().await;
+            } else {
+                // In a box, since most credentials of servers never expire. Whether it was moved or
+                // is over, the end is read again.
+                let _ = Box::pin(timeout(left.min(LONGEST_SLEEP), moved.as_mut())).await;
             }
         }
     }
@@ -125,6 +127,14 @@ impl Credential {
     /// [`CREDENTIAL_CONFIRMED_WITHIN`], otherwise as soon as it is again;
     /// [`Error::CredentialInvalid`] if it has ended.
     pub async fn confirmed(&self) -> Result<()> {
+        if self.is_valid() && self.is_confirmed() {
+            return Ok(());
+        }
+        // In a box, so that thousands of watches need no memory for a wait that is rare.
+        Box::pin(self.confirmed_again()).await
+    }
+
+    async fn confirmed_again(&self) -> Result<()> {
         while self.is_valid() {
             // Before the time is read, so that no confirmation falls between.
             let confirmation = self.confirmations.notified();

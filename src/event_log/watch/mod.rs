@@ -16,17 +16,23 @@
 
 mod message;
 mod past;
+mod woken;
 
 use std::{
     collections::VecDeque,
+    pin::Pin,
     sync::Arc,
     time::{Duration, Instant},
 };
 
+use tokio::time::{Sleep, sleep_until};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 pub(crate) use self::message::{Body, EndReason, Message, Start, WatchQuery};
-use self::past::{Page, Past};
+use self::{
+    past::{Page, Past},
+    woken::Woken,
+};
 use super::{
     event::LogEvent,
     mailbox::{Delivered, Delivery, Subscription},
@@ -60,6 +66,8 @@ pub(crate) struct Watch {
     reader: Arc<Reader>,
     credential: Arc<Credential>,
     draining: CancellationToken,
+    /// Why the watch ends from outside; none while `next` waits for it.
+    ending: Option<Woken<EndReason>>,
     filter: Arc<Filter>,
     subscription: Subscription,
     heartbeat: Heartbeat,
@@ -89,9 +97,28 @@ enum Phase {
 struct Heartbeat {
     interval: Duration,
     due_at: Instant,
+    /// Fires when the heartbeat is due or before: a message moves the heartbeat alone, since a
+    /// timer costs more to move.
+    timer: Pin<Box<Sleep>>,
 }
 
 impl Heartbeat {
+    fn new(interval: Duration) -> Self {
+        let due_at = Instant::now() + interval;
+        Self { interval, due_at, timer: Box::pin(sleep_until(due_at.into())) }
+    }
+
+    /// Returns once the heartbeat is due. Cancel-safe.
+    async fn due(&mut self) {
+        loop {
+            self.timer.as_mut().await;
+            if self.is_due() {
+                return;
+            }
+            self.timer.as_mut().reset(self.due_at.into());
+        }
+    }
+
     fn is_due(&self) -> bool {
         self.due_at <= Instant::now()
     }
@@ -136,8 +163,9 @@ impl Watch {
         Ok(Self {
             credential,
             draining,
+            ending: None,
             subscription,
-            heartbeat: Heartbeat { interval: heartbeat, due_at: Instant::now() + heartbeat },
+            heartbeat: Heartbeat::new(heartbeat),
             phase: Phase::Past,
             past: Past::new(end, identity, matches!(start, Start::Beginning)),
             position,
@@ -152,12 +180,30 @@ impl Watch {
 
     /// The next message; `None` after the `end`. Cancel-safe.
     pub(crate) async fn next(&mut self) -> Option<Result<Message>> {
+        let mut ending = self.ending.take().unwrap_or_else(|| self.ending());
+        let message = self.next_before(&mut ending).await;
+        self.ending = Some(ending);
+        message
+    }
+
+    /// Waits for the end of the credential and for the drain, which all watches of a server or of
+    /// a user wait for.
+    fn ending(&self) -> Woken<EndReason> {
         let (credential, draining) = (Arc::clone(&self.credential), self.draining.clone());
+        Woken::new(async move {
+            tokio::select! {
+                biased;
+                () = credential.ended() => EndReason::CredentialEnded,
+                () = draining.cancelled() => EndReason::Draining,
+            }
+        })
+    }
+
+    async fn next_before(&mut self, ending: &mut Woken<EndReason>) -> Option<Result<Message>> {
         while self.phase != Phase::Ended {
             let advanced = tokio::select! {
                 biased;
-                () = credential.ended() => Ok(Some(self.end(EndReason::CredentialEnded))),
-                () = draining.cancelled() => Ok(Some(self.end(EndReason::Draining))),
+                reason = &mut *ending => Ok(Some(self.end(reason))),
                 advanced = self.advance() => advanced,
             };
             match advanced {
@@ -355,7 +401,7 @@ impl Watch {
                 self.receive(delivery);
                 false
             }
-            () = tokio::time::sleep_until(self.heartbeat.due_at.into()) => true,
+            () = self.heartbeat.due() => true,
         }
     }
 
