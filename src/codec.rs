@@ -10,17 +10,18 @@ use std::marker::PhantomData;
 use prost::{Message, Name};
 use tonic::{
     Status,
-    codec::{self, BufferSettings, DecodeBuf},
+    codec::{self, BufferSettings, DecodeBuf, EncodeBuf},
 };
-use tonic_prost::{ProstCodec, ProstEncoder};
 
 use self::{prune::prune, rules::rules_of};
 use bytes::Buf as _;
 
-/// Initial size of a call's encode buffer and of its decode buffer, which an open
-/// watch keeps. Most messages fit, larger ones make a buffer grow. tonic's own
-/// default is 8 KiB.
-const BUFFER_BYTES: usize = 1024;
+/// Initial size of a call's decode buffer. Most messages fit, larger ones make the buffer grow.
+/// tonic's own default is 8 KiB.
+const DECODE_BYTES: usize = 1024;
+/// Initial size of a call's encode buffer, which an open watch keeps: each message makes the room
+/// that it takes.
+const ENCODE_BYTES: usize = 0;
 /// Encoded bytes after which a buffer is sent; tonic's own default.
 const YIELD_BYTES: usize = 32 * 1024;
 
@@ -34,6 +35,10 @@ impl<T, U> Default for Codec<T, U> {
     }
 }
 
+/// Encodes messages.
+#[derive(Debug)]
+pub struct Encoder<T>(PhantomData<T>);
+
 /// Decodes messages that were pruned, see `codec/prune.rs`.
 #[derive(Debug)]
 pub struct Decoder<U>(PhantomData<U>);
@@ -45,15 +50,29 @@ where
 {
     type Encode = T;
     type Decode = U;
-    type Encoder = ProstEncoder<T>;
+    type Encoder = Encoder<T>;
     type Decoder = Decoder<U>;
 
     fn encoder(&mut self) -> Self::Encoder {
-        ProstCodec::<T, U>::raw_encoder(buffers())
+        Encoder(PhantomData)
     }
 
     fn decoder(&mut self) -> Self::Decoder {
         Decoder(PhantomData)
+    }
+}
+
+impl<T: Message> codec::Encoder for Encoder<T> {
+    type Item = T;
+    type Error = Status;
+
+    fn encode(&mut self, message: T, to: &mut EncodeBuf<'_>) -> Result<(), Status> {
+        to.reserve(message.encoded_len());
+        message.encode(to).map_err(|error| Status::internal(error.to_string()))
+    }
+
+    fn buffer_settings(&self) -> BufferSettings {
+        BufferSettings::new(ENCODE_BYTES, YIELD_BYTES)
     }
 }
 
@@ -76,15 +95,11 @@ impl<U: Message + Name + Default> codec::Decoder for Decoder<U> {
     }
 
     fn buffer_settings(&self) -> BufferSettings {
-        buffers()
+        BufferSettings::new(DECODE_BYTES, YIELD_BYTES)
     }
 }
 
 /// gRPC's status for what is not a message; tonic's own is the same.
 fn undecodable(error: &impl ToString) -> Status {
     Status::internal(error.to_string())
-}
-
-fn buffers() -> BufferSettings {
-    BufferSettings::new(BUFFER_BYTES, YIELD_BYTES)
 }
