@@ -68,7 +68,7 @@ impl<T: Message> codec::Encoder for Encoder<T> {
 
     fn encode(&mut self, message: T, to: &mut EncodeBuf<'_>) -> Result<(), Status> {
         to.reserve(message.encoded_len());
-        message.encode(to).map_err(|error| Status::internal(error.to_string()))
+        message.encode(to).map_err(|error| internal(&error))
     }
 
     fn buffer_settings(&self) -> BufferSettings {
@@ -84,14 +84,14 @@ impl<U: Message + Name + Default> codec::Decoder for Decoder<U> {
         // A message lies in one piece.
         let whole = from.chunk();
         let pruned = rules_of(U::NAME).map_or(Ok(None), |rules| prune(rules, whole));
-        let message = match pruned.map_err(|malformed| undecodable(&malformed))? {
+        let message = match pruned.map_err(|malformed| internal(&malformed))? {
             None => U::decode(from),
             Some(pruned) => {
                 from.advance(from.remaining());
                 U::decode(pruned.as_slice())
             }
         };
-        message.map(Some).map_err(|error| undecodable(&error))
+        message.map(Some).map_err(|error| internal(&error))
     }
 
     fn buffer_settings(&self) -> BufferSettings {
@@ -99,7 +99,7 @@ impl<U: Message + Name + Default> codec::Decoder for Decoder<U> {
     }
 }
 
-/// gRPC's status for what is not a message; tonic's own is the same.
-fn undecodable(error: &impl ToString) -> Status {
+/// gRPC's status for what cannot be decoded or encoded; tonic's own is the same.
+fn internal(error: &impl ToString) -> Status {
     Status::internal(error.to_string())
 }

@@ -116,8 +116,8 @@ impl Credential {
             if ends_at == Moment::NEVER {
                 moved.as_mut().await;
             } else {
-                // In a box, since most credentials of servers never expire. Whether it was moved or
-                // is over, the end is read again.
+                // In a box, so that watches under a credential that never expires need no memory for
+                // a timer. The end is read again, whether it was moved or has come.
                 let _ = Box::pin(timeout(left.min(LONGEST_SLEEP), moved.as_mut())).await;
             }
         }
@@ -127,7 +127,7 @@ impl Credential {
     /// [`CREDENTIAL_CONFIRMED_WITHIN`], otherwise as soon as it is again;
     /// [`Error::CredentialInvalid`] if it has ended.
     pub async fn confirmed(&self) -> Result<()> {
-        if self.is_valid() && self.is_confirmed() {
+        if self.check_valid().is_ok() {
             return Ok(());
         }
         // In a box, so that thousands of watches need no memory for a wait that is rare.

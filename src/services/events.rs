@@ -260,6 +260,6 @@ mod tests {
             size_of::<F>()
         }
         let bytes = size(watch_next) + size_of::<Watch>();
-        assert!(bytes <= 1_300, "{bytes} bytes");
+        assert!(bytes <= 1_100, "{bytes} bytes");
     }
 }

@@ -72,7 +72,7 @@ pub(super) async fn watchers(harness: &Harness, name: &str) -> Result<Vec<Outcom
             cost.add(name, Measure::cost(peer.processor_time(harness)? - before, events));
             p50.add(name, measure.p50());
             p99.add(name, measure);
-            // Its rounds would take several times as long as the others.
+            // The rounds of a peer that cannot take the load last several times as long as others.
             if late > harness.options.round() / 2 {
                 eprintln!("{name} is left out of the rounds that follow");
             } else {

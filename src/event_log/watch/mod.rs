@@ -66,7 +66,8 @@ pub(crate) struct Watch {
     reader: Arc<Reader>,
     credential: Arc<Credential>,
     draining: CancellationToken,
-    /// Why the watch ends from outside; none while `next` waits for it.
+    /// Completes when the credential ends or the server drains; none before the first call of
+    /// `next`, and while `next` runs.
     ending: Option<Woken<EndReason>>,
     filter: Arc<Filter>,
     subscription: Subscription,
@@ -199,6 +200,7 @@ impl Watch {
         })
     }
 
+    /// The next message; an `end` if `ending` completes first.
     async fn next_before(&mut self, ending: &mut Woken<EndReason>) -> Option<Result<Message>> {
         while self.phase != Phase::Ended {
             let advanced = tokio::select! {
